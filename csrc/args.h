@@ -1,0 +1,300 @@
+// One function per operator: checks its arguments once and returns them contiguous, with the sizes
+// by name. Every backend starts with it, so that no kernel checks a shape.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+
+namespace moe_ext {
+
+using OptionalTensor = std::optional<Tensor>;
+
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline OptionalTensor dense(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
+}
+
+template <typename T>
+const T* data_or_null(const OptionalTensor& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+enum class Scoring { kSoftmax, kSigmoid, kSqrtSoftplus };
+
+inline Scoring parse_scoring(const Check& check, const std::string& scoring) {
+  if (scoring == "softmax") return Scoring::kSoftmax;
+  if (scoring == "sigmoid") return Scoring::kSigmoid;
+  if (scoring == "sqrtsoftplus") return Scoring::kSqrtSoftplus;
+  check.fail("scoring must be softmax, sigmoid or sqrtsoftplus, got ", scoring);
+}
+
+struct GateArgs {
+  Tensor logits;         // [T, E]
+  Tensor choice_scores;  // [T, E], the logits where none were given
+  int64_t num_tokens, num_experts, top_k;
+  Scoring scoring;
+  bool renormalise;
+  double scale;
+};
+
+inline GateArgs gate_args(const Tensor& logits, const OptionalTensor& choice_scores, int64_t k,
+                          const std::string& scoring, bool renormalise, double scale) {
+  const Check check("gate");
+  check.shape("logits", logits, {{"T", kAny}, {"E", kAny}});
+  check.floating("logits", logits);
+  const int64_t T = logits.size(0), E = logits.size(1);
+  if (k < 1 || k > E) check.fail("k must be in 1..E with E = ", E, ", got ", k);
+  check.int32_size("T * K", T * k);
+  if (choice_scores) {
+    check.shape("choice_scores", *choice_scores, {{"T", T}, {"E", E}});
+    check.dtype("choice_scores", *choice_scores, logits.scalar_type());
+    check.same_device("choice_scores", *choice_scores, "logits", logits);
+  }
+  const Tensor dense_logits = dense(logits);
+  return {dense_logits,
+          choice_scores ? dense(*choice_scores) : dense_logits,
+          T,
+          E,
+          k,
+          parse_scoring(check, scoring),
+          renormalise,
+          scale};
+}
+
+struct GateBackwardArgs {
+  OptionalTensor grad_weights;     // [T, K]
+  OptionalTensor grad_probs;       // [T, E]
+  OptionalTensor grad_importance;  // [E]
+  Tensor probs;                    // [T, E]
+  Tensor experts;                  // [T, K]
+  int64_t num_tokens, num_experts, top_k;
+  Scoring scoring;
+  bool renormalise;
+  double scale;
+};
+
+inline GateBackwardArgs gate_backward_args(const OptionalTensor& grad_weights,
+                                           const OptionalTensor& grad_probs,
+                                           const OptionalTensor& grad_importance,
+                                           const Tensor& probs, const Tensor& experts,
+                                           const std::string& scoring, bool renormalise,
+                                           double scale) {
+  const Check check("gate_backward");
+  check.shape("probs", probs, {{"T", kAny}, {"E", kAny}});
+  check.floating("probs", probs);
+  check.dtype("probs", probs, accumulate_type(probs.scalar_type()));
+  const int64_t T = probs.size(0), E = probs.size(1);
+  check.shape("experts", experts, {{"T", T}, {"K", kAny}});
+  check.dtype("experts", experts, ScalarType::Int);
+  check.same_device("experts", experts, "probs", probs);
+  const int64_t K = experts.size(1);
+  const auto check_grad = [&](const char* name, const OptionalTensor& grad,
+                              std::initializer_list<Dim> dims) {
+    if (!grad) return;
+    check.shape(name, *grad, dims);
+    check.dtype(name, *grad, probs.scalar_type());
+    check.same_device(name, *grad, "probs", probs);
+  };
+  check_grad("grad_weights", grad_weights, {{"T", T}, {"K", K}});
+  check_grad("grad_probs", grad_probs, {{"T", T}, {"E", E}});
+  check_grad("grad_importance", grad_importance, {{"E", E}});
+  return {dense(grad_weights),
+          dense(grad_probs),
+          dense(grad_importance),
+          dense(probs),
+          dense(experts),
+          T,
+          E,
+          K,
+          parse_scoring(check, scoring),
+          renormalise,
+          scale};
+}
+
+struct PlanArgs {
+  Tensor experts;           // [T, K], -1 where the token has no such choice
+  OptionalTensor priority;  // [T, K]
+  int64_t num_tokens, top_k, num_experts, num_routes, num_rows;
+  std::optional<int64_t> capacity;
+  bool choice_major;
+  int64_t align;
+};
+
+// Rows of a plan without capacity: every expert may waste align - 1 rows, but only an expert that
+// has a route wastes any.
+inline int64_t dropless_rows(int64_t num_routes, int64_t num_experts, int64_t align) {
+  const int64_t used = num_experts < num_routes ? num_experts : num_routes;
+  return align * ((num_routes + used * (align - 1)) / align);
+}
+
+inline PlanArgs plan_args(const Tensor& experts, const OptionalTensor& priority,
+                          int64_t num_experts, const std::optional<int64_t>& capacity,
+                          const std::string& order, int64_t align) {
+  const Check check("plan");
+  check.shape("experts", experts, {{"T", kAny}, {"K", kAny}});
+  check.dtype("experts", experts, ScalarType::Int);
+  const int64_t T = experts.size(0), K = experts.size(1);
+  check.int32_size("T * K", T * K);
+  if (priority) {
+    check.shape("priority", *priority, {{"T", T}, {"K", K}});
+    check.dtype("priority", *priority, ScalarType::Float);
+    check.same_device("priority", *priority, "experts", experts);
+  }
+  if (num_experts < 1) check.fail("num_experts must be at least 1, got ", num_experts);
+  check.int32_size("num_experts", num_experts);
+  if (order != "choice" && order != "token") {
+    check.fail("order must be choice or token, got ", order);
+  }
+  if (align < 1) check.fail("align must be at least 1, got ", align);
+  check.int32_size("align", align);
+  if (capacity) {
+    if (*capacity < 0) check.fail("capacity must not be negative, got ", *capacity);
+    check.int32_size("capacity", *capacity);
+    if (align != 1) check.fail("align must be 1 where there is a capacity, got ", align);
+  }
+  const int64_t R = capacity ? num_experts * *capacity : dropless_rows(T * K, num_experts, align);
+  check.int32_size("rows", R);
+  return {dense(experts), dense(priority), T,     K, num_experts, T * K, R,
+          capacity,       order == "choice", align};
+}
+
+// What dispatch, combine and route_dot share: slots [T, K] and sources [R] beside a tensor that gives
+// dtype and device, and weights [T, K] where there are any.
+inline void check_routes(const Check& check, const char* name, const Tensor& like,
+                         const Tensor& slots, int64_t num_tokens, const Tensor& sources,
+                         int64_t num_rows, const OptionalTensor& weights) {
+  check.shape("slots", slots, {{"T", num_tokens}, {"K", kAny}});
+  check.dtype("slots", slots, ScalarType::Int);
+  check.same_device("slots", slots, name, like);
+  check.int32_size("T * K", slots.numel());
+  check.shape("sources", sources, {{"R", num_rows}});
+  check.dtype("sources", sources, ScalarType::Int);
+  check.same_device("sources", sources, name, like);
+  check.int32_size("rows", sources.size(0));
+  if (weights) {
+    check.shape("weights", *weights, {{"T", slots.size(0)}, {"K", slots.size(1)}});
+    check.dtype("weights", *weights, accumulate_type(like.scalar_type()));
+    check.same_device("weights", *weights, name, like);
+  }
+}
+
+struct DispatchArgs {
+  Tensor tokens;           // [T, H]
+  Tensor slots;            // [T, K]
+  Tensor sources;          // [R]
+  OptionalTensor weights;  // [T, K]
+  int64_t num_tokens, top_k, num_rows, hidden;
+};
+
+inline DispatchArgs dispatch_args(const Tensor& tokens, const Tensor& slots,
+                                  const Tensor& sources, const OptionalTensor& weights) {
+  const Check check("dispatch");
+  check.shape("tokens", tokens, {{"T", kAny}, {"H", kAny}});
+  check.floating("tokens", tokens);
+  check_routes(check, "tokens", tokens, slots, tokens.size(0), sources, kAny, weights);
+  return {dense(tokens),  dense(slots),  dense(sources),  dense(weights),
+          tokens.size(0), slots.size(1), sources.size(0), tokens.size(1)};
+}
+
+struct CombineArgs {
+  Tensor rows;             // [R, H]
+  Tensor slots;            // [T, K]
+  Tensor sources;          // [R]
+  OptionalTensor weights;  // [T, K]
+  int64_t num_tokens, top_k, num_rows, hidden;
+};
+
+inline CombineArgs combine_args(const Tensor& rows, const Tensor& slots, const Tensor& sources,
+                                const OptionalTensor& weights) {
+  const Check check("combine");
+  check.shape("rows", rows, {{"R", kAny}, {"H", kAny}});
+  check.floating("rows", rows);
+  check_routes(check, "rows", rows, slots, kAny, sources, rows.size(0), weights);
+  return {dense(rows),   dense(slots),  dense(sources), dense(weights),
+          slots.size(0), slots.size(1), rows.size(0),   rows.size(1)};
+}
+
+struct RouteDotArgs {
+  Tensor tokens;   // [T, H]
+  Tensor rows;     // [R, H]
+  Tensor slots;    // [T, K]
+  Tensor sources;  // [R]
+  int64_t num_tokens, top_k, num_rows, hidden;
+};
+
+inline RouteDotArgs route_dot_args(const Tensor& tokens, const Tensor& rows, const Tensor& slots,
+                                   const Tensor& sources) {
+  const Check check("route_dot");
+  check.shape("tokens", tokens, {{"T", kAny}, {"H", kAny}});
+  check.floating("tokens", tokens);
+  check.shape("rows", rows, {{"R", kAny}, {"H", tokens.size(1)}});
+  check.dtype("rows", rows, tokens.scalar_type());
+  check.same_device("rows", rows, "tokens", tokens);
+  check_routes(check, "tokens", tokens, slots, tokens.size(0), sources, rows.size(0), std::nullopt);
+  return {dense(tokens), dense(rows),  dense(slots), dense(sources),
+          tokens.size(0), slots.size(1), rows.size(0), tokens.size(1)};
+}
+
+// The rows of each expert that a route owns: offsets[e] and the min(load[e], room) after it.
+struct Groups {
+  Tensor offsets;  // [E+1]
+  Tensor load;     // [E]
+  int64_t num_experts;
+};
+
+inline Groups check_groups(const Check& check, const char* name, const Tensor& like,
+                           const Tensor& offsets, const Tensor& load, int64_t num_experts) {
+  check.shape("load", load, {{"E", num_experts}});
+  check.dtype("load", load, ScalarType::Int);
+  check.same_device("load", load, name, like);
+  const int64_t E = load.size(0);
+  check.shape("offsets", offsets, {{"E+1", E + 1}});
+  check.dtype("offsets", offsets, ScalarType::Int);
+  check.same_device("offsets", offsets, name, like);
+  return {dense(offsets), dense(load), E};
+}
+
+struct GroupedMMArgs {
+  Tensor rows;     // [R, M]
+  Tensor weights;  // [E, N, M], strides kept: a transposed view is multiplied without a copy
+  Groups groups;
+  int64_t num_rows, rows_width, out_width;
+};
+
+inline GroupedMMArgs grouped_mm_args(const Tensor& rows, const Tensor& weights,
+                                     const Tensor& offsets, const Tensor& load) {
+  const Check check("grouped_mm");
+  check.shape("rows", rows, {{"R", kAny}, {"M", kAny}});
+  check.floating("rows", rows);
+  check.shape("weights", weights, {{"E", kAny}, {"N", kAny}, {"M", rows.size(1)}});
+  check.dtype("weights", weights, rows.scalar_type());
+  check.same_device("weights", weights, "rows", rows);
+  const Groups groups = check_groups(check, "rows", rows, offsets, load, weights.size(0));
+  return {dense(rows), weights, groups, rows.size(0), rows.size(1), weights.size(1)};
+}
+
+struct GroupedOuterArgs {
+  Tensor left;   // [R, N]
+  Tensor right;  // [R, M]
+  Groups groups;
+  int64_t num_rows, left_width, right_width;
+};
+
+inline GroupedOuterArgs grouped_outer_args(const Tensor& left, const Tensor& right,
+                                           const Tensor& offsets, const Tensor& load) {
+  const Check check("grouped_outer");
+  check.shape("left", left, {{"R", kAny}, {"N", kAny}});
+  check.floating("left", left);
+  check.shape("right", right, {{"R", left.size(0)}, {"M", kAny}});
+  check.dtype("right", right, left.scalar_type());
+  check.same_device("right", right, "left", left);
+  const Groups groups = check_groups(check, "left", left, offsets, load, kAny);
+  return {dense(left), dense(right), groups, left.size(0), left.size(1), right.size(1)};
+}
+
+}  // namespace moe_ext

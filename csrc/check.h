@@ -1,0 +1,127 @@
+// Errors that name the operator, the argument, the contract and what came:
+//
+//   dispatch: slots must be [T, K] with T = 33, got [32, 2]
+//
+// moe_ext/contracts.py says the same in the same words for the reference and the fakes.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace moe_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kAny = -1;
+
+struct Dim {
+  const char* letter;
+  int64_t size;  // kAny where the contract leaves it open
+};
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string device_name(const torch::stable::Device& device) {
+  using torch::headeronly::DeviceType;
+  if (device.type() == DeviceType::CPU) return "cpu";
+  if (device.type() == DeviceType::CUDA) return "cuda:" + std::to_string(device.index());
+  return "device type " + std::to_string(static_cast<int>(device.type()));
+}
+
+// The type that weights, probabilities and sums have beside a tensor of this type.
+inline ScalarType accumulate_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  template <typename... Parts>
+  [[noreturn]] void fail(const Parts&... parts) const {
+    std::ostringstream text;
+    text << op_ << ": ";
+    (text << ... << parts);
+    throw std::runtime_error(text.str());
+  }
+
+  void shape(const char* name, const Tensor& tensor, std::initializer_list<Dim> dims) const {
+    bool fits = tensor.dim() == static_cast<int64_t>(dims.size());
+    int64_t i = 0;
+    if (fits) {
+      for (const Dim& dim : dims) {
+        fits = fits && (dim.size == kAny || tensor.size(i) == dim.size);
+        ++i;
+      }
+    }
+    if (fits) return;
+    std::string letters, known, got;
+    for (const Dim& dim : dims) {
+      letters += std::string(letters.empty() ? "" : ", ") + dim.letter;
+      if (dim.size != kAny) {
+        known += std::string(known.empty() ? " with " : ", ") + dim.letter + " = " +
+                 std::to_string(dim.size);
+      }
+    }
+    for (i = 0; i < tensor.dim(); ++i) {
+      got += (i ? ", " : "") + std::to_string(tensor.size(i));
+    }
+    fail(name, " must be [", letters, "]", known, ", got [", got, "]");
+  }
+
+  void dtype(const char* name, const Tensor& tensor, ScalarType expected) const {
+    if (tensor.scalar_type() == expected) return;
+    fail(name, " must be ", dtype_name(expected), ", got ", dtype_name(tensor.scalar_type()));
+  }
+
+  void floating(const char* name, const Tensor& tensor) const {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Float:
+      case ScalarType::Double:
+      case ScalarType::BFloat16:
+      case ScalarType::Half: return;
+      default:
+        fail(name, " must be float32, float64, bfloat16 or float16, got ",
+             dtype_name(tensor.scalar_type()));
+    }
+  }
+
+  void same_device(const char* name, const Tensor& tensor, const char* other_name,
+                   const Tensor& other) const {
+    if (tensor.device() == other.device()) return;
+    fail(name, " must be on ", device_name(other.device()), " like ", other_name, ", got ",
+         device_name(tensor.device()));
+  }
+
+  // Slots and sources are int32.
+  void int32_size(const char* what, int64_t size) const {
+    if (size <= std::numeric_limits<int32_t>::max()) return;
+    fail(what, " must be below 2147483648, got ", size);
+  }
+
+ private:
+  const char* op_;
+};
+
+}  // namespace moe_ext

@@ -1,0 +1,100 @@
+// What the CPU operators share: types, how much work a thread takes, and how bad ids are reported.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+
+#include "../args.h"
+
+namespace moe_ext {
+
+using torch::stable::parallel_for;
+
+// Sums, weights and probabilities of a scalar_t are kept in this type.
+template <typename scalar_t>
+using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+// Calls body(scalar_t{}) with the C++ type of a floating dtype; args.h has refused all others.
+template <typename Body>
+void visit_float(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Double: return body(double{});
+    case ScalarType::BFloat16: return body(torch::headeronly::BFloat16{});
+    case ScalarType::Half: return body(torch::headeronly::Half{});
+    default: return body(float{});
+  }
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <typename T>
+const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
+}
+
+// Items a thread takes at a time, so that a task moves about 32 KiB.
+inline int64_t grain(int64_t bytes_per_item) {
+  return std::max<int64_t>(1, (int64_t{1} << 15) / std::max<int64_t>(1, bytes_per_item));
+}
+
+// The first item found at fault. An exception may not leave a parallel_for, so threads note it here.
+class Fault {
+ public:
+  void note(int64_t item) {
+    int64_t seen = first_.load(std::memory_order_relaxed);
+    while (item < seen && !first_.compare_exchange_weak(seen, item, std::memory_order_relaxed)) {
+    }
+  }
+  bool found() const { return first_.load(std::memory_order_relaxed) != kNone; }
+  int64_t first() const { return first_.load(std::memory_order_relaxed); }
+
+ private:
+  static constexpr int64_t kNone = INT64_MAX;
+  std::atomic<int64_t> first_{kNone};
+};
+
+inline bool in_range(int64_t value, int64_t size) { return value >= 0 && value < size; }
+
+// slots and sources must be inverse to each other where they are not -1: then every row is written
+// exactly once, by one thread. Checked route by route and row by row while they are read anyway.
+inline void check_routes_agree(const Check& check, const Fault& bad_slot, const int32_t* slots,
+                               int64_t top_k, int64_t num_rows) {
+  if (!bad_slot.found()) return;
+  const int64_t route = bad_slot.first(), slot = slots[route];
+  const int64_t t = route / top_k, k = route % top_k;
+  if (slot < -1 || slot >= num_rows) {
+    check.fail("slots must be in -1..R-1 with R = ", num_rows, ", got ", slot, " at [", t, ", ", k,
+               "]");
+  }
+  check.fail("slots and sources must be of one plan, got slot ", slot, " at [", t, ", ", k,
+             "], which sources gives to another route");
+}
+
+inline void check_sources_agree(const Check& check, const Fault& bad_source,
+                                const int32_t* sources, int64_t num_routes) {
+  if (!bad_source.found()) return;
+  const int64_t row = bad_source.first(), route = sources[row];
+  if (route < -1 || route >= num_routes) {
+    check.fail("sources must be in -1..T*K-1 with T*K = ", num_routes, ", got ", route, " at [",
+               row, "]");
+  }
+  check.fail("slots and sources must be of one plan, got route ", route, " at sources[", row,
+             "], which slots gives to another row");
+}
+
+}  // namespace moe_ext

@@ -1,0 +1,81 @@
+// Dispatch: copy every token into the rows that its choices were given.
+//
+//   rows[slots[t, k], :] = weights[t, k] * tokens[t, :]    where slots[t, k] >= 0
+//   rows[r, :]           = 0                               where sources[r] == -1
+//
+// A thread takes whole tokens: each is read once and written K times. No two routes share a slot.
+
+#include <cstring>
+
+#include "common.h"
+
+namespace moe_ext {
+namespace {
+
+template <typename scalar_t>
+void write_row(const scalar_t* token, const accumulate_t<scalar_t>* weight, scalar_t* row,
+               int64_t hidden) {
+  if (!weight) {
+    std::memcpy(row, token, hidden * sizeof(scalar_t));
+    return;
+  }
+  using T = accumulate_t<scalar_t>;
+  const T w = *weight;
+  for (int64_t h = 0; h < hidden; ++h) {
+    row[h] = static_cast<scalar_t>(w * static_cast<T>(token[h]));
+  }
+}
+
+template <typename scalar_t>
+void dispatch_kernel(const DispatchArgs& a, const Tensor& out) {
+  const int64_t K = a.top_k, H = a.hidden, R = a.num_rows;
+  const auto* tokens = const_data<scalar_t>(a.tokens);
+  const auto* weights = data_or_null<accumulate_t<scalar_t>>(a.weights);
+  const int32_t* slots = const_data<int32_t>(a.slots);
+  const int32_t* sources = const_data<int32_t>(a.sources);
+  scalar_t* rows = data<scalar_t>(out);
+  Fault bad_slot, bad_source;
+
+  parallel_for(0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t route = begin * K; route < end * K; ++route) {
+                   const int64_t slot = slots[route];
+                   if (slot == -1) continue;
+                   if (!in_range(slot, R) || sources[slot] != route) {
+                     bad_slot.note(route);
+                     continue;
+                   }
+                   write_row(tokens + route / K * H, weights ? weights + route : nullptr,
+                             rows + slot * H, H);
+                 }
+               });
+  parallel_for(0, R, grain(H * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t route = sources[r];
+      if (route == -1) {
+        std::memset(static_cast<void*>(rows + r * H), 0, H * sizeof(scalar_t));
+      } else if (!in_range(route, a.num_tokens * K) || slots[route] != r) {
+        bad_source.note(r);
+      }
+    }
+  });
+  const Check check("dispatch");
+  check_routes_agree(check, bad_slot, slots, K, R);
+  check_sources_agree(check, bad_source, sources, a.num_tokens * K);
+}
+
+Tensor dispatch_cpu(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
+                    const OptionalTensor& weights) {
+  const DispatchArgs a = dispatch_args(tokens, slots, sources, weights);
+  Tensor rows = empty(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
+  visit_float(a.tokens.scalar_type(),
+              [&](auto zero) { dispatch_kernel<decltype(zero)>(a, rows); });
+  return rows;
+}
+
+}  // namespace
+}  // namespace moe_ext
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
+  m.impl("dispatch", TORCH_BOX(&moe_ext::dispatch_cpu));
+}

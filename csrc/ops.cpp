@@ -1,0 +1,38 @@
+// The table of operators. Letters are shapes: T tokens, K choices, E experts, R rows, H hidden,
+// N and M the two widths of an expert's weight. Ids, slots, sources, offsets and load are int32.
+// Meaning: moe_ext/reference.py. Gradients: moe_ext/functional.py. Arguments: args.h.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(moe_ext, m) {
+  // logits, choice_scores [T, E] -> weights [T, K], experts [T, K], probs [T, E], importance [E]
+  m.def(
+      "gate(Tensor logits, Tensor? choice_scores, SymInt k, str scoring, bool renormalise, "
+      "float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // grad_weights [T, K], grad_probs [T, E], grad_importance [E], probs [T, E], experts [T, K]
+  // -> grad_logits [T, E]
+  m.def(
+      "gate_backward(Tensor? grad_weights, Tensor? grad_probs, Tensor? grad_importance, "
+      "Tensor probs, Tensor experts, str scoring, bool renormalise, float scale) -> Tensor");
+
+  // experts, priority [T, K] -> slots [T, K], sources [R], offsets [E+1], load [E]
+  m.def(
+      "plan(Tensor experts, Tensor? priority, SymInt num_experts, SymInt? capacity, str order, "
+      "SymInt align) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // tokens [T, H], slots [T, K], sources [R], weights [T, K] -> rows [R, H]
+  m.def("dispatch(Tensor tokens, Tensor slots, Tensor sources, Tensor? weights) -> Tensor");
+
+  // rows [R, H], slots [T, K], sources [R], weights [T, K] -> tokens [T, H]
+  m.def("combine(Tensor rows, Tensor slots, Tensor sources, Tensor? weights) -> Tensor");
+
+  // tokens [T, H], rows [R, H], slots [T, K], sources [R] -> weights [T, K]
+  m.def("route_dot(Tensor tokens, Tensor rows, Tensor slots, Tensor sources) -> Tensor");
+
+  // rows [R, M], weights [E, N, M], offsets [E+1], load [E] -> [R, N]
+  m.def("grouped_mm(Tensor rows, Tensor weights, Tensor offsets, Tensor load) -> Tensor");
+
+  // left [R, N], right [R, M], offsets [E+1], load [E] -> [E, N, M]
+  m.def("grouped_outer(Tensor left, Tensor right, Tensor offsets, Tensor load) -> Tensor");
+}

@@ -1,0 +1,247 @@
+"""What each operator asks of its arguments, in the words of csrc/check.h and csrc/args.h.
+
+The reference and the fakes call these, so that a wrong argument gives the same error on every
+backend and at compile time as in the compiled kernels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+ORDERS = ("choice", "token")
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Dims = Sequence[tuple[str, int | None]]
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that weights, probabilities and sums have beside a tensor of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dropless_rows(num_routes: int, num_experts: int, align: int) -> int:
+    """Rows of a plan without capacity: known from shapes, enough for any routing."""
+    if align == 1:
+        return num_routes
+    used = min(num_experts, num_routes)
+    return (num_routes + used * (align - 1)) // align * align
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Check:
+    """Raises a RuntimeError that names the operator, the argument, the contract and what came."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def fail(self, text: str) -> None:
+        raise RuntimeError(f"{self.op}: {text}")
+
+    def shape(self, name: str, tensor: Tensor, dims: Dims) -> None:
+        fits = tensor.dim() == len(dims) and all(
+            size is None or actual == size
+            for actual, (_, size) in zip(tensor.shape, dims, strict=True)
+        )
+        if fits:
+            return
+        letters = ", ".join(letter for letter, _ in dims)
+        known = ", ".join(f"{letter} = {size}" for letter, size in dims if size is not None)
+        known = f" with {known}" if known else ""
+        self.fail(f"{name} must be [{letters}]{known}, got {list(tensor.shape)}")
+
+    def dtype(self, name: str, tensor: Tensor, expected: torch.dtype) -> None:
+        if tensor.dtype != expected:
+            self.fail(f"{name} must be {_dtype_name(expected)}, got {_dtype_name(tensor.dtype)}")
+
+    def floating(self, name: str, tensor: Tensor) -> None:
+        if tensor.dtype not in FLOATING:
+            self.fail(
+                f"{name} must be float32, float64, bfloat16 or float16, "
+                f"got {_dtype_name(tensor.dtype)}"
+            )
+
+    def same_device(self, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+        if tensor.device != other.device:
+            self.fail(f"{name} must be on {other.device} like {other_name}, got {tensor.device}")
+
+    def int32_size(self, what: str, size: int) -> None:
+        if size > INT32_MAX:
+            self.fail(f"{what} must be below 2147483648, got {size}")
+
+    def one_of(self, name: str, value: str, allowed: Sequence[str]) -> None:
+        if value not in allowed:
+            listed = ", ".join(allowed[:-1]) + f" or {allowed[-1]}"
+            self.fail(f"{name} must be {listed}, got {value}")
+
+
+def gate(
+    logits: Tensor,
+    choice_scores: Tensor | None,
+    k: int,
+    scoring: str,
+    renormalise: bool,
+    scale: float,
+) -> None:
+    check = Check("gate")
+    check.shape("logits", logits, [("T", None), ("E", None)])
+    check.floating("logits", logits)
+    T, E = logits.shape
+    if k < 1 or k > E:
+        check.fail(f"k must be in 1..E with E = {E}, got {k}")
+    check.int32_size("T * K", T * k)
+    if choice_scores is not None:
+        check.shape("choice_scores", choice_scores, [("T", T), ("E", E)])
+        check.dtype("choice_scores", choice_scores, logits.dtype)
+        check.same_device("choice_scores", choice_scores, "logits", logits)
+    check.one_of("scoring", scoring, SCORINGS)
+
+
+def gate_backward(
+    grad_weights: Tensor | None,
+    grad_probs: Tensor | None,
+    grad_importance: Tensor | None,
+    probs: Tensor,
+    experts: Tensor,
+    scoring: str,
+    renormalise: bool,
+    scale: float,
+) -> None:
+    check = Check("gate_backward")
+    check.shape("probs", probs, [("T", None), ("E", None)])
+    check.floating("probs", probs)
+    check.dtype("probs", probs, accumulate_dtype(probs.dtype))
+    T, E = probs.shape
+    check.shape("experts", experts, [("T", T), ("K", None)])
+    check.dtype("experts", experts, torch.int32)
+    check.same_device("experts", experts, "probs", probs)
+    grads: list[tuple[str, Tensor | None, Dims]] = [
+        ("grad_weights", grad_weights, [("T", T), ("K", experts.shape[1])]),
+        ("grad_probs", grad_probs, [("T", T), ("E", E)]),
+        ("grad_importance", grad_importance, [("E", E)]),
+    ]
+    for name, grad, dims in grads:
+        if grad is not None:
+            check.shape(name, grad, dims)
+            check.dtype(name, grad, probs.dtype)
+            check.same_device(name, grad, "probs", probs)
+    check.one_of("scoring", scoring, SCORINGS)
+
+
+def plan(
+    experts: Tensor,
+    priority: Tensor | None,
+    num_experts: int,
+    capacity: int | None,
+    order: str,
+    align: int,
+) -> None:
+    check = Check("plan")
+    check.shape("experts", experts, [("T", None), ("K", None)])
+    check.dtype("experts", experts, torch.int32)
+    T, K = experts.shape
+    check.int32_size("T * K", T * K)
+    if priority is not None:
+        check.shape("priority", priority, [("T", T), ("K", K)])
+        check.dtype("priority", priority, torch.float32)
+        check.same_device("priority", priority, "experts", experts)
+    if num_experts < 1:
+        check.fail(f"num_experts must be at least 1, got {num_experts}")
+    check.int32_size("num_experts", num_experts)
+    check.one_of("order", order, ORDERS)
+    if align < 1:
+        check.fail(f"align must be at least 1, got {align}")
+    check.int32_size("align", align)
+    if capacity is not None:
+        if capacity < 0:
+            check.fail(f"capacity must not be negative, got {capacity}")
+        check.int32_size("capacity", capacity)
+        if align != 1:
+            check.fail(f"align must be 1 where there is a capacity, got {align}")
+    rows = dropless_rows(T * K, num_experts, align) if capacity is None else num_experts * capacity
+    check.int32_size("rows", rows)
+
+
+def _routes(
+    check: Check,
+    name: str,
+    like: Tensor,
+    slots: Tensor,
+    num_tokens: int | None,
+    sources: Tensor,
+    num_rows: int | None,
+    weights: Tensor | None,
+) -> None:
+    check.shape("slots", slots, [("T", num_tokens), ("K", None)])
+    check.dtype("slots", slots, torch.int32)
+    check.same_device("slots", slots, name, like)
+    T, K = slots.shape
+    check.int32_size("T * K", T * K)
+    check.shape("sources", sources, [("R", num_rows)])
+    check.dtype("sources", sources, torch.int32)
+    check.same_device("sources", sources, name, like)
+    check.int32_size("rows", sources.shape[0])
+    if weights is not None:
+        check.shape("weights", weights, [("T", T), ("K", K)])
+        check.dtype("weights", weights, accumulate_dtype(like.dtype))
+        check.same_device("weights", weights, name, like)
+
+
+def dispatch(tokens: Tensor, slots: Tensor, sources: Tensor, weights: Tensor | None) -> None:
+    check = Check("dispatch")
+    check.shape("tokens", tokens, [("T", None), ("H", None)])
+    check.floating("tokens", tokens)
+    _routes(check, "tokens", tokens, slots, tokens.shape[0], sources, None, weights)
+
+
+def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Tensor | None) -> None:
+    check = Check("combine")
+    check.shape("rows", rows, [("R", None), ("H", None)])
+    check.floating("rows", rows)
+    _routes(check, "rows", rows, slots, None, sources, rows.shape[0], weights)
+
+
+def route_dot(tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> None:
+    check = Check("route_dot")
+    check.shape("tokens", tokens, [("T", None), ("H", None)])
+    check.floating("tokens", tokens)
+    check.shape("rows", rows, [("R", None), ("H", tokens.shape[1])])
+    check.dtype("rows", rows, tokens.dtype)
+    check.same_device("rows", rows, "tokens", tokens)
+    _routes(check, "tokens", tokens, slots, tokens.shape[0], sources, rows.shape[0], None)
+
+
+def _groups(
+    check: Check, name: str, like: Tensor, offsets: Tensor, load: Tensor, num_experts: int | None
+) -> None:
+    check.shape("load", load, [("E", num_experts)])
+    check.dtype("load", load, torch.int32)
+    check.same_device("load", load, name, like)
+    check.shape("offsets", offsets, [("E+1", load.shape[0] + 1)])
+    check.dtype("offsets", offsets, torch.int32)
+    check.same_device("offsets", offsets, name, like)
+
+
+def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, load: Tensor) -> None:
+    check = Check("grouped_mm")
+    check.shape("rows", rows, [("R", None), ("M", None)])
+    check.floating("rows", rows)
+    check.shape("weights", weights, [("E", None), ("N", None), ("M", rows.shape[1])])
+    check.dtype("weights", weights, rows.dtype)
+    check.same_device("weights", weights, "rows", rows)
+    _groups(check, "rows", rows, offsets, load, weights.shape[0])
+
+
+def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, load: Tensor) -> None:
+    check = Check("grouped_outer")
+    check.shape("left", left, [("R", None), ("N", None)])
+    check.floating("left", left)
+    check.shape("right", right, [("R", left.shape[0]), ("M", None)])
+    check.dtype("right", right, left.dtype)
+    check.same_device("right", right, "left", left)
+    _groups(check, "left", left, offsets, load, None)

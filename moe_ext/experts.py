@@ -1,0 +1,143 @@
+"""The experts: what happens to routed tokens."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .functional import combine, dispatch, grouped_mm
+from .plan import Plan
+
+ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+class Experts(nn.Module):
+    """Base class. A simple expert defines `forward(rows, plan) -> rows`; one that gathers inside
+    its GEMM, saves less or exchanges tokens between processes overrides `routed`.
+
+    num_experts: E
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(
+                f"{type(self).__name__}: num_experts must be at least 1, got {num_experts}"
+            )
+        self.num_experts = num_experts
+
+    def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        """The weighted sum of every token's experts. tokens [T, H], weights [T, K] -> [T, H]."""
+        return combine(self(dispatch(tokens, plan), plan), plan, weights)
+
+    def forward(self, rows: Tensor, plan: Plan) -> Tensor:
+        """Every row through its expert. rows [R, H] -> [R, H]; what empty rows give is not used."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(rows, plan) -> rows")
+
+
+class GroupedExperts(Experts):
+    """Feed-forward experts with stacked weights, in Hugging Face's layout.
+
+    num_experts: E, hidden_size: H, ffn_size: F
+    activation: "swiglu" (silu(gate) * up), "gelu" or "relu"
+    bias: a bias on both products
+
+    Parameters: gate_up_proj [E, 2F, H], gate first (up_proj [E, F, H] without a gate), down_proj
+    [E, H, F]; with bias gate_up_proj_bias [E, 2F] (up_proj_bias [E, F]) and down_proj_bias [E, H].
+    Every expert starts like an nn.Linear of its size. Raises ValueError for another activation.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        ffn_size: int,
+        activation: str = "swiglu",
+        bias: bool = False,
+        *,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(num_experts)
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"GroupedExperts: activation must be one of {tuple(ACTIVATIONS)}, "
+                f"got {activation!r}"
+            )
+        self.hidden_size = hidden_size
+        self.ffn_size = ffn_size
+        self.activation = activation
+        self.has_gate = activation == "swiglu"
+        self.has_bias = bias
+        self._up_name = "gate_up_proj" if self.has_gate else "up_proj"
+        up_size = 2 * ffn_size if self.has_gate else ffn_size
+
+        def parameter(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
+
+        self.register_parameter(self._up_name, parameter(num_experts, up_size, hidden_size))
+        self.down_proj = parameter(num_experts, hidden_size, ffn_size)
+        if bias:
+            self.register_parameter(f"{self._up_name}_bias", parameter(num_experts, up_size))
+            self.down_proj_bias = parameter(num_experts, hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, fan_in in ((self._up_name, self.hidden_size), ("down_proj", self.ffn_size)):
+            bound = 1 / math.sqrt(max(fan_in, 1))
+            nn.init.uniform_(getattr(self, name), -bound, bound)
+            if self.has_bias:
+                nn.init.uniform_(getattr(self, f"{name}_bias"), -bound, bound)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"ffn_size={self.ffn_size}, activation={self.activation!r}, bias={self.has_bias}"
+        )
+
+    def forward(self, rows: Tensor, plan: Plan) -> Tensor:
+        inner = self._linear(self._up_name, rows, plan)
+        activation = ACTIVATIONS[self.activation]
+        if self.has_gate:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = activation(gate) * up
+        else:
+            inner = activation(inner)
+        return self._linear("down_proj", inner, plan)
+
+    def _linear(self, name: str, rows: Tensor, plan: Plan) -> Tensor:
+        out = grouped_mm(rows, getattr(self, name), plan)
+        if self.has_bias:
+            # A bias is the product with rows of one 1: it skips empty rows, in the gradient too.
+            bias = getattr(self, f"{name}_bias").unsqueeze(-1)
+            out = out + grouped_mm(rows.new_ones(rows.shape[0], 1), bias, plan)
+        return out
+
+
+class ModuleExperts(Experts):
+    """Copies of any module as experts, run one after the other on their own rows.
+
+    module: maps [rows, H] to [rows, H]; it is called for every expert, with no row too
+    num_experts: E
+
+    All copies start with the module's weights. The bounds of the experts are read back from the
+    device: one synchronisation per call.
+    """
+
+    def __init__(self, module: nn.Module, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.experts = nn.ModuleList(copy.deepcopy(module) for _ in range(num_experts))
+
+    def forward(self, rows: Tensor, plan: Plan) -> Tensor:
+        begins = plan.offsets[:-1]
+        bounds = torch.stack([begins, begins + plan.kept()]).t().tolist()
+        pieces = []
+        done = 0
+        for expert, (begin, end) in zip(self.experts, bounds, strict=True):
+            out = expert(rows[begin:end])
+            pieces += [out.new_zeros(begin - done, *out.shape[1:]), out]
+            done = end
+        pieces.append(out.new_zeros(rows.shape[0] - done, *out.shape[1:]))
+        return torch.cat(pieces)

@@ -1,0 +1,311 @@
+"""The differentiable functions over the raw operators.
+
+The row operators are the three derivatives of one form,
+
+    f(tokens, rows, weights) = sum over t, k of weights[t, k] * <tokens[t], rows[slots[t, k]]>
+    dispatch = df/d rows        combine = df/d tokens        route_dot = df/d weights
+
+so the gradient of each is made of the other two, and so is every higher one. The same holds for
+`grouped_mm` and `grouped_outer`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import contracts, reference
+from .plan import Plan
+
+_ops = torch.ops.moe_ext
+
+
+class Choice(NamedTuple):
+    """What `gate` gives.
+
+    weights: [T, K] float32 (float64 for float64 logits), differentiable
+    experts: [T, K] int32, distinct within a token
+    probs: [T, E] like weights, the score of every expert, differentiable
+    importance: [E] like weights, column sums of probs, differentiable
+    """
+
+    weights: Tensor
+    experts: Tensor
+    probs: Tensor
+    importance: Tensor
+
+
+class _Gate(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits, choice_scores, k, scoring, renormalise, scale):
+        return _ops.gate(logits, choice_scores, k, scoring, renormalise, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, _, _, ctx.scoring, ctx.renormalise, ctx.scale = inputs
+        _, experts, probs, _ = output
+        ctx.dtype = logits.dtype
+        ctx.mark_non_differentiable(experts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(probs, experts)
+
+    @staticmethod
+    def backward(ctx, grad_weights, _, grad_probs, grad_importance):
+        probs, experts = ctx.saved_tensors
+        grad = _GateBackward.apply(
+            grad_weights,
+            grad_probs,
+            grad_importance,
+            probs,
+            experts,
+            ctx.scoring,
+            ctx.renormalise,
+            ctx.scale,
+        )
+        return grad.to(ctx.dtype), None, None, None, None, None
+
+
+class _GateBackward(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_weights, grad_probs, grad_importance, probs, experts, scoring, renormalise, scale
+    ):
+        return _ops.gate_backward(
+            grad_weights, grad_probs, grad_importance, probs, experts, scoring, renormalise, scale
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scoring, ctx.renormalise, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        *differentiable, experts = ctx.saved_tensors
+        given = [i for i, tensor in enumerate(differentiable) if tensor is not None]
+
+        def gate_backward(*tensors):
+            full = [None] * 4
+            for i, tensor in zip(given, tensors, strict=True):
+                full[i] = tensor
+            return reference.gate_backward(
+                *full, experts, ctx.scoring, ctx.renormalise, ctx.scale
+            )
+
+        _, vjp = torch.func.vjp(gate_backward, *(differentiable[i] for i in given))
+        grads: list[Tensor | None] = [None] * 8
+        for i, tensor in zip(given, vjp(grad), strict=True):
+            grads[i] = tensor
+        return tuple(grads)
+
+
+class _Dispatch(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tokens, slots, sources, weights):
+        return _ops.dispatch(tokens, slots, sources, weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tokens, slots, sources, weights = inputs
+        ctx.save_for_backward(
+            tokens if ctx.needs_input_grad[3] else None, slots, sources, weights
+        )
+
+    @staticmethod
+    def backward(ctx, grad):
+        tokens, slots, sources, weights = ctx.saved_tensors
+        grad_tokens = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_tokens = _Combine.apply(grad, slots, sources, weights)
+        if ctx.needs_input_grad[3]:
+            grad_weights = _RouteDot.apply(tokens, grad, slots, sources)
+        return grad_tokens, None, None, grad_weights
+
+
+class _Combine(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows, slots, sources, weights):
+        return _ops.combine(rows, slots, sources, weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, slots, sources, weights = inputs
+        ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, slots, sources, weights)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, slots, sources, weights = ctx.saved_tensors
+        grad_rows = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = _Dispatch.apply(grad, slots, sources, weights)
+        if ctx.needs_input_grad[3]:
+            grad_weights = _RouteDot.apply(grad, rows, slots, sources)
+        return grad_rows, None, None, grad_weights
+
+
+class _RouteDot(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tokens, rows, slots, sources):
+        return _ops.route_dot(tokens, rows, slots, sources)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tokens, rows, slots, sources = ctx.saved_tensors
+        grad_tokens = grad_rows = None
+        if ctx.needs_input_grad[0]:
+            grad_tokens = _Combine.apply(rows, slots, sources, grad)
+        if ctx.needs_input_grad[1]:
+            grad_rows = _Dispatch.apply(tokens, slots, sources, grad)
+        return grad_tokens, grad_rows, None, None
+
+
+class _GroupedMM(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows, weights, offsets, load):
+        return _ops.grouped_mm(rows, weights, offsets, load)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, weights, offsets, load = inputs
+        ctx.save_for_backward(
+            rows if ctx.needs_input_grad[1] else None,
+            weights if ctx.needs_input_grad[0] else None,
+            offsets,
+            load,
+        )
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weights, offsets, load = ctx.saved_tensors
+        grad_rows = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = _GroupedMM.apply(grad, weights.transpose(1, 2), offsets, load)
+        if ctx.needs_input_grad[1]:
+            grad_weights = _GroupedOuter.apply(grad, rows, offsets, load)
+        return grad_rows, grad_weights, None, None
+
+
+class _GroupedOuter(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(left, right, offsets, load):
+        return _ops.grouped_outer(left, right, offsets, load)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        left, right, offsets, load = ctx.saved_tensors
+        grad_left = grad_right = None
+        if ctx.needs_input_grad[0]:
+            grad_left = _GroupedMM.apply(right, grad, offsets, load)
+        if ctx.needs_input_grad[1]:
+            grad_right = _GroupedMM.apply(left, grad.transpose(1, 2), offsets, load)
+        return grad_left, grad_right, None, None
+
+
+def gate(
+    logits: Tensor,
+    k: int,
+    *,
+    choice_scores: Tensor | None = None,
+    scoring: str = "softmax",
+    renormalise: bool = False,
+    scale: float = 1.0,
+) -> Choice:
+    """Choose k experts for every token and weigh them.
+
+    logits: [T, E] float32, float64, bfloat16 or float16; the gate computes in float32, in float64
+        for float64 logits
+    k: choices per token, 1..E
+    choice_scores: [T, E] like logits, what the choice is made on (noise, a bias, groups masked by
+        -inf); the logits where None. No gradient flows through the choice.
+    scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
+    renormalise: divide a token's weights by their sum (kept above the smallest normal number);
+        with softmax this is the softmax over the chosen logits
+    scale: factor on the weights
+
+    Returns Choice(weights [T, K], experts [T, K] int32, probs [T, E], importance [E]), the choices
+    of a token from the highest score down. NaN ranks above +inf and equal scores go to the lower
+    id, so ids are distinct and in range whatever comes in; a token with a NaN logit has NaN weights.
+    Raises RuntimeError where an argument breaks this contract.
+    """
+    return Choice(*_Gate.apply(logits, choice_scores, k, scoring, renormalise, scale))
+
+
+def dispatch(tokens: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
+    """Copy every token into the rows its routes were given; rows without a route are zero.
+
+    tokens: [T, H] float32, float64, bfloat16 or float16
+    plan: of the same T tokens
+    weights: [T, K] float32 (float64 for float64 tokens), a factor for every copy
+
+    Returns rows [R, H] in the tokens' dtype: rows[plan.slots[t, k]] = weights[t, k] * tokens[t].
+    Raises RuntimeError where an argument breaks this contract.
+    """
+    return _Dispatch.apply(tokens, plan.slots, plan.sources, weights)
+
+
+def combine(rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
+    """Sum every token's rows.
+
+    rows: [R, H] float32, float64, bfloat16 or float16
+    plan: with the same R rows
+    weights: [T, K] float32 (float64 for float64 rows), a factor for every row
+
+    Returns tokens [T, H] in the rows' dtype: the sum over k, in order, of
+    weights[t, k] * rows[plan.slots[t, k]], accumulated in the weights' dtype and rounded once; a
+    dropped route adds nothing. Raises RuntimeError where an argument breaks this contract.
+    """
+    return _Combine.apply(rows, plan.slots, plan.sources, weights)
+
+
+def route_dot(tokens: Tensor, rows: Tensor, plan: Plan) -> Tensor:
+    """The product of every token with each of its rows.
+
+    tokens: [T, H], rows: [R, H] of one dtype
+    plan: of the same T tokens and R rows
+
+    Returns [T, K] float32 (float64 for float64 rows): <tokens[t], rows[plan.slots[t, k]]>, 0 for a
+    dropped route. Raises RuntimeError where an argument breaks this contract.
+    """
+    return _RouteDot.apply(tokens, rows, plan.slots, plan.sources)
+
+
+def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
+    """Multiply every row by its expert's weight.
+
+    rows: [R, M], weights: [E, N, M] of one dtype
+    plan: with the same R rows and E experts
+
+    Returns [R, N]: weights[e] @ rows[r] for the rows of e that a route owns. All others are not
+    read, come out zero and receive zero. Under autocast both are cast, as by torch.mm. Raises
+    RuntimeError where an argument breaks this contract.
+    """
+    check = contracts.Check("grouped_mm")
+    check.shape("rows", rows, [("R", plan.sources.shape[0]), ("M", None)])
+    device = rows.device.type
+    if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        rows, weights = rows.to(dtype), weights.to(dtype)
+    return _GroupedMM.apply(rows, weights, plan.offsets, plan.load)

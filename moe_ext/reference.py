@@ -1,0 +1,236 @@
+"""The operators in plain PyTorch: what every kernel has to compute, and what runs where none exists.
+
+Written to be read and to be right, not to be fast. Output shapes follow from input shapes and
+nothing is read back to the host, except in `grouped_mm` and `grouped_outer`, which loop over the
+experts' rows.
+
+Letters: T tokens, K choices, E experts, R rows, H hidden, N and M the widths of an expert's weight.
+A route is a (token, choice) pair, numbered t * K + k. Ids, slots, sources, offsets and load are
+int32.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import contracts
+
+# The signatures below give the operators' schemas where no compiled library defines them, through
+# torch.library.infer_schema, which reads Optional[...] and tuple[...].
+
+
+def _scored(logits: Tensor, scoring: str) -> Tensor:
+    if scoring == "softmax":
+        return logits.softmax(dim=-1)
+    if scoring == "sigmoid":
+        return logits.sigmoid()
+    return torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
+
+
+def _divisor(chosen: Tensor) -> Tensor:
+    """The sum over a token's chosen probabilities, kept off zero. chosen: [T, K] -> [T, 1]."""
+    return chosen.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
+
+
+def gate(
+    logits: Tensor,
+    choice_scores: Optional[Tensor],
+    k: int,
+    scoring: str,
+    renormalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score the experts, choose the k largest of `choice_scores` (the logits where None), weigh them.
+
+    logits, choice_scores: [T, E] -> weights [T, K], experts [T, K], probs [T, E], importance [E].
+    NaN ranks above +inf and equal scores go to the lower id, as in a stable descending sort.
+    """
+    contracts.gate(logits, choice_scores, k, scoring, renormalise, scale)
+    choice_scores = logits if choice_scores is None else choice_scores
+    order = torch.sort(choice_scores, dim=-1, descending=True, stable=True).indices
+    experts = order[:, :k]
+    probs = _scored(logits.to(contracts.accumulate_dtype(logits.dtype)), scoring)
+    weights = probs.gather(-1, experts)
+    if renormalise:
+        weights = weights / _divisor(weights)
+    return weights * scale, experts.to(torch.int32), probs, probs.sum(dim=0)
+
+
+def gate_backward(
+    grad_weights: Optional[Tensor],
+    grad_probs: Optional[Tensor],
+    grad_importance: Optional[Tensor],
+    probs: Tensor,
+    experts: Tensor,
+    scoring: str,
+    renormalise: bool,
+    scale: float,
+) -> Tensor:
+    """The gradient of `gate` with respect to logits, [T, E], from the probabilities alone.
+
+    Made of differentiable torch operators: its own derivative is the gate's second one.
+    """
+    contracts.gate_backward(
+        grad_weights, grad_probs, grad_importance, probs, experts, scoring, renormalise, scale
+    )
+    grad = torch.zeros_like(probs)
+    if grad_probs is not None:
+        grad = grad + grad_probs
+    if grad_importance is not None:
+        grad = grad + grad_importance
+    if grad_weights is not None:
+        index = experts.long()
+        chosen = probs.gather(-1, index)
+        grad_chosen = grad_weights * scale
+        if renormalise:
+            divisor = _divisor(chosen)
+            # Below the clamp the divisor is a constant.
+            clamped = chosen.sum(dim=-1, keepdim=True) < divisor
+            shared = (grad_chosen * chosen).sum(dim=-1, keepdim=True) / divisor
+            grad_chosen = (grad_chosen - shared.masked_fill(clamped, 0)) / divisor
+        grad = grad.scatter_add(-1, index, grad_chosen)
+    if scoring == "softmax":
+        return probs * (grad - (probs * grad).sum(dim=-1, keepdim=True))
+    if scoring == "sigmoid":
+        return grad * (probs * (1 - probs))
+    # probs = sqrt(softplus(logits)), so sigmoid(logits) = 1 - exp(-probs ** 2).
+    tiny = torch.finfo(probs.dtype).tiny
+    return grad * (-torch.expm1(-probs * probs) / (2 * probs.clamp(min=tiny)))
+
+
+def _ranks(keys: Tensor, num_keys: int) -> Tensor:
+    """How many earlier entries have the same key. keys: [N] in 0..num_keys-1 -> [N] int64."""
+    order = torch.argsort(keys, stable=True)
+    counts = torch.zeros(num_keys, dtype=torch.int64, device=keys.device)
+    counts = counts.scatter_add(0, keys, torch.ones_like(keys))
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(keys.shape[0], device=keys.device) - starts[keys[order]]
+    return torch.empty_like(keys).scatter(0, order, place)
+
+
+def plan(
+    experts: Tensor,
+    priority: Optional[Tensor],
+    num_experts: int,
+    capacity: Optional[int],
+    order: str,
+    align: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give every kept route a row.
+
+    experts, priority: [T, K] -> slots [T, K], sources [R], offsets [E+1], load [E]. An id outside
+    0..E-1 is no route. Routes queue choice-major or token-major; an expert keeps the first
+    `capacity` of its queue, or with a priority the largest (NaN below every number, equal ones by
+    the queue), and gives its rows in the order of the queue.
+    """
+    contracts.plan(experts, priority, num_experts, capacity, order, align)
+    T, K = experts.shape
+    N, E = T * K, num_experts
+    device = experts.device
+    route = torch.arange(N, device=device).view(T, K)
+    queue = route.t().reshape(-1) if order == "choice" else route.reshape(-1)
+    expert = experts.reshape(-1)[queue].long()
+    # Key E collects what has no row: no route at first, then the dropped ones too.
+    key = torch.where((expert >= 0) & (expert < E), expert, E)
+    load = torch.zeros(E + 1, dtype=torch.int64, device=device)
+    load = load.scatter_add(0, key, torch.ones_like(key))[:E]
+
+    if capacity is None:
+        R = contracts.dropless_rows(N, E, align)
+        room = (load + (align - 1)) // align * align
+    else:
+        R = E * capacity
+        room = torch.full((E,), capacity, dtype=torch.int64, device=device)
+        if priority is None:
+            rank = _ranks(key, E + 1)
+        else:
+            # Ascending, a NaN comes last.
+            by_priority = torch.argsort(-priority.reshape(-1)[queue], stable=True)
+            rank = torch.empty_like(key).scatter(0, by_priority, _ranks(key[by_priority], E + 1))
+        key = torch.where(rank < capacity, key, E)
+
+    offsets = torch.cat([torch.zeros_like(room[:1]), room.cumsum(0)])
+    slot = torch.where(key < E, offsets[key] + _ranks(key, E + 1), -1)
+    slots = torch.empty_like(slot).scatter(0, queue, slot).view(T, K)
+    # A last row takes what has no row, and is cut off.
+    sources = torch.full((R + 1,), -1, dtype=torch.int64, device=device)
+    sources = sources.scatter(0, torch.where(slot < 0, R, slot), queue)[:R]
+    return (
+        slots.to(torch.int32),
+        sources.to(torch.int32),
+        offsets.to(torch.int32),
+        load.to(torch.int32),
+    )
+
+
+def _with_zero_row(matrix: Tensor) -> Tensor:
+    return torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])
+
+
+def dispatch(
+    tokens: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]
+) -> Tensor:
+    """rows[slots[t, k]] = weights[t, k] * tokens[t]; a row without a route is zero. -> [R, H]."""
+    contracts.dispatch(tokens, slots, sources, weights)
+    T, K = slots.shape
+    filled = (sources >= 0) & (sources < T * K)
+    token = torch.where(filled, sources // max(K, 1), T)
+    rows = _with_zero_row(tokens)[token]
+    if weights is None:
+        return rows
+    route = torch.where(filled, sources, T * K)
+    weight = torch.cat([weights.reshape(-1), weights.new_zeros(1)])[route]
+    return (rows.to(weights.dtype) * weight.unsqueeze(-1)).to(tokens.dtype)
+
+
+def _rows_of_routes(rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of every route, zero where it has none [T, K, H], and whether it has one [T, K]."""
+    R = rows.shape[0]
+    kept = (slots >= 0) & (slots < R)
+    return _with_zero_row(rows)[torch.where(kept, slots, R)], kept
+
+
+def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
+    """tokens[t] = sum over k, in order, of weights[t, k] * rows[slots[t, k]]. -> [T, H]."""
+    contracts.combine(rows, slots, sources, weights)
+    routed, kept = _rows_of_routes(rows, slots)
+    routed = routed.to(contracts.accumulate_dtype(rows.dtype))
+    if weights is not None:
+        routed = routed * torch.where(kept, weights, 0).unsqueeze(-1)
+    total = routed.new_zeros(slots.shape[0], rows.shape[1])
+    for k in range(slots.shape[1]):
+        total = total + routed[:, k]
+    return total.to(rows.dtype)
+
+
+def route_dot(tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
+    """weights[t, k] = <tokens[t], rows[slots[t, k]]>, 0 where the slot is -1. -> [T, K]."""
+    contracts.route_dot(tokens, rows, slots, sources)
+    routed, kept = _rows_of_routes(rows, slots)
+    dtype = contracts.accumulate_dtype(rows.dtype)
+    dots = (tokens.unsqueeze(1).to(dtype) * routed.to(dtype)).sum(dim=-1)
+    return torch.where(kept, dots, 0)
+
+
+def _group_bounds(offsets: Tensor, load: Tensor) -> list[tuple[int, int]]:
+    ends = offsets[:-1] + torch.minimum(load, offsets.diff())
+    return list(zip(offsets[:-1].tolist(), ends.tolist(), strict=True))
+
+
+def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, load: Tensor) -> Tensor:
+    """out[r] = weights[e] @ rows[r] for the rows that routes of e own, zero elsewhere. -> [R, N]."""
+    contracts.grouped_mm(rows, weights, offsets, load)
+    out = rows.new_zeros(rows.shape[0], weights.shape[1])
+    for e, (begin, end) in enumerate(_group_bounds(offsets, load)):
+        out[begin:end] = rows[begin:end] @ weights[e].t()
+    return out
+
+
+def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, load: Tensor) -> Tensor:
+    """out[e] = left[e's rows].T @ right[e's rows], over the rows that routes own. -> [E, N, M]."""
+    contracts.grouped_outer(left, right, offsets, load)
+    out = left.new_zeros(load.shape[0], left.shape[1], right.shape[1])
+    for e, (begin, end) in enumerate(_group_bounds(offsets, load)):
+        out[e] = left[begin:end].t() @ right[begin:end]
+    return out
