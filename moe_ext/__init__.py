@@ -3,7 +3,7 @@
 from . import build, ops
 from .experts import Experts, GroupedExperts, ModuleExperts
 from .functional import Choice, combine, dispatch, gate, grouped_mm, route_dot
-from .gate import Routing, TopKGate
+from .topk_gate import Routing, TopKGate
 from .layer import Aux, MOELayer
 from .plan import Plan, make_plan
 

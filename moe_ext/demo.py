@@ -39,12 +39,12 @@ class Config:
     eval_capacity_factor: float = 2.0
     context: int = 64
     batch: int = 32
-    steps: int = 500
+    steps: int = 1200
     learning_rate: float = 4e-3
     balance: float = 0.01
     holdout: int = 10
     eval_windows: int = 512
-    eval_every: int = 50
+    eval_every: int = 100
     seed: int = 0
 
 

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import contracts, reference
+from . import contracts, ops, reference
 from .plan import Plan
-
-_ops = torch.ops.moe_ext
 
 
 class Choice(NamedTuple):
@@ -41,7 +39,7 @@ class _Gate(Function):
 
     @staticmethod
     def forward(logits, choice_scores, k, scoring, renormalise, scale):
-        return _ops.gate(logits, choice_scores, k, scoring, renormalise, scale)
+        return ops.run("gate", logits, choice_scores, k, scoring, renormalise, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -75,8 +73,7 @@ class _GateBackward(Function):
     def forward(
         grad_weights, grad_probs, grad_importance, probs, experts, scoring, renormalise, scale
     ):
-        return _ops.gate_backward(
-            grad_weights, grad_probs, grad_importance, probs, experts, scoring, renormalise, scale
+        return ops.run("gate_backward", grad_weights, grad_probs, grad_importance, probs, experts, scoring, renormalise, scale
         )
 
     @staticmethod
@@ -109,7 +106,7 @@ class _Dispatch(Function):
 
     @staticmethod
     def forward(tokens, slots, sources, weights):
-        return _ops.dispatch(tokens, slots, sources, weights)
+        return ops.run("dispatch", tokens, slots, sources, weights)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -134,7 +131,7 @@ class _Combine(Function):
 
     @staticmethod
     def forward(rows, slots, sources, weights):
-        return _ops.combine(rows, slots, sources, weights)
+        return ops.run("combine", rows, slots, sources, weights)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -157,7 +154,7 @@ class _RouteDot(Function):
 
     @staticmethod
     def forward(tokens, rows, slots, sources):
-        return _ops.route_dot(tokens, rows, slots, sources)
+        return ops.run("route_dot", tokens, rows, slots, sources)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -179,7 +176,7 @@ class _GroupedMM(Function):
 
     @staticmethod
     def forward(rows, weights, offsets, load):
-        return _ops.grouped_mm(rows, weights, offsets, load)
+        return ops.run("grouped_mm", rows, weights, offsets, load)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -207,7 +204,7 @@ class _GroupedOuter(Function):
 
     @staticmethod
     def forward(left, right, offsets, load):
-        return _ops.grouped_outer(left, right, offsets, load)
+        return ops.run("grouped_outer", left, right, offsets, load)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -222,6 +219,19 @@ class _GroupedOuter(Function):
         if ctx.needs_input_grad[1]:
             grad_right = _GroupedMM.apply(left, grad.transpose(1, 2), offsets, load)
         return grad_left, grad_right, None, None
+
+
+ops.registry.register_gradients(
+    {
+        "gate": _Gate,
+        "gate_backward": _GateBackward,
+        "dispatch": _Dispatch,
+        "combine": _Combine,
+        "route_dot": _RouteDot,
+        "grouped_mm": _GroupedMM,
+        "grouped_outer": _GroupedOuter,
+    }
+)
 
 
 def gate(
@@ -292,6 +302,11 @@ def route_dot(tokens: Tensor, rows: Tensor, plan: Plan) -> Tensor:
     return _RouteDot.apply(tokens, rows, plan.slots, plan.sources)
 
 
+def has_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device; it does not know every kind of device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     """Multiply every row by its expert's weight.
 
@@ -304,8 +319,7 @@ def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     """
     check = contracts.Check("grouped_mm")
     check.shape("rows", rows, [("R", plan.sources.shape[0]), ("M", None)])
-    device = rows.device.type
-    if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if has_autocast(rows.device) and rows.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weights = rows.to(dtype), weights.to(dtype)
     return _GroupedMM.apply(rows, weights, plan.offsets, plan.load)

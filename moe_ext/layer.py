@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Experts
-from .gate import TopKGate
+from .topk_gate import TopKGate
 
 
 class Aux(NamedTuple):

@@ -4,7 +4,9 @@ Every operator is `torch.ops.moe_ext.<name>`. Compiled libraries register kernel
 `reference.py` is registered for all devices that have none, so torch's dispatcher makes the choice
 per call. Where no library is built at all, the schemas come from the reference's signatures.
 
-The operators are private: they have no gradient. Use the functions of the package.
+The operators are private; the functions of the package say what they take. Their gradients are
+autograd.Functions (functional.py), which also stand behind the raw operators, so that a program from
+torch.export, which calls those, can be trained.
 """
 
 import warnings
@@ -111,6 +113,7 @@ class Registry:
         self.library: Path | None = None
         self.load_error: str | None = None
         self._python: torch.library.Library | None = None
+        self._gradients: dict[str, type[torch.autograd.Function]] = {}
 
     def load_installed(self) -> None:
         """Register the library that was built with the package, else the reference alone."""
@@ -158,6 +161,38 @@ class Registry:
                 self._python.define(name + schema)
             self._python.impl(name, function, "CompositeExplicitAutograd")
             torch.library.register_fake(f"moe_ext::{name}", _FAKES[name], lib=self._python)
+        self.register_gradients(self._gradients)
+
+    def register_gradients(self, functions: dict[str, type[torch.autograd.Function]]) -> None:
+        """Stand autograd.Functions of the operators' arguments behind them."""
+        self._gradients = functions
+        for name, function in functions.items():
+            self._python.impl(name, _differentiable(name, function), "Autograd")
+
+
+def _differentiable(name: str, function: type[torch.autograd.Function]) -> Callable:
+    def kernel(*args):
+        # A Function calls the operator with gradients off: that call goes on to the kernels.
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
+        ):
+            return function.apply(*args)
+        return _below_autograd(name, *args)
+
+    return kernel
+
+
+def _below_autograd(name: str, *args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.moe_ext, name).default(*args)
+
+
+def run(name: str, *args):
+    """Call an operator from its autograd.Function."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.moe_ext, name).default(*args)
+    # Not by way of the Function again.
+    return _below_autograd(name, *args)
 
 
 def backend(name: str, device: torch.device | str) -> str:

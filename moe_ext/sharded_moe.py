@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .gate import Routing
+    from .topk_gate import Routing
 
 
 def _exp_counts(routing: Routing) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import sharded_moe
-from .functional import Choice, gate
+from .functional import Choice, gate, has_autocast
 from .plan import Plan, make_plan
 
 NOISE_POLICIES = (None, "None", "Jitter", "RSample")
@@ -230,8 +230,11 @@ class TopKGate(nn.Module):
         tokens = tokens.to(dtype)
         if self.training and self.noisy_gate_policy == "Jitter":
             tokens = tokens * torch.empty_like(tokens).uniform_(1 - JITTER, 1 + JITTER)
+        weight = self.wg.weight.to(dtype)
+        if not has_autocast(tokens.device):
+            return F.linear(tokens, weight)
         with torch.autocast(tokens.device.type, enabled=False):
-            return F.linear(tokens, self.wg.weight.to(dtype))
+            return F.linear(tokens, weight)
 
     def _choice_scores(self, logits: Tensor) -> Tensor | None:
         if not self.training:

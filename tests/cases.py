@@ -1,0 +1,81 @@
+"""Sizes, routings and comparisons that the tests share."""
+
+import torch
+from torch import Tensor
+
+from moe_ext import Plan, contracts, make_plan
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+# T, K, E, H: no token, one of everything, K = E, rows that end in a scalar tail, rows longer than
+# any tile, more tokens than a block.
+SIZES = [
+    (0, 2, 4, 8),
+    (1, 1, 1, 1),
+    (33, 2, 8, 7),
+    (127, 8, 8, 13),
+    (5, 3, 64, 16),
+    (9, 2, 4, 1501),
+    (300, 4, 5, 40),
+]
+
+
+def random_experts(T: int, K: int, E: int, device: torch.device | str = "cpu") -> Tensor:
+    """Distinct ids per token. [T, K] int32."""
+    return torch.rand(T, E, device=device).argsort(dim=-1)[:, :K].to(torch.int32)
+
+
+def skewed_experts(T: int, K: int, E: int, device: torch.device | str = "cpu") -> Tensor:
+    """Every token's first choice is expert 0, and experts from K on have none."""
+    return torch.arange(K, dtype=torch.int32, device=device).repeat(T, 1)
+
+
+def masked_experts(T: int, K: int, E: int, device: torch.device | str = "cpu") -> Tensor:
+    """A third of the choices are -1."""
+    experts = random_experts(T, K, E, device)
+    return torch.where(torch.rand(T, K, device=device) < 1 / 3, -1, experts)
+
+
+ROUTINGS = [random_experts, skewed_experts, masked_experts]
+
+
+def plans(T: int, K: int, E: int, device: torch.device | str = "cpu") -> list[Plan]:
+    """Dropless, aligned, and with a capacity of nothing, of half of what comes, and of more."""
+    half = max(1, T * K // (2 * E))
+    made = []
+    for routing in ROUTINGS:
+        experts = routing(T, K, E, device)
+        made += [make_plan(experts, E), make_plan(experts, E, align=8)]
+        made += [make_plan(experts, E, capacity) for capacity in (0, half, T + 3)]
+    return made
+
+
+def values(*size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Normal numbers of size 1."""
+    return torch.randn(*size, device=device, dtype=torch.float64).to(dtype)
+
+
+def weights_for(dtype: torch.dtype, *size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Weights as they stand beside rows of this dtype."""
+    return torch.rand(*size, device=device, dtype=contracts.accumulate_dtype(dtype))
+
+
+def assert_within(actual: Tensor, exact: Tensor, terms: Tensor, additions: int) -> None:
+    """`actual` is `exact` but for rounding.
+
+    exact: float64. terms: the sum of the absolute terms of every sum. additions: how many roundings
+    the accumulation may have; the result is then rounded once to its own dtype.
+    """
+    assert actual.shape == exact.shape
+    accumulate = torch.finfo(contracts.accumulate_dtype(actual.dtype)).eps
+    info = torch.finfo(actual.dtype)
+    bound = info.eps * exact.abs() + (additions + 2) * accumulate * terms + info.smallest_normal
+    error = (actual.double() - exact).abs()
+    assert (error <= bound).all(), f"largest error {(error / bound).max():.3g} times the bound"
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The norm of the difference by the norm of what is expected; 0 where both are empty."""
+    expected = expected.detach().double()
+    difference = (actual.detach().double() - expected).norm()
+    return 0.0 if difference == 0 else float(difference / expected.norm())

@@ -1,0 +1,173 @@
+import math
+
+import pytest
+import torch
+from cases import DTYPES, assert_within, relative_error
+from torch.autograd import gradcheck, gradgradcheck
+
+import moe_ext
+from moe_ext import contracts, reference
+
+SCORINGS = contracts.SCORINGS
+# T, E, K: T across the block of 128 tokens, K across the limit of 32 between the two ways to choose.
+SHAPES = [(0, 4, 2), (1, 1, 1), (33, 8, 2), (127, 8, 8), (128, 3, 1), (300, 64, 6), (40, 100, 33)]
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def stable_choice(scores: torch.Tensor, k: int) -> torch.Tensor:
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].to(torch.int32)
+
+
+@pytest.mark.parametrize(("T", "E", "K"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_choice_is_a_stable_sort(device, T, E, K, dtype):
+    logits = torch.randn(T, E, device=device).to(dtype)
+    choice = moe_ext.gate(logits, K)
+    assert choice.experts.dtype == torch.int32
+    assert torch.equal(choice.experts, stable_choice(logits, K))
+
+
+@pytest.mark.parametrize("K", [1, 3, 40])
+def test_ids_are_distinct_and_in_range_whatever_comes(device, K):
+    E = 40
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 3e38], device=device)
+    logits = special[torch.randint(len(special), (500, E), device=device)]
+    logits[0], logits[1], logits[2] = math.nan, -math.inf, math.inf
+    choice = moe_ext.gate(logits, K)
+    assert torch.equal(choice.experts, stable_choice(logits, K))
+    ids = choice.experts.sort(dim=-1).values
+    assert (ids[:, 0] >= 0).all()
+    assert (ids[:, -1] < E).all()
+    assert (ids.diff(dim=-1) > 0).all()
+
+
+def test_equal_scores_go_to_the_lower_id(device):
+    choice = moe_ext.gate(torch.zeros(5, 8, device=device), 3)
+    assert choice.experts.tolist() == [[0, 1, 2]] * 5
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "E", "K"), SHAPES)
+def test_matches_reference(device, T, E, K, dtype, scoring, renormalise):
+    logits = (3 * torch.randn(T, E, device=device)).to(dtype)
+    scores = logits + torch.randn(T, E, device=device).to(dtype)
+    actual = moe_ext.gate(
+        logits, K, choice_scores=scores, scoring=scoring, renormalise=renormalise, scale=2.5
+    )
+    expected = reference.gate(logits.double(), scores.double(), K, scoring, renormalise, 2.5)
+    weights, experts, probs, importance = expected
+    assert torch.equal(actual.experts, experts)
+    accumulate = contracts.accumulate_dtype(dtype)
+    assert {actual.weights.dtype, actual.probs.dtype, actual.importance.dtype} == {accumulate}
+    # exp and log1p of float32 are good to some units in the last place, times the exponent.
+    assert_within(actual.probs, probs, probs, additions=32 + E)
+    assert_within(actual.weights, weights, weights, additions=64 + E)
+    assert_within(actual.importance, importance, importance, additions=160 + E)
+
+
+def test_softmax_weights_sum_to_one_over_all_experts(device):
+    logits = 5 * torch.randn(64, 16, device=device, dtype=torch.float64)
+    choice = moe_ext.gate(logits, 16)
+    torch.testing.assert_close(choice.weights.sum(-1), torch.ones(64).double().to(device))
+    renormalised = moe_ext.gate(logits, 3, renormalise=True)
+    torch.testing.assert_close(renormalised.weights, logits.topk(3).values.softmax(-1))
+
+
+def test_nan_stays_in_its_token(device):
+    logits = torch.randn(300, 8, device=device)
+    clean = moe_ext.gate(logits, 2, renormalise=True)
+    logits[7, 3] = math.nan
+    dirty = moe_ext.gate(logits, 2, renormalise=True)
+    assert dirty.weights[7].isnan().all()
+    assert dirty.probs[7].isnan().all()
+    assert dirty.importance.isnan().all()
+    others = torch.arange(300, device=device) != 7
+    for before, after in zip(clean[:3], dirty[:3], strict=True):
+        assert torch.equal(before[others], after[others])
+
+
+def test_a_sum_of_zero_gives_zero_weights(device):
+    logits = torch.full((3, 4), -math.inf, device=device)
+    choice = moe_ext.gate(logits, 2, scoring="sigmoid", renormalise=True)
+    assert torch.equal(choice.weights, torch.zeros(3, 2, device=device))
+
+
+def test_bitwise_the_same_for_any_number_of_threads():
+    logits = torch.randn(3000, 32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(moe_ext.gate(logits, 4, renormalise=True))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def _differentiable(K, scoring, renormalise):
+    def function(logits):
+        choice = moe_ext.gate(logits, K, scoring=scoring, renormalise=renormalise, scale=1.7)
+        return choice.weights, choice.probs, choice.importance
+
+    return function
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(("T", "E", "K"), [(4, 5, 2), (3, 4, 4), (2, 1, 1), (0, 3, 2)])
+def test_gradients(device, T, E, K, scoring, renormalise):
+    # Apart enough for a finite difference not to change the choice.
+    logits = torch.rand(T, E, device=device, dtype=torch.float64).argsort(-1).double() - E / 2
+    logits.requires_grad_()
+    function = _differentiable(K, scoring, renormalise)
+    assert gradcheck(function, (logits,), check_batched_grad=T > 0)
+    assert gradgradcheck(function, (logits,))
+
+
+@pytest.mark.parametrize("outputs", [(0,), (1,), (2,), (0, 2)])
+def test_gradient_of_some_outputs(device, outputs):
+    logits = torch.randn(6, 5, device=device, dtype=torch.float64, requires_grad=True)
+    function = _differentiable(2, "softmax", True)
+    assert gradcheck(lambda x: [function(x)[i] for i in outputs], (logits,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_has_the_dtype_of_the_logits(device, dtype):
+    logits = torch.randn(130, 9, device=device).to(dtype).requires_grad_()
+    choice = moe_ext.gate(logits, 3, renormalise=True)
+    upstream = torch.randn_like(choice.weights)
+    (choice.weights * upstream).sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    chosen = exact.softmax(-1).gather(-1, choice.experts.long())
+    ((chosen / chosen.sum(-1, keepdim=True)) * upstream.double()).sum().backward()
+    assert logits.grad.dtype == dtype
+    assert relative_error(logits.grad, exact.grad) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_backward_kernel_matches_reference(device, scoring, renormalise):
+    T, E, K = 301, 12, 5
+    choice = moe_ext.gate(torch.randn(T, E, device=device), K, scoring=scoring)
+    grads = [torch.randn_like(t) for t in (choice.weights, choice.probs, choice.importance)]
+    for present in range(8):
+        some = [g if present >> i & 1 else None for i, g in enumerate(grads)]
+        rule = (scoring, renormalise, 0.7)
+        args = (*some, choice.probs, choice.experts, *rule)
+        actual = torch.ops.moe_ext.gate_backward(*args)
+        wide = [None if g is None else g.double() for g in some]
+        expected = reference.gate_backward(*wide, choice.probs.double(), choice.experts, *rule)
+        assert relative_error(actual, expected) < 1e-6
+
+
+def test_no_gradient_through_the_choice(device):
+    logits = torch.randn(4, 5, device=device, requires_grad=True)
+    scores = torch.randn(4, 5, device=device, requires_grad=True)
+    moe_ext.gate(logits, 2, choice_scores=scores).weights.sum().backward()
+    assert scores.grad is None
+    assert logits.grad is not None

@@ -1,0 +1,462 @@
+"""TopKGate and MOELayer against oracles in plain PyTorch, and what callers do with layers."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from cases import relative_error
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import moe_ext
+from moe_ext import Experts, GroupedExperts, ModuleExperts, MOELayer, TopKGate
+from moe_ext.topk_gate import expert_capacity
+
+E, H, FFN = 6, 10, 12
+
+
+def gate_for(k: int, dtype=torch.float64, **options) -> TopKGate:
+    options = {"min_capacity": 0, "use_rts": False, "drop_policy": "position"} | options
+    return TopKGate(H, E, k=k, top2_2nd_expert_sampling=False, dtype=dtype, **options)
+
+
+def layer_for(k: int, dtype=torch.float64, activation="swiglu", bias=False, **options) -> MOELayer:
+    experts = GroupedExperts(E, H, FFN, activation=activation, bias=bias, dtype=dtype)
+    return MOELayer(gate_for(k, dtype, **options), experts)
+
+
+def expert_by_hand(experts: GroupedExperts, e: int, x: torch.Tensor) -> torch.Tensor:
+    p = dict(experts.named_parameters())
+    up_name = "gate_up_proj" if experts.activation == "swiglu" else "up_proj"
+    up = x @ p[up_name][e].T + (p[f"{up_name}_bias"][e] if experts.has_bias else 0)
+    if experts.activation == "swiglu":
+        inner = F.silu(up[:, :FFN]) * up[:, FFN:]
+    else:
+        inner = {"gelu": F.gelu, "relu": F.relu}[experts.activation](up)
+    return inner @ p["down_proj"][e].T + (p["down_proj_bias"][e] if experts.has_bias else 0)
+
+
+def layer_by_hand(layer: MOELayer, x: torch.Tensor, capacity: int | None):
+    """Every expert on every token, and a loop that drops first-come, choice after choice."""
+    k = layer.gate.k
+    probs = (x @ layer.gate.wg.weight.T).softmax(-1)
+    ids = probs.topk(k, dim=-1).indices
+    kept = torch.zeros(len(x), k, dtype=torch.bool)
+    load = [0] * E
+    for choice in range(k):
+        for t in range(len(x)):
+            e = int(ids[t, choice])
+            kept[t, choice] = capacity is None or load[e] < capacity
+            load[e] += 1
+    weights = probs.gather(-1, ids) * kept
+    if k > 1:
+        eps = torch.finfo(weights.dtype).eps
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=eps)
+    outputs = torch.stack([expert_by_hand(layer.experts, e, x) for e in range(E)], dim=1)
+    out = (weights.unsqueeze(-1) * outputs.gather(1, ids.unsqueeze(-1).expand(-1, -1, H))).sum(1)
+    counted = ids[:, :1] if k <= 2 else ids
+    share = F.one_hot(counted, E).double().sum((0, 1)) / len(x)
+    l_aux = E / counted.shape[1] * (probs.mean(0) * share).sum()
+    return out, l_aux, torch.tensor(load)
+
+
+def gradients(layer, x, out, l_aux):
+    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    loss = (out * upstream).sum() + 3 * l_aux
+    return torch.autograd.grad(loss, [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("capacity", ["dropless", "above T", "below T"])
+def test_equals_the_oracle(k, capacity, activation, bias):
+    T = 50
+    options = {
+        "dropless": {"drop_tokens": False},
+        "above T": {"capacity_factor": 2.0 * E},
+        "below T": {"capacity_factor": 0.6},
+    }[capacity]
+    layer = layer_for(k, activation=activation, bias=bias, **options)
+    x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    C = layer.gate.capacity(T)
+    if capacity == "above T":
+        assert C > T
+    if capacity == "below T":
+        assert C < T
+    out, l_aux, load = layer_by_hand(layer, x, C)
+    actual = layer(x)
+    assert relative_error(actual, out) < 1e-12
+    assert relative_error(layer.l_aux, l_aux) < 1e-12
+    assert layer.exp_counts.dtype == torch.int64
+    assert torch.equal(layer.exp_counts, load)
+    if capacity == "below T":
+        assert load.max() > C
+    expected = gradients(layer, x, out, l_aux)
+    for grad, wanted in zip(gradients(layer, x, actual, layer.l_aux), expected, strict=True):
+        assert relative_error(grad, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_tokens": False}])
+def test_module_experts_equal_grouped_ones(options):
+    grouped = layer_for(2, activation="relu", bias=True, **options)
+
+    modules = ModuleExperts(
+        nn.Sequential(nn.Linear(H, FFN), nn.ReLU(), nn.Linear(FFN, H)).double(), E
+    )
+    p = grouped.experts
+    for e, module in enumerate(modules.experts):
+        module[0].load_state_dict({"weight": p.up_proj[e], "bias": p.up_proj_bias[e]})
+        module[2].load_state_dict({"weight": p.down_proj[e], "bias": p.down_proj_bias[e]})
+    layer = MOELayer(grouped.gate, modules)
+    x = torch.randn(4, 9, H, dtype=torch.float64)
+    assert relative_error(layer(x), grouped(x)) < 1e-12
+    # Experts without a token take part, with gradient zero.
+    layer(x[:1, :1]).sum().backward()
+    assert all(q.grad is not None for q in modules.parameters())
+
+
+def test_shape_dtype_and_device_are_kept():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        layer = layer_for(2, dtype=dtype)
+        x = torch.randn(2, 3, 5, H, dtype=dtype)
+        out = layer(x)
+        assert out.shape == x.shape
+        assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"drop_tokens": False}, {"min_capacity": 4}])
+def test_no_token(k, options):
+    layer = layer_for(k, **options)
+    x = torch.empty(0, H, dtype=torch.float64, requires_grad=True)
+    out = layer(x)
+    assert out.shape == (0, H)
+    assert layer.l_aux == 0
+    assert torch.equal(layer.exp_counts, torch.zeros(E, dtype=torch.int64))
+    (out.sum() + layer.l_aux).backward()
+    assert all((p.grad == 0).all() for p in layer.parameters())
+
+
+def test_one_expert():
+    layer = MOELayer(
+        TopKGate(H, 1, dtype=torch.float64, drop_tokens=False),
+        GroupedExperts(1, H, FFN, dtype=torch.float64),
+    )
+    x = torch.randn(7, H, dtype=torch.float64)
+    assert relative_error(layer(x), expert_by_hand(layer.experts, 0, x)) < 1e-12
+    torch.testing.assert_close(layer.l_aux, torch.ones_like(layer.l_aux))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_unused_tokens_give_zero_and_take_no_room(k, dtype):
+    layer = layer_for(k, capacity_factor=0.7)
+    x = torch.randn(3, 20, H, dtype=torch.float64)
+    used = torch.rand(3, 20) < 0.6
+    out = layer(x, used.to(dtype))
+    assert (out[~used] == 0).all()
+    assert layer.exp_counts.sum() == k * used.sum()
+    layer.gate.capacity = lambda num_tokens, C=layer.gate.capacity(60): C
+    assert relative_error(out[used], layer(x[used])) < 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"drop_tokens": False}, {"capacity_factor": 0.5}])
+def test_dense_masks_say_what_the_layer_does(k, options):
+    layer = layer_for(k, **options)
+    x = torch.randn(40, H, dtype=torch.float64)
+    l_aux, combine_weights, dispatch_mask, exp_counts = layer.gate(x)
+    S, C = 40, combine_weights.shape[2]
+    assert combine_weights.shape == dispatch_mask.shape == (S, E, C)
+    assert dispatch_mask.dtype == torch.bool
+    assert exp_counts.dtype == torch.int64
+    rows = torch.einsum("sec,sm->ecm", dispatch_mask.double(), x)
+    outputs = torch.stack([expert_by_hand(layer.experts, e, rows[e]) for e in range(E)])
+    out = torch.einsum("sec,ecm->sm", combine_weights, outputs)
+    assert relative_error(layer(x), out) < 1e-12
+    assert torch.equal(layer.exp_counts, exp_counts)
+    assert torch.equal(layer.l_aux, l_aux)
+    grads = torch.autograd.grad(combine_weights.square().sum(), layer.gate.wg.weight)
+    weights = layer.gate.route(x).weights
+    expected = torch.autograd.grad(weights.square().sum(), layer.gate.wg.weight)
+    assert relative_error(grads[0], expected[0]) < 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_sparse_and_tutel_routes_say_the_same(k):
+    gate = gate_for(k, capacity_factor=0.5)
+    x = torch.randn(40, H, dtype=torch.float64)
+    _, combine_weights, _, exp_counts = gate(x)
+    for sevenfold in (gate(x, sparse_routes=True), gate(x, use_tutel=True)):
+        _, C, num_experts, indices, locations, gates, counts = sevenfold
+        assert num_experts == E
+        assert int(C) == combine_weights.shape[2]
+        assert torch.equal(counts, exp_counts)
+        rebuilt = torch.zeros_like(combine_weights)
+        for ids, places, weights in zip(indices, locations, gates, strict=True):
+            for s in range(40):
+                if ids[s] >= 0:
+                    rebuilt[s, ids[s], places[s]] += weights[s]
+                else:
+                    assert weights[s] == places[s] == 0
+        assert torch.equal(rebuilt, combine_weights)
+
+
+def test_capacity_is_float32_arithmetic():
+    assert expert_capacity(25, 2, 1.2, 0) == 16
+    assert expert_capacity(20, 3, 1.05, 0) == 7
+    factors = [0.1, 0.5, 0.7, 1.0, 1.05, 1.1, 1.2, 1.25, 1.3, 1.5, 2.0, 2.4, 3.3, 4.0, 1e-3]
+    for T in [*range(1, 130), 1000, 4095, 4096, 4097, 65537, 999_999]:
+        for num_experts in (1, 2, 3, 5, 7, 8, 12, 64, 100, 256):
+            for factor in factors:
+                tensor = torch.tensor(T / num_experts) * torch.tensor(factor)
+                wanted = max(int(tensor.ceil()), 4)
+                assert expert_capacity(T, num_experts, factor, 4) == wanted
+
+
+def test_capacity_follows_the_mode():
+    gate = TopKGate(H, E, k=2, capacity_factor=1.0, eval_capacity_factor=3.0, min_capacity=1)
+    assert gate.capacity(60) == 20
+    assert gate.eval().capacity(60) == 60
+    assert TopKGate(H, E, drop_tokens=False).capacity(60) is None
+
+
+def test_random_token_selection_replays_one_uniform_draw():
+    gate = TopKGate(H, E, k=1, capacity_factor=0.5, min_capacity=0)
+    x = torch.randn(60, H)
+    torch.manual_seed(7)
+    routing = gate.route(x)
+    torch.manual_seed(7)
+    uniform = torch.rand(60, E)
+    C = gate.capacity(60)
+    for e in range(E):
+        asked = (routing.plan.experts[:, 0] == e).nonzero().flatten()
+        kept = (routing.plan.slots[asked, 0] >= 0).nonzero().flatten()
+        best = uniform[asked, e].topk(min(C, len(asked))).indices
+        assert set(asked[kept].tolist()) == set(asked[best].tolist())
+
+
+def test_the_least_probable_are_dropped():
+    gate = TopKGate(H, E, k=3, capacity_factor=0.5, min_capacity=0)
+    assert gate.drop_policy == "probs"
+    routing = gate.route(torch.randn(60, H))
+    probs = routing.probs.gather(-1, routing.plan.experts.long())
+    for e in range(E):
+        mine = routing.plan.experts == e
+        kept, dropped = probs[mine & (routing.plan.slots >= 0)], probs[mine & (routing.plan.slots < 0)]
+        if len(dropped):
+            assert kept.min() >= dropped.max()
+
+
+def test_evaluation_is_deterministic():
+    for options in ({}, {"noisy_gate_policy": "RSample"}, {"noisy_gate_policy": "Jitter"}, {"k": 2}):
+        gate = TopKGate(H, E, **options).eval()
+        x = torch.randn(50, H)
+        first, second = gate(x), gate(x)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_noise_is_for_training():
+    x = torch.randn(200, H)
+    for options in ({"noisy_gate_policy": "RSample"}, {"noisy_gate_policy": "Jitter"}, {"k": 2}):
+        gate = TopKGate(H, E, drop_tokens=False, **options)
+        draws = [gate.route(x) for _ in range(2)]
+        assert any(
+            not torch.equal(a, b) for a, b in zip(draws[0].weights, draws[1].weights, strict=True)
+        )
+    # The second expert is drawn, the first one is not.
+    gate = TopKGate(H, E, k=2, drop_tokens=False)
+    drawn, plain = gate.route(x).plan.experts, gate.eval().route(x).plan.experts
+    assert torch.equal(drawn[:, 0], plain[:, 0])
+    assert not torch.equal(drawn[:, 1], plain[:, 1])
+
+
+def test_jitter_is_one_percent():
+    gate = TopKGate(H, E, noisy_gate_policy="Jitter", drop_tokens=False)
+    with torch.no_grad():
+        gate.wg.weight.copy_(torch.eye(E, H))
+    x = torch.full((1000, H), 3.0)
+    ratio = gate.route(x).probs.log().diff(dim=-1).abs() / 3
+    assert 0.015 < ratio.max() <= 0.0201
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gate_is_float32_under_autocast_and_for_16_bit(dtype):
+    gate = gate_for(2, dtype=torch.float32)
+    x = torch.randn(30, H).to(dtype)
+    expected = gate.route(x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = gate.route(x)
+    for routing in (under, gate.route(x)):
+        assert routing.weights.dtype == torch.float32
+        assert torch.equal(routing.weights, expected.weights)
+        assert torch.equal(routing.l_aux, expected.l_aux)
+    gate.to(dtype)
+    assert gate.route(x).probs.dtype == torch.float32
+    assert gate.wg.weight.dtype == dtype
+
+
+def test_gate_is_float64_where_its_weight_is():
+    gate = gate_for(2)
+    routing = gate.route(torch.randn(30, H))
+    assert routing.probs.dtype == torch.float64
+    assert routing.weights.dtype == torch.float32
+
+
+def test_layer_under_autocast():
+    layer = layer_for(2, dtype=torch.float32)
+    x = torch.randn(30, H, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.float32
+    assert 0 < relative_error(out, layer(x)) < 0.02
+    out.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_l_aux_reaches_the_router_and_nothing_else():
+    layer = layer_for(2)
+    layer(torch.randn(30, H, dtype=torch.float64))
+    layer.l_aux.backward()
+    assert layer.gate.wg.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in layer.experts.parameters())
+
+
+def test_an_even_router_has_loss_one():
+    for k in (1, 2, 3):
+        gate = gate_for(k)
+        x = torch.eye(E, H, dtype=torch.float64).repeat(10, 1)
+        with torch.no_grad():
+            weight = torch.eye(E, dtype=torch.float64)
+            weight = weight + 0.5 * weight.roll(1, 0) + 0.25 * weight.roll(2, 0)
+            gate.wg.weight.copy_(F.pad(weight, (0, H - E)))
+        assert gate.route(x).l_aux.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_after_a_forward(copier):
+    layer = layer_for(2)
+    x = torch.randn(30, H, dtype=torch.float64)
+    out = layer(x)
+    twin = copier(layer)
+    assert twin.l_aux is None
+    assert twin.exp_counts is None
+    assert layer.l_aux.requires_grad
+    assert torch.equal(twin(x), out)
+
+
+def test_state_dict_keys():
+    layer = layer_for(2, bias=True)
+    assert set(layer.state_dict()) == {
+        "gate.wg.weight",
+        "experts.gate_up_proj",
+        "experts.gate_up_proj_bias",
+        "experts.down_proj",
+        "experts.down_proj_bias",
+    }
+    plain = GroupedExperts(E, H, FFN, activation="gelu")
+    assert {n: tuple(p.shape) for n, p in plain.named_parameters()} == {
+        "up_proj": (E, FFN, H),
+        "down_proj": (E, H, FFN),
+    }
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        layer = layer_for(2, bias=True, dtype=torch.float32)
+    out, aux = layer.forward_with_aux(torch.randn(30, H, device="meta"))
+    assert out.shape == (30, H)
+    assert aux.exp_counts.shape == (E,)
+    real = layer.to_empty(device="cpu")
+    for module in (real.gate, real.experts):
+        module.reset_parameters()
+    assert real(torch.randn(30, H)).isfinite().all()
+    assert real.experts.down_proj.abs().max() <= 1 / math.sqrt(FFN)
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_tokens": False}, {"drop_policy": "random"}])
+def test_checkpointing(options):
+    """The routing of the recomputation is that of the forward, with noise too."""
+    layer = layer_for(1, **options)
+
+    def run(apply):
+        torch.manual_seed(3)
+        x = torch.linspace(-2, 2, 40 * H, dtype=torch.float64).view(40, H).requires_grad_()
+        return gradients(layer, x, *apply(x))
+
+    def attribute(x):
+        out = layer(x)
+        return out, layer.l_aux
+
+    def checkpointed_attribute(x):
+        out = checkpoint(layer, x, use_reentrant=False)
+        return out, layer.l_aux
+
+    def checkpointed(x):
+        out, aux = checkpoint(layer.forward_with_aux, x, use_reentrant=False)
+        return out, aux.l_aux
+
+    plain = run(attribute)
+    for other in (checkpointed_attribute, checkpointed):
+        assert all(torch.equal(a, b) for a, b in zip(plain, run(other), strict=True))
+
+
+def test_gradient_of_a_gradient():
+    layer = layer_for(2, capacity_factor=0.7)
+    x = torch.randn(20, H, dtype=torch.float64, requires_grad=True)
+
+    def loss(x):
+        out, aux = layer.forward_with_aux(x)
+        return out.square().sum() + aux.l_aux
+
+    (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    direction = torch.randn_like(x)
+    (product,) = torch.autograd.grad((grad * direction).sum(), x)
+    step = 1e-6
+    ahead, behind = (
+        torch.autograd.grad(loss(point), point)[0]
+        for point in ((x + s * step * direction).detach().requires_grad_() for s in (1, -1))
+    )
+    assert relative_error((ahead - behind) / (2 * step), product) < 1e-6
+
+
+def test_experts_of_ones_own():
+    class Scale(Experts):
+        def __init__(self):
+            super().__init__(E)
+            self.factor = nn.Parameter(torch.ones(E))
+
+        def forward(self, rows, plan):
+            expert = plan.experts.reshape(-1)[plan.sources.clamp(min=0)].long()
+            return rows * self.factor[expert].unsqueeze(-1)
+
+    layer = MOELayer(gate_for(2, dtype=torch.float32, drop_tokens=False), Scale())
+    x = torch.randn(30, H)
+    torch.testing.assert_close(layer(x), x)
+    with pytest.raises(NotImplementedError, match="Experts must define forward"):
+        MOELayer(layer.gate, Experts(E))(x)
+
+
+def test_the_layer_builds_no_mask():
+    """Memory grows with tokens, not with their square: the largest tensor is a row buffer."""
+    layer = layer_for(2, dtype=torch.float32)
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    T = 3000
+    with Largest():
+        out, aux = layer.forward_with_aux(torch.randn(T, H))
+        (out.sum() + aux.l_aux).backward()
+    assert largest <= (2 * T + E) * 2 * FFN

@@ -1,0 +1,221 @@
+"""What the rest of PyTorch does with the functions and the layer: compile, export, torch.func,
+opcheck."""
+
+import pytest
+import torch
+from cases import DTYPES, relative_error
+from torch.utils.checkpoint import checkpoint
+
+import moe_ext
+from moe_ext import GroupedExperts, MOELayer, TopKGate, ops
+
+E, H, FFN = 6, 8, 8
+TOKENS = (33, 5, 64, 127, 200)
+
+
+def layer_for(k=2, **options) -> MOELayer:
+    gate = TopKGate(H, E, k=k, top2_2nd_expert_sampling=False, **options)
+    return MOELayer(gate, GroupedExperts(E, H, FFN))
+
+
+OPTIONS = [
+    {"drop_tokens": False},
+    {"capacity_factor": 0.8, "min_capacity": 1},
+    {"k": 1, "min_capacity": 2, "use_rts": False},
+    {"k": 3, "capacity_factor": 1.2},
+]
+
+
+@pytest.fixture
+def compiled():
+    """torch.compile from a clean state; gives how many graphs it made."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def loss_and_gradients(layer, function, x):
+    out, aux = function(x)
+    grads = torch.autograd.grad(out.square().sum() + aux.l_aux, [x, *layer.parameters()])
+    return [out.detach(), aux.l_aux.detach(), aux.exp_counts, *grads]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_one_compilation_serves_five_values_of_t(compiled, options):
+    layer = layer_for(**options)
+    function = torch.compile(
+        layer.forward_with_aux, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for T in TOKENS:
+        x = torch.randn(T, H, requires_grad=True)
+        actual = loss_and_gradients(layer, function, x)
+        expected = loss_and_gradients(layer, layer.forward_with_aux, x)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert compiled() == 1
+
+
+def test_inductor(compiled):
+    layer = layer_for(drop_tokens=False)
+    function = torch.compile(layer.forward_with_aux, fullgraph=True, dynamic=True)
+    for T in TOKENS:
+        x = torch.randn(T, H, requires_grad=True)
+        actual = loss_and_gradients(layer, function, x)
+        expected = loss_and_gradients(layer, layer.forward_with_aux, x)
+        for a, b in zip(actual, expected, strict=True):
+            assert relative_error(a, b) < 1e-5
+    assert compiled() == 1
+
+
+def test_compiled_layer_sets_its_attributes(compiled):
+    layer = layer_for()
+    x = torch.randn(40, H)
+    expected = layer(x)
+    l_aux, exp_counts = layer.l_aux, layer.exp_counts
+    layer.l_aux = layer.exp_counts = None
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+    assert torch.equal(layer.l_aux, l_aux)
+    assert torch.equal(layer.exp_counts, exp_counts)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2])
+def test_compile_with_checkpoint(compiled, options):
+    layer = layer_for(**options)
+
+    def function(x):
+        return checkpoint(layer.forward_with_aux, x, use_reentrant=False)
+
+    x = torch.randn(40, H, requires_grad=True)
+    actual = loss_and_gradients(
+        layer, torch.compile(function, fullgraph=True, backend="aot_eager"), x
+    )
+    expected = loss_and_gradients(layer, layer.forward_with_aux, x)
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+class Pure(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden):
+        return self.layer.forward_with_aux(hidden)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_export_gives_a_program_that_trains(options):
+    layer = layer_for(**options)
+    # The capacity is arithmetic that export does not keep symbolic.
+    is_dynamic = layer.gate.capacity(64) is None
+    shapes = {"hidden": {0: torch.export.Dim("T", min=2, max=4096)}} if is_dynamic else None
+    program = torch.export.export(Pure(layer), (torch.randn(64, H),), dynamic_shapes=shapes)
+    called = {str(node.target) for node in program.graph.nodes}
+    assert {f"moe_ext.{name}.default" for name in ("gate", "plan", "dispatch", "combine")} <= called
+    module = program.module()
+    for T in TOKENS if is_dynamic else (64,):
+        x = torch.randn(T, H, requires_grad=True)
+        out, aux = module(x)
+        actual = torch.autograd.grad(
+            out.square().sum() + aux.l_aux, [x, module.layer.gate.wg.weight]
+        )
+        expected = loss_and_gradients(layer, layer.forward_with_aux, x)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(actual[0], expected[3])
+        assert torch.equal(actual[1], expected[4])
+
+
+def test_raw_operators_have_gradients():
+    plan = moe_ext.make_plan(torch.tensor([[0, 1], [1, 0]], dtype=torch.int32), 2)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    raw = torch.ops.moe_ext.dispatch(x, plan.slots, plan.sources, None)
+    (grad,) = torch.autograd.grad(raw.square().sum(), x)
+    torch.testing.assert_close(grad, 4 * x)
+
+
+def _arguments(dtype):
+    T, K = 13, 2
+    logits = torch.randn(T, E).to(dtype)
+    experts = logits.topk(K).indices.to(torch.int32)
+    plan = moe_ext.make_plan(experts, E, 5)
+    choice = moe_ext.gate(logits, K)
+    x, rows = torch.randn(T, H).to(dtype), torch.randn(len(plan.sources), H).to(dtype)
+    routes, groups = (plan.slots, plan.sources), (plan.offsets, plan.load)
+    outer = torch.randn(len(rows), 3).to(dtype)
+    return {
+        "gate": (logits, None, K, "softmax", True, 1.5),
+        "gate_backward": (choice.weights, None, choice.importance, choice.probs, choice.experts)
+        + ("sigmoid", False, 1.0),
+        "plan": (experts, torch.rand(T, K), E, 5, "choice", 1),
+        "dispatch": (x, *routes, choice.weights),
+        "combine": (rows, *routes, choice.weights),
+        "route_dot": (x, rows, *routes),
+        "grouped_mm": (rows, torch.randn(E, 3, H).to(dtype), *groups),
+        "grouped_outer": (outer, rows, *groups),
+    }
+
+
+def _leaves(args):
+    return tuple(
+        a.detach().clone().requires_grad_()
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+        else a
+        for a in args
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_opcheck(name, dtype):
+    args = _arguments(dtype)[name]
+    operator = getattr(torch.ops.moe_ext, name).default
+    torch.library.opcheck(operator, args)
+    if name != "plan":
+        torch.library.opcheck(operator, _leaves(args))
+
+
+def test_opcheck_dropless_plan():
+    experts = _arguments(torch.float32)["plan"][0]
+    for align in (1, 4):
+        args = (experts, None, E, None, "token", align)
+        torch.library.opcheck(torch.ops.moe_ext.plan.default, args)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2])
+def test_func_grad_and_per_sample_gradients(options):
+    layer = layer_for(**options).eval()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        out = torch.func.functional_call(layer, parameters, (x,))
+        return out.square().sum()
+
+    x = torch.randn(3, 10, H)
+    grads = torch.func.grad(loss)(parameters, x[0])
+    layer(x[0]).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert relative_error(grads[name], parameter.grad) < 1e-5
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        expected = torch.func.grad(loss)(parameters, x[i])
+        for name in parameters:
+            assert relative_error(per_sample[name][i], expected[name]) < 1e-5
+
+
+def test_hessian():
+    x = torch.randn(4, E, dtype=torch.float64)
+
+    def loss(logits):
+        return (moe_ext.gate(logits, 2, renormalise=True).weights ** 2).sum()
+
+    hessian = torch.func.jacrev(torch.func.jacrev(loss))(x)
+    twice = torch.autograd.functional.hessian(loss, x)
+    torch.testing.assert_close(hessian, twice)
+
+
+def test_forward_mode_says_no():
+    x = torch.randn(4, E)
+    plan = moe_ext.make_plan(torch.zeros(4, 1, dtype=torch.int32), 1)
+    for function in (lambda x: moe_ext.gate(x, 2).weights, lambda x: moe_ext.dispatch(x, plan)):
+        with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+            torch.func.jvp(function, (x,), (x,))
