@@ -159,12 +159,12 @@ inline PlanArgs plan_args(const Tensor& experts, const OptionalTensor& priority,
   }
   const int64_t R = capacity ? num_experts * *capacity : dropless_rows(T * K, num_experts, align);
   check.int32_size("rows", R);
-  return {dense(experts), dense(priority), T,     K, num_experts, T * K, R,
+  return {dense(experts), dense(priority),   T,    K, num_experts, T * K, R,
           capacity,       order == "choice", align};
 }
 
-// What dispatch, combine and route_dot share: slots [T, K] and sources [R] beside a tensor that gives
-// dtype and device, and weights [T, K] where there are any.
+// What dispatch, combine and route_dot share: slots [T, K] and sources [R] beside a tensor that
+// gives dtype and device, and weights [T, K] where there are any.
 inline void check_routes(const Check& check, const char* name, const Tensor& like,
                          const Tensor& slots, int64_t num_tokens, const Tensor& sources,
                          int64_t num_rows, const OptionalTensor& weights) {
@@ -191,8 +191,8 @@ struct DispatchArgs {
   int64_t num_tokens, top_k, num_rows, hidden;
 };
 
-inline DispatchArgs dispatch_args(const Tensor& tokens, const Tensor& slots,
-                                  const Tensor& sources, const OptionalTensor& weights) {
+inline DispatchArgs dispatch_args(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
+                                  const OptionalTensor& weights) {
   const Check check("dispatch");
   check.shape("tokens", tokens, {{"T", kAny}, {"H", kAny}});
   check.floating("tokens", tokens);
@@ -236,7 +236,7 @@ inline RouteDotArgs route_dot_args(const Tensor& tokens, const Tensor& rows, con
   check.dtype("rows", rows, tokens.scalar_type());
   check.same_device("rows", rows, "tokens", tokens);
   check_routes(check, "tokens", tokens, slots, tokens.size(0), sources, rows.size(0), std::nullopt);
-  return {dense(tokens), dense(rows),  dense(slots), dense(sources),
+  return {dense(tokens),  dense(rows),   dense(slots), dense(sources),
           tokens.size(0), slots.size(1), rows.size(0), tokens.size(1)};
 }
 

@@ -3,9 +3,9 @@
 from . import build, ops
 from .experts import Experts, GroupedExperts, ModuleExperts
 from .functional import Choice, combine, dispatch, gate, grouped_mm, route_dot
-from .topk_gate import Routing, TopKGate
 from .layer import Aux, MOELayer
 from .plan import Plan, make_plan
+from .topk_gate import Routing, TopKGate
 
 __version__ = "0.1.0"
 

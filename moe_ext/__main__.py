@@ -34,7 +34,9 @@ def main() -> int:
     parse = commands.add_parser("demo", help="train a small MoE language model beside a dense one")
     parse.add_argument("--steps", type=positive, default=1200, help="steps per model (1200)")
     parse.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    parse.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers (0)")
+    parse.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same numbers (0)"
+    )
     parse.add_argument("--out", type=Path, default=Path("demo-out"), help="folder (demo-out)")
     parse.set_defaults(run=demo)
     arguments = parser.parse_args()

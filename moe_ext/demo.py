@@ -49,7 +49,7 @@ class Config:
 
 
 class DenseFFN(nn.Module):
-    """The dense model's feed-forward: one SwiGLU. hidden [..., H] -> the same, and no statistics."""
+    """The dense model's feed-forward: one SwiGLU. hidden [..., H] -> the same."""
 
     def __init__(self, width: int, ffn: int) -> None:
         super().__init__()
@@ -86,7 +86,9 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         batch, context, width = hidden.shape
         q, k, v = (
-            self.qkv(self.norm1(hidden)).view(batch, context, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            self.qkv(self.norm1(hidden))
+            .view(batch, context, 3, self.heads, -1)
+            .permute(2, 0, 3, 1, 4)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         hidden = hidden + self.proj(mixed.transpose(1, 2).reshape(batch, context, width))
@@ -238,6 +240,7 @@ def train(name: str, corpus: Corpus, config: Config, device: torch.device, resul
     result["curve"] = [(0, result["bits_per_byte_before"])]
     result["train_curve"] = []
     seconds, count, recent = 0.0, LoadCount(), []
+    save()
 
     bar = tqdm(range(config.steps), desc=name, unit="step", dynamic_ncols=True)
     for step in bar:

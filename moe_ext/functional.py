@@ -73,7 +73,16 @@ class _GateBackward(Function):
     def forward(
         grad_weights, grad_probs, grad_importance, probs, experts, scoring, renormalise, scale
     ):
-        return ops.run("gate_backward", grad_weights, grad_probs, grad_importance, probs, experts, scoring, renormalise, scale
+        return ops.run(
+            "gate_backward",
+            grad_weights,
+            grad_probs,
+            grad_importance,
+            probs,
+            experts,
+            scoring,
+            renormalise,
+            scale,
         )
 
     @staticmethod
@@ -90,9 +99,7 @@ class _GateBackward(Function):
             full = [None] * 4
             for i, tensor in zip(given, tensors, strict=True):
                 full[i] = tensor
-            return reference.gate_backward(
-                *full, experts, ctx.scoring, ctx.renormalise, ctx.scale
-            )
+            return reference.gate_backward(*full, experts, ctx.scoring, ctx.renormalise, ctx.scale)
 
         _, vjp = torch.func.vjp(gate_backward, *(differentiable[i] for i in given))
         grads: list[Tensor | None] = [None] * 8
@@ -111,9 +118,7 @@ class _Dispatch(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         tokens, slots, sources, weights = inputs
-        ctx.save_for_backward(
-            tokens if ctx.needs_input_grad[3] else None, slots, sources, weights
-        )
+        ctx.save_for_backward(tokens if ctx.needs_input_grad[3] else None, slots, sources, weights)
 
     @staticmethod
     def backward(ctx, grad):
@@ -257,7 +262,7 @@ def gate(
 
     Returns Choice(weights [T, K], experts [T, K] int32, probs [T, E], importance [E]), the choices
     of a token from the highest score down. NaN ranks above +inf and equal scores go to the lower
-    id, so ids are distinct and in range whatever comes in; a token with a NaN logit has NaN weights.
+    id, so ids are distinct and in range whatever comes; a token with a NaN logit has NaN weights.
     Raises RuntimeError where an argument breaks this contract.
     """
     return Choice(*_Gate.apply(logits, choice_scores, k, scoring, renormalise, scale))

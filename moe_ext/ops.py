@@ -5,7 +5,7 @@ Every operator is `torch.ops.moe_ext.<name>`. Compiled libraries register kernel
 per call. Where no library is built at all, the schemas come from the reference's signatures.
 
 The operators are private; the functions of the package say what they take. Their gradients are
-autograd.Functions (functional.py), which also stand behind the raw operators, so that a program from
+autograd.Functions (functional.py), which also stand behind the raw operators: a program from
 torch.export, which calls those, can be trained.
 """
 
@@ -107,7 +107,7 @@ def grouped_outer(left, right, offsets, load):
 
 
 class Registry:
-    """The registrations of this process: the compiled library, if any, and the reference behind it."""
+    """The registrations of this process: a compiled library, if any, and the reference."""
 
     def __init__(self) -> None:
         self.library: Path | None = None

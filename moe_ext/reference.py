@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: what every kernel has to compute, and what runs where none exists.
+"""The operators in plain PyTorch: what every kernel has to compute, and what runs without one.
 
 Written to be read and to be right, not to be fast. Output shapes follow from input shapes and
 nothing is read back to the host, except in `grouped_mm` and `grouped_outer`, which loop over the
@@ -41,7 +41,7 @@ def gate(
     renormalise: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Score the experts, choose the k largest of `choice_scores` (the logits where None), weigh them.
+    """Score the experts, choose the k largest `choice_scores` (the logits where None), weigh them.
 
     logits, choice_scores: [T, E] -> weights [T, K], experts [T, K], probs [T, E], importance [E].
     NaN ranks above +inf and equal scores go to the lower id, as in a stable descending sort.
@@ -168,9 +168,7 @@ def _with_zero_row(matrix: Tensor) -> Tensor:
     return torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])
 
 
-def dispatch(
-    tokens: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]
-) -> Tensor:
+def dispatch(tokens: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
     """rows[slots[t, k]] = weights[t, k] * tokens[t]; a row without a route is zero. -> [R, H]."""
     contracts.dispatch(tokens, slots, sources, weights)
     T, K = slots.shape
@@ -219,7 +217,7 @@ def _group_bounds(offsets: Tensor, load: Tensor) -> list[tuple[int, int]]:
 
 
 def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, load: Tensor) -> Tensor:
-    """out[r] = weights[e] @ rows[r] for the rows that routes of e own, zero elsewhere. -> [R, N]."""
+    """out[r] = weights[e] @ rows[r] for the rows that routes of e own, else zero. -> [R, N]."""
     contracts.grouped_mm(rows, weights, offsets, load)
     out = rows.new_zeros(rows.shape[0], weights.shape[1])
     for e, (begin, end) in enumerate(_group_bounds(offsets, load)):

@@ -136,8 +136,7 @@ class TopKGate(nn.Module):
             drop_policy = "random" if k == 1 and use_rts else "probs" if k > 2 else "position"
         if drop_policy not in DROP_POLICIES:
             raise ValueError(
-                f"TopKGate: drop_policy must be None or one of {DROP_POLICIES}, "
-                f"got {drop_policy!r}"
+                f"TopKGate: drop_policy must be None or one of {DROP_POLICIES}, got {drop_policy!r}"
             )
         self.model_dim = model_dim
         self.num_experts = num_experts

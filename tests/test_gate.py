@@ -9,7 +9,7 @@ import moe_ext
 from moe_ext import contracts, reference
 
 SCORINGS = contracts.SCORINGS
-# T, E, K: T across the block of 128 tokens, K across the limit of 32 between the two ways to choose.
+# T, E, K: T across the block of 128 tokens, K across the 32 up to which the choice is by insertion.
 SHAPES = [(0, 4, 2), (1, 1, 1), (33, 8, 2), (127, 8, 8), (128, 3, 1), (300, 64, 6), (40, 100, 33)]
 
 pytestmark = pytest.mark.usefixtures("poisoned")

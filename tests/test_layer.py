@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import moe_ext
 from moe_ext import Experts, GroupedExperts, ModuleExperts, MOELayer, TopKGate
 from moe_ext.topk_gate import expert_capacity
 
@@ -160,7 +159,8 @@ def test_unused_tokens_give_zero_and_take_no_room(k, dtype):
     out = layer(x, used.to(dtype))
     assert (out[~used] == 0).all()
     assert layer.exp_counts.sum() == k * used.sum()
-    layer.gate.capacity = lambda num_tokens, C=layer.gate.capacity(60): C
+    C = layer.gate.capacity(60)
+    layer.gate.capacity = lambda num_tokens: C
     assert relative_error(out[used], layer(x[used])) < 1e-12
 
 
@@ -247,13 +247,21 @@ def test_the_least_probable_are_dropped():
     probs = routing.probs.gather(-1, routing.plan.experts.long())
     for e in range(E):
         mine = routing.plan.experts == e
-        kept, dropped = probs[mine & (routing.plan.slots >= 0)], probs[mine & (routing.plan.slots < 0)]
+        kept, dropped = (
+            probs[mine & (routing.plan.slots >= 0)],
+            probs[mine & (routing.plan.slots < 0)],
+        )
         if len(dropped):
             assert kept.min() >= dropped.max()
 
 
 def test_evaluation_is_deterministic():
-    for options in ({}, {"noisy_gate_policy": "RSample"}, {"noisy_gate_policy": "Jitter"}, {"k": 2}):
+    for options in (
+        {},
+        {"noisy_gate_policy": "RSample"},
+        {"noisy_gate_policy": "Jitter"},
+        {"k": 2},
+    ):
         gate = TopKGate(H, E, **options).eval()
         x = torch.randn(50, H)
         first, second = gate(x), gate(x)

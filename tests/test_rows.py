@@ -136,9 +136,7 @@ def test_non_contiguous_inputs(device, dtype):
         (moe_ext.combine, (y, w)),
     ):
         strided = function(args[0], plan, args[1])
-        assert torch.equal(
-            strided, function(args[0].contiguous(), dense, args[1].contiguous())
-        )
+        assert torch.equal(strided, function(args[0].contiguous(), dense, args[1].contiguous()))
     dots = moe_ext.route_dot(x.contiguous(), y.contiguous(), dense)
     assert torch.equal(moe_ext.route_dot(x, y, plan), dots)
 

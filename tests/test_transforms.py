@@ -141,11 +141,11 @@ def _arguments(dtype):
     choice = moe_ext.gate(logits, K)
     x, rows = torch.randn(T, H).to(dtype), torch.randn(len(plan.sources), H).to(dtype)
     routes, groups = (plan.slots, plan.sources), (plan.offsets, plan.load)
+    grads = (choice.weights, None, choice.importance)
     outer = torch.randn(len(rows), 3).to(dtype)
     return {
         "gate": (logits, None, K, "softmax", True, 1.5),
-        "gate_backward": (choice.weights, None, choice.importance, choice.probs, choice.experts)
-        + ("sigmoid", False, 1.0),
+        "gate_backward": (*grads, choice.probs, choice.experts, "sigmoid", False, 1.0),
         "plan": (experts, torch.rand(T, K), E, 5, "choice", 1),
         "dispatch": (x, *routes, choice.weights),
         "combine": (rows, *routes, choice.weights),

@@ -23,30 +23,32 @@ void combine_kernel(const CombineArgs& a, const Tensor& out) {
   scalar_t* tokens = data<scalar_t>(out);
   Fault bad_slot;
 
-  parallel_for(
-      0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
-        for (int64_t route = begin * K; route < end * K; ++route) {
-          const int64_t slot = slots[route];
-          if (slot != -1 && !(in_range(slot, R) && sources[slot] == route)) bad_slot.note(route);
-        }
-        if (bad_slot.found()) return;
-        T tile[kTile];
-        for (int64_t t = begin; t < end; ++t) {
-          for (int64_t h0 = 0; h0 < H; h0 += kTile) {
-            const int64_t width = std::min(kTile, H - h0);
-            std::fill_n(tile, width, T{0});
-            for (int64_t k = 0; k < K; ++k) {
-              const int64_t slot = slots[t * K + k];
-              if (slot == -1) continue;
-              const scalar_t* row = rows + slot * H + h0;
-              const T weight = weights ? weights[t * K + k] : T{1};
-              for (int64_t h = 0; h < width; ++h) tile[h] += weight * static_cast<T>(row[h]);
-            }
-            scalar_t* token = tokens + t * H + h0;
-            for (int64_t h = 0; h < width; ++h) token[h] = static_cast<scalar_t>(tile[h]);
-          }
-        }
-      });
+  parallel_for(0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t route = begin * K; route < end * K; ++route) {
+                   const int64_t slot = slots[route];
+                   if (slot != -1 && !(in_range(slot, R) && sources[slot] == route))
+                     bad_slot.note(route);
+                 }
+                 if (bad_slot.found()) return;
+                 T tile[kTile];
+                 for (int64_t t = begin; t < end; ++t) {
+                   for (int64_t h0 = 0; h0 < H; h0 += kTile) {
+                     const int64_t width = std::min(kTile, H - h0);
+                     std::fill_n(tile, width, T{0});
+                     for (int64_t k = 0; k < K; ++k) {
+                       const int64_t slot = slots[t * K + k];
+                       if (slot == -1) continue;
+                       const scalar_t* row = rows + slot * H + h0;
+                       const T weight = weights ? weights[t * K + k] : T{1};
+                       for (int64_t h = 0; h < width; ++h)
+                         tile[h] += weight * static_cast<T>(row[h]);
+                     }
+                     scalar_t* token = tokens + t * H + h0;
+                     for (int64_t h = 0; h < width; ++h) token[h] = static_cast<scalar_t>(tile[h]);
+                   }
+                 }
+               });
   check_routes_agree(Check("combine"), bad_slot, slots, K, R);
 }
 

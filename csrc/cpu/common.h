@@ -52,7 +52,8 @@ inline int64_t grain(int64_t bytes_per_item) {
   return std::max<int64_t>(1, (int64_t{1} << 15) / std::max<int64_t>(1, bytes_per_item));
 }
 
-// The first item found at fault. An exception may not leave a parallel_for, so threads note it here.
+// The first item found at fault. An exception may not leave a parallel_for, so threads note it
+// here.
 class Fault {
  public:
   void note(int64_t item) {
@@ -85,8 +86,8 @@ inline void check_routes_agree(const Check& check, const Fault& bad_slot, const 
              "], which sources gives to another route");
 }
 
-inline void check_sources_agree(const Check& check, const Fault& bad_source,
-                                const int32_t* sources, int64_t num_routes) {
+inline void check_sources_agree(const Check& check, const Fault& bad_source, const int32_t* sources,
+                                int64_t num_routes) {
   if (!bad_source.found()) return;
   const int64_t row = bad_source.first(), route = sources[row];
   if (route < -1 || route >= num_routes) {

@@ -68,8 +68,7 @@ Tensor dispatch_cpu(const Tensor& tokens, const Tensor& slots, const Tensor& sou
                     const OptionalTensor& weights) {
   const DispatchArgs a = dispatch_args(tokens, slots, sources, weights);
   Tensor rows = empty(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
-  visit_float(a.tokens.scalar_type(),
-              [&](auto zero) { dispatch_kernel<decltype(zero)>(a, rows); });
+  visit_float(a.tokens.scalar_type(), [&](auto zero) { dispatch_kernel<decltype(zero)>(a, rows); });
   return rows;
 }
 

@@ -32,8 +32,7 @@ bool multiplies_natively(ScalarType dtype) {
 void mm_into(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -109,8 +108,8 @@ Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const Tensor& o
 Tensor grouped_outer_cpu(const Tensor& left, const Tensor& right, const Tensor& offsets,
                          const Tensor& load) {
   const GroupedOuterArgs a = grouped_outer_args(left, right, offsets, load);
-  Tensor out = empty(a.left, {a.groups.num_experts, a.left_width, a.right_width},
-                     a.left.scalar_type());
+  Tensor out =
+      empty(a.left, {a.groups.num_experts, a.left_width, a.right_width}, a.left.scalar_type());
   for_each_group(
       Check("grouped_outer"), a.groups, a.num_rows,
       [&](int64_t e, int64_t begin, int64_t end) {
@@ -119,8 +118,7 @@ Tensor grouped_outer_cpu(const Tensor& left, const Tensor& right, const Tensor& 
           zero(block);
           return;
         }
-        const Tensor left_rows =
-            torch::stable::transpose(rows_of(a.left, begin, end), 0, 1);
+        const Tensor left_rows = torch::stable::transpose(rows_of(a.left, begin, end), 0, 1);
         multiply_into(block, left_rows, rows_of(a.right, begin, end));
       },
       [](int64_t, int64_t) {});

@@ -19,7 +19,8 @@ constexpr int64_t kChunk = 1 << 15;
 class Queue {
  public:
   explicit Queue(const PlanArgs& a)
-      : num_routes_(a.num_routes), step_(a.choice_major ? a.top_k : 1),
+      : num_routes_(a.num_routes),
+        step_(a.choice_major ? a.top_k : 1),
         lap_(a.choice_major ? a.num_tokens : a.num_routes) {}
   int64_t route_at(int64_t place) const { return place % lap_ * step_ + place / lap_; }
   int64_t next(int64_t route) const {

@@ -1,0 +1,21 @@
+#!/bin/sh
+# One built file serves every torch from 2.10 on: audit the wheel, then run the tests on that very
+# file beside torch 2.10. About 3 GB of downloads. `make abi` calls this.
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+rm -rf .venv-abi dist/abi
+"$root/.venv/bin/pip" wheel --quiet --no-build-isolation --no-deps --wheel-dir dist/abi .
+"${PYTHON:-python3}" -m venv .venv-abi
+bin="$root/.venv-abi/bin"
+"$bin/pip" install --quiet torch-abi-audit
+"$bin/torch-abi-audit" dist/abi/*.whl
+PIP_CONSTRAINT='' "$bin/pip" install --quiet "torch==2.10.*" pytest numpy expecttest ninja setuptools cmake
+"$bin/pip" install --quiet --no-deps dist/abi/*.whl
+# Away from the tree, or its package would be found instead of the wheel's.
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp tests/*.py "$work"
+cd "$work"
+"$bin/python" -c 'import torch, moe_ext; print(torch.__version__, moe_ext.ops.registry.library)'
+"$bin/python" -m pytest -p no:cacheprovider --ignore=test_build.py --ignore=test_demo.py .

@@ -1,0 +1,183 @@
+"""How the library is built and found: schemas, JIT, CMake, setup.py, and a package without one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_ext
+from moe_ext import build, ops, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A layer forward and backward, and where it ran.
+PROBE = """
+import json, sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, moe_ext
+{before}
+torch.manual_seed(0)
+layer = moe_ext.MOELayer(
+    moe_ext.TopKGate(8, 4, k=2, top2_2nd_expert_sampling=False), moe_ext.GroupedExperts(4, 8, 6)
+)
+out = layer(torch.randn(30, 8))
+(out.sum() + layer.l_aux).backward()
+compiled = torch.compile(layer.forward_with_aux, fullgraph=True, backend="aot_eager")
+print(json.dumps({{
+    "library": str(moe_ext.ops.registry.library),
+    "backends": [moe_ext.ops.backend(name, "cpu") for name in moe_ext.ops.NAMES],
+    "warnings": [str(w.message) for w in caught],
+    "out": out.double().sum().item(),
+    "compiled": compiled(torch.randn(30, 8))[0].shape[0],
+    "grad": sum(p.grad.double().abs().sum().item() for p in layer.parameters()),
+}}))
+"""
+
+
+def probe(tree: Path, before: str = "", **env: str) -> dict:
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE.format(before=before)],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree), **env},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the source tree without a built library."""
+    tree = tmp_path_factory.mktemp("tree")
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    shutil.copytree(
+        ROOT / "moe_ext", tree / "moe_ext", ignore=shutil.ignore_patterns("_C*", "__pycache__")
+    )
+    return tree
+
+
+def test_the_compiled_library_is_what_is_tested():
+    assert ops.registry.library is not None, ops.registry.load_error
+    assert ops.registry.library.parent == Path(moe_ext.__file__).parent
+    assert {ops.backend(name, "cpu") for name in ops.NAMES} == {"compiled"}
+    assert ops.backend("gate", "meta") == "reference"
+
+
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_schema_is_the_reference_signature(name):
+    function = getattr(reference, name)
+    expected = torch._C.parse_schema(
+        f"moe_ext::{name}" + torch.library.infer_schema(function, mutates_args=())
+    )
+    assert getattr(torch.ops.moe_ext, name).default._schema == expected
+
+
+def test_without_a_library_the_reference_runs(tree):
+    result, compiled = probe(tree), probe(ROOT)
+    assert result["library"] == "None"
+    assert set(result["backends"]) == {"reference"}
+    assert any("plain-PyTorch reference" in text for text in result["warnings"])
+    assert result["compiled"] == 30
+    assert result["out"] == pytest.approx(compiled["out"], rel=1e-5)
+    assert result["grad"] == pytest.approx(compiled["grad"], rel=1e-5)
+    assert not compiled["warnings"]
+
+
+def test_a_broken_library_is_named(tree):
+    broken = tree / "moe_ext" / "_C.abi3.so"
+    broken.write_bytes(b"not a library")
+    try:
+        result = probe(tree)
+    finally:
+        broken.unlink()
+    assert result["library"] == "None"
+    assert any("_C.abi3.so could not be loaded" in text for text in result["warnings"])
+
+
+def test_jit_builds_the_tree_once(tree, tmp_path):
+    before = "path = moe_ext.build.jit()"
+    cache = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    result = probe(tree, before, **cache)
+    library = Path(result["library"])
+    assert library.is_relative_to(tmp_path)
+    assert set(result["backends"]) == {"compiled"}
+    assert result["out"] == pytest.approx(probe(ROOT)["out"], rel=1e-6)
+
+    # What a killed build left behind stops nobody.
+    (library.parent.parent / "building-dead").mkdir()
+    (library.parent.parent / "building-dead" / "lock").touch()
+    built = library.stat().st_mtime_ns
+    assert probe(tree, before, **cache)["library"] == str(library)
+    assert library.stat().st_mtime_ns == built
+
+    twice = (
+        before + "\ntry: moe_ext.build.jit()\nexcept RuntimeError as e: assert str(path) in str(e)"
+    )
+    probe(tree, twice + "\nelse: raise AssertionError", **cache)
+
+    source = tree / "csrc" / "ops.cpp"
+    text = source.read_text()
+    source.write_text(text + "#error broken\n")
+    broken = (
+        "try: moe_ext.build.jit()\n"
+        "except RuntimeError as e: assert '#error broken' in str(e)\n"
+        "else: raise AssertionError"
+    )
+    try:
+        assert set(probe(tree, broken, **cache)["backends"]) == {"reference"}
+    finally:
+        source.write_text(text)
+
+
+def test_jit_says_what_is_in_the_way(monkeypatch):
+    with pytest.raises(RuntimeError, match="is already loaded"):
+        build.jit()
+    monkeypatch.setattr(ops.registry, "library", None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        build.jit()
+    monkeypatch.setattr(build, "ROOT", Path("/nowhere"))
+    with pytest.raises(RuntimeError, match="no source tree"):
+        build.jit()
+
+
+def test_setup_without_a_compiler_says_so():
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "no C++ compiler found" in run.stderr
+    assert run.stdout.strip().endswith(moe_ext.__version__)
+
+
+def test_cmake_builds_the_same_library(tmp_path):
+    cmake = shutil.which(
+        "cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    assert cmake, "cmake is in the extra `test`"
+
+    def run(*command):
+        done = subprocess.run([cmake, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run("-S", str(ROOT), "-B", str(tmp_path), f"-DPython3_EXECUTABLE={sys.executable}")
+    run("--build", str(tmp_path), "--parallel", "2")
+    (library,) = tmp_path.glob("libmoe_ext.*")
+    code = (
+        f"import torch; torch.ops.load_library({str(library)!r})\n"
+        "e = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32)\n"
+        "print(torch.ops.moe_ext.plan(e, None, 3, None, 'choice', 1)[0].tolist())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "[[1, 0], [2, 3]]", out.stderr

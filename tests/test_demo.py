@@ -1,0 +1,96 @@
+"""The demo on a small setting."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="the extra `demo` is not installed")
+pytest.importorskip("tqdm", reason="the extra `demo` is not installed")
+
+from moe_ext import demo
+
+SMALL = replace(demo.Config(), width=32, ffn=16, batch=8, steps=6, eval_every=3, eval_windows=16)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return demo.load_corpus(SMALL)
+
+
+def test_no_file_is_in_both_parts(corpus):
+    config = replace(SMALL, holdout=2)
+    halves = demo.load_corpus(config)
+    assert abs(halves.train_files - halves.heldout_files) <= 1
+    files = corpus.train_files + corpus.heldout_files
+    assert corpus.heldout_files == pytest.approx(files / SMALL.holdout, abs=1)
+    assert corpus.train_files > 100
+
+
+def test_models_have_the_same_active_parameters():
+    config = demo.Config()
+    moe, dense = (demo.ByteModel(config, is_moe) for is_moe in (True, False))
+    assert demo.active_parameters(moe) == demo.active_parameters(dense)
+    assert len(moe.moe_layers()) == config.layers
+    assert config.experts >= 8
+    assert config.k == 2
+
+
+def test_writes_what_it_says_and_repeats(tmp_path, capsys):
+    first = demo.run(SMALL, out=tmp_path / "a")
+    second = demo.run(SMALL, out=tmp_path / "b")
+    printed = capsys.readouterr().out
+    assert "held-out bits per byte" in printed
+    assert "dropped routes" in printed
+    for name in ("loss.png", "load.png"):
+        assert (tmp_path / "a" / name).read_bytes().startswith(PNG)
+    stored = json.loads((tmp_path / "a" / "result.json").read_text())
+    for model in ("moe", "dense"):
+        a, b = first["models"][model], second["models"][model]
+        assert a["curve"] == b["curve"]
+        assert a["bits_per_byte_before"] > 7
+        assert a["bits_per_byte_after"] < a["bits_per_byte_before"]
+        assert stored["models"][model]["bits_per_byte_after"] == a["bits_per_byte_after"]
+    load = torch.tensor(first["models"]["moe"]["load"])
+    assert load.shape == (SMALL.layers, SMALL.experts)
+    torch.testing.assert_close(load.sum(-1), torch.ones(SMALL.layers))
+    assert 0 <= first["models"]["moe"]["drop_rate_train"] < 1
+
+
+def test_drop_rate_counts_dropped_routes():
+    config = replace(SMALL, capacity_factor=0.3)
+    model = demo.ByteModel(config, is_moe=True)
+    model(torch.randint(256, (8, config.context)))
+    count = demo.LoadCount()
+    count.add(model, 8 * config.context)
+    dropped = 0
+    for layer in model.moe_layers():
+        C = layer.gate.capacity(8 * config.context)
+        dropped += sum(max(0, n - C) for n in layer.exp_counts.tolist())
+    assert dropped > 0
+    assert count.drop_rate() == pytest.approx(dropped / (8 * config.context * 2 * config.layers))
+
+
+def test_ctrl_c_leaves_what_was_written(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_ext", "demo", "--steps", "100000", "--out", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "result.json").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; what was reached is in" in errors
+    assert json.loads((tmp_path / "result.json").read_text())["models"]["moe"]["curve"]
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+    assert not list(tmp_path.glob("*.part"))

@@ -1,0 +1,317 @@
+"""Wrong input names the argument, the contract and what came, in the same words everywhere."""
+
+import re
+
+import pytest
+import torch
+
+import moe_ext
+from moe_ext import GroupedExperts, ModuleExperts, MOELayer, TopKGate, ops, reference
+
+T, K, E, H = 33, 2, 8, 4
+EXPERTS = torch.stack([torch.arange(T) % E, (torch.arange(T) + 3) % E], dim=1).to(torch.int32)
+PLAN = moe_ext.make_plan(EXPERTS, E)
+R = len(PLAN.sources)
+X, ROWS, W = torch.randn(T, H), torch.randn(R, H), torch.rand(T, K)
+LOGITS, PROBS = torch.randn(T, E), torch.randn(T, E).softmax(-1)
+STACK = torch.randn(E, 3, H)
+
+GOOD = {
+    "gate": dict(
+        logits=LOGITS, choice_scores=LOGITS, k=K, scoring="softmax", renormalise=False, scale=1.0
+    ),
+    "gate_backward": dict(
+        grad_weights=W,
+        grad_probs=None,
+        grad_importance=torch.ones(E),
+        probs=PROBS,
+        experts=EXPERTS,
+        scoring="softmax",
+        renormalise=False,
+        scale=1.0,
+    ),
+    "plan": dict(experts=EXPERTS, priority=W, num_experts=E, capacity=5, order="choice", align=1),
+    "dispatch": dict(tokens=X, slots=PLAN.slots, sources=PLAN.sources, weights=W),
+    "combine": dict(rows=ROWS, slots=PLAN.slots, sources=PLAN.sources, weights=W),
+    "route_dot": dict(tokens=X, rows=ROWS, slots=PLAN.slots, sources=PLAN.sources),
+    "grouped_mm": dict(rows=ROWS, weights=STACK, offsets=PLAN.offsets, load=PLAN.load),
+    "grouped_outer": dict(left=torch.randn(R, 3), right=ROWS, offsets=PLAN.offsets, load=PLAN.load),
+}
+
+# (operator, what is wrong, the message after "operator: ")
+SHAPE_AND_TYPE = [
+    ("gate", {"logits": LOGITS[0]}, "logits must be [T, E], got [8]"),
+    (
+        "gate",
+        {"logits": LOGITS.long()},
+        "logits must be float32, float64, bfloat16 or float16, got int64",
+    ),
+    ("gate", {"k": 9}, "k must be in 1..E with E = 8, got 9"),
+    ("gate", {"k": 0}, "k must be in 1..E with E = 8, got 0"),
+    ("gate", {"logits": LOGITS[:, :0]}, "k must be in 1..E with E = 0, got 2"),
+    (
+        "gate",
+        {"choice_scores": LOGITS[:32]},
+        "choice_scores must be [T, E] with T = 33, E = 8, got [32, 8]",
+    ),
+    ("gate", {"choice_scores": LOGITS.double()}, "choice_scores must be float32, got float64"),
+    (
+        "gate",
+        {"scoring": "tanh"},
+        "scoring must be softmax, sigmoid or sqrtsoftplus, got tanh",
+    ),
+    ("gate_backward", {"probs": PROBS.bfloat16()}, "probs must be float32, got bfloat16"),
+    ("gate_backward", {"experts": EXPERTS.long()}, "experts must be int32, got int64"),
+    ("gate_backward", {"experts": EXPERTS[:2]}, "experts must be [T, K] with T = 33, got [2, 2]"),
+    (
+        "gate_backward",
+        {"grad_weights": W[:, :1]},
+        "grad_weights must be [T, K] with T = 33, K = 2, got [33, 1]",
+    ),
+    (
+        "gate_backward",
+        {"grad_importance": W},
+        "grad_importance must be [E] with E = 8, got [33, 2]",
+    ),
+    ("gate_backward", {"grad_probs": PROBS.double()}, "grad_probs must be float32, got float64"),
+    (
+        "gate_backward",
+        {"scoring": ""},
+        "scoring must be softmax, sigmoid or sqrtsoftplus, got ",
+    ),
+    ("plan", {"experts": EXPERTS[:, 0]}, "experts must be [T, K], got [33]"),
+    ("plan", {"experts": EXPERTS.long()}, "experts must be int32, got int64"),
+    ("plan", {"priority": W[1:]}, "priority must be [T, K] with T = 33, K = 2, got [32, 2]"),
+    ("plan", {"priority": W.double()}, "priority must be float32, got float64"),
+    ("plan", {"num_experts": 0}, "num_experts must be at least 1, got 0"),
+    ("plan", {"order": "expert"}, "order must be choice or token, got expert"),
+    ("plan", {"align": 0, "capacity": None}, "align must be at least 1, got 0"),
+    ("plan", {"align": 8}, "align must be 1 where there is a capacity, got 8"),
+    ("plan", {"capacity": -1}, "capacity must not be negative, got -1"),
+    ("plan", {"capacity": 2**31}, "capacity must be below 2147483648, got 2147483648"),
+    ("plan", {"capacity": 2**29}, "rows must be below 2147483648, got 4294967296"),
+    ("dispatch", {"tokens": X[0]}, "tokens must be [T, H], got [4]"),
+    (
+        "dispatch",
+        {"tokens": X.int()},
+        "tokens must be float32, float64, bfloat16 or float16, got int32",
+    ),
+    ("dispatch", {"tokens": X[:32]}, "slots must be [T, K] with T = 32, got [33, 2]"),
+    ("dispatch", {"slots": PLAN.slots.long()}, "slots must be int32, got int64"),
+    ("dispatch", {"sources": PLAN.sources.view(-1, 1)}, f"sources must be [R], got [{R}, 1]"),
+    ("dispatch", {"sources": PLAN.sources.long()}, "sources must be int32, got int64"),
+    ("dispatch", {"weights": W.T}, "weights must be [T, K] with T = 33, K = 2, got [2, 33]"),
+    ("dispatch", {"weights": W.bfloat16()}, "weights must be float32, got bfloat16"),
+    ("dispatch", {"tokens": X.double()}, "weights must be float64, got float32"),
+    ("combine", {"rows": ROWS[0]}, "rows must be [R, H], got [4]"),
+    ("combine", {"rows": ROWS[1:]}, f"sources must be [R] with R = {R - 1}, got [{R}]"),
+    (
+        "combine",
+        {"rows": ROWS.bool()},
+        "rows must be float32, float64, bfloat16 or float16, got bool",
+    ),
+    ("combine", {"slots": PLAN.slots[:, 0]}, "slots must be [T, K], got [33]"),
+    ("combine", {"weights": W[:, :1]}, "weights must be [T, K] with T = 33, K = 2, got [33, 1]"),
+    (
+        "combine",
+        {"rows": ROWS.half(), "weights": W.double()},
+        "weights must be float32, got float64",
+    ),
+    ("route_dot", {"rows": ROWS[:, :3]}, "rows must be [R, H] with H = 4, got [66, 3]"),
+    ("route_dot", {"rows": ROWS.double()}, "rows must be float32, got float64"),
+    ("route_dot", {"tokens": X[:5]}, "slots must be [T, K] with T = 5, got [33, 2]"),
+    ("route_dot", {"rows": ROWS[:-1]}, f"sources must be [R] with R = {R - 1}, got [{R}]"),
+    ("grouped_mm", {"rows": ROWS[0]}, "rows must be [R, M], got [4]"),
+    ("grouped_mm", {"weights": STACK[0]}, "weights must be [E, N, M] with M = 4, got [3, 4]"),
+    ("grouped_mm", {"weights": STACK.half()}, "weights must be float32, got float16"),
+    ("grouped_mm", {"load": PLAN.load[:7]}, "load must be [E] with E = 8, got [7]"),
+    ("grouped_mm", {"offsets": PLAN.load}, "offsets must be [E+1] with E+1 = 9, got [8]"),
+    ("grouped_mm", {"offsets": PLAN.offsets.long()}, "offsets must be int32, got int64"),
+    ("grouped_outer", {"right": ROWS[1:]}, "right must be [R, M] with R = 66, got [65, 4]"),
+    ("grouped_outer", {"right": ROWS.bfloat16()}, "right must be float32, got bfloat16"),
+    ("grouped_outer", {"load": PLAN.load.long()}, "load must be int32, got int64"),
+]
+
+META = [
+    (name, {argument: value.to("meta")})
+    for name, arguments in GOOD.items()
+    for argument, value in arguments.items()
+    if isinstance(value, torch.Tensor)
+]
+
+
+def call(name, wrong, where):
+    arguments = {**GOOD[name], **wrong}
+    if where == "reference":
+        return getattr(reference, name)(**arguments)
+    if where == "fake":
+        mode = torch._subclasses.FakeTensorMode()
+        arguments = {
+            k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
+            for k, v in arguments.items()
+        }
+        with mode:
+            return getattr(torch.ops.moe_ext, name)(*arguments.values())
+    return getattr(torch.ops.moe_ext, name)(*arguments.values())
+
+
+@pytest.mark.parametrize("name", ops.NAMES)
+@pytest.mark.parametrize("where", ["compiled", "reference", "fake"])
+def test_the_good_arguments_are_good(name, where):
+    call(name, {}, where)
+
+
+@pytest.mark.parametrize("where", ["compiled", "reference", "fake"])
+@pytest.mark.parametrize(("name", "wrong", "message"), SHAPE_AND_TYPE)
+def test_shape_and_type(name, wrong, message, where):
+    with pytest.raises(RuntimeError) as error:
+        call(name, wrong, where)
+    # torch adds lines of its own after the message.
+    assert str(error.value).split("\n")[0].rstrip() == f"{name}: {message}".rstrip()
+
+
+@pytest.mark.parametrize(("name", "wrong"), META)
+def test_device(name, wrong):
+    with pytest.raises(RuntimeError, match=rf"{name}: \w+ must be on (cpu|meta) like \w+, got"):
+        call(name, wrong, "compiled")
+
+
+def with_value(tensor, index, value):
+    tensor = tensor.clone()
+    tensor[index] = value
+    return tensor
+
+
+OTHER = moe_ext.make_plan(EXPERTS.flip(0), E)
+
+VALUES = [
+    (
+        "plan",
+        {"experts": with_value(EXPERTS, (3, 1), 8)},
+        "experts must be in -1..E-1 with E = 8, got 8 at [3, 1]",
+    ),
+    (
+        "plan",
+        {"experts": with_value(EXPERTS, (4, 0), -2)},
+        "experts must be in -1..E-1 with E = 8, got -2 at [4, 0]",
+    ),
+    (
+        "gate_backward",
+        {"experts": with_value(EXPERTS, (3, 1), -1)},
+        "experts must be in 0..E-1 with E = 8, got -1 at [3, 1]",
+    ),
+    *(
+        (
+            name,
+            {"slots": with_value(PLAN.slots, (5, 1), slot)},
+            f"slots must be in -1..R-1 with R = 66, got {slot} at [5, 1]",
+        )
+        for name in ("dispatch", "combine", "route_dot")
+        for slot in (66, -2)
+    ),
+    (
+        "dispatch",
+        {"sources": with_value(PLAN.sources, int(PLAN.slots[5, 1]), 66)},
+        "slots and sources must be of one plan, got slot",
+    ),
+    (
+        "dispatch",
+        {
+            "slots": with_value(PLAN.slots, (5, 1), -1),
+            "sources": with_value(PLAN.sources, int(PLAN.slots[5, 1]), 66),
+        },
+        "sources must be in -1..T*K-1 with T*K = 66, got 66 at [",
+    ),
+    (
+        "dispatch",
+        {"slots": with_value(PLAN.slots, (5, 1), -1)},
+        "slots and sources must be of one plan, got route 11 at sources[",
+    ),
+    *(
+        (name, {"slots": OTHER.slots}, "slots and sources must be of one plan, got slot")
+        for name in ("dispatch", "combine", "route_dot")
+    ),
+    (
+        "grouped_mm",
+        {"offsets": with_value(PLAN.offsets, 3, 67)},
+        "offsets must rise from 0 to at most R = 66, got 67 at [3]",
+    ),
+    (
+        "grouped_outer",
+        {"offsets": with_value(PLAN.offsets, 3, 0)},
+        "offsets must rise from 0 to at most R = 66, got 0 at [3]",
+    ),
+    (
+        "grouped_mm",
+        {"load": with_value(PLAN.load, 2, -1)},
+        "load must not be negative, got -1 at [2]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "message"), VALUES)
+def test_values_on_the_cpu(name, wrong, message):
+    with pytest.raises(RuntimeError, match="^" + re.escape(f"{name}: {message}")):
+        call(name, wrong, "compiled")
+
+
+def test_a_plan_of_other_tokens():
+    with pytest.raises(RuntimeError, match=r"dispatch: slots must be \[T, K\] with T = 5"):
+        moe_ext.dispatch(X[:5], PLAN)
+    with pytest.raises(RuntimeError, match=r"combine: sources must be \[R\] with R = 5"):
+        moe_ext.combine(ROWS[:5], PLAN)
+    with pytest.raises(RuntimeError, match=r"grouped_mm: rows must be \[R, M\] with R = 66"):
+        moe_ext.grouped_mm(ROWS[:5], STACK, PLAN)
+
+
+GATE = [
+    ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
+    ({"k": 0}, "k must be in 1..num_experts = 8, got 0"),
+    ({"k": 9}, "k must be in 1..num_experts = 8, got 9"),
+    ({"capacity_factor": 0.0}, "capacity_factor must be positive and finite, got 0.0"),
+    ({"eval_capacity_factor": float("nan")}, "eval_capacity_factor must be positive"),
+    ({"min_capacity": -1}, "min_capacity must not be negative, got -1"),
+    ({"noisy_gate_policy": "Gauss"}, "noisy_gate_policy must be one of"),
+    ({"drop_policy": "first"}, "drop_policy must be None or one of"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), GATE)
+def test_gate_constructor(wrong, message):
+    with pytest.raises(ValueError, match=re.escape(f"TopKGate: {message}")):
+        TopKGate(**{"model_dim": H, "num_experts": E} | wrong)
+
+
+def test_layer_constructor():
+    gate, experts = TopKGate(H, E), GroupedExperts(E, H, 4)
+    for make, message in (
+        (lambda: MOELayer(gate, torch.nn.Linear(H, H)), "experts must be moe_ext.Experts"),
+        (lambda: MOELayer(gate, GroupedExperts(4, H, 4)), "num_experts = 8, got 4"),
+        (lambda: MOELayer(gate, experts, ep_size=2), "ep_size must be 1"),
+        (lambda: MOELayer(gate, experts, num_local_experts=4), "num_local_experts must be 8"),
+        (lambda: GroupedExperts(E, H, 4, activation="tanh"), "activation must be one of"),
+        (lambda: GroupedExperts(0, H, 4), "GroupedExperts: num_experts must be at least 1"),
+        (lambda: ModuleExperts(torch.nn.Identity(), 0), "ModuleExperts: num_experts must be"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make()
+
+
+def test_layer_input():
+    layer = MOELayer(TopKGate(H, E), GroupedExperts(E, H, 4))
+    with pytest.raises(RuntimeError, match=r"TopKGate: tokens must be \[T, H\] with H = 4, got"):
+        layer(torch.randn(3, H + 1))
+    with pytest.raises(RuntimeError, match="TopKGate: used_token must have T = 3 values, got"):
+        layer(torch.randn(3, H), torch.ones(4))
+    with pytest.raises(RuntimeError, match="grouped_mm: weights must be bfloat16, got float32"):
+        layer(torch.randn(3, H).bfloat16())
+
+
+def test_an_error_loses_nothing():
+    """The layer works as before after an error."""
+    layer = MOELayer(TopKGate(H, E), GroupedExperts(E, H, 4)).eval()
+    x = torch.randn(3, H)
+    before = layer(x)
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(3, H + 1))
+    assert torch.equal(layer(x), before)
