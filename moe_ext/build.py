@@ -34,7 +34,8 @@ def compile_flags() -> list[str]:
     """Flags for every C++ file. The language standard is torch's choice."""
     if sys.platform == "win32":
         return ["/O2", f"/DTORCH_TARGET_VERSION={TARGET}"]
-    return ["-O3", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
+    # -g0: Python's own flags ask for debug symbols, which make the library ten times larger.
+    return ["-O3", "-g0", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
 
 
 def find_compiler() -> str | None:

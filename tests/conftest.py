@@ -6,14 +6,25 @@ import torch
 from moe_ext import ops
 
 
-def pytest_report_header() -> str:
-    return f"moe_ext: {ops.registry.library or ops.registry.load_error}; torch {torch.__version__}"
+def _why_no_cuda() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if ops.backend("gate", "cuda") != "compiled":
+        return "no CUDA kernels are built"
+    return None
+
+
+def pytest_report_header() -> list[str]:
+    library = ops.registry.library or ops.registry.load_error
+    reason = _why_no_cuda()
+    cuda = f"skipped, {reason}" if reason else torch.cuda.get_device_name()
+    return [f"moe_ext: {library}; torch {torch.__version__}", f"cuda tests: {cuda}"]
 
 
 def _devices() -> list:
-    cuda_missing = not (torch.cuda.is_available() and ops.backend("gate", "cuda") == "compiled")
-    reason = "no GPU, or no CUDA kernels built"
-    return ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(cuda_missing, reason=reason))]
+    reason = _why_no_cuda()
+    skip = pytest.mark.skipif(reason is not None, reason=reason or "")
+    return ["cpu", pytest.param("cuda", marks=skip)]
 
 
 @pytest.fixture(params=_devices())
