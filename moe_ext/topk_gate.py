@@ -53,7 +53,7 @@ def expert_capacity(num_tokens: int, num_experts: int, factor: float, min_capaci
     # The ratio makes the factor a constant for torch.compile; the tokens may stay unknown.
     numerator, denominator = float(factor).as_integer_ratio()
     product = _float32(num_tokens / num_experts) * _float32(numerator / denominator)
-    return torch.sym_max(math.ceil(_float32(product)), min_capacity)
+    return max(math.ceil(_float32(product)), min_capacity)
 
 
 def load_balance_loss(importance: Tensor, load: Tensor, num_tokens: int, choices: int) -> Tensor:
@@ -63,7 +63,7 @@ def load_balance_loss(importance: Tensor, load: Tensor, num_tokens: int, choices
     load: [E] how often an expert was chosen, counting `choices` choices of every token
     The loss of Switch Transformers (arXiv 2101.03961, eq. 4) for choices = 1.
     """
-    tokens = torch.sym_max(num_tokens, 1)
+    tokens = max(num_tokens, 1)
     shares = (importance / tokens) * (load.to(importance.dtype) / tokens)
     return shares.sum() * (importance.shape[0] / choices)
 

@@ -89,6 +89,15 @@ def test_nan_stays_in_its_token(device):
         assert torch.equal(before[others], after[others])
 
 
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_a_nan_makes_all_weights_of_its_token_nan(device, scoring):
+    logits = torch.randn(3, 8, device=device)
+    logits[1, 4] = math.nan
+    choice = moe_ext.gate(logits, 3, scoring=scoring, renormalise=True)
+    assert choice.weights.isnan().all(dim=-1).tolist() == [False, True, False]
+    assert not choice.weights[[0, 2]].isnan().any()
+
+
 def test_a_sum_of_zero_gives_zero_weights(device):
     logits = torch.full((3, 4), -math.inf, device=device)
     choice = moe_ext.gate(logits, 2, scoring="sigmoid", renormalise=True)
