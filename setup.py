@@ -2,11 +2,15 @@
 
 import importlib.util
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+
+# One file for every Python; a free-threaded one has no limited API to promise.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def load_build():
@@ -21,7 +25,8 @@ def extensions() -> dict:
     if build.find_compiler() is None:
         print(
             "moe_ext: no C++ compiler found (set CXX to name one); installing without compiled "
-            "kernels, on the plain-PyTorch reference",
+            "kernels, on the plain-PyTorch reference. Once there is one: pip install "
+            "--no-cache-dir --force-reinstall --no-deps moe_ext",
             file=sys.stderr,
         )
         return {}
@@ -37,9 +42,10 @@ def extensions() -> dict:
         build.sources(ROOT),
         depends=build.headers(ROOT),
         extra_compile_args={"cxx": build.compile_flags()},
-        py_limited_api=True,
+        py_limited_api=LIMITED_API,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 
-setup(options={"bdist_wheel": {"py_limited_api": "cp310"}}, **extensions())
+options = {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {}
+setup(options=options, **extensions())

@@ -1,5 +1,7 @@
 """Mixture-of-experts layers for PyTorch: gate, plan, dispatch and combine as operators."""
 
+from torch.utils import _pytree as pytree
+
 from . import build, ops
 from .experts import Experts, GroupedExperts, ModuleExperts
 from .functional import Choice, combine, dispatch, gate, grouped_mm, route_dot
@@ -8,6 +10,10 @@ from .plan import Plan, make_plan
 from .topk_gate import Routing, TopKGate
 
 __version__ = "0.1.0"
+
+# A named tuple is a pytree by itself; by name torch.export can save it too.
+for _cls in (Aux, Choice, Plan, Routing):
+    pytree._register_namedtuple(_cls, serialized_type_name=f"moe_ext.{_cls.__name__}")
 
 __all__ = [
     "Aux",

@@ -40,13 +40,8 @@ def compile_flags() -> list[str]:
 
 def find_compiler() -> str | None:
     """The C++ compiler that torch.utils.cpp_extension would call, or None."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    if sys.platform == "win32":
-        names = ["cl"]
-    for name in names:
-        if path := shutil.which(name.split()[0]):
-            return path
-    return None
+    name = os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
+    return shutil.which(name.split()[0])
 
 
 def _tree_key(root: Path, torch_version: str) -> str:
@@ -88,8 +83,11 @@ def jit(verbose: bool = False) -> Path:
         building = Path(tempfile.mkdtemp(dir=folder.parent, prefix="building-"))
         try:
             _compile(building, verbose)
-            if not library.exists():  # another process may have finished the same build
+            try:
                 os.rename(building, folder)
+            except OSError:
+                if not library.exists():  # else another process finished the same build first
+                    raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
     registry.load(library)

@@ -26,7 +26,7 @@ def dropless_rows(num_routes: int, num_experts: int, align: int) -> int:
     """Rows of a plan without capacity: known from shapes, enough for any routing."""
     if align == 1:
         return num_routes
-    used = min(num_experts, num_routes)
+    used = torch.sym_min(num_experts, num_routes)
     return (num_routes + used * (align - 1)) // align * align
 
 
@@ -71,7 +71,8 @@ class Check:
             self.fail(f"{name} must be on {other.device} like {other_name}, got {tensor.device}")
 
     def int32_size(self, what: str, size: int) -> None:
-        if size > INT32_MAX:
+        # A size that is not known yet is checked by the kernel: here it would become a guard.
+        if isinstance(size, int) and size > INT32_MAX:
             self.fail(f"{what} must be below 2147483648, got {size}")
 
     def one_of(self, name: str, value: str, allowed: Sequence[str]) -> None:
@@ -206,6 +207,54 @@ def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Tensor | None
     _routes(check, "rows", rows, slots, None, sources, rows.shape[0], weights)
 
 
+def plan_values(experts: Tensor, num_experts: int) -> None:
+    """What the CPU checks beside shapes: an id is -1 or an expert's."""
+    bad = ((experts < -1) | (experts >= num_experts)).nonzero()
+    if len(bad):
+        t, k = bad[0].tolist()
+        Check("plan").fail(
+            f"experts must be in -1..E-1 with E = {num_experts}, got {experts[t, k]} at [{t}, {k}]"
+        )
+
+
+def route_values(op: str, slots: Tensor, sources: Tensor) -> None:
+    """What the CPU checks beside shapes: every slot is -1 or the row that sources gives back."""
+    R = sources.shape[0]
+    route = torch.arange(slots.numel()).view(slots.shape)
+    has_row = (slots >= 0) & (slots < R)
+    # A last entry stands for every slot without a row.
+    back = torch.cat([sources, sources.new_full((1,), -1)])[torch.where(has_row, slots, R)]
+    bad = ((slots != -1) & ~(has_row & (back == route))).nonzero()
+    if len(bad):
+        t, k = bad[0].tolist()
+        slot = int(slots[t, k])
+        if not -1 <= slot < R:
+            Check(op).fail(f"slots must be in -1..R-1 with R = {R}, got {slot} at [{t}, {k}]")
+        Check(op).fail(
+            f"slots and sources must be of one plan, got slot {slot} at [{t}, {k}], "
+            "which sources gives to another route"
+        )
+
+
+def source_values(op: str, slots: Tensor, sources: Tensor) -> None:
+    """What the CPU checks beside shapes: every source is -1 or the route that slots gives back."""
+    N = slots.numel()
+    has_route = (sources >= 0) & (sources < N)
+    back = torch.cat([slots.reshape(-1), slots.new_full((1,), -1)])
+    back = back[torch.where(has_route, sources, N)]
+    row = torch.arange(sources.shape[0])
+    bad = ((sources != -1) & ~(has_route & (back == row))).nonzero()
+    if len(bad):
+        r = int(bad[0])
+        route = int(sources[r])
+        if not -1 <= route < N:
+            Check(op).fail(f"sources must be in -1..T*K-1 with T*K = {N}, got {route} at [{r}]")
+        Check(op).fail(
+            f"slots and sources must be of one plan, got route {route} at sources[{r}], "
+            "which slots gives to another row"
+        )
+
+
 def route_dot(tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> None:
     check = Check("route_dot")
     check.shape("tokens", tokens, [("T", None), ("H", None)])
@@ -225,6 +274,20 @@ def _groups(
     check.shape("offsets", offsets, [("E+1", load.shape[0] + 1)])
     check.dtype("offsets", offsets, torch.int32)
     check.same_device("offsets", offsets, name, like)
+
+
+def group_values(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> None:
+    """What the CPU checks beside shapes: offsets rise from 0, no load is negative."""
+    previous = 0
+    for e, offset in enumerate(offsets.tolist()):
+        if offset < previous or offset > num_rows or (e == 0 and offset != 0):
+            Check(op).fail(
+                f"offsets must rise from 0 to at most R = {num_rows}, got {offset} at [{e}]"
+            )
+        previous = offset
+    for e, count in enumerate(load.tolist()):
+        if count < 0:
+            Check(op).fail(f"load must not be negative, got {count} at [{e}]")
 
 
 def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, load: Tensor) -> None:

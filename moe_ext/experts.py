@@ -119,11 +119,12 @@ class GroupedExperts(Experts):
 class ModuleExperts(Experts):
     """Copies of any module as experts, run one after the other on their own rows.
 
-    module: maps [rows, H] to [rows, H]; it is called for every expert, with no row too
+    module: maps [rows, H] to [rows, H], or to a tuple that begins with it; it is called for every
+        expert, with no row too
     num_experts: E
 
     All copies start with the module's weights. The bounds of the experts are read back from the
-    device: one synchronisation per call.
+    device: one synchronisation per call, where torch.compile breaks its graph.
     """
 
     def __init__(self, module: nn.Module, num_experts: int) -> None:
@@ -137,6 +138,7 @@ class ModuleExperts(Experts):
         done = 0
         for expert, (begin, end) in zip(self.experts, bounds, strict=True):
             out = expert(rows[begin:end])
+            out = out[0] if isinstance(out, tuple) else out
             pieces += [out.new_zeros(begin - done, *out.shape[1:]), out]
             done = end
         pieces.append(out.new_zeros(rows.shape[0] - done, *out.shape[1:]))

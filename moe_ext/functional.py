@@ -256,14 +256,16 @@ def gate(
     choice_scores: [T, E] like logits, what the choice is made on (noise, a bias, groups masked by
         -inf); the logits where None. No gradient flows through the choice.
     scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
-    renormalise: divide a token's weights by their sum (kept above the smallest normal number);
-        with softmax this is the softmax over the chosen logits
+    renormalise: divide a token's weights by their sum, or by the smallest normal number where the
+        sum is below it; with softmax this is the softmax over the chosen logits, unless the chosen
+        probabilities vanish beside those of experts that were not chosen
     scale: factor on the weights
 
     Returns Choice(weights [T, K], experts [T, K] int32, probs [T, E], importance [E]), the choices
     of a token from the highest score down. NaN ranks above +inf and equal scores go to the lower
-    id, so ids are distinct and in range whatever comes; a token with a NaN logit has NaN weights.
-    Raises RuntimeError where an argument breaks this contract.
+    id, so ids are distinct and in range whatever comes. A NaN logit makes all its token's
+    probabilities NaN with softmax, else that of its expert, and the sums over them; no other
+    token's. Raises RuntimeError where an argument breaks this contract.
     """
     return Choice(*_Gate.apply(logits, choice_scores, k, scoring, renormalise, scale))
 

@@ -44,6 +44,11 @@ class MOELayer(nn.Module):
         use_tutel: bool = False,
     ) -> None:
         super().__init__()
+        if not (hasattr(gate, "route") and hasattr(gate, "num_experts")):
+            raise ValueError(
+                "MOELayer: gate must be a moe_ext.TopKGate or have its num_experts and route, "
+                f"got {type(gate).__name__}"
+            )
         if not isinstance(experts, Experts):
             raise ValueError(
                 f"MOELayer: experts must be moe_ext.Experts, got {type(experts).__name__}; "
@@ -89,4 +94,4 @@ class MOELayer(nn.Module):
         return out.to(hidden.dtype).view(hidden.shape), aux
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "l_aux": None, "exp_counts": None}
+        return {**super().__getstate__(), "l_aux": None, "exp_counts": None}

@@ -6,7 +6,7 @@ per call. Where no library is built at all, the schemas come from the reference'
 
 The operators are private; the functions of the package say what they take. Their gradients are
 autograd.Functions (functional.py), which also stand behind the raw operators: a program from
-torch.export, which calls those, can be trained.
+torch.export, which calls those, can be trained. torch.func does not reach through them.
 """
 
 import warnings
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from . import contracts, reference
 
@@ -117,22 +118,23 @@ class Registry:
 
     def load_installed(self) -> None:
         """Register the library that was built with the package, else the reference alone."""
-        for path in sorted(Path(__file__).parent.glob("_C.*")):
-            if path.suffix in (".so", ".pyd", ".dylib"):
-                try:
-                    self.load(path)
-                    return
-                except OSError as error:
-                    self.load_error = f"{path.name} could not be loaded: {error}"
-        if self.load_error is None:
-            self.load_error = "no compiled library was built with this package"
-        warnings.warn(
-            f"moe_ext runs on its plain-PyTorch reference, which is slower: {self.load_error}. "
-            "Install with a C++ compiler at hand, or call moe_ext.build.jit() in a source tree.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        folder = Path(__file__).parent
+        built = [p for p in folder.glob("_C.*") if p.suffix in (".so", ".pyd", ".dylib")]
+        self.load_error = "no compiled library was built with this package"
+        for path in built:
+            try:
+                self._load(path)
+                break
+            except OSError as error:
+                self.load_error = f"{path.name} could not be loaded: {error}"
         self._register_python()
+        if self.library is None:
+            warnings.warn(
+                f"moe_ext runs on its plain-PyTorch reference, a slower one: {self.load_error}. "
+                "Install with a C++ compiler at hand, or in a source tree call moe_ext.build.jit().",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def load(self, path: Path) -> None:
         """Load a compiled library and use it from now on.
@@ -142,24 +144,30 @@ class Registry:
         """
         if self.library is not None:
             raise RuntimeError(f"moe_ext: a compiled library is already loaded, {self.library}")
-        if self._python is not None:
-            self._python._destroy()
-            self._python = None
+        # The library defines the schemas that the reference's registration has defined.
+        self._python._destroy()
         try:
-            torch.ops.load_library(str(path))
-            self.library = path
-            self.load_error = None
+            self._load(path)
         finally:
             self._register_python()
+
+    def _load(self, path: Path) -> None:
+        torch.ops.load_library(str(path))
+        self.library, self.load_error = path, None
+        for name in NAMES:
+            operator = getattr(torch.ops.moe_ext, name, None)
+            if operator is None or operator.default._schema != _schema(name):
+                raise ImportError(
+                    f"moe_ext: {path} was built from other sources than this package (operator "
+                    f"{name}); build it again, with pip install or by removing it and jit()"
+                )
 
     def _register_python(self) -> None:
         self._python = torch.library.Library("moe_ext", "FRAGMENT")
         for name in NAMES:
-            function = getattr(reference, name)
             if self.library is None:
-                schema = torch.library.infer_schema(function, mutates_args=())
-                self._python.define(name + schema)
-            self._python.impl(name, function, "CompositeExplicitAutograd")
+                self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
+            self._python.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
             torch.library.register_fake(f"moe_ext::{name}", _FAKES[name], lib=self._python)
         self.register_gradients(self._gradients)
 
@@ -170,16 +178,35 @@ class Registry:
             self._python.impl(name, _differentiable(name, function), "Autograd")
 
 
+def _schema(name: str) -> torch.FunctionSchema:
+    """The schema of an operator, by the reference's signature."""
+    signature = torch.library.infer_schema(getattr(reference, name), mutates_args=())
+    return torch._C.parse_schema(f"moe_ext::{name}{signature}")
+
+
 def _differentiable(name: str, function: type[torch.autograd.Function]) -> Callable:
     def kernel(*args):
-        # A Function calls the operator with gradients off: that call goes on to the kernels.
-        if torch.is_grad_enabled() and any(
-            isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
-        ):
-            return function.apply(*args)
-        return _below_autograd(name, *args)
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if _has_tangent(tensors):
+            raise NotImplementedError(
+                f"moe_ext::{name} has no jvp: forward-mode is not implemented"
+            )
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            return _below_autograd(name, *args)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotImplementedError(
+                f"moe_ext::{name}: torch.func does not differentiate raw operators, nor programs "
+                "from torch.export; use the functions and modules of moe_ext"
+            )
+        return function.apply(*args)
 
     return kernel
+
+
+def _has_tangent(tensors: list[torch.Tensor]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _below_autograd(name: str, *args):
@@ -196,8 +223,11 @@ def run(name: str, *args):
 
 
 def backend(name: str, device: torch.device | str) -> str:
-    """What runs operator `name` on a device: "compiled" or "reference"."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type)
+    """What runs operator `name` on a device: "compiled", "reference", or "fake" on meta."""
+    kind = torch.device(device).type
+    if kind == "meta":
+        return "fake"
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(kind)
     if key and torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_ext::{name}", key):
         return "compiled"
     return "reference"

@@ -1,8 +1,8 @@
 """The operators in plain PyTorch: what every kernel has to compute, and what runs without one.
 
-Written to be read and to be right, not to be fast. Output shapes follow from input shapes and
-nothing is read back to the host, except in `grouped_mm` and `grouped_outer`, which loop over the
-experts' rows.
+Written to be read and to be right, not to be fast. Output shapes follow from input shapes. Off the
+CPU nothing is read back to the host, except in `grouped_mm` and `grouped_outer`, which loop over
+the experts' rows.
 
 Letters: T tokens, K choices, E experts, R rows, H hidden, N and M the widths of an expert's weight.
 A route is a (token, choice) pair, numbered t * K + k. Ids, slots, sources, offsets and load are
@@ -125,6 +125,8 @@ def plan(
     the queue), and gives its rows in the order of the queue.
     """
     contracts.plan(experts, priority, num_experts, capacity, order, align)
+    if experts.device.type == "cpu":
+        contracts.plan_values(experts, num_experts)
     T, K = experts.shape
     N, E = T * K, num_experts
     device = experts.device
@@ -171,6 +173,9 @@ def _with_zero_row(matrix: Tensor) -> Tensor:
 def dispatch(tokens: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
     """rows[slots[t, k]] = weights[t, k] * tokens[t]; a row without a route is zero. -> [R, H]."""
     contracts.dispatch(tokens, slots, sources, weights)
+    if slots.device.type == "cpu":
+        contracts.route_values("dispatch", slots, sources)
+        contracts.source_values("dispatch", slots, sources)
     T, K = slots.shape
     filled = (sources >= 0) & (sources < T * K)
     token = torch.where(filled, sources // max(K, 1), T)
@@ -192,6 +197,8 @@ def _rows_of_routes(rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
     """tokens[t] = sum over k, in order, of weights[t, k] * rows[slots[t, k]]. -> [T, H]."""
     contracts.combine(rows, slots, sources, weights)
+    if slots.device.type == "cpu":
+        contracts.route_values("combine", slots, sources)
     routed, kept = _rows_of_routes(rows, slots)
     routed = routed.to(contracts.accumulate_dtype(rows.dtype))
     if weights is not None:
@@ -205,6 +212,8 @@ def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tens
 def route_dot(tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
     """weights[t, k] = <tokens[t], rows[slots[t, k]]>, 0 where the slot is -1. -> [T, K]."""
     contracts.route_dot(tokens, rows, slots, sources)
+    if slots.device.type == "cpu":
+        contracts.route_values("route_dot", slots, sources)
     routed, kept = _rows_of_routes(rows, slots)
     dtype = contracts.accumulate_dtype(rows.dtype)
     dots = (tokens.unsqueeze(1).to(dtype) * routed.to(dtype)).sum(dim=-1)
@@ -219,6 +228,7 @@ def _group_bounds(offsets: Tensor, load: Tensor) -> list[tuple[int, int]]:
 def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, load: Tensor) -> Tensor:
     """out[r] = weights[e] @ rows[r] for the rows that routes of e own, else zero. -> [R, N]."""
     contracts.grouped_mm(rows, weights, offsets, load)
+    contracts.group_values("grouped_mm", offsets, load, rows.shape[0])
     out = rows.new_zeros(rows.shape[0], weights.shape[1])
     for e, (begin, end) in enumerate(_group_bounds(offsets, load)):
         out[begin:end] = rows[begin:end] @ weights[e].t()
@@ -228,6 +238,7 @@ def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, load: Tensor) -> 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, load: Tensor) -> Tensor:
     """out[e] = left[e's rows].T @ right[e's rows], over the rows that routes own. -> [E, N, M]."""
     contracts.grouped_outer(left, right, offsets, load)
+    contracts.group_values("grouped_outer", offsets, load, left.shape[0])
     out = left.new_zeros(load.shape[0], left.shape[1], right.shape[1])
     for e, (begin, end) in enumerate(_group_bounds(offsets, load)):
         out[e] = left[begin:end].t() @ right[begin:end]

@@ -88,9 +88,9 @@ class TopKGate(nn.Module):
     top2_2nd_expert_sampling: in training with k = 2, the second choice is made on scores with
         Gumbel noise
     drop_policy: who is dropped. "random"; "position", the last to queue, all first choices before
-        all second ones; "probs", the smallest probability. None is DeepSpeed's choice: "random"
-        for k = 1 with use_rts, "probs" for k > 2, else "position". In evaluation "random" is
-        "position".
+        all second ones; "probs", the smallest probability, routes queueing token after token. None
+        is DeepSpeed's choice: "random" for k = 1 with use_rts, "probs" for k > 2, else "position".
+        In evaluation "random" is "position".
 
     The loss counts first choices for k <= 2 and all choices for more, as DeepSpeed's does.
     Everything is computed in float32, in float64 where the input or the weight is float64, under
@@ -117,14 +117,17 @@ class TopKGate(nn.Module):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"TopKGate: num_experts must be at least 1, got {num_experts}")
-        if not 1 <= k <= num_experts:
+        if not (isinstance(k, int) and 1 <= k <= num_experts):
             raise ValueError(f"TopKGate: k must be in 1..num_experts = {num_experts}, got {k}")
         for name, factor in (
             ("capacity_factor", capacity_factor),
             ("eval_capacity_factor", eval_capacity_factor),
         ):
-            if not (0 < factor < math.inf):
-                raise ValueError(f"TopKGate: {name} must be positive and finite, got {factor}")
+            if not 1e-6 <= factor <= 1e6:
+                raise ValueError(
+                    f"TopKGate: {name} must be in 1e-6..1e6, got {factor}; "
+                    "drop_tokens=False is without limit"
+                )
         if min_capacity < 0:
             raise ValueError(f"TopKGate: min_capacity must not be negative, got {min_capacity}")
         if noisy_gate_policy not in NOISE_POLICIES:
@@ -164,6 +167,11 @@ class TopKGate(nn.Module):
         """Rows an expert may have for this many tokens, in the present mode; None without limit."""
         if not self.drop_tokens:
             return None
+        if torch.compiler.is_exporting() and isinstance(num_tokens, torch.SymInt):
+            raise RuntimeError(
+                "TopKGate: torch.export with a capacity needs a fixed number of tokens; "
+                "drop_tokens=False exports with any"
+            )
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         return expert_capacity(num_tokens, self.num_experts, self.k * factor, self.min_capacity)
 
@@ -192,7 +200,11 @@ class TopKGate(nn.Module):
                 )
             experts = torch.where(used_token.reshape(-1, 1) != 0, experts, -1)
         plan = make_plan(
-            experts, self.num_experts, self.capacity(num_tokens), priority=self._priority(choice)
+            experts,
+            self.num_experts,
+            self.capacity(num_tokens),
+            priority=self._priority(choice),
+            order="token" if self.drop_policy == "probs" else "choice",
         )
         return Routing(
             self._weights(choice, plan, tokens.dtype),
@@ -211,7 +223,7 @@ class TopKGate(nn.Module):
     ) -> tuple:
         """DeepSpeed's forms of `route`, for its callers; the layer does not use them.
 
-        input: [S, M]. Returns (l_aux, combine_weights [S, E, C], dispatch_mask [S, E, C],
+        input: [T, H]. Returns (l_aux, combine_weights [T, E, C], dispatch_mask [T, E, C],
         exp_counts [E] int64), or a tuple of seven with `sparse_routes` or `use_tutel` (see
         `sharded_moe`). exp_counts counts all choices before dropping, on the input's device. Where
         nothing is dropped C is the largest load, which is read back from the device.
@@ -241,9 +253,9 @@ class TopKGate(nn.Module):
         if self.noisy_gate_policy == "RSample":
             return logits.detach() + _gumbel_like(logits)
         if self.k == 2 and self.top2_2nd_expert_sampling:
-            # The first choice stays what it is: its score is raised above all noise.
+            # The first choice stays what it is: a NaN ranks above all, noise and infinity too.
             first = logits.detach().argmax(dim=-1, keepdim=True)
-            return (logits.detach() + _gumbel_like(logits)).scatter(-1, first, math.inf)
+            return (logits.detach() + _gumbel_like(logits)).scatter(-1, first, math.nan)
         return None
 
     def _priority(self, choice: Choice) -> Tensor | None:

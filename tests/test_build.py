@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -67,16 +68,15 @@ def test_the_compiled_library_is_what_is_tested():
     assert ops.registry.library is not None, ops.registry.load_error
     assert ops.registry.library.parent == Path(moe_ext.__file__).parent
     assert {ops.backend(name, "cpu") for name in ops.NAMES} == {"compiled"}
-    assert ops.backend("gate", "meta") == "reference"
+    assert ops.backend("gate", "meta") == "fake"
+    assert ops.backend("gate", "mps") == "reference"
 
 
 @pytest.mark.parametrize("name", ops.NAMES)
 def test_schema_is_the_reference_signature(name):
-    function = getattr(reference, name)
-    expected = torch._C.parse_schema(
-        f"moe_ext::{name}" + torch.library.infer_schema(function, mutates_args=())
-    )
-    assert getattr(torch.ops.moe_ext, name).default._schema == expected
+    expected = torch.library.infer_schema(getattr(reference, name), mutates_args=())
+    schema = str(getattr(torch.ops.moe_ext, name).default._schema)
+    assert schema == f"moe_ext::{name}{expected}"
 
 
 def test_without_a_library_the_reference_runs(tree):
@@ -99,6 +99,26 @@ def test_a_broken_library_is_named(tree):
         broken.unlink()
     assert result["library"] == "None"
     assert any("_C.abi3.so could not be loaded" in text for text in result["warnings"])
+
+
+def test_a_library_of_other_sources_is_refused(tree):
+    """A stale build in a tree whose operators have changed."""
+    library = tree / "moe_ext" / ops.registry.library.name
+    shutil.copy(ops.registry.library, library)
+    reference_file = tree / "moe_ext" / "reference.py"
+    text = reference_file.read_text()
+    reference_file.write_text(text.replace("num_experts: int,", "num_experts: int, more: int,"))
+    run = subprocess.run(
+        [sys.executable, "-c", "import moe_ext"],
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        cwd=tree,
+        capture_output=True,
+        text=True,
+    )
+    library.unlink()
+    reference_file.write_text(text)
+    assert run.returncode != 0
+    assert "was built from other sources than this package (operator plan)" in run.stderr
 
 
 def test_jit_builds_the_tree_once(tree, tmp_path):
@@ -159,6 +179,25 @@ def test_setup_without_a_compiler_says_so():
     assert run.returncode == 0, run.stderr
     assert "no C++ compiler found" in run.stderr
     assert run.stdout.strip().endswith(moe_ext.__version__)
+
+
+def test_the_source_distribution_is_whole(tmp_path):
+    for env in ({}, {"CXX": "no-such-compiler"}):
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)],
+            cwd=ROOT,
+            env={**os.environ, **env},
+            check=True,
+            capture_output=True,
+        )
+        (archive,) = tmp_path.glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+        archive.unlink()
+        needed = {*build.sources(), *build.headers(), "CMakeLists.txt", "Makefile", "LICENSE"}
+        needed |= {"setup.py", "tests/cases.py", "tests/conftest.py", "moe_ext/build.py"}
+        assert needed <= names
+        assert not any(name.endswith((".so", ".pyc")) for name in names)
 
 
 def test_cmake_builds_the_same_library(tmp_path):

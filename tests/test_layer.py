@@ -118,6 +118,16 @@ def test_module_experts_equal_grouped_ones(options):
     assert all(q.grad is not None for q in modules.parameters())
 
 
+def test_module_experts_take_the_first_of_a_tuple():
+    class Pair(nn.Module):
+        def forward(self, rows):
+            return rows + 1, "more"
+
+    layer = MOELayer(gate_for(2, drop_tokens=False), ModuleExperts(Pair(), E))
+    x = torch.randn(9, H, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), x + 1)
+
+
 def test_shape_dtype_and_device_are_kept():
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         layer = layer_for(2, dtype=dtype)
@@ -240,6 +250,25 @@ def test_random_token_selection_replays_one_uniform_draw():
         assert set(asked[kept].tolist()) == set(asked[best].tolist())
 
 
+def test_a_nan_token_keeps_its_first_choice_in_training():
+    gate = TopKGate(H, E, k=2, drop_tokens=False)
+    x = torch.randn(20, H)
+    x[3] = math.nan
+    drawn, plain = gate.route(x).plan.experts, gate.eval().route(x).plan.experts
+    assert torch.equal(drawn[:, 0], plain[:, 0])
+    assert drawn[3].tolist() == [0, 1]
+
+
+def test_routes_kept_by_probability_queue_token_after_token():
+    """DeepSpeed's top-k: a location is the number of earlier tokens that the expert keeps."""
+    gate = TopKGate(H, E, k=3, capacity_factor=0.5, min_capacity=0)
+    x = torch.randn(60, H)
+    _, _, dispatch_mask, _ = gate(x)
+    kept = dispatch_mask.any(dim=-1)
+    locations = (kept.cumsum(0) - 1)[kept]
+    assert torch.equal(dispatch_mask.nonzero()[:, 2], locations)
+
+
 def test_the_least_probable_are_dropped():
     gate = TopKGate(H, E, k=3, capacity_factor=0.5, min_capacity=0)
     assert gate.drop_policy == "probs"
@@ -355,6 +384,20 @@ def test_copies_after_a_forward(copier):
     assert twin.exp_counts is None
     assert layer.l_aux.requires_grad
     assert torch.equal(twin(x), out)
+
+
+def test_copies_of_a_compiled_layer_are_their_own():
+    layer = layer_for(2, drop_tokens=False)
+    layer.compile(backend="eager")
+    x = torch.randn(30, H, dtype=torch.float64)
+    out = layer(x)
+    twin = copy.deepcopy(layer)
+    pickle.dumps(layer)
+    for parameter in twin.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert (twin(x) == 0).all()
+    assert torch.equal(layer(x), out)
+    torch._dynamo.reset()
 
 
 def test_state_dict_keys():

@@ -4,6 +4,7 @@ opcheck."""
 import pytest
 import torch
 from cases import DTYPES, relative_error
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import moe_ext
@@ -106,9 +107,8 @@ class Pure(torch.nn.Module):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_export_gives_a_program_that_trains(options):
     layer = layer_for(**options)
-    # The capacity is arithmetic that export does not keep symbolic.
     is_dynamic = layer.gate.capacity(64) is None
-    shapes = {"hidden": {0: torch.export.Dim("T", min=2, max=4096)}} if is_dynamic else None
+    shapes = {"hidden": {0: torch.export.Dim("T")}} if is_dynamic else None
     program = torch.export.export(Pure(layer), (torch.randn(64, H),), dynamic_shapes=shapes)
     called = {str(node.target) for node in program.graph.nodes}
     assert {f"moe_ext.{name}.default" for name in ("gate", "plan", "dispatch", "combine")} <= called
@@ -123,6 +123,46 @@ def test_export_gives_a_program_that_trains(options):
         assert torch.equal(out, expected[0])
         assert torch.equal(actual[0], expected[3])
         assert torch.equal(actual[1], expected[4])
+
+
+def test_export_with_a_capacity_needs_a_fixed_number_of_tokens():
+    shapes = {"hidden": {0: torch.export.Dim("T")}}
+    with pytest.raises(RuntimeError, match="with a capacity needs a fixed number"):
+        torch.export.export(Pure(layer_for()), (torch.randn(64, H),), dynamic_shapes=shapes)
+
+
+def test_an_exported_program_is_saved_and_loaded(tmp_path):
+    layer = layer_for(drop_tokens=False)
+    x = torch.randn(64, H)
+    torch.export.save(torch.export.export(Pure(layer), (x,)), tmp_path / "layer.pt2")
+    out, aux = torch.export.load(tmp_path / "layer.pt2").module()(x)
+    expected, expected_aux = layer.forward_with_aux(x)
+    assert torch.equal(out, expected)
+    assert torch.equal(aux.l_aux, expected_aux.l_aux)
+
+    class Parts(torch.nn.Module):
+        def forward(self, logits):
+            choice = moe_ext.gate(logits, 2)
+            return choice, moe_ext.make_plan(choice.experts, E), layer.gate.route(x)
+
+    parts = torch.export.export(Parts(), (torch.randn(5, E),), strict=False)
+    torch.export.save(parts, tmp_path / "parts.pt2")
+    choice, plan, routing = torch.export.load(tmp_path / "parts.pt2").module()(torch.ones(5, E))
+    assert isinstance(choice, moe_ext.Choice)
+    assert isinstance(plan, moe_ext.Plan)
+    assert isinstance(routing, moe_ext.Routing)
+
+
+def test_one_compilation_of_an_aligned_plan(compiled):
+    def function(experts):
+        return moe_ext.make_plan(experts, E, align=8)[:4]
+
+    fast = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (3, 4, 1000, 33):
+        experts = torch.rand(T, E).topk(2).indices.to(torch.int32)
+        for actual, expected in zip(fast(experts), function(experts), strict=True):
+            assert torch.equal(actual, expected)
+    assert compiled() == 1
 
 
 def test_raw_operators_have_gradients():
@@ -219,3 +259,18 @@ def test_forward_mode_says_no():
     for function in (lambda x: moe_ext.gate(x, 2).weights, lambda x: moe_ext.dispatch(x, plan)):
         with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
             torch.func.jvp(function, (x,), (x,))
+
+
+def test_raw_operators_say_what_they_do_not_do():
+    x = torch.randn(4, E)
+    plan = moe_ext.make_plan(torch.zeros(4, 1, dtype=torch.int32), 1)
+
+    def raw(x):
+        return torch.ops.moe_ext.dispatch(x, plan.slots, plan.sources, None)
+
+    with pytest.raises(NotImplementedError, match="moe_ext::dispatch has no jvp"):
+        torch.func.jvp(raw, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no jvp"):
+        raw(forward_ad.make_dual(x, x))
+    with pytest.raises(NotImplementedError, match="does not differentiate raw operators"):
+        torch.func.grad(lambda x: raw(x).sum())(x)

@@ -1,9 +1,9 @@
 // Gate: score every expert, choose K of them, weigh the choices.
 //
-//   probs[t, :]      = softmax, sigmoid or sqrt(softplus) of logits[t, :]
-//   experts[t, :]    = the K largest of choice_scores[t, :], NaN above +inf, equal scores by lower
-//   id weights[t, k]    = scale * probs[t, experts[t, k]]  (/ their sum over k) importance[e]    =
-//   sum over t of probs[t, e]
+//   probs[t, :]   = softmax, sigmoid or sqrt(softplus) of logits[t, :]
+//   experts[t, :] = the K largest of choice_scores[t, :], NaN first, equal ones by lower id
+//   weights[t, k] = scale * probs[t, experts[t, k]], with renormalise over their sum
+//   importance[e] = sum over t of probs[t, e]
 //
 // A task is a block of kBlock tokens, whatever the number of threads, and the blocks' sums are
 // added in the order of the blocks: importance is bitwise the same on every run.

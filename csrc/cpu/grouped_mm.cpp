@@ -65,7 +65,7 @@ void for_each_group(const Check& check, const Groups& groups, int64_t num_rows, 
   const int32_t* load = const_data<int32_t>(groups.load);
   int64_t previous = 0;
   for (int64_t e = 0; e <= groups.num_experts; ++e) {
-    if (offsets[e] < previous || offsets[e] > num_rows) {
+    if (offsets[e] < previous || offsets[e] > num_rows || (e == 0 && offsets[e] != 0)) {
       check.fail("offsets must rise from 0 to at most R = ", num_rows, ", got ", offsets[e],
                  " at [", e, "]");
     }
