@@ -131,7 +131,7 @@ class Registry:
         if self.library is None:
             warnings.warn(
                 f"moe_ext runs on its plain-PyTorch reference, a slower one: {self.load_error}. "
-                "Install with a C++ compiler at hand, or in a source tree call moe_ext.build.jit().",
+                "Install with a C++ compiler, or call moe_ext.build.jit() in a source tree.",
                 RuntimeWarning,
                 stacklevel=3,
             )
