@@ -210,13 +210,30 @@ def test_cmake_builds_the_same_library(tmp_path):
         done = subprocess.run([cmake, *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    run("-S", str(ROOT), "-B", str(tmp_path), f"-DPython3_EXECUTABLE={sys.executable}")
+    run(
+        *("-S", str(ROOT), "-B", str(tmp_path), f"-DPython3_EXECUTABLE={sys.executable}"),
+        "-DCMAKE_CXX_FLAGS=-DMOE_EXT_WIDEN_16BIT",
+    )
     run("--build", str(tmp_path), "--parallel", "2")
     (library,) = tmp_path.glob("libmoe_ext.*")
-    code = (
-        f"import torch; torch.ops.load_library({str(library)!r})\n"
-        "e = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32)\n"
-        "print(torch.ops.moe_ext.plan(e, None, 3, None, 'choice', 1)[0].tolist())"
-    )
+    # The library without the package; 16-bit products are float32 ones, rounded once.
+    code = f"""
+import torch
+torch.ops.load_library({str(library)!r})
+experts = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32)
+slots, _, offsets, load = torch.ops.moe_ext.plan(experts, None, 3, None, "choice", 1)
+print(slots.tolist())
+for dtype in (torch.bfloat16, torch.float16):
+    rows, weights = torch.randn(4, 300).to(dtype), torch.randn(3, 20, 300).to(dtype)
+    out = torch.ops.moe_ext.grouped_mm(rows, weights, offsets, load)
+    outer = torch.ops.moe_ext.grouped_outer(out, rows, offsets, load)
+    for e in range(3):
+        mine = slice(int(offsets[e]), int(offsets[e + 1]))
+        x, w, y = rows[mine].float(), weights[e].float(), out[mine].float()
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(out[mine], (x @ w.T).to(dtype), rtol=eps, atol=0)
+        torch.testing.assert_close(outer[e], (y.T @ x).to(dtype), rtol=eps, atol=0)
+"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert out.stdout.strip() == "[[1, 0], [2, 3]]", out.stderr
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() == "[[1, 0], [2, 3]]"

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from moe_ext import Experts, GroupedExperts, ModuleExperts, MOELayer, TopKGate
 from moe_ext.topk_gate import expert_capacity
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 E, H, FFN = 6, 10, 12
 
 

@@ -15,9 +15,12 @@ namespace moe_ext {
 namespace {
 
 // Without instructions for a 16-bit type torch multiplies it some thirty times slower than float32;
-// then the operands of one expert at a time are widened.
-bool multiplies_natively(ScalarType dtype) {
-#if defined(__x86_64__) && defined(__GNUC__)
+// then the operands of one expert at a time are widened. MOE_EXT_WIDEN_16BIT widens always: for
+// tests on a CPU that has the instructions.
+bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
+#if defined(MOE_EXT_WIDEN_16BIT)
+  return false;
+#elif defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
   if (dtype == ScalarType::BFloat16) return __builtin_cpu_supports("avx512bf16");
 #if !defined(__clang__) && __GNUC__ >= 12
