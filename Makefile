@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test demo lint format abi clean
+.PHONY: test demo lint format abi clean FORCE
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
@@ -43,7 +43,9 @@ $(VENV)/torch: $(VENV)/python pyproject.toml
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja "torch>=2.10"
 	touch $@
 
-$(VENV)/installed: $(VENV)/torch setup.py moe_ext/build.py $(SOURCES)
+# Also where the library was removed.
+$(VENV)/installed: $(VENV)/torch setup.py moe_ext/build.py $(SOURCES) \
+		$(if $(wildcard moe_ext/_C.*),,FORCE)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo]"
 	touch $@
 

@@ -25,8 +25,7 @@ def extensions() -> dict:
     if build.find_compiler() is None:
         print(
             "moe_ext: no C++ compiler found (set CXX to name one); installing without compiled "
-            "kernels, on the plain-PyTorch reference. Once there is one: pip install "
-            "--no-cache-dir --force-reinstall --no-deps moe_ext",
+            "kernels, on the plain-PyTorch reference",
             file=sys.stderr,
         )
         return {}

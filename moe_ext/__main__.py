@@ -5,6 +5,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 
 def demo(arguments: argparse.Namespace) -> int:
     try:
@@ -12,6 +14,12 @@ def demo(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"moe_ext demo: {error}; pip install 'moe_ext[demo]'", file=sys.stderr)
         return 1
+    try:
+        torch.empty(0, device=arguments.device)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, AssertionError, OSError) as error:
+        print(f"moe_ext demo: {error}", file=sys.stderr)
+        return 2
     config = replace(demo.Config(), steps=arguments.steps, seed=arguments.seed)
     try:
         demo.run(config, arguments.device, arguments.out)

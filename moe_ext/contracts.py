@@ -4,6 +4,7 @@ The reference and the fakes call these, so that a wrong argument gives the same 
 backend and at compile time as in the compiled kernels.
 """
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,17 @@ def dropless_rows(num_routes: int, num_experts: int, align: int) -> int:
         return num_routes
     used = torch.sym_min(num_experts, num_routes)
     return (num_routes + used * (align - 1)) // align * align
+
+
+def integer(owner: str, name: str, value: int, minimum: int) -> int:
+    """An argument of a constructor as an int. Raises ValueError where it is none, or too small."""
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{owner}: {name} must be an integer, got {value!r}") from None
+    if value < minimum:
+        raise ValueError(f"{owner}: {name} must be at least {minimum}, got {value}")
+    return value
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

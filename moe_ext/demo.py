@@ -265,7 +265,8 @@ def train(name: str, corpus: Corpus, config: Config, device: torch.device, resul
         if done % config.eval_every == 0 or done == config.steps:
             bits, heldout_count = evaluate(model, corpus, config, device)
             result["curve"].append((done, bits))
-            result["train_curve"].append((done, sum(recent) / len(recent)))
+            # A mean over the last steps stands at their middle.
+            result["train_curve"].append((done - len(recent) / 2, sum(recent) / len(recent)))
             recent.clear()
             result["bits_per_byte_after"] = bits
             result["tokens_per_second"] = done * config.batch * config.context / seconds
@@ -305,11 +306,13 @@ def report(results: dict) -> str:
 
 
 def draw(results: dict, out: Path) -> None:
-    models = results["models"]
-    curves = {f"{name}, held out": r["curve"] for name, r in models.items() if "curve" in r}
-    curves |= {f"{name}, training": r["train_curve"] for name, r in models.items() if "curve" in r}
-    plot_curves(curves, out / "loss.png", ylabel="bits per byte")
-    if load := models.get("moe", {}).get("load"):
+    # What a model knows before training is off the scale of what it learns.
+    trained = {name: r for name, r in results["models"].items() if r.get("train_curve")}
+    curves = {f"{name}, held out": r["curve"][1:] for name, r in trained.items()}
+    curves |= {f"{name}, training": r["train_curve"] for name, r in trained.items()}
+    if curves:
+        plot_curves(curves, out / "loss.png", ylabel="bits per byte")
+    if load := results["models"].get("moe", {}).get("load"):
         plot_load(load, out / "load.png")
 
 

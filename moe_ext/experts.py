@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import contracts
 from .functional import combine, dispatch, grouped_mm
 from .plan import Plan
 
@@ -22,15 +23,18 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(
-                f"{type(self).__name__}: num_experts must be at least 1, got {num_experts}"
-            )
-        self.num_experts = num_experts
+        self.num_experts = contracts.integer(type(self).__name__, "num_experts", num_experts, 1)
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         """The weighted sum of every token's experts. tokens [T, H], weights [T, K] -> [T, H]."""
-        return combine(self(dispatch(tokens, plan), plan), plan, weights)
+        rows = dispatch(tokens, plan)
+        out = self(rows, plan)
+        if out.shape != rows.shape:
+            raise RuntimeError(
+                f"{type(self).__name__}: forward must return [R, H] = {list(rows.shape)}, "
+                f"got {list(out.shape)}"
+            )
+        return combine(out, plan, weights)
 
     def forward(self, rows: Tensor, plan: Plan) -> Tensor:
         """Every row through its expert. rows [R, H] -> [R, H]; what empty rows give is not used."""
@@ -66,8 +70,8 @@ class GroupedExperts(Experts):
                 f"GroupedExperts: activation must be one of {tuple(ACTIVATIONS)}, "
                 f"got {activation!r}"
             )
-        self.hidden_size = hidden_size
-        self.ffn_size = ffn_size
+        self.hidden_size = contracts.integer("GroupedExperts", "hidden_size", hidden_size, 0)
+        self.ffn_size = contracts.integer("GroupedExperts", "ffn_size", ffn_size, 0)
         self.activation = activation
         self.has_gate = activation == "swiglu"
         self.has_bias = bias
@@ -124,7 +128,8 @@ class ModuleExperts(Experts):
     num_experts: E
 
     All copies start with the module's weights. The bounds of the experts are read back from the
-    device: one synchronisation per call, where torch.compile breaks its graph.
+    device: one synchronisation per call. There torch.compile breaks its graph (under checkpointing
+    all of it runs eagerly), and torch.export and the meta device raise: use GroupedExperts.
     """
 
     def __init__(self, module: nn.Module, num_experts: int) -> None:
@@ -132,14 +137,24 @@ class ModuleExperts(Experts):
         self.experts = nn.ModuleList(copy.deepcopy(module) for _ in range(num_experts))
 
     def forward(self, rows: Tensor, plan: Plan) -> Tensor:
+        if rows.is_meta or torch.compiler.is_exporting():
+            raise RuntimeError(
+                "ModuleExperts: the bounds of the experts are read back from the device, which "
+                "torch.export and the meta device cannot; use GroupedExperts"
+            )
         begins = plan.offsets[:-1]
         bounds = torch.stack([begins, begins + plan.kept()]).t().tolist()
         pieces = []
         done = 0
-        for expert, (begin, end) in zip(self.experts, bounds, strict=True):
-            out = expert(rows[begin:end])
+        for e, (begin, end) in enumerate(bounds):
+            out = self.experts[e](rows[begin:end])
             out = out[0] if isinstance(out, tuple) else out
-            pieces += [out.new_zeros(begin - done, *out.shape[1:]), out]
+            if out.shape != (end - begin, rows.shape[1]):
+                raise RuntimeError(
+                    f"ModuleExperts: expert {e} must return [rows, H] = "
+                    f"{[end - begin, rows.shape[1]]}, got {list(out.shape)}"
+                )
+            pieces += [out.new_zeros(begin - done, rows.shape[1]), out]
             done = end
-        pieces.append(out.new_zeros(rows.shape[0] - done, *out.shape[1:]))
+        pieces.append(out.new_zeros(rows.shape[0] - done, rows.shape[1]))
         return torch.cat(pieces)

@@ -59,6 +59,12 @@ class MOELayer(nn.Module):
                 f"MOELayer: experts must have the gate's num_experts = {gate.num_experts}, "
                 f"got {experts.num_experts}"
             )
+        widths = getattr(gate, "model_dim", None), getattr(experts, "hidden_size", None)
+        if None not in widths and widths[0] != widths[1]:
+            raise ValueError(
+                f"MOELayer: experts must have the gate's model_dim = {widths[0]} as hidden_size, "
+                f"got {widths[1]}"
+            )
         if ep_size != 1:
             raise ValueError(f"MOELayer: ep_size must be 1, all experts are local, got {ep_size}")
         if num_local_experts not in (None, experts.num_experts):
@@ -87,6 +93,8 @@ class MOELayer(nn.Module):
         self, hidden: Tensor, used_token: Tensor | None = None
     ) -> tuple[Tensor, Aux]:
         """`forward` without side effects: (out, Aux(l_aux, exp_counts))."""
+        if hidden.dim() == 0:
+            raise RuntimeError("MOELayer: hidden must be [..., H], got []")
         tokens = hidden.reshape(-1, hidden.shape[-1])
         routing = self.gate.route(tokens, used_token)
         out = self.experts.routed(tokens, routing.plan, routing.weights)

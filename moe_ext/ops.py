@@ -121,17 +121,19 @@ class Registry:
         folder = Path(__file__).parent
         built = [p for p in folder.glob("_C.*") if p.suffix in (".so", ".pyd", ".dylib")]
         self.load_error = "no compiled library was built with this package"
+        cure = "with a C++ compiler, pip install --no-cache-dir --force-reinstall it"
         for path in built:
             try:
                 self._load(path)
                 break
             except OSError as error:
-                self.load_error = f"{path.name} could not be loaded: {error}"
+                self.load_error = f"{path.name} could not be loaded: {error.__cause__ or error}"
+                cure = "remove it and install again"
         self._register_python()
         if self.library is None:
             warnings.warn(
-                f"moe_ext runs on its plain-PyTorch reference, a slower one: {self.load_error}. "
-                "Install with a C++ compiler, or call moe_ext.build.jit() in a source tree.",
+                f"moe_ext runs on its plain-PyTorch reference, a slower one: {self.load_error}; "
+                f"{cure}, or in a source tree call moe_ext.build.jit()",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -12,18 +12,21 @@ COLOURS = ("#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 
 
 def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path, ylabel: str) -> None:
-    """A line for every named list of (step, value)."""
+    """A line for every named list of (step, value); the legend gives the last values.
+
+    The first half of the lines is solid, the second dotted.
+    """
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for i, (name, points) in enumerate(curves.items()):
         if points:
             steps, values = zip(*points, strict=True)
             style = "-" if i < len(curves) / 2 else ":"
-            axes.plot(steps, values, style, label=name, color=COLOURS[i % len(COLOURS)], lw=1.8)
+            label = f"{name}: {values[-1]:.3f}"
+            axes.plot(steps, values, style, label=label, color=COLOURS[i % len(COLOURS)], lw=1.8)
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
-    if curves:
-        axes.legend()
+    axes.legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

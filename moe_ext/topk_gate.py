@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import sharded_moe
+from . import contracts, sharded_moe
 from .functional import Choice, gate, has_autocast
 from .plan import Plan, make_plan
 
@@ -85,6 +85,7 @@ class TopKGate(nn.Module):
         in 1 ± 0.01 and "RSample" adds Gumbel noise to the scores that the choice is made on
     drop_tokens: False drops nothing: an expert takes what comes
     use_rts: in training, k = 1 drops at random (random token selection)
+    ep_group: taken for DeepSpeed's callers; None, all experts are local
     top2_2nd_expert_sampling: in training with k = 2, the second choice is made on scores with
         Gumbel noise
     drop_policy: who is dropped. "random"; "position", the last to queue, all first choices before
@@ -92,7 +93,8 @@ class TopKGate(nn.Module):
         is DeepSpeed's choice: "random" for k = 1 with use_rts, "probs" for k > 2, else "position".
         In evaluation "random" is "position".
 
-    The loss counts first choices for k <= 2 and all choices for more, as DeepSpeed's does.
+    The loss counts first choices for k <= 2 and all choices for more, and is a mean over all T
+    tokens, those that used_token takes out too, as DeepSpeed's is.
     Everything is computed in float32, in float64 where the input or the weight is float64, under
     autocast too. Raises ValueError where an argument is out of range.
     """
@@ -108,16 +110,19 @@ class TopKGate(nn.Module):
         noisy_gate_policy: str | None = None,
         drop_tokens: bool = True,
         use_rts: bool = True,
-        *,
+        ep_group=None,
         top2_2nd_expert_sampling: bool = True,
+        *,
         drop_policy: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"TopKGate: num_experts must be at least 1, got {num_experts}")
-        if not (isinstance(k, int) and 1 <= k <= num_experts):
+        self.model_dim = contracts.integer("TopKGate", "model_dim", model_dim, 0)
+        self.num_experts = contracts.integer("TopKGate", "num_experts", num_experts, 1)
+        self.k = contracts.integer("TopKGate", "k", k, 1)
+        self.min_capacity = contracts.integer("TopKGate", "min_capacity", min_capacity, 0)
+        if k > num_experts:
             raise ValueError(f"TopKGate: k must be in 1..num_experts = {num_experts}, got {k}")
         for name, factor in (
             ("capacity_factor", capacity_factor),
@@ -128,8 +133,8 @@ class TopKGate(nn.Module):
                     f"TopKGate: {name} must be in 1e-6..1e6, got {factor}; "
                     "drop_tokens=False is without limit"
                 )
-        if min_capacity < 0:
-            raise ValueError(f"TopKGate: min_capacity must not be negative, got {min_capacity}")
+        if ep_group is not None:
+            raise ValueError("TopKGate: ep_group must be None, all experts are local")
         if noisy_gate_policy not in NOISE_POLICIES:
             raise ValueError(
                 f"TopKGate: noisy_gate_policy must be one of {NOISE_POLICIES}, "
@@ -141,18 +146,16 @@ class TopKGate(nn.Module):
             raise ValueError(
                 f"TopKGate: drop_policy must be None or one of {DROP_POLICIES}, got {drop_policy!r}"
             )
-        self.model_dim = model_dim
-        self.num_experts = num_experts
-        self.k = k
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
-        self.min_capacity = min_capacity
         self.noisy_gate_policy = noisy_gate_policy
         self.drop_tokens = drop_tokens
         self.use_rts = use_rts
         self.top2_2nd_expert_sampling = top2_2nd_expert_sampling
         self.drop_policy = drop_policy
-        self.wg = nn.Linear(model_dim, num_experts, bias=False, device=device, dtype=dtype)
+        self.wg = nn.Linear(
+            self.model_dim, self.num_experts, bias=False, device=device, dtype=dtype
+        )
 
     def reset_parameters(self) -> None:
         self.wg.reset_parameters()
@@ -193,6 +196,10 @@ class TopKGate(nn.Module):
         choice = gate(logits, self.k, choice_scores=self._choice_scores(logits))
         experts = choice.experts
         if used_token is not None:
+            if not isinstance(used_token, Tensor):
+                raise RuntimeError(
+                    f"TopKGate: used_token must be a tensor, got {type(used_token).__name__}"
+                )
             if used_token.numel() != num_tokens:
                 raise RuntimeError(
                     f"TopKGate: used_token must have T = {num_tokens} values, "

@@ -8,9 +8,10 @@ rm -rf .venv-abi dist/abi
 "$root/.venv/bin/pip" wheel --quiet --no-build-isolation --no-deps --wheel-dir dist/abi .
 "${PYTHON:-python3}" -m venv .venv-abi
 bin="$root/.venv-abi/bin"
-"$bin/pip" install --quiet "torch==2.10.*" torch-abi-audit pytest numpy expecttest
+"$bin/pip" install --quiet "torch==2.10.*" pytest numpy expecttest
 "$bin/pip" install --quiet --no-deps dist/abi/*.whl
-"$bin/torch-abi-audit" --check torch "$("$bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/moe_ext"
+"$root/.venv/bin/pip" install --quiet torch-abi-audit
+"$root/.venv/bin/torch-abi-audit" --check torch "$("$bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/moe_ext"
 # Away from the tree, or its package would be found instead of the wheel's.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,9 @@ def test_a_broken_library_is_named(tree):
     finally:
         broken.unlink()
     assert result["library"] == "None"
-    assert any("_C.abi3.so could not be loaded" in text for text in result["warnings"])
+    # The reason is the loader's own, not only that there is one.
+    expected = r"_C.abi3.so could not be loaded: .*(file too short|invalid ELF|not a mach-o)"
+    assert any(re.search(expected, text) for text in result["warnings"]), result["warnings"]
 
 
 def test_a_library_of_other_sources_is_refused(tree):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moe_ext
-from moe_ext import GroupedExperts, ModuleExperts, MOELayer, TopKGate, ops, reference
+from moe_ext import Experts, GroupedExperts, ModuleExperts, MOELayer, TopKGate, ops, reference
 
 T, K, E, H = 33, 2, 8, 4
 EXPERTS = torch.stack([torch.arange(T) % E, (torch.arange(T) + 3) % E], dim=1).to(torch.int32)
@@ -277,12 +277,15 @@ def test_a_plan_of_other_tokens():
 
 GATE = [
     ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
-    ({"k": 0}, "k must be in 1..num_experts = 8, got 0"),
+    ({"num_experts": 4.0}, "num_experts must be an integer, got 4.0"),
+    ({"k": 0}, "k must be at least 1, got 0"),
     ({"k": 9}, "k must be in 1..num_experts = 8, got 9"),
-    ({"k": 2.0}, "k must be in 1..num_experts = 8, got 2.0"),
+    ({"k": 2.0}, "k must be an integer, got 2.0"),
+    ({"min_capacity": 1.5}, "min_capacity must be an integer, got 1.5"),
+    ({"ep_group": "world"}, "ep_group must be None"),
     ({"capacity_factor": 0.0}, "capacity_factor must be in 1e-6..1e6, got 0.0"),
     ({"eval_capacity_factor": float("nan")}, "eval_capacity_factor must be in 1e-6..1e6"),
-    ({"min_capacity": -1}, "min_capacity must not be negative, got -1"),
+    ({"min_capacity": -1}, "min_capacity must be at least 0, got -1"),
     ({"noisy_gate_policy": "Gauss"}, "noisy_gate_policy must be one of"),
     ({"drop_policy": "first"}, "drop_policy must be None or one of"),
 ]
@@ -300,6 +303,7 @@ def test_layer_constructor():
         (lambda: MOELayer(gate, torch.nn.Linear(H, H)), "experts must be moe_ext.Experts"),
         (lambda: MOELayer(torch.nn.Linear(H, E), experts), "gate must be a moe_ext.TopKGate"),
         (lambda: MOELayer(gate, GroupedExperts(4, H, 4)), "num_experts = 8, got 4"),
+        (lambda: MOELayer(gate, GroupedExperts(E, 5, 4)), "model_dim = 4 as hidden_size, got 5"),
         (lambda: MOELayer(gate, experts, ep_size=2), "ep_size must be 1"),
         (lambda: MOELayer(gate, experts, num_local_experts=4), "num_local_experts must be 8"),
         (lambda: GroupedExperts(E, H, 4, activation="tanh"), "activation must be one of"),
@@ -316,8 +320,45 @@ def test_layer_input():
         layer(torch.randn(3, H + 1))
     with pytest.raises(RuntimeError, match="TopKGate: used_token must have T = 3 values, got"):
         layer(torch.randn(3, H), torch.ones(4))
+    with pytest.raises(RuntimeError, match="TopKGate: used_token must be a tensor, got list"):
+        layer(torch.randn(3, H), [1, 1, 0])
+    with pytest.raises(RuntimeError, match=r"MOELayer: hidden must be \[\.\.\., H\], got \[\]"):
+        layer(torch.tensor(1.0))
     with pytest.raises(RuntimeError, match="grouped_mm: weights must be bfloat16, got float32"):
         layer(torch.randn(3, H).bfloat16())
+
+
+class Returns(Experts):
+    def __init__(self, function):
+        super().__init__(E)
+        self.function = function
+
+    def forward(self, rows, plan=None):
+        return self.function(rows)
+
+
+@pytest.mark.parametrize("function", [lambda x: x[:1], lambda x: x[:, :3], lambda x: x.sum()])
+def test_experts_of_the_wrong_shape(function):
+    gate, x = TopKGate(H, E, drop_tokens=False), torch.randn(40, H)
+    with pytest.raises(
+        RuntimeError, match=r"Returns: forward must return \[R, H\] = \[40, 4\], got"
+    ):
+        MOELayer(gate, Returns(function))(x)
+    message = r"ModuleExperts: expert \d must return \[rows, H\] = \[\d+, 4\], got"
+    with pytest.raises(RuntimeError, match=message):
+        MOELayer(gate, ModuleExperts(Returns(function), E))(x)
+
+
+def test_module_experts_cannot_be_exported():
+    layer = MOELayer(TopKGate(H, E), ModuleExperts(torch.nn.Linear(H, H), E)).eval()
+    with pytest.raises(
+        RuntimeError, match="ModuleExperts: the bounds of the experts are read back"
+    ):
+        torch.export.export(layer, (torch.randn(5, H),))
+    with pytest.raises(
+        RuntimeError, match="ModuleExperts: the bounds of the experts are read back"
+    ):
+        layer.to("meta")(torch.randn(5, H, device="meta"))
 
 
 def test_an_error_loses_nothing():
