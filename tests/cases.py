@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_ext import Plan, contracts, make_plan
+from moe_ext import Plan, TopKGate, contracts, make_plan
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -79,3 +79,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     expected = expected.detach().double()
     difference = (actual.detach().double() - expected).norm()
     return 0.0 if difference == 0 else float(difference / expected.norm())
+
+
+def gate_for(k: int, dtype: torch.dtype = torch.float64, **options) -> TopKGate:
+    """A gate without noise that drops the last to queue: of width 10 and 6 experts."""
+    options = {"min_capacity": 0, "drop_policy": "position"} | options
+    return TopKGate(10, 6, k=k, top2_2nd_expert_sampling=False, dtype=dtype, **options)
