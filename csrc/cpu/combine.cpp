@@ -26,9 +26,7 @@ void combine_kernel(const CombineArgs& a, const Tensor& out) {
   parallel_for(0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t route = begin * K; route < end * K; ++route) {
-                   const int64_t slot = slots[route];
-                   if (slot != -1 && !(in_range(slot, R) && sources[slot] == route))
-                     bad_slot.note(route);
+                   has_row(slots, sources, route, R, bad_slot);
                  }
                  if (bad_slot.found()) return;
                  T tile[kTile];

@@ -71,8 +71,30 @@ class Fault {
 
 inline bool in_range(int64_t value, int64_t size) { return value >= 0 && value < size; }
 
+// Ids [T, K] must be in lowest..E-1.
+inline void check_ids(const Check& check, const int32_t* experts, int64_t num_routes, int64_t top_k,
+                      int64_t lowest, int64_t num_experts) {
+  for (int64_t route = 0; route < num_routes; ++route) {
+    const int64_t e = experts[route];
+    if (e >= lowest && e < num_experts) continue;
+    check.fail("experts must be in ", lowest, "..E-1 with E = ", num_experts, ", got ", e, " at [",
+               route / top_k, ", ", route % top_k, "]");
+  }
+}
+
 // slots and sources must be inverse to each other where they are not -1: then every row is written
 // exactly once, by one thread. Checked route by route and row by row while they are read anyway.
+//
+// Whether a route has a row. One whose slot no source gives back is noted, and has none.
+inline bool has_row(const int32_t* slots, const int32_t* sources, int64_t route, int64_t num_rows,
+                    Fault& bad_slot) {
+  const int64_t slot = slots[route];
+  if (slot == -1) return false;
+  if (in_range(slot, num_rows) && sources[slot] == route) return true;
+  bad_slot.note(route);
+  return false;
+}
+
 inline void check_routes_agree(const Check& check, const Fault& bad_slot, const int32_t* slots,
                                int64_t top_k, int64_t num_rows) {
   if (!bad_slot.found()) return;

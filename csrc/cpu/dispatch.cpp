@@ -39,14 +39,9 @@ void dispatch_kernel(const DispatchArgs& a, const Tensor& out) {
   parallel_for(0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t route = begin * K; route < end * K; ++route) {
-                   const int64_t slot = slots[route];
-                   if (slot == -1) continue;
-                   if (!in_range(slot, R) || sources[slot] != route) {
-                     bad_slot.note(route);
-                     continue;
-                   }
+                   if (!has_row(slots, sources, route, R, bad_slot)) continue;
                    write_row(tokens + route / K * H, weights ? weights + route : nullptr,
-                             rows + slot * H, H);
+                             rows + int64_t{slots[route]} * H, H);
                  }
                });
   parallel_for(0, R, grain(H * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {

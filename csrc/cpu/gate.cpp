@@ -210,16 +210,8 @@ Tensor gate_backward_cpu(const OptionalTensor& grad_weights, const OptionalTenso
                          double scale) {
   const GateBackwardArgs a = gate_backward_args(grad_weights, grad_probs, grad_importance, probs,
                                                 experts, scoring, renormalise, scale);
-  const int32_t* ids = const_data<int32_t>(a.experts);
-  Fault fault;
-  for (int64_t route = 0; route < a.num_tokens * a.top_k; ++route) {
-    if (!in_range(ids[route], a.num_experts)) fault.note(route);
-  }
-  if (fault.found()) {
-    Check("gate_backward")
-        .fail("experts must be in 0..E-1 with E = ", a.num_experts, ", got ", ids[fault.first()],
-              " at [", fault.first() / a.top_k, ", ", fault.first() % a.top_k, "]");
-  }
+  check_ids(Check("gate_backward"), const_data<int32_t>(a.experts), a.num_tokens * a.top_k, a.top_k,
+            0, a.num_experts);
   Tensor grad = empty(a.probs, {a.num_tokens, a.num_experts}, a.probs.scalar_type());
   if (a.probs.scalar_type() == ScalarType::Double) {
     gate_backward_kernel<double>(a, grad);

@@ -7,7 +7,6 @@
 // rows are never read and come out zero. The GEMMs are torch's.
 
 #include <array>
-#include <cstring>
 
 #include "common.h"
 
@@ -50,13 +49,6 @@ void multiply_into(Tensor& out, const Tensor& a, const Tensor& b) {
   const Tensor wide = empty(out, {out.size(0), out.size(1)}, ScalarType::Float);
   mm_into(wide, wide_a, wide_b);
   torch::stable::copy_(out, wide);
-}
-
-void zero(const Tensor& tensor) {
-  const int64_t width = tensor.numel() ? tensor.numel() / tensor.size(0) : 0;
-  visit_float(tensor.scalar_type(), [&](auto value) {
-    std::memset(tensor.mutable_data_ptr(), 0, tensor.size(0) * width * sizeof(value));
-  });
 }
 
 // Calls body(e, begin, end) with the rows that routes of e own, and gap(begin, end) with all other
@@ -104,7 +96,10 @@ Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const Tensor& o
             torch::stable::transpose(torch::stable::select(a.weights, 0, e), 0, 1);
         multiply_into(block, rows_of(a.rows, begin, end), weight);
       },
-      [&](int64_t begin, int64_t end) { zero(rows_of(out, begin, end)); });
+      [&](int64_t begin, int64_t end) {
+        Tensor gap = rows_of(out, begin, end);
+        torch::stable::zero_(gap);
+      });
   return out;
 }
 
@@ -118,7 +113,7 @@ Tensor grouped_outer_cpu(const Tensor& left, const Tensor& right, const Tensor& 
       [&](int64_t e, int64_t begin, int64_t end) {
         Tensor block = torch::stable::select(out, 0, e);
         if (begin == end) {
-          zero(block);
+          torch::stable::zero_(block);
           return;
         }
         const Tensor left_rows = torch::stable::transpose(rows_of(a.left, begin, end), 0, 1);

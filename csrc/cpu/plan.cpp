@@ -37,14 +37,6 @@ struct Queues {
   std::vector<int64_t> starts;  // [E+1]
 };
 
-void check_experts(const int32_t* experts, const PlanArgs& a) {
-  for (int64_t route = 0; route < a.num_routes; ++route) {
-    if (experts[route] == -1 || in_range(experts[route], a.num_experts)) continue;
-    Check("plan").fail("experts must be in -1..E-1 with E = ", a.num_experts, ", got ",
-                       experts[route], " at [", route / a.top_k, ", ", route % a.top_k, "]");
-  }
-}
-
 Queues group_by_expert(const int32_t* experts, const PlanArgs& a) {
   const int64_t N = a.num_routes, E = a.num_experts;
   const Queue queue(a);
@@ -89,8 +81,9 @@ Queues group_by_expert(const int32_t* experts, const PlanArgs& a) {
   return groups;
 }
 
-// Moves the kept routes of one expert to the front, the others behind them, both still in the order
-// of the queue: the `kept` of largest priority, a NaN below every number, equal ones by the queue.
+// Moves the `kept` routes of largest priority to the front of an expert's, still in the order of
+// the queue. A NaN is below every number, equal ones go by the queue. What follows them is not
+// used.
 void keep_by_priority(int32_t* routes, int64_t count, int64_t kept, const float* priority) {
   std::vector<int32_t> ranking(count);
   for (int64_t i = 0; i < count; ++i) ranking[i] = static_cast<int32_t>(i);
@@ -103,16 +96,10 @@ void keep_by_priority(int32_t* routes, int64_t count, int64_t kept, const float*
   std::nth_element(ranking.begin(), ranking.begin() + kept, ranking.end(), before);
   std::vector<char> keep(count);
   for (int64_t i = 0; i < kept; ++i) keep[ranking[i]] = 1;
-  std::vector<int32_t> left_out;
   int64_t front = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (keep[i]) {
-      routes[front++] = routes[i];
-    } else {
-      left_out.push_back(routes[i]);
-    }
+    if (keep[i]) routes[front++] = routes[i];
   }
-  std::copy(left_out.begin(), left_out.end(), routes + front);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const Tensor& experts,
@@ -123,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const Tensor& experts,
   const PlanArgs a = plan_args(experts, priority, num_experts, capacity, order, align);
   const int64_t E = a.num_experts, R = a.num_rows;
   const int32_t* ids = const_data<int32_t>(a.experts);
-  check_experts(ids, a);
+  check_ids(Check("plan"), ids, a.num_routes, a.top_k, -1, E);
   Queues groups = group_by_expert(ids, a);
 
   Tensor slots = empty(a.experts, {a.num_tokens, a.top_k}, ScalarType::Int);

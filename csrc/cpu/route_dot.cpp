@@ -39,19 +39,14 @@ void route_dot_kernel(const RouteDotArgs& a, const Tensor& out) {
   T* weights = data<T>(out);
   Fault bad_slot;
 
-  parallel_for(0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t route = begin * K; route < end * K; ++route) {
-                   const int64_t slot = slots[route];
-                   weights[route] = 0;
-                   if (slot == -1) continue;
-                   if (!in_range(slot, R) || sources[slot] != route) {
-                     bad_slot.note(route);
-                     continue;
-                   }
-                   weights[route] = dot(tokens + route / K * H, rows + slot * H, H);
-                 }
-               });
+  parallel_for(
+      0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
+        for (int64_t route = begin * K; route < end * K; ++route) {
+          weights[route] = has_row(slots, sources, route, R, bad_slot)
+                               ? dot(tokens + route / K * H, rows + int64_t{slots[route]} * H, H)
+                               : T{0};
+        }
+      });
   check_routes_agree(Check("route_dot"), bad_slot, slots, K, R);
 }
 
