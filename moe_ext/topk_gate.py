@@ -281,11 +281,11 @@ class TopKGate(nn.Module):
         return weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
     def _balance(self, choice: Choice, plan: Plan) -> Tensor:
-        num_tokens = choice.probs.shape[0]
-        if self.k != 2:
-            return load_balance_loss(choice.importance, plan.load, num_tokens, self.k)
-        # Bin 0 takes the tokens that are not routed.
-        first = plan.experts[:, 0].long() + 1
-        load = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=first.device)
-        load = load.scatter_add(0, first, torch.ones_like(first))[1:]
-        return load_balance_loss(choice.importance, load, num_tokens, 1)
+        counted = 1 if self.k <= 2 else self.k
+        load = plan.load
+        if counted < self.k:
+            # Bin 0 takes the tokens that are not routed.
+            bins = plan.experts[:, :counted].flatten().long() + 1
+            load = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=bins.device)
+            load = load.scatter_add(0, bins, torch.ones_like(bins))[1:]
+        return load_balance_loss(choice.importance, load, choice.probs.shape[0], counted)
