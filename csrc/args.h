@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "check.h"
+#include "scoring.h"
 
 namespace moe_ext {
 
@@ -19,12 +20,14 @@ inline OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
 }
 
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
+}
+
 template <typename T>
 const T* data_or_null(const OptionalTensor& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
-
-enum class Scoring { kSoftmax, kSigmoid, kSqrtSoftplus };
 
 inline Scoring parse_scoring(const Check& check, const std::string& scoring) {
   if (scoring == "softmax") return Scoring::kSoftmax;
@@ -237,6 +240,29 @@ inline RouteDotArgs route_dot_args(const Tensor& tokens, const Tensor& rows, con
   check.same_device("rows", rows, "tokens", tokens);
   check_routes(check, "tokens", tokens, slots, tokens.size(0), sources, rows.size(0), std::nullopt);
   return {dense(tokens),  dense(rows),   dense(slots), dense(sources),
+          tokens.size(0), slots.size(1), rows.size(0), tokens.size(1)};
+}
+
+struct DispatchDotArgs {
+  Tensor tokens;   // [T, H]
+  Tensor rows;     // [R, H]
+  Tensor slots;    // [T, K]
+  Tensor sources;  // [R]
+  Tensor weights;  // [T, K]
+  int64_t num_tokens, top_k, num_rows, hidden;
+};
+
+inline DispatchDotArgs dispatch_dot_args(const Tensor& tokens, const Tensor& rows,
+                                         const Tensor& slots, const Tensor& sources,
+                                         const Tensor& weights) {
+  const Check check("dispatch_dot");
+  check.shape("tokens", tokens, {{"T", kAny}, {"H", kAny}});
+  check.floating("tokens", tokens);
+  check.shape("rows", rows, {{"R", kAny}, {"H", tokens.size(1)}});
+  check.dtype("rows", rows, tokens.scalar_type());
+  check.same_device("rows", rows, "tokens", tokens);
+  check_routes(check, "tokens", tokens, slots, tokens.size(0), sources, rows.size(0), weights);
+  return {dense(tokens),  dense(rows),   dense(slots), dense(sources), dense(weights),
           tokens.size(0), slots.size(1), rows.size(0), tokens.size(1)};
 }
 

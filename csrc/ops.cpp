@@ -30,6 +30,12 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   // tokens [T, H], rows [R, H], slots [T, K], sources [R] -> weights [T, K]
   m.def("route_dot(Tensor tokens, Tensor rows, Tensor slots, Tensor sources) -> Tensor");
 
+  // tokens [T, H], rows [R, H], slots [T, K], sources [R], weights [T, K]
+  // -> dispatch(tokens, weights) [R, H], route_dot(tokens, rows) [T, K]
+  m.def(
+      "dispatch_dot(Tensor tokens, Tensor rows, Tensor slots, Tensor sources, Tensor weights) "
+      "-> (Tensor, Tensor)");
+
   // rows [R, M], weights [E, N, M], offsets [E+1], load [E] -> [R, N]
   m.def("grouped_mm(Tensor rows, Tensor weights, Tensor offsets, Tensor load) -> Tensor");
 

@@ -268,13 +268,25 @@ def source_values(op: str, slots: Tensor, sources: Tensor) -> None:
 
 
 def route_dot(tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> None:
-    check = Check("route_dot")
+    _tokens_and_rows("route_dot", tokens, rows, slots, sources, None)
+
+
+def dispatch_dot(
+    tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor, weights: Tensor
+) -> None:
+    _tokens_and_rows("dispatch_dot", tokens, rows, slots, sources, weights)
+
+
+def _tokens_and_rows(
+    op: str, tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor, weights: Tensor | None
+) -> None:
+    check = Check(op)
     check.shape("tokens", tokens, [("T", None), ("H", None)])
     check.floating("tokens", tokens)
     check.shape("rows", rows, [("R", None), ("H", tokens.shape[1])])
     check.dtype("rows", rows, tokens.dtype)
     check.same_device("rows", rows, "tokens", tokens)
-    _routes(check, "tokens", tokens, slots, tokens.shape[0], sources, rows.shape[0], None)
+    _routes(check, "tokens", tokens, slots, tokens.shape[0], sources, rows.shape[0], weights)
 
 
 def _groups(

@@ -5,8 +5,9 @@ The row operators are the three derivatives of one form,
     f(tokens, rows, weights) = sum over t, k of weights[t, k] * <tokens[t], rows[slots[t, k]]>
     dispatch = df/d rows        combine = df/d tokens        route_dot = df/d weights
 
-so the gradient of each is made of the other two, and so is every higher one. The same holds for
-`grouped_mm` and `grouped_outer`.
+so the gradient of each is made of the other two, and so is every higher one. `dispatch_dot` is two
+of them in one pass, for the gradients of a combine. The same holds for `grouped_mm` and
+`grouped_outer`.
 """
 
 from typing import NamedTuple
@@ -147,9 +148,11 @@ class _Combine(Function):
     def backward(ctx, grad):
         rows, slots, sources, weights = ctx.saved_tensors
         grad_rows = grad_weights = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.needs_input_grad[3]:
+            grad_rows, grad_weights = _DispatchDot.apply(grad, rows, slots, sources, weights)
+        elif ctx.needs_input_grad[0]:
             grad_rows = _Dispatch.apply(grad, slots, sources, weights)
-        if ctx.needs_input_grad[3]:
+        elif ctx.needs_input_grad[3]:
             grad_weights = _RouteDot.apply(grad, rows, slots, sources)
         return grad_rows, None, None, grad_weights
 
@@ -174,6 +177,37 @@ class _RouteDot(Function):
         if ctx.needs_input_grad[1]:
             grad_rows = _Dispatch.apply(tokens, slots, sources, grad)
         return grad_tokens, grad_rows, None, None
+
+
+class _DispatchDot(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tokens, rows, slots, sources, weights):
+        return ops.run("dispatch_dot", tokens, rows, slots, sources, weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_dispatched, grad_dots):
+        tokens, rows, slots, sources, weights = ctx.saved_tensors
+        needs_tokens, needs_rows, _, _, needs_weights = ctx.needs_input_grad
+        grad_tokens = grad_rows = grad_weights = None
+        if grad_dispatched is not None:
+            if needs_tokens:
+                grad_tokens = _Combine.apply(grad_dispatched, slots, sources, weights)
+            if needs_weights:
+                grad_weights = _RouteDot.apply(tokens, grad_dispatched, slots, sources)
+        if grad_dots is not None:
+            if needs_tokens:
+                through_dots = _Combine.apply(rows, slots, sources, grad_dots)
+                grad_tokens = through_dots if grad_tokens is None else grad_tokens + through_dots
+            if needs_rows:
+                grad_rows = _Dispatch.apply(tokens, slots, sources, grad_dots)
+        return grad_tokens, grad_rows, None, None, grad_weights
 
 
 class _GroupedMM(Function):
@@ -233,6 +267,7 @@ ops.registry.register_gradients(
         "dispatch": _Dispatch,
         "combine": _Combine,
         "route_dot": _RouteDot,
+        "dispatch_dot": _DispatchDot,
         "grouped_mm": _GroupedMM,
         "grouped_outer": _GroupedOuter,
     }

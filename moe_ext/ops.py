@@ -25,6 +25,7 @@ NAMES = (
     "dispatch",
     "combine",
     "route_dot",
+    "dispatch_dot",
     "grouped_mm",
     "grouped_outer",
 )
@@ -96,6 +97,12 @@ def route_dot(tokens, rows, slots, sources):
 
 
 @_fake
+def dispatch_dot(tokens, rows, slots, sources, weights):
+    contracts.dispatch_dot(tokens, rows, slots, sources, weights)
+    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+@_fake
 def grouped_mm(rows, weights, offsets, load):
     contracts.grouped_mm(rows, weights, offsets, load)
     return rows.new_empty(rows.shape[0], weights.shape[1])
@@ -108,11 +115,13 @@ def grouped_outer(left, right, offsets, load):
 
 
 class Registry:
-    """The registrations of this process: a compiled library, if any, and the reference."""
+    """The registrations of this process: the compiled libraries, if any, and the reference."""
 
     def __init__(self) -> None:
         self.library: Path | None = None
         self.load_error: str | None = None
+        self.cuda_library: Path | None = None
+        self.cuda_load_error: str | None = None
         self._python: torch.library.Library | None = None
         self._gradients: dict[str, type[torch.autograd.Function]] = {}
 
@@ -156,12 +165,35 @@ class Registry:
     def _load(self, path: Path) -> None:
         torch.ops.load_library(str(path))
         self.library, self.load_error = path, None
+        self._load_cuda(path)
         for name in NAMES:
             operator = getattr(torch.ops.moe_ext, name, None)
             if operator is None or operator.default._schema != _schema(name):
                 raise ImportError(
                     f"moe_ext: {path} was built from other sources than this package (operator "
                     f"{name}); build it again, with pip install or by removing it and jit()"
+                )
+
+    def _load_cuda(self, library: Path) -> None:
+        """Load the CUDA kernels beside the CPU library, where torch has CUDA."""
+        path = library.with_name(library.name.replace("_C", "_C_cuda", 1))
+        if torch.version.cuda is None:
+            self.cuda_load_error = "this torch has no CUDA"
+        elif not path.exists():
+            self.cuda_load_error = "no CUDA kernels were built with this package"
+        else:
+            try:
+                torch.ops.load_library(str(path))
+                self.cuda_library, self.cuda_load_error = path, None
+            except OSError as error:
+                self.cuda_load_error = (
+                    f"{path.name} could not be loaded: {error.__cause__ or error}"
+                )
+                warnings.warn(
+                    f"moe_ext runs on its plain-PyTorch reference on cuda: {self.cuda_load_error}; "
+                    "build it again against this torch",
+                    RuntimeWarning,
+                    stacklevel=5,
                 )
 
     def _register_python(self) -> None:

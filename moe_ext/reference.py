@@ -220,6 +220,19 @@ def route_dot(tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> T
     return torch.where(kept, dots, 0)
 
 
+def dispatch_dot(
+    tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dispatch(tokens, weights) [R, H] and route_dot(tokens, rows) [T, K], which a kernel computes
+    in one pass over the tokens: together the gradients of a combine of `rows`."""
+    contracts.dispatch_dot(tokens, rows, slots, sources, weights)
+    if slots.device.type == "cpu":
+        contracts.route_values("dispatch_dot", slots, sources)
+        contracts.source_values("dispatch_dot", slots, sources)
+    dispatched = dispatch(tokens, slots, sources, weights)
+    return dispatched, route_dot(tokens, rows, slots, sources)
+
+
 def _group_bounds(offsets: Tensor, load: Tensor) -> list[tuple[int, int]]:
     ends = offsets[:-1] + torch.minimum(load, offsets.diff())
     return list(zip(offsets[:-1].tolist(), ends.tolist(), strict=True))

@@ -74,6 +74,11 @@ def test_matches_reference(device, T, K, E, H, dtype, weighted):
         assert dots.dtype == contracts.accumulate_dtype(dtype)
         assert_within(dots, exact, terms, additions=H + 1)
 
+        if weighted:
+            both = torch.ops.moe_ext.dispatch_dot(x, y, *routes, w)
+            assert torch.equal(both[0], rows)
+            assert torch.equal(both[1], dots)
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dispatch_copies_bits(device, dtype):
@@ -193,6 +198,12 @@ def test_gradients(device, T, K, E, H, weighted):
         ]
         if not weighted:
             cases.append((lambda x, y, plan=plan: moe_ext.route_dot(x, y, plan), (x, y)))
+        else:
+
+            def dispatch_dot(x, y, w, routes=(plan.slots, plan.sources)):
+                return torch.ops.moe_ext.dispatch_dot(x, y, *routes, w)
+
+            cases.append((dispatch_dot, (x, y, *w)))
         for function, inputs in cases:
             assert gradcheck(function, inputs, check_batched_grad=R > 0)
             assert gradgradcheck(function, inputs)
@@ -204,6 +215,23 @@ def test_only_the_needed_gradients(device):
     w = weights_for(torch.float32, 6, 2, device=device).requires_grad_()
     moe_ext.dispatch(x, plan, w).sum().backward()
     torch.testing.assert_close(w.grad, x.sum(-1, keepdim=True).expand(6, 2))
+
+
+def test_gradients_of_combine_one_by_one(device):
+    """Both come from one pass over the incoming gradient, each alone from its own operator."""
+    plan = moe_ext.make_plan(masked_experts(20, 2, 3, device), 3, 8)
+    rows = values(len(plan.sources), 5, dtype=torch.float32, device=device)
+    w = weights_for(torch.float32, 20, 2, device=device)
+    grad = values(20, 5, dtype=torch.float32, device=device)
+
+    def gradients(*needed):
+        leaves = [t.clone().requires_grad_(need) for t, need in zip((rows, w), needed, strict=True)]
+        moe_ext.combine(leaves[0], plan, leaves[1]).backward(grad)
+        return [leaf.grad for leaf in leaves]
+
+    both = gradients(True, True)
+    assert torch.equal(gradients(True, False)[0], both[0])
+    assert torch.equal(gradients(False, True)[1], both[1])
 
 
 def test_float16_rows_that_overflow_become_infinite(device):

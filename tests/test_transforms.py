@@ -190,6 +190,7 @@ def _arguments(dtype):
         "dispatch": (x, *routes, choice.weights),
         "combine": (rows, *routes, choice.weights),
         "route_dot": (x, rows, *routes),
+        "dispatch_dot": (x, rows, *routes, choice.weights),
         "grouped_mm": (rows, torch.randn(E, 3, H).to(dtype), *groups),
         "grouped_outer": (outer, rows, *groups),
     }

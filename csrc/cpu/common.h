@@ -43,10 +43,6 @@ const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
-  return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
-}
-
 // Items a thread takes at a time, so that a task moves about 32 KiB.
 inline int64_t grain(int64_t bytes_per_item) {
   return std::max<int64_t>(1, (int64_t{1} << 15) / std::max<int64_t>(1, bytes_per_item));

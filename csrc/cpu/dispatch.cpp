@@ -5,26 +5,10 @@
 //
 // A thread takes whole tokens: each is read once and written K times. No two routes share a slot.
 
-#include <cstring>
-
-#include "common.h"
+#include "rows.h"
 
 namespace moe_ext {
 namespace {
-
-template <typename scalar_t>
-void write_row(const scalar_t* token, const accumulate_t<scalar_t>* weight, scalar_t* row,
-               int64_t hidden) {
-  if (!weight) {
-    std::memcpy(row, token, hidden * sizeof(scalar_t));
-    return;
-  }
-  using T = accumulate_t<scalar_t>;
-  const T w = *weight;
-  for (int64_t h = 0; h < hidden; ++h) {
-    row[h] = static_cast<scalar_t>(w * static_cast<T>(token[h]));
-  }
-}
 
 template <typename scalar_t>
 void dispatch_kernel(const DispatchArgs& a, const Tensor& out) {
@@ -44,16 +28,7 @@ void dispatch_kernel(const DispatchArgs& a, const Tensor& out) {
                              rows + int64_t{slots[route]} * H, H);
                  }
                });
-  parallel_for(0, R, grain(H * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t route = sources[r];
-      if (route == -1) {
-        std::memset(static_cast<void*>(rows + r * H), 0, H * sizeof(scalar_t));
-      } else if (!in_range(route, a.num_tokens * K) || slots[route] != r) {
-        bad_source.note(r);
-      }
-    }
-  });
+  zero_empty_rows(slots, sources, a.num_tokens * K, R, rows, H, bad_source);
   const Check check("dispatch");
   check_routes_agree(check, bad_slot, slots, K, R);
   check_sources_agree(check, bad_source, sources, a.num_tokens * K);

@@ -9,7 +9,6 @@
 // added in the order of the blocks: importance is bitwise the same on every run.
 
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "common.h"
@@ -62,18 +61,11 @@ void choose(const T* scores, int64_t num_experts, int64_t top_k, int32_t* chosen
   }
 }
 
-template <typename T>
-T softplus(T x) {
-  return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
-}
-
 // logits -> probs in place.
 template <typename T>
 void score(Scoring scoring, T* row, int64_t num_experts) {
-  if (scoring == Scoring::kSigmoid) {
-    for (int64_t e = 0; e < num_experts; ++e) row[e] = 1 / (1 + std::exp(-row[e]));
-  } else if (scoring == Scoring::kSqrtSoftplus) {
-    for (int64_t e = 0; e < num_experts; ++e) row[e] = std::sqrt(softplus(row[e]));
+  if (scoring != Scoring::kSoftmax) {
+    for (int64_t e = 0; e < num_experts; ++e) row[e] = elementwise_score(scoring, row[e]);
   } else {
     T largest = row[0];
     for (int64_t e = 1; e < num_experts; ++e) largest = std::max(largest, row[e]);
@@ -82,22 +74,6 @@ void score(Scoring scoring, T* row, int64_t num_experts) {
     const T inverse = 1 / sum;
     for (int64_t e = 0; e < num_experts; ++e) row[e] *= inverse;
   }
-}
-
-// The divisor of a renormalised token: the sum of its chosen probabilities, kept off zero. A NaN
-// stays NaN.
-template <typename T>
-T clamped(T sum) {
-  constexpr T tiny = std::numeric_limits<T>::min();
-  return sum < tiny ? tiny : sum;
-}
-
-// d probs / d logits of an elementwise scoring, from the probability p alone: softplus(x) = p * p,
-// so sigmoid(x) = 1 - exp(-p * p).
-template <typename T>
-T slope(Scoring scoring, T p) {
-  if (scoring == Scoring::kSigmoid) return p * (1 - p);
-  return -std::expm1(-p * p) / (2 * clamped(p));
 }
 
 template <typename scalar_t>

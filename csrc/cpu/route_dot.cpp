@@ -1,32 +1,15 @@
-// Route dot: the product of every token with each of its rows.
+// Route dot: the product of every token with each of its rows; and dispatch_dot, which dispatches
+// the tokens in the same pass.
 //
-//   weights[t, k] = sum over h of tokens[t, h] * rows[slots[t, k], h]    (0 where the slot is -1)
+//   dots[t, k]                 = sum over h of tokens[t, h] * rows[slots[t, k], h]
+//   dispatched[slots[t, k], :] = weights[t, k] * tokens[t, :]
 //
-// The sum runs in kLanes interleaved lanes, which the compiler turns into vector registers, and the
-// lanes are added in their order: the result does not depend on the number of threads.
+// 0 where the slot is -1, and where the source is. No result depends on the number of threads.
 
-#include "common.h"
+#include "rows.h"
 
 namespace moe_ext {
 namespace {
-
-constexpr int64_t kLanes = 16;
-
-template <typename scalar_t>
-accumulate_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t size) {
-  using T = accumulate_t<scalar_t>;
-  T lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += static_cast<T>(a[i + lane]) * static_cast<T>(b[i + lane]);
-    }
-  }
-  for (; i < size; ++i) lanes[i % kLanes] += static_cast<T>(a[i]) * static_cast<T>(b[i]);
-  T sum = 0;
-  for (const T lane : lanes) sum += lane;
-  return sum;
-}
 
 template <typename scalar_t>
 void route_dot_kernel(const RouteDotArgs& a, const Tensor& out) {
@@ -36,28 +19,68 @@ void route_dot_kernel(const RouteDotArgs& a, const Tensor& out) {
   const auto* rows = const_data<scalar_t>(a.rows);
   const int32_t* slots = const_data<int32_t>(a.slots);
   const int32_t* sources = const_data<int32_t>(a.sources);
-  T* weights = data<T>(out);
+  T* dots = data<T>(out);
   Fault bad_slot;
 
   parallel_for(
       0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
         for (int64_t route = begin * K; route < end * K; ++route) {
-          weights[route] = has_row(slots, sources, route, R, bad_slot)
-                               ? dot(tokens + route / K * H, rows + int64_t{slots[route]} * H, H)
-                               : T{0};
+          dots[route] = has_row(slots, sources, route, R, bad_slot)
+                            ? dot(tokens + route / K * H, rows + int64_t{slots[route]} * H, H)
+                            : T{0};
         }
       });
   check_routes_agree(Check("route_dot"), bad_slot, slots, K, R);
 }
 
+template <typename scalar_t>
+void dispatch_dot_kernel(const DispatchDotArgs& a, const Tensor& out_rows, const Tensor& out) {
+  using T = accumulate_t<scalar_t>;
+  const int64_t K = a.top_k, H = a.hidden, R = a.num_rows;
+  const auto* tokens = const_data<scalar_t>(a.tokens);
+  const auto* rows = const_data<scalar_t>(a.rows);
+  const auto* weights = const_data<T>(a.weights);
+  const int32_t* slots = const_data<int32_t>(a.slots);
+  const int32_t* sources = const_data<int32_t>(a.sources);
+  scalar_t* dispatched = data<scalar_t>(out_rows);
+  T* dots = data<T>(out);
+  Fault bad_slot, bad_source;
+
+  parallel_for(0, a.num_tokens, grain(H * (2 * K + 1) * sizeof(scalar_t)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t route = begin * K; route < end * K; ++route) {
+                   dots[route] = 0;
+                   if (!has_row(slots, sources, route, R, bad_slot)) continue;
+                   const scalar_t* token = tokens + route / K * H;
+                   const int64_t row = int64_t{slots[route]} * H;
+                   dots[route] = dot(token, rows + row, H);
+                   write_row(token, weights + route, dispatched + row, H);
+                 }
+               });
+  zero_empty_rows(slots, sources, a.num_tokens * K, R, dispatched, H, bad_source);
+  const Check check("dispatch_dot");
+  check_routes_agree(check, bad_slot, slots, K, R);
+  check_sources_agree(check, bad_source, sources, a.num_tokens * K);
+}
+
 Tensor route_dot_cpu(const Tensor& tokens, const Tensor& rows, const Tensor& slots,
                      const Tensor& sources) {
   const RouteDotArgs a = route_dot_args(tokens, rows, slots, sources);
-  Tensor weights =
-      empty(a.tokens, {a.num_tokens, a.top_k}, accumulate_type(a.tokens.scalar_type()));
+  Tensor dots = empty(a.tokens, {a.num_tokens, a.top_k}, accumulate_type(a.tokens.scalar_type()));
   visit_float(a.tokens.scalar_type(),
-              [&](auto zero) { route_dot_kernel<decltype(zero)>(a, weights); });
-  return weights;
+              [&](auto zero) { route_dot_kernel<decltype(zero)>(a, dots); });
+  return dots;
+}
+
+std::tuple<Tensor, Tensor> dispatch_dot_cpu(const Tensor& tokens, const Tensor& rows,
+                                            const Tensor& slots, const Tensor& sources,
+                                            const Tensor& weights) {
+  const DispatchDotArgs a = dispatch_dot_args(tokens, rows, slots, sources, weights);
+  Tensor dispatched = empty(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
+  Tensor dots = empty(a.tokens, {a.num_tokens, a.top_k}, a.weights.scalar_type());
+  visit_float(a.tokens.scalar_type(),
+              [&](auto zero) { dispatch_dot_kernel<decltype(zero)>(a, dispatched, dots); });
+  return {dispatched, dots};
 }
 
 }  // namespace
@@ -65,4 +88,5 @@ Tensor route_dot_cpu(const Tensor& tokens, const Tensor& rows, const Tensor& slo
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("route_dot", TORCH_BOX(&moe_ext::route_dot_cpu));
+  m.impl("dispatch_dot", TORCH_BOX(&moe_ext::dispatch_dot_cpu));
 }

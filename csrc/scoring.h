@@ -1,0 +1,41 @@
+// How the gate scores: the formulas that the CPU and the CUDA kernels share.
+
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#ifdef __CUDACC__
+#define MOE_EXT_HOST_DEVICE __host__ __device__
+#else
+#define MOE_EXT_HOST_DEVICE
+#endif
+
+namespace moe_ext {
+
+enum class Scoring { kSoftmax, kSigmoid, kSqrtSoftplus };
+
+// The probability of a logit, for the scorings that look at one logit alone.
+template <typename T>
+MOE_EXT_HOST_DEVICE T elementwise_score(Scoring scoring, T x) {
+  if (scoring == Scoring::kSigmoid) return 1 / (1 + std::exp(-x));
+  return std::sqrt(x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)));
+}
+
+// The divisor of a renormalised token: the sum of its chosen probabilities, kept off zero. A NaN
+// stays NaN.
+template <typename T>
+MOE_EXT_HOST_DEVICE T clamped(T sum) {
+  constexpr T tiny = sizeof(T) == sizeof(float) ? static_cast<T>(FLT_MIN) : static_cast<T>(DBL_MIN);
+  return sum < tiny ? tiny : sum;
+}
+
+// d probs / d logits of an elementwise scoring, from the probability p alone: softplus(x) = p * p,
+// so sigmoid(x) = 1 - exp(-p * p).
+template <typename T>
+MOE_EXT_HOST_DEVICE T slope(Scoring scoring, T p) {
+  if (scoring == Scoring::kSigmoid) return p * (1 - p);
+  return -std::expm1(-p * p) / (2 * clamped(p));
+}
+
+}  // namespace moe_ext
