@@ -1,0 +1,61 @@
+// Combine: sum every token's rows.
+//
+//   tokens[t, :] = sum over k of weights[t, k] * rows[slots[t, k], :]    (without a row: nothing)
+//
+// A thread takes one vector of one token: it reads that of kInFlight rows at once, adds them in the
+// order of k, and rounds and writes the sum once.
+
+#include "rows.cuh"
+
+namespace moe_ext::cuda {
+namespace {
+
+template <typename T, int kSize>
+__global__ __launch_bounds__(kRowThreads,
+                             1) void combine_kernel(const Pack<T, kSize>* __restrict__ rows,
+                                                    Routes routes, int columns,
+                                                    Pack<T, kSize>* __restrict__ tokens) {
+  RouteTile<accumulate_t<T>> tile(routes, columns);
+  accumulate_t<T> sum[kSize] = {};
+  for (int64_t k = 0; k < routes.top_k; k += kChoices) {
+    tile.read(k);
+    if (!tile.has_cell()) continue;
+#pragma unroll 1
+    for (int first = 0; first < kChoices; first += kInFlight) {
+      Pack<T, kSize> in[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int64_t row = tile.row(first + i);
+        in[i] = row >= 0 ? load(rows + row * columns + tile.column) : Pack<T, kSize>{};
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const accumulate_t<T> weight = tile.weight(first + i);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) sum[j] += weight * widen(in[i].at[j]);
+      }
+    }
+  }
+  if (!tile.has_cell()) return;
+  Pack<T, kSize> out;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) out.at[j] = narrow<T>(sum[j]);
+  store(tokens + tile.token * columns + tile.column, out);
+}
+
+}  // namespace
+
+void combine(Dtype dtype, const void* rows, const Routes& routes, int64_t hidden, void* tokens,
+             CUstream_st* stream) {
+  if (hidden == 0) return;
+  visit_packs(dtype, hidden, {rows, tokens}, [&](auto zero, auto size) {
+    using T = decltype(zero);
+    using Vector = Pack<T, size>;
+    const int columns = num_columns(hidden, size);
+    launch("combine", combine_kernel<T, size>, num_tiles(routes, columns), kRowThreads,
+           RouteTile<accumulate_t<T>>::bytes(routes, columns), stream,
+           static_cast<const Vector*>(rows), routes, columns, static_cast<Vector*>(tokens));
+  });
+}
+
+}  // namespace moe_ext::cuda

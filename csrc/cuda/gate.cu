@@ -1,0 +1,391 @@
+// Gate: score every expert, choose K of them, weigh the choices.
+//
+//   probs[t, :]   = softmax, sigmoid or sqrt(softplus) of logits[t, :]
+//   experts[t, :] = the K largest of choice_scores[t, :], NaN first, equal ones by lower id
+//   weights[t, k] = scale * probs[t, experts[t, k]], with renormalise over their sum
+//   importance[e] = sum over t of probs[t, e]
+//
+// A token's row lies in the registers of kLanes neighbouring lanes, kValues in each; a warp holds
+// kWarp / kLanes rows. Packs of 16 bytes go round the lanes, so that a warp reads whole lines:
+//
+//   kLanes = 2, kValues = 8, float32:   lane 0: experts 0-3 and 8-11, lane 1: 4-7 and 12-15
+//
+// Every group of lanes sums the probs of its rows, then the block those of its groups, and
+// importance_kernel those of the blocks: always in this order, so importance is bitwise the same on
+// every run and every card.
+
+#include "vec.cuh"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int64_t kMaxBlocks = 512;  // of gate_kernel: as many sums for importance_kernel to add
+constexpr int kSumColumns = 32, kSumParts = 32;
+
+template <typename T, int kLanes_, int kValues_>
+struct Layout {
+  static constexpr int kLanes = kLanes_, kValues = kValues_;
+  static constexpr int kPack = kFullPack<T>;
+  // The sums of a block's groups fill at most 32 KiB of shared memory.
+  static constexpr int kThreads = sizeof(accumulate_t<T>) * kLanes * kValues > 4096 ? 128 : 256;
+  static constexpr int kRows = kThreads / kLanes;  // of a block
+
+  // The expert of a lane's i-th value. It grows with i.
+  __device__ static int id(int lane, int i) {
+    return (i / kPack * kLanes + lane) * kPack + i % kPack;
+  }
+  __device__ static int lane_of(int id) { return id / kPack % kLanes; }
+
+  // vectorised: rows keep 16-byte packs aligned. Beyond num_experts: fill.
+  __device__ static void read(const T* row, int num_experts, bool vectorised, int lane,
+                              accumulate_t<T> fill, accumulate_t<T> (&values)[kValues]) {
+#pragma unroll
+    for (int i = 0; i < kValues; i += kPack) {
+      const int first = id(lane, i);
+      Pack<T, kPack> pack;
+      if (vectorised && first < num_experts) {
+        pack = load(reinterpret_cast<const Pack<T, kPack>*>(row + first));
+      }
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) {
+        if (first + j >= num_experts) {
+          values[i + j] = fill;
+        } else {
+          values[i + j] = widen(vectorised ? pack.at[j] : load(row + first + j));
+        }
+      }
+    }
+  }
+
+  __device__ static void write(accumulate_t<T>* row, int num_experts, bool vectorised, int lane,
+                               const accumulate_t<T> (&values)[kValues]) {
+    constexpr int kOut = kFullPack<accumulate_t<T>>;
+    static_assert(kPack % kOut == 0);
+#pragma unroll
+    for (int i = 0; i < kValues; i += kOut) {
+      const int first = id(lane, i);
+      if (vectorised && first < num_experts) {
+        Pack<accumulate_t<T>, kOut> pack;
+#pragma unroll
+        for (int j = 0; j < kOut; ++j) pack.at[j] = values[i + j];
+        store(reinterpret_cast<Pack<accumulate_t<T>, kOut>*>(row + first), pack);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kOut; ++j) {
+          if (first + j < num_experts) store(row + first + j, values[i + j]);
+        }
+      }
+    }
+  }
+};
+
+// Keys in the order of the scores: NaN above all, -0 equal to 0. 0 is no score's key.
+__device__ inline unsigned key_of(float score) {
+  if (std::isnan(score)) return ~0u;
+  const unsigned bits = __float_as_uint(score == 0 ? 0.0f : score);
+  return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+
+__device__ inline unsigned long long key_of(double score) {
+  if (std::isnan(score)) return ~0ull;
+  const auto bits = static_cast<unsigned long long>(__double_as_longlong(score == 0 ? 0.0 : score));
+  return bits >> 63 ? ~bits : bits | 1ull << 63;
+}
+
+template <int kLanes, typename T, typename Op>
+__device__ T lanes_reduce(T x, const Op& op) {
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    x = op(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  }
+  return x;
+}
+
+template <int kLanes, typename Key>
+__device__ Key lanes_max(Key x) {
+  if constexpr (kLanes == kWarp && std::is_same_v<Key, unsigned>) {
+    return __reduce_max_sync(kAllLanes, x);
+  } else {
+    return lanes_reduce<kLanes>(x, [](Key a, Key b) { return max(a, b); });
+  }
+}
+
+template <int kLanes>
+__device__ unsigned lanes_min(unsigned x) {
+  if constexpr (kLanes == kWarp) {
+    return __reduce_min_sync(kAllLanes, x);
+  } else {
+    return lanes_reduce<kLanes>(x, [](unsigned a, unsigned b) { return min(a, b); });
+  }
+}
+
+// Takes the best that is left: clears its key and returns its id, the same in all of the row's
+// lanes.
+template <typename L, typename Key>
+__device__ int take_best(Key (&keys)[L::kValues], int lane) {
+  Key best = 0;
+#pragma unroll
+  for (int i = 0; i < L::kValues; ++i) best = max(best, keys[i]);
+  best = lanes_max<L::kLanes>(best);
+  unsigned id = ~0u;
+#pragma unroll
+  for (int i = L::kValues - 1; i >= 0; --i) {
+    if (keys[i] == best) id = L::id(lane, i);
+  }
+  id = lanes_min<L::kLanes>(id);
+#pragma unroll
+  for (int i = 0; i < L::kValues; ++i) {
+    if (L::id(lane, i) == static_cast<int>(id)) keys[i] = 0;
+  }
+  return static_cast<int>(id);
+}
+
+// logits -> probs in place; those beyond num_experts are -inf before.
+template <typename L, typename T>
+__device__ void score(Scoring scoring, T (&row)[L::kValues]) {
+  if (scoring != Scoring::kSoftmax) {
+#pragma unroll
+    for (T& x : row) x = elementwise_score(scoring, x);
+    return;
+  }
+  T largest = row[0], sum = 0;
+#pragma unroll
+  for (int i = 1; i < L::kValues; ++i) largest = std::fmax(largest, row[i]);
+  largest = lanes_reduce<L::kLanes>(largest, [](T a, T b) { return std::fmax(a, b); });
+#pragma unroll
+  for (T& x : row) sum += x = std::exp(x - largest);
+  const T inverse = 1 / lanes_sum<L::kLanes>(sum);
+#pragma unroll
+  for (T& x : row) x *= inverse;
+}
+
+template <typename T, int kLanes, int kValues>
+__global__ __launch_bounds__(Layout<T, kLanes, kValues>::kThreads) void gate_kernel(
+    const T* __restrict__ logits, const T* __restrict__ choice_scores, int64_t num_tokens,
+    int num_experts, int top_k, Scoring scoring, bool renormalise, accumulate_t<T> scale,
+    bool vectorised, accumulate_t<T>* __restrict__ weights, int32_t* __restrict__ experts,
+    accumulate_t<T>* __restrict__ probs, accumulate_t<T>* __restrict__ block_sums) {
+  using L = Layout<T, kLanes, kValues>;
+  using Sum = accumulate_t<T>;
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  const int E = num_experts, K = top_k;
+  Sum sums[kValues] = {};
+
+  // All lanes of a warp stay together: past the last token they go through the motions.
+  for (int64_t first = blockIdx.x * int64_t{L::kRows}; first < num_tokens;
+       first += int64_t{gridDim.x} * L::kRows) {
+    const int64_t token = first + group;
+    const bool active = token < num_tokens;
+    Sum row[kValues];
+    decltype(key_of(Sum{})) keys[kValues];
+    L::read(choice_scores + token * E, active ? E : 0, vectorised, lane, -INFINITY, row);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) keys[i] = L::id(lane, i) < E ? key_of(row[i]) : 0;
+    if (choice_scores != logits) {
+      L::read(logits + token * E, active ? E : 0, vectorised, lane, -INFINITY, row);
+    }
+    score<L>(scoring, row);
+    if (active) {
+      L::write(probs + token * E, E, vectorised, lane, row);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) sums[i] += row[i];
+    }
+
+    // Choice k is kept by lane k % kLanes, which writes it.
+    Sum chosen_sum = 0, mine = 0;
+    int my_id = 0;
+    for (int k = 0; k < K; ++k) {
+      const int id = take_best<L>(keys, lane);
+      Sum p = 0;
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        if (L::id(lane, i) == id) p = row[i];
+      }
+      p = __shfl_sync(kAllLanes, p, L::lane_of(id), kLanes);
+      chosen_sum += p;
+      if (k % kLanes == lane) mine = p, my_id = id;
+      const int k_of_lane = k / kLanes * kLanes + lane;
+      if ((k % kLanes == kLanes - 1 || k == K - 1) && k_of_lane <= k && active) {
+        store(experts + token * K + k_of_lane, my_id);
+        store(weights + token * K + k_of_lane, mine * (renormalise ? 1 : scale));
+      }
+    }
+    if (!renormalise || !active) continue;
+    const Sum divisor = clamped(chosen_sum);
+    for (int k = lane; k < K; k += kLanes) {
+      Sum* weight = weights + token * K + k;
+      store(weight, load(weight) / divisor * scale);
+    }
+  }
+
+  SharedMemory shared;
+  Sum* group_sums = shared.take<Sum>(int64_t{L::kRows} * E);
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    if (L::id(lane, i) < E) group_sums[group * E + L::id(lane, i)] = sums[i];
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < E; e += L::kThreads) {
+    Sum sum = 0;
+    for (int g = 0; g < L::kRows; ++g) sum += group_sums[g * E + e];
+    store(block_sums + blockIdx.x * int64_t{E} + e, sum);
+  }
+}
+
+template <typename T>
+__global__ __launch_bounds__(kSumColumns* kSumParts) void importance_kernel(
+    const T* __restrict__ block_sums, int num_blocks, int num_experts, T* __restrict__ importance) {
+  const int column = threadIdx.x % kSumColumns, part = threadIdx.x / kSumColumns;
+  const int e = blockIdx.x * kSumColumns + column;
+  SharedMemory shared;
+  T* parts = shared.take<T>(kSumColumns * kSumParts);
+  T sum = 0;
+  if (e < num_experts) {
+    for (int b = part; b < num_blocks; b += kSumParts) {
+      sum += load(block_sums + b * int64_t{num_experts} + e);
+    }
+  }
+  parts[part * kSumColumns + column] = sum;
+  __syncthreads();
+  if (part > 0 || e >= num_experts) return;
+  sum = 0;
+  for (int p = 0; p < kSumParts; ++p) sum += parts[p * kSumColumns + column];
+  store(importance + e, sum);
+}
+
+template <typename T, int kLanes, int kValues>
+__global__ __launch_bounds__(Layout<T, kLanes, kValues>::kThreads) void gate_backward_kernel(
+    const T* __restrict__ grad_weights, const T* __restrict__ grad_probs,
+    const T* __restrict__ grad_importance, const T* __restrict__ probs,
+    const int32_t* __restrict__ experts, int64_t num_tokens, int num_experts, int top_k,
+    Scoring scoring, bool renormalise, T scale, bool vectorised, T* __restrict__ grad_logits) {
+  using L = Layout<T, kLanes, kValues>;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t token = blockIdx.x * int64_t{L::kRows} + threadIdx.x / kLanes;
+  const bool active = token < num_tokens;
+  const int E = active ? num_experts : 0, K = active ? top_k : 0;
+  const int64_t row = token * num_experts;
+
+  T p[kValues], grad[kValues] = {}, more[kValues];
+  L::read(probs + row, E, vectorised, lane, 0, p);
+  if (grad_probs) L::read(grad_probs + row, E, vectorised, lane, 0, grad);
+  if (grad_importance) {
+    L::read(grad_importance, E, vectorised, lane, 0, more);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) grad[i] += more[i];
+  }
+  if (grad_weights) {
+    const int32_t* chosen = experts + token * top_k;
+    const T* grad_chosen = grad_weights + token * top_k;
+    const auto is_expert = [&](int id) { return id >= 0 && id < num_experts; };
+    T divisor = 1, shared = 0;
+    if (renormalise) {
+      T sum = 0, dot = 0;
+      for (int k = 0; k < K; ++k) {
+        const int id = load(chosen + k);
+        if (!is_expert(id)) continue;
+        const T prob = load(probs + row + id);
+        sum += prob;
+        dot += load(grad_chosen + k) * prob;
+      }
+      divisor = clamped(sum);
+      // Below the clamp the divisor is a constant.
+      shared = sum < divisor ? T{0} : dot / divisor;
+    }
+    for (int k = 0; k < K; ++k) {
+      const int id = load(chosen + k);
+      const T share = scale / divisor * (load(grad_chosen + k) - shared);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        if (L::id(lane, i) == id) grad[i] += share;
+      }
+    }
+  }
+  if (scoring == Scoring::kSoftmax) {
+    T dot = 0;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) dot += p[i] * grad[i];
+    dot = lanes_sum<kLanes>(dot);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) grad[i] = p[i] * (grad[i] - dot);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) grad[i] *= slope(scoring, p[i]);
+  }
+  if (active) L::write(grad_logits + row, E, vectorised, lane, grad);
+}
+
+// Calls body with the layout that holds a row of so many experts.
+template <typename T, typename Body>
+void visit_layout(int64_t num_experts, const Body& body) {
+  if (num_experts <= 16) return body(Layout<T, 2, 8>{});
+  if (num_experts <= 64) return body(Layout<T, 8, 8>{});
+  if (num_experts <= 128) return body(Layout<T, 16, 8>{});
+  if (num_experts <= 256) return body(Layout<T, 32, 8>{});
+  if (num_experts <= 512) return body(Layout<T, 32, 16>{});
+  body(Layout<T, 32, 32>{});
+}
+
+template <typename T>
+void launch_gate(const Gate& call, CUstream_st* stream) {
+  using Sum = accumulate_t<T>;
+  const int E = call.num_experts;
+  const bool vectorised = E % kFullPack<T> == 0 && aligned(call.logits) &&
+                          aligned(call.choice_scores) && aligned(call.probs);
+  const int64_t blocks = gate_blocks(call.dtype, call.num_tokens, E);
+  visit_layout<T>(E, [&](auto layout) {
+    using L = decltype(layout);
+    launch("gate", gate_kernel<T, L::kLanes, L::kValues>, blocks, L::kThreads,
+           shared_bytes<Sum>(int64_t{L::kRows} * E), stream, static_cast<const T*>(call.logits),
+           static_cast<const T*>(call.choice_scores), call.num_tokens, E, call.top_k, call.scoring,
+           call.renormalise, static_cast<Sum>(call.scale), vectorised,
+           static_cast<Sum*>(call.weights), call.experts, static_cast<Sum*>(call.probs),
+           static_cast<Sum*>(call.block_sums));
+  });
+  launch("gate_importance", importance_kernel<Sum>, divide_up(E, kSumColumns),
+         kSumColumns * kSumParts, shared_bytes<Sum>(kSumColumns * kSumParts), stream,
+         static_cast<const Sum*>(call.block_sums), static_cast<int>(blocks), E,
+         static_cast<Sum*>(call.importance));
+}
+
+template <typename T>
+void launch_gate_backward(const GateBackward& call, CUstream_st* stream) {
+  const auto pointer = [](const void* p) { return static_cast<const T*>(p); };
+  const bool vectorised = call.num_experts % kFullPack<T> == 0 && aligned(call.probs) &&
+                          aligned(call.grad_probs) && aligned(call.grad_importance) &&
+                          aligned(call.grad_logits);
+  visit_layout<T>(call.num_experts, [&](auto layout) {
+    using L = decltype(layout);
+    launch("gate_backward", gate_backward_kernel<T, L::kLanes, L::kValues>,
+           divide_up(call.num_tokens, L::kRows), L::kThreads, 0, stream, pointer(call.grad_weights),
+           pointer(call.grad_probs), pointer(call.grad_importance), pointer(call.probs),
+           call.experts, call.num_tokens, call.num_experts, call.top_k, call.scoring,
+           call.renormalise, static_cast<T>(call.scale), vectorised,
+           static_cast<T*>(call.grad_logits));
+  });
+}
+
+}  // namespace
+
+int64_t gate_blocks(Dtype dtype, int64_t num_tokens, int64_t num_experts) {
+  int64_t blocks = 0;
+  visit_dtype(dtype, [&](auto zero) {
+    visit_layout<decltype(zero)>(
+        num_experts, [&](auto layout) { blocks = divide_up(num_tokens, decltype(layout)::kRows); });
+  });
+  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+}
+
+void gate(const Gate& call, CUstream_st* stream) {
+  visit_dtype(call.dtype, [&](auto zero) { launch_gate<decltype(zero)>(call, stream); });
+}
+
+void gate_backward(const GateBackward& call, CUstream_st* stream) {
+  if (call.dtype == Dtype::kFloat64) {
+    launch_gate_backward<double>(call, stream);
+  } else {
+    launch_gate_backward<float>(call, stream);
+  }
+}
+
+}  // namespace moe_ext::cuda

@@ -1,0 +1,96 @@
+// What the kernels need beyond CUDA C++ itself: the launch, shared memory, and a count of accesses.
+// The only file that knows whether nvcc compiles the kernels for a GPU, or a C++ compiler for
+// tests/cusim, which runs them on the CPU.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#else
+
+#include "cusim.h"
+
+#endif
+
+namespace moe_ext::cuda {
+
+// Arrays of shared memory start at multiples of 16 bytes.
+template <typename T>
+__host__ __device__ constexpr std::size_t shared_bytes(int64_t count) {
+  return (static_cast<std::size_t>(count) * sizeof(T) + 15) / 16 * 16;
+}
+
+#ifdef __CUDACC__
+
+using Stream = cudaStream_t;
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
+            std::size_t shared, Stream stream, Arguments... arguments) {
+  if (blocks == 0) return;
+  cudaError_t error = cudaErrorInvalidConfiguration;
+  if (blocks <= INT32_MAX) {
+    kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);
+    error = cudaGetLastError();
+  }
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(name) + ": the CUDA launch of " + std::to_string(blocks) +
+                           " blocks failed: " + cudaGetErrorString(error));
+}
+
+// Hands out a block's shared memory. Every thread takes the same arrays in the same order; the
+// launch gives the sum of their shared_bytes.
+class SharedMemory {
+ public:
+  template <typename T>
+  __device__ T* take(int64_t count) {
+    extern __shared__ uint4 memory[];
+    T* array = reinterpret_cast<T*>(reinterpret_cast<char*>(memory) + taken_);
+    taken_ += shared_bytes<T>(count);
+    return array;
+  }
+
+ private:
+  std::size_t taken_ = 0;
+};
+
+__device__ inline void count_load(std::size_t) {}
+__device__ inline void count_store(std::size_t) {}
+
+#else
+
+using Stream = CUstream_st*;
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
+            std::size_t shared, Stream, Arguments... arguments) {
+  if (blocks == 0) return;
+  const cusim::Shape shape{static_cast<std::size_t>(blocks), static_cast<std::size_t>(threads),
+                           shared, __FILE__, __LINE__};
+  cusim::launch(name, kernel, shape, arguments...);
+}
+
+class SharedMemory {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    return static_cast<T*>(cusim::take_shared(static_cast<std::size_t>(count) * sizeof(T)));
+  }
+};
+
+using cusim::count_load;
+using cusim::count_store;
+
+#endif
+
+}  // namespace moe_ext::cuda

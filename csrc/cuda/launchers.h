@@ -1,0 +1,97 @@
+// What the .cu files offer: the operators' CUDA kernels behind plain pointers to device memory.
+// Neither torch's nor CUDA's headers are needed to call them.
+//
+// Nothing here waits for the device, allocates, or keeps anything after the call: a caller gives
+// the outputs and the scratch memory. The shape of every launch follows from sizes alone. A launch
+// that CUDA refuses throws std::runtime_error. Letters as in csrc/ops.cpp.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../scoring.h"
+
+struct CUstream_st;
+
+namespace moe_ext::cuda {
+
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// The gate's and the plan's kernels keep a number per expert in registers or shared memory.
+constexpr int64_t kMaxExperts = 1024;
+
+// Weights, probs and importance are float64 beside float64 logits, else float32.
+struct Gate {
+  Dtype dtype;
+  const void* logits;         // [T, E]
+  const void* choice_scores;  // [T, E]
+  int64_t num_tokens;
+  int num_experts, top_k;
+  Scoring scoring;
+  bool renormalise;
+  double scale;
+  void* weights;     // [T, K]
+  int32_t* experts;  // [T, K]
+  void* probs;       // [T, E]
+  void* importance;  // [E]
+  void* block_sums;  // scratch: [gate_blocks(dtype, T, E), E], as importance
+};
+int64_t gate_blocks(Dtype dtype, int64_t num_tokens, int64_t num_experts);
+void gate(const Gate& call, CUstream_st* stream);
+
+struct GateBackward {
+  Dtype dtype;                  // of probs and of every gradient: float32 or float64
+  const void* grad_weights;     // [T, K] or null
+  const void* grad_probs;       // [T, E] or null
+  const void* grad_importance;  // [E] or null
+  const void* probs;            // [T, E]
+  const int32_t* experts;       // [T, K]
+  int64_t num_tokens;
+  int num_experts, top_k;
+  Scoring scoring;
+  bool renormalise;
+  double scale;
+  void* grad_logits;  // [T, E]
+};
+void gate_backward(const GateBackward& call, CUstream_st* stream);
+
+struct Plan {
+  const int32_t* experts;  // [T, K]
+  const float* priority;   // [T, K] or null
+  int64_t num_tokens, top_k;
+  int num_experts;
+  int64_t capacity;  // -1: dropless
+  bool choice_major;
+  int64_t align, num_rows;
+  int32_t* slots;    // [T, K]
+  int32_t* sources;  // [R]
+  int32_t* offsets;  // [E+1]
+  int32_t* load;     // [E]
+  int32_t* scratch;  // [plan_scratch(...)]
+};
+int64_t plan_scratch(int64_t num_routes, int64_t num_experts, bool with_priority);
+void plan(const Plan& call, CUstream_st* stream);
+
+// What the row operators share. A route has a row where slots and sources agree that it has;
+// whatever else they hold, no access is out of bounds.
+struct Routes {
+  const int32_t* slots;    // [T, K]
+  const int32_t* sources;  // [R]
+  const void* weights;     // [T, K] or null, float64 beside float64 rows, else float32
+  int64_t num_tokens, top_k, num_rows;
+};
+
+// tokens [T, H] -> rows [R, H]
+void dispatch(Dtype dtype, const void* tokens, const Routes& routes, int64_t hidden, void* rows,
+              CUstream_st* stream);
+// rows [R, H] -> tokens [T, H]
+void combine(Dtype dtype, const void* rows, const Routes& routes, int64_t hidden, void* tokens,
+             CUstream_st* stream);
+// tokens [T, H], rows [R, H] -> dots [T, K]
+void route_dot(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
+               int64_t hidden, void* dots, CUstream_st* stream);
+// The same, and in the same pass over the tokens -> dispatched [R, H], by the weights
+void dispatch_dot(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
+                  int64_t hidden, void* dispatched, void* dots, CUstream_st* stream);
+
+}  // namespace moe_ext::cuda

@@ -1,0 +1,356 @@
+// Plan: give every kept route a row, by a stable counting sort of the queue.
+//
+// The queue is cut into chunks of equal length, one for each block. count() counts the routes of
+// every chunk and expert. place() then knows, for its chunk, how many routes of each expert come
+// before it, and gives each of its own routes its rank; a rank below the expert's room is a row.
+// A single chunk needs no count(): two launches, or one.
+//
+// With a priority the sort makes a dropless plan in scratch memory, which groups the routes by
+// expert in the order of the queue, and keep() lets each expert choose from its group: a third
+// launch. No order of threads shows in a result: atomics only count.
+
+#include "vec.cuh"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int64_t kOneChunk = 4096;  // routes up to which one block does all
+constexpr int64_t kChunk = 1024;     // routes of a chunk, at least
+constexpr int64_t kMaxChunks = 128;  // since place() reads the counts of all
+constexpr int kKeepThreads = 512;
+constexpr int kCachedKeys = 4096;  // of an expert's group, kept in shared memory by keep()
+
+// The order in which routes ask for rows. route = t * K + k.
+struct Queue {
+  const int32_t* experts;
+  int64_t num_routes, num_tokens, top_k, chunk;
+  int num_experts;
+  bool choice_major;
+
+  __device__ int64_t route_at(int64_t place) const {
+    if (!choice_major) return place;
+    // Below 2 ** 31, where divisions are cheap.
+    const unsigned p = static_cast<unsigned>(place), T = static_cast<unsigned>(num_tokens);
+    return p % T * top_k + p / T;
+  }
+  // -1 where the route asks no expert.
+  __device__ int expert_of(int64_t route) const {
+    const int e = load(experts + route);
+    return e >= 0 && e < num_experts ? e : -1;
+  }
+};
+
+int64_t chunk_size(int64_t num_routes) {
+  if (num_routes <= kOneChunk) return kOneChunk;
+  const int64_t least = divide_up(num_routes, kMaxChunks);
+  return divide_up(least > kChunk ? least : kChunk, kThreads) * kThreads;
+}
+
+int64_t num_chunks(int64_t num_routes) { return divide_up(num_routes, chunk_size(num_routes)); }
+
+// -> counts [chunks, E]
+__global__ __launch_bounds__(kThreads) void count_kernel(Queue queue, int32_t* counts) {
+  const int E = queue.num_experts;
+  SharedMemory shared;
+  int* mine = shared.take<int>(E);
+  for (int e = threadIdx.x; e < E; e += kThreads) mine[e] = 0;
+  __syncthreads();
+  const int64_t begin = blockIdx.x * queue.chunk;
+  const int64_t end = min(begin + queue.chunk, queue.num_routes);
+  for (int64_t place = begin + threadIdx.x; place < end; place += kThreads) {
+    const int e = queue.expert_of(queue.route_at(place));
+    if (e >= 0) atomicAdd(&mine[e], 1);
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < E; e += kThreads)
+    store(counts + blockIdx.x * int64_t{E} + e, mine[e]);
+}
+
+// The number of rows that an expert's routes and their alignment take.
+struct Room {
+  int64_t capacity, align;  // capacity -1: dropless
+  __device__ int of(int load) const {
+    if (capacity >= 0) return static_cast<int>(capacity);
+    return static_cast<int>(divide_up(load, align) * align);
+  }
+};
+
+// offsets[0 .. E], the sums of the rooms before each expert. Called by one warp.
+__device__ void scan_rooms(const int* load, int num_experts, const Room& room, int* offsets) {
+  const int lane = threadIdx.x % kWarp;
+  int before = 0;
+  for (int first = 0; first < num_experts; first += kWarp) {
+    const int e = first + lane;
+    int sum = e < num_experts ? room.of(load[e]) : 0;
+#pragma unroll
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int below = __shfl_up_sync(kAllLanes, sum, distance);
+      if (lane >= distance) sum += below;
+    }
+    if (e < num_experts) offsets[e + 1] = before + sum;
+    before += __shfl_sync(kAllLanes, sum, kWarp - 1);
+  }
+  if (lane == 0) offsets[0] = 0;
+}
+
+// The expert whose rows include this one: the last e with offsets[e] <= row, or E.
+__device__ inline int expert_at(const int* offsets, int num_experts, int64_t row) {
+  int low = 0, high = num_experts;  // offsets[low] <= row, and offsets[high] > row or high = E
+  if (row >= offsets[num_experts]) return num_experts;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (offsets[middle] <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+// A warp walks its part of the chunk, 32 places at a time, in the order of the queue.
+// body(route or -1, expert or -1) is called by all lanes together.
+template <typename Body>
+__device__ void for_each_place(const Queue& queue, const Body& body) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t part = queue.chunk / kWarps;
+  const int64_t begin = blockIdx.x * queue.chunk + warp * part;
+  const int64_t end = min(begin + part, queue.num_routes);
+  for (int64_t first = begin; first < end; first += kWarp) {
+    const int64_t place = first + lane;
+    const int64_t route = place < end ? queue.route_at(place) : -1;
+    body(route, route >= 0 ? queue.expert_of(route) : -1);
+  }
+}
+
+// counts [chunks, E], null where there is one chunk.
+__global__ __launch_bounds__(kThreads) void place_kernel(
+    Queue queue, const int32_t* __restrict__ counts, Room room, int64_t num_rows,
+    int32_t* __restrict__ slots, int32_t* __restrict__ sources, int32_t* __restrict__ all_offsets,
+    int32_t* __restrict__ all_load) {
+  const int E = queue.num_experts, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  SharedMemory shared;
+  int* cursors = shared.take<int>(int64_t{kWarps} * E);  // [warps, E]
+  int* offsets = shared.take<int>(E + 1);
+  int* total = shared.take<int>(E);
+  int* cursor = cursors + warp * E;
+
+  // Count each warp's part.
+  for (int e = lane; e < E; e += kWarp) cursor[e] = 0;
+  __syncwarp();
+  for_each_place(queue, [&](int64_t, int e) {
+    if (e >= 0) atomicAdd(&cursor[e], 1);
+  });
+  __syncthreads();
+
+  // The ranks that each warp starts from, and the load.
+  for (int e = threadIdx.x; e < E; e += kThreads) {
+    int rank = 0, sum = 0;
+    if (counts) {
+#pragma unroll 8
+      for (int chunk = 0; chunk < static_cast<int>(gridDim.x); ++chunk) {
+        const int count = load(counts + chunk * int64_t{E} + e);
+        if (chunk < static_cast<int>(blockIdx.x)) rank += count;
+        sum += count;
+      }
+    }
+    for (int w = 0; w < kWarps; ++w) {
+      const int count = cursors[w * E + e];
+      cursors[w * E + e] = rank;
+      rank += count;
+    }
+    total[e] = counts ? sum : rank;
+  }
+  __syncthreads();
+  if (warp == 0) scan_rooms(total, E, room, offsets);
+  __syncthreads();
+
+  for_each_place(queue, [&](int64_t route, int e) {
+    // Lanes of the same expert are in the order of the queue.
+    const unsigned same = __match_any_sync(kAllLanes, e);
+    const int before = __popc(same & ((1u << lane) - 1));
+    const int rank = e >= 0 ? cursor[e] + before : 0;
+    __syncwarp();
+    if (e >= 0 && before == 0) cursor[e] += __popc(same);
+    __syncwarp();
+    if (route < 0) return;
+    const bool kept = e >= 0 && rank < offsets[e + 1] - offsets[e];
+    store(slots + route, kept ? offsets[e] + rank : -1);
+    if (kept) store(sources + offsets[e] + rank, static_cast<int32_t>(route));
+  });
+
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t row = blockIdx.x * int64_t{kThreads} + threadIdx.x; row < num_rows; row += stride) {
+    const int e = expert_at(offsets, E, row);
+    if (e == E || row - offsets[e] >= total[e]) store(sources + row, -1);
+  }
+  if (blockIdx.x > 0) return;
+  for (int e = threadIdx.x; e < E; e += kThreads) store(all_load + e, total[e]);
+  for (int e = threadIdx.x; e <= E; e += kThreads) store(all_offsets + e, offsets[e]);
+}
+
+// A key that grows with the priority. A NaN is below every number, and -0 is 0.
+__device__ inline unsigned key_of(float priority) {
+  if (std::isnan(priority)) return 0;
+  const unsigned bits = __float_as_uint(priority == 0 ? 0.0f : priority);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// Of the keys of an expert's group: the `kept`-th largest, and how many equal to it are kept.
+struct Threshold {
+  unsigned key;
+  int num_equal;
+};
+
+constexpr int kDigits = 256;
+
+// The last warp step of a radix pass: the digit with which the running count from the top reaches
+// `wanted`. counts [kDigits]; called by one warp, 8 digits a lane, largest digits first.
+__device__ Threshold find_digit(const int* counts, int wanted) {
+  constexpr int kPerLane = kDigits / kWarp;
+  const int lane = threadIdx.x % kWarp, top = kDigits - 1 - lane * kPerLane;
+  int sum = 0;
+  for (int i = 0; i < kPerLane; ++i) sum += counts[top - i];
+  int before = sum;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int below = __shfl_up_sync(kAllLanes, before, distance);
+    if (lane >= distance) before += below;
+  }
+  before -= sum;
+  const bool mine = before < wanted && before + sum >= wanted;
+  int digit = top;
+  if (mine) {
+    for (; before + counts[digit] < wanted; --digit) before += counts[digit];
+  }
+  const int owner = __ffs(__ballot_sync(kAllLanes, mine)) - 1;
+  return {static_cast<unsigned>(__shfl_sync(kAllLanes, digit, owner)),
+          wanted - __shfl_sync(kAllLanes, before, owner)};
+}
+
+// Block e lets expert e keep the `capacity` routes of largest priority; equal ones go by the queue.
+// group [N], starts [E+1], load [E]: a dropless plan's sources, offsets and load.
+__global__ __launch_bounds__(kKeepThreads) void keep_kernel(
+    const float* __restrict__ priority, const int32_t* __restrict__ all_groups,
+    const int32_t* __restrict__ starts, const int32_t* __restrict__ all_load, int64_t capacity,
+    int32_t* __restrict__ slots, int32_t* __restrict__ sources, int32_t* __restrict__ offsets) {
+  constexpr int kKeepWarps = kKeepThreads / kWarp;
+  const int e = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int32_t* group = all_groups + load(starts + e);
+  const int size = load(all_load + e);
+  const int kept = static_cast<int>(min(int64_t{size}, capacity));
+  const int64_t offset = e * capacity;
+  if (threadIdx.x == 0) store(offsets + e, static_cast<int32_t>(offset));
+  if (threadIdx.x == 0 && blockIdx.x == gridDim.x - 1) {
+    store(offsets + e + 1, static_cast<int32_t>(offset + capacity));
+  }
+  for (int64_t i = kept + threadIdx.x; i < capacity; i += kKeepThreads) {
+    store(sources + offset + i, -1);
+  }
+
+  SharedMemory shared;
+  unsigned* cached = shared.take<unsigned>(kCachedKeys);
+  int* counts = shared.take<int>(kDigits);
+  Threshold* found = shared.take<Threshold>(1);
+  int2* of_warps = shared.take<int2>(kKeepWarps);
+  const auto read_key = [&](int i) { return key_of(load(priority + load(group + i))); };
+  const auto key_at = [&](int i) { return i < kCachedKeys ? cached[i] : read_key(i); };
+  for (int i = threadIdx.x; i < min(size, kCachedKeys); i += kKeepThreads) cached[i] = read_key(i);
+
+  // Digit by digit from the top, among the keys that share the digits found so far.
+  Threshold threshold{0, kept};
+  if (kept > 0 && kept < size) {
+    for (int shift = 24; shift >= 0; shift -= 8) {
+      for (int d = threadIdx.x; d < kDigits; d += kKeepThreads) counts[d] = 0;
+      __syncthreads();
+      for (int first = 0; first < size; first += kKeepThreads) {
+        const int i = first + threadIdx.x;
+        const unsigned key = i < size ? key_at(i) : 0;
+        const bool counted = i < size && (key ^ threshold.key) >> shift < kDigits;
+        const int digit = counted ? static_cast<int>(key >> shift & (kDigits - 1)) : -1;
+        // Keys share their top digit more often than not: one atomic for all lanes that do.
+        const unsigned same = __match_any_sync(kAllLanes, digit);
+        if (counted && __ffs(same) - 1 == lane) atomicAdd(&counts[digit], __popc(same));
+      }
+      __syncthreads();
+      if (warp == 0) {
+        const Threshold digit = find_digit(counts, threshold.num_equal);
+        if (lane == 0) *found = {threshold.key | digit.key << shift, digit.num_equal};
+      }
+      __syncthreads();
+      threshold = *found;
+    }
+  }
+  const bool keep_all = kept == size;
+
+  // In the order of the queue: how many above the threshold, and how many equal to it, came before.
+  int2 before{0, 0};
+  for (int first = 0; first < size; first += kKeepThreads) {
+    const int i = first + threadIdx.x;
+    const unsigned key = i < size ? key_at(i) : 0;
+    const bool above = i < size && kept > 0 && (keep_all || key > threshold.key);
+    const bool equal = i < size && kept > 0 && !keep_all && key == threshold.key;
+    const unsigned above_lanes = __ballot_sync(kAllLanes, above);
+    const unsigned equal_lanes = __ballot_sync(kAllLanes, equal);
+    if (lane == 0) of_warps[warp] = {__popc(above_lanes), __popc(equal_lanes)};
+    __syncthreads();
+    const unsigned lower = (1u << lane) - 1;
+    int2 mine{before.x + __popc(above_lanes & lower), before.y + __popc(equal_lanes & lower)};
+    for (int w = 0; w < kKeepWarps; ++w) {
+      if (w < warp) mine.x += of_warps[w].x, mine.y += of_warps[w].y;
+      before.x += of_warps[w].x, before.y += of_warps[w].y;
+    }
+    __syncthreads();
+    if (i >= size) continue;
+    const bool keeps = above || (equal && mine.y < threshold.num_equal);
+    const int64_t slot = offset + mine.x + min(mine.y, threshold.num_equal);
+    const int32_t route = load(group + i);
+    store(slots + route, keeps ? static_cast<int32_t>(slot) : -1);
+    if (keeps) store(sources + slot, route);
+  }
+}
+
+void sort_queue(const Plan& call, const Room& room, int64_t num_rows, int32_t* sources,
+                int32_t* offsets, CUstream_st* stream) {
+  const int64_t N = call.num_tokens * call.top_k, chunks = num_chunks(N);
+  const Queue queue{
+      call.experts,     N, call.num_tokens, call.top_k, chunk_size(N), call.num_experts,
+      call.choice_major};
+  const int32_t* counts = nullptr;
+  if (chunks > 1) {
+    launch("plan_count", count_kernel, chunks, kThreads, shared_bytes<int>(call.num_experts),
+           stream, queue, call.scratch);
+    counts = call.scratch;
+  }
+  const std::size_t shared = shared_bytes<int>(int64_t{kWarps} * call.num_experts) +
+                             shared_bytes<int>(call.num_experts + 1) +
+                             shared_bytes<int>(call.num_experts);
+  // Also where nothing asks: offsets, load and empty rows are written.
+  launch("plan_place", place_kernel, chunks > 0 ? chunks : 1, kThreads, shared, stream, queue,
+         counts, room, num_rows, call.slots, sources, offsets, call.load);
+}
+
+int64_t counts_size(int64_t num_routes, int64_t num_experts) {
+  return num_chunks(num_routes) * num_experts;
+}
+
+}  // namespace
+
+int64_t plan_scratch(int64_t num_routes, int64_t num_experts, bool with_priority) {
+  return counts_size(num_routes, num_experts) + (with_priority ? num_routes + num_experts + 1 : 0);
+}
+
+void plan(const Plan& call, CUstream_st* stream) {
+  if (!call.priority || call.capacity < 0) {
+    return sort_queue(call, {call.capacity, call.align}, call.num_rows, call.sources, call.offsets,
+                      stream);
+  }
+  const int64_t N = call.num_tokens * call.top_k;
+  int32_t* group = call.scratch + counts_size(N, call.num_experts);
+  int32_t* starts = group + N;
+  sort_queue(call, {-1, 1}, N, group, starts, stream);
+  const std::size_t shared = shared_bytes<unsigned>(kCachedKeys) + shared_bytes<int>(kDigits) +
+                             shared_bytes<Threshold>(1) + shared_bytes<int2>(kKeepThreads / kWarp);
+  launch("plan_keep", keep_kernel, call.num_experts, kKeepThreads, shared, stream, call.priority,
+         group, starts, call.load, call.capacity, call.slots, call.sources, call.offsets);
+}
+
+}  // namespace moe_ext::cuda

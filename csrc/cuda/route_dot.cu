@@ -1,0 +1,124 @@
+// Route dot: the product of every token with each of its rows; and dispatch_dot, which dispatches
+// the tokens in the same pass. The gradients of a combine are a dispatch and a route dot of the
+// same incoming gradient, so together they read it once.
+//
+//   dots[t, k]                 = sum over h of tokens[t, h] * rows[slots[t, k], h]    (no row: 0)
+//   dispatched[slots[t, k], :] = weights[t, k] * tokens[t, :]                         (no route: 0)
+//
+// A block takes a token. A thread adds its vectors in their order, then lanes and warps are added
+// in a fixed order. The blocks after those zero the empty rows.
+
+#include "rows.cuh"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int kMaxWarps = 8;
+
+template <typename T, int kSize>
+__device__ accumulate_t<T> dot(const Pack<T, kSize>& a, const Pack<T, kSize>& b) {
+  accumulate_t<T> sum = 0;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) sum += widen(a.at[j]) * widen(b.at[j]);
+  return sum;
+}
+
+template <typename T, int kSize>
+__device__ Pack<T, kSize> scaled(const Pack<T, kSize>& a, accumulate_t<T> weight) {
+  Pack<T, kSize> out;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) out.at[j] = narrow<T>(weight * widen(a.at[j]));
+  return out;
+}
+
+// dispatched: null for the dots alone.
+template <typename T, int kSize>
+__global__ __launch_bounds__(kMaxWarps* kWarp) void route_dot_kernel(
+    const Pack<T, kSize>* __restrict__ tokens, const Pack<T, kSize>* __restrict__ rows,
+    Routes routes, int columns, Pack<T, kSize>* __restrict__ dispatched,
+    accumulate_t<T>* __restrict__ dots) {
+  using Sum = accumulate_t<T>;
+  const int64_t token = blockIdx.x;
+  if (token >= routes.num_tokens) {
+    return zero_empty_rows(routes, token - routes.num_tokens, columns, dispatched);
+  }
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  SharedMemory shared;
+  int32_t* row = shared.take<int32_t>(kInFlight);
+  Sum* weight = shared.take<Sum>(kInFlight);
+  Sum* partial = shared.take<Sum>(kMaxWarps * kInFlight);
+
+  for (int64_t k0 = 0; k0 < routes.top_k; k0 += kInFlight) {
+    const int64_t mine = k0 + threadIdx.x, route = token * routes.top_k + mine;
+    const bool has_route = threadIdx.x < kInFlight && mine < routes.top_k;
+    if (threadIdx.x < kInFlight) row[threadIdx.x] = has_route ? row_of(routes, route) : -1;
+    if (has_route && dispatched) {
+      weight[threadIdx.x] = load(static_cast<const Sum*>(routes.weights) + route);
+    }
+    __syncthreads();
+
+    Sum sum[kInFlight] = {};
+    for (int column = threadIdx.x; column < columns; column += blockDim.x) {
+      const Pack<T, kSize> x = load(tokens + token * columns + column);
+      Pack<T, kSize> in[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        in[i] = row[i] >= 0 ? load(rows + int64_t{row[i]} * columns + column) : Pack<T, kSize>{};
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (row[i] < 0) continue;
+        sum[i] += dot(x, in[i]);
+        if (dispatched)
+          store(dispatched + int64_t{row[i]} * columns + column, scaled(x, weight[i]));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const Sum total = lanes_sum<kWarp>(sum[i]);
+      if (lane == 0) partial[warp * kInFlight + i] = total;
+    }
+    __syncthreads();
+    if (has_route) {
+      Sum total = 0;
+      for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
+        total += partial[w * kInFlight + threadIdx.x];
+      }
+      store(dots + route, total);
+    }
+  }
+}
+
+void launch_route_dot(const char* name, Dtype dtype, const void* tokens, const void* rows,
+                      const Routes& routes, int64_t hidden, void* dispatched, void* dots,
+                      CUstream_st* stream) {
+  visit_packs(dtype, hidden, {tokens, rows, dispatched}, [&](auto zero, auto size) {
+    using T = decltype(zero);
+    using Vector = Pack<T, size>;
+    using Sum = accumulate_t<T>;
+    const int columns = num_columns(hidden, size);
+    // Threads for about two vectors each, where there are so many.
+    int warps = 1;
+    while (warps < kMaxWarps && warps * 2 * kWarp < columns) warps *= 2;
+    const std::size_t shared = shared_bytes<int32_t>(kInFlight) + shared_bytes<Sum>(kInFlight) +
+                               shared_bytes<Sum>(kMaxWarps * kInFlight);
+    launch(name, route_dot_kernel<T, size>,
+           routes.num_tokens + (dispatched ? num_sweeps(routes) : 0), warps * kWarp, shared, stream,
+           static_cast<const Vector*>(tokens), static_cast<const Vector*>(rows), routes, columns,
+           static_cast<Vector*>(dispatched), static_cast<Sum*>(dots));
+  });
+}
+
+}  // namespace
+
+void route_dot(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
+               int64_t hidden, void* dots, CUstream_st* stream) {
+  launch_route_dot("route_dot", dtype, tokens, rows, routes, hidden, nullptr, dots, stream);
+}
+
+void dispatch_dot(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
+                  int64_t hidden, void* dispatched, void* dots, CUstream_st* stream) {
+  launch_route_dot("dispatch_dot", dtype, tokens, rows, routes, hidden, dispatched, dots, stream);
+}
+
+}  // namespace moe_ext::cuda

@@ -1,0 +1,150 @@
+// What dispatch, combine and route_dot share: which row a route has, and rows that no route has.
+
+#pragma once
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "vec.cuh"
+
+namespace moe_ext::cuda {
+
+constexpr int kRowThreads = 256;
+// Choices of a token that a block looks up at a time, and rows of it that a thread reads at a time:
+// with four 16-byte reads each, as many threads fit a multiprocessor as it takes to hide its
+// memory.
+constexpr int kChoices = 8;
+constexpr int kInFlight = 4;
+// Rows that one block looks through for empty ones: a ballot's worth.
+constexpr int kRowsPerSweep = kWarp;
+
+// A route has a row where its slot is in range and sources gives that row back to it. Then every
+// row has at most one route, whatever slots and sources hold. -1: none.
+__device__ inline int32_t row_of(const Routes& routes, int64_t route) {
+  const int32_t slot = load(routes.slots + route);
+  if (slot < 0 || slot >= routes.num_rows) return -1;
+  return load(routes.sources + slot) == route ? slot : -1;
+}
+
+__device__ inline bool is_empty(const Routes& routes, int64_t row) {
+  const int32_t route = load(routes.sources + row);
+  if (route < 0 || route >= routes.num_tokens * routes.top_k) return true;
+  return load(routes.slots + route) != row;
+}
+
+// Block `sweep` of those that zero the empty rows, of `columns` vectors each.
+template <typename Vector>
+__device__ void zero_empty_rows(const Routes& routes, int64_t sweep, int columns, Vector* rows) {
+  const int64_t first = sweep * kRowsPerSweep, mine = first + threadIdx.x % kWarp;
+  // Every warp of the block asks the same, and then zeroes its part of each row.
+  unsigned empty = __ballot_sync(kAllLanes, mine < routes.num_rows && is_empty(routes, mine));
+  for (; empty; empty &= empty - 1) {
+    Vector* row = rows + (first + __ffs(empty) - 1) * columns;
+    for (int column = threadIdx.x; column < columns; column += blockDim.x) {
+      store(row + column, Vector{});
+    }
+  }
+}
+
+inline int64_t num_sweeps(const Routes& routes) {
+  return divide_up(routes.num_rows, kRowsPerSweep);
+}
+
+// A block's share of a [T, columns] matrix, one cell for each thread, and for the tokens it touches
+// up to kChoices routes at a time: their rows and weights, read once, in shared memory.
+//
+//      columns 0 ......... columns - 1
+//   t  . . . . . . . [first cell . . . .
+//      . . . . . . . . . . . . . . . . .      kRowThreads cells in reading order
+//      . . . . last cell] . . . . . . . .
+template <typename Weight>
+class RouteTile {
+ public:
+  __device__ RouteTile(const Routes& routes, int columns) : routes_(routes) {
+    // blockIdx.x * kRowThreads / columns, without the slow 64-bit division.
+    const unsigned width = columns, cell = blockIdx.x % width * kRowThreads;
+    first_token_ = int64_t{blockIdx.x / width} * kRowThreads + cell / width;
+    const unsigned mine = cell % width + threadIdx.x;
+    local_ = mine / width;
+    column = mine % width;
+    token = first_token_ + local_;
+    num_tokens_ = (cell % width + kRowThreads - 1) / width + 1;
+    SharedMemory shared;
+    rows_ = shared.take<int32_t>(num_routes(columns));
+    if (routes_.weights) weights_ = shared.take<Weight>(num_routes(columns));
+  }
+
+  static std::size_t bytes(const Routes& routes, int columns) {
+    return shared_bytes<int32_t>(num_routes(columns)) +
+           (routes.weights ? shared_bytes<Weight>(num_routes(columns)) : 0);
+  }
+
+  // The next choices first_choice .. first_choice + kChoices - 1 of all the block's tokens. All its
+  // threads call this together.
+  __device__ void read(int64_t first_choice) {
+    if (first_choice > 0) __syncthreads();  // until all have used the choices before
+    for (int i = threadIdx.x; i < num_tokens_ * kChoices; i += kRowThreads) {
+      const int64_t t = first_token_ + i / kChoices, k = first_choice + i % kChoices;
+      const bool exists = t < routes_.num_tokens && k < routes_.top_k;
+      const int64_t route = t * routes_.top_k + k;
+      const int32_t row = exists ? row_of(routes_, route) : -1;
+      rows_[i] = row;
+      if (!weights_) continue;
+      weights_[i] = row >= 0 ? load(static_cast<const Weight*>(routes_.weights) + route) : 0;
+    }
+    __syncthreads();
+  }
+
+  // Of this thread's token's i-th choice among those read: its row or -1, and its weight, of which
+  // nothing is left without a row.
+  __device__ int32_t row(int i) const { return rows_[local_ * kChoices + i]; }
+  __device__ Weight weight(int i) const { return weights_ ? weights_[local_ * kChoices + i] : 1; }
+  __device__ bool weighted() const { return weights_ != nullptr; }
+  __device__ bool has_cell() const { return token < routes_.num_tokens; }
+
+  int64_t token;
+  int column;
+
+ private:
+  // Of the most tokens that kRowThreads cells can touch.
+  __host__ __device__ static constexpr int64_t num_routes(int64_t columns) {
+    return ((kRowThreads - 1 + columns - 1) / columns + 1) * kChoices;
+  }
+
+  const Routes& routes_;
+  int64_t first_token_;
+  int local_, num_tokens_;
+  int32_t* rows_;
+  Weight* weights_ = nullptr;
+};
+
+// The columns of a row; a tile reckons in 32 bits.
+inline int num_columns(int64_t hidden, int pack) {
+  constexpr int64_t kMaxColumns = INT32_MAX / kRowThreads;
+  if (hidden / pack <= kMaxColumns) return static_cast<int>(hidden / pack);
+  throw std::runtime_error("rows wider than " + std::to_string(kMaxColumns) + " vectors on cuda");
+}
+
+inline int64_t num_tiles(const Routes& routes, int64_t columns) {
+  return divide_up(routes.num_tokens * columns, kRowThreads);
+}
+
+// Calls body(T{}, std::integral_constant<int, elements>{}) with the widest pack that `hidden` and
+// the addresses allow: 16 bytes or one element.
+template <typename Body>
+void visit_packs(Dtype dtype, int64_t hidden, std::initializer_list<const void*> addresses,
+                 const Body& body) {
+  visit_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    bool full = hidden % kFullPack<T> == 0;
+    for (const void* address : addresses) full = full && aligned(address);
+    if (full) {
+      body(zero, std::integral_constant<int, kFullPack<T>>{});
+    } else {
+      body(zero, std::integral_constant<int, 1>{});
+    }
+  });
+}
+
+}  // namespace moe_ext::cuda

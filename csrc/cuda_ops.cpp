@@ -1,0 +1,193 @@
+// The operators' CUDA side: arguments from args.h, outputs from torch's allocator, kernels from
+// csrc/cuda on torch's current stream.
+//
+// With MOE_EXT_EMULATED the kernels are those that tests/cusim runs on the CPU, and they replace
+// the CPU operators: the same key, registered later.
+
+#if !defined(MOE_EXT_EMULATED) && !defined(USE_CUDA)
+#define USE_CUDA  // torch's headers declare the current stream under it
+#endif
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "args.h"
+#include "cuda/launchers.h"
+
+namespace moe_ext {
+namespace {
+
+// Makes a tensor's device the current one, and gives its current stream.
+class OnDevice {
+ public:
+#ifdef MOE_EXT_EMULATED
+  explicit OnDevice(const Tensor&) {}
+  CUstream_st* stream() const { return nullptr; }
+#else
+  explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+  CUstream_st* stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return static_cast<CUstream_st*>(stream);
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+cuda::Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return cuda::Dtype::kFloat64;
+    case ScalarType::BFloat16: return cuda::Dtype::kBFloat16;
+    case ScalarType::Half: return cuda::Dtype::kFloat16;
+    default: return cuda::Dtype::kFloat32;
+  }
+}
+
+int32_t* int_data(const Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); }
+
+const int32_t* const_int_data(const Tensor& tensor) {
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+int few_experts(const char* op, int64_t num_experts) {
+  if (num_experts <= cuda::kMaxExperts) return static_cast<int>(num_experts);
+  Check(op).fail("num_experts must be at most ", cuda::kMaxExperts, " on cuda, got ", num_experts);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_cuda(const Tensor& logits,
+                                                     const OptionalTensor& choice_scores, int64_t k,
+                                                     const std::string& scoring, bool renormalise,
+                                                     double scale) {
+  const GateArgs a = gate_args(logits, choice_scores, k, scoring, renormalise, scale);
+  const int64_t T = a.num_tokens, E = few_experts("gate", a.num_experts);
+  const OnDevice device(a.logits);
+  const ScalarType dtype = accumulate_type(a.logits.scalar_type());
+  const cuda::Dtype logits_dtype = dtype_of(a.logits);
+  const Tensor weights = empty(a.logits, {T, a.top_k}, dtype);
+  const Tensor experts = empty(a.logits, {T, a.top_k}, ScalarType::Int);
+  const Tensor probs = empty(a.logits, {T, E}, dtype);
+  const Tensor importance = empty(a.logits, {E}, dtype);
+  const Tensor block_sums = empty(a.logits, {cuda::gate_blocks(logits_dtype, T, E), E}, dtype);
+  cuda::gate({logits_dtype, a.logits.const_data_ptr(), a.choice_scores.const_data_ptr(), T,
+              static_cast<int>(E), static_cast<int>(a.top_k), a.scoring, a.renormalise, a.scale,
+              weights.mutable_data_ptr(), int_data(experts), probs.mutable_data_ptr(),
+              importance.mutable_data_ptr(), block_sums.mutable_data_ptr()},
+             device.stream());
+  return {weights, experts, probs, importance};
+}
+
+Tensor gate_backward_cuda(const OptionalTensor& grad_weights, const OptionalTensor& grad_probs,
+                          const OptionalTensor& grad_importance, const Tensor& probs,
+                          const Tensor& experts, const std::string& scoring, bool renormalise,
+                          double scale) {
+  const GateBackwardArgs a = gate_backward_args(grad_weights, grad_probs, grad_importance, probs,
+                                                experts, scoring, renormalise, scale);
+  const int num_experts = few_experts("gate_backward", a.num_experts);
+  const OnDevice device(a.probs);
+  const Tensor grad = empty(a.probs, {a.num_tokens, a.num_experts}, a.probs.scalar_type());
+  cuda::gate_backward(
+      {dtype_of(a.probs), data_or_null<void>(a.grad_weights), data_or_null<void>(a.grad_probs),
+       data_or_null<void>(a.grad_importance), a.probs.const_data_ptr(), const_int_data(a.experts),
+       a.num_tokens, num_experts, static_cast<int>(a.top_k), a.scoring, a.renormalise, a.scale,
+       grad.mutable_data_ptr()},
+      device.stream());
+  return grad;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cuda(const Tensor& experts,
+                                                     const OptionalTensor& priority,
+                                                     int64_t num_experts,
+                                                     std::optional<int64_t> capacity,
+                                                     const std::string& order, int64_t align) {
+  const PlanArgs a = plan_args(experts, priority, num_experts, capacity, order, align);
+  const int E = few_experts("plan", a.num_experts);
+  const OnDevice device(a.experts);
+  const Tensor slots = empty(a.experts, {a.num_tokens, a.top_k}, ScalarType::Int);
+  const Tensor sources = empty(a.experts, {a.num_rows}, ScalarType::Int);
+  const Tensor offsets = empty(a.experts, {a.num_experts + 1}, ScalarType::Int);
+  const Tensor load = empty(a.experts, {a.num_experts}, ScalarType::Int);
+  const int64_t scratch_size = cuda::plan_scratch(a.num_routes, E, a.priority.has_value());
+  const Tensor scratch = empty(a.experts, {scratch_size}, ScalarType::Int);
+  cuda::plan({const_int_data(a.experts), data_or_null<float>(a.priority), a.num_tokens, a.top_k, E,
+              a.capacity.value_or(-1), a.choice_major, a.align, a.num_rows, int_data(slots),
+              int_data(sources), int_data(offsets), int_data(load), int_data(scratch)},
+             device.stream());
+  return {slots, sources, offsets, load};
+}
+
+// Of the arguments of dispatch, combine and dispatch_dot; route_dot has no weights.
+template <typename Args>
+cuda::Routes routes_of(const Args& a, const OptionalTensor& weights) {
+  return {const_int_data(a.slots),
+          const_int_data(a.sources),
+          data_or_null<void>(weights),
+          a.num_tokens,
+          a.top_k,
+          a.num_rows};
+}
+
+Tensor dispatch_cuda(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
+                     const OptionalTensor& weights) {
+  const DispatchArgs a = dispatch_args(tokens, slots, sources, weights);
+  const OnDevice device(a.tokens);
+  const Tensor rows = empty(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
+  cuda::dispatch(dtype_of(a.tokens), a.tokens.const_data_ptr(), routes_of(a, a.weights), a.hidden,
+                 rows.mutable_data_ptr(), device.stream());
+  return rows;
+}
+
+Tensor combine_cuda(const Tensor& rows, const Tensor& slots, const Tensor& sources,
+                    const OptionalTensor& weights) {
+  const CombineArgs a = combine_args(rows, slots, sources, weights);
+  const OnDevice device(a.rows);
+  const Tensor tokens = empty(a.rows, {a.num_tokens, a.hidden}, a.rows.scalar_type());
+  cuda::combine(dtype_of(a.rows), a.rows.const_data_ptr(), routes_of(a, a.weights), a.hidden,
+                tokens.mutable_data_ptr(), device.stream());
+  return tokens;
+}
+
+Tensor route_dot_cuda(const Tensor& tokens, const Tensor& rows, const Tensor& slots,
+                      const Tensor& sources) {
+  const RouteDotArgs a = route_dot_args(tokens, rows, slots, sources);
+  const OnDevice device(a.tokens);
+  const Tensor dots =
+      empty(a.tokens, {a.num_tokens, a.top_k}, accumulate_type(a.tokens.scalar_type()));
+  cuda::route_dot(dtype_of(a.tokens), a.tokens.const_data_ptr(), a.rows.const_data_ptr(),
+                  routes_of(a, std::nullopt), a.hidden, dots.mutable_data_ptr(), device.stream());
+  return dots;
+}
+
+std::tuple<Tensor, Tensor> dispatch_dot_cuda(const Tensor& tokens, const Tensor& rows,
+                                             const Tensor& slots, const Tensor& sources,
+                                             const Tensor& weights) {
+  const DispatchDotArgs a = dispatch_dot_args(tokens, rows, slots, sources, weights);
+  const OnDevice device(a.tokens);
+  const Tensor dispatched = empty(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
+  const Tensor dots = empty(a.tokens, {a.num_tokens, a.top_k}, a.weights.scalar_type());
+  cuda::dispatch_dot(dtype_of(a.tokens), a.tokens.const_data_ptr(), a.rows.const_data_ptr(),
+                     routes_of(a, a.weights), a.hidden, dispatched.mutable_data_ptr(),
+                     dots.mutable_data_ptr(), device.stream());
+  return {dispatched, dots};
+}
+
+}  // namespace
+}  // namespace moe_ext
+
+#ifdef MOE_EXT_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
+#endif
+  m.impl("gate", TORCH_BOX(&moe_ext::gate_cuda));
+  m.impl("gate_backward", TORCH_BOX(&moe_ext::gate_backward_cuda));
+  m.impl("plan", TORCH_BOX(&moe_ext::plan_cuda));
+  m.impl("dispatch", TORCH_BOX(&moe_ext::dispatch_cuda));
+  m.impl("combine", TORCH_BOX(&moe_ext::combine_cuda));
+  m.impl("route_dot", TORCH_BOX(&moe_ext::route_dot_cuda));
+  m.impl("dispatch_dot", TORCH_BOX(&moe_ext::dispatch_dot_cuda));
+}
