@@ -1,9 +1,52 @@
-"""Fixtures: the device, poisoned memory, and reproducible numbers."""
+"""Fixtures: the device, poisoned memory, and reproducible numbers; and the emulated kernels.
+
+With --cusim=moe_ext_dev.so the CUDA kernels, run on the CPU, stand in for the CPU operators, and
+every test of device "cpu" is one of theirs.
+"""
+
+import importlib.util
+from types import ModuleType
 
 import pytest
 import torch
 
 from moe_ext import ops
+
+ORDERS = ("forward", "reverse", "random")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cusim", metavar="MODULE", help="run the CUDA kernels of this module")
+    parser.addoption("--order", choices=ORDERS, default="forward", help="in which threads run")
+    parser.addoption("--order-seed", type=int, default=0, help="of a random order")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "checks_values: only the CPU operators look at ids, slots and sources"
+    )
+    config.cusim = None
+    if path := config.getoption("--cusim"):
+        spec = importlib.util.spec_from_file_location("moe_ext_dev", path)
+        config.cusim = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(config.cusim)
+        config.cusim.set_order(config.getoption("--order"), config.getoption("--order-seed"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.cusim:
+        skip = pytest.mark.skip(reason="CUDA kernels do not look at values")
+        for item in items:
+            if item.get_closest_marker("checks_values"):
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def cusim(request: pytest.FixtureRequest) -> ModuleType:
+    """moe_ext_dev; the test is for emulated kernels."""
+    if request.config.cusim is None:
+        pytest.skip("needs --cusim")
+    return request.config.cusim
 
 
 def _why_no_cuda() -> str | None:
@@ -14,8 +57,10 @@ def _why_no_cuda() -> str | None:
     return None
 
 
-def pytest_report_header() -> list[str]:
+def pytest_report_header(config: pytest.Config) -> list[str]:
     library = ops.registry.library or ops.registry.load_error
+    if config.cusim:
+        library = f"CUDA kernels on the CPU, {config.cusim.__file__}"
     reason = _why_no_cuda()
     cuda = f"skipped, {reason}" if reason else torch.cuda.get_device_name()
     return [f"moe_ext: {library}; torch {torch.__version__}", f"cuda tests: {cuda}"]

@@ -34,6 +34,7 @@ GOOD = {
     "dispatch": dict(tokens=X, slots=PLAN.slots, sources=PLAN.sources, weights=W),
     "combine": dict(rows=ROWS, slots=PLAN.slots, sources=PLAN.sources, weights=W),
     "route_dot": dict(tokens=X, rows=ROWS, slots=PLAN.slots, sources=PLAN.sources),
+    "dispatch_dot": dict(tokens=X, rows=ROWS, slots=PLAN.slots, sources=PLAN.sources, weights=W),
     "grouped_mm": dict(rows=ROWS, weights=STACK, offsets=PLAN.offsets, load=PLAN.load),
     "grouped_outer": dict(left=torch.randn(R, 3), right=ROWS, offsets=PLAN.offsets, load=PLAN.load),
 }
@@ -121,6 +122,9 @@ SHAPE_AND_TYPE = [
     ("route_dot", {"rows": ROWS.double()}, "rows must be float32, got float64"),
     ("route_dot", {"tokens": X[:5]}, "slots must be [T, K] with T = 5, got [33, 2]"),
     ("route_dot", {"rows": ROWS[:-1]}, f"sources must be [R] with R = {R - 1}, got [{R}]"),
+    ("dispatch_dot", {"rows": ROWS.double()}, "rows must be float32, got float64"),
+    ("dispatch_dot", {"tokens": X[:5]}, "slots must be [T, K] with T = 5, got [33, 2]"),
+    ("dispatch_dot", {"weights": W.double()}, "weights must be float32, got float64"),
     ("grouped_mm", {"rows": ROWS[0]}, "rows must be [R, M], got [4]"),
     ("grouped_mm", {"weights": STACK[0]}, "weights must be [E, N, M] with M = 4, got [3, 4]"),
     ("grouped_mm", {"weights": STACK.half()}, "weights must be float32, got float16"),
@@ -206,7 +210,7 @@ VALUES = [
             {"slots": with_value(PLAN.slots, (5, 1), slot)},
             f"slots must be in -1..R-1 with R = 66, got {slot} at [5, 1]",
         )
-        for name in ("dispatch", "combine", "route_dot")
+        for name in ("dispatch", "combine", "route_dot", "dispatch_dot")
         for slot in (66, -2)
     ),
     (
@@ -227,9 +231,14 @@ VALUES = [
         {"slots": with_value(PLAN.slots, (5, 1), -1)},
         "slots and sources must be of one plan, got route 11 at sources[",
     ),
+    (
+        "dispatch_dot",
+        {"slots": with_value(PLAN.slots, (5, 1), -1)},
+        "slots and sources must be of one plan, got route 11 at sources[",
+    ),
     *(
         (name, {"slots": OTHER.slots}, "slots and sources must be of one plan, got slot")
-        for name in ("dispatch", "combine", "route_dot")
+        for name in ("dispatch", "combine", "route_dot", "dispatch_dot")
     ),
     (
         "grouped_mm",
@@ -255,6 +264,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize("where", ["compiled", "reference"])
+@pytest.mark.checks_values
 @pytest.mark.parametrize(("name", "wrong", "message"), VALUES)
 def test_values_on_the_cpu(name, wrong, message, where):
     if (name, where) == ("gate_backward", "reference"):

@@ -1,0 +1,443 @@
+// The CUDA kernels on the CPU, against plain C++, in several orders of threads and blocks. Memory
+// is of exact size and filled with NaN, so that a sanitizer sees the first access out of bounds,
+// and a comparison what was not written.
+//
+//   kernel_tests [op ...]: all operators where none is named
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "cusim.h"
+#include "launchers.h"
+
+namespace {
+
+using namespace moe_ext;
+using namespace moe_ext::cuda;
+
+long checks = 0, failures = 0;
+std::string context;
+
+#define CHECK(condition)                                                                       \
+  do {                                                                                         \
+    ++checks;                                                                                  \
+    if (!(condition) && ++failures < 20)                                                       \
+      std::printf("FAILED %s:%d: %s (%s)\n", __FILE__, __LINE__, #condition, context.c_str()); \
+  } while (0)
+
+template <typename T>
+class Array {
+ public:
+  explicit Array(int64_t size)
+      : size_(size), data_(static_cast<T*>(std::malloc(size * sizeof(T))), std::free) {
+    std::memset(static_cast<void*>(data_.get()), 0xff, size * sizeof(T));
+  }
+  T& operator[](int64_t i) { return data_.get()[i]; }
+  T* data() { return data_.get(); }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_;
+  std::unique_ptr<T, void (*)(void*)> data_;
+};
+
+std::mt19937 generator;
+
+double normal() { return std::normal_distribution<double>()(generator); }
+int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(generator); }
+
+template <typename T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+constexpr Dtype dtype_of = std::is_same_v<T, float>    ? Dtype::kFloat32
+                           : std::is_same_v<T, double> ? Dtype::kFloat64
+                           : std::is_same_v<T, __half> ? Dtype::kFloat16
+                                                       : Dtype::kBFloat16;
+
+template <typename T>
+constexpr double epsilon = std::is_same_v<T, float>    ? 1.2e-7
+                           : std::is_same_v<T, double> ? 2.3e-16
+                           : std::is_same_v<T, __half> ? 9.8e-4
+                                                       : 7.9e-3;
+
+template <typename T>
+double number(T x) {
+  if constexpr (std::is_same_v<T, double>) return x;
+  return static_cast<double>(static_cast<float>(x));
+}
+
+template <typename T>
+T make(double x) {
+  if constexpr (std::is_same_v<T, double>) return x;
+  return T(static_cast<float>(x));
+}
+
+template <typename T>
+void fill(Array<T>& array) {
+  for (int64_t i = 0; i < array.size(); ++i) array[i] = make<T>(normal());
+}
+
+// Within `roundings` of the accumulation of terms of this size, and one of T.
+template <typename T>
+bool close(T actual, double expected, double terms, double roundings) {
+  if (std::isnan(expected)) return std::isnan(number(actual));
+  if (std::isinf(expected)) return number(actual) == expected;
+  const double error = std::abs(number(actual) - expected);
+  const double subnormal = std::is_same_v<T, __half> ? 6e-8 : 0;
+  return error <=
+         subnormal + epsilon<T> * std::abs(expected) + roundings * epsilon<accumulate_t<T>> * terms;
+}
+
+// ---- Gate ---------------------------------------------------------------------------------------
+
+double score_of(Scoring scoring, double x) {
+  if (scoring == Scoring::kSigmoid) return 1 / (1 + std::exp(-x));
+  return std::sqrt(std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))));
+}
+
+struct GateCase {
+  int64_t T;
+  int E, K;
+  Scoring scoring;
+  bool renormalise, own_scores;
+};
+
+template <typename T>
+void test_gate(const GateCase& c) {
+  using Sum = accumulate_t<T>;
+  Array<T> logits(c.T * c.E), scores(c.T * c.E);
+  // Few values, so that many are equal, and those that no order of numbers places.
+  const double special[] = {NAN, INFINITY, -INFINITY, 0.0, -0.0};
+  const auto values = [&](Array<T>& array) {
+    for (int64_t i = 0; i < array.size(); ++i) {
+      const bool odd = i / c.E % 3 == 1;
+      array[i] = make<T>(odd && below(4) == 0 ? special[below(5)] : std::round(4 * normal()) / 4);
+    }
+  };
+  values(logits), values(scores);
+  Array<Sum> weights(c.T * c.K), probs(c.T * c.E), importance(c.E);
+  Array<Sum> block_sums(gate_blocks(dtype_of<T>, c.T, c.E) * c.E);
+  Array<int32_t> experts(c.T * c.K);
+  T* choice_scores = c.own_scores ? scores.data() : logits.data();
+  const double scale = 1.5;
+  gate({dtype_of<T>, logits.data(), choice_scores, c.T, c.E, c.K, c.scoring, c.renormalise, scale,
+        weights.data(), experts.data(), probs.data(), importance.data(), block_sums.data()},
+       nullptr);
+
+  std::vector<double> sums(c.E);
+  for (int64_t t = 0; t < c.T; ++t) {
+    std::vector<int> order(c.E);
+    std::vector<double> p(c.E);
+    for (int e = 0; e < c.E; ++e) order[e] = e;
+    const auto key = [&](int e) { return number(choice_scores[t * c.E + e]); };
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+      return key(a) > key(b) || (std::isnan(key(a)) && !std::isnan(key(b)));
+    });
+    double largest = -INFINITY, sum = 0, chosen = 0;
+    for (int e = 0; e < c.E; ++e) largest = std::fmax(largest, number(logits[t * c.E + e]));
+    for (int e = 0; e < c.E; ++e) {
+      const double x = number(logits[t * c.E + e]);
+      p[e] = c.scoring == Scoring::kSoftmax ? std::exp(x - largest) : score_of(c.scoring, x);
+      sum += p[e];
+    }
+    for (int e = 0; e < c.E; ++e) {
+      if (c.scoring == Scoring::kSoftmax) p[e] /= sum;
+      sums[e] += p[e];
+      CHECK(close(probs[t * c.E + e], p[e], p[e], 20 + c.E));
+    }
+    for (int k = 0; k < c.K; ++k) chosen += p[order[k]];
+    const double divisor = !c.renormalise ? 1
+                           : chosen < std::numeric_limits<Sum>::min()
+                               ? std::numeric_limits<Sum>::min()
+                               : chosen;
+    for (int k = 0; k < c.K; ++k) {
+      const double w = scale * p[order[k]] / divisor;
+      CHECK(experts[t * c.K + k] == order[k]);
+      CHECK(close(weights[t * c.K + k], w, w, 40 + c.E));
+    }
+  }
+  for (int e = 0; e < c.E; ++e) CHECK(close(importance[e], sums[e], sums[e], 40 + c.E));
+
+  if constexpr (!std::is_same_v<T, Sum>) return;
+  // Backward, at probabilities that are numbers.
+  for (int64_t i = 0; i < probs.size(); ++i) probs[i] = make<Sum>(0.05 + below(100) / 110.0);
+  Array<Sum> grad_weights(c.T * c.K), grad_probs(c.T * c.E), grad_importance(c.E), grad(c.T * c.E);
+  fill(grad_weights), fill(grad_probs), fill(grad_importance);
+  gate_backward({dtype_of<Sum>, grad_weights.data(), c.own_scores ? nullptr : grad_probs.data(),
+                 grad_importance.data(), probs.data(), experts.data(), c.T, c.E, c.K, c.scoring,
+                 c.renormalise, scale, grad.data()},
+                nullptr);
+  for (int64_t t = 0; t < c.T; ++t) {
+    std::vector<double> g(c.E);
+    double sum = 0, dot = 0, row_dot = 0, size = 0;
+    for (int e = 0; e < c.E; ++e) {
+      g[e] = number(grad_importance[e]) + (c.own_scores ? 0 : number(grad_probs[t * c.E + e]));
+    }
+    for (int k = 0; k < c.K; ++k) {
+      const double p = number(probs[t * c.E + experts[t * c.K + k]]);
+      sum += p, dot += p * number(grad_weights[t * c.K + k]);
+    }
+    for (int k = 0; k < c.K; ++k) {
+      const double gw = number(grad_weights[t * c.K + k]);
+      g[experts[t * c.K + k]] += scale * (c.renormalise ? (gw - dot / sum) / sum : gw);
+    }
+    for (int e = 0; e < c.E; ++e) {
+      const double p = number(probs[t * c.E + e]);
+      row_dot += p * g[e], size += p * std::abs(g[e]);
+    }
+    for (int e = 0; e < c.E; ++e) {
+      const double p = number(probs[t * c.E + e]);
+      const double expected = c.scoring == Scoring::kSoftmax ? p * (g[e] - row_dot)
+                              : c.scoring == Scoring::kSigmoid
+                                  ? p * (1 - p) * g[e]
+                                  : -std::expm1(-p * p) / (2 * p) * g[e];
+      CHECK(close(grad[t * c.E + e], expected, std::abs(g[e]) + size, 40 + c.E));
+    }
+  }
+}
+
+void test_gates() {
+  const GateCase cases[] = {{0, 4, 2, Scoring::kSoftmax, false, false},
+                            {1, 1, 1, Scoring::kSigmoid, true, false},
+                            {300, 8, 2, Scoring::kSoftmax, true, true},
+                            {70, 13, 13, Scoring::kSqrtSoftplus, false, false},
+                            {70, 64, 3, Scoring::kSigmoid, false, true},
+                            {33, 100, 20, Scoring::kSoftmax, true, false},
+                            {19, 256, 8, Scoring::kSigmoid, true, false},
+                            {9, 250, 40, Scoring::kSoftmax, false, true},
+                            {9, 512, 3, Scoring::kSqrtSoftplus, true, true},
+                            {9, 1024, 5, Scoring::kSoftmax, true, false},
+                            // More than a block's rows for each of its groups.
+                            {4097, 256, 1, Scoring::kSoftmax, false, false}};
+  for (const GateCase& c : cases) {
+    const bool large = c.T > 1000;
+    if (large && cusim::options().order != cusim::Order::kForward) continue;
+    context = "gate T" + std::to_string(c.T) + " E" + std::to_string(c.E);
+    test_gate<float>(c);
+    if (large) continue;
+    test_gate<double>(c);
+    test_gate<__half>(c);
+    test_gate<__nv_bfloat16>(c);
+  }
+}
+
+// ---- Plan ---------------------------------------------------------------------------------------
+
+struct PlanCase {
+  int64_t T, K;
+  int E;
+  int64_t capacity;  // -1: dropless
+  int64_t align;
+  bool choice_major, priority, skewed;
+};
+
+struct MadePlan {
+  Array<int32_t> slots, sources, offsets, load;
+};
+
+int64_t rows_of(const PlanCase& c) {
+  if (c.capacity >= 0) return c.E * c.capacity;
+  const int64_t N = c.T * c.K;
+  return c.align * ((N + std::min<int64_t>(c.E, N) * (c.align - 1)) / c.align);
+}
+
+MadePlan make_plan(const PlanCase& c, Array<int32_t>& experts, Array<float>& priority) {
+  for (int64_t i = 0; i < experts.size(); ++i) {
+    // A few ids that are no expert's.
+    experts[i] = static_cast<int32_t>(c.skewed ? i % 2 : below(c.E + 2) - 1);
+    priority[i] = below(9) == 0 ? NAN : static_cast<float>(below(6) - 2);
+  }
+  MadePlan made{Array<int32_t>(c.T * c.K), Array<int32_t>(rows_of(c)), Array<int32_t>(c.E + 1),
+                Array<int32_t>(c.E)};
+  Array<int32_t> scratch(plan_scratch(c.T * c.K, c.E, c.priority));
+  plan({experts.data(), c.priority ? priority.data() : nullptr, c.T, c.K, c.E, c.capacity,
+        c.choice_major, c.align, rows_of(c), made.slots.data(), made.sources.data(),
+        made.offsets.data(), made.load.data(), scratch.data()},
+       nullptr);
+  return made;
+}
+
+void test_plan(const PlanCase& c) {
+  Array<int32_t> experts(c.T * c.K);
+  Array<float> priority(c.T * c.K);
+  MadePlan made = make_plan(c, experts, priority);
+
+  std::vector<std::vector<int64_t>> waiting(c.E);
+  for (int64_t place = 0; place < c.T * c.K; ++place) {
+    const int64_t route = c.choice_major ? place % c.T * c.K + place / c.T : place;
+    const int32_t e = experts[route];
+    if (e >= 0 && e < c.E) waiting[e].push_back(route);
+  }
+  std::vector<int64_t> slots(c.T * c.K, -1), sources(rows_of(c), -1);
+  int64_t row = 0;
+  for (int e = 0; e < c.E; ++e) {
+    CHECK(made.offsets[e] == row);
+    CHECK(made.load[e] == static_cast<int64_t>(waiting[e].size()));
+    std::vector<int64_t> kept = waiting[e];
+    const int64_t size = static_cast<int64_t>(kept.size());
+    if (c.capacity >= 0 && size > c.capacity) {
+      if (c.priority) {
+        std::stable_sort(kept.begin(), kept.end(), [&](int64_t a, int64_t b) {
+          const float p = priority[a], q = priority[b];
+          return p > q || (std::isnan(q) && !std::isnan(p));
+        });
+      }
+      kept.resize(c.capacity);
+      const std::set<int64_t> chosen(kept.begin(), kept.end());
+      kept.clear();
+      for (const int64_t route : waiting[e]) {
+        if (chosen.count(route)) kept.push_back(route);
+      }
+    }
+    for (std::size_t i = 0; i < kept.size(); ++i) {
+      slots[kept[i]] = row + static_cast<int64_t>(i);
+      sources[row + static_cast<int64_t>(i)] = kept[i];
+    }
+    row += c.capacity >= 0 ? c.capacity : (size + c.align - 1) / c.align * c.align;
+  }
+  CHECK(made.offsets[c.E] == row);
+  for (int64_t i = 0; i < c.T * c.K; ++i) CHECK(made.slots[i] == slots[i]);
+  for (int64_t i = 0; i < rows_of(c); ++i) CHECK(made.sources[i] == sources[i]);
+}
+
+void test_plans() {
+  const PlanCase cases[] = {
+      {0, 2, 3, -1, 1, true, false, false},     {1, 1, 1, 1, 1, false, true, false},
+      {33, 3, 5, -1, 8, true, false, false},    {40, 2, 70, 1, 1, true, false, false},
+      {200, 2, 3, 30, 1, true, true, false},    {200, 2, 3, 0, 1, false, true, false},
+      {600, 1, 2, 900, 1, false, true, true},   {700, 3, 2, 520, 1, true, true, true},
+      {2700, 2, 9, 300, 1, true, false, false}, {2700, 2, 40, -1, 16, false, false, false},
+      {2700, 2, 9, 310, 1, true, true, false},  {4500, 2, 2, 4400, 1, false, true, true},
+      {60, 2, 1024, -1, 1, true, false, false}};
+  for (const PlanCase& c : cases) {
+    context = "plan T" + std::to_string(c.T) + " E" + std::to_string(c.E);
+    test_plan(c);
+  }
+}
+
+// ---- Rows ---------------------------------------------------------------------------------------
+
+struct RowsCase {
+  PlanCase plan;
+  int64_t H;
+  bool consistent;
+};
+
+template <typename T>
+void test_rows(const RowsCase& c, bool weighted) {
+  using Sum = accumulate_t<T>;
+  const PlanCase& p = c.plan;
+  const int64_t N = p.T * p.K, R = rows_of(p), H = c.H;
+  Array<int32_t> experts(N);
+  Array<float> priority(N);
+  MadePlan made = make_plan(p, experts, priority);
+  if (!c.consistent) {
+    for (int64_t i = 0; i < N; ++i) made.slots[i] = static_cast<int32_t>(below(R + 4) - 2);
+    for (int64_t i = 0; i < R; ++i) made.sources[i] = static_cast<int32_t>(below(N + 4) - 2);
+  }
+  Array<T> tokens(p.T * H), rows(R * H), dispatched(R * H), again(R * H), combined(p.T * H);
+  Array<Sum> weights(N), dots(N), dots_again(N);
+  fill(tokens), fill(rows), fill(weights);
+  const Routes routes{
+      made.slots.data(), made.sources.data(), weighted ? weights.data() : nullptr, p.T, p.K, R};
+  dispatch(dtype_of<T>, tokens.data(), routes, H, dispatched.data(), nullptr);
+  combine(dtype_of<T>, rows.data(), routes, H, combined.data(), nullptr);
+  route_dot(dtype_of<T>, tokens.data(), rows.data(), routes, H, dots.data(), nullptr);
+
+  const auto row_of = [&](int64_t route) -> int64_t {
+    const int64_t slot = made.slots[route];
+    return slot >= 0 && slot < R && made.sources[slot] == route ? slot : -1;
+  };
+  const auto weight = [&](int64_t route) { return weighted ? number(weights[route]) : 1.0; };
+  std::vector<double> expected(R * H);
+  for (int64_t t = 0; t < p.T; ++t) {
+    for (int64_t h = 0; h < H; ++h) {
+      double sum = 0, terms = 0;
+      for (int64_t route = t * p.K; route < (t + 1) * p.K; ++route) {
+        const int64_t row = row_of(route);
+        if (row < 0) continue;
+        expected[row * H + h] = weight(route) * number(tokens[t * H + h]);
+        sum += weight(route) * number(rows[row * H + h]);
+        terms += std::abs(weight(route) * number(rows[row * H + h]));
+      }
+      CHECK(close(combined[t * H + h], sum, terms, 2.0 * p.K));
+    }
+    for (int64_t route = t * p.K; route < (t + 1) * p.K; ++route) {
+      double sum = 0, terms = 0;
+      for (int64_t h = 0; row_of(route) >= 0 && h < H; ++h) {
+        const double term = number(tokens[t * H + h]) * number(rows[row_of(route) * H + h]);
+        sum += term, terms += std::abs(term);
+      }
+      CHECK(close(dots[route], sum, terms, H + 1.0));
+    }
+  }
+  for (int64_t i = 0; i < R * H; ++i) {
+    CHECK(close(dispatched[i], expected[i], std::abs(expected[i]), 1));
+  }
+  if (!weighted) return;
+  dispatch_dot(dtype_of<T>, tokens.data(), rows.data(), routes, H, again.data(), dots_again.data(),
+               nullptr);
+  CHECK(!std::memcmp(again.data(), dispatched.data(), R * H * sizeof(T)));
+  CHECK(!std::memcmp(dots_again.data(), dots.data(), N * sizeof(Sum)));
+}
+
+void test_rows() {
+  const RowsCase cases[] = {{{0, 2, 3, 4, 1, true, false, false}, 8, true},
+                            {{1, 1, 1, -1, 1, true, false, false}, 1, true},
+                            {{33, 2, 5, 9, 1, true, false, false}, 7, true},
+                            {{37, 3, 4, -1, 8, true, false, false}, 64, true},
+                            {{9, 10, 16, -1, 1, false, false, false}, 24, true},
+                            {{5, 2, 3, 40, 1, true, true, false}, 1501, true},
+                            {{4, 2, 2, 3, 1, true, false, false}, 2064, true},
+                            {{40, 0, 3, 2, 1, true, false, false}, 16, true},
+                            {{21, 2, 3, 0, 1, true, false, false}, 16, true},
+                            {{11, 3, 3, 4, 1, true, false, false}, 0, true},
+                            {{50, 9, 5, 70, 1, true, false, false}, 16, false}};
+  for (const RowsCase& c : cases) {
+    context = "rows T" + std::to_string(c.plan.T) + " K" + std::to_string(c.plan.K) + " H" +
+              std::to_string(c.H) + (c.consistent ? "" : ", slots and sources of no plan");
+    for (const bool weighted : {false, true}) {
+      test_rows<float>(c, weighted);
+      test_rows<double>(c, weighted);
+      test_rows<__half>(c, weighted);
+      test_rows<__nv_bfloat16>(c, weighted);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::set<std::string> named(argv + 1, argv + argc);
+  const auto wants = [&](const char* op) { return named.empty() || named.count(op); };
+  const std::pair<cusim::Order, unsigned> turns[] = {{cusim::Order::kForward, 0},
+                                                     {cusim::Order::kReverse, 0},
+                                                     {cusim::Order::kRandom, 1},
+                                                     {cusim::Order::kRandom, 2},
+                                                     {cusim::Order::kRandom, 3}};
+  try {
+    for (const auto& [order, seed] : turns) {
+      cusim::options().order = order, cusim::options().seed = seed;
+      generator.seed(seed);
+      if (wants("gate")) test_gates();
+      if (wants("plan")) test_plans();
+      if (wants("rows")) test_rows();
+    }
+  } catch (const std::runtime_error& error) {
+    std::printf("%s\n", error.what());
+    return 2;
+  }
+  std::printf("%ld checks: %ld failed\n", checks, failures);
+  return failures != 0;
+}

@@ -1,0 +1,255 @@
+// Kernels with one planted fault each: planted CASE. What each build must say of them, and that it
+// has nothing to say of those written right, is in test_cusim.py.
+//
+// Exit 0: the result is as intended. 1: it is wrong. 2: the launch ended with an error.
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <string>
+
+#include "vec.cuh"
+
+using namespace moe_ext::cuda;
+
+namespace {
+
+__global__ void out_of_bounds_global(int* out, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i <= n) store(out + i, 1);  // FAULT: i < n
+}
+
+__global__ void out_of_bounds_shared(int* out, int n) {
+  SharedMemory shared;
+  int* first = shared.take<int>(n);
+  int* second = shared.take<int>(n);
+  first[threadIdx.x] = second[threadIdx.x] = 1;
+  if (threadIdx.x == 0) first[n] = 2;  // FAULT: the first array has n elements
+  __syncthreads();
+  store(out + threadIdx.x, second[threadIdx.x]);
+}
+
+__global__ void out_of_bounds_local(int* out, int n) {
+  int local[4] = {};
+  for (int i = 0; i <= n; ++i) local[i] = i;  // FAULT: i < n
+  store(out + threadIdx.x, local[threadIdx.x % 4]);
+}
+
+__global__ void too_much_shared(int* out) {
+  SharedMemory shared;
+  shared.take<int>(4);
+  int* more = shared.take<int>(1);  // FAULT: the launch gave 16 bytes
+  more[0] = 1;
+  store(out, 1);
+}
+
+template <bool kBarrier>
+__global__ void reverse(int* out) {
+  SharedMemory shared;
+  int* tile = shared.take<int>(blockDim.x);
+  tile[threadIdx.x] = threadIdx.x;
+  if (kBarrier) __syncthreads();  // FAULT without it
+  store(out + threadIdx.x, tile[blockDim.x - 1 - threadIdx.x]);
+}
+
+// The second barrier keeps a fast warp from overwriting what a slow one still reads.
+template <bool kBarrier>
+__global__ void rounds(int* out) {
+  SharedMemory shared;
+  int* value = shared.take<int>(1);
+  for (int round = 0; round < 4; ++round) {
+    if (threadIdx.x == 0) *value = round;
+    __syncthreads();
+    store(out + round * blockDim.x + threadIdx.x, *value);
+    if (kBarrier) __syncthreads();  // FAULT without it
+  }
+}
+
+template <bool kAtomic>
+__global__ void count(int* out) {
+  SharedMemory shared;
+  int* total = shared.take<int>(1);
+  if (threadIdx.x == 0) *total = 0;
+  __syncthreads();
+  if (kAtomic) {
+    atomicAdd(total, 1);
+  } else {
+    *total += 1;  // FAULT: not atomic
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) store(out, *total);
+}
+
+__global__ void racy_blocks(int* out) {
+  if (threadIdx.x == 0) store(out, load(out) + 1);  // FAULT: blocks are not ordered
+}
+
+template <bool kSync>
+__global__ void warp_exchange(int* out) {
+  SharedMemory shared;
+  int* lanes = shared.take<int>(32);
+  lanes[threadIdx.x] = threadIdx.x;
+  if (kSync) {
+    __syncwarp();
+  } else {
+    __ballot_sync(kAllLanes, 1);  // FAULT: waits for the lanes but orders no memory
+  }
+  store(out + threadIdx.x, lanes[threadIdx.x ^ 1]);
+}
+
+__global__ void uninitialised_shared(int* out) {
+  SharedMemory shared;
+  int* counts = shared.take<int>(32);  // FAULT: not cleared
+  atomicAdd(&counts[threadIdx.x % 32], 1);
+  __syncthreads();
+  if (threadIdx.x < 32) store(out + threadIdx.x, counts[threadIdx.x]);
+}
+
+__global__ void order_of_atomics(int* counter, int* out) {
+  store(out + blockIdx.x * blockDim.x + threadIdx.x, atomicAdd(counter, 1));  // FAULT
+}
+
+__global__ void barrier_after_return(int* out, int n) {
+  if (static_cast<int>(threadIdx.x) >= n) return;  // FAULT: before the barrier
+  __syncthreads();
+  store(out + threadIdx.x, 1);
+}
+
+__global__ void barrier_in_branches(int* out) {
+  if (threadIdx.x < 40) {
+    __syncthreads();
+    store(out + threadIdx.x, 1);
+  } else {
+    __syncthreads();  // FAULT: not the same barrier
+    store(out + threadIdx.x, 2);
+  }
+}
+
+__global__ void barrier_and_shuffle(int* out) {
+  if (threadIdx.x < 16) {  // FAULT: half a warp, with the mask of all
+    store(out + threadIdx.x, __shfl_xor_sync(kAllLanes, static_cast<int>(threadIdx.x), 8));
+  }
+  __syncthreads();
+}
+
+__global__ void masks_disagree(int* out) {
+  const unsigned mask = threadIdx.x < 16 ? 0xffffff : kAllLanes;  // FAULT
+  store(out + threadIdx.x, static_cast<int>(__reduce_max_sync(mask, threadIdx.x)));
+}
+
+__global__ void operations_disagree(int* out) {
+  const int mine = threadIdx.x;
+  if (mine % 2) {  // FAULT: another operation in each branch
+    store(out + mine, static_cast<int>(__ballot_sync(kAllLanes, 1)));
+  } else {
+    store(out + mine, __shfl_sync(kAllLanes, mine, 0));
+  }
+}
+
+__global__ void shuffle_from_absent(int* out) {
+  // FAULT: the warp has 20 threads
+  store(out + threadIdx.x, __shfl_xor_sync(kAllLanes, static_cast<int>(threadIdx.x), 16));
+}
+
+__global__ void misaligned(const float* in, int* out) {
+  const auto* packs = reinterpret_cast<const Pack<float, 4>*>(in + 1);  // FAULT: + 1
+  store(out + threadIdx.x, static_cast<int>(load(packs + threadIdx.x).at[0]));
+}
+
+__global__ void nothing() {}
+
+void run(const char* name, void (*kernel)(int*), int threads, std::size_t shared, int* out,
+         int blocks = 1) {
+  launch(name, kernel, blocks, threads, shared, nullptr, out);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // Of exactly so many elements, so that AddressSanitizer sees the first access past the end.
+  int* out = static_cast<int*>(calloc(4096, sizeof(int)));
+  int* small = static_cast<int*>(calloc(128, sizeof(int)));
+  int* counter = static_cast<int*>(calloc(1, sizeof(int)));
+  float* floats = static_cast<float*>(calloc(128, sizeof(float)));
+  const auto all = [&](int n, auto expected) {
+    for (int i = 0; i < n; ++i) {
+      if (out[i] == expected(i)) continue;
+      std::printf("out[%d] is %d, not %d\n", i, out[i], expected(i));
+      return false;
+    }
+    return true;
+  };
+  std::map<std::string, std::function<bool()>> cases;
+  for (const int n : {64, 256, 1024}) {
+    const std::string size = "_" + std::to_string(n);
+    const auto reversed = [=](int i) { return n - 1 - i; };
+    const auto round = [=](int i) { return i / n; };
+    const std::size_t bytes = n * sizeof(int);
+    cases["reverse" + size] = [=] {
+      return run("f", reverse<false>, n, bytes, out), all(n, reversed);
+    };
+    cases["right_reverse" + size] = [=] {
+      return run("f", reverse<true>, n, bytes, out), all(n, reversed);
+    };
+    cases["rounds" + size] = [=] { return run("f", rounds<false>, n, 16, out), all(4 * n, round); };
+    cases["right_rounds" + size] = [=] {
+      return run("f", rounds<true>, n, 16, out), all(4 * n, round);
+    };
+    cases["count" + size] = [=] { return run("f", count<false>, n, 16, out), out[0] == n; };
+    cases["right_count" + size] = [=] { return run("f", count<true>, n, 16, out), out[0] == n; };
+  }
+  cases["out_of_bounds_global"] = [=] {
+    return launch("f", out_of_bounds_global, 3, 64, 0, nullptr, small, 128), true;
+  };
+  cases["out_of_bounds_shared"] = [=] {
+    return launch("f", out_of_bounds_shared, 1, 33, 288, nullptr, out, 33), true;
+  };
+  cases["out_of_bounds_local"] = [=] {
+    return launch("f", out_of_bounds_local, 1, 32, 0, nullptr, out, 4), true;
+  };
+  cases["too_much_shared"] = [=] { return run("f", too_much_shared, 1, 16, out), true; };
+  cases["racy_blocks"] = [=] { return run("f", racy_blocks, 64, 0, out, 4), out[0] == 4; };
+  cases["warp_exchange"] = [=] {
+    return run("f", warp_exchange<false>, 32, 128, out), all(32, [](int i) { return i ^ 1; });
+  };
+  cases["right_warp_exchange"] = [=] {
+    return run("f", warp_exchange<true>, 32, 128, out), all(32, [](int i) { return i ^ 1; });
+  };
+  cases["uninitialised_shared"] = [=] {
+    return run("f", uninitialised_shared, 128, 128, out), all(32, [](int) { return 4; });
+  };
+  cases["order_of_atomics"] = [=] {
+    return launch("f", order_of_atomics, 2, 64, 0, nullptr, counter, out),
+           all(128, [](int i) { return i; });
+  };
+  cases["barrier_after_return"] = [=] {
+    return launch("f", barrier_after_return, 1, 64, 0, nullptr, out, 50), true;
+  };
+  cases["barrier_in_branches"] = [=] { return run("f", barrier_in_branches, 64, 0, out), true; };
+  cases["barrier_and_shuffle"] = [=] { return run("f", barrier_and_shuffle, 64, 0, out), true; };
+  cases["masks_disagree"] = [=] { return run("f", masks_disagree, 32, 0, out), true; };
+  cases["operations_disagree"] = [=] { return run("f", operations_disagree, 32, 0, out), true; };
+  cases["shuffle_from_absent"] = [=] { return run("f", shuffle_from_absent, 20, 0, out), true; };
+  cases["misaligned"] = [=] {
+    return launch("f", misaligned, 1, 16, 0, nullptr, floats, out), true;
+  };
+  cases["too_many_threads"] = [=] { return launch("f", nothing, 1, 1056, 0, nullptr), true; };
+
+  if (argc < 3) {
+    for (const auto& named : cases) std::puts(named.first.c_str());
+    return 0;
+  }
+  const std::string order = argv[2];
+  if (order == "reverse") cusim::options().order = cusim::Order::kReverse;
+  if (order.rfind("random", 0) == 0) {
+    cusim::options().order = cusim::Order::kRandom;
+    cusim::options().seed = std::strtoull(order.c_str() + 6, nullptr, 10);
+  }
+  try {
+    return cases.at(argv[1])() ? 0 : 1;
+  } catch (const std::runtime_error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 2;
+  }
+}
