@@ -1,4 +1,5 @@
 # make test, make demo, make lint: need Python >= 3.10, a C++ compiler and make, nothing else.
+# make cusim: also a CUDA toolkit's headers. make cuda: a CUDA toolkit. make gpu: also a GPU.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,10 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu cs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test demo lint format abi clean FORCE
+CUSIM := build/cusim/tests/cusim/moe_ext_dev.so
+ORDERS := forward reverse random1 random2 random3
+
+.PHONY: test demo lint format abi cusim cuda clean FORCE $(ORDERS:%=cusim-%)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
@@ -31,8 +35,24 @@ format: $(VENV)/linters
 abi: $(VENV)/installed
 	PYTHON=$(PYTHON) sh tests/abi.sh
 
+# The CUDA kernels run on the CPU: every kernel under every sanitizer, and the operator tests on them
+# with their threads in several orders, two at a time.
+cusim: $(VENV)/installed
+	cmake -S . -B build/cusim -G Ninja -DMOE_EXT_CUSIM=ON -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build build/cusim
+	$(BIN)/python -m pytest tests/cusim --cusim=$(CUSIM)
+	$(MAKE) --no-print-directory -j2 --output-sync $(ORDERS:%=cusim-%)
+
+$(ORDERS:%=cusim-%): cusim-%:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore=tests/cusim \
+		--cusim=$(CUSIM) --cusim-order=$*
+
+# The CUDA kernels compiled for every architecture, whatever torch and card are here.
+cuda: $(VENV)/torch
+	$(BIN)/python bench/ptxas.py
+
 clean:
-	rm -rf $(VENV) .venv-abi build dist demo-out *.egg-info moe_ext/_C.*
+	rm -rf $(VENV) .venv-abi build dist demo-out *.egg-info moe_ext/_C.* moe_ext/_C_cuda.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/python:

@@ -29,7 +29,7 @@ class OnDevice {
   explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
   CUstream_st* stream() const {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<CUstream_st*>(stream);
   }
 

@@ -1,7 +1,7 @@
 """How the C++ and CUDA sources are built: shared by setup.py, CMakeLists.txt and `jit`.
 
 Nothing here imports the package or torch at module level, so that setup.py can load this file by
-its path, and `python moe_ext/build.py toolkit` can print where the CUDA toolkit is.
+its path, and `python moe_ext/build.py toolkit` can tell CMake where the CUDA toolkit is.
 """
 
 import hashlib
@@ -22,16 +22,26 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = "0x020a000000000000"  # 2.10
 
 
+# Where a toolkit keeps its headers and its static runtime: NVIDIA's, conda's, Debian's, PyPI's.
+_TARGETS = ("targets/x86_64-linux/", "targets/sbsa-linux/")
+_INCLUDES = ("include", *(f"{target}include" for target in _TARGETS))
+_LIBRARIES = (
+    *("lib64", "lib", *(f"{target}lib" for target in _TARGETS)),
+    *("lib/x86_64-linux-gnu", "lib/aarch64-linux-gnu"),
+)
+
+
 class Toolkit(NamedTuple):
-    """A CUDA toolkit: its root folder, which has bin/nvcc and include, and its version."""
+    """A CUDA toolkit: its root folder, which has bin/nvcc, its headers, and its version."""
 
     root: Path
+    include: Path
     version: tuple[int, int]
 
     @property
     def libraries(self) -> Path:
-        """The folder of its static runtime library."""
-        for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        """The folder of its static runtime library. Raises RuntimeError where it has none."""
+        for name in _LIBRARIES:
             if (self.root / name / "libcudart_static.a").exists():
                 return self.root / name
         raise RuntimeError(f"the CUDA toolkit at {self.root} has no libcudart_static.a")
@@ -63,15 +73,49 @@ def find_toolkit() -> Toolkit | None:
     torch takes the folder above any nvcc on PATH for one; here it has to have the headers too.
     """
     for root in _toolkit_candidates():
-        header = root / "include" / "cuda_runtime_api.h"
         nvcc = root / "bin" / ("nvcc.exe" if sys.platform == "win32" else "nvcc")
-        if not (header.exists() and nvcc.exists()):
+        includes = [root / name for name in _INCLUDES]
+        headers = [path for path in includes if (path / "cuda_runtime_api.h").exists()]
+        if not (headers and nvcc.exists()):
             continue
-        version = re.search(r"#define CUDART_VERSION\s+(\d+)", header.read_text())
+        header = (headers[0] / "cuda_runtime_api.h").read_text()
+        version = re.search(r"#define CUDART_VERSION\s+(\d+)", header)
         if version:
             number = int(version.group(1))
-            return Toolkit(root, (number // 1000, number % 1000 // 10))
+            return Toolkit(root, headers[0], (number // 1000, number % 1000 // 10))
     return None
+
+
+def choose_toolkit() -> tuple[Toolkit | None, str]:
+    """The toolkit to build the CUDA kernels with, or None, and a line that says why.
+
+    FORCE_CUDA=1 asks for the kernels beside a torch without CUDA too, FORCE_CUDA=0 forbids them.
+    Raises RuntimeError where they are asked for, or torch has CUDA, and the toolkit is none for it.
+    """
+    import torch
+
+    force = os.environ.get("FORCE_CUDA", "")
+    if force == "0":
+        return None, "FORCE_CUDA=0: CPU kernels only"
+    name = f"torch {torch.__version__}"
+    if torch.version.cuda is None and force != "1":
+        return None, f"{name} has no CUDA: CPU kernels only (FORCE_CUDA=1 builds both)"
+    if sys.platform == "win32":
+        return None, "the CUDA kernels are built on Linux: CPU kernels only"
+    toolkit = find_toolkit()
+    if toolkit is None:
+        cure = "set CUDA_HOME, or pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]'"
+        if force == "1":
+            raise RuntimeError(f"FORCE_CUDA=1, but no CUDA toolkit found; {cure}")
+        return None, f"no CUDA toolkit found: CPU kernels only; {cure}, and --no-build-isolation"
+    version = ".".join(map(str, toolkit.version))
+    if torch.version.cuda and int(torch.version.cuda.split(".")[0]) != toolkit.version[0]:
+        raise RuntimeError(
+            f"{name} is for CUDA {torch.version.cuda}, the toolkit at {toolkit.root} is CUDA "
+            f"{version}; set CUDA_HOME to one of torch's major version, build beside the torch in "
+            "use with --no-build-isolation, or set FORCE_CUDA=0 for CPU kernels only"
+        )
+    return toolkit, f"CUDA kernels with the toolkit at {toolkit.root}, CUDA {version}"
 
 
 def _relative(root: Path, paths: list[Path]) -> list[str]:
@@ -104,10 +148,15 @@ def compile_flags() -> list[str]:
     return ["-O3", "-g0", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
 
 
+def cuda_flags() -> list[str]:
+    """Flags for every CUDA file."""
+    return ["-O3", "-Xcompiler=-fvisibility=hidden"]
+
+
 def architectures(toolkit: Toolkit) -> str:
-    """TORCH_CUDA_ARCH_LIST where it is not set: every card that the toolkit knows from Ampere on,
-    whichever is in this machine."""
-    known = ["8.0", "9.0"] + (["10.0", "12.0"] if toolkit.version >= (12, 8) else [])
+    """TORCH_CUDA_ARCH_LIST where it is not set: every card from Turing on that the toolkit knows,
+    whichever is in this machine; 8.0's PTX is for those between and for small ones."""
+    known = ["7.5", "8.0+PTX", "9.0"] + (["10.0", "12.0"] if toolkit.version >= (12, 8) else [])
     return ";".join(known) + "+PTX"
 
 
@@ -161,7 +210,8 @@ def jit(verbose: bool = False) -> Path:
     nothing that a later one would wait for.
 
     Raises RuntimeError where a compiled library is loaded already, where the sources are not there
-    (an installed package has none), or where there is no compiler.
+    (an installed package has none), where there is no compiler, or where torch has CUDA and the
+    toolkit is none for it (`choose_toolkit`).
     """
     import torch
     from torch.utils import cpp_extension
@@ -172,10 +222,11 @@ def jit(verbose: bool = False) -> Path:
         raise RuntimeError(f"moe_ext.build.jit: {registry.library} is already loaded")
     _check_tree("jit")
     loads = [{"name": "_C", "sources": sources(), "extra_cflags": compile_flags()}]
-    toolkit = find_toolkit() if torch.version.cuda else None
+    toolkit = choose_toolkit()[0] if torch.version.cuda else None
     if toolkit:
         cuda = {"name": "_C_cuda", "sources": cuda_sources(), "extra_cflags": compile_flags()}
-        loads.append(cuda | {"extra_ldflags": cuda_link_flags(toolkit)})
+        cuda |= {"extra_cuda_cflags": cuda_flags(), "extra_ldflags": cuda_link_flags(toolkit)}
+        loads.append(cuda)
     files = [*sources(), *cuda_sources(), *headers()]
     folder = _build_once(files, loads, toolkit, verbose)
     library = folder / f"_C{cpp_extension.LIB_EXT}"
@@ -202,7 +253,7 @@ def jit_dev(verbose: bool = False) -> Path:
     module = {
         "name": "moe_ext_dev",
         "sources": [*kernels, *others],
-        "extra_cflags": [*flags, "-isystem", str(toolkit.root / "include")],
+        "extra_cflags": [*flags, "-isystem", str(toolkit.include)],
     }
     files = [*kernels, *others, "tests/cusim/cusim.h", "tests/cusim/fiber.h", *headers()]
     folder = _build_once(files, [module], None, verbose)
@@ -286,5 +337,6 @@ def _compiled_as(source: Path, folder: Path, toolkit: Toolkit | None) -> str:
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["toolkit"]:
+    # For CMake: the root and the headers, as a list.
     found = find_toolkit()
-    sys.exit("no CUDA toolkit found") if found is None else print(found.root)
+    sys.exit("no CUDA toolkit found") if found is None else print(f"{found.root};{found.include}")

@@ -5,6 +5,7 @@ every test of device "cpu" is one of theirs.
 """
 
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,13 +13,15 @@ import torch
 
 from moe_ext import ops
 
-ORDERS = ("forward", "reverse", "random")
+# Of what is built, installed and drawn; they start processes of their own.
+NOT_OF_OPERATORS = {"test_build.py", "test_demo.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cusim", metavar="MODULE", help="run the CUDA kernels of this module")
-    parser.addoption("--order", choices=ORDERS, default="forward", help="in which threads run")
-    parser.addoption("--order-seed", type=int, default=0, help="of a random order")
+    parser.addoption(
+        "--cusim-order", metavar="ORDER", default="forward", help="forward, reverse or random<seed>"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
         spec = importlib.util.spec_from_file_location("moe_ext_dev", path)
         config.cusim = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(config.cusim)
-        config.cusim.set_order(config.getoption("--order"), config.getoption("--order-seed"))
+        config.cusim.set_order(config.getoption("--cusim-order"))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.cusim and collection_path.name in NOT_OF_OPERATORS else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,17 +11,17 @@ namespace moe_ext::cuda {
 namespace {
 
 template <typename T, int kSize>
-__global__ __launch_bounds__(kRowThreads,
-                             1) void combine_kernel(const Pack<T, kSize>* __restrict__ rows,
-                                                    Routes routes, int columns,
-                                                    Pack<T, kSize>* __restrict__ tokens) {
-  RouteTile<accumulate_t<T>> tile(routes, columns);
+__global__ __launch_bounds__(kRowThreads, kRowBlocks) void combine_kernel(
+    const Pack<T, kSize>* __restrict__ rows, Routes routes, Tiling tiling,
+    Pack<T, kSize>* __restrict__ tokens) {
+  const int columns = tiling.columns;
+  RouteTile<accumulate_t<T>> tile(routes, tiling);
   accumulate_t<T> sum[kSize] = {};
   for (int64_t k = 0; k < routes.top_k; k += kChoices) {
     tile.read(k);
-    if (!tile.has_cell()) continue;
+    if (!tile.has_cell) continue;
 #pragma unroll 1
-    for (int first = 0; first < kChoices; first += kInFlight) {
+    for (int first = 0; first < kChoices && k + first < routes.top_k; first += kInFlight) {
       Pack<T, kSize> in[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
@@ -36,7 +36,7 @@ __global__ __launch_bounds__(kRowThreads,
       }
     }
   }
-  if (!tile.has_cell()) return;
+  if (!tile.has_cell) return;
   Pack<T, kSize> out;
 #pragma unroll
   for (int j = 0; j < kSize; ++j) out.at[j] = narrow<T>(sum[j]);
@@ -51,10 +51,10 @@ void combine(Dtype dtype, const void* rows, const Routes& routes, int64_t hidden
   visit_packs(dtype, hidden, {rows, tokens}, [&](auto zero, auto size) {
     using T = decltype(zero);
     using Vector = Pack<T, size>;
-    const int columns = num_columns(hidden, size);
-    launch("combine", combine_kernel<T, size>, num_tiles(routes, columns), kRowThreads,
-           RouteTile<accumulate_t<T>>::bytes(routes, columns), stream,
-           static_cast<const Vector*>(rows), routes, columns, static_cast<Vector*>(tokens));
+    const Tiling tiling(routes, num_columns(hidden, size));
+    launch("combine", combine_kernel<T, size>, tiling.blocks, tiling.threads(),
+           RouteTile<accumulate_t<T>>::bytes(routes, tiling), stream,
+           static_cast<const Vector*>(rows), routes, tiling, static_cast<Vector*>(tokens));
   });
 }
 

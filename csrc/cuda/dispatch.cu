@@ -12,19 +12,22 @@ namespace moe_ext::cuda {
 namespace {
 
 template <typename T, int kSize>
-__global__ __launch_bounds__(kRowThreads) void dispatch_kernel(
-    const Pack<T, kSize>* __restrict__ tokens, Routes routes, int columns, int64_t tiles,
+__global__ __launch_bounds__(kRowThreads, kRowBlocks) void dispatch_kernel(
+    const Pack<T, kSize>* __restrict__ tokens, Routes routes, Tiling tiling,
     Pack<T, kSize>* __restrict__ rows) {
-  if (blockIdx.x >= tiles) return zero_empty_rows(routes, blockIdx.x - tiles, columns, rows);
-
-  RouteTile<accumulate_t<T>> tile(routes, columns);
+  const int columns = tiling.columns;
+  if (blockIdx.x >= tiling.blocks) {
+    return zero_empty_rows(routes, blockIdx.x - tiling.blocks, columns, rows);
+  }
+  RouteTile<accumulate_t<T>> tile(routes, tiling);
   Pack<T, kSize> token{};
-  if (tile.has_cell()) token = load(tokens + tile.token * columns + tile.column);
+  if (tile.has_cell) token = load(tokens + tile.token * columns + tile.column);
   for (int64_t k = 0; k < routes.top_k; k += kChoices) {
     tile.read(k);
+    if (!tile.has_cell) continue;
 #pragma unroll
     for (int i = 0; i < kChoices; ++i) {
-      if (!tile.has_cell() || tile.row(i) < 0) continue;
+      if (tile.row(i) < 0) continue;
       Pack<T, kSize> out = token;
       if (tile.weighted()) {
         const accumulate_t<T> weight = tile.weight(i);
@@ -44,11 +47,10 @@ void dispatch(Dtype dtype, const void* tokens, const Routes& routes, int64_t hid
   visit_packs(dtype, hidden, {tokens, rows}, [&](auto zero, auto size) {
     using T = decltype(zero);
     using Vector = Pack<T, size>;
-    const int columns = num_columns(hidden, size);
-    const int64_t tiles = num_tiles(routes, columns);
-    launch("dispatch", dispatch_kernel<T, size>, tiles + num_sweeps(routes), kRowThreads,
-           RouteTile<accumulate_t<T>>::bytes(routes, columns), stream,
-           static_cast<const Vector*>(tokens), routes, columns, tiles, static_cast<Vector*>(rows));
+    const Tiling tiling(routes, num_columns(hidden, size));
+    launch("dispatch", dispatch_kernel<T, size>, tiling.blocks + num_sweeps(routes),
+           tiling.threads(), RouteTile<accumulate_t<T>>::bytes(routes, tiling), stream,
+           static_cast<const Vector*>(tokens), routes, tiling, static_cast<Vector*>(rows));
   });
 }
 

@@ -12,29 +12,36 @@
 //
 // Every group of lanes sums the probs of its rows, then the block those of its groups, and
 // importance_kernel those of the blocks: always in this order, so importance is bitwise the same on
-// every run and every card.
+// every run.
 
 #include "vec.cuh"
 
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int64_t kMaxBlocks = 512;  // of gate_kernel: as many sums for importance_kernel to add
+constexpr int64_t kMaxThreads = 1 << 17;  // of gate_kernel: what all the largest cards can hold
 constexpr int kSumColumns = 32, kSumParts = 32;
 
 template <typename T, int kLanes_, int kValues_>
 struct Layout {
   static constexpr int kLanes = kLanes_, kValues = kValues_;
   static constexpr int kPack = kFullPack<T>;
-  // The sums of a block's groups fill at most 32 KiB of shared memory.
-  static constexpr int kThreads = sizeof(accumulate_t<T>) * kLanes * kValues > 4096 ? 128 : 256;
+  // Few rows for a block, so that a few thousand tokens occupy a card; and the sums of its threads
+  // fill at most 32 KiB of shared memory.
+  static constexpr int kThreads = kLanes < 8                                ? 64
+                                  : sizeof(accumulate_t<T>) * kValues > 128 ? 128
+                                                                            : 256;
   static constexpr int kRows = kThreads / kLanes;  // of a block
+  // Blocks that a multiprocessor is to hold: with so few, no registers spill.
+  static constexpr int kBlocks = sizeof(T) * kValues > 64 ? 1 : 512 / kThreads;
 
   // The expert of a lane's i-th value. It grows with i.
   __device__ static int id(int lane, int i) {
     return (i / kPack * kLanes + lane) * kPack + i % kPack;
   }
+  // And where an expert is.
   __device__ static int lane_of(int id) { return id / kPack % kLanes; }
+  __device__ static int index_of(int id) { return id / (kPack * kLanes) * kPack + id % kPack; }
 
   // vectorised: rows keep 16-byte packs aligned. Beyond num_experts: fill.
   __device__ static void read(const T* row, int num_experts, bool vectorised, int lane,
@@ -42,7 +49,7 @@ struct Layout {
 #pragma unroll
     for (int i = 0; i < kValues; i += kPack) {
       const int first = id(lane, i);
-      Pack<T, kPack> pack;
+      Pack<T, kPack> pack{};
       if (vectorised && first < num_experts) {
         pack = load(reinterpret_cast<const Pack<T, kPack>*>(row + first));
       }
@@ -101,21 +108,28 @@ __device__ T lanes_reduce(T x, const Op& op) {
   return x;
 }
 
+// Whether the hardware reduces an integer over a warp.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kReduces = false;
+#else
+constexpr bool kReduces = true;
+#endif
+
 template <int kLanes, typename Key>
 __device__ Key lanes_max(Key x) {
-  if constexpr (kLanes == kWarp && std::is_same_v<Key, unsigned>) {
+  if constexpr (kReduces && kLanes == kWarp && std::is_same_v<Key, unsigned>) {
     return __reduce_max_sync(kAllLanes, x);
   } else {
     return lanes_reduce<kLanes>(x, [](Key a, Key b) { return max(a, b); });
   }
 }
 
-template <int kLanes>
-__device__ unsigned lanes_min(unsigned x) {
-  if constexpr (kLanes == kWarp) {
+template <int kLanes, typename Id>
+__device__ Id lanes_min(Id x) {
+  if constexpr (kReduces && kLanes == kWarp) {
     return __reduce_min_sync(kAllLanes, x);
   } else {
-    return lanes_reduce<kLanes>(x, [](unsigned a, unsigned b) { return min(a, b); });
+    return lanes_reduce<kLanes>(x, [](Id a, Id b) { return min(a, b); });
   }
 }
 
@@ -140,6 +154,18 @@ __device__ int take_best(Key (&keys)[L::kValues], int lane) {
   return static_cast<int>(id);
 }
 
+// Of the id that each lane names, the value in the row.
+template <typename L, typename T>
+__device__ T value_of(const T (&row)[L::kValues], int id) {
+  T value = 0;
+#pragma unroll
+  for (int i = 0; i < L::kValues; ++i) {
+    const T theirs = __shfl_sync(kAllLanes, row[i], L::lane_of(id), L::kLanes);
+    if (L::index_of(id) == i) value = theirs;
+  }
+  return value;
+}
+
 // logits -> probs in place; those beyond num_experts are -inf before.
 template <typename L, typename T>
 __device__ void score(Scoring scoring, T (&row)[L::kValues]) {
@@ -160,16 +186,26 @@ __device__ void score(Scoring scoring, T (&row)[L::kValues]) {
 }
 
 template <typename T, int kLanes, int kValues>
-__global__ __launch_bounds__(Layout<T, kLanes, kValues>::kThreads) void gate_kernel(
-    const T* __restrict__ logits, const T* __restrict__ choice_scores, int64_t num_tokens,
-    int num_experts, int top_k, Scoring scoring, bool renormalise, accumulate_t<T> scale,
-    bool vectorised, accumulate_t<T>* __restrict__ weights, int32_t* __restrict__ experts,
-    accumulate_t<T>* __restrict__ probs, accumulate_t<T>* __restrict__ block_sums) {
+__global__ __launch_bounds__(
+    Layout<T, kLanes, kValues>::kThreads,
+    Layout<T, kLanes,
+           kValues>::kBlocks) void gate_kernel(const T* __restrict__ logits,
+                                               const T* __restrict__ choice_scores,
+                                               int64_t num_tokens, int num_experts, int top_k,
+                                               Scoring scoring, bool renormalise,
+                                               accumulate_t<T> scale, bool vectorised,
+                                               accumulate_t<T>* __restrict__ weights,
+                                               int32_t* __restrict__ experts,
+                                               accumulate_t<T>* __restrict__ probs,
+                                               accumulate_t<T>* __restrict__ block_sums) {
   using L = Layout<T, kLanes, kValues>;
   using Sum = accumulate_t<T>;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int E = num_experts, K = top_k;
-  Sum sums[kValues] = {};
+  SharedMemory shared;
+  Sum* sums = shared.take<Sum>(L::kThreads * kValues);  // [values, threads], of the thread's rows
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) sums[i * L::kThreads + threadIdx.x] = 0;
 
   // All lanes of a warp stay together: past the last token they go through the motions.
   for (int64_t first = blockIdx.x * int64_t{L::kRows}; first < num_tokens;
@@ -188,27 +224,23 @@ __global__ __launch_bounds__(Layout<T, kLanes, kValues>::kThreads) void gate_ker
     if (active) {
       L::write(probs + token * E, E, vectorised, lane, row);
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) sums[i] += row[i];
+      for (int i = 0; i < kValues; ++i) sums[i * L::kThreads + threadIdx.x] += row[i];
     }
 
-    // Choice k is kept by lane k % kLanes, which writes it.
-    Sum chosen_sum = 0, mine = 0;
-    int my_id = 0;
-    for (int k = 0; k < K; ++k) {
-      const int id = take_best<L>(keys, lane);
-      Sum p = 0;
-#pragma unroll
-      for (int i = 0; i < kValues; ++i) {
-        if (L::id(lane, i) == id) p = row[i];
+    Sum chosen_sum = 0;
+    for (int k = 0; k < K; k += kLanes) {
+      // Lane i keeps choice k + i.
+      const int count = min(K - k, kLanes);
+      int mine = 0;
+      for (int i = 0; i < count; ++i) {
+        const int id = take_best<L>(keys, lane);
+        if (i == lane) mine = id;
       }
-      p = __shfl_sync(kAllLanes, p, L::lane_of(id), kLanes);
-      chosen_sum += p;
-      if (k % kLanes == lane) mine = p, my_id = id;
-      const int k_of_lane = k / kLanes * kLanes + lane;
-      if ((k % kLanes == kLanes - 1 || k == K - 1) && k_of_lane <= k && active) {
-        store(experts + token * K + k_of_lane, my_id);
-        store(weights + token * K + k_of_lane, mine * (renormalise ? 1 : scale));
-      }
+      const Sum p = value_of<L>(row, mine);
+      chosen_sum += lanes_sum<kLanes>(lane < count ? p : 0);
+      if (lane >= count || !active) continue;
+      store(experts + token * K + k + lane, mine);
+      store(weights + token * K + k + lane, p * (renormalise ? 1 : scale));
     }
     if (!renormalise || !active) continue;
     const Sum divisor = clamped(chosen_sum);
@@ -218,16 +250,11 @@ __global__ __launch_bounds__(Layout<T, kLanes, kValues>::kThreads) void gate_ker
     }
   }
 
-  SharedMemory shared;
-  Sum* group_sums = shared.take<Sum>(int64_t{L::kRows} * E);
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    if (L::id(lane, i) < E) group_sums[group * E + L::id(lane, i)] = sums[i];
-  }
   __syncthreads();
   for (int e = threadIdx.x; e < E; e += L::kThreads) {
+    const Sum* of_expert = sums + L::index_of(e) * L::kThreads + L::lane_of(e);
     Sum sum = 0;
-    for (int g = 0; g < L::kRows; ++g) sum += group_sums[g * E + e];
+    for (int g = 0; g < L::kRows; ++g) sum += of_expert[g * kLanes];
     store(block_sums + blockIdx.x * int64_t{E} + e, sum);
   }
 }
@@ -254,11 +281,18 @@ __global__ __launch_bounds__(kSumColumns* kSumParts) void importance_kernel(
 }
 
 template <typename T, int kLanes, int kValues>
-__global__ __launch_bounds__(Layout<T, kLanes, kValues>::kThreads) void gate_backward_kernel(
-    const T* __restrict__ grad_weights, const T* __restrict__ grad_probs,
-    const T* __restrict__ grad_importance, const T* __restrict__ probs,
-    const int32_t* __restrict__ experts, int64_t num_tokens, int num_experts, int top_k,
-    Scoring scoring, bool renormalise, T scale, bool vectorised, T* __restrict__ grad_logits) {
+__global__ __launch_bounds__(
+    Layout<T, kLanes, kValues>::kThreads,
+    Layout<T, kLanes,
+           kValues>::kBlocks) void gate_backward_kernel(const T* __restrict__ grad_weights,
+                                                        const T* __restrict__ grad_probs,
+                                                        const T* __restrict__ grad_importance,
+                                                        const T* __restrict__ probs,
+                                                        const int32_t* __restrict__ experts,
+                                                        int64_t num_tokens, int num_experts,
+                                                        int top_k, Scoring scoring,
+                                                        bool renormalise, T scale, bool vectorised,
+                                                        T* __restrict__ grad_logits) {
   using L = Layout<T, kLanes, kValues>;
   const int lane = threadIdx.x % kLanes;
   const int64_t token = blockIdx.x * int64_t{L::kRows} + threadIdx.x / kLanes;
@@ -294,6 +328,7 @@ __global__ __launch_bounds__(Layout<T, kLanes, kValues>::kThreads) void gate_bac
     }
     for (int k = 0; k < K; ++k) {
       const int id = load(chosen + k);
+      if (!is_expert(id)) continue;
       const T share = scale / divisor * (load(grad_chosen + k) - shared);
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
@@ -336,12 +371,13 @@ void launch_gate(const Gate& call, CUstream_st* stream) {
   visit_layout<T>(E, [&](auto layout) {
     using L = decltype(layout);
     launch("gate", gate_kernel<T, L::kLanes, L::kValues>, blocks, L::kThreads,
-           shared_bytes<Sum>(int64_t{L::kRows} * E), stream, static_cast<const T*>(call.logits),
+           shared_bytes<Sum>(L::kThreads * L::kValues), stream, static_cast<const T*>(call.logits),
            static_cast<const T*>(call.choice_scores), call.num_tokens, E, call.top_k, call.scoring,
            call.renormalise, static_cast<Sum>(call.scale), vectorised,
            static_cast<Sum*>(call.weights), call.experts, static_cast<Sum*>(call.probs),
-           static_cast<Sum*>(call.block_sums));
+           static_cast<Sum*>(blocks == 1 ? call.importance : call.block_sums));
   });
+  if (blocks == 1) return;
   launch("gate_importance", importance_kernel<Sum>, divide_up(E, kSumColumns),
          kSumColumns * kSumParts, shared_bytes<Sum>(kSumColumns * kSumParts), stream,
          static_cast<const Sum*>(call.block_sums), static_cast<int>(blocks), E,
@@ -370,10 +406,13 @@ void launch_gate_backward(const GateBackward& call, CUstream_st* stream) {
 int64_t gate_blocks(Dtype dtype, int64_t num_tokens, int64_t num_experts) {
   int64_t blocks = 0;
   visit_dtype(dtype, [&](auto zero) {
-    visit_layout<decltype(zero)>(
-        num_experts, [&](auto layout) { blocks = divide_up(num_tokens, decltype(layout)::kRows); });
+    visit_layout<decltype(zero)>(num_experts, [&](auto layout) {
+      using L = decltype(layout);
+      blocks = divide_up(num_tokens, L::kRows);
+      if (blocks > kMaxThreads / L::kThreads) blocks = kMaxThreads / L::kThreads;
+    });
   });
-  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+  return blocks;
 }
 
 void gate(const Gate& call, CUstream_st* stream) {

@@ -76,7 +76,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
             std::size_t shared, Stream, Arguments... arguments) {
   if (blocks == 0) return;
   const cusim::Shape shape{static_cast<std::size_t>(blocks), static_cast<std::size_t>(threads),
-                           shared, __FILE__, __LINE__};
+                           shared};
   cusim::launch(name, kernel, shape, arguments...);
 }
 

@@ -19,6 +19,8 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int64_t kOneChunk = 4096;  // routes up to which one block does all
 constexpr int64_t kChunk = 1024;     // routes of a chunk, at least
 constexpr int64_t kMaxChunks = 128;  // since place() reads the counts of all
+constexpr int kAhead = 4;
+constexpr int64_t kRowsPerBlock = 4096;  // to look through for empty ones, beside one chunk
 constexpr int kKeepThreads = 512;
 constexpr int kCachedKeys = 4096;  // of an expert's group, kept in shared memory by keep()
 
@@ -106,23 +108,31 @@ __device__ inline int expert_at(const int* offsets, int num_experts, int64_t row
   return low;
 }
 
-// A warp walks its part of the chunk, 32 places at a time, in the order of the queue.
-// body(route or -1, expert or -1) is called by all lanes together.
+// A warp walks its part of a chunk in the order of the queue, 32 places at a time; it reads kAhead
+// times as many at once. body(route or -1, expert or -1) is called by all lanes together.
 template <typename Body>
-__device__ void for_each_place(const Queue& queue, const Body& body) {
+__device__ void for_each_place(const Queue& queue, int64_t chunk, const Body& body) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t part = queue.chunk / kWarps;
-  const int64_t begin = blockIdx.x * queue.chunk + warp * part;
+  const int64_t begin = chunk * queue.chunk + warp * part;
   const int64_t end = min(begin + part, queue.num_routes);
-  for (int64_t first = begin; first < end; first += kWarp) {
-    const int64_t place = first + lane;
-    const int64_t route = place < end ? queue.route_at(place) : -1;
-    body(route, route >= 0 ? queue.expert_of(route) : -1);
+  for (int64_t first = begin; first < end; first += kAhead * kWarp) {
+    int64_t routes[kAhead];
+    int experts[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t place = first + i * kWarp + lane;
+      routes[i] = place < end ? queue.route_at(place) : -1;
+      experts[i] = place < end ? queue.expert_of(routes[i]) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) body(routes[i], experts[i]);
   }
 }
 
-// counts [chunks, E], null where there is one chunk.
-__global__ __launch_bounds__(kThreads) void place_kernel(
+// counts [chunks, E], null where there is one chunk: then every block counts it, the first gives
+// rows to its routes, and the others only help with the empty rows.
+__global__ __launch_bounds__(kThreads, 4) void place_kernel(
     Queue queue, const int32_t* __restrict__ counts, Room room, int64_t num_rows,
     int32_t* __restrict__ slots, int32_t* __restrict__ sources, int32_t* __restrict__ all_offsets,
     int32_t* __restrict__ all_load) {
@@ -130,52 +140,62 @@ __global__ __launch_bounds__(kThreads) void place_kernel(
   SharedMemory shared;
   int* cursors = shared.take<int>(int64_t{kWarps} * E);  // [warps, E]
   int* offsets = shared.take<int>(E + 1);
+  int* before = shared.take<int>(E);
   int* total = shared.take<int>(E);
   int* cursor = cursors + warp * E;
 
-  // Count each warp's part.
+  const int64_t chunk = counts ? blockIdx.x : 0;
+
+  // Count each warp's part, and in all chunks.
   for (int e = lane; e < E; e += kWarp) cursor[e] = 0;
-  __syncwarp();
-  for_each_place(queue, [&](int64_t, int e) {
+  for (int e = threadIdx.x; e < E; e += kThreads) before[e] = total[e] = 0;
+  __syncthreads();
+  for_each_place(queue, chunk, [&](int64_t, int e) {
     if (e >= 0) atomicAdd(&cursor[e], 1);
   });
-  __syncthreads();
-
-  // The ranks that each warp starts from, and the load.
-  for (int e = threadIdx.x; e < E; e += kThreads) {
-    int rank = 0, sum = 0;
-    if (counts) {
-#pragma unroll 8
-      for (int chunk = 0; chunk < static_cast<int>(gridDim.x); ++chunk) {
-        const int count = load(counts + chunk * int64_t{E} + e);
-        if (chunk < static_cast<int>(blockIdx.x)) rank += count;
+  if (counts) {
+    for (int e = lane; e < E; e += kWarp) {
+      int below = 0, sum = 0;
+#pragma unroll 4
+      for (int c = warp; c < static_cast<int>(gridDim.x); c += kWarps) {
+        const int count = load(counts + c * int64_t{E} + e);
+        if (c < static_cast<int>(blockIdx.x)) below += count;
         sum += count;
       }
+      if (below > 0) atomicAdd(&before[e], below);
+      if (sum > 0) atomicAdd(&total[e], sum);
     }
+  }
+  __syncthreads();
+
+  // The ranks that each warp starts from.
+  for (int e = threadIdx.x; e < E; e += kThreads) {
+    int rank = before[e];
     for (int w = 0; w < kWarps; ++w) {
       const int count = cursors[w * E + e];
       cursors[w * E + e] = rank;
       rank += count;
     }
-    total[e] = counts ? sum : rank;
+    if (!counts) total[e] = rank;
   }
   __syncthreads();
   if (warp == 0) scan_rooms(total, E, room, offsets);
   __syncthreads();
 
-  for_each_place(queue, [&](int64_t route, int e) {
+  const auto place = [&](int64_t route, int e) {
     // Lanes of the same expert are in the order of the queue.
     const unsigned same = __match_any_sync(kAllLanes, e);
-    const int before = __popc(same & ((1u << lane) - 1));
-    const int rank = e >= 0 ? cursor[e] + before : 0;
+    const int earlier = __popc(same & ((1u << lane) - 1));
+    const int rank = e >= 0 ? cursor[e] + earlier : 0;
     __syncwarp();
-    if (e >= 0 && before == 0) cursor[e] += __popc(same);
+    if (e >= 0 && earlier == 0) cursor[e] += __popc(same);
     __syncwarp();
     if (route < 0) return;
     const bool kept = e >= 0 && rank < offsets[e + 1] - offsets[e];
     store(slots + route, kept ? offsets[e] + rank : -1);
     if (kept) store(sources + offsets[e] + rank, static_cast<int32_t>(route));
-  });
+  };
+  if (counts || blockIdx.x == 0) for_each_place(queue, chunk, place);
 
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t row = blockIdx.x * int64_t{kThreads} + threadIdx.x; row < num_rows; row += stride) {
@@ -251,8 +271,8 @@ __global__ __launch_bounds__(kKeepThreads) void keep_kernel(
   int* counts = shared.take<int>(kDigits);
   Threshold* found = shared.take<Threshold>(1);
   int2* of_warps = shared.take<int2>(kKeepWarps);
-  const auto read_key = [&](int i) { return key_of(load(priority + load(group + i))); };
-  const auto key_at = [&](int i) { return i < kCachedKeys ? cached[i] : read_key(i); };
+  const auto read_key = [&](int64_t i) { return key_of(load(priority + load(group + i))); };
+  const auto key_at = [&](int64_t i) { return i < kCachedKeys ? cached[i] : read_key(i); };
   for (int i = threadIdx.x; i < min(size, kCachedKeys); i += kKeepThreads) cached[i] = read_key(i);
 
   // Digit by digit from the top, among the keys that share the digits found so far.
@@ -261,8 +281,8 @@ __global__ __launch_bounds__(kKeepThreads) void keep_kernel(
     for (int shift = 24; shift >= 0; shift -= 8) {
       for (int d = threadIdx.x; d < kDigits; d += kKeepThreads) counts[d] = 0;
       __syncthreads();
-      for (int first = 0; first < size; first += kKeepThreads) {
-        const int i = first + threadIdx.x;
+      for (int64_t first = 0; first < size; first += kKeepThreads) {
+        const int64_t i = first + threadIdx.x;
         const unsigned key = i < size ? key_at(i) : 0;
         const bool counted = i < size && (key ^ threshold.key) >> shift < kDigits;
         const int digit = counted ? static_cast<int>(key >> shift & (kDigits - 1)) : -1;
@@ -283,8 +303,8 @@ __global__ __launch_bounds__(kKeepThreads) void keep_kernel(
 
   // In the order of the queue: how many above the threshold, and how many equal to it, came before.
   int2 before{0, 0};
-  for (int first = 0; first < size; first += kKeepThreads) {
-    const int i = first + threadIdx.x;
+  for (int64_t first = 0; first < size; first += kKeepThreads) {
+    const int64_t i = first + threadIdx.x;
     const unsigned key = i < size ? key_at(i) : 0;
     const bool above = i < size && kept > 0 && (keep_all || key > threshold.key);
     const bool equal = i < size && kept > 0 && !keep_all && key == threshold.key;
@@ -322,10 +342,15 @@ void sort_queue(const Plan& call, const Room& room, int64_t num_rows, int32_t* s
   }
   const std::size_t shared = shared_bytes<int>(int64_t{kWarps} * call.num_experts) +
                              shared_bytes<int>(call.num_experts + 1) +
-                             shared_bytes<int>(call.num_experts);
-  // Also where nothing asks: offsets, load and empty rows are written.
-  launch("plan_place", place_kernel, chunks > 0 ? chunks : 1, kThreads, shared, stream, queue,
-         counts, room, num_rows, call.slots, sources, offsets, call.load);
+                             2 * shared_bytes<int>(call.num_experts);
+  int64_t blocks = chunks;
+  if (!counts) {
+    // Also where nothing asks: offsets, load and empty rows are written.
+    blocks = divide_up(num_rows, kRowsPerBlock);
+    blocks = blocks < 1 ? 1 : blocks > kMaxChunks ? kMaxChunks : blocks;
+  }
+  launch("plan_place", place_kernel, blocks, kThreads, shared, stream, queue, counts, room,
+         num_rows, call.slots, sources, offsets, call.load);
 }
 
 int64_t counts_size(int64_t num_routes, int64_t num_experts) {

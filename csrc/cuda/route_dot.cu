@@ -1,6 +1,6 @@
 // Route dot: the product of every token with each of its rows; and dispatch_dot, which dispatches
 // the tokens in the same pass. The gradients of a combine are a dispatch and a route dot of the
-// same incoming gradient, so together they read it once.
+// same incoming gradient: together they read it from memory once.
 //
 //   dots[t, k]                 = sum over h of tokens[t, h] * rows[slots[t, k], h]    (no row: 0)
 //   dispatched[slots[t, k], :] = weights[t, k] * tokens[t, :]                         (no route: 0)

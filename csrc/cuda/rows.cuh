@@ -11,6 +11,8 @@
 namespace moe_ext::cuda {
 
 constexpr int kRowThreads = 256;
+// Blocks that a multiprocessor is to hold: 64 registers for a thread, which none has to spill from.
+constexpr int kRowBlocks = 4;
 // Choices of a token that a block looks up at a time, and rows of it that a thread reads at a time:
 // with four 16-byte reads each, as many threads fit a multiprocessor as it takes to hide its
 // memory.
@@ -51,47 +53,76 @@ inline int64_t num_sweeps(const Routes& routes) {
   return divide_up(routes.num_rows, kRowsPerSweep);
 }
 
-// A block's share of a [T, columns] matrix, one cell for each thread, and for the tokens it touches
-// up to kChoices routes at a time: their rows and weights, read once, in shared memory.
+// The vectors of a row.
+inline int num_columns(int64_t hidden, int pack) {
+  constexpr int64_t kMaxColumns = INT32_MAX - kRowThreads;
+  if (hidden / pack <= kMaxColumns) return static_cast<int>(hidden / pack);
+  throw std::runtime_error("rows of more than " + std::to_string(kMaxColumns) + " vectors on cuda");
+}
+
+// How blocks share a [T, columns] matrix: a thread takes a cell, a block one part of a token's
+// columns, or all columns of several tokens where rows are short.
 //
-//      columns 0 ......... columns - 1
-//   t  . . . . . . . [first cell . . . .
-//      . . . . . . . . . . . . . . . . .      kRowThreads cells in reading order
-//      . . . . last cell] . . . . . . . .
+//      0 .. width - 1   width .. 2 * width - 1   ..                   0 .. width - 1
+//   t      block                block                 t, t + 1, ..         block
+//   t+1    block                block
+struct Tiling {
+  int columns, width, parts, tokens;
+  int64_t blocks;
+
+  // columns: at least 1
+  Tiling(const Routes& routes, int columns) : columns(columns) {
+    parts = static_cast<int>(divide_up(columns, kRowThreads));
+    // Whole warps, so that a warp reads whole lines.
+    width = parts == 1 ? columns : static_cast<int>(divide_up(columns, parts * kWarp)) * kWarp;
+    tokens = parts == 1 ? kRowThreads / columns : 1;
+    blocks = divide_up(routes.num_tokens, tokens) * parts;
+  }
+
+  int threads() const { return static_cast<int>(divide_up(tokens * width, kWarp)) * kWarp; }
+};
+
+// A block's tile, and of its tokens' routes kChoices at a time: their rows and weights, read once,
+// in shared memory.
 template <typename Weight>
 class RouteTile {
  public:
-  __device__ RouteTile(const Routes& routes, int columns) : routes_(routes) {
-    // blockIdx.x * kRowThreads / columns, without the slow 64-bit division.
-    const unsigned width = columns, cell = blockIdx.x % width * kRowThreads;
-    first_token_ = int64_t{blockIdx.x / width} * kRowThreads + cell / width;
-    const unsigned mine = cell % width + threadIdx.x;
-    local_ = mine / width;
-    column = mine % width;
+  __device__ RouteTile(const Routes& routes, const Tiling& tiling)
+      : routes_(routes), num_routes_(tiling.tokens * kChoices) {
+    const unsigned parts = tiling.parts, width = tiling.width;
+    local_ = tiling.tokens == 1 ? 0 : threadIdx.x / width;
+    first_token_ = int64_t{blockIdx.x / parts} * tiling.tokens;
     token = first_token_ + local_;
-    num_tokens_ = (cell % width + kRowThreads - 1) / width + 1;
+    const int within = threadIdx.x - local_ * width;
+    column = blockIdx.x % parts * width + within;
+    has_cell = local_ < tiling.tokens && within < tiling.width && token < routes.num_tokens &&
+               column < tiling.columns;
     SharedMemory shared;
-    rows_ = shared.take<int32_t>(num_routes(columns));
-    if (routes_.weights) weights_ = shared.take<Weight>(num_routes(columns));
+    rows_ = shared.take<int32_t>(num_routes_);
+    if (routes_.weights) weights_ = shared.take<Weight>(num_routes_);
   }
 
-  static std::size_t bytes(const Routes& routes, int columns) {
-    return shared_bytes<int32_t>(num_routes(columns)) +
-           (routes.weights ? shared_bytes<Weight>(num_routes(columns)) : 0);
+  static std::size_t bytes(const Routes& routes, const Tiling& tiling) {
+    const int64_t num_routes = int64_t{tiling.tokens} * kChoices;
+    return shared_bytes<int32_t>(num_routes) +
+           (routes.weights ? shared_bytes<Weight>(num_routes) : 0);
   }
 
   // The next choices first_choice .. first_choice + kChoices - 1 of all the block's tokens. All its
   // threads call this together.
   __device__ void read(int64_t first_choice) {
     if (first_choice > 0) __syncthreads();  // until all have used the choices before
-    for (int i = threadIdx.x; i < num_tokens_ * kChoices; i += kRowThreads) {
+    for (int i = threadIdx.x; i < num_routes_; i += blockDim.x) {
       const int64_t t = first_token_ + i / kChoices, k = first_choice + i % kChoices;
-      const bool exists = t < routes_.num_tokens && k < routes_.top_k;
       const int64_t route = t * routes_.top_k + k;
-      const int32_t row = exists ? row_of(routes_, route) : -1;
+      int32_t row = -1;
+      Weight weight = 0;
+      if (t < routes_.num_tokens && k < routes_.top_k) {
+        if (weights_) weight = load(static_cast<const Weight*>(routes_.weights) + route);
+        row = row_of(routes_, route);
+      }
       rows_[i] = row;
-      if (!weights_) continue;
-      weights_[i] = row >= 0 ? load(static_cast<const Weight*>(routes_.weights) + route) : 0;
+      if (weights_) weights_[i] = row >= 0 ? weight : 0;
     }
     __syncthreads();
   }
@@ -101,34 +132,18 @@ class RouteTile {
   __device__ int32_t row(int i) const { return rows_[local_ * kChoices + i]; }
   __device__ Weight weight(int i) const { return weights_ ? weights_[local_ * kChoices + i] : 1; }
   __device__ bool weighted() const { return weights_ != nullptr; }
-  __device__ bool has_cell() const { return token < routes_.num_tokens; }
 
   int64_t token;
   int column;
+  bool has_cell;  // else this thread is past the end
 
  private:
-  // Of the most tokens that kRowThreads cells can touch.
-  __host__ __device__ static constexpr int64_t num_routes(int64_t columns) {
-    return ((kRowThreads - 1 + columns - 1) / columns + 1) * kChoices;
-  }
-
   const Routes& routes_;
   int64_t first_token_;
-  int local_, num_tokens_;
+  int local_, num_routes_;
   int32_t* rows_;
   Weight* weights_ = nullptr;
 };
-
-// The columns of a row; a tile reckons in 32 bits.
-inline int num_columns(int64_t hidden, int pack) {
-  constexpr int64_t kMaxColumns = INT32_MAX / kRowThreads;
-  if (hidden / pack <= kMaxColumns) return static_cast<int>(hidden / pack);
-  throw std::runtime_error("rows wider than " + std::to_string(kMaxColumns) + " vectors on cuda");
-}
-
-inline int64_t num_tiles(const Routes& routes, int64_t columns) {
-  return divide_up(routes.num_tokens * columns, kRowThreads);
-}
 
 // Calls body(T{}, std::integral_constant<int, elements>{}) with the widest pack that `hidden` and
 // the addresses allow: 16 bytes or one element.

@@ -6,21 +6,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "cusim.h"
 
 namespace py = pybind11;
 
 namespace {
-
-cusim::Order parse_order(const std::string& order) {
-  if (order == "forward") return cusim::Order::kForward;
-  if (order == "reverse") return cusim::Order::kReverse;
-  if (order == "random") return cusim::Order::kRandom;
-  throw std::invalid_argument("order must be forward, reverse or random, got " + order);
-}
 
 // {bytes of one access: how many}
 py::dict by_size(const cusim::Accesses& accesses) {
@@ -47,14 +37,8 @@ py::list take_launches() {
 
 PYBIND11_MODULE(moe_ext_dev, m) {
   m.doc() = "The CUDA kernels, run on the CPU.";
-  m.def(
-      "set_order",
-      [](const std::string& order, std::uint64_t seed) {
-        cusim::options().order = parse_order(order);
-        cusim::options().seed = seed;
-      },
-      py::arg("order"), py::arg("seed") = 0,
-      "The turns of threads and blocks: forward, reverse, or random by a seed.");
+  m.def("set_order", &cusim::set_order, py::arg("order"),
+        "The turns of threads and blocks: forward, reverse, or random<seed>.");
   m.def(
       "record", [](bool on) { cusim::options().recording = on; }, py::arg("on"),
       "Whether launches are kept for take_launches.");

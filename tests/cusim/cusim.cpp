@@ -30,6 +30,18 @@ Options& options() {
   return options;
 }
 
+void set_order(const std::string& name) {
+  if (name == "forward" || name == "reverse") {
+    options().order = name == "forward" ? Order::kForward : Order::kReverse;
+  } else if (name.rfind("random", 0) == 0 && name.size() > 6 &&
+             name.find_first_not_of("0123456789", 6) == std::string::npos) {
+    options().order = Order::kRandom;
+    options().seed = std::stoull(name.substr(6));
+  } else {
+    throw std::invalid_argument("order must be forward, reverse or random<seed>, got " + name);
+  }
+}
+
 std::vector<Launch>& launches() {
   static std::vector<Launch> launches;
   return launches;
@@ -132,8 +144,7 @@ class Engine {
   [[noreturn]] void fail(const std::string& what) {
     std::string message = "cusim: " + what + "\n  in block " + std::to_string(block_) + " of " +
                           std::to_string(shape_->blocks) + " x " + std::to_string(shape_->threads) +
-                          ", " + name_ + " launched at " + shape_->file + ":" +
-                          std::to_string(shape_->line);
+                          " of " + name_;
     if (options().order == Order::kRandom) message += ", seed " + std::to_string(options().seed);
     throw Error(message);
   }
@@ -262,8 +273,7 @@ class Engine {
     }
     throw Error("cusim: invalid launch of " + std::string(name_) + ": " +
                 std::to_string(shape.blocks) + " blocks of " + std::to_string(shape.threads) +
-                " threads, " + std::to_string(shape.shared_bytes) + " bytes of shared memory, at " +
-                shape.file + ":" + std::to_string(shape.line));
+                " threads, " + std::to_string(shape.shared_bytes) + " bytes of shared memory");
   }
 
   void run_block(unsigned index) {

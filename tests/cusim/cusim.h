@@ -57,6 +57,9 @@ struct Options {
 // Changes apply to later launches.
 Options& options();
 
+// Sets the order, and the seed, by name: forward, reverse, or random<seed>.
+void set_order(const std::string& name);
+
 // Accesses to global memory by their size: [i] counts those of 1 << i bytes, up to 16.
 using Accesses = std::array<std::uint64_t, 5>;
 
@@ -71,8 +74,6 @@ std::vector<Launch>& launches();
 
 struct Shape {
   std::size_t blocks, threads, shared_bytes;
-  const char* file;
-  int line;
 };
 
 void run(const char* name, const Shape& shape, void (*thread)(void*), void* argument);

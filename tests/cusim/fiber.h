@@ -21,6 +21,9 @@ WEAK void __sanitizer_finish_switch_fiber(void* fake_stack, const void** old_bot
                                           std::size_t* old_size);
 // Or every fiber would have a second stack for what may be used after a return.
 const char* __asan_default_options() { return "detect_stack_use_after_return=0"; }
+// Or every program would wait a second for threads that it does not have.
+const char* __tsan_default_options() { return "atexit_sleep_ms=0"; }
+const char* __ubsan_default_options() { return "print_stacktrace=1"; }
 WEAK void __asan_unpoison_memory_region(const volatile void* address, std::size_t size);
 WEAK void* __tsan_get_current_fiber();
 WEAK void* __tsan_create_fiber(unsigned flags);

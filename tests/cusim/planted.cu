@@ -1,13 +1,13 @@
-// Kernels with one planted fault each: planted CASE. What each build must say of them, and that it
-// has nothing to say of those written right, is in test_cusim.py.
+// Kernels with one planted fault each, and some of them written right: planted CASE ORDER, where
+// ORDER is forward, reverse or random<seed>. test_programs.py has what each build must say of them.
 //
 // Exit 0: the result is as intended. 1: it is wrong. 2: the launch ended with an error.
 
 #include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "vec.cuh"
 
@@ -167,11 +167,11 @@ void run(const char* name, void (*kernel)(int*), int threads, std::size_t shared
 }  // namespace
 
 int main(int argc, char** argv) {
-  // Of exactly so many elements, so that AddressSanitizer sees the first access past the end.
-  int* out = static_cast<int*>(calloc(4096, sizeof(int)));
-  int* small = static_cast<int*>(calloc(128, sizeof(int)));
-  int* counter = static_cast<int*>(calloc(1, sizeof(int)));
-  float* floats = static_cast<float*>(calloc(128, sizeof(float)));
+  // Each of exactly so many elements: AddressSanitizer sees the first access past the end.
+  std::vector<int> outs(4096), ints(128), counters(1);
+  std::vector<float> some(128);
+  int *out = outs.data(), *small = ints.data(), *counter = counters.data();
+  float* floats = some.data();
   const auto all = [&](int n, auto expected) {
     for (int i = 0; i < n; ++i) {
       if (out[i] == expected(i)) continue;
@@ -240,12 +240,7 @@ int main(int argc, char** argv) {
     for (const auto& named : cases) std::puts(named.first.c_str());
     return 0;
   }
-  const std::string order = argv[2];
-  if (order == "reverse") cusim::options().order = cusim::Order::kReverse;
-  if (order.rfind("random", 0) == 0) {
-    cusim::options().order = cusim::Order::kRandom;
-    cusim::options().seed = std::strtoull(order.c_str() + 6, nullptr, 10);
-  }
+  cusim::set_order(argv[2]);
   try {
     return cases.at(argv[1])() ? 0 : 1;
   } catch (const std::runtime_error& error) {

@@ -1,0 +1,138 @@
+"""Builds the CUDA kernels, on any machine, and records what ptxas says of each: ptxas.json.
+
+    python bench/ptxas.py
+
+Fails where a kernel spills registers, or where one that moves 16-byte vectors has no such access in
+its PTX. Needs a CUDA toolkit and torch; torch may be one without CUDA, and no GPU is needed. Shared
+memory is dynamic: a launch gives it by its sizes, and tests/test_launches.py bounds it.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "cuda"
+RESULT = ROOT / "bench" / "results" / "ptxas.json"
+
+sys.path.insert(0, str(ROOT / "moe_ext"))
+import build  # noqa: E402  the package itself need not be importable
+
+FUNCTION = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>sm_\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+ENTRY = re.compile(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", re.DOTALL)
+VECTOR = r"\.global[.\w:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)"
+
+
+def compile_kernels(toolkit: "build.Toolkit") -> str:
+    """Build moe_ext._C_cuda under BUILD, keeping the PTX; returns what ptxas said."""
+    shutil.rmtree(BUILD, ignore_errors=True)
+    (BUILD / "ptx").mkdir(parents=True)
+    flags = f"-Xptxas -v --keep --keep-dir {BUILD / 'ptx'}"
+    command = [sys.executable, "setup.py", "build_ext"]
+    command += ["--build-lib", str(BUILD / "lib"), "--build-temp", str(BUILD / "temp")]
+    env = os.environ | {"FORCE_CUDA": "1", "CUDA_HOME": str(toolkit.root)}
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=env | {"NVCC_APPEND_FLAGS": flags},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if run.returncode != 0:
+        sys.exit(run.stdout)
+    return run.stdout
+
+
+def plain_names(mangled: set[str]) -> dict[str, str]:
+    """_ZN7moe_ext4cuda... -> dispatch_kernel<float, 4>"""
+    names = sorted(mangled)
+    run = subprocess.run(
+        ["c++filt"], input="\n".join(names), text=True, capture_output=True, check=True
+    )
+
+    def short(full: str) -> str:
+        name = full.replace("(anonymous namespace)::", "").removeprefix("void ")
+        return re.sub(r"\(int\)", "", name.split(">(")[0] + ">" if ">(" in name else name)
+
+    plain = [short(name).replace("moe_ext::cuda::", "") for name in run.stdout.splitlines()]
+    return dict(zip(names, plain, strict=True))
+
+
+def resources(said: str) -> dict[str, dict]:
+    """{arch: {kernel: what ptxas reserved for it}}"""
+    found = list(FUNCTION.finditer(said))
+    names = plain_names({match["name"] for match in found})
+    of_arch: dict[str, dict] = defaultdict(dict)
+    for match in found:
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        of_arch[match["arch"]][names[match["name"]]] = {
+            "registers": int(match["registers"]),
+            "static_shared_bytes": int(shared[1]) if shared else 0,
+            "stack_bytes": int(match["stack"]),
+            "spill_bytes": int(match["stores"]) + int(match["loads"]),
+        }
+    return {arch: dict(sorted(kernels.items())) for arch, kernels in sorted(of_arch.items())}
+
+
+def moves_vectors(kernel: str) -> bool:
+    """Whether 16-byte accesses are due: not from kernels of single elements, nor of integers."""
+    element = re.fullmatch(r"(?:dispatch|combine|route_dot)_kernel<.*, 1>", kernel)
+    return element is None and not re.match(r"(plan|count|place|keep|importance)", kernel)
+
+
+def without_vectors(folder: Path) -> list[str]:
+    """The kernels, by architecture, that lack a 16-byte load or store."""
+    lacking = []
+    for path in sorted(folder.glob("*.ptx")):
+        arch = re.search(r"\.target (sm_\w+)", text := path.read_text())[1]
+        bodies = dict(ENTRY.findall(text))
+        names = plain_names(set(bodies))
+        for mangled, body in bodies.items():
+            complete = re.search("ld" + VECTOR, body) and re.search("st" + VECTOR, body)
+            if moves_vectors(names[mangled]) and not complete:
+                lacking.append(f"{arch} {names[mangled]}")
+    return lacking
+
+
+def main() -> None:
+    toolkit = build.find_toolkit()
+    if toolkit is None:
+        sys.exit("no CUDA toolkit found; set CUDA_HOME")
+    print(f"nvcc of {toolkit.root}, for {build.architectures(toolkit)}", flush=True)
+    kernels = resources(compile_kernels(toolkit))
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    version = ".".join(map(str, toolkit.version))
+    RESULT.write_text(json.dumps({"cuda": version, "kernels": kernels}, indent=1) + "\n")
+    for arch, of_arch in kernels.items():
+        most = max(of_arch, key=lambda name: of_arch[name]["registers"])
+        print(
+            f"{arch}: {len(of_arch)} kernels, most registers {of_arch[most]['registers']}: {most}"
+        )
+    spills = [
+        f"{arch} {name}: {use['spill_bytes']} bytes"
+        for arch, of_arch in kernels.items()
+        for name, use in of_arch.items()
+        if use["spill_bytes"]
+    ]
+    lacking = without_vectors(BUILD / "ptx")
+    if not kernels:
+        sys.exit("ptxas said nothing of any kernel")
+    if spills:
+        sys.exit("\n".join(["registers spill in", *spills]))
+    if lacking:
+        sys.exit("\n".join(["no 16-byte load and store in", *lacking]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The kernels under every sanitizer, and the emulator itself: what it says of planted faults."""
+
+import re
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ORDERS = ("forward", "reverse", "random1", "random2", "random3")
+SANITIZERS = ("address", "thread", "undefined")
+
+RACE = "WARNING: ThreadSanitizer: data race"
+OVERFLOW = "ERROR: AddressSanitizer: heap-buffer-overflow"
+
+# Misuse that ends the launch, in every build and order, with a message that says where.
+ENDS = {
+    "barrier_after_return": r"deadlock.*threads 0-49: __syncthreads.*threads 50-63: returned",
+    "barrier_in_branches": r"divergent barrier.*threads 0-39: __sync.*threads 40-63: __sync",
+    "barrier_and_shuffle": r"deadlock.*threads 0-15: __shfl_xor_sync.*threads 16-63: __syncthreads",
+    "masks_disagree": r"different masks.*__reduce_max_sync\(0x00ffffff\) at .*planted.cu:\d+",
+    "operations_disagree": r"wait for each other in different operations.*__ballot_sync.*planted",
+    "shuffle_from_absent": r"__shfl_xor_sync.*reads lane \d+, which takes no part",
+    "too_much_shared": r"takes 32 bytes of shared memory, the launch gave 16",
+    "too_many_threads": r"invalid launch of f: 1 blocks of 1056 threads",
+}
+# What one sanitizer reports, in every order.
+REPORTED = {
+    "out_of_bounds_global": ("address", OVERFLOW),
+    "out_of_bounds_shared": ("address", OVERFLOW),
+    "out_of_bounds_local": ("address", "ERROR: AddressSanitizer: stack-buffer-overflow"),
+    "misaligned": ("undefined", "misaligned address .* requires 16 byte alignment"),
+    "racy_blocks": ("thread", RACE),
+    "warp_exchange": ("thread", RACE),
+} | {
+    f"{fault}_{n}": ("thread", RACE)
+    for fault in ("reverse", "rounds", "count")
+    for n in (64, 256, 1024)
+}
+# A wrong result in some order, without any sanitizer.
+WRONG = {"uninitialised_shared", "order_of_atomics"} | {
+    f"{fault}_{n}" for fault in ("reverse", "rounds") for n in (64, 256, 1024)
+}
+
+
+@pytest.fixture
+def run(cusim: ModuleType):
+    """Runs a program beside the emulated kernels: its exit code and output."""
+
+    def run(program: str, *arguments: str) -> tuple[int, str]:
+        path = Path(cusim.__file__).with_name(program)
+        done = subprocess.run([path, *arguments], capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("suffix", ["", *(f"_{name}" for name in SANITIZERS)])
+def test_kernels(run, suffix):
+    code, output = run(f"kernel_tests{suffix}")
+    assert code == 0, output
+    assert re.search(r"^\d{7,} checks: 0 failed", output, re.MULTILINE), output
+
+
+def test_every_planted_kernel_is_listed(run):
+    _, output = run("planted")
+    wrong = {name for name in output.split() if not name.startswith("right_")}
+    assert wrong == ENDS.keys() | REPORTED.keys() | WRONG
+    assert len(output.split()) - len(wrong) == 10
+
+
+@pytest.mark.parametrize("build", ["", *(f"_{name}" for name in SANITIZERS)])
+def test_nothing_is_said_of_what_is_right(run, build):
+    for case in run("planted")[1].split():
+        for order in ORDERS if case.startswith("right_") else ():
+            assert run(f"planted{build}", case, order) == (0, ""), (case, order)
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_misuse_ends_the_launch(run, case):
+    for build in ["", *(f"_{name}" for name in SANITIZERS)]:
+        for order in ORDERS:
+            code, output = run(f"planted{build}", case, order)
+            assert code == 2, (build, order, output)
+            assert re.search(ENDS[case], output, re.DOTALL), (build, order, output)
+
+
+@pytest.mark.parametrize("case", REPORTED)
+def test_a_sanitizer_reports_it(run, case):
+    sanitizer, report = REPORTED[case]
+    for order in ORDERS:
+        code, output = run(f"planted_{sanitizer}", case, order)
+        assert code != 0, order
+        assert re.search(report, output), (order, output)
+        assert "planted.cu" in output
+
+
+@pytest.mark.parametrize("case", sorted(WRONG))
+def test_some_order_gives_a_wrong_result(run, case):
+    outcomes = [run("planted", case, order) for order in ORDERS]
+    assert any(code == 1 and re.match(r"out\[\d+\] is", output) for code, output in outcomes)
