@@ -13,7 +13,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CUSIM := build/cusim/tests/cusim/moe_ext_dev.so
 ORDERS := forward reverse random1 random2 random3
 
-.PHONY: test demo lint format abi cusim cuda clean FORCE $(ORDERS:%=cusim-%)
+SANITIZER := compute-sanitizer --error-exitcode 1 --tool
+SMALL := --device=cuda -k "not large" tests/test_gate.py tests/test_plan.py tests/test_rows.py
+
+.PHONY: test demo lint format abi cusim cuda gpu mutants clean FORCE $(ORDERS:%=cusim-%)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
@@ -47,9 +50,21 @@ $(ORDERS:%=cusim-%): cusim-%:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore=tests/cusim \
 		--cusim=$(CUSIM) --cusim-order=$*
 
+# Whether the kernel tests notice a fault in a kernel: every mutant, about twenty minutes.
+mutants: $(VENV)/installed
+	$(BIN)/python tests/cusim/mutants.py
+
 # The CUDA kernels compiled for every architecture, whatever torch and card are here.
 cuda: $(VENV)/torch
 	$(BIN)/python bench/ptxas.py
+
+# On a machine with a GPU and a torch for it: the suite on it, memory and races by NVIDIA's tools, and
+# the speed of every operator beside a copy.
+gpu: $(VENV)/installed
+	$(BIN)/python -m pytest tests --device=cuda
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) memcheck $(BIN)/python -m pytest -q $(SMALL)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) racecheck $(BIN)/python -m pytest -q $(SMALL)
+	$(BIN)/python bench/bench_ops.py --device cuda
 
 clean:
 	rm -rf $(VENV) .venv-abi build dist demo-out *.egg-info moe_ext/_C.* moe_ext/_C_cuda.*

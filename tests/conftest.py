@@ -18,6 +18,9 @@ NOT_OF_OPERATORS = {"test_build.py", "test_demo.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=["cpu", "cuda"], help="only this one, and it must be there"
+    )
     parser.addoption("--cusim", metavar="MODULE", help="run the CUDA kernels of this module")
     parser.addoption(
         "--cusim-order", metavar="ORDER", default="forward", help="forward, reverse or random<seed>"
@@ -28,6 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "checks_values: only the CPU operators look at ids, slots and sources"
     )
+    reason = _why_no_cuda()
+    if config.getoption("--device") == "cuda" and reason:
+        raise pytest.UsageError(f"--device=cuda: {reason}")
     config.cusim = None
     if path := config.getoption("--cusim"):
         spec = importlib.util.spec_from_file_location("moe_ext_dev", path)
@@ -73,15 +79,28 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"moe_ext: {library}; torch {torch.__version__}", f"cuda tests: {cuda}"]
 
 
-def _devices() -> list:
-    reason = _why_no_cuda()
-    skip = pytest.mark.skipif(reason is not None, reason=reason or "")
-    return ["cpu", pytest.param("cuda", marks=skip)]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        reason = _why_no_cuda()
+        skip = pytest.mark.skipif(reason is not None, reason=reason or "")
+        devices = ["cpu", pytest.param("cuda", marks=skip)]
+        if only := metafunc.config.getoption("--device"):
+            devices = [only]
+        metafunc.parametrize("device", devices, indirect=True)
 
 
-@pytest.fixture(params=_devices())
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every one that there is; or the one of --device."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The test is for a GPU."""
+    if reason := _why_no_cuda():
+        pytest.skip(reason)
+    return torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)

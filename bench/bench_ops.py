@@ -1,0 +1,284 @@
+"""Every operator: checked against float64, then timed beside a plain copy.
+
+    python bench/bench_ops.py [--device cuda] [--shape qwen3 ...] [--op dispatch ...]
+
+Prints a table and writes bench/results/<machine>/ops.json. GB/s are of the bytes that an operator
+cannot avoid, each tensor once; "of copy" is their share of what torch's copy_ reaches in this run.
+A run goes round several copies of its operands, more than the last cache holds; on CUDA the round
+is one graph. Times are medians, with the fastest and the slowest tenth beside them.
+"""
+
+import argparse
+import json
+import math
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import moe_ext
+from moe_ext import ops, reference
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class Shape(NamedTuple):
+    tokens: int
+    hidden: int
+    num_experts: int
+    top_k: int
+
+
+# The last is GShard's top-2 gate of DeepSpeed's days.
+SHAPES = {
+    "mixtral": Shape(8192, 4096, 8, 2),
+    "deepseek": Shape(8192, 7168, 256, 8),
+    "qwen3": Shape(8192, 2048, 128, 8),
+    "gshard": Shape(8192, 1024, 64, 2),
+}
+
+
+class Case(NamedTuple):
+    """An operator on operands of one shape: args, what each call reads and writes, the check."""
+
+    op: str
+    args: tuple
+    num_bytes: int
+    exact: Callable[[], tuple[Tensor, ...]]
+    tolerance: float
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def as_double(args: tuple) -> tuple:
+    def double(x):
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tuple(double(x) for x in args)
+
+
+def cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Every operator as one layer calls it, forward and backward, dropless."""
+    T, H, E, K = shape
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device).to(dtype)
+
+    def case(op: str, args: tuple, moved: int, tolerance: float) -> Case:
+        return Case(op, args, moved, lambda: getattr(reference, op)(*as_double(args)), tolerance)
+
+    single = 1e-5
+    rounded = max(single, 2 * torch.finfo(dtype).eps)
+
+    logits = normal(T, E)
+    yield case("gate", (logits, None, K, "softmax", True, 1.0), 4 * T * E + 8 * T * K, single)
+    gate = torch.ops.moe_ext.gate(logits, None, K, "softmax", True, 1.0)
+    weights, experts, probs, _ = gate
+    grads = normal(T, K), None, normal(E)
+    args = (*grads, probs, experts, "softmax", True, 1.0)
+    yield case("gate_backward", args, 2 * nbytes(probs) + 8 * T * K, single)
+
+    yield case("plan", (experts, None, E, None, "choice", 1), 16 * T * K, 0.0)
+    slots, sources, _, _ = torch.ops.moe_ext.plan(experts, None, E, None, "choice", 1)
+
+    tokens, rows = normal(T, H, dtype=dtype), normal(T * K, H, dtype=dtype)
+    both = nbytes(tokens, rows)
+    yield case("dispatch", (tokens, slots, sources, None), both, 0.0)
+    yield case("combine", (rows, slots, sources, weights), both, rounded)
+    yield case("route_dot", (tokens, rows, slots, sources), both, single)
+    args = (tokens, rows, slots, sources, weights)
+    yield case("dispatch_dot", args, both + nbytes(rows), rounded)
+
+
+def with_priority(shape: Shape, device: torch.device) -> Case:
+    """plan where every expert keeps its largest weights, at capacity factor 1."""
+    T, _, E, K = shape
+    logits = torch.randn(T, E, device=device)
+    weights, experts, _, _ = torch.ops.moe_ext.gate(logits, None, K, "softmax", True, 1.0)
+    args = (experts, weights, E, math.ceil(T * K / E), "choice", 1)
+    return Case("plan", args, 20 * T * K, lambda: reference.plan(*args), 0.0)
+
+
+def check(case: Case) -> None:
+    """Raises where integers differ, or reals by more than the tolerance in relative norm."""
+    got = getattr(torch.ops.moe_ext, case.op)(*case.args)
+    for one, exact in zip(as_tuple(got), as_tuple(case.exact()), strict=True):
+        if not one.is_floating_point() or case.tolerance == 0:
+            if not torch.equal(one.to(exact.dtype), exact):
+                raise AssertionError(f"{case.op}: not equal to the reference")
+            continue
+        error = float((one.double() - exact).norm() / exact.norm())
+        if not error <= case.tolerance:
+            raise AssertionError(f"{case.op}: relative error {error:.2g} > {case.tolerance:.2g}")
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def cache_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return 64 << 20  # an assumption: more than most have
+
+
+def copies_of(args: tuple, num_bytes: int, device: torch.device) -> list[tuple]:
+    """Enough sets of operands that one round leaves nothing of the first in the last cache."""
+    count = min(64, max(1, math.ceil(3 * cache_bytes(device) / max(num_bytes, 1))))
+    clone = [[x.clone() if isinstance(x, Tensor) else x for x in args] for _ in range(count - 1)]
+    return [args, *map(tuple, clone)]
+
+
+def seconds(function: Callable, sets: list[tuple], device: torch.device, budget: float) -> list:
+    """Seconds of one call, from so many rounds over the sets as fit the budget; sorted."""
+
+    def round_of_calls() -> None:
+        for args in sets:
+            function(*args)
+
+    timed = graph_rounds(round_of_calls) if device.type == "cuda" else clock_rounds(round_of_calls)
+    first = next(timed)
+    rounds = max(10, min(1000, int(budget / max(first, 1e-6))))
+    return sorted(next(timed) / len(sets) for _ in range(rounds))
+
+
+def clock_rounds(function: Callable[[], None]) -> Iterator[float]:
+    function()
+    while True:
+        start = time.perf_counter()
+        function()
+        yield time.perf_counter() - start
+
+
+def graph_rounds(function: Callable[[], None]) -> Iterator[float]:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        function()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    graph.replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    while True:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        yield start.elapsed_time(end) / 1e3
+
+
+def measured(times: list[float], num_bytes: int) -> dict:
+    median = statistics.median(times)
+    return {
+        "microseconds": median * 1e6,
+        "fast_slow_microseconds": [
+            times[len(times) // 10] * 1e6,
+            times[-1 - len(times) // 10] * 1e6,
+        ],
+        "bytes": num_bytes,
+        "gigabytes_per_second": num_bytes / median / 1e9,
+    }
+
+
+def copy_speed(device: torch.device, budget: float) -> dict:
+    """What copy_ reaches, bytes read and written, on tensors far larger than any cache."""
+    source = torch.randint(0, 255, (1 << (30 if device.type == "cuda" else 28),), device=device)
+    source = source.to(torch.uint8)
+    target = torch.empty_like(source)
+    times = seconds(target.copy_, [(source,)], device, budget)
+    return measured(times, 2 * source.nbytes)
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    return (
+        f"{names[0] if names else platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    )
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def parse() -> argparse.Namespace:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default=default, choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--shape", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--op", nargs="*", help="only these operators")
+    parser.add_argument("--tokens", type=int, help="in place of the shapes' own number")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each line")
+    parser.add_argument("--out", type=Path, help="the JSON file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    name = machine(device)
+    out = options.out or RESULTS / slug(name) / "ops.json"
+    copy = copy_speed(device, options.seconds)
+    report = {
+        "machine": name,
+        "torch": torch.__version__,
+        "moe_ext": moe_ext.__version__,
+        "dtype": options.dtype,
+        "copy": copy,
+        "ops": [],
+    }
+    print(f"{name}; copy {copy['gigabytes_per_second']:.0f} GB/s")
+    try:
+        for label in (bar := tqdm(options.shape, unit="shape")):
+            shape = SHAPES[label]
+            shape = shape._replace(tokens=options.tokens or shape.tokens)
+            chosen = [*((case.op, case) for case in cases(shape, dtype, device))]
+            chosen.append(("plan, priority", with_priority(shape, device)))
+            while chosen:
+                title, case = chosen.pop(0)
+                if options.op and title not in options.op:
+                    continue
+                bar.set_postfix_str(title)
+                check(case)
+                sets = copies_of(case.args, case.num_bytes, device)
+                times = seconds(getattr(torch.ops.moe_ext, case.op), sets, device, options.seconds)
+                line = {"op": title, "shape": label, **shape._asdict()}
+                line |= {"backend": ops.backend(case.op, device.type)}
+                line |= measured(times, case.num_bytes)
+                line["of_copy"] = line["gigabytes_per_second"] / copy["gigabytes_per_second"]
+                report["ops"].append(line)
+                bar.write(
+                    f"{label:9} {title:15} {line['microseconds']:10.1f} us "
+                    f"{line['gigabytes_per_second']:8.1f} GB/s {line['of_copy']:5.0%} of copy"
+                )
+    finally:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+        print(out)
+
+
+if __name__ == "__main__":
+    main()

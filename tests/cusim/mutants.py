@@ -1,0 +1,339 @@
+"""Break the CUDA kernels, one fault at a time, and see that the kernel tests notice.
+
+    python tests/cusim/mutants.py [word ...]    the mutants whose file or change has all the words
+
+Every mutant is compiled in a copy of the tree and given to kernel_tests: as it is, then under
+AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, until one fails. A mutant that
+none notices survives, and this program fails, unless it is listed as equivalent with the reason.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COPY = ROOT / "build" / "mutants"
+BUILDS = ("", "_address", "_undefined", "_thread")
+SECONDS = 300  # a mutant may run for ever
+OPERATORS = {"gate.cu": ["gate"], "plan.cu": ["plan"]}  # else the row operators
+
+BARRIER = "__syncthreads();"
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str
+    new: str
+    after: str = ""  # the change is to the first `old` behind this text
+    equivalent: str = ""  # why no test can notice
+
+    def __str__(self) -> str:
+        change = f"{self.old.strip()} -> {self.new.strip() or 'nothing'}"
+        return f"{self.file}: {' '.join(change.split())}"
+
+    def applied(self, text: str) -> str:
+        start = text.index(self.after) + len(self.after) if self.after else 0
+        if not self.after and text.count(self.old) != 1:
+            raise ValueError(f"{self}: the text is there {text.count(self.old)} times")
+        at = text.index(self.old, start)
+        return text[:at] + self.new + text[at + len(self.old) :]
+
+
+GATE = [
+    Mutant("gate.cu", BARRIER, "", after="store(weight, load(weight) / divisor * scale);"),
+    Mutant("gate.cu", BARRIER, "", after="parts[part * kSumColumns + column] = sum;"),
+    Mutant("gate.cu", "active = token < num_tokens", "active = token <= num_tokens", "Sum* sums"),
+    Mutant("gate.cu", "if (first + j >= num_experts)", "if (first + j > num_experts)"),
+    Mutant("gate.cu", "if (first + j < num_experts) store", "if (first + j <= num_experts) store"),
+    Mutant("gate.cu", "if (vectorised && first < num_experts) {", "if (vectorised) {", "read("),
+    Mutant("gate.cu", "if (vectorised && first < num_experts) {", "if (vectorised) {", "write("),
+    Mutant("gate.cu", "keys[i] = L::id(lane, i) < E ?", "keys[i] = L::id(lane, i) <= E ?"),
+    Mutant("gate.cu", "if (std::isnan(score)) return ~0u;", ""),
+    Mutant("gate.cu", "score == 0 ? 0.0f : score", "score"),
+    Mutant("gate.cu", "bits >> 31 ? ~bits", "bits >> 31 ? bits"),
+    Mutant("gate.cu", "if (keys[i] == best) id =", "if (keys[i] >= best - 1) id ="),
+    Mutant(
+        "gate.cu",
+        "for (int i = L::kValues - 1; i >= 0; --i)",
+        "for (int i = 0; i < L::kValues; ++i)",
+    ),
+    Mutant(
+        "gate.cu", "== static_cast<int>(id)) keys[i] = 0", "== static_cast<int>(id)) keys[i] = 1"
+    ),
+    Mutant("gate.cu", "int count = min(K - k, kLanes)", "int count = kLanes"),
+    Mutant("gate.cu", "if (i == lane) mine = id;", "mine = id;"),
+    Mutant("gate.cu", "lanes_sum<kLanes>(lane < count ? p : 0)", "lanes_sum<kLanes>(p)"),
+    Mutant("gate.cu", "if (lane >= count || !active) continue;", "if (lane >= count) continue;"),
+    Mutant("gate.cu", "L::index_of(id) == i", "L::index_of(id) == i + 1"),
+    Mutant(
+        "gate.cu",
+        "for (int k = lane; k < K; k += kLanes)",
+        "for (int k = lane; k < K - 1; k += kLanes)",
+    ),
+    Mutant("gate.cu", "g < L::kRows; ++g", "g < L::kRows - 1; ++g"),
+    Mutant("gate.cu", "if (part > 0 || e >= num_experts) return;", "if (part > 0) return;"),
+    Mutant("gate.cu", "b += kSumParts", "b += kSumParts + 1"),
+    Mutant(
+        "gate.cu",
+        "first += int64_t{gridDim.x} * L::kRows",
+        "first += int64_t{gridDim.x} * L::kRows + 1",
+    ),
+    Mutant("gate.cu", "if (blocks == 1) return;", "if (blocks <= 2) return;"),
+    Mutant("gate.cu", "aligned(call.choice_scores) && ", ""),
+    Mutant("gate.cu", "if (!is_expert(id)) continue;", "", after="T sum = 0, dot = 0;"),
+    Mutant("gate.cu", "if (!is_expert(id)) continue;", "", after="shared = sum < divisor"),
+    Mutant("gate.cu", "sum < divisor ? T{0} : dot / divisor", "dot / divisor"),
+    Mutant("gate.cu", "if (active) L::write(grad_logits", "L::write(grad_logits"),
+    Mutant("gate.cu", "x = std::exp(x - largest)", "x = std::exp(x)"),
+    Mutant(
+        "gate.cu",
+        "if (active) {",
+        "{",
+        equivalent="past the last token no expert is within E = 0, and what is summed is not read",
+    ),
+]
+
+PLAN = [
+    Mutant("plan.cu", BARRIER, "", after="mine[e] = 0;"),
+    Mutant("plan.cu", BARRIER, "", after="if (e >= 0) atomicAdd(&mine[e], 1);\n  }"),
+    Mutant("plan.cu", BARRIER, "", after="before[e] = total[e] = 0;"),
+    Mutant("plan.cu", BARRIER, "", after="if (sum > 0) atomicAdd(&total[e], sum);"),
+    Mutant("plan.cu", BARRIER, "", after="if (!counts) total[e] = rank;"),
+    Mutant("plan.cu", BARRIER, "", after="if (warp == 0) scan_rooms(total, E, room, offsets);"),
+    Mutant("plan.cu", "__syncwarp();", "", after="cursor[e] + earlier : 0;"),
+    Mutant("plan.cu", "__syncwarp();", "", after="cursor[e] += __popc(same);"),
+    Mutant("plan.cu", BARRIER, "", after="counts[d] = 0;"),
+    Mutant("plan.cu", BARRIER, "", after="atomicAdd(&counts[digit], __popc(same));\n      }"),
+    Mutant("plan.cu", BARRIER, "", after="digit.num_equal};\n      }"),
+    Mutant("plan.cu", BARRIER, "", after="of_warps[warp] = {"),
+    Mutant("plan.cu", BARRIER, "", after="before.y += of_warps[w].y;\n    }"),
+    Mutant("plan.cu", "e >= 0 && e < num_experts ?", "e < num_experts ?"),
+    Mutant("plan.cu", "e >= 0 && e < num_experts ?", "e >= 0 && e <= num_experts ?"),
+    Mutant("plan.cu", "return p % T * top_k + p / T;", "return p / T * top_k + p % T;"),
+    Mutant("plan.cu", "min(begin + queue.chunk, queue.num_routes)", "begin + queue.chunk"),
+    Mutant("plan.cu", "min(begin + part, queue.num_routes)", "begin + part"),
+    Mutant("plan.cu", "experts[i] = place < end ?", "experts[i] = place <= end ?"),
+    Mutant("plan.cu", "if (lane >= distance) sum += below;", "if (lane > distance) sum += below;"),
+    Mutant("plan.cu", "if (lane == 0) offsets[0] = 0;", ""),
+    Mutant(
+        "plan.cu",
+        "before += __shfl_sync(kAllLanes, sum, kWarp - 1)",
+        "before += __shfl_sync(kAllLanes, sum, kWarp - 2)",
+    ),
+    Mutant("plan.cu", "divide_up(load, align) * align", "load / align * align"),
+    Mutant(
+        "plan.cu", "(offsets[middle] <= row ? low : high)", "(offsets[middle] < row ? low : high)"
+    ),
+    Mutant("plan.cu", "if (row >= offsets[num_experts])", "if (row > offsets[num_experts])"),
+    Mutant("plan.cu", "c < static_cast<int>(blockIdx.x)", "c <= static_cast<int>(blockIdx.x)"),
+    Mutant("plan.cu", "c += kWarps)", "c += kWarps + 1)"),
+    Mutant("plan.cu", "int rank = before[e];", "int rank = 0;"),
+    Mutant("plan.cu", "same & ((1u << lane) - 1)", "same & ((2u << lane) - 1)"),
+    Mutant("plan.cu", "rank < offsets[e + 1] - offsets[e]", "rank <= offsets[e + 1] - offsets[e]"),
+    Mutant(
+        "plan.cu",
+        "if (kept) store(sources + offsets[e] + rank",
+        "store(sources + offsets[e] + rank",
+    ),
+    Mutant("plan.cu", "if (counts || blockIdx.x == 0) for_each_place", "for_each_place"),
+    Mutant("plan.cu", "row - offsets[e] >= total[e]", "row - offsets[e] > total[e]"),
+    Mutant(
+        "plan.cu",
+        "e <= E; e += kThreads) store(all_offsets",
+        "e < E; e += kThreads) store(all_offsets",
+    ),
+    Mutant(
+        "plan.cu", "if (blockIdx.x > 0) return;", "", equivalent="all blocks store the same numbers"
+    ),
+    Mutant("plan.cu", "if (std::isnan(priority)) return 0;", ""),
+    Mutant("plan.cu", "priority == 0 ? 0.0f : priority", "priority"),
+    Mutant(
+        "plan.cu",
+        "before < wanted && before + sum >= wanted",
+        "before <= wanted && before + sum > wanted",
+    ),
+    Mutant(
+        "plan.cu",
+        "before + counts[digit] < wanted; --digit",
+        "before + counts[digit] <= wanted; --digit",
+    ),
+    Mutant("plan.cu", "min(int64_t{size}, capacity)", "capacity"),
+    Mutant(
+        "plan.cu",
+        "i = kept + threadIdx.x; i < capacity",
+        "i = kept + 1 + threadIdx.x; i < capacity",
+    ),
+    Mutant("plan.cu", "blockIdx.x == gridDim.x - 1", "blockIdx.x == 0"),
+    Mutant("plan.cu", ">> shift < kDigits", ">> shift <= kDigits"),
+    Mutant("plan.cu", "threshold.key | digit.key << shift", "digit.key << shift"),
+    Mutant("plan.cu", "i < kCachedKeys ? cached[i]", "i <= kCachedKeys ? cached[i]"),
+    Mutant("plan.cu", "(keep_all || key > threshold.key)", "(keep_all || key >= threshold.key)"),
+    Mutant("plan.cu", "mine.y < threshold.num_equal)", "mine.y <= threshold.num_equal)"),
+    Mutant("plan.cu", "if (w < warp) mine.x", "if (w <= warp) mine.x"),
+    Mutant("plan.cu", "min(mine.y, threshold.num_equal)", "mine.y"),
+]
+
+ROWS = [
+    Mutant("rows.cuh", "if (first_choice > 0) __syncthreads();", ""),
+    Mutant("rows.cuh", BARRIER, "", after="weights_[i] = row >= 0 ? weight : 0;\n    }"),
+    Mutant("rows.cuh", "slot < 0 || slot >= routes.num_rows", "slot >= routes.num_rows"),
+    Mutant("rows.cuh", "slot < 0 || slot >= routes.num_rows", "slot < 0 || slot > routes.num_rows"),
+    Mutant("rows.cuh", "load(routes.sources + slot) == route ? slot : -1", "slot"),
+    Mutant("rows.cuh", "route < 0 || route >= routes", "route >= routes"),
+    Mutant(
+        "rows.cuh",
+        "route >= routes.num_tokens * routes.top_k",
+        "route > routes.num_tokens * routes.top_k",
+    ),
+    Mutant("rows.cuh", "load(routes.slots + route) != row", "false"),
+    Mutant("rows.cuh", "mine < routes.num_rows && is_empty", "mine <= routes.num_rows && is_empty"),
+    Mutant("rows.cuh", "__ffs(empty) - 1", "__ffs(empty)"),
+    Mutant(
+        "rows.cuh",
+        "tokens = parts == 1 ? kRowThreads / columns",
+        "tokens = parts == 1 ? kRowThreads / columns + 1",
+    ),
+    Mutant(
+        "rows.cuh",
+        "divide_up(routes.num_tokens, tokens) * parts",
+        "routes.num_tokens / tokens * parts",
+    ),
+    Mutant("rows.cuh", "local_ < tiling.tokens && ", ""),
+    Mutant("rows.cuh", "token < routes.num_tokens &&", ""),
+    Mutant("rows.cuh", "               column < tiling.columns;", "               true;"),
+    Mutant(
+        "rows.cuh",
+        "within < tiling.width && ",
+        "",
+        equivalent="short of a part's width there are as many threads as columns",
+    ),
+    Mutant("rows.cuh", "t < routes_.num_tokens && k < routes_.top_k", "k < routes_.top_k"),
+    Mutant("rows.cuh", "t < routes_.num_tokens && k < routes_.top_k", "t < routes_.num_tokens"),
+    Mutant("rows.cuh", "weights_[i] = row >= 0 ? weight : 0;", "weights_[i] = weight;"),
+    Mutant("rows.cuh", "rows_[local_ * kChoices + i]", "rows_[i]"),
+    Mutant("rows.cuh", "bool full = hidden % kFullPack<T> == 0;", "bool full = true;"),
+    Mutant("rows.cuh", "full = full && aligned(address)", "full = full"),
+    Mutant("dispatch.cu", "blockIdx.x >= tiling.blocks", "blockIdx.x > tiling.blocks"),
+    Mutant(
+        "dispatch.cu",
+        "tiling.blocks + num_sweeps(routes)",
+        "tiling.blocks + num_sweeps(routes) - 1",
+    ),
+    Mutant("dispatch.cu", "if (!tile.has_cell) continue;", ""),
+    Mutant("dispatch.cu", "if (tile.row(i) < 0) continue;", ""),
+    Mutant("dispatch.cu", "for (T& x : out.at) x =", "for (T& x : token.at) x ="),
+    Mutant(
+        "combine.cu", "first < kChoices && k + first < routes.top_k", "first < kChoices - kInFlight"
+    ),
+    Mutant(
+        "combine.cu",
+        " && k + first < routes.top_k",
+        "",
+        equivalent="there choices have no row, and nothing is added",
+    ),
+    Mutant("combine.cu", "if (!tile.has_cell) return;", ""),
+    Mutant("combine.cu", "tile.row(first + i)", "tile.row(i)"),
+    Mutant("combine.cu", "row >= 0 ? load", "row > 0 ? load"),
+    Mutant(
+        "route_dot.cu",
+        BARRIER,
+        "",
+        after="static_cast<const Sum*>(routes.weights) + route);\n    }",
+    ),
+    Mutant("route_dot.cu", BARRIER, "", after="partial[warp * kInFlight + i] = total;\n    }"),
+    Mutant("route_dot.cu", "mine < routes.top_k", "mine <= routes.top_k"),
+    Mutant("route_dot.cu", "token >= routes.num_tokens", "token > routes.num_tokens"),
+    Mutant("route_dot.cu", "if (row[i] < 0) continue;", ""),
+    Mutant(
+        "route_dot.cu",
+        "w < static_cast<int>(blockDim.x) / kWarp",
+        "w < static_cast<int>(blockDim.x) / kWarp - 1",
+    ),
+    Mutant("route_dot.cu", "partial[w * kInFlight + threadIdx.x]", "partial[w * kInFlight]"),
+    Mutant(
+        "route_dot.cu",
+        "if (lane == 0) partial",
+        "if (lane <= 1) partial",
+        equivalent="all lanes hold the same total",
+    ),
+    Mutant("vec.cuh", "lanes = kLanes / 2; lanes > 0", "lanes = kLanes / 2; lanes > 1"),
+]
+
+
+def copy_tree() -> None:
+    """The sources in a tree of their own, configured like build/cusim."""
+    COPY.mkdir(parents=True, exist_ok=True)
+    for name in ("csrc", "tests", "moe_ext"):
+        ignore = shutil.ignore_patterns("__pycache__", "*.so")
+        # copy2 keeps the times, so that nothing is built again without need.
+        shutil.copytree(ROOT / name, COPY / name, dirs_exist_ok=True, ignore=ignore)
+    shutil.copy2(ROOT / "CMakeLists.txt", COPY)
+    configure = ["cmake", "-S", str(COPY), "-B", str(COPY / "build"), "-G", "Ninja"]
+    configure += ["-DMOE_EXT_CUSIM=ON", f"-DPython3_EXECUTABLE={sys.executable}"]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+
+
+def notice(build: str, operators: list[str]) -> str | None:
+    """What the build of that name says of the tree as it is: None where all is well."""
+    target = f"kernel_tests{build}"
+    made = subprocess.run(
+        ["cmake", "--build", str(COPY / "build"), "--target", target],
+        capture_output=True,
+        text=True,
+    )
+    if made.returncode != 0:
+        raise RuntimeError(made.stdout[-4000:])
+    program = COPY / "build" / "tests" / "cusim" / target
+    try:
+        run = subprocess.run([program, *operators], capture_output=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return "does not end"
+    return None if run.returncode == 0 else f"kernel_tests{build}"
+
+
+def try_mutant(mutant: Mutant) -> str | None:
+    """Who noticed, or None."""
+    path = COPY / "csrc" / "cuda" / mutant.file
+    original = path.read_text()
+    try:
+        path.write_text(mutant.applied(original))
+        operators = OPERATORS.get(mutant.file, ["rows"])
+        return next((said for build in BUILDS if (said := notice(build, operators))), None)
+    finally:
+        path.write_text(original)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("words", nargs="*")
+    words = parser.parse_args().words
+    mutants = [m for m in [*GATE, *PLAN, *ROWS] if all(word in str(m) for word in words)]
+    copy_tree()
+    for build in BUILDS:
+        if said := notice(build, []):
+            sys.exit(f"{said} fails before any mutation")
+    wrong, by = [], Counter()
+    for mutant in (bar := tqdm(mutants, unit="mutant")):
+        noticed = try_mutant(mutant)
+        by[noticed or "equivalent"] += 1
+        if (noticed is None) != bool(mutant.equivalent):
+            what = (
+                f"{noticed} notices, though it is listed as equivalent" if noticed else "survives"
+            )
+            wrong.append(f"{mutant}: {what}")
+            bar.write(wrong[-1])
+    print(f"{len(mutants)} mutants:", ", ".join(f"{count} {name}" for name, count in by.items()))
+    if wrong:
+        sys.exit(f"{len(wrong)} not as listed")
+
+
+if __name__ == "__main__":
+    main()
