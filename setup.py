@@ -68,19 +68,21 @@ def extensions() -> dict:
         failure = f"moe_ext: {error}"
 
     class Build(BuildExtension):
-        def build_extensions(self):
+        def run(self):
             if failure:
                 sys.exit(failure)
             say(note)
             if toolkit is None:
                 # One built before would be packed, and loaded beside a library that it is not for.
-                for old in Path(self.get_ext_fullpath("moe_ext._C")).parent.glob("_C_cuda.*"):
-                    old.unlink()
+                target = Path(self.get_ext_fullpath("moe_ext._C")).parent
+                for folder in (target, Path(self.build_lib) / "moe_ext"):
+                    for old in folder.glob("_C_cuda.*"):
+                        old.unlink()
             elif torch.version.cuda is None:
                 stub = Path(self.build_temp) / "stub"
                 build.make_stub(stub)
                 modules[-1].library_dirs.append(str(stub))
-            super().build_extensions()
+            super().run()
 
     return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
 

@@ -198,6 +198,7 @@ def test_the_source_distribution_is_whole(tmp_path):
             names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
         archive.unlink()
         needed = {*build.sources(), *build.headers(), "CMakeLists.txt", "Makefile", "LICENSE"}
+        needed |= {*build.cuda_sources(), "tests/cusim/cusim.h", "tests/cusim/planted.cu"}
         needed |= {"setup.py", "tests/cases.py", "tests/conftest.py", "moe_ext/build.py"}
         assert needed <= names
         assert not any(name.endswith((".so", ".pyc")) for name in names)

@@ -118,11 +118,11 @@ void test_gate(const GateCase& c) {
   using Sum = accumulate_t<T>;
   Array<T> logits(c.T * c.E), scores(c.T * c.E);
   // Few values, so that many are equal, and those that no order of numbers places.
-  const double special[] = {NAN, INFINITY, -INFINITY, 0.0, -0.0};
+  const double special[] = {NAN, -NAN, INFINITY, -INFINITY, 0.0, -0.0};
   const auto values = [&](Array<T>& array) {
     for (int64_t i = 0; i < array.size(); ++i) {
       const bool odd = i / c.E % 3 == 1;
-      array[i] = make<T>(odd && below(4) == 0 ? special[below(5)] : std::round(4 * normal()) / 4);
+      array[i] = make<T>(odd && below(4) == 0 ? special[below(6)] : std::round(4 * normal()) / 4);
     }
   };
   values(logits), values(scores);
@@ -174,6 +174,14 @@ void test_gate(const GateCase& c) {
   for (int64_t i = 0; i < probs.size(); ++i) probs[i] = make<Sum>(0.05 + below(100) / 110.0);
   Array<Sum> grad_weights(c.T * c.K), grad_probs(c.T * c.E), grad_importance(c.E), grad(c.T * c.E);
   fill(grad_weights), fill(grad_probs), fill(grad_importance);
+  // An id that is no expert's counts for nothing, whatever stands beside it.
+  const int32_t strays[] = {-1, c.E, c.E + 1, INT32_MIN, INT32_MAX};
+  const auto is_expert = [&](int32_t id) { return id >= 0 && id < c.E; };
+  for (int64_t route = 0; route < experts.size(); ++route) {
+    if (route / c.K % 4 > 0 || below(3) > 0) continue;
+    experts[route] = strays[below(5)];
+    grad_weights[route] = make<Sum>(INFINITY);
+  }
   gate_backward({dtype_of<Sum>, grad_weights.data(), c.own_scores ? nullptr : grad_probs.data(),
                  grad_importance.data(), probs.data(), experts.data(), c.T, c.E, c.K, c.scoring,
                  c.renormalise, scale, grad.data()},
@@ -185,10 +193,12 @@ void test_gate(const GateCase& c) {
       g[e] = number(grad_importance[e]) + (c.own_scores ? 0 : number(grad_probs[t * c.E + e]));
     }
     for (int k = 0; k < c.K; ++k) {
+      if (!is_expert(experts[t * c.K + k])) continue;
       const double p = number(probs[t * c.E + experts[t * c.K + k]]);
       sum += p, dot += p * number(grad_weights[t * c.K + k]);
     }
     for (int k = 0; k < c.K; ++k) {
+      if (!is_expert(experts[t * c.K + k])) continue;
       const double gw = number(grad_weights[t * c.K + k]);
       g[experts[t * c.K + k]] += scale * (c.renormalise ? (gw - dot / sum) / sum : gw);
     }

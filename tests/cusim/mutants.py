@@ -53,7 +53,12 @@ GATE = [
     Mutant("gate.cu", "if (first + j < num_experts) store", "if (first + j <= num_experts) store"),
     Mutant("gate.cu", "if (vectorised && first < num_experts) {", "if (vectorised) {", "read("),
     Mutant("gate.cu", "if (vectorised && first < num_experts) {", "if (vectorised) {", "write("),
-    Mutant("gate.cu", "keys[i] = L::id(lane, i) < E ?", "keys[i] = L::id(lane, i) <= E ?"),
+    Mutant(
+        "gate.cu",
+        "keys[i] = L::id(lane, i) < E ?",
+        "keys[i] = L::id(lane, i) <= E ?",
+        equivalent="no score is below id E's -inf, and equal ones go by id: all experts go first",
+    ),
     Mutant("gate.cu", "if (std::isnan(score)) return ~0u;", ""),
     Mutant("gate.cu", "score == 0 ? 0.0f : score", "score"),
     Mutant("gate.cu", "bits >> 31 ? ~bits", "bits >> 31 ? bits"),

@@ -1,0 +1,174 @@
+"""The CUDA toolkit: where it is found, when it is used, and what is built with it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_ext import build
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fake_toolkit(root: Path, version: int = 13000, include: str = "include") -> Path:
+    """As much of a toolkit as is looked at."""
+    for folder in ("bin", "lib64", include):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    (root / "bin" / "nvcc").chmod(0o755)
+    (root / "lib64" / "libcudart_static.a").touch()
+    (root / include / "cuda_runtime_api.h").write_text(f"#define CUDART_VERSION  {version}\n")
+    return root
+
+
+@pytest.fixture
+def nothing(monkeypatch, tmp_path):
+    """A machine without a toolkit in the environment, on PATH or in site-packages."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
+    return tmp_path
+
+
+def test_the_first_place_that_has_one(nothing, monkeypatch):
+    """CUDA_HOME, CUDA_PATH, nvcc on PATH, the usual places, PyPI's."""
+    if not any(Path(place).exists() for place in ("/usr/local/cuda", "/opt/cuda")):
+        assert build.find_toolkit() is None
+        pypi = fake_toolkit(nothing / "site" / "nvidia" / "cu13")
+        fake_toolkit(nothing / "site" / "nvidia" / "cu12", 12080)
+        assert build.find_toolkit() == build.Toolkit(pypi, pypi / "include", (13, 0))
+    path = fake_toolkit(nothing / "on_path", 12080)
+    monkeypatch.setenv("PATH", str(path / "bin"))
+    assert build.find_toolkit() == build.Toolkit(path, path / "include", (12, 8))
+    for name in ("CUDA_PATH", "CUDA_HOME"):
+        root = fake_toolkit(nothing / name, 13010, "targets/x86_64-linux/include")
+        monkeypatch.setenv(name, str(root))
+        include = root / "targets/x86_64-linux/include"
+        assert build.find_toolkit() == build.Toolkit(root, include, (13, 1))
+    # A folder that is none is passed over.
+    monkeypatch.setenv("CUDA_HOME", str(nothing / "on_path" / "bin"))
+    assert build.find_toolkit().root == nothing / "CUDA_PATH"
+
+
+def test_an_nvcc_that_is_a_script_or_a_link(nothing, monkeypatch):
+    root = fake_toolkit(nothing / "real")
+    (nothing / "bin").mkdir()
+    nvcc = nothing / "bin" / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\nexec "{root}/bin/nvcc" -ccbin g++ "$@"\n')
+    nvcc.chmod(0o755)
+    assert build.find_toolkit().root == root
+    nvcc.unlink()
+    nvcc.symlink_to(root / "bin" / "nvcc")
+    assert build.find_toolkit().root == root
+
+
+def test_when_the_kernels_are_built(nothing, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(build, "find_toolkit", lambda: None)
+    assert build.choose_toolkit()[0] is None
+    assert "has no CUDA: CPU kernels only (FORCE_CUDA=1 builds both)" in build.choose_toolkit()[1]
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(
+        RuntimeError, match="FORCE_CUDA=1, but no CUDA toolkit found; set CUDA_HOME"
+    ):
+        build.choose_toolkit()
+
+    root = fake_toolkit(nothing / "toolkit")
+    toolkit = build.Toolkit(root, root / "include", (13, 0))
+    monkeypatch.setattr(build, "find_toolkit", lambda: toolkit)
+    assert build.choose_toolkit()[0] == toolkit
+    monkeypatch.delenv("FORCE_CUDA")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert build.choose_toolkit()[0] == toolkit
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    assert build.choose_toolkit() == (None, "FORCE_CUDA=0: CPU kernels only")
+    monkeypatch.delenv("FORCE_CUDA")
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(RuntimeError, match=r"is for CUDA 12\.8, the toolkit at .* is CUDA 13\.0"):
+        build.choose_toolkit()
+    (root / "lib64" / "libcudart_static.a").unlink()
+    with pytest.raises(RuntimeError, match=r"has no libcudart_static\.a"):
+        build.cuda_link_flags(toolkit)
+
+
+def test_architectures():
+    new, old = (build.Toolkit(Path(), Path(), version) for version in ((13, 0), (12, 6)))
+    assert build.architectures(new) == "7.5;8.0+PTX;9.0;10.0;12.0+PTX"
+    assert build.architectures(old) == "7.5;8.0+PTX;9.0+PTX"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("csrc", "moe_ext"):
+        ignore = shutil.ignore_patterns("_C*", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def setup(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=tree,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_kernels_of_an_earlier_build_do_not_stay(tree):
+    stale = tree / "moe_ext" / "_C_cuda.abi3.so"
+    stale.touch()
+    # The compiler is one that fails: what matters comes before it.
+    run = setup(tree, "build_ext", "--inplace", FORCE_CUDA="0", CXX="false")
+    assert "moe_ext: FORCE_CUDA=0: CPU kernels only" in run.stderr
+    assert not stale.exists()
+
+
+def test_a_toolkit_that_cannot_be_used_stops_only_the_build(tree, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("toolkit")
+    (fake_toolkit(empty) / "lib64" / "libcudart_static.a").unlink()
+    env = {"FORCE_CUDA": "1", "CUDA_HOME": str(empty)}
+    assert setup(tree, "--version", **env).returncode == 0
+    run = setup(tree, "build_ext", "--inplace", **env)
+    assert run.returncode != 0
+    assert f"moe_ext: the CUDA toolkit at {empty} has no libcudart_static.a" in run.stderr
+
+
+@pytest.mark.skipif(build.find_toolkit() is None, reason="there are no CUDA headers")
+def test_the_emulated_kernels_by_jit(tmp_path):
+    """jit_dev gives the module that CMake builds: here it takes the place of the CPU operators."""
+    code = f"""
+import sys, importlib.util, warnings
+import torch, moe_ext
+path = moe_ext.build.jit_dev()
+assert path.is_relative_to({str(tmp_path)!r}), path
+assert moe_ext.build.jit_dev() == path
+spec = importlib.util.spec_from_file_location("moe_ext_dev", path)
+dev = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(dev)
+dev.set_order("random7")
+dev.record(True)
+plan = moe_ext.make_plan(torch.tensor([[1, 0], [1, -1]], dtype=torch.int32), 2)
+rows = moe_ext.dispatch(torch.arange(16.).view(2, 8), plan)
+assert rows[:, 0].tolist() == [0, 0, 8, 0], rows
+for launch in dev.take_launches():
+    print(launch["kernel"], launch["blocks"], launch["threads"], launch["stores"].get(16))
+assert dev.take_launches() == []
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["plan_place 1 256 None", "dispatch 2 256 8"]
