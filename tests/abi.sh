@@ -12,6 +12,10 @@ bin="$root/.venv-abi/bin"
 "$bin/pip" install --quiet --no-deps dist/abi/*.whl
 "$root/.venv/bin/pip" install --quiet torch-abi-audit
 "$root/.venv/bin/torch-abi-audit" --check torch "$("$bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/moe_ext"
+# What binds the CUDA kernels, against the headers of the oldest torch; the kernels see none of torch.
+flags=$("$root/.venv/bin/python" -c 'from moe_ext import build; print(*build.compile_flags())')
+headers=$("$bin/python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent / "include")')
+"${CXX:-c++}" -std=c++17 -fsyntax-only $flags -isystem "$headers" csrc/cuda_ops.cpp
 # Away from the tree, or its package would be found instead of the wheel's.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

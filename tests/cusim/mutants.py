@@ -8,6 +8,7 @@ none notices survives, and this program fails, unless it is listed as equivalent
 """
 
 import argparse
+import filecmp
 import shutil
 import subprocess
 import sys
@@ -271,14 +272,21 @@ ROWS = [
 ]
 
 
+def update(source: str, target: str) -> None:
+    """Copy what differs, as of now: a killed run may have left a mutant, and objects made of it."""
+    if not Path(target).exists() or not filecmp.cmp(source, target, shallow=False):
+        shutil.copy(source, target)
+
+
 def copy_tree() -> None:
     """The sources in a tree of their own, configured like build/cusim."""
     COPY.mkdir(parents=True, exist_ok=True)
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("csrc", "tests", "moe_ext"):
-        ignore = shutil.ignore_patterns("__pycache__", "*.so")
-        # copy2 keeps the times, so that nothing is built again without need.
-        shutil.copytree(ROOT / name, COPY / name, dirs_exist_ok=True, ignore=ignore)
-    shutil.copy2(ROOT / "CMakeLists.txt", COPY)
+        shutil.copytree(
+            ROOT / name, COPY / name, ignore=ignore, copy_function=update, dirs_exist_ok=True
+        )
+    update(ROOT / "CMakeLists.txt", COPY / "CMakeLists.txt")
     configure = ["cmake", "-S", str(COPY), "-B", str(COPY / "build"), "-G", "Ninja"]
     configure += ["-DMOE_EXT_CUSIM=ON", f"-DPython3_EXECUTABLE={sys.executable}"]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
