@@ -193,8 +193,8 @@ def measured(times: list[float], num_bytes: int) -> dict:
 
 def copy_speed(device: torch.device, budget: float) -> dict:
     """What copy_ reaches, bytes read and written, on tensors far larger than any cache."""
-    source = torch.randint(0, 255, (1 << (30 if device.type == "cuda" else 28),), device=device)
-    source = source.to(torch.uint8)
+    size = 1 << (30 if device.type == "cuda" else 28)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = seconds(target.copy_, [(source,)], device, budget)
     return measured(times, 2 * source.nbytes)

@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = "0x020a000000000000"  # 2.10
 
 
+# Where toolkits are installed.
+USUAL_PLACES = ("/usr/local/cuda", "/opt/cuda")
+
 # Where a toolkit keeps its headers and its static runtime: NVIDIA's, conda's, Debian's, PyPI's.
 _TARGETS = ("targets/x86_64-linux/", "targets/sbsa-linux/")
 _INCLUDES = ("include", *(f"{target}include" for target in _TARGETS))
@@ -60,8 +63,7 @@ def _toolkit_candidates() -> Iterator[Path]:
         if script.startswith(b"#!"):
             for match in re.findall(rb"[^\s\"']*/bin/nvcc", script):
                 yield Path(os.fsdecode(match)).parent.parent
-    yield Path("/usr/local/cuda")
-    yield Path("/opt/cuda")
+    yield from map(Path, USUAL_PLACES)
     # PyPI's cuda-toolkit[nvcc,crt,nvvm,cudart,cccl].
     site = Path(sysconfig.get_path("purelib"))
     yield from sorted(site.glob("nvidia/cu*"), reverse=True)

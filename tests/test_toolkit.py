@@ -31,17 +31,19 @@ def nothing(monkeypatch, tmp_path):
     for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(build, "USUAL_PLACES", (str(tmp_path / "usual"),))
     monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
     return tmp_path
 
 
 def test_the_first_place_that_has_one(nothing, monkeypatch):
     """CUDA_HOME, CUDA_PATH, nvcc on PATH, the usual places, PyPI's."""
-    if not any(Path(place).exists() for place in ("/usr/local/cuda", "/opt/cuda")):
-        assert build.find_toolkit() is None
-        pypi = fake_toolkit(nothing / "site" / "nvidia" / "cu13")
-        fake_toolkit(nothing / "site" / "nvidia" / "cu12", 12080)
-        assert build.find_toolkit() == build.Toolkit(pypi, pypi / "include", (13, 0))
+    assert build.find_toolkit() is None
+    pypi = fake_toolkit(nothing / "site" / "nvidia" / "cu13")
+    fake_toolkit(nothing / "site" / "nvidia" / "cu12", 12080)
+    assert build.find_toolkit() == build.Toolkit(pypi, pypi / "include", (13, 0))
+    usual = fake_toolkit(nothing / "usual")
+    assert build.find_toolkit().root == usual
     path = fake_toolkit(nothing / "on_path", 12080)
     monkeypatch.setenv("PATH", str(path / "bin"))
     assert build.find_toolkit() == build.Toolkit(path, path / "include", (12, 8))

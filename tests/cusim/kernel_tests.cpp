@@ -83,6 +83,18 @@ T make(double x) {
   return T(static_cast<float>(x));
 }
 
+// The next number away from zero.
+template <typename T>
+T neighbour(T x) {
+  using Bits = std::conditional_t<sizeof(T) == 2, std::uint16_t,
+                                  std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>;
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof x);
+  ++bits;
+  std::memcpy(static_cast<void*>(&x), &bits, sizeof x);
+  return x;
+}
+
 template <typename T>
 void fill(Array<T>& array) {
   for (int64_t i = 0; i < array.size(); ++i) array[i] = make<T>(normal());
@@ -117,12 +129,14 @@ template <typename T>
 void test_gate(const GateCase& c) {
   using Sum = accumulate_t<T>;
   Array<T> logits(c.T * c.E), scores(c.T * c.E);
-  // Few values, so that many are equal, and those that no order of numbers places.
+  // Few values, so that many are equal, or neighbours; and those that no order of numbers places.
   const double special[] = {NAN, -NAN, INFINITY, -INFINITY, 0.0, -0.0};
   const auto values = [&](Array<T>& array) {
     for (int64_t i = 0; i < array.size(); ++i) {
       const bool odd = i / c.E % 3 == 1;
-      array[i] = make<T>(odd && below(4) == 0 ? special[below(6)] : std::round(4 * normal()) / 4);
+      array[i] = make<T>(std::round(4 * normal()) / 4);
+      if (below(4) > 0) continue;
+      array[i] = odd ? make<T>(special[below(6)]) : neighbour(array[i]);
     }
   };
   values(logits), values(scores);

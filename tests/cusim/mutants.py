@@ -70,8 +70,12 @@ GATE = [
         "for (int i = 0; i < L::kValues; ++i)",
     ),
     Mutant(
-        "gate.cu", "== static_cast<int>(id)) keys[i] = 0", "== static_cast<int>(id)) keys[i] = 1"
+        "gate.cu",
+        "== static_cast<int>(id)) keys[i] = 0",
+        "== static_cast<int>(id)) keys[i] = 1",
+        equivalent="the key of -inf is the least of any score and far above 1",
     ),
+    Mutant("gate.cu", "== static_cast<int>(id)) keys[i] = 0;", "== static_cast<int>(id)) {}"),
     Mutant("gate.cu", "int count = min(K - k, kLanes)", "int count = kLanes"),
     Mutant("gate.cu", "if (i == lane) mine = id;", "mine = id;"),
     Mutant("gate.cu", "lanes_sum<kLanes>(lane < count ? p : 0)", "lanes_sum<kLanes>(p)"),
