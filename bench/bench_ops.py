@@ -203,25 +203,17 @@ def copy_speed(device: torch.device, budget: float) -> dict:
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = (
-        [
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
-    return (
-        f"{names[0] if names else platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
-    )
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    name = model[1] if model else platform.processor() or "CPU"
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -233,11 +225,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="in place of the shapes' own number")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each line")
     parser.add_argument("--out", type=Path, help="the JSON file")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     name = machine(device)
     out = options.out or RESULTS / slug(name) / "ops.json"

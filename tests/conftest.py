@@ -14,7 +14,7 @@ import torch
 from moe_ext import ops
 
 # Of what is built, installed and drawn; they start processes of their own.
-NOT_OF_OPERATORS = {"test_build.py", "test_demo.py", "test_toolkit.py"}
+NOT_OF_OPERATORS = {"test_bench.py", "test_build.py", "test_demo.py", "test_toolkit.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -347,7 +347,7 @@ __global__ __launch_bounds__(
 #pragma unroll
     for (int i = 0; i < kValues; ++i) grad[i] *= slope(scoring, p[i]);
   }
-  if (active) L::write(grad_logits + row, E, vectorised, lane, grad);
+  L::write(grad_logits + row, E, vectorised, lane, grad);
 }
 
 // Calls body with the layout that holds a row of so many experts.

@@ -37,10 +37,10 @@ struct Queue {
     const unsigned p = static_cast<unsigned>(place), T = static_cast<unsigned>(num_tokens);
     return p % T * top_k + p / T;
   }
-  // -1 where the route asks no expert.
+  // Negative where the route asks no expert.
   __device__ int expert_of(int64_t route) const {
     const int e = load(experts + route);
-    return e >= 0 && e < num_experts ? e : -1;
+    return e < num_experts ? e : -1;
   }
 };
 
@@ -97,10 +97,10 @@ __device__ void scan_rooms(const int* load, int num_experts, const Room& room, i
   if (lane == 0) offsets[0] = 0;
 }
 
-// The expert whose rows include this one: the last e with offsets[e] <= row, or E.
+// The last e with offsets[e] <= row: the expert whose rows include this one, and the last expert
+// for rows past them all.
 __device__ inline int expert_at(const int* offsets, int num_experts, int64_t row) {
   int low = 0, high = num_experts;  // offsets[low] <= row, and offsets[high] > row or high = E
-  if (row >= offsets[num_experts]) return num_experts;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (offsets[middle] <= row ? low : high) = middle;
@@ -109,7 +109,7 @@ __device__ inline int expert_at(const int* offsets, int num_experts, int64_t row
 }
 
 // A warp walks its part of a chunk in the order of the queue, 32 places at a time; it reads kAhead
-// times as many at once. body(route or -1, expert or -1) is called by all lanes together.
+// times as many at once. body(route or -1, expert or negative) is called by all lanes together.
 template <typename Body>
 __device__ void for_each_place(const Queue& queue, int64_t chunk, const Body& body) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -200,7 +200,7 @@ __global__ __launch_bounds__(kThreads, 4) void place_kernel(
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t row = blockIdx.x * int64_t{kThreads} + threadIdx.x; row < num_rows; row += stride) {
     const int e = expert_at(offsets, E, row);
-    if (e == E || row - offsets[e] >= total[e]) store(sources + row, -1);
+    if (row - offsets[e] >= total[e]) store(sources + row, -1);
   }
   if (blockIdx.x > 0) return;
   for (int e = threadIdx.x; e < E; e += kThreads) store(all_load + e, total[e]);

@@ -99,14 +99,8 @@ GATE = [
     Mutant("gate.cu", "if (!is_expert(id)) continue;", "", after="T sum = 0, dot = 0;"),
     Mutant("gate.cu", "if (!is_expert(id)) continue;", "", after="shared = sum < divisor"),
     Mutant("gate.cu", "sum < divisor ? T{0} : dot / divisor", "dot / divisor"),
-    Mutant("gate.cu", "if (active) L::write(grad_logits", "L::write(grad_logits"),
     Mutant("gate.cu", "x = std::exp(x - largest)", "x = std::exp(x)"),
-    Mutant(
-        "gate.cu",
-        "if (active) {",
-        "{",
-        equivalent="past the last token no expert is within E = 0, and what is summed is not read",
-    ),
+    Mutant("gate.cu", "if (active) {", "{"),
 ]
 
 PLAN = [
@@ -123,8 +117,7 @@ PLAN = [
     Mutant("plan.cu", BARRIER, "", after="digit.num_equal};\n      }"),
     Mutant("plan.cu", BARRIER, "", after="of_warps[warp] = {"),
     Mutant("plan.cu", BARRIER, "", after="before.y += of_warps[w].y;\n    }"),
-    Mutant("plan.cu", "e >= 0 && e < num_experts ?", "e < num_experts ?"),
-    Mutant("plan.cu", "e >= 0 && e < num_experts ?", "e >= 0 && e <= num_experts ?"),
+    Mutant("plan.cu", "return e < num_experts ? e : -1;", "return e <= num_experts ? e : -1;"),
     Mutant("plan.cu", "return p % T * top_k + p / T;", "return p / T * top_k + p % T;"),
     Mutant("plan.cu", "min(begin + queue.chunk, queue.num_routes)", "begin + queue.chunk"),
     Mutant("plan.cu", "min(begin + part, queue.num_routes)", "begin + part"),
@@ -140,7 +133,6 @@ PLAN = [
     Mutant(
         "plan.cu", "(offsets[middle] <= row ? low : high)", "(offsets[middle] < row ? low : high)"
     ),
-    Mutant("plan.cu", "if (row >= offsets[num_experts])", "if (row > offsets[num_experts])"),
     Mutant("plan.cu", "c < static_cast<int>(blockIdx.x)", "c <= static_cast<int>(blockIdx.x)"),
     Mutant("plan.cu", "c += kWarps)", "c += kWarps + 1)"),
     Mutant("plan.cu", "int rank = before[e];", "int rank = 0;"),
@@ -158,15 +150,14 @@ PLAN = [
         "e <= E; e += kThreads) store(all_offsets",
         "e < E; e += kThreads) store(all_offsets",
     ),
-    Mutant(
-        "plan.cu", "if (blockIdx.x > 0) return;", "", equivalent="all blocks store the same numbers"
-    ),
+    Mutant("plan.cu", "if (blockIdx.x > 0) return;", ""),
     Mutant("plan.cu", "if (std::isnan(priority)) return 0;", ""),
     Mutant("plan.cu", "priority == 0 ? 0.0f : priority", "priority"),
     Mutant(
         "plan.cu",
         "before < wanted && before + sum >= wanted",
         "before <= wanted && before + sum > wanted",
+        equivalent="the threshold is then the next key in use, and none equal to it is kept",
     ),
     Mutant(
         "plan.cu",
@@ -180,7 +171,12 @@ PLAN = [
         "i = kept + 1 + threadIdx.x; i < capacity",
     ),
     Mutant("plan.cu", "blockIdx.x == gridDim.x - 1", "blockIdx.x == 0"),
-    Mutant("plan.cu", ">> shift < kDigits", ">> shift <= kDigits"),
+    Mutant(
+        "plan.cu",
+        ">> shift < kDigits",
+        ">> shift <= kDigits",
+        equivalent="what it counts too has digit 0, where the search from the top ends anyway",
+    ),
     Mutant("plan.cu", "threshold.key | digit.key << shift", "digit.key << shift"),
     Mutant("plan.cu", "i < kCachedKeys ? cached[i]", "i <= kCachedKeys ? cached[i]"),
     Mutant("plan.cu", "(keep_all || key > threshold.key)", "(keep_all || key >= threshold.key)"),
