@@ -1,7 +1,11 @@
 # make test, make demo, make lint: need Python >= 3.10, a C++ compiler and make, nothing else.
 # make cusim: also a CUDA toolkit's headers. make cuda: a CUDA toolkit. make gpu: also a GPU.
+#
+# TORCH is what pip installs, as for a GPU whose driver or toolkit is for an older CUDA:
+#   make gpu TORCH="torch==2.10.* --index-url <where that build is>"
 
 PYTHON ?= python3
+TORCH ?= "torch>=2.10"
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh \
@@ -13,10 +17,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CUSIM := build/cusim/tests/cusim/moe_ext_dev.so
 ORDERS := forward reverse random1 random2 random3
 
-SANITIZER := compute-sanitizer --error-exitcode 1 --tool
-SMALL := --device=cuda -k "not large" tests/test_gate.py tests/test_plan.py tests/test_rows.py
+# The toolkit's; every kernel, without the many calls of gradcheck.
+SANITIZER = $(shell $(BIN)/python moe_ext/build.py toolkit | cut -d';' -f1)/bin/compute-sanitizer
+SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
+	tests/test_gate.py tests/test_plan.py tests/test_rows.py tests/test_launches.py
 
-.PHONY: test demo lint format abi cusim cuda gpu mutants clean FORCE $(ORDERS:%=cusim-%)
+.PHONY: test demo lint format abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
+	$(ORDERS:%=cusim-%)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
@@ -59,11 +66,18 @@ cuda: $(VENV)/torch
 	$(BIN)/python bench/ptxas.py
 
 # On a machine with a GPU and a torch for it: the suite on it, memory and races by NVIDIA's tools, and
-# the speed of every operator beside a copy.
-gpu: $(VENV)/installed
+# the speed of the operators beside a copy.
+gpu: gpu-test gpu-sanitize gpu-bench
+
+gpu-test: $(VENV)/installed
 	$(BIN)/python -m pytest tests --device=cuda
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) memcheck $(BIN)/python -m pytest -q $(SMALL)
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) racecheck $(BIN)/python -m pytest -q $(SMALL)
+
+gpu-sanitize: $(VENV)/installed
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --report-api-errors no \
+		--error-exitcode 1 $(SANITIZED)
+	$(SANITIZER) --tool racecheck --error-exitcode 1 $(SANITIZED)
+
+gpu-bench: $(VENV)/installed
 	$(BIN)/python bench/bench_ops.py --device cuda
 
 clean:
@@ -76,12 +90,14 @@ $(VENV)/python:
 
 # torch first: the library is built against the torch it is tested with.
 $(VENV)/torch: $(VENV)/python pyproject.toml
-	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja "torch>=2.10"
+	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet $(TORCH)
 	touch $@
 
-# Also where the library was removed.
+# Also where the library was removed, or the kernels are wanted that an earlier build left out.
+WANTED := moe_ext/_C.* $(if $(filter gpu%,$(MAKECMDGOALS)),moe_ext/_C_cuda.*)
 $(VENV)/installed: $(VENV)/torch setup.py moe_ext/build.py $(SOURCES) \
-		$(if $(wildcard moe_ext/_C.*),,FORCE)
+		$(foreach library,$(WANTED),$(if $(wildcard $(library)),,FORCE))
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo]"
 	touch $@
 

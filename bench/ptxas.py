@@ -41,6 +41,7 @@ def compile_kernels(toolkit: "build.Toolkit") -> str:
     command = [sys.executable, "setup.py", "build_ext"]
     command += ["--build-lib", str(BUILD / "lib"), "--build-temp", str(BUILD / "temp")]
     env = os.environ | {"FORCE_CUDA": "1", "CUDA_HOME": str(toolkit.root)}
+    env |= {"TORCH_CUDA_ARCH_LIST": build.architectures(toolkit)}
     run = subprocess.run(
         command,
         cwd=ROOT,

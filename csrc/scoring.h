@@ -19,7 +19,7 @@ enum class Scoring { kSoftmax, kSigmoid, kSqrtSoftplus };
 template <typename T>
 MOE_EXT_HOST_DEVICE T elementwise_score(Scoring scoring, T x) {
   if (scoring == Scoring::kSigmoid) return 1 / (1 + std::exp(-x));
-  return std::sqrt(x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)));
+  return std::sqrt((x > 0 ? x : 0) + std::log1p(std::exp(-std::abs(x))));
 }
 
 // The divisor of a renormalised token: the sum of its chosen probabilities, kept off zero. A NaN
@@ -31,11 +31,13 @@ MOE_EXT_HOST_DEVICE T clamped(T sum) {
 }
 
 // d probs / d logits of an elementwise scoring, from the probability p alone: softplus(x) = p * p,
-// so sigmoid(x) = 1 - exp(-p * p).
+// so sigmoid(x) = 1 - exp(-p * p), and the slope sigmoid(x) / (2 * p).
 template <typename T>
 MOE_EXT_HOST_DEVICE T slope(Scoring scoring, T p) {
   if (scoring == Scoring::kSigmoid) return p * (1 - p);
-  return -std::expm1(-p * p) / (2 * clamped(p));
+  // Where the next term is lost in rounding; p * p may underflow.
+  constexpr T small = sizeof(T) == sizeof(float) ? static_cast<T>(1e-4) : static_cast<T>(1e-8);
+  return p < small ? p / 2 : -std::expm1(-p * p) / (2 * p);
 }
 
 }  // namespace moe_ext

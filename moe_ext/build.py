@@ -1,4 +1,4 @@
-"""How the C++ and CUDA sources are built: shared by setup.py, CMakeLists.txt and `jit`.
+"""How the C++ and CUDA sources are built, by setup.py and by `jit`; and where the toolkit is.
 
 Nothing here imports the package or torch at module level, so that setup.py can load this file by
 its path, and `python moe_ext/build.py toolkit` can tell CMake where the CUDA toolkit is.
@@ -106,7 +106,8 @@ def choose_toolkit() -> tuple[Toolkit | None, str]:
         return None, "the CUDA kernels are built on Linux: CPU kernels only"
     toolkit = find_toolkit()
     if toolkit is None:
-        cure = "set CUDA_HOME, or pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]'"
+        cure = "set CUDA_HOME, or pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]"
+        cure += f"=={torch.version.cuda}.*'" if torch.version.cuda else "'"
         if force == "1":
             raise RuntimeError(f"FORCE_CUDA=1, but no CUDA toolkit found; {cure}")
         return None, f"no CUDA toolkit found: CPU kernels only; {cure}, and --no-build-isolation"
@@ -166,7 +167,8 @@ def prepare_cuda(toolkit: Toolkit) -> None:
     """Make torch.utils.cpp_extension compile with this toolkit, beside a torch without CUDA too."""
     from torch.utils import cpp_extension
 
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(toolkit))
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # an empty one is no list to torch
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(toolkit)
     cpp_extension.CUDA_HOME = str(toolkit.root)
 
 
@@ -299,7 +301,14 @@ def _build_once(
 def _compile(load: dict, folder: Path, toolkit: Toolkit | None, verbose: bool) -> None:
     """Build a library into `folder`, in a process of its own: cpp_extension.load also loads it,
     from a path that is about to change."""
+    flags = load.get("extra_ldflags", [])
+    if toolkit:
+        # cpp_extension.load asks for the shared runtime too, which not every toolkit has under that
+        # name: an archive of nothing comes first.
+        (folder / "libcudart.a").write_bytes(b"!<arch>\n")
+        flags = [f"-L{folder}", *flags]
     arguments = load | {
+        "extra_ldflags": flags,
         "sources": [_compiled_as(ROOT / name, folder, toolkit) for name in load["sources"]],
         "build_directory": str(folder),
         "is_python_module": False,

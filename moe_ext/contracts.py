@@ -300,16 +300,16 @@ def _groups(
     check.same_device("offsets", offsets, name, like)
 
 
-def group_values(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> None:
+def group_values(op: str, offsets: list[int], load: list[int], num_rows: int) -> None:
     """What the CPU checks beside shapes: offsets rise from 0, no load is negative."""
     previous = 0
-    for e, offset in enumerate(offsets.tolist()):
+    for e, offset in enumerate(offsets):
         if offset < previous or offset > num_rows or (e == 0 and offset != 0):
             Check(op).fail(
                 f"offsets must rise from 0 to at most R = {num_rows}, got {offset} at [{e}]"
             )
         previous = offset
-    for e, count in enumerate(load.tolist()):
+    for e, count in enumerate(load):
         if count < 0:
             Check(op).fail(f"load must not be negative, got {count} at [{e}]")
 

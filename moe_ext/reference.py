@@ -94,9 +94,11 @@ def gate_backward(
         return probs * (grad - (probs * grad).sum(dim=-1, keepdim=True))
     if scoring == "sigmoid":
         return grad * (probs * (1 - probs))
-    # probs = sqrt(softplus(logits)), so sigmoid(logits) = 1 - exp(-probs ** 2).
-    tiny = torch.finfo(probs.dtype).tiny
-    return grad * (-torch.expm1(-probs * probs) / (2 * probs.clamp(min=tiny)))
+    # probs = sqrt(softplus(logits)), so sigmoid(logits) = 1 - exp(-probs ** 2). Where the next term
+    # is lost in rounding, half of it; probs ** 2 may underflow.
+    small = 1e-4 if probs.dtype == torch.float32 else 1e-8
+    slope = -torch.expm1(-probs * probs) / (2 * probs.clamp(min=small))
+    return grad * torch.where(probs < small, probs / 2, slope)
 
 
 def _ranks(keys: Tensor, num_keys: int) -> Tensor:
@@ -233,17 +235,21 @@ def dispatch_dot(
     return dispatched, route_dot(tokens, rows, slots, sources)
 
 
-def _group_bounds(offsets: Tensor, load: Tensor) -> list[tuple[int, int]]:
-    ends = offsets[:-1] + torch.minimum(load, offsets.diff())
-    return list(zip(offsets[:-1].tolist(), ends.tolist(), strict=True))
+def _group_bounds(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> list[tuple[int, int]]:
+    """Of every expert, the range of the rows that routes own; both tensors are read at once."""
+    numbers = torch.cat([offsets, load]).tolist()
+    bounds, counts = numbers[: len(offsets)], numbers[len(offsets) :]
+    contracts.group_values(op, bounds, counts, num_rows)
+    ends = zip(bounds[:-1], bounds[1:], counts, strict=True)
+    return [(begin, begin + min(count, end - begin)) for begin, end, count in ends]
 
 
 def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, load: Tensor) -> Tensor:
     """out[r] = weights[e] @ rows[r] for the rows that routes of e own, else zero. -> [R, N]."""
     contracts.grouped_mm(rows, weights, offsets, load)
-    contracts.group_values("grouped_mm", offsets, load, rows.shape[0])
+    bounds = _group_bounds("grouped_mm", offsets, load, rows.shape[0])
     out = rows.new_zeros(rows.shape[0], weights.shape[1])
-    for e, (begin, end) in enumerate(_group_bounds(offsets, load)):
+    for e, (begin, end) in enumerate(bounds):
         out[begin:end] = rows[begin:end] @ weights[e].t()
     return out
 
@@ -251,8 +257,8 @@ def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, load: Tensor) -> 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, load: Tensor) -> Tensor:
     """out[e] = left[e's rows].T @ right[e's rows], over the rows that routes own. -> [E, N, M]."""
     contracts.grouped_outer(left, right, offsets, load)
-    contracts.group_values("grouped_outer", offsets, load, left.shape[0])
+    bounds = _group_bounds("grouped_outer", offsets, load, left.shape[0])
     out = left.new_zeros(load.shape[0], left.shape[1], right.shape[1])
-    for e, (begin, end) in enumerate(_group_bounds(offsets, load)):
+    for e, (begin, end) in enumerate(bounds):
         out[e] = left[begin:end].t() @ right[begin:end]
     return out

@@ -8,7 +8,8 @@ from moe_ext import Plan, TopKGate, contracts, make_plan
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # T, K, E, H: no token, one of everything, K = E, rows that end in a scalar tail, rows longer than
-# any tile, more tokens than a block.
+# any tile, in elements and in vectors, more tokens than a block, more choices than are read at a
+# time.
 SIZES = [
     (0, 2, 4, 8),
     (1, 1, 1, 1),
@@ -16,7 +17,9 @@ SIZES = [
     (127, 8, 8, 13),
     (5, 3, 64, 16),
     (9, 2, 4, 1501),
+    (7, 3, 4, 2064),
     (300, 4, 5, 40),
+    (20, 11, 12, 8),
 ]
 
 

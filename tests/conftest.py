@@ -16,6 +16,9 @@ from moe_ext import ops
 # Of what is built, installed and drawn; they start processes of their own.
 NOT_OF_OPERATORS = {"test_bench.py", "test_build.py", "test_demo.py", "test_toolkit.py"}
 
+# Of layers: their tensors are where torch makes them by default. With --device=cuda that is there.
+OF_LAYERS = {"test_layer.py", "test_topk_gate.py", "test_transforms.py"}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -63,8 +66,10 @@ def cusim(request: pytest.FixtureRequest) -> ModuleType:
 
 
 def _why_no_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
     if not torch.cuda.is_available():
-        return "there is no GPU"
+        return f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no GPU"
     if ops.backend("gate", "cuda") != "compiled":
         return "no CUDA kernels are built"
     return None
@@ -96,6 +101,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
+def unchecked(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+    """One whose operators do not look at values: they are CUDA kernels, on a GPU or emulated."""
+    if device.type == "cpu" and request.config.cusim is None:
+        pytest.skip("the CPU operators look at values")
+    return device
+
+
+@pytest.fixture
 def cuda() -> torch.device:
     """The test is for a GPU."""
     if reason := _why_no_cuda():
@@ -108,11 +121,21 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _default_device(request: pytest.FixtureRequest):
+    on_cuda = request.config.getoption("--device") == "cuda" and request.path.name in OF_LAYERS
+    torch.set_default_device("cuda" if on_cuda else None)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture
 def poisoned():
     """Fresh memory is NaN, or the largest integer: what a kernel does not write is seen."""
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

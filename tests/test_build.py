@@ -199,6 +199,7 @@ def test_the_source_distribution_is_whole(tmp_path):
         archive.unlink()
         needed = {*build.sources(), *build.headers(), "CMakeLists.txt", "Makefile", "LICENSE"}
         needed |= {*build.cuda_sources(), "tests/cusim/cusim.h", "tests/cusim/planted.cu"}
+        needed |= {"bench/bench_ops.py", "bench/ptxas.py", ".clang-format"}
         needed |= {"setup.py", "tests/cases.py", "tests/conftest.py", "moe_ext/build.py"}
         assert needed <= names
         assert not any(name.endswith((".so", ".pyc")) for name in names)

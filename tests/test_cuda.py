@@ -1,5 +1,7 @@
 """What only a GPU can show: graphs, streams, no waiting, the same bits again and again."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from cases import masked_experts, random_experts
@@ -22,32 +24,34 @@ class BatchedExperts(Experts):
         return torch.bmm(rows.view(E, -1, H), self.weight).view(rows.shape)
 
 
-def layer_on(device: torch.device, drop_policy: str = "probs") -> MOELayer:
-    gate = TopKGate(
-        H, E, k=K, capacity_factor=1.0, drop_policy=drop_policy, top2_2nd_expert_sampling=False
-    )
-    return MOELayer(gate, BatchedExperts()).to(device)
+def layer_on(device: torch.device, k: int = K, **options) -> MOELayer:
+    return MOELayer(TopKGate(H, E, k=k, **options), BatchedExperts()).to(device)
 
 
-def step(layer: MOELayer, hidden: Tensor) -> list[Tensor]:
+def step(layer: MOELayer, hidden: Tensor, used_token: Tensor | None = None) -> list[Tensor]:
     """Forward and backward; the output, what the layer says, and every gradient."""
     layer.zero_grad()
     hidden.grad = None
-    out, aux = layer.forward_with_aux(hidden)
+    out, aux = layer.forward_with_aux(hidden, used_token)
     (out.square().sum() + aux.l_aux).backward()
     return [out.detach(), *aux, hidden.grad, *(p.grad for p in layer.parameters())]
 
 
-@pytest.mark.parametrize("drop_policy", ["probs", "position"])
-def test_a_graph_holds_forward_and_backward(cuda, drop_policy):
-    layer = layer_on(cuda, drop_policy)
-    hidden = torch.randn(T, H, device=cuda, requires_grad=True)
+def warm_up(function: Callable, *args) -> None:
+    """What PyTorch asks for before a capture: the first calls, on another stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step(layer, hidden)
+        function(*args)
     torch.cuda.current_stream().wait_stream(stream)
 
+
+@pytest.mark.parametrize("drop_policy", ["probs", "position"])
+def test_a_graph_holds_forward_and_backward(cuda, drop_policy):
+    layer, twin = (layer_on(cuda, drop_policy=drop_policy) for _ in range(2))
+    twin.load_state_dict(layer.state_dict())
+    hidden = torch.randn(T, H, device=cuda, requires_grad=True)
+    warm_up(step, layer, hidden)
     layer.zero_grad(set_to_none=True)
     hidden.grad = None
     graph = torch.cuda.CUDAGraph()
@@ -61,14 +65,28 @@ def test_a_graph_holds_forward_and_backward(cuda, drop_policy):
         replayed = [out.detach(), *aux, hidden.grad, *(p.grad for p in layer.parameters())]
         replayed = [tensor.clone() for tensor in replayed]
         fresh = hidden.detach().clone().requires_grad_()
-        eager = step(copy_of(layer, cuda, drop_policy), fresh)
+        eager = step(twin, fresh)
         assert all(torch.equal(a, b) for a, b in zip(replayed, eager, strict=True))
 
 
-def copy_of(layer: MOELayer, device: torch.device, drop_policy: str) -> MOELayer:
-    copy = layer_on(device, drop_policy)
-    copy.load_state_dict(layer.state_dict())
-    return copy
+@pytest.mark.parametrize(
+    "options", [{"k": 1}, {"k": 2}, {"k": 1, "noisy_gate_policy": "RSample"}], ids=str
+)
+def test_a_graph_draws_anew_at_every_replay(cuda, options):
+    """Random token selection, the sampled second choice and noise."""
+    gate = TopKGate(H, E, capacity_factor=0.5, min_capacity=0, **options).to(cuda)
+    hidden = torch.randn(T, H, device=cuda)
+    warm_up(gate.route, hidden)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan = gate.route(hidden).plan
+    drawn = []
+    for _ in range(4):
+        graph.replay()
+        drawn.append(plan.slots.clone())
+        assert torch.equal((plan.slots >= 0).sum(), plan.kept().sum())
+        assert plan.load.sum() == T * gate.k
+    assert not all(torch.equal(drawn[0], other) for other in drawn[1:])
 
 
 def test_the_same_bits_in_ten_runs(cuda):
@@ -100,31 +118,79 @@ def test_cpu_and_cuda_give_the_same_integers(cuda, tokens, routing):
         assert all(torch.equal(a, b.cpu()) for a, b in zip(here[:4], there[:4], strict=True))
 
 
-def test_work_goes_to_the_current_stream(cuda):
-    """Behind a long wait on a stream of its own, nothing has run when the call returns."""
-    plan = moe_ext.make_plan(random_experts(T, K, E, cuda), E)
-    tokens = torch.randn(T, H, device=cuda)
-    expected = moe_ext.dispatch(tokens, plan)
-    torch.cuda.synchronize()
+@pytest.mark.parametrize(
+    "op", ["gate", "gate_backward", "plan", "dispatch", "combine", "route_dot", "dispatch_dot"]
+)
+def test_work_goes_to_the_current_stream_and_is_not_awaited(cuda, op):
+    """Operands come late to a stream of its own: only what runs behind them there sees them."""
+    call, operands = calls(cuda)[op]
+    expected = call(*operands)
+    late = [torch.zeros_like(operand) for operand in operands]
     stream, done = torch.cuda.Stream(), torch.cuda.Event()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
+        call(*late)  # from now on there is memory for this stream
+        stream.synchronize()
         torch.cuda._sleep(200_000_000)
-        rows = moe_ext.dispatch(tokens, plan)
+        for to, operand in zip(late, operands, strict=True):
+            to.copy_(operand)
+        out = call(*late)
         done.record()
     assert not done.query()
     stream.synchronize()
-    assert torch.equal(rows, expected)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 
 
-def test_nothing_waits_for_the_device(cuda):
-    layer = layer_on(cuda)
+def calls(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]]]:
+    """Every operator that is compiled for CUDA, as a function of tensors, and tensors for it."""
+    op = torch.ops.moe_ext
+    logits, tokens = torch.randn(T, E, device=device), torch.randn(T, H, device=device)
+    weights, experts, probs, _ = op.gate(logits, None, K, "softmax", True, 1.0)
+    slots, sources, _, _ = op.plan(experts, weights, E, T // 4, "choice", 1)
+    rows = torch.randn(len(sources), H, device=device)
+
+    def backward(grad: Tensor, probs: Tensor, experts: Tensor) -> tuple[Tensor]:
+        return (op.gate_backward(grad, None, None, probs, experts, "softmax", True, 1.0),)
+
+    return {
+        "gate": (lambda x: op.gate(x, None, K, "softmax", True, 1.0), [logits]),
+        "gate_backward": (backward, [torch.randn_like(weights), probs, experts]),
+        "plan": (lambda x, p: op.plan(x, p, E, T // 4, "choice", 1), [experts, weights]),
+        "dispatch": (lambda *x: (op.dispatch(*x),), [tokens, slots, sources, weights]),
+        "combine": (lambda *x: (op.combine(*x),), [rows, slots, sources, weights]),
+        "route_dot": (lambda *x: (op.route_dot(*x),), [tokens, rows, slots, sources]),
+        "dispatch_dot": (op.dispatch_dot, [tokens, rows, slots, sources, weights]),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"drop_policy": "probs"}, {"k": 1}, {"k": 2}, {"k": 1, "noisy_gate_policy": "Jitter"}],
+    ids=str,
+)
+def test_a_layer_waits_for_nothing(cuda, options):
+    layer = layer_on(cuda, **options)
     hidden = torch.randn(T, H, device=cuda, requires_grad=True)
-    step(layer, hidden)
+    used_token = torch.ones(T, device=cuda)
+    step(layer, hidden, used_token)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(layer, hidden)
+        step(layer, hidden, used_token)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_are_not_at_a_multiple_of_16_bytes(cuda, dtype):
+    plan = moe_ext.make_plan(random_experts(T, K, E, cuda), E)
+    shifted = torch.randn(T * H + 1, device=cuda).to(dtype)[1:].view(T, H)
+    assert shifted.data_ptr() % 16 > 0
+    aligned = shifted.clone()
+    rows = moe_ext.dispatch(aligned, plan)
+    assert torch.equal(moe_ext.dispatch(shifted, plan), rows)
+    assert torch.allclose(
+        moe_ext.route_dot(shifted, rows, plan), moe_ext.route_dot(aligned, rows, plan), rtol=1e-4
+    )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")

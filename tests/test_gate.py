@@ -9,8 +9,12 @@ import moe_ext
 from moe_ext import contracts, reference
 
 SCORINGS = contracts.SCORINGS
-# T, E, K: T across the block of 128 tokens, K across the 32 up to which the choice is by insertion.
-SHAPES = [(0, 4, 2), (1, 1, 1), (33, 8, 2), (127, 8, 8), (128, 3, 1), (300, 64, 6), (40, 100, 33)]
+# T, E, K: T across the block of 128 tokens, K across the 32 up to which the choice is by insertion;
+# on CUDA every layout of a row.
+SHAPES = [
+    *((0, 4, 2), (1, 1, 1), (33, 8, 2), (127, 8, 8), (128, 3, 1), (300, 64, 6), (40, 100, 33)),
+    *((50, 256, 8), (20, 500, 4), (9, 1024, 40)),
+]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -145,7 +145,7 @@ def test_gate_is_float32_under_autocast_and_for_16_bit(dtype):
     gate = gate_for(2, dtype=torch.float32)
     x = torch.randn(30, H).to(dtype)
     expected = gate.route(x.float())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         under = gate.route(x)
     for routing in (under, gate.route(x)):
         assert routing.weights.dtype == torch.float32

@@ -15,11 +15,12 @@ __global__ __launch_bounds__(kRowThreads, kRowBlocks) void combine_kernel(
     const Pack<T, kSize>* __restrict__ rows, Routes routes, Tiling tiling,
     Pack<T, kSize>* __restrict__ tokens) {
   const int columns = tiling.columns;
-  RouteTile<accumulate_t<T>> tile(routes, tiling);
+  RouteTile<accumulate_t<T>> tile(routes, tiling, blockIdx.x);
   accumulate_t<T> sum[kSize] = {};
   for (int64_t k = 0; k < routes.top_k; k += kChoices) {
     tile.read(k);
     if (!tile.has_cell) continue;
+    static_assert(kChoices % kInFlight == 0);
 #pragma unroll 1
     for (int first = 0; first < kChoices && k + first < routes.top_k; first += kInFlight) {
       Pack<T, kSize> in[kInFlight];

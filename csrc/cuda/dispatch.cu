@@ -3,7 +3,7 @@
 //   rows[slots[t, k], :] = weights[t, k] * tokens[t, :]    where the route has a row
 //   rows[r, :]           = 0                               where the row has no route
 //
-// A thread takes one vector of one token: it is read once and written K times. The blocks after
+// A thread takes one vector of one token: it is read once and written K times. The blocks before
 // those zero the empty rows.
 
 #include "rows.cuh"
@@ -16,10 +16,9 @@ __global__ __launch_bounds__(kRowThreads, kRowBlocks) void dispatch_kernel(
     const Pack<T, kSize>* __restrict__ tokens, Routes routes, Tiling tiling,
     Pack<T, kSize>* __restrict__ rows) {
   const int columns = tiling.columns;
-  if (blockIdx.x >= tiling.blocks) {
-    return zero_empty_rows(routes, blockIdx.x - tiling.blocks, columns, rows);
-  }
-  RouteTile<accumulate_t<T>> tile(routes, tiling);
+  const unsigned sweeps = num_sweeps(routes);
+  if (blockIdx.x < sweeps) return zero_empty_rows(routes, blockIdx.x, columns, rows);
+  RouteTile<accumulate_t<T>> tile(routes, tiling, blockIdx.x - sweeps);
   Pack<T, kSize> token{};
   if (tile.has_cell) token = load(tokens + tile.token * columns + tile.column);
   for (int64_t k = 0; k < routes.top_k; k += kChoices) {
@@ -28,13 +27,8 @@ __global__ __launch_bounds__(kRowThreads, kRowBlocks) void dispatch_kernel(
 #pragma unroll
     for (int i = 0; i < kChoices; ++i) {
       if (tile.row(i) < 0) continue;
-      Pack<T, kSize> out = token;
-      if (tile.weighted()) {
-        const accumulate_t<T> weight = tile.weight(i);
-#pragma unroll
-        for (T& x : out.at) x = narrow<T>(weight * widen(x));
-      }
-      store(rows + int64_t{tile.row(i)} * columns + tile.column, out);
+      store(rows + int64_t{tile.row(i)} * columns + tile.column,
+            tile.weighted() ? scaled(token, tile.weight(i)) : token);
     }
   }
 }

@@ -19,7 +19,7 @@
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int64_t kMaxThreads = 1 << 17;  // of gate_kernel: what all the largest cards can hold
+constexpr int64_t kMaxThreads = 1 << 17;  // of gate_kernel: about what the largest cards hold
 constexpr int kSumColumns = 32, kSumParts = 32;
 
 template <typename T, int kLanes_, int kValues_>
@@ -27,11 +27,13 @@ struct Layout {
   static constexpr int kLanes = kLanes_, kValues = kValues_;
   static constexpr int kPack = kFullPack<T>;
   // Few rows for a block, so that a few thousand tokens occupy a card; and the sums of its threads
-  // fill at most 32 KiB of shared memory.
+  // fill little more than 32 KiB of shared memory.
   static constexpr int kThreads = kLanes < 8                                ? 64
                                   : sizeof(accumulate_t<T>) * kValues > 128 ? 128
                                                                             : 256;
   static constexpr int kRows = kThreads / kLanes;  // of a block
+  // From one of a thread's sums to the next: the experts of a warp's width lie in as many banks.
+  static constexpr int kSumStride = kThreads + kWarp / kPack;
   // Blocks that a multiprocessor is to hold: with so few, no registers spill.
   static constexpr int kBlocks = sizeof(T) * kValues > 64 ? 1 : 512 / kThreads;
 
@@ -86,26 +88,11 @@ struct Layout {
   }
 };
 
-// Keys in the order of the scores: NaN above all, -0 equal to 0. 0 is no score's key.
-__device__ inline unsigned key_of(float score) {
-  if (std::isnan(score)) return ~0u;
-  const unsigned bits = __float_as_uint(score == 0 ? 0.0f : score);
-  return bits >> 31 ? ~bits : bits | 1u << 31;
-}
-
-__device__ inline unsigned long long key_of(double score) {
-  if (std::isnan(score)) return ~0ull;
-  const auto bits = static_cast<unsigned long long>(__double_as_longlong(score == 0 ? 0.0 : score));
-  return bits >> 63 ? ~bits : bits | 1ull << 63;
-}
-
-template <int kLanes, typename T, typename Op>
-__device__ T lanes_reduce(T x, const Op& op) {
-#pragma unroll
-  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
-    x = op(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  }
-  return x;
+// In the order of the choice: NaN above every number.
+template <typename T>
+__device__ auto choice_key(T score) {
+  const auto key = ordered_bits(score);
+  return std::isnan(score) ? ~decltype(key){0} : key;
 }
 
 // Whether the hardware reduces an integer over a warp.
@@ -203,9 +190,9 @@ __global__ __launch_bounds__(
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int E = num_experts, K = top_k;
   SharedMemory shared;
-  Sum* sums = shared.take<Sum>(L::kThreads * kValues);  // [values, threads], of the thread's rows
+  Sum* sums = shared.take<Sum>(L::kSumStride * kValues);  // of every thread's rows
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) sums[i * L::kThreads + threadIdx.x] = 0;
+  for (int i = 0; i < kValues; ++i) sums[i * L::kSumStride + threadIdx.x] = 0;
 
   // All lanes of a warp stay together: past the last token they go through the motions.
   for (int64_t first = blockIdx.x * int64_t{L::kRows}; first < num_tokens;
@@ -213,10 +200,11 @@ __global__ __launch_bounds__(
     const int64_t token = first + group;
     const bool active = token < num_tokens;
     Sum row[kValues];
-    decltype(key_of(Sum{})) keys[kValues];
+    decltype(ordered_bits(Sum{})) keys[kValues];
     L::read(choice_scores + token * E, active ? E : 0, vectorised, lane, -INFINITY, row);
+    // Beyond the last expert too: -inf with a higher id is behind every expert.
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) keys[i] = L::id(lane, i) < E ? key_of(row[i]) : 0;
+    for (int i = 0; i < kValues; ++i) keys[i] = choice_key(row[i]);
     if (choice_scores != logits) {
       L::read(logits + token * E, active ? E : 0, vectorised, lane, -INFINITY, row);
     }
@@ -224,10 +212,10 @@ __global__ __launch_bounds__(
     if (active) {
       L::write(probs + token * E, E, vectorised, lane, row);
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) sums[i * L::kThreads + threadIdx.x] += row[i];
+      for (int i = 0; i < kValues; ++i) sums[i * L::kSumStride + threadIdx.x] += row[i];
     }
 
-    Sum chosen_sum = 0;
+    Sum chosen_sum = 0, p = 0;
     for (int k = 0; k < K; k += kLanes) {
       // Lane i keeps choice k + i.
       const int count = min(K - k, kLanes);
@@ -236,23 +224,24 @@ __global__ __launch_bounds__(
         const int id = take_best<L>(keys, lane);
         if (i == lane) mine = id;
       }
-      const Sum p = value_of<L>(row, mine);
+      p = value_of<L>(row, mine);
       chosen_sum += lanes_sum<kLanes>(lane < count ? p : 0);
       if (lane >= count || !active) continue;
       store(experts + token * K + k + lane, mine);
-      store(weights + token * K + k + lane, p * (renormalise ? 1 : scale));
+      // More than one of a lane's await their sum in memory.
+      if (K > kLanes) store(weights + token * K + k + lane, p);
     }
-    if (!renormalise || !active) continue;
-    const Sum divisor = clamped(chosen_sum);
+    if (!active) continue;
+    const Sum divisor = renormalise ? clamped(chosen_sum) : 1;
     for (int k = lane; k < K; k += kLanes) {
       Sum* weight = weights + token * K + k;
-      store(weight, load(weight) / divisor * scale);
+      store(weight, (K > kLanes ? load(weight) : p) / divisor * scale);
     }
   }
 
   __syncthreads();
   for (int e = threadIdx.x; e < E; e += L::kThreads) {
-    const Sum* of_expert = sums + L::index_of(e) * L::kThreads + L::lane_of(e);
+    const Sum* of_expert = sums + L::index_of(e) * L::kSumStride + L::lane_of(e);
     Sum sum = 0;
     for (int g = 0; g < L::kRows; ++g) sum += of_expert[g * kLanes];
     store(block_sums + blockIdx.x * int64_t{E} + e, sum);
@@ -371,10 +360,11 @@ void launch_gate(const Gate& call, CUstream_st* stream) {
   visit_layout<T>(E, [&](auto layout) {
     using L = decltype(layout);
     launch("gate", gate_kernel<T, L::kLanes, L::kValues>, blocks, L::kThreads,
-           shared_bytes<Sum>(L::kThreads * L::kValues), stream, static_cast<const T*>(call.logits),
-           static_cast<const T*>(call.choice_scores), call.num_tokens, E, call.top_k, call.scoring,
-           call.renormalise, static_cast<Sum>(call.scale), vectorised,
-           static_cast<Sum*>(call.weights), call.experts, static_cast<Sum*>(call.probs),
+           shared_bytes<Sum>(L::kSumStride * L::kValues), stream,
+           static_cast<const T*>(call.logits), static_cast<const T*>(call.choice_scores),
+           call.num_tokens, E, call.top_k, call.scoring, call.renormalise,
+           static_cast<Sum>(call.scale), vectorised, static_cast<Sum*>(call.weights), call.experts,
+           static_cast<Sum*>(call.probs),
            static_cast<Sum*>(blocks == 1 ? call.importance : call.block_sums));
   });
   if (blocks == 1) return;

@@ -1,5 +1,5 @@
 // What the kernels need beyond CUDA C++ itself: the launch, shared memory, and a count of accesses.
-// The only file that knows whether nvcc compiles the kernels for a GPU, or a C++ compiler for
+// Here alone it matters whether nvcc compiles the kernels for a GPU, or a C++ compiler for
 // tests/cusim, which runs them on the CPU.
 
 #pragma once
@@ -44,8 +44,9 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
     error = cudaGetLastError();
   }
   if (error == cudaSuccess) return;
+  // CUDA may report here what went wrong in a kernel before this one.
   throw std::runtime_error(std::string(name) + ": the CUDA launch of " + std::to_string(blocks) +
-                           " blocks failed: " + cudaGetErrorString(error));
+                           " blocks, or work before it, failed: " + cudaGetErrorString(error));
 }
 
 // Hands out a block's shared memory. Every thread takes the same arrays in the same order; the

@@ -16,10 +16,11 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kOneChunk = 4096;  // routes up to which one block does all
-constexpr int64_t kChunk = 1024;     // routes of a chunk, at least
-constexpr int64_t kMaxChunks = 128;  // since place() reads the counts of all
-constexpr int kAhead = 4;
+constexpr int64_t kOneChunk = 4096;      // routes up to which one block does all
+constexpr int64_t kMinChunk = 1024;      // routes of a chunk, at least
+constexpr int64_t kMaxChunks = 128;      // since place() reads the counts of all
+constexpr int kAhead = 4;                // places that a thread reads at once
+constexpr int kCountsAhead = 16;         // and counts
 constexpr int64_t kRowsPerBlock = 4096;  // to look through for empty ones, beside one chunk
 constexpr int kKeepThreads = 512;
 constexpr int kCachedKeys = 4096;  // of an expert's group, kept in shared memory by keep()
@@ -47,7 +48,7 @@ struct Queue {
 int64_t chunk_size(int64_t num_routes) {
   if (num_routes <= kOneChunk) return kOneChunk;
   const int64_t least = divide_up(num_routes, kMaxChunks);
-  return divide_up(least > kChunk ? least : kChunk, kThreads) * kThreads;
+  return divide_up(least > kMinChunk ? least : kMinChunk, kThreads) * kThreads;
 }
 
 int64_t num_chunks(int64_t num_routes) { return divide_up(num_routes, chunk_size(num_routes)); }
@@ -72,40 +73,83 @@ __global__ __launch_bounds__(kThreads) void count_kernel(Queue queue, int32_t* c
 
 // The number of rows that an expert's routes and their alignment take.
 struct Room {
-  int64_t capacity, align;  // capacity -1: dropless
+  int capacity;    // -1: dropless
+  unsigned align;  // at most R, where there is a route
   __device__ int of(int load) const {
-    if (capacity >= 0) return static_cast<int>(capacity);
-    return static_cast<int>(divide_up(load, align) * align);
+    if (capacity >= 0) return capacity;
+    if (align == 1 || load == 0) return load;
+    return static_cast<int>((load + align - 1) / align * align);
   }
 };
 
-// offsets[0 .. E], the sums of the rooms before each expert. Called by one warp.
-__device__ void scan_rooms(const int* load, int num_experts, const Room& room, int* offsets) {
-  const int lane = threadIdx.x % kWarp;
+// offsets[0 .. E], the sums of the rooms before each expert. Called by the whole block, which is at
+// one when it returns; a thread reads the loads of the experts threadIdx.x + i * kThreads. of_warps
+// has room for a sum of each warp.
+__device__ void scan_rooms(const int* load, int num_experts, const Room& room, int* of_warps,
+                           int* offsets) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int before = 0;
-  for (int first = 0; first < num_experts; first += kWarp) {
-    const int e = first + lane;
-    int sum = e < num_experts ? room.of(load[e]) : 0;
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const int below = __shfl_up_sync(kAllLanes, sum, distance);
-      if (lane >= distance) sum += below;
+  if (threadIdx.x == 0) offsets[0] = 0;
+  for (int first = 0; first < num_experts; first += kThreads) {
+    const int e = first + static_cast<int>(threadIdx.x);
+    int sum = running_sum(e < num_experts ? room.of(load[e]) : 0);
+    if (lane == kWarp - 1) of_warps[warp] = sum;
+    __syncthreads();
+    sum += before;
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) sum += of_warps[w];
+      before += of_warps[w];
     }
-    if (e < num_experts) offsets[e + 1] = before + sum;
-    before += __shfl_sync(kAllLanes, sum, kWarp - 1);
+    if (e < num_experts) offsets[e + 1] = sum;
+    __syncthreads();
   }
-  if (lane == 0) offsets[0] = 0;
 }
 
-// The last e with offsets[e] <= row: the expert whose rows include this one, and the last expert
-// for rows past them all.
-__device__ inline int expert_at(const int* offsets, int num_experts, int64_t row) {
-  int low = 0, high = num_experts;  // offsets[low] <= row, and offsets[high] > row or high = E
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (offsets[middle] <= row ? low : high) = middle;
+// Of every expert: routes in the chunks before this block's, and in all. The threads share the
+// counts [chunks, E] by columns, and by parts of a column where there are threads left.
+__device__ void sum_counts(const int32_t* counts, int num_experts, int* before, int* total) {
+  const int columns = min(num_experts, kThreads), parts = kThreads / columns;
+  const int part = threadIdx.x / columns, chunks = gridDim.x, mine = blockIdx.x;
+  if (part >= parts) return;
+  for (int e = threadIdx.x % columns; e < num_experts; e += columns) {
+    int below = 0, sum = 0;
+    for (int first = part; first < chunks; first += kCountsAhead * parts) {
+      int in[kCountsAhead];
+#pragma unroll
+      for (int i = 0; i < kCountsAhead; ++i) {
+        const int c = first + i * parts;
+        in[i] = c < chunks ? load(counts + c * int64_t{num_experts} + e) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kCountsAhead; ++i) {
+        if (first + i * parts < mine) below += in[i];
+        sum += in[i];
+      }
+    }
+    atomicAdd(&before[e], below);
+    atomicAdd(&total[e], sum);
   }
-  return low;
+}
+
+// Every warp of the grid takes an expert, or a part of its empty rows where there are warps left;
+// the rows past all experts are everyone's.
+__device__ void clear_empty_rows(const int* offsets, const int* load, int num_experts,
+                                 int64_t num_rows, int32_t* sources) {
+  const int lane = threadIdx.x % kWarp, num_warps = gridDim.x * kWarps;
+  const int first_warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  const int parts = max(num_warps / num_experts, 1);
+  for (int i = first_warp; i < num_experts * parts; i += num_warps) {
+    const int e = i / parts, first = i % parts * kWarp + lane;
+    for (int64_t row = int64_t{offsets[e]} + load[e] + first; row < offsets[e + 1];
+         row += parts * kWarp) {
+      store(sources + row, -1);
+    }
+  }
+  const int64_t stride = int64_t{num_warps} * kWarp;
+  for (int64_t row = int64_t{offsets[num_experts]} + first_warp * kWarp + lane; row < num_rows;
+       row += stride) {
+    store(sources + row, -1);
+  }
 }
 
 // A warp walks its part of a chunk in the order of the queue, 32 places at a time; it reads kAhead
@@ -142,6 +186,7 @@ __global__ __launch_bounds__(kThreads, 4) void place_kernel(
   int* offsets = shared.take<int>(E + 1);
   int* before = shared.take<int>(E);
   int* total = shared.take<int>(E);
+  int* of_warps = shared.take<int>(kWarps);
   int* cursor = cursors + warp * E;
 
   const int64_t chunk = counts ? blockIdx.x : 0;
@@ -153,19 +198,7 @@ __global__ __launch_bounds__(kThreads, 4) void place_kernel(
   for_each_place(queue, chunk, [&](int64_t, int e) {
     if (e >= 0) atomicAdd(&cursor[e], 1);
   });
-  if (counts) {
-    for (int e = lane; e < E; e += kWarp) {
-      int below = 0, sum = 0;
-#pragma unroll 4
-      for (int c = warp; c < static_cast<int>(gridDim.x); c += kWarps) {
-        const int count = load(counts + c * int64_t{E} + e);
-        if (c < static_cast<int>(blockIdx.x)) below += count;
-        sum += count;
-      }
-      if (below > 0) atomicAdd(&before[e], below);
-      if (sum > 0) atomicAdd(&total[e], sum);
-    }
-  }
+  if (counts) sum_counts(counts, E, before, total);
   __syncthreads();
 
   // The ranks that each warp starts from.
@@ -178,9 +211,7 @@ __global__ __launch_bounds__(kThreads, 4) void place_kernel(
     }
     if (!counts) total[e] = rank;
   }
-  __syncthreads();
-  if (warp == 0) scan_rooms(total, E, room, offsets);
-  __syncthreads();
+  scan_rooms(total, E, room, of_warps, offsets);
 
   const auto place = [&](int64_t route, int e) {
     // Lanes of the same expert are in the order of the queue.
@@ -197,21 +228,15 @@ __global__ __launch_bounds__(kThreads, 4) void place_kernel(
   };
   if (counts || blockIdx.x == 0) for_each_place(queue, chunk, place);
 
-  const int64_t stride = int64_t{gridDim.x} * kThreads;
-  for (int64_t row = blockIdx.x * int64_t{kThreads} + threadIdx.x; row < num_rows; row += stride) {
-    const int e = expert_at(offsets, E, row);
-    if (row - offsets[e] >= total[e]) store(sources + row, -1);
-  }
+  clear_empty_rows(offsets, total, E, num_rows, sources);
   if (blockIdx.x > 0) return;
   for (int e = threadIdx.x; e < E; e += kThreads) store(all_load + e, total[e]);
   for (int e = threadIdx.x; e <= E; e += kThreads) store(all_offsets + e, offsets[e]);
 }
 
-// A key that grows with the priority. A NaN is below every number, and -0 is 0.
-__device__ inline unsigned key_of(float priority) {
-  if (std::isnan(priority)) return 0;
-  const unsigned bits = __float_as_uint(priority == 0 ? 0.0f : priority);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
+// In the order of the priorities: NaN below every number.
+__device__ inline unsigned priority_key(float priority) {
+  return std::isnan(priority) ? 0 : ordered_bits(priority);
 }
 
 // Of the keys of an expert's group: the `kept`-th largest, and how many equal to it are kept.
@@ -222,20 +247,14 @@ struct Threshold {
 
 constexpr int kDigits = 256;
 
-// The last warp step of a radix pass: the digit with which the running count from the top reaches
-// `wanted`. counts [kDigits]; called by one warp, 8 digits a lane, largest digits first.
+// The last step of a radix pass: the same of digits alone. counts [kDigits]; called by one warp, 8
+// digits a lane, largest digits first.
 __device__ Threshold find_digit(const int* counts, int wanted) {
   constexpr int kPerLane = kDigits / kWarp;
   const int lane = threadIdx.x % kWarp, top = kDigits - 1 - lane * kPerLane;
   int sum = 0;
   for (int i = 0; i < kPerLane; ++i) sum += counts[top - i];
-  int before = sum;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int below = __shfl_up_sync(kAllLanes, before, distance);
-    if (lane >= distance) before += below;
-  }
-  before -= sum;
+  int before = running_sum(sum) - sum;
   const bool mine = before < wanted && before + sum >= wanted;
   int digit = top;
   if (mine) {
@@ -271,7 +290,7 @@ __global__ __launch_bounds__(kKeepThreads) void keep_kernel(
   int* counts = shared.take<int>(kDigits);
   Threshold* found = shared.take<Threshold>(1);
   int2* of_warps = shared.take<int2>(kKeepWarps);
-  const auto read_key = [&](int64_t i) { return key_of(load(priority + load(group + i))); };
+  const auto read_key = [&](int64_t i) { return priority_key(load(priority + load(group + i))); };
   const auto key_at = [&](int64_t i) { return i < kCachedKeys ? cached[i] : read_key(i); };
   for (int i = threadIdx.x; i < min(size, kCachedKeys); i += kKeepThreads) cached[i] = read_key(i);
 
@@ -342,7 +361,7 @@ void sort_queue(const Plan& call, const Room& room, int64_t num_rows, int32_t* s
   }
   const std::size_t shared = shared_bytes<int>(int64_t{kWarps} * call.num_experts) +
                              shared_bytes<int>(call.num_experts + 1) +
-                             2 * shared_bytes<int>(call.num_experts);
+                             2 * shared_bytes<int>(call.num_experts) + shared_bytes<int>(kWarps);
   int64_t blocks = chunks;
   if (!counts) {
     // Also where nothing asks: offsets, load and empty rows are written.
@@ -365,8 +384,8 @@ int64_t plan_scratch(int64_t num_routes, int64_t num_experts, bool with_priority
 
 void plan(const Plan& call, CUstream_st* stream) {
   if (!call.priority || call.capacity < 0) {
-    return sort_queue(call, {call.capacity, call.align}, call.num_rows, call.sources, call.offsets,
-                      stream);
+    const Room room{static_cast<int>(call.capacity), static_cast<unsigned>(call.align)};
+    return sort_queue(call, room, call.num_rows, call.sources, call.offsets, stream);
   }
   const int64_t N = call.num_tokens * call.top_k;
   int32_t* group = call.scratch + counts_size(N, call.num_experts);

@@ -6,7 +6,9 @@
 //   dispatched[slots[t, k], :] = weights[t, k] * tokens[t, :]                         (no route: 0)
 //
 // A block takes a token. A thread adds its vectors in their order, then lanes and warps are added
-// in a fixed order. The blocks after those zero the empty rows.
+// in a fixed order. The blocks before those zero the empty rows.
+
+#include <algorithm>
 
 #include "rows.cuh"
 
@@ -23,14 +25,6 @@ __device__ accumulate_t<T> dot(const Pack<T, kSize>& a, const Pack<T, kSize>& b)
   return sum;
 }
 
-template <typename T, int kSize>
-__device__ Pack<T, kSize> scaled(const Pack<T, kSize>& a, accumulate_t<T> weight) {
-  Pack<T, kSize> out;
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) out.at[j] = narrow<T>(weight * widen(a.at[j]));
-  return out;
-}
-
 // dispatched: null for the dots alone.
 template <typename T, int kSize>
 __global__ __launch_bounds__(kMaxWarps* kWarp) void route_dot_kernel(
@@ -38,10 +32,9 @@ __global__ __launch_bounds__(kMaxWarps* kWarp) void route_dot_kernel(
     Routes routes, int columns, Pack<T, kSize>* __restrict__ dispatched,
     accumulate_t<T>* __restrict__ dots) {
   using Sum = accumulate_t<T>;
-  const int64_t token = blockIdx.x;
-  if (token >= routes.num_tokens) {
-    return zero_empty_rows(routes, token - routes.num_tokens, columns, dispatched);
-  }
+  const unsigned sweeps = dispatched ? num_sweeps(routes) : 0;
+  if (blockIdx.x < sweeps) return zero_empty_rows(routes, blockIdx.x, columns, dispatched);
+  const int64_t token = blockIdx.x - sweeps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   SharedMemory shared;
   int32_t* row = shared.take<int32_t>(kInFlight);
@@ -97,9 +90,9 @@ void launch_route_dot(const char* name, Dtype dtype, const void* tokens, const v
     using Vector = Pack<T, size>;
     using Sum = accumulate_t<T>;
     const int columns = num_columns(hidden, size);
-    // Threads for about two vectors each, where there are so many.
-    int warps = 1;
-    while (warps < kMaxWarps && warps * 2 * kWarp < columns) warps *= 2;
+    // A thread takes two vectors or more, and no round of the block is half idle.
+    const int64_t rounds = std::max<int64_t>(2, divide_up(columns, kMaxWarps * kWarp));
+    const int warps = std::max(1, static_cast<int>(divide_up(columns, rounds * kWarp)));
     const std::size_t shared = shared_bytes<int32_t>(kInFlight) + shared_bytes<Sum>(kInFlight) +
                                shared_bytes<Sum>(kMaxWarps * kInFlight);
     launch(name, route_dot_kernel<T, size>,

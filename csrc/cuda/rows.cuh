@@ -35,7 +35,9 @@ __device__ inline bool is_empty(const Routes& routes, int64_t row) {
   return load(routes.slots + route) != row;
 }
 
-// Block `sweep` of those that zero the empty rows, of `columns` vectors each.
+// Block `sweep` of those that zero the empty rows, of `columns` vectors each. They come first:
+// their reads, each after another, then overlap with what the other blocks move. Blocks are whole
+// warps.
 template <typename Vector>
 __device__ void zero_empty_rows(const Routes& routes, int64_t sweep, int columns, Vector* rows) {
   const int64_t first = sweep * kRowsPerSweep, mine = first + threadIdx.x % kWarp;
@@ -49,8 +51,8 @@ __device__ void zero_empty_rows(const Routes& routes, int64_t sweep, int columns
   }
 }
 
-inline int64_t num_sweeps(const Routes& routes) {
-  return divide_up(routes.num_rows, kRowsPerSweep);
+__host__ __device__ inline unsigned num_sweeps(const Routes& routes) {
+  return static_cast<unsigned>(divide_up(routes.num_rows, kRowsPerSweep));
 }
 
 // The vectors of a row.
@@ -67,7 +69,7 @@ inline int num_columns(int64_t hidden, int pack) {
 //   t      block                block                 t, t + 1, ..         block
 //   t+1    block                block
 struct Tiling {
-  int columns, width, parts, tokens;
+  int columns, width, parts, tokens_per_block;
   int64_t blocks;
 
   // columns: at least 1
@@ -75,11 +77,13 @@ struct Tiling {
     parts = static_cast<int>(divide_up(columns, kRowThreads));
     // Whole warps, so that a warp reads whole lines.
     width = parts == 1 ? columns : static_cast<int>(divide_up(columns, parts * kWarp)) * kWarp;
-    tokens = parts == 1 ? kRowThreads / columns : 1;
-    blocks = divide_up(routes.num_tokens, tokens) * parts;
+    tokens_per_block = parts == 1 ? kRowThreads / columns : 1;
+    blocks = divide_up(routes.num_tokens, tokens_per_block) * parts;
   }
 
-  int threads() const { return static_cast<int>(divide_up(tokens * width, kWarp)) * kWarp; }
+  int threads() const {
+    return static_cast<int>(divide_up(tokens_per_block * width, kWarp)) * kWarp;
+  }
 };
 
 // A block's tile, and of its tokens' routes kChoices at a time: their rows and weights, read once,
@@ -87,23 +91,23 @@ struct Tiling {
 template <typename Weight>
 class RouteTile {
  public:
-  __device__ RouteTile(const Routes& routes, const Tiling& tiling)
-      : routes_(routes), num_routes_(tiling.tokens * kChoices) {
+  __device__ RouteTile(const Routes& routes, const Tiling& tiling, unsigned block)
+      : routes_(routes), num_routes_(tiling.tokens_per_block * kChoices) {
     const unsigned parts = tiling.parts, width = tiling.width;
-    local_ = tiling.tokens == 1 ? 0 : threadIdx.x / width;
-    first_token_ = int64_t{blockIdx.x / parts} * tiling.tokens;
+    local_ = tiling.tokens_per_block == 1 ? 0 : threadIdx.x / width;
+    first_token_ = int64_t{block / parts} * tiling.tokens_per_block;
     token = first_token_ + local_;
     const int within = threadIdx.x - local_ * width;
-    column = blockIdx.x % parts * width + within;
-    has_cell = local_ < tiling.tokens && within < tiling.width && token < routes.num_tokens &&
-               column < tiling.columns;
+    column = block % parts * width + within;
+    has_cell = local_ < tiling.tokens_per_block && within < tiling.width &&
+               token < routes.num_tokens && column < tiling.columns;
     SharedMemory shared;
     rows_ = shared.take<int32_t>(num_routes_);
     if (routes_.weights) weights_ = shared.take<Weight>(num_routes_);
   }
 
   static std::size_t bytes(const Routes& routes, const Tiling& tiling) {
-    const int64_t num_routes = int64_t{tiling.tokens} * kChoices;
+    const int64_t num_routes = int64_t{tiling.tokens_per_block} * kChoices;
     return shared_bytes<int32_t>(num_routes) +
            (routes.weights ? shared_bytes<Weight>(num_routes) : 0);
   }

@@ -1,4 +1,5 @@
-// Vectors of 16 bytes, the way to global memory, conversions, and sums over a warp.
+// Vectors of 16 bytes, the way to global memory, conversions, and what the lanes of a warp do
+// together.
 
 #pragma once
 
@@ -70,11 +71,48 @@ __device__ T narrow(accumulate_t<T> x) {
   }
 }
 
-// The sum over groups of kLanes neighbouring lanes, the same in each of them.
+template <typename T, int kSize>
+__device__ Pack<T, kSize> scaled(const Pack<T, kSize>& pack, accumulate_t<T> weight) {
+  Pack<T, kSize> out;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) out.at[j] = narrow<T>(weight * widen(pack.at[j]));
+  return out;
+}
+
+// Unsigned integers in the order of numbers, -0 as 0. That of a NaN means nothing; 0 is no
+// number's.
+__device__ inline unsigned ordered_bits(float x) {
+  const unsigned bits = __float_as_uint(x + 0.0f);  // -0 + 0 = 0
+  return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+__device__ inline unsigned long long ordered_bits(double x) {
+  const auto bits = static_cast<unsigned long long>(__double_as_longlong(x + 0.0));
+  return bits >> 63 ? ~bits : bits | 1ull << 63;
+}
+
+// Over groups of kLanes neighbouring lanes, the same in each of them.
+template <int kLanes, typename T, typename Op>
+__device__ T lanes_reduce(T x, const Op& op) {
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    x = op(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  }
+  return x;
+}
+
 template <int kLanes, typename T>
 __device__ T lanes_sum(T x) {
+  return lanes_reduce<kLanes>(x, [](T a, T b) { return a + b; });
+}
+
+// The sum over this lane and those below it in the warp.
+__device__ inline int running_sum(int x) {
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int below = __shfl_up_sync(kAllLanes, x, distance);
+    if (lane >= distance) x += below;
+  }
   return x;
 }
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COPY = ROOT / "build" / "mutants"
 BUILDS = ("", "_address", "_undefined", "_thread")
 SECONDS = 300  # a mutant may run for ever
-OPERATORS = {"gate.cu": ["gate"], "plan.cu": ["plan"]}  # else the row operators
+OPERATORS = {"gate.cu": ["gate"], "plan.cu": ["plan"], "vec.cuh": []}  # []: all; else those on rows
 
 BARRIER = "__syncthreads();"
 
@@ -36,33 +36,35 @@ class Mutant(NamedTuple):
 
     def __str__(self) -> str:
         change = f"{self.old.strip()} -> {self.new.strip() or 'nothing'}"
-        return f"{self.file}: {' '.join(change.split())}"
+        where = f" after {self.after.strip()}" if self.after else ""
+        return f"{self.file}: {' '.join((change + where).split())}"
 
     def applied(self, text: str) -> str:
+        if self.after not in text:
+            raise ValueError(f"{self}: what it comes after is not there")
         start = text.index(self.after) + len(self.after) if self.after else 0
         if not self.after and text.count(self.old) != 1:
             raise ValueError(f"{self}: the text is there {text.count(self.old)} times")
-        at = text.index(self.old, start)
+        at = text.find(self.old, start)
+        if at < 0:
+            raise ValueError(f"{self}: the text is not there")
         return text[:at] + self.new + text[at + len(self.old) :]
 
 
 GATE = [
-    Mutant("gate.cu", BARRIER, "", after="store(weight, load(weight) / divisor * scale);"),
+    Mutant("gate.cu", BARRIER, "", after="/ divisor * scale);"),
     Mutant("gate.cu", BARRIER, "", after="parts[part * kSumColumns + column] = sum;"),
     Mutant("gate.cu", "active = token < num_tokens", "active = token <= num_tokens", "Sum* sums"),
     Mutant("gate.cu", "if (first + j >= num_experts)", "if (first + j > num_experts)"),
     Mutant("gate.cu", "if (first + j < num_experts) store", "if (first + j <= num_experts) store"),
     Mutant("gate.cu", "if (vectorised && first < num_experts) {", "if (vectorised) {", "read("),
     Mutant("gate.cu", "if (vectorised && first < num_experts) {", "if (vectorised) {", "write("),
-    Mutant(
-        "gate.cu",
-        "keys[i] = L::id(lane, i) < E ?",
-        "keys[i] = L::id(lane, i) <= E ?",
-        equivalent="no score is below id E's -inf, and equal ones go by id: all experts go first",
-    ),
-    Mutant("gate.cu", "if (std::isnan(score)) return ~0u;", ""),
-    Mutant("gate.cu", "score == 0 ? 0.0f : score", "score"),
-    Mutant("gate.cu", "bits >> 31 ? ~bits", "bits >> 31 ? bits"),
+    Mutant("gate.cu", "-INFINITY, row", "INFINITY, row", after="keys[kValues];"),
+    Mutant("gate.cu", "-INFINITY, row", "0, row", after="if (choice_scores != logits)"),
+    Mutant("gate.cu", "std::isnan(score) ? ~decltype(key){0} : key", "key"),
+    Mutant("gate.cu", "if (K > kLanes) store(weights", "if (K > 2 * kLanes) store(weights"),
+    Mutant("gate.cu", "renormalise ? clamped(chosen_sum) : 1", "clamped(chosen_sum)"),
+    Mutant("gate.cu", "kThreads + kWarp / kPack", "kThreads - kWarp / kPack"),
     Mutant("gate.cu", "if (keys[i] == best) id =", "if (keys[i] >= best - 1) id ="),
     Mutant(
         "gate.cu",
@@ -107,9 +109,9 @@ PLAN = [
     Mutant("plan.cu", BARRIER, "", after="mine[e] = 0;"),
     Mutant("plan.cu", BARRIER, "", after="if (e >= 0) atomicAdd(&mine[e], 1);\n  }"),
     Mutant("plan.cu", BARRIER, "", after="before[e] = total[e] = 0;"),
-    Mutant("plan.cu", BARRIER, "", after="if (sum > 0) atomicAdd(&total[e], sum);"),
-    Mutant("plan.cu", BARRIER, "", after="if (!counts) total[e] = rank;"),
-    Mutant("plan.cu", BARRIER, "", after="if (warp == 0) scan_rooms(total, E, room, offsets);"),
+    Mutant("plan.cu", BARRIER, "", after="sum_counts(counts, E, before, total);"),
+    Mutant("plan.cu", BARRIER, "", after="of_warps[warp] = sum;"),
+    Mutant("plan.cu", BARRIER, "", after="offsets[e + 1] = sum;"),
     Mutant("plan.cu", "__syncwarp();", "", after="cursor[e] + earlier : 0;"),
     Mutant("plan.cu", "__syncwarp();", "", after="cursor[e] += __popc(same);"),
     Mutant("plan.cu", BARRIER, "", after="counts[d] = 0;"),
@@ -122,19 +124,21 @@ PLAN = [
     Mutant("plan.cu", "min(begin + queue.chunk, queue.num_routes)", "begin + queue.chunk"),
     Mutant("plan.cu", "min(begin + part, queue.num_routes)", "begin + part"),
     Mutant("plan.cu", "experts[i] = place < end ?", "experts[i] = place <= end ?"),
-    Mutant("plan.cu", "if (lane >= distance) sum += below;", "if (lane > distance) sum += below;"),
-    Mutant("plan.cu", "if (lane == 0) offsets[0] = 0;", ""),
-    Mutant(
-        "plan.cu",
-        "before += __shfl_sync(kAllLanes, sum, kWarp - 1)",
-        "before += __shfl_sync(kAllLanes, sum, kWarp - 2)",
-    ),
-    Mutant("plan.cu", "divide_up(load, align) * align", "load / align * align"),
-    Mutant(
-        "plan.cu", "(offsets[middle] <= row ? low : high)", "(offsets[middle] < row ? low : high)"
-    ),
-    Mutant("plan.cu", "c < static_cast<int>(blockIdx.x)", "c <= static_cast<int>(blockIdx.x)"),
-    Mutant("plan.cu", "c += kWarps)", "c += kWarps + 1)"),
+    Mutant("plan.cu", "if (threadIdx.x == 0) offsets[0] = 0;", ""),
+    Mutant("plan.cu", "if (lane == kWarp - 1) of_warps", "if (lane == kWarp - 2) of_warps"),
+    Mutant("plan.cu", "(load + align - 1) / align * align", "load / align * align"),
+    Mutant("plan.cu", "if (w < warp) sum +=", "if (w <= warp) sum +="),
+    Mutant("plan.cu", "if (part >= parts) return;", ""),
+    Mutant("plan.cu", "first = part; first < chunks", "first = 0; first < chunks"),
+    Mutant("plan.cu", "first += kCountsAhead * parts", "first += kCountsAhead * parts + 1"),
+    Mutant("plan.cu", "c < chunks ? load", "c <= chunks ? load"),
+    Mutant("plan.cu", "first + i * parts < mine", "first + i * parts <= mine"),
+    Mutant("plan.cu", "i < num_experts * parts;", "i < num_experts * parts - 1;"),
+    Mutant("plan.cu", "first = i % parts * kWarp + lane", "first = i % parts + lane"),
+    Mutant("plan.cu", "load[e] + first; row", "load[e] + first + 1; row"),
+    Mutant("plan.cu", "row < offsets[e + 1];", "row <= offsets[e + 1];"),
+    Mutant("plan.cu", "+ first_warp * kWarp + lane;", "+ first_warp * kWarp + lane + 1;"),
+    Mutant("plan.cu", "row < num_rows;", "row <= num_rows;"),
     Mutant("plan.cu", "int rank = before[e];", "int rank = 0;"),
     Mutant("plan.cu", "same & ((1u << lane) - 1)", "same & ((2u << lane) - 1)"),
     Mutant("plan.cu", "rank < offsets[e + 1] - offsets[e]", "rank <= offsets[e + 1] - offsets[e]"),
@@ -144,15 +148,13 @@ PLAN = [
         "store(sources + offsets[e] + rank",
     ),
     Mutant("plan.cu", "if (counts || blockIdx.x == 0) for_each_place", "for_each_place"),
-    Mutant("plan.cu", "row - offsets[e] >= total[e]", "row - offsets[e] > total[e]"),
     Mutant(
         "plan.cu",
         "e <= E; e += kThreads) store(all_offsets",
         "e < E; e += kThreads) store(all_offsets",
     ),
     Mutant("plan.cu", "if (blockIdx.x > 0) return;", ""),
-    Mutant("plan.cu", "if (std::isnan(priority)) return 0;", ""),
-    Mutant("plan.cu", "priority == 0 ? 0.0f : priority", "priority"),
+    Mutant("plan.cu", "std::isnan(priority) ? 0 : ordered_bits", "ordered_bits"),
     Mutant(
         "plan.cu",
         "before < wanted && before + sum >= wanted",
@@ -202,20 +204,20 @@ ROWS = [
     Mutant("rows.cuh", "__ffs(empty) - 1", "__ffs(empty)"),
     Mutant(
         "rows.cuh",
-        "tokens = parts == 1 ? kRowThreads / columns",
-        "tokens = parts == 1 ? kRowThreads / columns + 1",
+        "tokens_per_block = parts == 1 ? kRowThreads / columns",
+        "tokens_per_block = parts == 1 ? kRowThreads / columns + 1",
     ),
     Mutant(
         "rows.cuh",
-        "divide_up(routes.num_tokens, tokens) * parts",
-        "routes.num_tokens / tokens * parts",
+        "divide_up(routes.num_tokens, tokens_per_block) * parts",
+        "routes.num_tokens / tokens_per_block * parts",
     ),
-    Mutant("rows.cuh", "local_ < tiling.tokens && ", ""),
-    Mutant("rows.cuh", "token < routes.num_tokens &&", ""),
-    Mutant("rows.cuh", "               column < tiling.columns;", "               true;"),
+    Mutant("rows.cuh", "local_ < tiling.tokens_per_block && ", ""),
+    Mutant("rows.cuh", "token < routes.num_tokens && column", "column"),
+    Mutant("rows.cuh", " && column < tiling.columns;", ";"),
     Mutant(
         "rows.cuh",
-        "within < tiling.width && ",
+        "within < tiling.width &&",
         "",
         equivalent="short of a part's width there are as many threads as columns",
     ),
@@ -225,7 +227,7 @@ ROWS = [
     Mutant("rows.cuh", "rows_[local_ * kChoices + i]", "rows_[i]"),
     Mutant("rows.cuh", "bool full = hidden % kFullPack<T> == 0;", "bool full = true;"),
     Mutant("rows.cuh", "full = full && aligned(address)", "full = full"),
-    Mutant("dispatch.cu", "blockIdx.x >= tiling.blocks", "blockIdx.x > tiling.blocks"),
+    Mutant("dispatch.cu", "if (blockIdx.x < sweeps)", "if (blockIdx.x <= sweeps)"),
     Mutant(
         "dispatch.cu",
         "tiling.blocks + num_sweeps(routes)",
@@ -233,7 +235,7 @@ ROWS = [
     ),
     Mutant("dispatch.cu", "if (!tile.has_cell) continue;", ""),
     Mutant("dispatch.cu", "if (tile.row(i) < 0) continue;", ""),
-    Mutant("dispatch.cu", "for (T& x : out.at) x =", "for (T& x : token.at) x ="),
+    Mutant("dispatch.cu", "tile.weighted() ? scaled(token, tile.weight(i)) : token", "token"),
     Mutant(
         "combine.cu", "first < kChoices && k + first < routes.top_k", "first < kChoices - kInFlight"
     ),
@@ -254,7 +256,8 @@ ROWS = [
     ),
     Mutant("route_dot.cu", BARRIER, "", after="partial[warp * kInFlight + i] = total;\n    }"),
     Mutant("route_dot.cu", "mine < routes.top_k", "mine <= routes.top_k"),
-    Mutant("route_dot.cu", "token >= routes.num_tokens", "token > routes.num_tokens"),
+    Mutant("route_dot.cu", "if (blockIdx.x < sweeps)", "if (blockIdx.x <= sweeps)"),
+    Mutant("route_dot.cu", "divide_up(columns, rounds * kWarp)", "columns / (rounds * kWarp)"),
     Mutant("route_dot.cu", "if (row[i] < 0) continue;", ""),
     Mutant(
         "route_dot.cu",
@@ -262,12 +265,13 @@ ROWS = [
         "w < static_cast<int>(blockDim.x) / kWarp - 1",
     ),
     Mutant("route_dot.cu", "partial[w * kInFlight + threadIdx.x]", "partial[w * kInFlight]"),
-    Mutant(
-        "route_dot.cu",
-        "if (lane == 0) partial",
-        "if (lane <= 1) partial",
-        equivalent="all lanes hold the same total",
-    ),
+    Mutant("route_dot.cu", "if (lane == 0) partial", "if (lane <= 1) partial"),
+]
+
+SHARED = [
+    Mutant("vec.cuh", "__float_as_uint(x + 0.0f)", "__float_as_uint(x)"),
+    Mutant("vec.cuh", "bits >> 31 ? ~bits", "bits >> 31 ? bits"),
+    Mutant("vec.cuh", "if (lane >= distance) x += below;", "if (lane > distance) x += below;"),
     Mutant("vec.cuh", "lanes = kLanes / 2; lanes > 0", "lanes = kLanes / 2; lanes > 1"),
 ]
 
@@ -328,7 +332,9 @@ def main() -> None:
     )
     parser.add_argument("words", nargs="*")
     words = parser.parse_args().words
-    mutants = [m for m in [*GATE, *PLAN, *ROWS] if all(word in str(m) for word in words)]
+    mutants = [m for m in [*GATE, *PLAN, *ROWS, *SHARED] if all(word in str(m) for word in words)]
+    for mutant in mutants:
+        mutant.applied((ROOT / "csrc" / "cuda" / mutant.file).read_text())
     copy_tree()
     for build in BUILDS:
         if said := notice(build, []):
@@ -345,7 +351,7 @@ def main() -> None:
             bar.write(wrong[-1])
     print(f"{len(mutants)} mutants:", ", ".join(f"{count} {name}" for name, count in by.items()))
     if wrong:
-        sys.exit(f"{len(wrong)} not as listed")
+        sys.exit("\n".join([f"{len(wrong)} not as listed:", *wrong]))
 
 
 if __name__ == "__main__":
