@@ -35,7 +35,7 @@ struct Layout {
   // From one of a thread's sums to the next: the experts of a warp's width lie in as many banks.
   static constexpr int kSumStride = kThreads + kWarp / kPack;
   // Blocks that a multiprocessor is to hold: with so few, no registers spill.
-  static constexpr int kBlocks = sizeof(T) * kValues > 64 ? 1 : 512 / kThreads;
+  static constexpr int kBlocks = sizeof(accumulate_t<T>) * kValues > 64 ? 1 : 512 / kThreads;
 
   // The expert of a lane's i-th value. It grows with i.
   __device__ static int id(int lane, int i) {
