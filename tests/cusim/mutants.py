@@ -147,7 +147,12 @@ PLAN = [
         "if (kept) store(sources + offsets[e] + rank",
         "store(sources + offsets[e] + rank",
     ),
-    Mutant("plan.cu", "if (counts || blockIdx.x == 0) for_each_place", "for_each_place"),
+    Mutant(
+        "plan.cu",
+        "if (counts || blockIdx.x == 0) for_each_place",
+        "for_each_place",
+        equivalent="all blocks then store the same values: work done again, and nothing else",
+    ),
     Mutant(
         "plan.cu",
         "e <= E; e += kThreads) store(all_offsets",
@@ -257,7 +262,6 @@ ROWS = [
     Mutant("route_dot.cu", BARRIER, "", after="partial[warp * kInFlight + i] = total;\n    }"),
     Mutant("route_dot.cu", "mine < routes.top_k", "mine <= routes.top_k"),
     Mutant("route_dot.cu", "if (blockIdx.x < sweeps)", "if (blockIdx.x <= sweeps)"),
-    Mutant("route_dot.cu", "divide_up(columns, rounds * kWarp)", "columns / (rounds * kWarp)"),
     Mutant("route_dot.cu", "if (row[i] < 0) continue;", ""),
     Mutant(
         "route_dot.cu",
