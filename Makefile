@@ -67,12 +67,13 @@ cuda: $(VENV)/torch
 
 # On a machine with a GPU and a torch for it: the suite on it, memory and races by NVIDIA's tools, and
 # the speed of the operators beside a copy.
-gpu: gpu-test gpu-sanitize gpu-bench
+gpu: gpu-test gpu-bench gpu-sanitize
 
 gpu-test: $(VENV)/installed
 	$(BIN)/python -m pytest tests --device=cuda
 
 gpu-sanitize: $(VENV)/installed
+	@test -x $(SANITIZER) || { echo "no $(SANITIZER): CUDA_HOME must be a whole toolkit"; exit 1; }
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --report-api-errors no \
 		--error-exitcode 1 $(SANITIZED)
 	$(SANITIZER) --tool racecheck --error-exitcode 1 $(SANITIZED)

@@ -46,6 +46,10 @@ SHAPES = {
 }
 
 
+TITLES = ["gate", "gate_backward", "plan", "dispatch", "combine", "route_dot", "dispatch_dot"]
+TITLES += ["plan, priority"]
+
+
 class Case(NamedTuple):
     """An operator on operands of one shape, and the check."""
 
@@ -218,6 +222,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(
@@ -226,11 +237,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default=default, choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--shape", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--op", nargs="*", help="only these operators")
-    parser.add_argument("--tokens", type=int, help="in place of the shapes' own number")
+    parser.add_argument("--op", nargs="*", choices=TITLES, help="only these operators")
+    parser.add_argument("--tokens", type=positive, help="in place of the shapes' own number")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each line")
     parser.add_argument("--out", type=Path, help="the JSON file, also of a part")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -276,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
                     f"{line['gigabytes_per_second']:8.1f} GB/s {line['of_copy']:5.0%} of copy"
                     + (f"  ({line['backend']})" if line["backend"] != "compiled" else "")
                 )
-        report["complete"] = True
+        report["complete"] = not is_part
     finally:
         if out and (report["complete"] or options.out):
             out.parent.mkdir(parents=True, exist_ok=True)

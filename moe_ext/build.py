@@ -151,9 +151,12 @@ def compile_flags() -> list[str]:
     return ["-O3", "-g0", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
 
 
-def cuda_flags() -> list[str]:
-    """Flags for every CUDA file."""
-    return ["-O3", "-Xcompiler=-fvisibility=hidden"]
+def cuda_flags(root: Path = ROOT) -> list[str]:
+    """Flags for every CUDA file. A torch without CUDA does not tell ninja which headers nvcc read:
+    with their digest here, a change of one is a change of the command, and compiles again."""
+    digest = hashlib.sha256(b"".join((root / name).read_bytes() for name in headers(root)))
+    headers_flag = f"-DMOE_EXT_HEADERS=0x{digest.hexdigest()[:15]}"
+    return ["-O3", "-Xcompiler=-fvisibility=hidden", headers_flag]
 
 
 def architectures(toolkit: Toolkit) -> str:

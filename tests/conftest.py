@@ -40,9 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.cusim = None
     if path := config.getoption("--cusim"):
         spec = importlib.util.spec_from_file_location("moe_ext_dev", path)
-        config.cusim = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(config.cusim)
-        config.cusim.set_order(config.getoption("--cusim-order"))
+        try:
+            config.cusim = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(config.cusim)
+            config.cusim.set_order(config.getoption("--cusim-order"))
+        except (ImportError, ValueError) as error:
+            raise pytest.UsageError(f"--cusim: {error}") from error
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -82,9 +82,9 @@ struct Room {
   }
 };
 
-// offsets[0 .. E], the sums of the rooms before each expert. Called by the whole block, and ends with
-// a barrier; a thread reads the loads of the experts threadIdx.x + i * kThreads. of_warps has room
-// for a sum of each warp.
+// offsets[0 .. E], the sums of the rooms before each expert. Called by the whole block, and ends
+// with a barrier; a thread reads the loads of the experts threadIdx.x + i * kThreads. of_warps has
+// room for a sum of each warp.
 __device__ void scan_rooms(const int* load, int num_experts, const Room& room, int* of_warps,
                            int* offsets) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -502,6 +502,11 @@ void check_launches() {
 
 int main(int argc, char** argv) {
   const std::set<std::string> named(argv + 1, argv + argc);
+  for (const std::string& name : named) {
+    if (name == "gate" || name == "plan" || name == "rows") continue;
+    std::printf("usage: %s [gate] [plan] [rows], got %s\n", argv[0], name.c_str());
+    return 2;
+  }
   const auto wants = [&](const char* op) { return named.empty() || named.count(op); };
   cusim::options().recording = true;
   try {

@@ -337,6 +337,8 @@ def main() -> None:
     parser.add_argument("words", nargs="*")
     words = parser.parse_args().words
     mutants = [m for m in [*GATE, *PLAN, *ROWS, *SHARED] if all(word in str(m) for word in words)]
+    if not mutants:
+        parser.error(f"no mutant has {' '.join(words)}")
     for mutant in mutants:
         mutant.applied((ROOT / "csrc" / "cuda" / mutant.file).read_text())
     copy_tree()
