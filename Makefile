@@ -61,7 +61,8 @@ $(ORDERS:%=cusim-%): cusim-%:
 mutants: $(VENV)/installed
 	$(BIN)/python tests/cusim/mutants.py
 
-# The CUDA kernels compiled for every architecture, whatever torch and card are here.
+# The CUDA kernels compiled for every architecture, whatever card is here; torch has no CUDA or is for
+# the toolkit's major version.
 cuda: $(VENV)/torch
 	$(BIN)/python bench/ptxas.py
 

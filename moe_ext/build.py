@@ -151,10 +151,10 @@ def compile_flags() -> list[str]:
     return ["-O3", "-g0", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
 
 
-def cuda_flags(root: Path = ROOT) -> list[str]:
+def cuda_flags() -> list[str]:
     """Flags for every CUDA file. A torch without CUDA does not tell ninja which headers nvcc read:
     with their digest here, a change of one is a change of the command, and compiles again."""
-    digest = hashlib.sha256(b"".join((root / name).read_bytes() for name in headers(root)))
+    digest = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in headers()))
     headers_flag = f"-DMOE_EXT_HEADERS=0x{digest.hexdigest()[:15]}"
     return ["-O3", "-Xcompiler=-fvisibility=hidden", headers_flag]
 
