@@ -2,12 +2,14 @@
 
 from torch.utils import _pytree as pytree
 
-from . import build, ops
+from . import build, losses, ops, selection
 from .experts import Experts, GroupedExperts, ModuleExperts
 from .functional import Choice, combine, dispatch, gate, grouped_mm, route_dot
-from .layer import Aux, MOELayer
+from .layer import Aux, MoE, MOELayer
 from .plan import Plan, make_plan
-from .topk_gate import Routing, TopKGate
+from .routers import CosineRouter, LinearRouter
+from .routing import Routing, route
+from .topk_gate import TopKGate
 
 __version__ = "0.1.0"
 
@@ -18,9 +20,12 @@ for _cls in (Aux, Choice, Plan, Routing):
 __all__ = [
     "Aux",
     "Choice",
+    "CosineRouter",
     "Experts",
     "GroupedExperts",
+    "LinearRouter",
     "MOELayer",
+    "MoE",
     "ModuleExperts",
     "Plan",
     "Routing",
@@ -30,7 +35,10 @@ __all__ = [
     "dispatch",
     "gate",
     "grouped_mm",
+    "losses",
     "make_plan",
     "ops",
+    "route",
     "route_dot",
+    "selection",
 ]

@@ -31,6 +31,15 @@ def dropless_rows(num_routes: int, num_experts: int, align: int) -> int:
     return (num_routes + used * (align - 1)) // align * align
 
 
+def used_token(owner: str, mask: Tensor, num_tokens: int) -> None:
+    if not isinstance(mask, Tensor):
+        raise RuntimeError(f"{owner}: used_token must be a tensor, got {type(mask).__name__}")
+    if mask.numel() != num_tokens:
+        raise RuntimeError(
+            f"{owner}: used_token must have T = {num_tokens} values, got {list(mask.shape)}"
+        )
+
+
 def integer(owner: str, name: str, value: int, minimum: int) -> int:
     """An argument of a constructor as an int. Raises ValueError where it is none, or too small."""
     try:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from . import contracts
 from .functional import combine, dispatch, grouped_mm
-from .plan import Plan
+from .plan import Plan, make_plan
 
 ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -158,3 +158,57 @@ class ModuleExperts(Experts):
             done = end
         pieces.append(out.new_zeros(rows.shape[0] - done, rows.shape[1]))
         return torch.cat(pieces)
+
+
+class DeepSpeedExperts(nn.Module):
+    """DeepSpeed's `Experts`: copies of a module, each on its part of [ep, num_local_experts, C, H].
+
+    expert: maps [ep, 1, C, H] to the same shape, or to a tuple that begins with it
+    num_local_experts: how many copies; all start with the module's weights
+    expert_group_name: what its parameters carry as `group_name`; `allreduce` is False on them
+    """
+
+    def __init__(
+        self, expert: nn.Module, num_local_experts: int = 1, expert_group_name: str | None = None
+    ) -> None:
+        super().__init__()
+        contracts.integer("Experts", "num_local_experts", num_local_experts, 1)
+        self.deepspeed_experts = nn.ModuleList(
+            copy.deepcopy(expert) for _ in range(num_local_experts)
+        )
+        self.num_local_experts = num_local_experts
+        for parameter in self.deepspeed_experts.parameters():
+            parameter.allreduce = False
+            parameter.group_name = expert_group_name
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[ep, num_local_experts, C, H] -> the same shape."""
+        outputs = []
+        for expert, part in zip(self.deepspeed_experts, inputs.split(1, dim=1), strict=True):
+            out = expert(part)
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+        return torch.cat(outputs, dim=1)
+
+
+def padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+    """`Experts.routed` of a module that maps [1, E, C, H] to the same shape.
+
+    In a plan without capacity C is the largest load, which is read back from the device: one
+    synchronisation per call.
+    """
+    if plan.capacity is None:
+        if tokens.is_meta or torch.compiler.is_exporting():
+            raise RuntimeError(
+                "MOELayer: without dropping, experts on [1, E, C, H] need the largest load on the "
+                "host, which torch.export and the meta device cannot; use GroupedExperts"
+            )
+        plan = make_plan(plan.experts, plan.num_experts, int(plan.load.max()))
+    rows = dispatch(tokens, plan)
+    out = experts(rows.view(1, plan.num_experts, plan.capacity, -1))
+    if not isinstance(out, Tensor) or out.numel() != rows.numel():
+        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise RuntimeError(
+            f"MOELayer: experts must return [1, E, C, H] = "
+            f"{[1, plan.num_experts, plan.capacity, rows.shape[1]]}, got {got}"
+        )
+    return combine(out.reshape(rows.shape), plan, weights)

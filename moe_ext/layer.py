@@ -1,105 +1,282 @@
 """The layer: a gate and experts."""
 
+from __future__ import annotations
+
+import inspect
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .experts import Experts
+from . import route_forms
+from .experts import DeepSpeedExperts, Experts, padded_routed
+from .plan import Plan
+from .timers import Timers
 from .topk_gate import TopKGate
+
+MOE_TIMER = "moe"
 
 
 class Aux(NamedTuple):
     """What a layer says beside its output. A pytree.
 
-    l_aux: [] load-balance loss, not scaled
+    l_aux: [] auxiliary loss, not scaled
     exp_counts: [E] int64, routes that asked for an expert, before dropping
+    experts: [T, K] int32, the choice, -1 where there is none; `layer(hidden, experts=...)` makes it
+        again
     """
 
     l_aux: Tensor
     exp_counts: Tensor
+    experts: Tensor
+
+
+def _route(
+    gate: nn.Module, tokens: Tensor, used_token: Tensor | None, experts: Tensor | None
+) -> tuple[Plan, Tensor, Aux]:
+    recorded = () if experts is None else (experts,)
+    routing = gate.route(tokens, used_token, *recorded)
+    plan = routing.plan
+    return plan, routing.weights, Aux(routing.l_aux, plan.load.to(torch.int64), plan.experts)
+
+
+def _route_by_deepspeed_gate(
+    gate: nn.Module, tokens: Tensor, used_token: Tensor | None, experts: Tensor | None
+) -> tuple[Plan, Tensor, Aux]:
+    """Of a gate written for DeepSpeed, which returns masks or sparse routes."""
+    if experts is not None:
+        raise RuntimeError(
+            f"MOELayer: experts must be None with a gate of type {type(gate).__name__}, which has "
+            "no route(tokens, used_token, experts)"
+        )
+    knows_sparse = "sparse_routes" in inspect.signature(gate.forward).parameters
+    result = gate(tokens, used_token, **({"sparse_routes": True} if knows_sparse else {}))
+    plan, weights, l_aux, exp_counts = route_forms.plan_of(result, tokens.dtype)
+    return plan, weights, Aux(l_aux, exp_counts, plan.experts)
+
+
+def _routed(experts: Experts, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+    return experts.routed(tokens, plan, weights)
 
 
 class MOELayer(nn.Module):
     """Mixture of experts under DeepSpeed's name and arguments.
 
-    gate: a TopKGate, or a module with its `num_experts` and `route(tokens, used_token)`
-    experts: Experts of as many
+    gate: a TopKGate, or a module with its `num_experts` and `route(tokens, used_token)`;
+        or a gate written for DeepSpeed: `gate(tokens, used_token)` returns (l_aux,
+        combine_weights [T, E, C], dispatch_mask [T, E, C], exp_counts [E]) or, where it knows
+        `sparse_routes`, its seven of routes
+    experts: Experts of as many; or a module written for DeepSpeed, that maps
+        [1, num_local_experts, C, H] to the same shape. Without dropping C is the largest load then,
+        which is read back from the device.
     ep_group_name, ep_size, num_local_experts, use_tutel: taken for DeepSpeed's callers. All experts
         are local: ep_size is 1 and num_local_experts their number. Tutel is not used.
 
     `layer(hidden, used_token=None)` returns a tensor like hidden and leaves `l_aux` and
     `exp_counts` of that call as attributes. Under checkpointing, export and compile + checkpoint
     use `forward_with_aux`, which returns them. Copies and pickles leave the attributes out.
-    Raises ValueError where gate and experts do not fit.
+    With `wall_clock_breakdown` set, `time_moe` is the time of all calls in milliseconds, and the
+    gate's `gate_time` its part. Raises ValueError where gate and experts do not fit.
     """
 
     def __init__(
         self,
-        gate: TopKGate,
-        experts: Experts,
+        gate: nn.Module,
+        experts: nn.Module,
         ep_group_name: str | None = None,
         ep_size: int = 1,
         num_local_experts: int | None = None,
         use_tutel: bool = False,
     ) -> None:
         super().__init__()
+        self._route = _route
         if not (hasattr(gate, "route") and hasattr(gate, "num_experts")):
-            raise ValueError(
-                "MOELayer: gate must be a moe_ext.TopKGate or have its num_experts and route, "
-                f"got {type(gate).__name__}"
-            )
-        if not isinstance(experts, Experts):
-            raise ValueError(
-                f"MOELayer: experts must be moe_ext.Experts, got {type(experts).__name__}; "
-                "wrap a module of one expert in moe_ext.ModuleExperts"
-            )
-        if gate.num_experts != experts.num_experts:
-            raise ValueError(
-                f"MOELayer: experts must have the gate's num_experts = {gate.num_experts}, "
-                f"got {experts.num_experts}"
-            )
-        widths = getattr(gate, "model_dim", None), getattr(experts, "hidden_size", None)
-        if None not in widths and widths[0] != widths[1]:
-            raise ValueError(
-                f"MOELayer: experts must have the gate's model_dim = {widths[0]} as hidden_size, "
-                f"got {widths[1]}"
-            )
-        if ep_size != 1:
-            raise ValueError(f"MOELayer: ep_size must be 1, all experts are local, got {ep_size}")
-        if num_local_experts not in (None, experts.num_experts):
-            raise ValueError(
-                f"MOELayer: num_local_experts must be {experts.num_experts}, "
-                f"got {num_local_experts}"
-            )
+            if not isinstance(gate, nn.Module):
+                raise ValueError(f"MOELayer: gate must be a module, got {type(gate).__name__}")
+            self._route = _route_by_deepspeed_gate
+        self._routed = _routed if isinstance(experts, Experts) else padded_routed
+        if num_local_experts is None:
+            num_local_experts = _num_experts(experts)
+        _check_fit(gate, experts, ep_size, num_local_experts)
         self.gate = gate
         self.experts = experts
         self.ep_group_name = ep_group_name
+        self.ep_group: dist.ProcessGroup | None = None
         self.ep_size = ep_size
-        self.num_local_experts = experts.num_experts
+        self.num_local_experts = num_local_experts
+        self.use_tutel = False
+        self.timers = Timers()
+        self.wall_clock_breakdown = False
+        self.time_moe = 0.0
+        # Of exchanges between processes; with all experts local there are none.
+        self.time_falltoall = 0.0
+        self.time_salltoall = 0.0
         self.l_aux: Tensor | None = None
         self.exp_counts: Tensor | None = None
 
-    def forward(self, hidden: Tensor, used_token: Tensor | None = None) -> Tensor:
+    def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
+        self.ep_group = ep_group
+        self.gate._set_ep_group(ep_group)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        used_token: Tensor | None = None,
+        *,
+        experts: Tensor | None = None,
+    ) -> Tensor:
         """hidden: [..., H] -> the same shape and dtype.
 
         used_token: a value for every token of hidden; a token with 0 (or False) gives zeros
+        experts: [T, K] int32, a recorded choice (`Aux.experts`) to make again
         """
-        out, aux = self.forward_with_aux(hidden, used_token)
-        self.l_aux, self.exp_counts = aux
+        out, aux = self.forward_with_aux(hidden, used_token, experts=experts)
+        self.l_aux, self.exp_counts = aux.l_aux, aux.exp_counts
         return out
 
     def forward_with_aux(
-        self, hidden: Tensor, used_token: Tensor | None = None
+        self,
+        hidden: Tensor,
+        used_token: Tensor | None = None,
+        *,
+        experts: Tensor | None = None,
     ) -> tuple[Tensor, Aux]:
-        """`forward` without side effects: (out, Aux(l_aux, exp_counts))."""
+        """`forward` without side effects: (out, Aux(l_aux, exp_counts, experts))."""
         if hidden.dim() == 0:
             raise RuntimeError("MOELayer: hidden must be [..., H], got []")
+        if not self.wall_clock_breakdown:
+            return self._forward(hidden, used_token, experts)
+        with self.timers.time(MOE_TIMER):
+            result = self._forward(hidden, used_token, experts)
+        self.time_moe = self.timers(MOE_TIMER).elapsed(reset=False)
+        return result
+
+    def _forward(
+        self, hidden: Tensor, used_token: Tensor | None, experts: Tensor | None
+    ) -> tuple[Tensor, Aux]:
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        routing = self.gate.route(tokens, used_token)
-        out = self.experts.routed(tokens, routing.plan, routing.weights)
-        aux = Aux(routing.l_aux, routing.plan.load.to(torch.int64))
+        plan, weights, aux = self._route(self.gate, tokens, used_token, experts)
+        out = self._routed(self.experts, tokens, plan, weights)
         return out.to(hidden.dtype).view(hidden.shape), aux
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "l_aux": None, "exp_counts": None}
+
+
+def _num_experts(experts: nn.Module) -> int:
+    for name in ("num_experts", "num_local_experts"):
+        if isinstance(getattr(experts, name, None), int):
+            return getattr(experts, name)
+    raise ValueError(
+        "MOELayer: num_local_experts must be given where experts are no moe_ext.Experts, got "
+        f"{type(experts).__name__}; copies of one expert are moe_ext.ModuleExperts"
+    )
+
+
+def _check_fit(gate: nn.Module, experts: nn.Module, ep_size: int, num_local_experts: int) -> None:
+    if not isinstance(experts, nn.Module):
+        raise ValueError(f"MOELayer: experts must be a module, got {type(experts).__name__}")
+    if ep_size != 1:
+        raise ValueError(f"MOELayer: ep_size must be 1, all experts are local, got {ep_size}")
+    if isinstance(experts, Experts) and num_local_experts != experts.num_experts:
+        raise ValueError(
+            f"MOELayer: num_local_experts must be {experts.num_experts}, got {num_local_experts}"
+        )
+    if getattr(gate, "num_experts", num_local_experts) != num_local_experts:
+        raise ValueError(
+            f"MOELayer: experts must have the gate's num_experts = {gate.num_experts}, "
+            f"got {num_local_experts}"
+        )
+    widths = getattr(gate, "model_dim", None), getattr(experts, "hidden_size", None)
+    if None not in widths and widths[0] != widths[1]:
+        raise ValueError(
+            f"MOELayer: experts must have the gate's model_dim = {widths[0]} as hidden_size, "
+            f"got {widths[1]}"
+        )
+
+
+class MoE(nn.Module):
+    """The layer with its gate and copies of one expert: DeepSpeed's `deepspeed.moe.layer.MoE`.
+
+    hidden_size: H
+    expert: a module that maps [..., H] to the same shape, or to a tuple that begins with it; every
+        expert starts as a copy of it
+    num_experts: E
+    ep_size: 1, all experts are local
+    k, capacity_factor, eval_capacity_factor, min_capacity, noisy_gate_policy, drop_tokens, use_rts,
+        top2_2nd_expert_sampling: the gate's, as of TopKGate; min_capacity is 4 here
+    use_residual: add `expert` itself on every token, the two weighed by a softmax over
+        `coefficient` (Residual MoE, arXiv 2201.05596)
+    use_tutel, enable_expert_tensor_parallelism: taken for DeepSpeed's callers
+    gate_options: any other option of TopKGate, by keyword
+
+    `moe(hidden, used_token=None)` returns (out like hidden, l_aux, exp_counts). Raises ValueError
+    where an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert: nn.Module,
+        num_experts: int = 1,
+        ep_size: int = 1,
+        k: int = 1,
+        capacity_factor: float = 1.0,
+        eval_capacity_factor: float = 1.0,
+        min_capacity: int = 4,
+        use_residual: bool = False,
+        noisy_gate_policy: str | None = None,
+        drop_tokens: bool = True,
+        use_rts: bool = True,
+        use_tutel: bool = False,
+        enable_expert_tensor_parallelism: bool = False,
+        top2_2nd_expert_sampling: bool = True,
+        **gate_options,
+    ) -> None:
+        super().__init__()
+        if ep_size != 1:
+            raise ValueError(f"MoE: ep_size must be 1, all experts are local, got {ep_size}")
+        self.use_residual = use_residual
+        self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
+        self.ep_size = ep_size
+        self.expert_group_name = f"ep_size_{ep_size}"
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // ep_size
+        experts = DeepSpeedExperts(expert, self.num_local_experts, self.expert_group_name)
+        gate = TopKGate(
+            hidden_size,
+            num_experts,
+            k,
+            capacity_factor,
+            eval_capacity_factor,
+            min_capacity,
+            noisy_gate_policy,
+            drop_tokens,
+            use_rts,
+            None,
+            top2_2nd_expert_sampling,
+            **gate_options,
+        )
+        self.deepspeed_moe = MOELayer(
+            gate, experts, self.expert_group_name, ep_size, self.num_local_experts, use_tutel
+        )
+        if use_residual:
+            self.mlp = expert
+            self.coefficient = nn.Linear(hidden_size, 2)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """For DeepSpeed's engine, which calls it: with all experts local there is no group."""
+
+    def forward(
+        self, hidden_states: Tensor, used_token: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states: [..., H] -> (the same shape and dtype, l_aux [], exp_counts [E] int64)."""
+        output = self.deepspeed_moe(hidden_states, used_token)
+        if self.use_residual:
+            residual = self.mlp(hidden_states)
+            residual = residual[0] if isinstance(residual, tuple) else residual
+            shares = F.softmax(self.coefficient(hidden_states), dim=-1)
+            output = output * shares[..., 0:1] + residual * shares[..., 1:]
+        return output, self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts

@@ -20,7 +20,8 @@ from . import contracts
 # torch.library.infer_schema, which reads Optional[...] and tuple[...].
 
 
-def _scored(logits: Tensor, scoring: str) -> Tensor:
+def scored(logits: Tensor, scoring: str) -> Tensor:
+    """The score of every expert."""
     if scoring == "softmax":
         return logits.softmax(dim=-1)
     if scoring == "sigmoid":
@@ -50,7 +51,7 @@ def gate(
     choice_scores = logits if choice_scores is None else choice_scores
     order = torch.sort(choice_scores, dim=-1, descending=True, stable=True).indices
     experts = order[:, :k]
-    probs = _scored(logits.to(contracts.accumulate_dtype(logits.dtype)), scoring)
+    probs = scored(logits.to(contracts.accumulate_dtype(logits.dtype)), scoring)
     weights = probs.gather(-1, experts)
     if renormalise:
         weights = weights / _divisor(weights)

@@ -1,76 +1,228 @@
-"""Routes in DeepSpeed's words and forms: S tokens, E experts, C capacity, locations in an expert.
+"""DeepSpeed's `deepspeed.moe.sharded_moe`: its names, arguments and results.
 
-Source: deepspeed/moe/sharded_moe.py of DeepSpeed 0.19. The masks are quadratic in the tokens, since
-E * C grows with S; the layer works on the plan instead.
+For code that was written for it; the masks [S, E, C] are quadratic in the tokens, and `MOELayer`
+makes none. S tokens, E experts, C capacity, M the model's width. README.md says where results
+differ from DeepSpeed's and why.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
 
-if TYPE_CHECKING:
-    from .topk_gate import Routing
+from . import contracts, selection
+from .experts import DeepSpeedExperts as Experts
+from .layer import MOE_TIMER, MOELayer
+from .losses import load_balance_loss
+from .mappings import drop_tokens, gather_tokens
+from .route_forms import form
+from .routing import Routing, expert_capacity, route
+from .topk_gate import TOPK_GATE_TIMER, TopKGate
+from .utils import (
+    has_moe_layers,
+    is_moe_param,
+    split_params_into_different_moe_groups_for_optimizer,
+    split_params_into_shared_and_expert_params,
+)
+
+__all__ = [
+    "MOE_TIMER",
+    "TOPK_GATE_TIMER",
+    "TUTEL_INSTALLED",
+    "USE_EINSUM",
+    "Experts",
+    "MOELayer",
+    "TopKGate",
+    "_AllToAll",
+    "_capacity",
+    "drop_tokens",
+    "einsum",
+    "gather_tokens",
+    "gumbel_rsample",
+    "has_moe_layers",
+    "is_moe_param",
+    "multiplicative_jitter",
+    "split_params_into_different_moe_groups_for_optimizer",
+    "split_params_into_shared_and_expert_params",
+    "top1gating",
+    "top2gating",
+    "topkgating",
+]
+
+# Tutel is not used: its form of the routes is made without it.
+TUTEL_INSTALLED = False
+
+# False: `einsum` takes the rewrites below.
+USE_EINSUM = True
 
 
-def _exp_counts(routing: Routing) -> Tensor:
-    return routing.plan.load.to(torch.int64)
+def multiplicative_jitter(x: Tensor, device=None, epsilon: float = 1e-2) -> Tensor:
+    """x times a uniform number in 1 ± epsilon for every element; float32 for 16-bit x.
 
-
-def _capacity(routing: Routing) -> int:
-    """C, in a plan without capacity the largest load: read back from the device."""
-    plan = routing.plan
-    return int(plan.load.max()) if plan.capacity is None else plan.capacity
-
-
-def _locations(routing: Routing) -> tuple[Tensor, Tensor]:
-    """Expert, -1 where dropped, and row within the expert, 0 where dropped. Both [S, K] int64."""
-    plan = routing.plan
-    kept = plan.slots >= 0
-    experts = torch.where(kept, plan.experts, -1).long()
-    starts = plan.offsets[experts.clamp(min=0)]
-    return experts, torch.where(kept, plan.slots - starts, 0).long()
-
-
-def dense_routes(routing: Routing) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(l_aux, combine_weights [S, E, C], dispatch_mask [S, E, C] bool, exp_counts [E] int64)."""
-    S, E, C = routing.weights.shape[0], routing.plan.num_experts, _capacity(routing)
-    experts, locations = _locations(routing)
-    # A last column takes the dropped routes, and is cut off.
-    index = torch.where(experts >= 0, experts * C + locations, E * C)
-    flat = routing.weights.new_zeros(S, E * C + 1).scatter(1, index, routing.weights)
-    combine_weights = flat[:, :-1].reshape(S, E, C)
-    return routing.l_aux, combine_weights, combine_weights.bool(), _exp_counts(routing)
-
-
-def sparse_routes(routing: Routing) -> tuple:
-    """(l_aux, C [] int64, E, indices, locations, gates, exp_counts [E] int64), routes [K, S].
-
-    indices int32, -1 where dropped; locations int32 and gates like the weights, 0 where dropped.
+    device: taken for DeepSpeed's callers; x is where it is
     """
-    experts, locations = _locations(routing)
-    return (
-        routing.l_aux,
-        torch.tensor(_capacity(routing)),
-        routing.plan.num_experts,
-        experts.t().to(torch.int32).contiguous(),
-        locations.t().to(torch.int32).contiguous(),
-        routing.weights.t().contiguous(),
-        _exp_counts(routing),
-    )
+    return x if epsilon == 0 else x * selection.uniform(x, 1 - epsilon, 1 + epsilon)
 
 
-def tutel_routes(routing: Routing) -> tuple:
-    """(l_aux, C [] int64, E, indices, locations, gates, exp_counts), lists of K tensors [S]."""
-    experts, locations = _locations(routing)
-    return (
-        routing.l_aux,
-        torch.tensor(_capacity(routing)),
-        routing.plan.num_experts,
-        list(experts.unbind(dim=1)),
-        list(locations.unbind(dim=1)),
-        list(routing.weights.unbind(dim=1)),
-        _exp_counts(routing),
+def gumbel_rsample(shape: tuple, device: torch.device) -> Tensor:
+    """Gumbel(0, 1) noise of a shape, float32."""
+    return selection.gumbel(torch.empty(shape, device=device))
+
+
+class _AllToAll(Function):
+    """`_AllToAll.apply(group, input)`: the i-th part of dimension 0 goes to the group's process i.
+
+    All parts are of equal size, so that it is its own inverse and its own gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, group: dist.ProcessGroup | None, input: Tensor) -> Tensor:
+        ctx.group = group
+        if not dist.is_initialized():
+            raise RuntimeError("_AllToAll: torch.distributed is not initialised")
+        size = dist.get_world_size(group)
+        if input.dim() == 0 or input.shape[0] % size:
+            raise RuntimeError(
+                f"_AllToAll: dimension 0 of input must be a multiple of the group's size {size}, "
+                f"got {list(input.shape)}"
+            )
+        input = input.contiguous()
+        output = torch.empty_like(input)
+        dist.all_to_all_single(output, input, group=group)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[None, Tensor]:
+        return None, _AllToAll.apply(ctx.group, grad_output)
+
+
+_REWRITES = {
+    "s,se->se": lambda a, b: a.reshape(-1, 1) * b,
+    "se,sc->sec": lambda a, b: a.unsqueeze(2) * b.unsqueeze(1),
+    "se,se->s": lambda a, b: (a.unsqueeze(1) @ b.unsqueeze(2)).reshape(-1),
+    "se,sec->sec": lambda a, b: a.unsqueeze(2) * b,
+    "sec,sm->ecm": lambda a, b: (a.flatten(1).t() @ b).unflatten(0, a.shape[1:]),
+    "sec,ecm->sm": lambda a, b: a.flatten(1) @ b.flatten(0, 1),
+    "ks,ksm->sm": lambda a, b: (a.t().unsqueeze(1) @ b.transpose(0, 1)).squeeze(1),
+}
+
+
+def einsum(rule: str, a: Tensor, b: Tensor) -> Tensor:
+    """torch.einsum(rule, a, b); of DeepSpeed's own rules, with USE_EINSUM = False, as products."""
+    if USE_EINSUM or rule not in _REWRITES:
+        return torch.einsum(rule, a, b)
+    return _REWRITES[rule](a, b)
+
+
+def _capacity(gates: Tensor, capacity_factor: Tensor, min_capacity: Tensor) -> Tensor:
+    """C for gates [S, E], as a tensor [] int64 on the host: see `expert_capacity`."""
+    S, E = gates.shape
+    return torch.tensor(expert_capacity(S, E, float(capacity_factor), int(min_capacity)))
+
+
+def top1gating(
+    logits: Tensor,
+    capacity_factor: float,
+    min_capacity: int,
+    used_token: Tensor | None = None,
+    noisy_gate_policy: str | None = None,
+    drop_tokens: bool = True,
+    use_rts: bool = True,
+    ep_group: dist.ProcessGroup | bool | None = None,
+    sparse_routes: bool = False,
+    use_tutel: bool = False,
+) -> tuple:
+    """One expert for every token: (l_aux, combine_weights, dispatch_mask, exp_counts).
+
+    logits: [S, E]
+    used_token: [S], 0 where a token is not routed
+    noisy_gate_policy: "RSample" adds Gumbel noise to what the choice is made on
+    use_rts: keep a random C of an expert's tokens, else the first C
+    ep_group: without dropping, C is the largest of all its processes. A bool, where DeepSpeed 0.7
+        has use_tutel, is use_tutel.
+    sparse_routes, use_tutel: give the seven of routes instead (see `route_forms`)
+    """
+    if isinstance(ep_group, bool):
+        ep_group, use_tutel = None, ep_group
+    logits = _wide(logits)
+    noisy = noisy_gate_policy == "RSample"
+    scores = logits.detach() + selection.gumbel(logits) if noisy else None
+    routing = route(
+        logits,
+        1,
+        choice_scores=scores,
+        used_token=used_token,
+        capacity=_rows(logits, capacity_factor, min_capacity, drop_tokens),
+        drop_policy="random" if use_rts else "position",
     )
+    return form(routing, sparse_routes, use_tutel, ep_group)
+
+
+def top2gating(
+    logits: Tensor,
+    capacity_factor: float,
+    min_capacity: int,
+    drop_tokens: bool = True,
+    ep_group: dist.ProcessGroup | None = None,
+    top2_2nd_expert_sampling: bool = True,
+    sparse_routes: bool = False,
+) -> tuple:
+    """Two experts for every token, the first of them first in the queue: as `top1gating`.
+
+    top2_2nd_expert_sampling: the second choice is made on logits with Gumbel noise
+    """
+    logits = _wide(logits)
+    scores = None
+    if top2_2nd_expert_sampling:
+        fixed = logits.detach()
+        scores = selection.keep_first(fixed, fixed + selection.gumbel(fixed))
+    routing = route(
+        logits,
+        2,
+        choice_scores=scores,
+        renormalise="after",
+        capacity=_rows(logits, 2 * capacity_factor, min_capacity, drop_tokens),
+    )
+    return form(routing, sparse_routes, False, ep_group)
+
+
+def topkgating(
+    logits: Tensor,
+    k: int,
+    capacity_factor: float,
+    min_capacity: int,
+    drop_tokens: bool = True,
+    ep_group: dist.ProcessGroup | None = None,
+    drop_policy: str = "probs",
+    sparse_routes: bool = False,
+) -> tuple:
+    """k experts for every token, which queue token after token: as `top1gating`.
+
+    drop_policy: "probs" keeps the most probable of an expert's tokens, "position" the first
+    """
+
+    def all_choices(routing: Routing) -> Tensor:
+        return load_balance_loss(routing.importance, routing.plan.load, logits.shape[0], k)
+
+    logits = _wide(logits)
+    routing = route(
+        logits,
+        k,
+        renormalise="after",
+        capacity=_rows(logits, k * capacity_factor, min_capacity, drop_tokens),
+        drop_policy=drop_policy,
+        order="token",
+        aux_loss=all_choices,
+    )
+    return form(routing, sparse_routes, False, ep_group)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(contracts.accumulate_dtype(logits.dtype))
+
+
+def _rows(logits: Tensor, factor: float, min_capacity: int, drop_tokens: bool) -> int | None:
+    S, E = logits.shape
+    return expert_capacity(S, E, factor, min_capacity) if drop_tokens else None

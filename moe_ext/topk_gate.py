@@ -1,101 +1,71 @@
-"""The gate: who goes to which expert, with what weight, and who is dropped."""
+"""The gate module: a router and a routing rule."""
 
-import math
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from . import contracts, sharded_moe
-from .functional import Choice, gate, has_autocast
-from .plan import Plan, make_plan
+from . import contracts, reference, route_forms, selection
+from .functional import has_autocast
+from .routers import LinearRouter
+from .routing import DROP_POLICIES, RENORMALISE, Routing, expert_capacity, route
+from .timers import Timers
 
-NOISE_POLICIES = (None, "None", "Jitter", "RSample")
-DROP_POLICIES = ("random", "position", "probs")
-JITTER = 1e-2
-
-
-class Routing(NamedTuple):
-    """What a gate decides for T tokens. A pytree.
-
-    weights: [T, K] float32 (float64 for float64 tokens), 0 where the route was dropped
-    plan: where every route goes
-    probs: [T, E], importance: [E], the scores of all experts and their column sums
-    l_aux: [] load-balance loss, not scaled
-    """
-
-    weights: Tensor
-    plan: Plan
-    probs: Tensor
-    importance: Tensor
-    l_aux: Tensor
-
-
-def _float32(x):
-    """x > 0 rounded to float32, in arithmetic that torch.compile traces with x unknown.
-
-    24 bits are left of a double; a logarithm that rounds up to the next integer moves the grid only
-    for an x that becomes that power of two anyway.
-    """
-    scale = 2.0 ** (23 - math.floor(math.log2(x)))
-    return round(x * scale) / scale
-
-
-def expert_capacity(num_tokens: int, num_experts: int, factor: float, min_capacity: int) -> int:
-    """Rows an expert may have: max(ceil(num_tokens / num_experts * factor), min_capacity).
-
-    The product is a float32 one, as in DeepSpeed; float64 differs for some sizes, in both
-    directions (25 tokens, 2 experts, factor 1.2: 16 against 15).
-    """
-    if num_tokens == 0:
-        return min_capacity
-    # The ratio makes the factor a constant for torch.compile; the tokens may stay unknown.
-    numerator, denominator = float(factor).as_integer_ratio()
-    product = _float32(num_tokens / num_experts) * _float32(numerator / denominator)
-    return max(math.ceil(_float32(product)), min_capacity)
-
-
-def load_balance_loss(importance: Tensor, load: Tensor, num_tokens: int, choices: int) -> Tensor:
-    """E / choices * sum over e of importance[e] / T * load[e] / T; 1 where both are even.
-
-    importance: [E] column sums of the probabilities, differentiable
-    load: [E] how often an expert was chosen, counting `choices` choices of every token
-    The loss of Switch Transformers (arXiv 2101.03961, eq. 4) for choices = 1.
-    """
-    tokens = max(num_tokens, 1)
-    shares = (importance / tokens) * (load.to(importance.dtype) / tokens)
-    return shares.sum() * (importance.shape[0] / choices)
-
-
-def _gumbel_like(x: Tensor) -> Tensor:
-    return -torch.empty_like(x).exponential_().log()
+# What a None noise_scale is; of "Gaussian" it is 1 / E, as in Tutel.
+NOISE_SCALES = {None: 0.0, "None": 0.0, "Jitter": 1e-2, "RSample": 1.0, "Gaussian": None}
+TOPK_GATE_TIMER = "topk_gate"
+BALANCING = (None, "sinkhorn", "forced")
 
 
 class TopKGate(nn.Module):
-    """A linear router with top-k choice, under DeepSpeed's name and arguments.
+    """A router with top-k choice, under DeepSpeed's name and arguments; and every other rule.
 
     model_dim: H
     num_experts: E
-    k: choices per token, 1..E. With k = 1 a weight is the softmax probability; with more the
-        weights of a token's kept routes are divided by their sum.
+    k: choices per token, 1..E
     capacity_factor, eval_capacity_factor: an expert takes
-        max(ceil(T / E * k * factor), min_capacity) routes
-    noisy_gate_policy: in training only, "Jitter" multiplies the gate's input by a uniform number
-        in 1 ± 0.01 and "RSample" adds Gumbel noise to the scores that the choice is made on
+        max(ceil(T / E * k * factor), min_capacity) routes, in training and in evaluation
+    noisy_gate_policy: "Jitter" multiplies the router's input by a uniform number in
+        1 ± noise_scale; "RSample" adds Gumbel noise times noise_scale to what the choice is made
+        on; "Gaussian" adds normal noise of deviation noise_scale to the logits, thus to the weights
+        too. In training only.
     drop_tokens: False drops nothing: an expert takes what comes
     use_rts: in training, k = 1 drops at random (random token selection)
-    ep_group: taken for DeepSpeed's callers; None, all experts are local
+    ep_group: where it has several processes, `forward` gives all the same C without dropping
     top2_2nd_expert_sampling: in training with k = 2, the second choice is made on scores with
         Gumbel noise
-    drop_policy: who is dropped. "random"; "position", the last to queue, all first choices before
-        all second ones; "probs", the smallest probability, routes queueing token after token. None
-        is DeepSpeed's choice: "random" for k = 1 with use_rts, "probs" for k > 2, else "position".
-        In evaluation "random" is "position".
 
-    The loss counts first choices for k <= 2 and all choices for more, and is a mean over all T
-    tokens, those that used_token takes out too, as DeepSpeed's is.
-    Everything is computed in float32, in float64 where the input or the weight is float64, under
+    The rest is by keyword.
+
+    drop_policy: who is dropped. "random"; "position", the last to queue; "probs", the smallest
+        score. None is DeepSpeed's choice: "random" for k = 1 with use_rts, "probs" for k > 2, else
+        "position". In evaluation "random" is "position".
+    order: how routes queue, "choice" (all first choices, then all second ones) or "token". None is
+        DeepSpeed's: "token" for the policy "probs", else "choice".
+    scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
+    renormalise: divide a token's weights by their sum "before" or "after" dropping, or "never".
+        None is DeepSpeed's: "never" for k = 1, else "after". With softmax and "before" the weights
+        are the softmax over the chosen logits.
+    scale: factor on the weights
+    num_groups, groups_per_token, group_score: a token chooses within its best groups (see
+        `selection.group_mask`); one group is no limit
+    selection_bias: a buffer expert_bias [E] is added to the scores that the choice is made on, and
+        to nothing else; `update_bias` balances the load by it
+    balancing: "sinkhorn" chooses on `selection.sinkhorn` of the logits, in training; "forced"
+        gives every expert as many routes whatever the router says, for benchmarks
+    noise_scale: see noisy_gate_policy; None is 0.01, 1 or 1 / E
+    noise_in_eval: noisy_gate_policy in evaluation too
+    sampling_in_eval: random token selection and the second expert's sampling in evaluation too, as
+        DeepSpeed has it
+    aux_loss: gives l_aux from a Routing. None is the load-balance loss: of first choices for
+        k <= 2 and of all for more, a mean over all T tokens, those that used_token takes out too,
+        as DeepSpeed's is.
+    router: a module that maps [T, H] to logits [T, E]; None is a LinearRouter without bias
+
+    Everything is computed in float32, in float64 where the input or a weight is float64, under
     autocast too. Raises ValueError where an argument is out of range.
     """
 
@@ -110,10 +80,24 @@ class TopKGate(nn.Module):
         noisy_gate_policy: str | None = None,
         drop_tokens: bool = True,
         use_rts: bool = True,
-        ep_group=None,
+        ep_group: dist.ProcessGroup | None = None,
         top2_2nd_expert_sampling: bool = True,
         *,
         drop_policy: str | None = None,
+        order: str | None = None,
+        scoring: str = "softmax",
+        renormalise: str | None = None,
+        scale: float = 1.0,
+        num_groups: int = 1,
+        groups_per_token: int = 1,
+        group_score: str = "max",
+        selection_bias: bool = False,
+        balancing: str | None = None,
+        noise_scale: float | None = None,
+        noise_in_eval: bool = False,
+        sampling_in_eval: bool = False,
+        aux_loss: Callable[[Routing], Tensor] | None = None,
+        router: nn.Module | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -124,47 +108,91 @@ class TopKGate(nn.Module):
         self.min_capacity = contracts.integer("TopKGate", "min_capacity", min_capacity, 0)
         if k > num_experts:
             raise ValueError(f"TopKGate: k must be in 1..num_experts = {num_experts}, got {k}")
-        for name, factor in (
-            ("capacity_factor", capacity_factor),
-            ("eval_capacity_factor", eval_capacity_factor),
-        ):
-            if not 1e-6 <= factor <= 1e6:
-                raise ValueError(
-                    f"TopKGate: {name} must be in 1e-6..1e6, got {factor}; "
-                    "drop_tokens=False is without limit"
-                )
-        if ep_group is not None:
-            raise ValueError("TopKGate: ep_group must be None, all experts are local")
-        if noisy_gate_policy not in NOISE_POLICIES:
+        if ep_group is not None and not isinstance(ep_group, dist.ProcessGroup):
             raise ValueError(
-                f"TopKGate: noisy_gate_policy must be one of {NOISE_POLICIES}, "
-                f"got {noisy_gate_policy!r}"
+                f"TopKGate: ep_group must be None or a process group, got {ep_group!r}"
             )
         if drop_policy is None:
             drop_policy = "random" if k == 1 and use_rts else "probs" if k > 2 else "position"
-        if drop_policy not in DROP_POLICIES:
-            raise ValueError(
-                f"TopKGate: drop_policy must be None or one of {DROP_POLICIES}, got {drop_policy!r}"
-            )
+        if order is None:
+            order = "token" if drop_policy == "probs" else "choice"
+        if renormalise is None:
+            renormalise = "never" if k == 1 else "after"
+        if noise_scale is None:
+            default = NOISE_SCALES.get(noisy_gate_policy)
+            noise_scale = 1 / num_experts if default is None else default
+        _check_names(
+            noisy_gate_policy=(noisy_gate_policy, tuple(NOISE_SCALES)),
+            drop_policy=(drop_policy, DROP_POLICIES),
+            order=(order, contracts.ORDERS),
+            scoring=(scoring, contracts.SCORINGS),
+            renormalise=(renormalise, RENORMALISE),
+            group_score=(group_score, selection.GROUP_SCORES),
+            balancing=(balancing, BALANCING),
+        )
+        _check_numbers(
+            capacity_factor=(capacity_factor, 1e-6, 1e6),
+            eval_capacity_factor=(eval_capacity_factor, 1e-6, 1e6),
+            scale=(scale, -1e6, 1e6),
+            noise_scale=(noise_scale, 0, 1e6),
+        )
+        _check_groups(num_experts, k, num_groups, groups_per_token)
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.noisy_gate_policy = noisy_gate_policy
         self.drop_tokens = drop_tokens
         self.use_rts = use_rts
+        self.ep_group = ep_group
         self.top2_2nd_expert_sampling = top2_2nd_expert_sampling
         self.drop_policy = drop_policy
-        self.wg = nn.Linear(
-            self.model_dim, self.num_experts, bias=False, device=device, dtype=dtype
-        )
+        self.order = order
+        self.scoring = scoring
+        self.renormalise = renormalise
+        self.scale = scale
+        self.num_groups = num_groups
+        self.groups_per_token = groups_per_token
+        self.group_score = group_score
+        self.balancing = balancing
+        self.noise_scale = noise_scale
+        self.noise_in_eval = noise_in_eval
+        self.sampling_in_eval = sampling_in_eval
+        self.aux_loss = aux_loss
+        self.timers = Timers()
+        self.wall_clock_breakdown = False
+        self.gate_time = 0.0
+        if router is None:
+            router = LinearRouter(
+                self.model_dim, self.num_experts, bias=False, device=device, dtype=dtype
+            )
+        self.wg = router
+        self.expert_bias: Tensor | None
+        bias = torch.zeros(num_experts, device=device) if selection_bias else None
+        self.register_buffer("expert_bias", bias)
 
     def reset_parameters(self) -> None:
         self.wg.reset_parameters()
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
 
     def extra_repr(self) -> str:
         return (
             f"k={self.k}, drop_tokens={self.drop_tokens}, drop_policy={self.drop_policy!r}, "
-            f"capacity_factor={self.capacity_factor}, min_capacity={self.min_capacity}"
+            f"capacity_factor={self.capacity_factor}, min_capacity={self.min_capacity}, "
+            f"scoring={self.scoring!r}, renormalise={self.renormalise!r}"
         )
+
+    def _apply(self, fn, recurse: bool = True):
+        """As of every module, but expert_bias stays float32: steps of 0.001 are lost in 16 bits."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias.dtype != torch.float32:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
+    def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
+        if self.ep_group is not None:
+            raise RuntimeError("TopKGate: ep_group has been set already")
+        self.ep_group = ep_group
 
     def capacity(self, num_tokens: int) -> int | None:
         """Rows an expert may have for this many tokens, in the present mode; None without limit."""
@@ -178,11 +206,17 @@ class TopKGate(nn.Module):
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         return expert_capacity(num_tokens, self.num_experts, self.k * factor, self.min_capacity)
 
-    def route(self, tokens: Tensor, used_token: Tensor | None = None) -> Routing:
+    def route(
+        self,
+        tokens: Tensor,
+        used_token: Tensor | None = None,
+        experts: Tensor | None = None,
+    ) -> Routing:
         """Decide for every token.
 
         tokens: [T, H]
         used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
+        experts: [T, K] int32, a recorded choice to make again (`routing.plan.experts`); -1 is none
 
         Raises RuntimeError where an argument breaks this contract.
         """
@@ -191,35 +225,14 @@ class TopKGate(nn.Module):
                 f"TopKGate: tokens must be [T, H] with H = {self.model_dim}, "
                 f"got {list(tokens.shape)}"
             )
-        num_tokens = tokens.shape[0]
-        logits = self._logits(tokens)
-        choice = gate(logits, self.k, choice_scores=self._choice_scores(logits))
-        experts = choice.experts
         if used_token is not None:
-            if not isinstance(used_token, Tensor):
-                raise RuntimeError(
-                    f"TopKGate: used_token must be a tensor, got {type(used_token).__name__}"
-                )
-            if used_token.numel() != num_tokens:
-                raise RuntimeError(
-                    f"TopKGate: used_token must have T = {num_tokens} values, "
-                    f"got {list(used_token.shape)}"
-                )
-            experts = torch.where(used_token.reshape(-1, 1) != 0, experts, -1)
-        plan = make_plan(
-            experts,
-            self.num_experts,
-            self.capacity(num_tokens),
-            priority=self._priority(choice),
-            order="token" if self.drop_policy == "probs" else "choice",
-        )
-        return Routing(
-            self._weights(choice, plan, tokens.dtype),
-            plan,
-            choice.probs,
-            choice.importance,
-            self._balance(choice, plan),
-        )
+            contracts.used_token("TopKGate", used_token, tokens.shape[0])
+        if not self.wall_clock_breakdown:
+            return self._route(tokens, used_token, experts)
+        with self.timers.time(TOPK_GATE_TIMER):
+            routing = self._route(tokens, used_token, experts)
+        self.gate_time = self.timers(TOPK_GATE_TIMER).elapsed(reset=False)
+        return routing
 
     def forward(
         self,
@@ -232,60 +245,132 @@ class TopKGate(nn.Module):
 
         input: [T, H]. Returns (l_aux, combine_weights [T, E, C], dispatch_mask [T, E, C],
         exp_counts [E] int64), or a tuple of seven with `sparse_routes` or `use_tutel` (see
-        `sharded_moe`). exp_counts counts all choices before dropping, on the input's device. Where
+        `route_forms`). exp_counts counts all choices before dropping, on the input's device. Where
         nothing is dropped C is the largest load, which is read back from the device.
         """
         routing = self.route(input, used_token)
-        if use_tutel:
-            return sharded_moe.tutel_routes(routing)
-        if sparse_routes:
-            return sharded_moe.sparse_routes(routing)
-        return sharded_moe.dense_routes(routing)
+        return route_forms.form(routing, sparse_routes, use_tutel, self.ep_group)
+
+    @torch.no_grad()
+    def update_bias(
+        self, load: Tensor, rate: float = 1e-3, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Balance without a loss (arXiv 2408.15664): raise expert_bias by rate where the load is
+        below its mean, lower it where it is above.
+
+        load: [E] since the last update, as sums of `layer.exp_counts`
+        group: count the load of all its processes
+        """
+        if self.expert_bias is None:
+            raise RuntimeError("TopKGate: update_bias needs selection_bias=True")
+        if load.shape != self.expert_bias.shape:
+            raise RuntimeError(
+                f"TopKGate: load must be [E] with E = {self.num_experts}, got {list(load.shape)}"
+            )
+        load = load.to(self.expert_bias.device, torch.int64, copy=True)
+        if group is not None:
+            dist.all_reduce(load, group=group)
+        # Integers: E * load against their sum has no rounding.
+        self.expert_bias += rate * torch.sign(load.sum() - self.num_experts * load)
+
+    def _route(self, tokens: Tensor, used_token: Tensor | None, experts: Tensor | None) -> Routing:
+        num_tokens = tokens.shape[0]
+        logits = self._logits(tokens)
+        if experts is None and self.balancing == "forced":
+            experts = selection.round_robin(num_tokens, self.k, self.num_experts, tokens.device)
+        draws = self.training or self.sampling_in_eval
+        routing = route(
+            logits,
+            self.k,
+            choice_scores=self._choice_scores(logits, used_token) if experts is None else None,
+            experts=experts,
+            used_token=used_token,
+            scoring=self.scoring,
+            renormalise=self.renormalise,
+            scale=self.scale,
+            capacity=self.capacity(num_tokens),
+            drop_policy="position"
+            if self.drop_policy == "random" and not draws
+            else self.drop_policy,
+            order=self.order,
+            aux_loss=self.aux_loss,
+        )
+        weights = routing.weights.to(contracts.accumulate_dtype(tokens.dtype))
+        return routing._replace(weights=weights)
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        is_double = torch.float64 in (tokens.dtype, self.wg.weight.dtype)
-        dtype = torch.float64 if is_double else torch.float32
-        tokens = tokens.to(dtype)
-        if self.training and self.noisy_gate_policy == "Jitter":
-            tokens = tokens * torch.empty_like(tokens).uniform_(1 - JITTER, 1 + JITTER)
-        weight = self.wg.weight.to(dtype)
-        if not has_autocast(tokens.device):
-            return F.linear(tokens, weight)
-        with torch.autocast(tokens.device.type, enabled=False):
-            return F.linear(tokens, weight)
+        dtypes = {tokens.dtype, *(p.dtype for p in self.wg.parameters())}
+        tokens = tokens.to(torch.float64 if torch.float64 in dtypes else torch.float32)
+        noise = self.noisy_gate_policy if self.training or self.noise_in_eval else None
+        if noise == "Jitter":
+            jitter = selection.uniform(tokens, 1 - self.noise_scale, 1 + self.noise_scale)
+            tokens = tokens * jitter
+        if has_autocast(tokens.device):
+            with torch.autocast(tokens.device.type, enabled=False):
+                logits = self.wg(tokens)
+        else:
+            logits = self.wg(tokens)
+        if noise == "Gaussian":
+            logits = logits + self.noise_scale * torch.randn_like(logits)
+        return logits
 
-    def _choice_scores(self, logits: Tensor) -> Tensor | None:
-        if not self.training:
-            return None
-        if self.noisy_gate_policy == "RSample":
-            return logits.detach() + _gumbel_like(logits)
-        if self.k == 2 and self.top2_2nd_expert_sampling:
-            # The first choice stays what it is: a NaN ranks above all, noise and infinity too.
-            first = logits.detach().argmax(dim=-1, keepdim=True)
-            return (logits.detach() + _gumbel_like(logits)).scatter(-1, first, math.nan)
-        return None
+    def _choice_scores(self, logits: Tensor, used_token: Tensor | None) -> Tensor | None:
+        """What the choice is made on, None where it is the logits themselves."""
+        logits = logits.detach()
+        noisy = self.noisy_gate_policy == "RSample" and (self.training or self.noise_in_eval)
+        draws = self.training or self.sampling_in_eval
+        noise = selection.gumbel(logits) * self.noise_scale if noisy else 0
+        scores = self._selection_scores(logits + noise if noisy else logits, used_token)
+        allowed = None
+        if self.groups_per_token < self.num_groups:
+            allowed = selection.group_mask(
+                scores, self.num_groups, self.groups_per_token, self.group_score
+            )
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        if self.k == 2 and self.top2_2nd_expert_sampling and draws and not noisy:
+            drawn = self._selection_scores(logits + selection.gumbel(logits), used_token)
+            if allowed is not None:
+                drawn = drawn.masked_fill(~allowed, -torch.inf)
+            scores = selection.keep_first(scores, drawn)
+        return None if scores is logits else scores
 
-    def _priority(self, choice: Choice) -> Tensor | None:
-        if self.drop_policy == "probs":
-            return choice.weights.detach().to(torch.float32)
-        if self.drop_policy == "random" and self.training:
-            uniform = torch.rand(choice.probs.shape, device=choice.probs.device)
-            return uniform.gather(-1, choice.experts.long())
-        return None
+    def _selection_scores(self, logits: Tensor, used_token: Tensor | None) -> Tensor:
+        """Of logits, with noise or not, what experts compete by."""
+        if self.balancing == "sinkhorn" and self.training:
+            logits = selection.sinkhorn(logits, used_token)
+        by_sum = self.group_score == "top2_sum" and self.groups_per_token < self.num_groups
+        if self.expert_bias is None and not by_sum:
+            return logits
+        scores = reference.scored(logits, self.scoring)
+        return scores if self.expert_bias is None else scores + self.expert_bias
 
-    def _weights(self, choice: Choice, plan: Plan, dtype: torch.dtype) -> Tensor:
-        weights = torch.where(plan.slots >= 0, choice.weights, 0)
-        if self.k > 1:
-            eps = torch.finfo(weights.dtype).eps
-            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=eps)
-        return weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
-    def _balance(self, choice: Choice, plan: Plan) -> Tensor:
-        counted = 1 if self.k <= 2 else self.k
-        load = plan.load
-        if counted < self.k:
-            # Bin 0 takes the tokens that are not routed.
-            bins = plan.experts[:, :counted].flatten().long() + 1
-            load = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=bins.device)
-            load = load.scatter_add(0, bins, torch.ones_like(bins))[1:]
-        return load_balance_loss(choice.importance, load, choice.probs.shape[0], counted)
+def _check_names(**options: tuple) -> None:
+    for name, (value, allowed) in options.items():
+        if value not in allowed:
+            raise ValueError(f"TopKGate: {name} must be one of {allowed}, got {value!r}")
+
+
+def _check_numbers(**options: tuple) -> None:
+    for name, (value, low, high) in options.items():
+        if not low <= value <= high:
+            raise ValueError(f"TopKGate: {name} must be in {low}..{high}, got {value}")
+
+
+def _check_groups(num_experts: int, k: int, num_groups: int, groups_per_token: int) -> None:
+    contracts.integer("TopKGate", "num_groups", num_groups, 1)
+    contracts.integer("TopKGate", "groups_per_token", groups_per_token, 1)
+    if num_experts % num_groups:
+        raise ValueError(
+            f"TopKGate: num_groups must divide num_experts = {num_experts}, got {num_groups}"
+        )
+    if groups_per_token > num_groups:
+        raise ValueError(
+            f"TopKGate: groups_per_token must be in 1..num_groups = {num_groups}, "
+            f"got {groups_per_token}"
+        )
+    if k > num_experts // num_groups * groups_per_token:
+        raise ValueError(
+            f"TopKGate: groups_per_token must leave k = {k} experts to choose from, "
+            f"got {groups_per_token} groups of {num_experts // num_groups}"
+        )

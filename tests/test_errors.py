@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import moe_ext
-from moe_ext import Experts, GroupedExperts, ModuleExperts, MOELayer, TopKGate, ops, reference
+from moe_ext import (
+    CosineRouter,
+    Experts,
+    GroupedExperts,
+    ModuleExperts,
+    MoE,
+    MOELayer,
+    TopKGate,
+    ops,
+    reference,
+)
 
 T, K, E, H = 33, 2, 8, 4
 EXPERTS = torch.stack([torch.arange(T) % E, (torch.arange(T) + 3) % E], dim=1).to(torch.int32)
@@ -292,12 +302,23 @@ GATE = [
     ({"k": 9}, "k must be in 1..num_experts = 8, got 9"),
     ({"k": 2.0}, "k must be an integer, got 2.0"),
     ({"min_capacity": 1.5}, "min_capacity must be an integer, got 1.5"),
-    ({"ep_group": "world"}, "ep_group must be None"),
-    ({"capacity_factor": 0.0}, "capacity_factor must be in 1e-6..1e6, got 0.0"),
-    ({"eval_capacity_factor": float("nan")}, "eval_capacity_factor must be in 1e-6..1e6"),
+    ({"ep_group": "world"}, "ep_group must be None or a process group, got 'world'"),
+    ({"capacity_factor": 0.0}, "capacity_factor must be in 1e-06..1000000.0, got 0.0"),
+    ({"eval_capacity_factor": float("nan")}, "eval_capacity_factor must be in 1e-06..1000000.0"),
     ({"min_capacity": -1}, "min_capacity must be at least 0, got -1"),
     ({"noisy_gate_policy": "Gauss"}, "noisy_gate_policy must be one of"),
-    ({"drop_policy": "first"}, "drop_policy must be None or one of"),
+    ({"drop_policy": "first"}, "drop_policy must be one of"),
+    ({"order": "expert"}, "order must be one of"),
+    ({"scoring": "tanh"}, "scoring must be one of"),
+    ({"renormalise": True}, "renormalise must be one of"),
+    ({"group_score": "mean"}, "group_score must be one of"),
+    ({"balancing": "bias"}, "balancing must be one of"),
+    ({"scale": float("inf")}, "scale must be in -1000000.0..1000000.0, got inf"),
+    ({"noise_scale": -1.0}, "noise_scale must be in 0..1000000.0, got -1.0"),
+    ({"num_groups": 3}, "num_groups must divide num_experts = 8, got 3"),
+    ({"num_groups": 0}, "num_groups must be at least 1, got 0"),
+    ({"num_groups": 4, "groups_per_token": 5}, "groups_per_token must be in 1..num_groups = 4"),
+    ({"k": 3, "num_groups": 4}, "groups_per_token must leave k = 3 experts to choose from"),
 ]
 
 
@@ -310,12 +331,18 @@ def test_gate_constructor(wrong, message):
 def test_layer_constructor():
     gate, experts = TopKGate(H, E), GroupedExperts(E, H, 4)
     for make, message in (
-        (lambda: MOELayer(gate, torch.nn.Linear(H, H)), "experts must be moe_ext.Experts"),
-        (lambda: MOELayer(torch.nn.Linear(H, E), experts), "gate must be a moe_ext.TopKGate"),
+        (lambda: MOELayer(gate, torch.nn.Linear(H, H)), "num_local_experts must be given where"),
+        (lambda: MOELayer(gate, torch.nn.Linear(H, H), "", 1, 4), "num_experts = 8, got 4"),
+        (lambda: MOELayer(gate, None, "", 1, E), "experts must be a module, got NoneType"),
+        (lambda: MOELayer(print, experts), "gate must be a module, got builtin"),
         (lambda: MOELayer(gate, GroupedExperts(4, H, 4)), "num_experts = 8, got 4"),
         (lambda: MOELayer(gate, GroupedExperts(E, 5, 4)), "model_dim = 4 as hidden_size, got 5"),
         (lambda: MOELayer(gate, experts, ep_size=2), "ep_size must be 1"),
         (lambda: MOELayer(gate, experts, num_local_experts=4), "num_local_experts must be 8"),
+        (lambda: MoE(H, torch.nn.Identity(), E, ep_size=2), "MoE: ep_size must be 1"),
+        (lambda: MoE(H, torch.nn.Identity(), 0), "num_local_experts must be at least 1"),
+        (lambda: CosineRouter(H, E, 0), "CosineRouter: proj_dim must be at least 1, got 0"),
+        (lambda: CosineRouter(H, E, temperature=0.0), "temperature must be 0.01 or more, got 0.0"),
         (lambda: GroupedExperts(E, H, 4, activation="tanh"), "activation must be one of"),
         (lambda: GroupedExperts(0, H, 4), "GroupedExperts: num_experts must be at least 1"),
         (lambda: ModuleExperts(torch.nn.Identity(), 0), "ModuleExperts: num_experts must be"),

@@ -1,0 +1,66 @@
+"""Routers: modules that give every token its logits, [T, H] -> [T, E].
+
+They compute in the dtype of the tokens, which the gate makes float32 or float64: weights are cast
+per call and keep their own dtype.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import contracts
+
+
+class LinearRouter(nn.Linear):
+    """A matrix product; the logits of nearly every mixture of experts."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(tokens.dtype)
+        return F.linear(tokens, self.weight.to(tokens.dtype), bias)
+
+
+class CosineRouter(nn.Module):
+    """The cosine between a projected token and every expert's direction, over a learned temperature
+    (X-MoE, arXiv 2204.09179).
+
+    model_dim: H, num_experts: E
+    proj_dim: width P in which token and expert meet
+    temperature: what the cosines are divided by at first. It is learned, and never below 0.01.
+
+    Parameters: proj.weight [P, H], directions [E, P], log_scale [], log(1 / temperature).
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        proj_dim: int = 256,
+        temperature: float = 0.5,
+        *,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        H = contracts.integer("CosineRouter", "model_dim", model_dim, 0)
+        E = contracts.integer("CosineRouter", "num_experts", num_experts, 1)
+        P = contracts.integer("CosineRouter", "proj_dim", proj_dim, 1)
+        if not temperature >= 0.01:
+            raise ValueError(f"CosineRouter: temperature must be 0.01 or more, got {temperature}")
+        self.temperature = temperature
+        self.proj = nn.Linear(H, P, bias=False, device=device, dtype=dtype)
+        self.directions = nn.Parameter(torch.empty(E, P, device=device, dtype=dtype))
+        self.log_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.proj.reset_parameters()
+        nn.init.normal_(self.directions, std=0.01)
+        nn.init.constant_(self.log_scale, -math.log(self.temperature))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        projected = F.linear(tokens, self.proj.weight.to(tokens.dtype))
+        directions = F.normalize(self.directions.to(tokens.dtype), dim=-1)
+        scale = self.log_scale.to(tokens.dtype).clamp(max=math.log(100)).exp()
+        return F.linear(F.normalize(projected, dim=-1), directions) * scale

@@ -1,0 +1,171 @@
+"""From logits to a routing: who goes where, with what weight, and who is dropped."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import contracts, losses
+from .functional import Choice, gate
+from .plan import Plan, make_plan
+
+DROP_POLICIES = ("random", "position", "probs")
+RENORMALISE = ("never", "before", "after")
+
+
+class Routing(NamedTuple):
+    """What a gate decides for T tokens. A pytree.
+
+    weights: [T, K] float32 (float64 for float64 tokens), 0 where the route was dropped
+    plan: where every route goes
+    probs: [T, E], importance: [E], the scores of all experts and their column sums
+    l_aux: [] auxiliary loss, not scaled
+    logits: [T, E] that the scores are of
+    """
+
+    weights: Tensor
+    plan: Plan
+    probs: Tensor
+    importance: Tensor
+    l_aux: Tensor
+    logits: Tensor
+
+    def as_hf_tuple(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What routers of Hugging Face's transformers return: (logits [T, E], weights [T, K],
+        experts [T, K] int64). Plans are not theirs: a dropped route has weight 0."""
+        return self.logits, self.weights, self.plan.experts.long()
+
+
+def _float32(x):
+    """x > 0 rounded to float32, in arithmetic that torch.compile traces with x unknown.
+
+    24 bits are left of a double; a logarithm that rounds up to the next integer moves the grid only
+    for an x that becomes that power of two anyway.
+    """
+    scale = 2.0 ** (23 - math.floor(math.log2(x)))
+    return round(x * scale) / scale
+
+
+def expert_capacity(num_tokens: int, num_experts: int, factor: float, min_capacity: int) -> int:
+    """Rows an expert may have: max(ceil(num_tokens / num_experts * factor), min_capacity).
+
+    The product is a float32 one, as in DeepSpeed; float64 differs for some sizes, in both
+    directions (25 tokens, 2 experts, factor 1.2: 16 against 15).
+    """
+    if num_tokens == 0 or factor <= 0:
+        return min_capacity
+    # The ratio makes the factor a constant for torch.compile; the tokens may stay unknown.
+    numerator, denominator = float(factor).as_integer_ratio()
+    product = _float32(num_tokens / num_experts) * _float32(numerator / denominator)
+    return max(math.ceil(_float32(product)), min_capacity)
+
+
+def route(
+    logits: Tensor,
+    k: int,
+    *,
+    choice_scores: Tensor | None = None,
+    experts: Tensor | None = None,
+    used_token: Tensor | None = None,
+    scoring: str = "softmax",
+    renormalise: str = "never",
+    scale: float = 1.0,
+    capacity: int | None = None,
+    drop_policy: str = "position",
+    order: str = "choice",
+    aux_loss: Callable[[Routing], Tensor] | None = None,
+) -> Routing:
+    """Choose k experts for every token, give the routes their rows, weigh what is kept.
+
+    logits, choice_scores, scoring, scale: as of `gate`
+    experts: [T, K] int32, the choice where it is made already: a recorded one, or a forced one. -1
+        is no choice; k and choice_scores then decide nothing.
+    used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
+    renormalise: divide a token's weights by their sum "before" or "after" dropping, or "never"
+    capacity: rows per expert; None drops nothing
+    drop_policy: who is dropped. "position", the last to queue; "probs", the smallest score;
+        "random", by one torch.rand(T, E)
+    order: how routes queue, "choice" (all first choices, then all second ones) or "token"
+    aux_loss: gives l_aux from the routing, whose own l_aux is empty then; None is the load-balance
+        loss, of first choices for k <= 2 and of all for more, over all T tokens
+
+    Raises RuntimeError where an argument breaks this contract.
+    """
+    for name, value, allowed in (
+        ("renormalise", renormalise, RENORMALISE),
+        ("drop_policy", drop_policy, DROP_POLICIES),
+    ):
+        if value not in allowed:
+            raise RuntimeError(f"route: {name} must be one of {allowed}, got {value!r}")
+    gate_options = {
+        "scoring": scoring,
+        "renormalise": renormalise == "before",
+        "scale": 1.0 if renormalise == "after" else scale,
+    }
+    if experts is None:
+        choice = gate(logits, k, choice_scores=choice_scores, **gate_options)
+    else:
+        choice = _weigh(logits, experts, **gate_options)
+    experts = choice.experts
+    if used_token is not None:
+        contracts.used_token("route", used_token, logits.shape[0])
+        experts = torch.where(used_token.reshape(-1, 1) != 0, experts, -1)
+    priority = _priority(choice, drop_policy)
+    plan = make_plan(experts, logits.shape[1], capacity, priority=priority, order=order)
+    weights = torch.where(plan.slots >= 0, choice.weights, 0)
+    if renormalise == "after":
+        eps = torch.finfo(weights.dtype).eps
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=eps) * scale
+    empty = weights.new_empty(0)
+    routing = Routing(weights, plan, choice.probs, choice.importance, empty, logits)
+    if aux_loss is None:
+        return routing._replace(l_aux=_balance(routing, scoring))
+    return routing._replace(l_aux=aux_loss(routing))
+
+
+def _weigh(
+    logits: Tensor, experts: Tensor, *, scoring: str, renormalise: bool, scale: float
+) -> Choice:
+    """`gate` where the choice is made already."""
+    T, E = logits.shape
+    if experts.dim() != 2 or experts.shape[0] != T or experts.dtype != torch.int32:
+        raise RuntimeError(
+            f"route: experts must be [T, K] int32 with T = {T}, "
+            f"got {list(experts.shape)} {str(experts.dtype).removeprefix('torch.')}"
+        )
+    choice = gate(logits, 1, scoring=scoring)
+    chosen = choice.probs.gather(-1, experts.clamp(0, E - 1).long())
+    weights = torch.where(experts >= 0, chosen, 0)
+    if renormalise:
+        tiny = torch.finfo(weights.dtype).tiny
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=tiny)
+    return choice._replace(weights=weights * scale, experts=experts)
+
+
+def _priority(choice: Choice, drop_policy: str) -> Tensor | None:
+    """Who is kept, the largest first. [T, K] float32; None is the queue.
+
+    "random" draws where nothing is dropped too, as DeepSpeed does: what is drawn later with the
+    same seed stays the same.
+    """
+    if drop_policy == "position":
+        return None
+    scores = choice.probs.detach()
+    if drop_policy == "random":
+        scores = torch.rand(scores.shape, device=scores.device)
+    return scores.gather(-1, choice.experts.clamp(min=0).long()).to(torch.float32)
+
+
+def _balance(routing: Routing, scoring: str) -> Tensor:
+    T, E = routing.probs.shape
+    K = routing.weights.shape[1]
+    importance = routing.importance
+    if scoring != "softmax":
+        importance = losses.shares(routing.probs).sum(dim=0)
+    counted = 1 if K <= 2 else K
+    load = routing.plan.load
+    if counted < K:
+        load = losses.expert_load(routing.plan.experts[:, :counted], E)
+    return losses.load_balance_loss(importance, load, T, counted)

@@ -1,0 +1,74 @@
+"""What a choice of experts is made on, where it is not the logits: noise, groups, balance.
+
+Functions of the scores that `gate` takes as `choice_scores`, T tokens by E experts. No gradient
+flows through a choice, so none has one.
+"""
+
+import torch
+from torch import Tensor
+
+GROUP_SCORES = ("max", "top2_sum")
+
+
+def uniform(x: Tensor, low: float, high: float) -> Tensor:
+    """Numbers of [low, high) for every one of x: one torch.rand in float32, by which equal seeds
+    give equal draws whatever the dtype, and DeepSpeed's."""
+    return low + torch.rand(x.shape, device=x.device) * (high - low)
+
+
+def gumbel(x: Tensor) -> Tensor:
+    """Gumbel(0, 1) noise for every number of x; the largest of x + gumbel(x) is a draw from
+    softmax(x)."""
+    info = torch.finfo(torch.float32)
+    return -(-uniform(x, info.tiny, 1 - info.eps).log()).log()
+
+
+def keep_first(scores: Tensor, drawn: Tensor) -> Tensor:
+    """`drawn` with the first choice of `scores` above all: a NaN ranks above infinity and noise."""
+    return drawn.scatter(-1, scores.argmax(dim=-1, keepdim=True), torch.nan)
+
+
+def group_mask(scores: Tensor, num_groups: int, groups_per_token: int, group_score: str) -> Tensor:
+    """The experts in the best groups of every token. [T, E] -> [T, E] bool.
+
+    num_groups: neighbouring experts form groups of E / num_groups
+    groups_per_token: how many groups a token may use
+    group_score: a group is worth its largest score, "max" (DeepSeek-V2, arXiv 2405.04434), or the
+        sum of its two largest, "top2_sum" (DeepSeek-V3, arXiv 2412.19437)
+    """
+    groups = scores.unflatten(-1, (num_groups, -1))
+    if group_score == "max":
+        worth = groups.amax(dim=-1)
+    else:
+        worth = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
+    # Stable, as the gate's own choice: equal groups go to the lower one.
+    best = torch.sort(worth, dim=-1, descending=True, stable=True).indices[:, :groups_per_token]
+    chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, True)
+    return chosen.unsqueeze(-1).expand_as(groups).flatten(-2)
+
+
+def sinkhorn(logits: Tensor, used_token: Tensor | None = None, iterations: int = 8) -> Tensor:
+    """Logits plus a number for every expert that makes all experts be asked for alike.
+
+    logits: [T, E]. The softmax of what is returned has column sums near T / E: Sinkhorn's algorithm
+    in logarithms, the last step over the columns (S-BASE of arXiv 2202.01169). A token that is not
+    used, or whose logsumexp is not finite, takes no part and keeps its logits.
+    """
+    takes_part = logits.logsumexp(dim=-1, keepdim=True).isfinite()
+    if used_token is not None:
+        takes_part = takes_part & (used_token.reshape(-1, 1) != 0)
+    x = torch.where(takes_part, logits, 0)
+    column_sum = takes_part.sum() / logits.shape[-1]
+    columns = torch.zeros_like(x[:1])
+    for _ in range(iterations):
+        rows = -(x + columns).logsumexp(dim=-1, keepdim=True)
+        asked = torch.where(takes_part, x + rows, -torch.inf).logsumexp(dim=0, keepdim=True)
+        columns = torch.where(asked.isfinite(), column_sum.log() - asked, 0)
+    return torch.where(takes_part, x + columns, logits)
+
+
+def round_robin(num_tokens: int, k: int, num_experts: int, device=None) -> Tensor:
+    """Expert t * K + k modulo E for every route: a balanced load whatever the router says.
+    [T, K] int32."""
+    routes = torch.arange(num_tokens * k, device=device)
+    return (routes % num_experts).to(torch.int32).view(num_tokens, k)
