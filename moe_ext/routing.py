@@ -1,6 +1,5 @@
 """From logits to a routing: who goes where, with what weight, and who is dropped."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,30 +35,6 @@ class Routing(NamedTuple):
         """What routers of Hugging Face's transformers return: (logits [T, E], weights [T, K],
         experts [T, K] int64). Plans are not theirs: a dropped route has weight 0."""
         return self.logits, self.weights, self.plan.experts.long()
-
-
-def _float32(x):
-    """x > 0 rounded to float32, in arithmetic that torch.compile traces with x unknown.
-
-    24 bits are left of a double; a logarithm that rounds up to the next integer moves the grid only
-    for an x that becomes that power of two anyway.
-    """
-    scale = 2.0 ** (23 - math.floor(math.log2(x)))
-    return round(x * scale) / scale
-
-
-def expert_capacity(num_tokens: int, num_experts: int, factor: float, min_capacity: int) -> int:
-    """Rows an expert may have: max(ceil(num_tokens / num_experts * factor), min_capacity).
-
-    The product is a float32 one, as in DeepSpeed; float64 differs for some sizes, in both
-    directions (25 tokens, 2 experts, factor 1.2: 16 against 15).
-    """
-    if num_tokens == 0 or factor <= 0:
-        return min_capacity
-    # The ratio makes the factor a constant for torch.compile; the tokens may stay unknown.
-    numerator, denominator = float(factor).as_integer_ratio()
-    product = _float32(num_tokens / num_experts) * _float32(numerator / denominator)
-    return max(math.ceil(_float32(product)), min_capacity)
 
 
 def route(

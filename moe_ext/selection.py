@@ -7,12 +7,15 @@ flows through a choice, so none has one.
 import torch
 from torch import Tensor
 
+from .capacity import float32
+
 GROUP_SCORES = ("max", "top2_sum")
 
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
     """Numbers of [low, high) for every one of x: one torch.rand in float32, by which equal seeds
-    give equal draws whatever the dtype, and DeepSpeed's."""
+    give equal draws whatever the dtype; DeepSpeed's to the bit."""
+    low, high = float32(low), float32(high)
     return low + torch.rand(x.shape, device=x.device) * (high - low)
 
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import contracts, selection
+from .capacity import expert_capacity
 from .experts import DeepSpeedExperts as Experts
 from .layer import MOE_TIMER, MOELayer
 from .losses import load_balance_loss
 from .mappings import drop_tokens, gather_tokens
 from .route_forms import form
-from .routing import Routing, expert_capacity, route
+from .routing import Routing, route
 from .topk_gate import TOPK_GATE_TIMER, TopKGate
 from .utils import (
     has_moe_layers,

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import contracts, reference, route_forms, selection
+from .capacity import expert_capacity
 from .functional import has_autocast
 from .routers import LinearRouter
-from .routing import DROP_POLICIES, RENORMALISE, Routing, expert_capacity, route
+from .routing import DROP_POLICIES, RENORMALISE, Routing, route
 from .timers import Timers
 
 # What a None noise_scale is; of "Gaussian" it is 1 / E, as in Tutel.

@@ -8,7 +8,7 @@ from cases import gate_for
 from torch.nn import functional as F
 
 from moe_ext import TopKGate
-from moe_ext.routing import expert_capacity
+from moe_ext.capacity import expert_capacity
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
