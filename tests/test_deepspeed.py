@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -20,11 +21,12 @@ pytest.importorskip("deepspeed", reason="needs the extra peers")
 
 from deepspeed.moe import experts as ds_experts
 from deepspeed.moe import layer as ds_layer
+from deepspeed.moe import mappings as ds_mappings
 from deepspeed.moe import sharded_moe as ds
 from deepspeed.moe import utils as ds_utils
 
 import moe_ext.layer
-from moe_ext import sharded_moe, utils
+from moe_ext import mappings, sharded_moe, utils
 
 BATCHES = range(20)
 CASES = range(50)
@@ -356,8 +358,19 @@ def test_moe(batch):
         modules.assert_alike(modules.step(ours, call), modules.step(theirs, call))
 
 
+class Masks(nn.Module):
+    """A gate that knows one form only, as those written before DeepSpeed had sparse routes."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, tokens, used_token=None):
+        return self.gate(tokens, used_token)
+
+
 @pytest.mark.parametrize("batch", range(4))
-@pytest.mark.parametrize("foreign", ["gate", "experts", "both", "our gate in their layer"])
+@pytest.mark.parametrize("foreign", ["gate", "masks", "experts", "both", "our gate in their layer"])
 def test_parts_of_deepspeed_in_our_layer(foreign, batch):
     for i in CASES:
         case = Case(6, batch, i)
@@ -376,7 +389,11 @@ def test_parts_of_deepspeed_in_our_layer(foreign, batch):
             ours = ds.MOELayer(our_gate, their_experts, "ep_size_1", 1, case.E)
         else:
             ours = moe_ext.MOELayer(
-                our_gate if foreign == "experts" else their_gate,
+                our_gate
+                if foreign == "experts"
+                else Masks(their_gate)
+                if foreign == "masks"
+                else their_gate,
                 our_experts if foreign == "gate" else their_experts,
                 "ep_size_1",
                 1,
@@ -390,6 +407,36 @@ def test_parts_of_deepspeed_in_our_layer(foreign, batch):
         modules.assert_alike(
             modules.step(ours.to(case.dtype), call), modules.step(theirs.to(case.dtype), call)
         )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        *((getattr(sharded_moe, name), getattr(ds, name)) for name in (
+            "TopKGate", "MOELayer", "top1gating", "top2gating", "topkgating", "einsum",
+            "multiplicative_jitter", "gumbel_rsample", "_capacity",
+        )),
+        (sharded_moe.TopKGate.forward, ds.TopKGate.forward),
+        (sharded_moe.Experts, ds_experts.Experts),
+        (moe_ext.layer.MoE, ds_layer.MoE),
+        (moe_ext.layer.MoE.forward, ds_layer.MoE.forward),
+        (mappings.drop_tokens, ds_mappings.drop_tokens),
+        (mappings.gather_tokens, ds_mappings.gather_tokens),
+        *((getattr(utils, name), getattr(ds_utils, name)) for name in dir(ds_utils)
+          if getattr(getattr(ds_utils, name), "__module__", "") == ds_utils.__name__),
+    ],
+)  # fmt: skip
+def test_signatures(ours, theirs):
+    """A call that DeepSpeed takes is taken, by position and by keyword, and means the same."""
+    ours = list(inspect.signature(ours).parameters.values())
+    theirs = list(inspect.signature(theirs).parameters.values())
+    for mine, wanted in zip(ours, theirs, strict=False):
+        assert (mine.name, mine.kind) == (wanted.name, wanted.kind)
+        assert mine.default == wanted.default or wanted.default is inspect.Parameter.empty
+    # What is ours alone has a default.
+    assert len(ours) >= len(theirs)
+    for mine in ours[len(theirs) :]:
+        assert mine.default is not mine.empty or mine.kind == mine.VAR_KEYWORD
 
 
 def test_capacity():
@@ -417,7 +464,7 @@ def test_einsum(monkeypatch, rule, rewritten):
 def test_optimizer_groups():
     model = nn.Sequential(nn.Linear(8, 8), ds_layer.MoE(8, expert(8), num_experts=3))
     parameters = list(model.parameters())
-    model[1](model[0](torch.randn(2, 8)))[0].sum().backward()
+    model[1](model[0](torch.randn(5, 8)))[0].sum().backward()
     for p in model[1].deepspeed_moe.experts.deepspeed_experts[0].parameters():
         p.grad = None
     assert [utils.is_moe_param(p) for p in parameters] == [
