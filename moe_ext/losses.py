@@ -100,5 +100,6 @@ def importance_loss(importance: Tensor) -> Tensor:
 
     importance: [E] sums of the tokens' probabilities
     """
-    total = importance.sum().clamp(min=torch.finfo(importance.dtype).tiny)
-    return (importance / total * importance.shape[0] - 1).square().mean()
+    parts = shares(importance)
+    # The parts' own sum is one, but zero without a token.
+    return (parts * parts.shape[0] - parts.sum()).square().mean()
