@@ -1,4 +1,5 @@
-# make test, make demo, make lint: need Python >= 3.10, a C++ compiler and make, nothing else.
+# make test, make peers, make demo, make lint: need Python >= 3.10, a C++ compiler and make, nothing
+# else.
 # make cusim: also a CUDA toolkit's headers. make cuda: a CUDA toolkit. make gpu: also a GPU.
 #
 # TORCH is what pip installs, as for a GPU whose driver or toolkit is for an older CUDA:
@@ -22,11 +23,15 @@ SANITIZER = $(shell $(BIN)/python moe_ext/build.py toolkit | cut -d';' -f1)/bin/
 SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 	tests/test_gate.py tests/test_plan.py tests/test_rows.py tests/test_launches.py
 
-.PHONY: test demo lint format abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
+.PHONY: test peers demo lint format abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
 	$(ORDERS:%=cusim-%)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Results beside those of other libraries, which are installed for it.
+peers: $(VENV)/peers
+	$(BIN)/python -m pytest tests/test_deepspeed.py
 
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
@@ -101,6 +106,10 @@ WANTED := moe_ext/_C.* $(if $(filter gpu%,$(MAKECMDGOALS)),moe_ext/_C_cuda.*)
 $(VENV)/installed: $(VENV)/torch setup.py moe_ext/build.py $(SOURCES) \
 		$(foreach library,$(WANTED),$(if $(wildcard $(library)),,FORCE))
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo]"
+	touch $@
+
+$(VENV)/peers: $(VENV)/installed pyproject.toml
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[peers]"
 	touch $@
 
 $(VENV)/linters: $(VENV)/python pyproject.toml

@@ -204,11 +204,9 @@ def padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tenso
             )
         plan = make_plan(plan.experts, plan.num_experts, int(plan.load.max()))
     rows = dispatch(tokens, plan)
-    out = experts(rows.view(1, plan.num_experts, plan.capacity, -1))
+    shape = (1, plan.num_experts, plan.capacity, tokens.shape[1])
+    out = experts(rows.view(shape))
     if not isinstance(out, Tensor) or out.numel() != rows.numel():
         got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise RuntimeError(
-            f"MOELayer: experts must return [1, E, C, H] = "
-            f"{[1, plan.num_experts, plan.capacity, rows.shape[1]]}, got {got}"
-        )
+        raise RuntimeError(f"MOELayer: experts must return [1, E, C, H] = {list(shape)}, got {got}")
     return combine(out.reshape(rows.shape), plan, weights)

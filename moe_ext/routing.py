@@ -89,10 +89,13 @@ def route(
         experts = torch.where(used_token.reshape(-1, 1) != 0, experts, -1)
     priority = _priority(choice, drop_policy)
     plan = make_plan(experts, logits.shape[1], capacity, priority=priority, order=order)
-    weights = torch.where(plan.slots >= 0, choice.weights, 0)
+    kept = plan.slots >= 0
+    weights = torch.where(kept, choice.weights, 0)
     if renormalise == "after":
         eps = torch.finfo(weights.dtype).eps
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=eps) * scale
+        shares = weights / weights.sum(dim=-1, keepdim=True).clamp(min=eps) * scale
+        # The sum may be NaN, and a dropped route has weight 0.
+        weights = torch.where(kept, shares, 0)
     empty = weights.new_empty(0)
     routing = Routing(weights, plan, choice.probs, choice.importance, empty, logits)
     if aux_loss is None:

@@ -12,6 +12,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import functools
 import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -459,6 +463,35 @@ def test_einsum(monkeypatch, rule, rewritten):
         for side in rule.split("->")[0].split(",")
     )
     torch.testing.assert_close(sharded_moe.einsum(rule, a, b), torch.einsum(rule, a, b))
+
+
+def test_a_training_script_with_its_imports_changed(tmp_path):
+    """The example as it was written for DeepSpeed, and as it is: the same losses."""
+    example = Path(__file__).parent.parent / "examples" / "train_moe.py"
+    text = example.read_text()
+    original = tmp_path / "train_moe.py"
+    original.write_text(re.sub(r"^from moe_ext\.", "from deepspeed.moe.", text, flags=re.M))
+    changed = [line for line in original.read_text().splitlines() if line not in text.splitlines()]
+    assert [line.split()[:2] for line in changed] == [
+        ["from", "deepspeed.moe.layer"],
+        ["from", "deepspeed.moe.utils"],
+    ]
+    outputs = []
+    for script in (original, example):
+        run = subprocess.run(
+            [sys.executable, script, "--steps", "41"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        lines = [line for line in run.stdout.splitlines() if line.startswith("step")]
+        outputs.append([[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in lines])
+    theirs, ours = (torch.tensor(output) for output in outputs)
+    assert len(theirs) == 5
+    assert torch.allclose(ours, theirs, rtol=0, atol=2e-3)
+    assert theirs[-1, 0] < 3.5
 
 
 def test_optimizer_groups():

@@ -8,14 +8,15 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import moe_ext
-from moe_ext import GroupedExperts, MOELayer, TopKGate, ops
+from moe_ext import CosineRouter, GroupedExperts, MOELayer, TopKGate, losses, ops
 
 E, H, FFN = 6, 8, 8
 TOKENS = (33, 5, 64, 127, 200)
 
 
 def layer_for(k=2, **options) -> MOELayer:
-    gate = TopKGate(H, E, k=k, top2_2nd_expert_sampling=False, **options)
+    options = {"top2_2nd_expert_sampling": False} | options
+    gate = TopKGate(H, E, k=k, **options)
     return MOELayer(gate, GroupedExperts(E, H, FFN))
 
 
@@ -53,6 +54,45 @@ def test_one_compilation_serves_five_values_of_t(compiled, options):
         actual = loss_and_gradients(layer, function, x)
         expected = loss_and_gradients(layer, layer.forward_with_aux, x)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert compiled() == 1
+
+
+RULES = [
+    {"noisy_gate_policy": "Jitter", "use_rts": True, "k": 1},
+    {"noisy_gate_policy": "RSample", "drop_policy": "random"},
+    {"noisy_gate_policy": "Gaussian", "scoring": "sqrtsoftplus", "renormalise": "before"},
+    {"top2_2nd_expert_sampling": True, "drop_tokens": False},
+    {"scoring": "sigmoid", "num_groups": 3, "groups_per_token": 2, "group_score": "top2_sum"},
+    {"selection_bias": True, "num_groups": 2, "k": 3, "scale": 2.5},
+    {"balancing": "sinkhorn", "drop_policy": "probs", "order": "choice"},
+    {"balancing": "forced", "drop_tokens": False},
+    {"k": E, "drop_policy": "probs", "renormalise": "never", "capacity_factor": 2 / E},
+    {"router": CosineRouter(H, E, proj_dim=5)},
+    {"aux_loss": lambda r: losses.z_loss(r.logits) + losses.importance_loss(r.importance)},
+    {
+        "aux_loss": lambda r: losses.sequence_balance_loss(r.probs, r.plan.experts, 1),
+        "scoring": "sigmoid",
+    },
+]
+
+
+@pytest.mark.parametrize("options", RULES, ids=lambda options: " ".join(options))
+def test_every_rule_is_one_graph(compiled, options):
+    layer = layer_for(**options)
+    function = torch.compile(
+        layer.forward_with_aux, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    used = torch.rand(max(TOKENS)) < 0.8
+    for T in TOKENS[:3]:
+        x = torch.randn(T, H, requires_grad=True)
+        results = []
+        for step in (function, layer.forward_with_aux):
+            torch.manual_seed(T)
+            results.append(
+                loss_and_gradients(layer, lambda x, step=step, T=T: step(x, used[:T]), x)
+            )
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b) or relative_error(a, b) < 1e-6
     assert compiled() == 1
 
 

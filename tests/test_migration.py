@@ -1,0 +1,328 @@
+"""DeepSpeed's names where DeepSpeed is not installed: layers, helpers and process groups.
+
+That their results are DeepSpeed's is test_deepspeed.py's matter.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import on_processes, relative_error
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import moe_ext
+from moe_ext import Experts, GroupedExperts, MoE, MOELayer, TopKGate, sharded_moe, utils
+from moe_ext.mappings import drop_tokens, gather_tokens
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "train_moe.py"
+E, H, S = 6, 10, 40
+
+
+def test_a_script_written_for_deepspeed_learns():
+    run = subprocess.run(
+        [sys.executable, EXAMPLE, "--steps", "60"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+),", run.stdout)]
+    assert 5 < losses[0] < 6.5
+    assert losses[-1] < 3.5
+
+
+def expert() -> nn.Module:
+    return nn.Sequential(nn.Linear(H, 7), nn.ReLU(), nn.Linear(7, H))
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_tokens": False}, {"capacity_factor": 0.4}])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_moe_is_its_gate_over_its_experts(k, options):
+    moe = MoE(H, expert(), E, k=k, min_capacity=0, sampling_in_eval=False, **options).eval()
+    for e, module in enumerate(moe.deepspeed_moe.experts.deepspeed_experts):
+        nn.init.normal_(module[0].weight)
+        nn.init.constant_(module[2].bias, e)
+    x = torch.randn(4, S // 4, H)
+    out, l_aux, exp_counts = moe(x)
+    routing = moe.deepspeed_moe.gate.route(x.view(S, H))
+    by_hand = torch.zeros(S, H)
+    for t in range(S):
+        for j in range(k):
+            module = moe.deepspeed_moe.experts.deepspeed_experts[routing.plan.experts[t, j]]
+            by_hand[t] += routing.weights[t, j] * module(x.view(S, H)[t])
+    assert relative_error(out.view(S, H), by_hand) < 1e-6
+    assert torch.equal(l_aux, routing.l_aux)
+    assert torch.equal(exp_counts, routing.plan.load.long())
+
+
+def test_state_dict_keys():
+    moe = MoE(H, nn.Linear(H, H), 2, use_residual=True)
+    experts = [f"deepspeed_moe.experts.deepspeed_experts.{e}" for e in range(2)]
+    linears = [*experts, "mlp", "coefficient"]
+    assert set(moe.state_dict()) == {
+        "deepspeed_moe.gate.wg.weight",
+        *(f"{linear}.{name}" for linear in linears for name in ("weight", "bias")),
+    }
+
+
+def test_every_option_of_the_gate_reaches_it():
+    moe = MoE(H, nn.Linear(H, H), E, k=2, scoring="sigmoid", selection_bias=True, scale=2.5)
+    gate = moe.deepspeed_moe.gate
+    assert (gate.scoring, gate.scale) == ("sigmoid", 2.5)
+    assert gate.expert_bias.shape == (E,)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        MoE(H, nn.Linear(H, H), E, colour="red")
+
+
+def test_everything_stands_where_deepspeed_has_it():
+    for name in sharded_moe.__all__:
+        assert hasattr(sharded_moe, name)
+    assert sharded_moe.TopKGate is moe_ext.TopKGate
+    assert sharded_moe.MOELayer is moe_ext.layer.MOELayer
+    assert not issubclass(sharded_moe.Experts, moe_ext.Experts)
+    layer = MOELayer(TopKGate(H, E), GroupedExperts(E, H, 4), use_tutel=True)
+    for name in ("time_falltoall", "time_salltoall", "time_moe", "wall_clock_breakdown"):
+        assert getattr(layer, name) == 0
+    assert layer.use_tutel is False
+    assert layer.ep_group is None
+    moe = MoE(H, nn.Linear(H, H), E)
+    moe.set_deepspeed_parallelism()
+    assert moe(torch.randn(5, H))[0].shape == (5, H)
+
+
+def test_a_bool_in_place_of_the_group_is_use_tutel():
+    logits = torch.randn(S, E)
+    by_position = sharded_moe.top1gating(logits, 1.0, 4, None, None, True, False, True)
+    by_name = sharded_moe.top1gating(logits, 1.0, 4, use_rts=False, use_tutel=True)
+    assert len(by_position) == 7
+    assert isinstance(by_position[3], list)
+    for a, b in zip(pytree.tree_leaves(by_position), pytree.tree_leaves(by_name), strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    assert len(sharded_moe.top1gating(logits, 1.0, 4, None, None, True, False, False)) == 4
+
+
+def test_the_callers_logits_stay():
+    logits = torch.randn(S, E, requires_grad=True)
+    before = logits.detach().clone()
+    sharded_moe.top1gating(logits, 1.0, 4, noisy_gate_policy="RSample")
+    sharded_moe.top2gating(logits, 1.0, 4)
+    sharded_moe.topkgating(logits, 3, 1.0, 4)
+    assert torch.equal(logits, before)
+
+
+def test_jitter_has_the_size_of_this_call():
+    x = torch.ones(2000)
+    for epsilon in (0.5, 0.01, 0.2):
+        jittered = sharded_moe.multiplicative_jitter(x, x.device, epsilon)
+        assert 0.98 * epsilon < (jittered - 1).abs().max() <= epsilon * (1 + 1e-6)
+    assert sharded_moe.multiplicative_jitter(x, x.device, 0) is x
+
+
+class Gate(nn.Module):
+    """A gate of one's own: every token to the expert of its largest number."""
+
+    def __init__(self, change=lambda result: result):
+        super().__init__()
+        self.change = change
+        self.seen = None
+
+    def forward(self, tokens, used_token):
+        self.seen = used_token
+        expert = tokens[:, :E].argmax(-1)
+        place = (
+            torch.nn.functional.one_hot(expert, E).cumsum(0).gather(1, expert[:, None])[:, 0] - 1
+        )
+        mask = torch.zeros(len(tokens), E, len(tokens), dtype=torch.bool)
+        mask[torch.arange(len(tokens)), expert, place] = True
+        return self.change(
+            (tokens.sum() * 0 + 7, mask * 0.5, mask, torch.bincount(expert, minlength=E))
+        )
+
+
+def test_a_gate_of_ones_own():
+    gate, experts = Gate(), GroupedExperts(E, H, 7)
+    layer = MOELayer(gate, experts)
+    x, used = torch.randn(4, S // 4, H), torch.ones(S)
+    out = layer(x, used)
+    tokens = x.view(S, H)
+    expert = tokens[:, :E].argmax(-1)
+    plan = moe_ext.make_plan(expert.to(torch.int32).view(-1, 1), E)
+    assert (
+        relative_error(out.view(S, H), experts.routed(tokens, plan, torch.full((S, 1), 0.5))) < 1e-6
+    )
+    assert layer.l_aux == 7
+    assert torch.equal(layer.exp_counts, torch.bincount(expert, minlength=E))
+    assert gate.seen is used
+    with pytest.raises(RuntimeError, match="experts must be None with a gate of type Gate"):
+        layer(x, experts=plan.experts)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [(lambda r: r[1], "Tensor"), (lambda r: r[:3], "3 things"), (lambda r: None, "NoneType")],
+)
+def test_a_gate_that_returns_something_else(change, got):
+    layer = MOELayer(Gate(change), GroupedExperts(E, H, 7))
+    with pytest.raises(RuntimeError, match=rf"MOELayer: gate must return .* got {got}$"):
+        layer(torch.randn(S, H))
+
+
+@pytest.mark.parametrize("drop_tokens", [True, False])
+def test_experts_of_deepspeeds_form(drop_tokens):
+    shapes = []
+
+    class Scale(nn.Module):
+        def forward(self, rows):
+            shapes.append(tuple(rows.shape))
+            return rows * torch.arange(1, E + 1).view(1, E, 1, 1)
+
+    gate = TopKGate(H, E, 2, drop_tokens=drop_tokens, min_capacity=9).eval()
+    layer = MOELayer(gate, Scale(), "group", 1, E)
+    x = torch.randn(30, H)
+    routing = gate.route(x)
+    factor = (routing.weights * (routing.plan.experts + 1)).sum(-1, keepdim=True)
+    assert relative_error(layer(x), x * factor) < 1e-6
+    C = gate.capacity(30) if drop_tokens else int(routing.plan.load.max())
+    assert shapes == [(1, E, C, H)]
+    assert layer(x[:0]).shape == (0, H)
+
+
+def test_experts_of_deepspeeds_form_that_return_something_else():
+    gate, x = TopKGate(H, E), torch.randn(30, H)
+
+    class Bad(nn.Module):
+        def forward(self, rows):
+            return rows[:, :1]
+
+    with pytest.raises(
+        RuntimeError,
+        match=r"experts must return \[1, E, C, H\] = \[1, 6, 8, 10\], got \[1, 1, 8, 10\]",
+    ):
+        MOELayer(gate, Bad(), num_local_experts=E)(x)
+
+
+def test_padded_experts_need_the_host_only_without_dropping():
+    moe = MoE(H, nn.Linear(H, H), E, use_rts=False).eval()
+    x = torch.randn(S, H)
+    torch._dynamo.reset()
+    compiled = torch.compile(moe.deepspeed_moe.forward_with_aux, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x)[0], moe(x)[0])
+    torch._dynamo.reset()
+    dropless = MoE(H, nn.Linear(H, H), E, drop_tokens=False).to("meta")
+    with pytest.raises(RuntimeError, match="the largest load on the host"):
+        dropless(x.to("meta"))
+
+
+def test_optimizer_groups_keep_the_callers_and_their_order():
+    first, second = (MoE(H, nn.Linear(H, H), 2) for _ in range(2))
+    for p in second.deepspeed_moe.experts.parameters():
+        p.group_name = "another"
+    given = [
+        {"params": list(second.parameters()), "name": "b", "lr": 1},
+        {"params": list(first.parameters()), "name": "a"},
+    ]
+    groups = utils.split_params_into_different_moe_groups_for_optimizer(given)
+    assert [len(group["params"]) for group in given] == [5, 5]
+    assert [group["name"] for group in groups] == ["b", "a", "another", "ep_size_1"]
+    assert [group.get("lr") for group in groups] == [1, None, 1, None]
+    assert all(utils.is_moe_param_group(group) for group in groups[2:])
+    assert sum(len(group["params"]) for group in groups) == 10
+    small = utils.split_params_into_different_moe_groups_for_optimizer(given, H * H + 3)
+    assert [len(group["params"]) for group in small] == [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert utils.configure_moe_param_groups(groups) is groups
+    assert len(utils.configure_moe_param_groups(list(first.parameters()))) == 2
+    torch.optim.SGD(groups, lr=0.1)
+    for bad in ([{"params": []}], 3):
+        with pytest.raises(ValueError, match="param_groups must"):
+            utils.split_params_into_different_moe_groups_for_optimizer(bad)
+    with pytest.raises(ValueError, match="model_parameters must be a list"):
+        utils.configure_moe_param_groups([])
+    with pytest.raises(TypeError, match="model_parameters must hold tensors or dicts"):
+        utils.configure_moe_param_groups(["weight"])
+
+
+def _all_to_all(rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+    mine = x[rank].clone().requires_grad_()
+    out = sharded_moe._AllToAll.apply(dist.group.WORLD, mine)
+    (grad,) = torch.autograd.grad(out.square().sum(), mine, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), mine)
+    return [out.detach(), grad.detach(), second]
+
+
+def test_all_to_all():
+    x = torch.randn(2, 4, 3)
+    for rank, (out, grad, second) in enumerate(on_processes(2, _all_to_all, x)):
+        assert torch.equal(out, torch.cat([x[0].chunk(2)[rank], x[1].chunk(2)[rank]]))
+        assert torch.equal(grad, 2 * x[rank])
+        assert torch.equal(second, torch.full((4, 3), 2.0))
+    with pytest.raises(RuntimeError, match=r"_AllToAll: torch\.distributed is not initialised"):
+        sharded_moe._AllToAll.apply(None, x)
+
+
+def _all_to_all_uneven(rank: int) -> str:
+    try:
+        sharded_moe._AllToAll.apply(dist.group.WORLD, torch.randn(3, 2))
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_all_to_all_of_an_uneven_number():
+    for message in on_processes(2, _all_to_all_uneven):
+        assert message.endswith("must be a multiple of the group's size 2, got [3, 2]")
+
+
+def _drop_and_gather(rank: int, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
+    group = dist.group.WORLD
+    whole = x.clone().requires_grad_()
+    part = drop_tokens(whole, dim, group)
+    again = gather_tokens(part, dim, group)
+    (grad,) = torch.autograd.grad((again * x).sum(), whole)
+    return [part.detach(), again.detach(), grad]
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_drop_and_gather(dim):
+    x = torch.randn(4, 6, 2)
+    for rank, (part, again, grad) in enumerate(on_processes(2, _drop_and_gather, x, dim)):
+        assert torch.equal(part, x.chunk(2, dim)[rank])
+        assert torch.equal(again, x)
+        assert torch.equal(grad, x)
+    assert drop_tokens(x) is x
+    assert gather_tokens(x) is x
+
+
+def _of_a_group(rank: int, logits: torch.Tensor) -> list[torch.Tensor]:
+    gate = TopKGate(
+        E, E, drop_tokens=False, router=nn.Identity(), selection_bias=True, use_rts=False
+    )
+    gate._set_ep_group(dist.group.WORLD)
+    mine = logits[rank]
+    _, combine_weights, *_ = gate(mine)
+    _, C, *_ = sharded_moe.top2gating(mine, 1.0, 0, False, dist.group.WORLD, False, True)
+    gate.update_bias(gate.route(mine).plan.load, group=dist.group.WORLD)
+    return [torch.tensor(combine_weights.shape), C, gate.expert_bias]
+
+
+def test_gates_of_a_group():
+    logits = torch.randn(2, 20, E)
+    logits[1, :, 3] += 2
+    results = on_processes(2, _of_a_group, logits)
+    load = torch.stack([torch.bincount(x.argmax(-1), minlength=E) for x in logits])
+    second = [torch.bincount(x.topk(2).indices.flatten(), minlength=E).max() for x in logits]
+    bias = 1e-3 * torch.sign(load.sum() / E - load.sum(0))
+    for shape, C, expert_bias in results:
+        assert shape.tolist() == [20, E, load.max()]
+        assert max(second) == C
+        assert relative_error(expert_bias, bias) < 1e-6
+    gate = TopKGate(H, E)
+    gate.ep_group = object()
+    with pytest.raises(RuntimeError, match="ep_group has been set already"):
+        gate._set_ep_group(None)
+
+
+def test_has_moe_layers():
+    assert utils.has_moe_layers(nn.Linear(3, 3)) == (False, 0)
+    assert utils.has_moe_layers(nn.Sequential(MoE(H, nn.Linear(H, H), 3))) == (True, 3)
+    assert issubclass(GroupedExperts, Experts)
