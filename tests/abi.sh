@@ -8,7 +8,7 @@ rm -rf .venv-abi dist/abi
 "$root/.venv/bin/pip" wheel --quiet --no-build-isolation --no-deps --wheel-dir dist/abi .
 "${PYTHON:-python3}" -m venv .venv-abi
 bin="$root/.venv-abi/bin"
-"$bin/pip" install --quiet "torch==2.10.*" pytest numpy expecttest
+"$bin/pip" install --quiet "torch==2.10.*" pytest numpy expecttest hypothesis tqdm
 "$bin/pip" install --quiet --no-deps dist/abi/*.whl
 "$root/.venv/bin/pip" install --quiet torch-abi-audit
 "$root/.venv/bin/torch-abi-audit" --check torch "$("$bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/moe_ext"
@@ -19,8 +19,10 @@ headers=$("$bin/python" -c 'import pathlib, torch; print(pathlib.Path(torch.__fi
 # Away from the tree, or its package would be found instead of the wheel's.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cp tests/*.py "$work"
-cd "$work"
+cp -r examples "$work"
+mkdir "$work/tests"
+cp tests/*.py "$work/tests"
+cd "$work/tests"
 "$bin/python" -c 'import torch, moe_ext; print(torch.__version__, moe_ext.ops.registry.library)'
 rm test_bench.py test_build.py test_demo.py test_toolkit.py  # of the tree
 "$bin/python" -m pytest -p no:cacheprovider .

@@ -19,6 +19,7 @@ NOT_OF_OPERATORS = {
     "test_build.py",
     "test_deepspeed.py",
     "test_demo.py",
+    "test_huggingface.py",
     "test_losses.py",
     "test_migration.py",
     "test_toolkit.py",
