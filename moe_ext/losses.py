@@ -60,7 +60,9 @@ def load_balance_loss(
         load_tokens = counts[-1]
     importance = importance / _at_least_one(num_tokens)
     load = load.to(importance.dtype) / _at_least_one(load_tokens)
-    return (importance * load).sum(dim=-1).mean() * (importance.shape[-1] / choices)
+    E = importance.shape[-1]
+    sequences = max(importance.numel() // E, 1)
+    return (importance * load).sum() * (E / choices / sequences)
 
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:

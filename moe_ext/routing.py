@@ -20,7 +20,7 @@ class Routing(NamedTuple):
     weights: [T, K] float32 (float64 for float64 tokens), 0 where the route was dropped
     plan: where every route goes
     probs: [T, E], importance: [E], the scores of all experts and their column sums
-    l_aux: [] auxiliary loss, not scaled
+    l_aux: [] auxiliary loss, not scaled; None before it is computed
     logits: [T, E] that the scores are of
     """
 
@@ -28,7 +28,7 @@ class Routing(NamedTuple):
     plan: Plan
     probs: Tensor
     importance: Tensor
-    l_aux: Tensor
+    l_aux: Tensor | None
     logits: Tensor
 
     def as_hf_tuple(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +63,7 @@ def route(
     drop_policy: who is dropped. "position", the last to queue; "probs", the smallest score;
         "random", by one torch.rand(T, E)
     order: how routes queue, "choice" (all first choices, then all second ones) or "token"
-    aux_loss: gives l_aux from the routing, whose own l_aux is empty then; None is the load-balance
+    aux_loss: gives l_aux from the routing, whose own l_aux is None then; None is the load-balance
         loss, of first choices for k <= 2 and of all for more, over all T tokens
 
     Raises RuntimeError where an argument breaks this contract.
@@ -74,10 +74,11 @@ def route(
     ):
         if value not in allowed:
             raise RuntimeError(f"route: {name} must be one of {allowed}, got {value!r}")
+    is_before = renormalise == "before"
     gate_options = {
         "scoring": scoring,
-        "renormalise": renormalise == "before",
-        "scale": 1.0 if renormalise == "after" else scale,
+        "renormalise": is_before,
+        "scale": scale if is_before else 1.0,
     }
     if experts is None:
         choice = gate(logits, k, choice_scores=choice_scores, **gate_options)
@@ -87,17 +88,18 @@ def route(
     if used_token is not None:
         contracts.used_token("route", used_token, logits.shape[0])
         experts = torch.where(used_token.reshape(-1, 1) != 0, experts, -1)
-    priority = _priority(choice, drop_policy)
+    priority = _priority(choice, drop_policy, are_scores=not is_before)
     plan = make_plan(experts, logits.shape[1], capacity, priority=priority, order=order)
     kept = plan.slots >= 0
     weights = torch.where(kept, choice.weights, 0)
     if renormalise == "after":
         eps = torch.finfo(weights.dtype).eps
-        shares = weights / weights.sum(dim=-1, keepdim=True).clamp(min=eps) * scale
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=eps)
         # The sum may be NaN, and a dropped route has weight 0.
-        weights = torch.where(kept, shares, 0)
-    empty = weights.new_empty(0)
-    routing = Routing(weights, plan, choice.probs, choice.importance, empty, logits)
+        weights = torch.where(kept, weights, 0)
+    if scale != 1 and not is_before:
+        weights = weights * scale
+    routing = Routing(weights, plan, choice.probs, choice.importance, None, logits)
     if aux_loss is None:
         return routing._replace(l_aux=_balance(routing, scoring))
     return routing._replace(l_aux=aux_loss(routing))
@@ -122,14 +124,17 @@ def _weigh(
     return choice._replace(weights=weights * scale, experts=experts)
 
 
-def _priority(choice: Choice, drop_policy: str) -> Tensor | None:
+def _priority(choice: Choice, drop_policy: str, are_scores: bool) -> Tensor | None:
     """Who is kept, the largest first. [T, K] float32; None is the queue.
 
+    are_scores: the weights are the scores as they are
     "random" draws where nothing is dropped too, as DeepSpeed does: what is drawn later with the
     same seed stays the same.
     """
     if drop_policy == "position":
         return None
+    if drop_policy == "probs" and are_scores:
+        return choice.weights.detach().to(torch.float32)
     scores = choice.probs.detach()
     if drop_policy == "random":
         scores = torch.rand(scores.shape, device=scores.device)

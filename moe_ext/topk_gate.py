@@ -274,12 +274,22 @@ class TopKGate(nn.Module):
         # Integers: E * load against their sum has no rounding.
         self.expert_bias += rate * torch.sign(load.sum() - self.num_experts * load)
 
+    def _noise(self) -> str | None:
+        """The noise that acts in the present mode."""
+        return self.noisy_gate_policy if self.training or self.noise_in_eval else None
+
+    def _draws(self) -> bool:
+        """Whether random token selection and the second expert's sampling act in this mode."""
+        return self.training or self.sampling_in_eval
+
     def _route(self, tokens: Tensor, used_token: Tensor | None, experts: Tensor | None) -> Routing:
         num_tokens = tokens.shape[0]
         logits = self._logits(tokens)
         if experts is None and self.balancing == "forced":
             experts = selection.round_robin(num_tokens, self.k, self.num_experts, tokens.device)
-        draws = self.training or self.sampling_in_eval
+        drop_policy = self.drop_policy
+        if drop_policy == "random" and not self._draws():
+            drop_policy = "position"
         routing = route(
             logits,
             self.k,
@@ -290,9 +300,7 @@ class TopKGate(nn.Module):
             renormalise=self.renormalise,
             scale=self.scale,
             capacity=self.capacity(num_tokens),
-            drop_policy="position"
-            if self.drop_policy == "random" and not draws
-            else self.drop_policy,
+            drop_policy=drop_policy,
             order=self.order,
             aux_loss=self.aux_loss,
         )
@@ -302,8 +310,7 @@ class TopKGate(nn.Module):
     def _logits(self, tokens: Tensor) -> Tensor:
         dtypes = {tokens.dtype, *(p.dtype for p in self.wg.parameters())}
         tokens = tokens.to(torch.float64 if torch.float64 in dtypes else torch.float32)
-        noise = self.noisy_gate_policy if self.training or self.noise_in_eval else None
-        if noise == "Jitter":
+        if self._noise() == "Jitter":
             jitter = selection.uniform(tokens, 1 - self.noise_scale, 1 + self.noise_scale)
             tokens = tokens * jitter
         if has_autocast(tokens.device):
@@ -311,29 +318,30 @@ class TopKGate(nn.Module):
                 logits = self.wg(tokens)
         else:
             logits = self.wg(tokens)
-        if noise == "Gaussian":
+        if self._noise() == "Gaussian":
             logits = logits + self.noise_scale * torch.randn_like(logits)
         return logits
 
     def _choice_scores(self, logits: Tensor, used_token: Tensor | None) -> Tensor | None:
         """What the choice is made on, None where it is the logits themselves."""
-        logits = logits.detach()
-        noisy = self.noisy_gate_policy == "RSample" and (self.training or self.noise_in_eval)
-        draws = self.training or self.sampling_in_eval
-        noise = selection.gumbel(logits) * self.noise_scale if noisy else 0
-        scores = self._selection_scores(logits + noise if noisy else logits, used_token)
+        fixed = logits.detach()
+        logits = fixed
+        is_noisy = self._noise() == "RSample"
+        if is_noisy:
+            logits = fixed + self.noise_scale * selection.gumbel(fixed)
+        scores = self._selection_scores(logits, used_token)
         allowed = None
         if self.groups_per_token < self.num_groups:
             allowed = selection.group_mask(
                 scores, self.num_groups, self.groups_per_token, self.group_score
             )
             scores = scores.masked_fill(~allowed, -torch.inf)
-        if self.k == 2 and self.top2_2nd_expert_sampling and draws and not noisy:
-            drawn = self._selection_scores(logits + selection.gumbel(logits), used_token)
+        if self.k == 2 and self.top2_2nd_expert_sampling and self._draws() and not is_noisy:
+            drawn = self._selection_scores(logits + selection.gumbel(fixed), used_token)
             if allowed is not None:
                 drawn = drawn.masked_fill(~allowed, -torch.inf)
             scores = selection.keep_first(scores, drawn)
-        return None if scores is logits else scores
+        return None if scores is fixed else scores
 
     def _selection_scores(self, logits: Tensor, used_token: Tensor | None) -> Tensor:
         """Of logits, with noise or not, what experts compete by."""
