@@ -61,12 +61,12 @@ def sinkhorn(logits: Tensor, used_token: Tensor | None = None, iterations: int =
     if used_token is not None:
         takes_part = takes_part & (used_token.reshape(-1, 1) != 0)
     x = torch.where(takes_part, logits, 0)
-    column_sum = takes_part.sum() / logits.shape[-1]
     columns = torch.zeros_like(x[:1])
     for _ in range(iterations):
         rows = -(x + columns).logsumexp(dim=-1, keepdim=True)
         asked = torch.where(takes_part, x + rows, -torch.inf).logsumexp(dim=0, keepdim=True)
-        columns = torch.where(asked.isfinite(), column_sum.log() - asked, 0)
+        # An expert that no token may ask stays as it is.
+        columns = torch.where(asked.isfinite(), -asked, 0)
     return torch.where(takes_part, x + columns, logits)
 
 

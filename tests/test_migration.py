@@ -301,7 +301,10 @@ def _of_a_group(rank: int, logits: torch.Tensor) -> list[torch.Tensor]:
     mine = logits[rank]
     _, combine_weights, *_ = gate(mine)
     _, C, *_ = sharded_moe.top2gating(mine, 1.0, 0, False, dist.group.WORLD, False, True)
-    gate.update_bias(gate.route(mine).plan.load, group=dist.group.WORLD)
+    load = gate.route(mine).plan.load.long()
+    before = load.clone()
+    gate.update_bias(load, group=dist.group.WORLD)
+    assert torch.equal(load, before)
     return [torch.tensor(combine_weights.shape), C, gate.expert_bias]
 
 

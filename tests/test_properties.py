@@ -63,7 +63,8 @@ def logits_for(draw, E: int, special: bool = True) -> torch.Tensor:
     T = draw(st.sampled_from([0, 1, 2, 7, 40, 130]))
     seed = draw(st.integers(0, 2**31 - 1))
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(T, E, generator=generator) * draw(st.sampled_from([0.0, 1.0, 30.0]))
+    logits = torch.randn(T, E, generator=generator, device="cpu")
+    logits = logits.to(torch.get_default_device()) * draw(st.sampled_from([0.0, 1.0, 30.0]))
     # One expert that all want.
     logits[:, draw(st.integers(0, E - 1))] += draw(st.sampled_from([0.0, 3.0]))
     if special and T:

@@ -116,6 +116,23 @@ def test_random_token_selection_for_any_k(k):
         assert kept.sum() == min(gate.capacity(T), asked.sum())
 
 
+@pytest.mark.parametrize("renormalise", ["never", "before", "after"])
+def test_the_least_probable_are_dropped_by_their_score(renormalise):
+    gate = gate_for(3, capacity_factor=0.5, drop_policy="probs", renormalise=renormalise)
+    routing = gate.route(tokens())
+    scores = routing.probs.gather(-1, chosen(routing))
+    for e in range(E):
+        asked, kept = chosen(routing) == e, routing.plan.slots >= 0
+        best = scores[asked].sort(descending=True).values[: gate.capacity(T)]
+        assert torch.equal(scores[asked & kept].sort(descending=True).values, best)
+
+
+def test_a_sampled_second_expert_stays_in_the_groups():
+    gate = gate_for(2, top2_2nd_expert_sampling=True, num_groups=4, groups_per_token=1)
+    experts = chosen(gate.route(tokens(500)))
+    assert torch.equal(experts[:, 0] // 3, experts[:, 1] // 3)
+
+
 @pytest.mark.parametrize("by", ["max", "top2_sum"])
 @pytest.mark.parametrize("scoring", SCORES)
 @pytest.mark.parametrize("bias", [False, True])
@@ -276,7 +293,9 @@ def test_sinkhorn_counts_only_tokens_that_take_part():
         )
     other = logits.clone()
     other[:, 2] = -math.inf
-    assert not selection.sinkhorn(other).isnan().any()
+    column_sums = selection.sinkhorn(other, iterations=200).softmax(-1).sum(0)
+    assert column_sums[2] == 0
+    assert relative_error(column_sums[3:], torch.full((E - 3,), 40 / (E - 1))) < 1e-6
     assert torch.equal(selection.sinkhorn(logits[:0]), logits[:0])
     assert torch.equal(selection.sinkhorn(logits, used & ~used), logits)
 
@@ -338,15 +357,17 @@ def test_a_recorded_routing_is_made_again(options):
     assert relative_error(*grads) < 1e-12
 
 
-def test_a_recording_may_leave_choices_out():
-    gate = gate_for(2)
+@pytest.mark.parametrize("renormalise", ["before", "after", "never"])
+def test_a_recording_may_leave_choices_out(renormalise):
+    gate = gate_for(2, renormalise=renormalise)
     x = tokens(3)
     recorded = torch.tensor([[4, -1], [-1, 7], [-1, -1]], dtype=torch.int32)
     routing = gate.route(x, experts=recorded)
     assert torch.equal(routing.plan.experts, recorded)
-    torch.testing.assert_close(
-        routing.weights, torch.tensor([[1.0, 0], [0, 1], [0, 0]], dtype=torch.float64)
-    )
+    probs = routing.probs.detach()
+    first, second = (probs[0, 4], probs[1, 7]) if renormalise == "never" else (1, 1)
+    weights = torch.tensor([[first, 0], [0, second], [0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(routing.weights, weights)
     with pytest.raises(RuntimeError, match=r"experts must be \[T, K\] int32 with T = 3, got"):
         gate.route(x, experts=recorded.long())
     with pytest.raises(RuntimeError, match=r"experts must be \[T, K\] int32 with T = 3, got"):
