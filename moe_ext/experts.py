@@ -29,10 +29,10 @@ class Experts(nn.Module):
         """The weighted sum of every token's experts. tokens [T, H], weights [T, K] -> [T, H]."""
         rows = dispatch(tokens, plan)
         out = self(rows, plan)
-        if out.shape != rows.shape:
+        if _shape(out) != list(rows.shape):
             raise RuntimeError(
                 f"{type(self).__name__}: forward must return [R, H] = {list(rows.shape)}, "
-                f"got {list(out.shape)}"
+                f"got {_shape(out)}"
             )
         return combine(out, plan, weights)
 
@@ -147,12 +147,11 @@ class ModuleExperts(Experts):
         pieces = []
         done = 0
         for e, (begin, end) in enumerate(bounds):
-            out = self.experts[e](rows[begin:end])
-            out = out[0] if isinstance(out, tuple) else out
-            if out.shape != (end - begin, rows.shape[1]):
+            out = _first(self.experts[e](rows[begin:end]))
+            if _shape(out) != [end - begin, rows.shape[1]]:
                 raise RuntimeError(
                     f"ModuleExperts: expert {e} must return [rows, H] = "
-                    f"{[end - begin, rows.shape[1]]}, got {list(out.shape)}"
+                    f"{[end - begin, rows.shape[1]]}, got {_shape(out)}"
                 )
             pieces += [out.new_zeros(begin - done, rows.shape[1]), out]
             done = end
@@ -183,11 +182,32 @@ class DeepSpeedExperts(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[ep, num_local_experts, C, H] -> the same shape."""
+        if inputs.dim() != 4 or inputs.shape[1] != self.num_local_experts:
+            raise RuntimeError(
+                "Experts: inputs must be [ep, num_local_experts, C, H] with num_local_experts = "
+                f"{self.num_local_experts}, got {list(inputs.shape)}"
+            )
         outputs = []
-        for expert, part in zip(self.deepspeed_experts, inputs.split(1, dim=1), strict=True):
-            out = expert(part)
-            outputs.append(out[0] if isinstance(out, tuple) else out)
+        parts = zip(self.deepspeed_experts, inputs.split(1, dim=1), strict=True)
+        for e, (expert, part) in enumerate(parts):
+            out = _first(expert(part))
+            if _shape(out) != list(part.shape):
+                raise RuntimeError(
+                    f"Experts: expert {e} must return [ep, 1, C, H] = {list(part.shape)}, "
+                    f"got {_shape(out)}"
+                )
+            outputs.append(out)
         return torch.cat(outputs, dim=1)
+
+
+def _first(out):
+    """An expert may return a tuple that begins with its output."""
+    return out[0] if isinstance(out, tuple) and out else out
+
+
+def _shape(out) -> list[int] | str:
+    """Of a tensor its shape, of anything else its type."""
+    return list(out.shape) if isinstance(out, Tensor) else type(out).__name__
 
 
 def padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
@@ -206,7 +226,8 @@ def padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tenso
     rows = dispatch(tokens, plan)
     shape = (1, plan.num_experts, plan.capacity, tokens.shape[1])
     out = experts(rows.view(shape))
-    if not isinstance(out, Tensor) or out.numel() != rows.numel():
-        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise RuntimeError(f"MOELayer: experts must return [1, E, C, H] = {list(shape)}, got {got}")
+    if _shape(out) not in (list(shape), list(shape[1:])):
+        raise RuntimeError(
+            f"MOELayer: experts must return [1, E, C, H] = {list(shape)}, got {_shape(out)}"
+        )
     return combine(out.reshape(rows.shape), plan, weights)

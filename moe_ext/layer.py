@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import route_forms
+from . import contracts, route_forms
 from .experts import DeepSpeedExperts, Experts, padded_routed
 from .plan import Plan
 from .timers import Timers
@@ -33,19 +33,22 @@ class Aux(NamedTuple):
     experts: Tensor
 
 
+def _routes_itself(gate: nn.Module) -> bool:
+    """Whether a gate has `route`, and means it: a TopKGate with a forward of its own is used by
+    that, as DeepSpeed's layer would."""
+    if isinstance(gate, TopKGate) and type(gate).route is TopKGate.route:
+        return type(gate).forward is TopKGate.forward
+    return hasattr(gate, "route") and hasattr(gate, "num_experts")
+
+
 def _route(
     gate: nn.Module, tokens: Tensor, used_token: Tensor | None, experts: Tensor | None
 ) -> tuple[Plan, Tensor, Aux]:
-    recorded = () if experts is None else (experts,)
-    routing = gate.route(tokens, used_token, *recorded)
-    plan = routing.plan
-    return plan, routing.weights, Aux(routing.l_aux, plan.load.to(torch.int64), plan.experts)
-
-
-def _route_by_deepspeed_gate(
-    gate: nn.Module, tokens: Tensor, used_token: Tensor | None, experts: Tensor | None
-) -> tuple[Plan, Tensor, Aux]:
-    """Of a gate written for DeepSpeed, which returns masks or sparse routes."""
+    if _routes_itself(gate):
+        recorded = () if experts is None else (experts,)
+        routing = gate.route(tokens, used_token, *recorded)
+        plan = routing.plan
+        return plan, routing.weights, Aux(routing.l_aux, plan.load.to(torch.int64), plan.experts)
     if experts is not None:
         raise RuntimeError(
             f"MOELayer: experts must be None with a gate of type {type(gate).__name__}, which has "
@@ -53,12 +56,14 @@ def _route_by_deepspeed_gate(
         )
     knows_sparse = "sparse_routes" in inspect.signature(gate.forward).parameters
     result = gate(tokens, used_token, **({"sparse_routes": True} if knows_sparse else {}))
-    plan, weights, l_aux, exp_counts = route_forms.plan_of(result, tokens.dtype)
+    plan, weights, l_aux, exp_counts = route_forms.plan_of(result, tokens)
     return plan, weights, Aux(l_aux, exp_counts, plan.experts)
 
 
-def _routed(experts: Experts, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-    return experts.routed(tokens, plan, weights)
+def _routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+    if isinstance(experts, Experts):
+        return experts.routed(tokens, plan, weights)
+    return padded_routed(experts, tokens, plan, weights)
 
 
 class MOELayer(nn.Module):
@@ -75,10 +80,11 @@ class MOELayer(nn.Module):
         are local: ep_size is 1 and num_local_experts their number. Tutel is not used.
 
     `layer(hidden, used_token=None)` returns a tensor like hidden and leaves `l_aux` and
-    `exp_counts` of that call as attributes. Under checkpointing, export and compile + checkpoint
-    use `forward_with_aux`, which returns them. Copies and pickles leave the attributes out.
-    With `wall_clock_breakdown` set, `time_moe` is the time of all calls in milliseconds, and the
-    gate's `gate_time` its part. Raises ValueError where gate and experts do not fit.
+    `exp_counts` of that call as attributes. Under checkpointing (use_reentrant=False), export and
+    compile + checkpoint use `forward_with_aux`, which returns them. Copies and pickles hold None
+    for them. Gate and experts may be replaced by others of as many experts. With
+    `wall_clock_breakdown` set, `time_moe` is the time of all calls in milliseconds; torch.compile
+    does not take that. Raises ValueError where gate and experts do not fit.
     """
 
     def __init__(
@@ -91,13 +97,7 @@ class MOELayer(nn.Module):
         use_tutel: bool = False,
     ) -> None:
         super().__init__()
-        self._route = _route
-        if not (hasattr(gate, "route") and hasattr(gate, "num_experts")):
-            if not isinstance(gate, nn.Module):
-                raise ValueError(f"MOELayer: gate must be a module, got {type(gate).__name__}")
-            self._route = _route_by_deepspeed_gate
-        self._routed = _routed if isinstance(experts, Experts) else padded_routed
-        if num_local_experts is None:
+        if num_local_experts is None and isinstance(experts, nn.Module):
             num_local_experts = _num_experts(experts)
         _check_fit(gate, experts, ep_size, num_local_experts)
         self.gate = gate
@@ -144,8 +144,9 @@ class MOELayer(nn.Module):
         experts: Tensor | None = None,
     ) -> tuple[Tensor, Aux]:
         """`forward` without side effects: (out, Aux(l_aux, exp_counts, experts))."""
-        if hidden.dim() == 0:
-            raise RuntimeError("MOELayer: hidden must be [..., H], got []")
+        if not isinstance(hidden, Tensor) or hidden.dim() == 0:
+            got = "[]" if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise RuntimeError(f"MOELayer: hidden must be [..., H], got {got}")
         if not self.wall_clock_breakdown:
             return self._forward(hidden, used_token, experts)
         with self.timers.time(MOE_TIMER):
@@ -157,8 +158,13 @@ class MOELayer(nn.Module):
         self, hidden: Tensor, used_token: Tensor | None, experts: Tensor | None
     ) -> tuple[Tensor, Aux]:
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        plan, weights, aux = self._route(self.gate, tokens, used_token, experts)
-        out = self._routed(self.experts, tokens, plan, weights)
+        plan, weights, aux = _route(self.gate, tokens, used_token, experts)
+        if plan.num_experts != self.num_local_experts:
+            raise RuntimeError(
+                f"MOELayer: gate must choose among E = {self.num_local_experts} experts, "
+                f"got {plan.num_experts}"
+            )
+        out = _routed(self.experts, tokens, plan, weights)
         return out.to(hidden.dtype).view(hidden.shape), aux
 
     def __getstate__(self) -> dict:
@@ -176,7 +182,9 @@ def _num_experts(experts: nn.Module) -> int:
 
 
 def _check_fit(gate: nn.Module, experts: nn.Module, ep_size: int, num_local_experts: int) -> None:
-    if not isinstance(experts, nn.Module):
+    if not isinstance(gate, nn.Module) or isinstance(gate, Experts):
+        raise ValueError(f"MOELayer: gate must be a gate's module, got {type(gate).__name__}")
+    if not isinstance(experts, nn.Module) or isinstance(experts, TopKGate):
         raise ValueError(f"MOELayer: experts must be a module, got {type(experts).__name__}")
     if ep_size != 1:
         raise ValueError(f"MOELayer: ep_size must be 1, all experts are local, got {ep_size}")
@@ -236,6 +244,9 @@ class MoE(nn.Module):
         **gate_options,
     ) -> None:
         super().__init__()
+        contracts.integer("MoE", "num_experts", num_experts, 1)
+        if not isinstance(expert, nn.Module):
+            raise ValueError(f"MoE: expert must be a module, got {expert!r}")
         if ep_size != 1:
             raise ValueError(f"MoE: ep_size must be 1, all experts are local, got {ep_size}")
         self.use_residual = use_residual
@@ -270,13 +281,37 @@ class MoE(nn.Module):
         """For DeepSpeed's engine, which calls it: with all experts local there is no group."""
 
     def forward(
-        self, hidden_states: Tensor, used_token: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        used_token: Tensor | None = None,
+        *,
+        experts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states: [..., H] -> (the same shape and dtype, l_aux [], exp_counts [E] int64)."""
-        output = self.deepspeed_moe(hidden_states, used_token)
-        if self.use_residual:
-            residual = self.mlp(hidden_states)
-            residual = residual[0] if isinstance(residual, tuple) else residual
-            shares = F.softmax(self.coefficient(hidden_states), dim=-1)
-            output = output * shares[..., 0:1] + residual * shares[..., 1:]
-        return output, self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts
+        """hidden_states: [..., H] -> (the same shape and dtype, l_aux [], exp_counts [E] int64).
+
+        used_token, experts: as of MOELayer
+        """
+        layer = self.deepspeed_moe
+        output = layer(hidden_states, used_token, experts=experts)
+        return self._with_residual(output, hidden_states), layer.l_aux, layer.exp_counts
+
+    def forward_with_aux(
+        self,
+        hidden_states: Tensor,
+        used_token: Tensor | None = None,
+        *,
+        experts: Tensor | None = None,
+    ) -> tuple[Tensor, Aux]:
+        """`forward` without side effects: (out, Aux(l_aux, exp_counts, experts))."""
+        output, aux = self.deepspeed_moe.forward_with_aux(
+            hidden_states, used_token, experts=experts
+        )
+        return self._with_residual(output, hidden_states), aux
+
+    def _with_residual(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        if not self.use_residual:
+            return output
+        residual = self.mlp(hidden_states)
+        residual = residual[0] if isinstance(residual, tuple) else residual
+        shares = F.softmax(self.coefficient(hidden_states), dim=-1)
+        return output * shares[..., 0:1] + residual * shares[..., 1:]

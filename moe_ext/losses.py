@@ -48,6 +48,11 @@ def load_balance_loss(
     The loss of Switch Transformers (arXiv 2101.03961, eq. 4) for choices = 1, of the global batch
     as in arXiv 2501.11873.
     """
+    if importance.shape != load.shape:
+        raise RuntimeError(
+            "load_balance_loss: importance and load must be [..., E] alike, got "
+            f"{list(importance.shape)} and {list(load.shape)}"
+        )
     load_tokens = num_tokens if load_tokens is None else load_tokens
     if group is not None:
         ones = load.new_ones((), dtype=torch.int64)
@@ -102,6 +107,8 @@ def importance_loss(importance: Tensor) -> Tensor:
 
     importance: [E] sums of the tokens' probabilities
     """
+    if importance.dim() != 1:
+        raise RuntimeError(f"importance_loss: importance must be [E], got {list(importance.shape)}")
     parts = shares(importance)
     # The parts' own sum is one, but zero without a token.
     return (parts * parts.shape[0] - parts.sum()).square().mean()

@@ -93,10 +93,10 @@ def tutel_routes_of(routing: Routing, C: int) -> tuple:
     )
 
 
-def plan_of(result: tuple, dtype: torch.dtype) -> tuple[Plan, Tensor, Tensor, Tensor]:
+def plan_of(result: tuple, tokens: Tensor) -> tuple[Plan, Tensor, Tensor, Tensor]:
     """A plan from any of the forms: (plan, weights [S, K], l_aux, exp_counts).
 
-    result: what a gate written for DeepSpeed returns for tokens of `dtype`
+    result: what a gate written for DeepSpeed returns for these tokens
     Rows are given anew, in the order of the tokens: what an expert does to a row does not depend on
     where the row is. With masks every expert is one of a token's choices, K = E.
     """
@@ -109,19 +109,26 @@ def plan_of(result: tuple, dtype: torch.dtype) -> tuple[Plan, Tensor, Tensor, Te
             "[S, E, C], exp_counts), or the seven of sparse routes, or be a moe_ext.TopKGate or "
             f"have its num_experts and route; got {what}"
         )
+    check = contracts.Check("MOELayer")
+    S = tokens.shape[0]
     l_aux, exp_counts = result[0], result[-1]
     if len(result) == 4:
         combine_weights, dispatch_mask = result[1:3]
+        check.shape("combine_weights", combine_weights, [("S", S), ("E", None), ("C", None)])
+        check.floating("combine_weights", combine_weights)
         _, E, C = combine_weights.shape
+        check.shape("dispatch_mask", dispatch_mask, [("S", S), ("E", E), ("C", C)])
         kept = dispatch_mask.bool().any(dim=-1)
         experts = torch.where(kept, torch.arange(E, device=kept.device), -1)
         weights = combine_weights.sum(dim=-1)
     else:
         C, E, indices, _, gates = result[1:6]
         experts, weights = _routes_last(indices), _routes_last(gates)
+        check.shape("indices", experts, [("S", S), ("K", None)])
+        check.shape("gates", weights, [("S", S), ("K", experts.shape[1])])
         weights = torch.where(experts >= 0, weights, 0)
     plan = make_plan(experts.to(torch.int32), int(E), int(C), order="token")
-    return plan, weights.to(contracts.accumulate_dtype(dtype)), l_aux, exp_counts
+    return plan, weights.to(contracts.accumulate_dtype(tokens.dtype)), l_aux, exp_counts
 
 
 def _routes_last(routes: Tensor | list[Tensor]) -> Tensor:

@@ -1,13 +1,14 @@
 """Routers: modules that give every token its logits, [T, H] -> [T, E].
 
 They compute in the dtype of the tokens, which the gate makes float32 or float64: weights are cast
-per call and keep their own dtype.
+per call and keep their own dtype. `logits_of` does so for any module.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from . import contracts
@@ -64,3 +65,14 @@ class CosineRouter(nn.Module):
         directions = F.normalize(self.directions.to(tokens.dtype), dim=-1)
         scale = self.log_scale.to(tokens.dtype).clamp(max=math.log(100)).exp()
         return F.linear(F.normalize(projected, dim=-1), directions) * scale
+
+
+def logits_of(router: nn.Module, tokens: Tensor) -> Tensor:
+    """What a router gives, with its weights in the dtype of the tokens."""
+    state = dict(router.named_parameters()) | dict(router.named_buffers())
+    other = {
+        name: value.to(tokens.dtype)
+        for name, value in state.items()
+        if value.is_floating_point() and value.dtype != tokens.dtype
+    }
+    return functional_call(router, other, (tokens,)) if other else router(tokens)

@@ -55,8 +55,8 @@ def route(
     """Choose k experts for every token, give the routes their rows, weigh what is kept.
 
     logits, choice_scores, scoring, scale: as of `gate`
-    experts: [T, K] int32, the choice where it is made already: a recorded one, or a forced one. -1
-        is no choice; k and choice_scores then decide nothing.
+    experts: [T, K] int32, K = k, the choice where it is made already: a recorded one, or a forced
+        one. -1 is no choice; choice_scores then decide nothing.
     used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
     renormalise: divide a token's weights by their sum "before" or "after" dropping, or "never"
     capacity: rows per expert; None drops nothing
@@ -68,12 +68,11 @@ def route(
 
     Raises RuntimeError where an argument breaks this contract.
     """
-    for name, value, allowed in (
-        ("renormalise", renormalise, RENORMALISE),
-        ("drop_policy", drop_policy, DROP_POLICIES),
-    ):
-        if value not in allowed:
-            raise RuntimeError(f"route: {name} must be one of {allowed}, got {value!r}")
+    check = contracts.Check("route")
+    check.one_of("renormalise", renormalise, RENORMALISE)
+    check.one_of("drop_policy", drop_policy, DROP_POLICIES)
+    if not isinstance(k, int):
+        check.fail(f"k must be an integer, got {k!r}")
     is_before = renormalise == "before"
     gate_options = {
         "scoring": scoring,
@@ -83,7 +82,7 @@ def route(
     if experts is None:
         choice = gate(logits, k, choice_scores=choice_scores, **gate_options)
     else:
-        choice = _weigh(logits, experts, **gate_options)
+        choice = _weigh(logits, k, experts, **gate_options)
     experts = choice.experts
     if used_token is not None:
         contracts.used_token("route", used_token, logits.shape[0])
@@ -100,21 +99,21 @@ def route(
     if scale != 1 and not is_before:
         weights = weights * scale
     routing = Routing(weights, plan, choice.probs, choice.importance, None, logits)
-    if aux_loss is None:
-        return routing._replace(l_aux=_balance(routing, scoring))
-    return routing._replace(l_aux=aux_loss(routing))
+    l_aux = _balance(routing, scoring) if aux_loss is None else aux_loss(routing)
+    if not isinstance(l_aux, Tensor) or l_aux.dim() != 0:
+        got = list(l_aux.shape) if isinstance(l_aux, Tensor) else type(l_aux).__name__
+        raise RuntimeError(f"route: aux_loss must return a tensor [], got {got}")
+    return routing._replace(l_aux=l_aux)
 
 
 def _weigh(
-    logits: Tensor, experts: Tensor, *, scoring: str, renormalise: bool, scale: float
+    logits: Tensor, k: int, experts: Tensor, *, scoring: str, renormalise: bool, scale: float
 ) -> Choice:
     """`gate` where the choice is made already."""
     T, E = logits.shape
-    if experts.dim() != 2 or experts.shape[0] != T or experts.dtype != torch.int32:
-        raise RuntimeError(
-            f"route: experts must be [T, K] int32 with T = {T}, "
-            f"got {list(experts.shape)} {str(experts.dtype).removeprefix('torch.')}"
-        )
+    check = contracts.Check("route")
+    check.shape("experts", experts, [("T", T), ("K", k)])
+    check.dtype("experts", experts, torch.int32)
     choice = gate(logits, 1, scoring=scoring)
     chosen = choice.probs.gather(-1, experts.clamp(0, E - 1).long())
     weights = torch.where(experts >= 0, chosen, 0)

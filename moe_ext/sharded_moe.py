@@ -29,7 +29,9 @@ from .utils import (
 )
 
 __all__ = [
+    "FIRST_ALLTOALL_TIMER",
     "MOE_TIMER",
+    "SECOND_ALLTOALL_TIMER",
     "TOPK_GATE_TIMER",
     "TUTEL_INSTALLED",
     "USE_EINSUM",
@@ -51,6 +53,10 @@ __all__ = [
     "top2gating",
     "topkgating",
 ]
+
+# Of DeepSpeed's timers; with all experts local there is no exchange to time.
+FIRST_ALLTOALL_TIMER = "1st_a2a"
+SECOND_ALLTOALL_TIMER = "2nd_a2a"
 
 # Tutel is not used: its form of the routes is made without it.
 TUTEL_INSTALLED = False
@@ -147,7 +153,7 @@ def top1gating(
     """
     if isinstance(ep_group, bool):
         ep_group, use_tutel = None, ep_group
-    logits = _wide(logits)
+    logits = _wide(logits, "top1gating")
     noisy = noisy_gate_policy == "RSample"
     scores = logits.detach() + selection.gumbel(logits) if noisy else None
     routing = route(
@@ -174,7 +180,7 @@ def top2gating(
 
     top2_2nd_expert_sampling: the second choice is made on logits with Gumbel noise
     """
-    logits = _wide(logits)
+    logits = _wide(logits, "top2gating")
     scores = None
     if top2_2nd_expert_sampling:
         fixed = logits.detach()
@@ -207,7 +213,7 @@ def topkgating(
     def all_choices(routing: Routing) -> Tensor:
         return load_balance_loss(routing.importance, routing.plan.load, logits.shape[0], k)
 
-    logits = _wide(logits)
+    logits = _wide(logits, "topkgating")
     routing = route(
         logits,
         k,
@@ -220,7 +226,12 @@ def topkgating(
     return form(routing, sparse_routes, False, ep_group)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _wide(logits: Tensor, name: str) -> Tensor:
+    check = contracts.Check(name)
+    if not isinstance(logits, Tensor):
+        check.fail(f"logits must be a tensor, got {type(logits).__name__}")
+    check.shape("logits", logits, [("S", None), ("E", None)])
+    check.floating("logits", logits)
     return logits.to(contracts.accumulate_dtype(logits.dtype))
 
 

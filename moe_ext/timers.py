@@ -60,6 +60,11 @@ class Timers:
     def get_timers(self) -> dict[str, Timer]:
         return self._timers
 
+    def log(self, names: list[str], normalizer: float = 1.0, reset: bool = True) -> None:
+        """Print the timers of these names in milliseconds, over `normalizer`."""
+        times = (f"{name}: {self(name).elapsed(reset) / normalizer:.2f}" for name in names)
+        print("time (ms) | " + " | ".join(times), flush=True)
+
     @contextmanager
     def time(self, name: str):
         timer = self(name)

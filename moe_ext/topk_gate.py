@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from . import contracts, reference, route_forms, selection
 from .capacity import expert_capacity
 from .functional import has_autocast
-from .routers import LinearRouter
+from .routers import LinearRouter, logits_of
 from .routing import DROP_POLICIES, RENORMALISE, Routing, route
 from .timers import Timers
 
@@ -56,18 +58,22 @@ class TopKGate(nn.Module):
     selection_bias: a buffer expert_bias [E] is added to the scores that the choice is made on, and
         to nothing else; `update_bias` balances the load by it
     balancing: "sinkhorn" chooses on `selection.sinkhorn` of the logits, in training; "forced"
-        gives every expert as many routes whatever the router says, for benchmarks
+        gives every expert as many routes of all tokens, whatever the router says, for benchmarks
     noise_scale: see noisy_gate_policy; None is 0.01, 1 or 1 / E
     noise_in_eval: noisy_gate_policy in evaluation too
     sampling_in_eval: random token selection and the second expert's sampling in evaluation too, as
         DeepSpeed has it
-    aux_loss: gives l_aux from a Routing. None is the load-balance loss: of first choices for
+    aux_loss: gives l_aux [] from a Routing. None is the load-balance loss: of first choices for
         k <= 2 and of all for more, a mean over all T tokens, those that used_token takes out too,
         as DeepSpeed's is.
     router: a module that maps [T, H] to logits [T, E]; None is a LinearRouter without bias
 
+    All but the last two may be changed later, as attributes. With `wall_clock_breakdown` set,
+    `gate_time` is the time of all calls in milliseconds; torch.compile does not take that.
+
     Everything is computed in float32, in float64 where the input or a weight is float64, under
-    autocast too. Raises ValueError where an argument is out of range.
+    autocast too; a router's other weights are cast per call. Raises ValueError where an argument is
+    out of range.
     """
 
     def __init__(
@@ -109,35 +115,35 @@ class TopKGate(nn.Module):
         self.min_capacity = contracts.integer("TopKGate", "min_capacity", min_capacity, 0)
         if k > num_experts:
             raise ValueError(f"TopKGate: k must be in 1..num_experts = {num_experts}, got {k}")
-        if ep_group is not None and not isinstance(ep_group, dist.ProcessGroup):
-            raise ValueError(
-                f"TopKGate: ep_group must be None or a process group, got {ep_group!r}"
-            )
-        if drop_policy is None:
-            drop_policy = "random" if k == 1 and use_rts else "probs" if k > 2 else "position"
-        if order is None:
-            order = "token" if drop_policy == "probs" else "choice"
-        if renormalise is None:
-            renormalise = "never" if k == 1 else "after"
-        if noise_scale is None:
-            default = NOISE_SCALES.get(noisy_gate_policy)
-            noise_scale = 1 / num_experts if default is None else default
         _check_names(
             noisy_gate_policy=(noisy_gate_policy, tuple(NOISE_SCALES)),
-            drop_policy=(drop_policy, DROP_POLICIES),
-            order=(order, contracts.ORDERS),
+            drop_policy=(drop_policy, (None, *DROP_POLICIES)),
+            order=(order, (None, *contracts.ORDERS)),
             scoring=(scoring, contracts.SCORINGS),
-            renormalise=(renormalise, RENORMALISE),
+            renormalise=(renormalise, (None, *RENORMALISE)),
             group_score=(group_score, selection.GROUP_SCORES),
             balancing=(balancing, BALANCING),
+            drop_tokens=(drop_tokens, (True, False)),
+            use_rts=(use_rts, (True, False)),
+            top2_2nd_expert_sampling=(top2_2nd_expert_sampling, (True, False)),
+            selection_bias=(selection_bias, (True, False)),
+            noise_in_eval=(noise_in_eval, (True, False)),
+            sampling_in_eval=(sampling_in_eval, (True, False)),
         )
         _check_numbers(
             capacity_factor=(capacity_factor, 1e-6, 1e6),
             eval_capacity_factor=(eval_capacity_factor, 1e-6, 1e6),
             scale=(scale, -1e6, 1e6),
-            noise_scale=(noise_scale, 0, 1e6),
+            noise_scale=(0 if noise_scale is None else noise_scale, 0, 1e6),
         )
         _check_groups(num_experts, k, num_groups, groups_per_token)
+        for name, value, kind, wanted in (
+            ("ep_group", ep_group, dist.ProcessGroup, "a process group"),
+            ("router", router, nn.Module, "a module"),
+            ("aux_loss", aux_loss, Callable, "a function of a Routing"),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"TopKGate: {name} must be None or {wanted}, got {value!r}")
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.noisy_gate_policy = noisy_gate_policy
@@ -153,6 +159,7 @@ class TopKGate(nn.Module):
         self.num_groups = num_groups
         self.groups_per_token = groups_per_token
         self.group_score = group_score
+        self.selection_bias = selection_bias
         self.balancing = balancing
         self.noise_scale = noise_scale
         self.noise_in_eval = noise_in_eval
@@ -176,11 +183,16 @@ class TopKGate(nn.Module):
             self.expert_bias.zero_()
 
     def extra_repr(self) -> str:
-        return (
-            f"k={self.k}, drop_tokens={self.drop_tokens}, drop_policy={self.drop_policy!r}, "
-            f"capacity_factor={self.capacity_factor}, min_capacity={self.min_capacity}, "
-            f"scoring={self.scoring!r}, renormalise={self.renormalise!r}"
-        )
+        """The options that are not what they are by default."""
+        shown = [f"k={self.k}"]
+        for name, parameter in inspect.signature(TopKGate).parameters.items():
+            value = getattr(self, name, parameter.default)
+            if (
+                name not in ("model_dim", "num_experts", "k", "router")
+                and value != parameter.default
+            ):
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
 
     def _apply(self, fn, recurse: bool = True):
         """As of every module, but expert_bias stays float32: steps of 0.001 are lost in 16 bits."""
@@ -259,7 +271,7 @@ class TopKGate(nn.Module):
         """Balance without a loss (arXiv 2408.15664): raise expert_bias by rate where the load is
         below its mean, lower it where it is above.
 
-        load: [E] since the last update, as sums of `layer.exp_counts`
+        load: [E] integers, routes since the last update: a sum of `layer.exp_counts`
         group: count the load of all its processes
         """
         if self.expert_bias is None:
@@ -268,28 +280,44 @@ class TopKGate(nn.Module):
             raise RuntimeError(
                 f"TopKGate: load must be [E] with E = {self.num_experts}, got {list(load.shape)}"
             )
+        if load.is_floating_point():
+            # Of rounded numbers none would be at the mean.
+            raise RuntimeError(f"TopKGate: load must be counts, integers, got {load.dtype}")
         load = load.to(self.expert_bias.device, torch.int64, copy=True)
         if group is not None:
             dist.all_reduce(load, group=group)
-        # Integers: E * load against their sum has no rounding.
         self.expert_bias += rate * torch.sign(load.sum() - self.num_experts * load)
 
-    def _noise(self) -> str | None:
-        """The noise that acts in the present mode."""
-        return self.noisy_gate_policy if self.training or self.noise_in_eval else None
+    def _noise(self) -> tuple[str | None, float]:
+        """The noise that acts in the present mode, and its size."""
+        policy = self.noisy_gate_policy if self.training or self.noise_in_eval else None
+        if self.noise_scale is not None:
+            return policy, self.noise_scale
+        return policy, 1 / self.num_experts if policy == "Gaussian" else NOISE_SCALES[policy]
 
     def _draws(self) -> bool:
         """Whether random token selection and the second expert's sampling act in this mode."""
         return self.training or self.sampling_in_eval
+
+    def _dropping(self) -> tuple[str, str]:
+        """drop_policy and order in the present mode, DeepSpeed's where they are None."""
+        policy, order = self.drop_policy, self.order
+        if policy is None:
+            is_random = self.k == 1 and self.use_rts
+            policy = "random" if is_random else "probs" if self.k > 2 else "position"
+        if order is None:
+            order = "token" if policy == "probs" else "choice"
+        return "position" if policy == "random" and not self._draws() else policy, order
 
     def _route(self, tokens: Tensor, used_token: Tensor | None, experts: Tensor | None) -> Routing:
         num_tokens = tokens.shape[0]
         logits = self._logits(tokens)
         if experts is None and self.balancing == "forced":
             experts = selection.round_robin(num_tokens, self.k, self.num_experts, tokens.device)
-        drop_policy = self.drop_policy
-        if drop_policy == "random" and not self._draws():
-            drop_policy = "position"
+        drop_policy, order = self._dropping()
+        renormalise = self.renormalise
+        if renormalise is None:
+            renormalise = "never" if self.k == 1 else "after"
         routing = route(
             logits,
             self.k,
@@ -297,11 +325,11 @@ class TopKGate(nn.Module):
             experts=experts,
             used_token=used_token,
             scoring=self.scoring,
-            renormalise=self.renormalise,
+            renormalise=renormalise,
             scale=self.scale,
             capacity=self.capacity(num_tokens),
             drop_policy=drop_policy,
-            order=self.order,
+            order=order,
             aux_loss=self.aux_loss,
         )
         weights = routing.weights.to(contracts.accumulate_dtype(tokens.dtype))
@@ -310,25 +338,30 @@ class TopKGate(nn.Module):
     def _logits(self, tokens: Tensor) -> Tensor:
         dtypes = {tokens.dtype, *(p.dtype for p in self.wg.parameters())}
         tokens = tokens.to(torch.float64 if torch.float64 in dtypes else torch.float32)
-        if self._noise() == "Jitter":
-            jitter = selection.uniform(tokens, 1 - self.noise_scale, 1 + self.noise_scale)
-            tokens = tokens * jitter
+        noise, size = self._noise()
+        if noise == "Jitter":
+            tokens = tokens * selection.uniform(tokens, 1 - size, 1 + size)
         if has_autocast(tokens.device):
             with torch.autocast(tokens.device.type, enabled=False):
-                logits = self.wg(tokens)
+                logits = logits_of(self.wg, tokens)
         else:
-            logits = self.wg(tokens)
-        if self._noise() == "Gaussian":
-            logits = logits + self.noise_scale * torch.randn_like(logits)
+            logits = logits_of(self.wg, tokens)
+        shape = (tokens.shape[0], self.num_experts)
+        if not isinstance(logits, Tensor) or logits.shape != shape:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise RuntimeError(f"TopKGate: router must return [T, E] = {list(shape)}, got {got}")
+        logits = logits.to(tokens.dtype)
+        if noise == "Gaussian":
+            logits = logits + size * torch.randn_like(logits)
         return logits
 
     def _choice_scores(self, logits: Tensor, used_token: Tensor | None) -> Tensor | None:
         """What the choice is made on, None where it is the logits themselves."""
         fixed = logits.detach()
         logits = fixed
-        is_noisy = self._noise() == "RSample"
-        if is_noisy:
-            logits = fixed + self.noise_scale * selection.gumbel(fixed)
+        noise, size = self._noise()
+        if noise == "RSample":
+            logits = fixed + size * selection.gumbel(fixed)
         scores = self._selection_scores(logits, used_token)
         allowed = None
         if self.groups_per_token < self.num_groups:
@@ -336,8 +369,9 @@ class TopKGate(nn.Module):
                 scores, self.num_groups, self.groups_per_token, self.group_score
             )
             scores = scores.masked_fill(~allowed, -torch.inf)
-        if self.k == 2 and self.top2_2nd_expert_sampling and self._draws() and not is_noisy:
-            drawn = self._selection_scores(logits + selection.gumbel(fixed), used_token)
+        samples_second = self.k == 2 and self.top2_2nd_expert_sampling and self._draws()
+        if samples_second and noise != "RSample":
+            drawn = self._selection_scores(fixed + selection.gumbel(fixed), used_token)
             if allowed is not None:
                 drawn = drawn.masked_fill(~allowed, -torch.inf)
             scores = selection.keep_first(scores, drawn)
@@ -356,14 +390,14 @@ class TopKGate(nn.Module):
 
 def _check_names(**options: tuple) -> None:
     for name, (value, allowed) in options.items():
-        if value not in allowed:
+        if not isinstance(value, str | int | None) or value not in allowed:
             raise ValueError(f"TopKGate: {name} must be one of {allowed}, got {value!r}")
 
 
 def _check_numbers(**options: tuple) -> None:
     for name, (value, low, high) in options.items():
-        if not low <= value <= high:
-            raise ValueError(f"TopKGate: {name} must be in {low}..{high}, got {value}")
+        if not isinstance(value, Real) or not low <= value <= high:
+            raise ValueError(f"TopKGate: {name} must be in {low}..{high}, got {value!r}")
 
 
 def _check_groups(num_experts: int, k: int, num_groups: int, groups_per_token: int) -> None:

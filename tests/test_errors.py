@@ -334,13 +334,16 @@ def test_layer_constructor():
         (lambda: MOELayer(gate, torch.nn.Linear(H, H)), "num_local_experts must be given where"),
         (lambda: MOELayer(gate, torch.nn.Linear(H, H), "", 1, 4), "num_experts = 8, got 4"),
         (lambda: MOELayer(gate, None, "", 1, E), "experts must be a module, got NoneType"),
-        (lambda: MOELayer(print, experts), "gate must be a module, got builtin"),
+        (lambda: MOELayer(print, experts), "gate must be a gate's module, got builtin"),
+        (lambda: MOELayer(experts, gate), "gate must be a gate's module, got GroupedExperts"),
+        (lambda: MOELayer(gate, gate), "experts must be a module, got TopKGate"),
+        (lambda: MoE(torch.nn.Linear(H, H), H, E), "MoE: expert must be a module, got 4"),
         (lambda: MOELayer(gate, GroupedExperts(4, H, 4)), "num_experts = 8, got 4"),
         (lambda: MOELayer(gate, GroupedExperts(E, 5, 4)), "model_dim = 4 as hidden_size, got 5"),
         (lambda: MOELayer(gate, experts, ep_size=2), "ep_size must be 1"),
         (lambda: MOELayer(gate, experts, num_local_experts=4), "num_local_experts must be 8"),
         (lambda: MoE(H, torch.nn.Identity(), E, ep_size=2), "MoE: ep_size must be 1"),
-        (lambda: MoE(H, torch.nn.Identity(), 0), "num_local_experts must be at least 1"),
+        (lambda: MoE(H, torch.nn.Identity(), 0), "MoE: num_experts must be at least 1, got 0"),
         (lambda: CosineRouter(H, E, 0), "CosineRouter: proj_dim must be at least 1, got 0"),
         (lambda: CosineRouter(H, E, temperature=0.0), "temperature must be 0.01 or more, got 0.0"),
         (lambda: GroupedExperts(E, H, 4, activation="tanh"), "activation must be one of"),
@@ -361,6 +364,13 @@ def test_layer_input():
         layer(torch.randn(3, H), [1, 1, 0])
     with pytest.raises(RuntimeError, match=r"MOELayer: hidden must be \[\.\.\., H\], got \[\]"):
         layer(torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match=r"MOELayer: hidden must be \[\.\.\., H\], got list"):
+        layer([1.0])
+    layer.experts = GroupedExperts(E, H, 4)
+    layer.gate = TopKGate(H, 5)
+    with pytest.raises(RuntimeError, match="gate must choose among E = 8 experts, got 5"):
+        layer(torch.randn(3, H))
+    layer.gate = TopKGate(H, E)
     with pytest.raises(RuntimeError, match="grouped_mm: weights must be bfloat16, got float32"):
         layer(torch.randn(3, H).bfloat16())
 

@@ -172,6 +172,16 @@ def test_sequences_must_divide_the_tokens():
         per_sequence(routing, 0)
 
 
+def test_losses_of_the_wrong_shape():
+    routing = routing_of(tokens())[1]
+    with pytest.raises(
+        RuntimeError, match=r"importance and load must be .* got \[48, 6\] and \[6\]"
+    ):
+        losses.load_balance_loss(routing.probs, routing.plan.load, T, K)
+    with pytest.raises(RuntimeError, match=r"importance must be \[E\], got \[48, 6\]"):
+        losses.importance_loss(routing.probs)
+
+
 def test_batches_of_sequences():
     routing = routing_of(tokens())[1]
     shaped = losses.sequence_balance_loss(

@@ -92,6 +92,31 @@ def test_everything_stands_where_deepspeed_has_it():
     assert moe(torch.randn(5, H))[0].shape == (5, H)
 
 
+@pytest.mark.parametrize("name", ["top1gating", "top2gating", "topkgating"])
+def test_logits_of_the_wrong_kind(name):
+    args = (3, 1.0, 4) if name == "topkgating" else (1.0, 4)
+    function = getattr(sharded_moe, name)
+    for wrong, message in (
+        (torch.randn(5), r"logits must be \[S, E\], got \[5\]"),
+        (torch.ones(5, 4, dtype=torch.int64), "logits must be float32, .* got int64"),
+        (1.0, "logits must be a tensor, got float"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}: {message}"):
+            function(wrong, *args)
+    with pytest.raises(RuntimeError, match=r"k must be an integer, got 1\.25"):
+        sharded_moe.topkgating(torch.randn(5, 4), 1.25, 2, 4)
+
+
+def test_timers_print(capsys):
+    moe = MoE(H, nn.Linear(H, H), E)
+    moe.deepspeed_moe.wall_clock_breakdown = True
+    moe(torch.randn(S, H))
+    moe.deepspeed_moe.timers.log(["moe", sharded_moe.FIRST_ALLTOALL_TIMER])
+    assert re.fullmatch(
+        r"time \(ms\) \| moe: \d+\.\d\d \| 1st_a2a: 0\.00\n", capsys.readouterr().out
+    )
+
+
 def test_a_bool_in_place_of_the_group_is_use_tutel():
     logits = torch.randn(S, E)
     by_position = sharded_moe.top1gating(logits, 1.0, 4, None, None, True, False, True)
@@ -161,12 +186,93 @@ def test_a_gate_of_ones_own():
 
 @pytest.mark.parametrize(
     ("change", "got"),
-    [(lambda r: r[1], "Tensor"), (lambda r: r[:3], "3 things"), (lambda r: None, "NoneType")],
+    [
+        (lambda r: r[1], "gate must return .* got Tensor$"),
+        (lambda r: r[:3], "gate must return .* got 3 things$"),
+        (lambda r: None, "gate must return .* got NoneType$"),
+        (lambda r: (r[0], r[2], r[1], r[3]), "combine_weights must be float"),
+        (lambda r: (r[0], r[1], r[2][:, :, :3], r[3]), r"dispatch_mask must be \[S, E, C\] with"),
+        (lambda r: (r[0], r[1][:5], r[2][:5], r[3]), r"combine_weights must be \[S, E, C\] with"),
+        (
+            lambda r: (r[0], r[1][:, :5], r[2][:, :5], r[3]),
+            "must choose among E = 6 experts, got 5",
+        ),
+        (lambda r: sparse(r, 1), r"gates must be \[S, K\] with S = 40, K = 1, got \[40, 2\]"),
+    ],
 )
 def test_a_gate_that_returns_something_else(change, got):
     layer = MOELayer(Gate(change), GroupedExperts(E, H, 7))
-    with pytest.raises(RuntimeError, match=rf"MOELayer: gate must return .* got {got}$"):
+    with pytest.raises(RuntimeError, match=f"MOELayer: .*{got}"):
         layer(torch.randn(S, H))
+
+
+def sparse(routes, k):
+    ids = torch.zeros(k, S, dtype=torch.int32)
+    return routes[0], torch.tensor(S), E, ids, ids, torch.ones(2, S), routes[3]
+
+
+def test_a_gate_with_a_forward_of_its_own_is_used_by_it():
+    class Scaled(TopKGate):
+        def forward(self, input, used_token=None, sparse_routes=False, use_tutel=False):
+            l_aux, *rest = super().forward(input, used_token, sparse_routes, use_tutel)
+            return (l_aux * 100, *rest)
+
+    torch.manual_seed(0)
+    gate, experts = Scaled(H, E), GroupedExperts(E, H, 7)
+    plain = TopKGate(H, E)
+    plain.load_state_dict(gate.state_dict())
+    x = torch.randn(S, H)
+    results = []
+    for layer in (MOELayer(gate, experts), MOELayer(plain, experts)):
+        torch.manual_seed(1)
+        results.append((layer(x), layer.l_aux, layer.exp_counts))
+    (out, l_aux, counts), (wanted, wanted_l_aux, wanted_counts) = results
+    assert relative_error(out, wanted) < 1e-6
+    assert relative_error(l_aux, 100 * wanted_l_aux) < 1e-6
+    assert torch.equal(counts, wanted_counts)
+
+
+def test_gate_and_experts_may_be_replaced():
+    moe = MoE(H, nn.Linear(H, H), E)
+    moe.deepspeed_moe.gate = Gate()
+    x = torch.randn(S, H)
+    assert moe(x)[1] == 7
+    grouped = GroupedExperts(E, H, 7)
+    moe.deepspeed_moe.experts = grouped
+    assert relative_error(moe(x)[0], MOELayer(Gate(), grouped)(x)) == 0
+    moe.deepspeed_moe.gate = TopKGate(H, E, drop_tokens=False)
+    _, aux = moe.forward_with_aux(x)
+    assert torch.equal(moe(x, experts=aux.experts)[0], moe.forward_with_aux(x)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"use_residual": True}])
+def test_moe_records_and_replays(options):
+    moe = MoE(H, nn.Linear(H, H), E, k=2, drop_tokens=False, **options)
+    x = torch.randn(S, H)
+    out, aux = moe.forward_with_aux(x)
+    assert not torch.equal(moe(x)[0], out)
+    again, l_aux, exp_counts = moe(x, experts=aux.experts)
+    assert torch.equal(again, out)
+    assert torch.equal(l_aux, aux.l_aux)
+    assert torch.equal(exp_counts, aux.exp_counts)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda x: x.transpose(-1, -2), r"\[1, 1, 10, \d+\]"),
+        (lambda x: x[0], r"\[1, \d+, 10\]"),
+        (lambda x: {}, "dict"),
+        (lambda x: (), "tuple"),
+    ],
+)
+def test_an_expert_that_returns_something_else(change, got):
+    class Expert(nn.Module):
+        def forward(self, x):
+            return change(x)
+
+    with pytest.raises(RuntimeError, match=rf"Experts: expert 0 must return .* got {got}$"):
+        MoE(H, Expert(), E)(torch.randn(S, H))
 
 
 @pytest.mark.parametrize("drop_tokens", [True, False])
@@ -196,6 +302,12 @@ def test_experts_of_deepspeeds_form_that_return_something_else():
         def forward(self, rows):
             return rows[:, :1]
 
+    class Permuted(nn.Module):
+        def forward(self, rows):
+            return rows.transpose(1, 2)
+
+    with pytest.raises(RuntimeError, match=r"experts must return .* got \[1, 8, 6, 10\]"):
+        MOELayer(gate, Permuted(), num_local_experts=E)(x)
     with pytest.raises(
         RuntimeError,
         match=r"experts must return \[1, E, C, H\] = \[1, 6, 8, 10\], got \[1, 1, 8, 10\]",

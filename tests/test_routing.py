@@ -205,6 +205,8 @@ def test_an_update_is_one_step_up_or_down():
     assert load.tolist() == [5] * 4 + [4] * 4 + [6] * 4
     with pytest.raises(RuntimeError, match=r"load must be \[E\] with E = 12, got \[3\]"):
         gate.update_bias(load[:3])
+    with pytest.raises(RuntimeError, match=r"load must be counts, integers, got torch\.float32"):
+        gate.update_bias(load / 60)
     with pytest.raises(RuntimeError, match="update_bias needs selection_bias=True"):
         gate_for(1).update_bias(load)
 
@@ -259,6 +261,83 @@ def test_any_module_is_a_router():
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
         assert torch.equal(gate.route(x).logits, router(x).float()) is False
         assert gate.route(x).logits.dtype == torch.float32
+
+
+class Reopens(nn.Module):
+    """A router that wants autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(H, E)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"noisy_gate_policy": "RSample"}, {"selection_bias": True}, {"balancing": "sinkhorn"}],
+)
+def test_routers_of_other_dtypes(options):
+    x = torch.randn(T, H)
+    reopens = Reopens()
+    routing = TopKGate(H, E, 2, router=reopens, **options).route(x)
+    assert torch.equal(routing.logits, reopens(x).float())
+    linear = nn.Linear(H, E)
+    gate = TopKGate(H, E, 2, router=linear, **options).bfloat16()
+    gate.route(x.bfloat16()).l_aux.backward()
+    assert linear.weight.grad.dtype == linear.weight.dtype == torch.bfloat16
+    assert linear.weight.grad.abs().sum() > 0
+    logits = gate.route(x.bfloat16()).logits
+    exact = x.bfloat16().float() @ linear.weight.float().T + linear.bias.float()
+    assert relative_error(logits, exact) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("router", "got"),
+    [(nn.Linear(H, E + 1), r"\[60, 13\]"), (nn.LSTM(H, E), "tuple"), (nn.Flatten(0), r"\[600\]")],
+)
+def test_routers_that_return_something_else(router, got):
+    gate = TopKGate(H, E, router=router)
+    with pytest.raises(RuntimeError, match=rf"router must return \[T, E\] = \[60, 12\], got {got}"):
+        gate.route(torch.randn(T, H))
+
+
+def test_options_may_be_changed_later():
+    """As DeepSpeed's callers do: what is then decided is what a gate made so decides."""
+    x = torch.randn(T, H)
+    for name, value in (
+        ("use_rts", False),
+        ("k", 2),
+        ("k", 3),
+        ("noisy_gate_policy", "RSample"),
+        ("noisy_gate_policy", "Jitter"),
+        ("noisy_gate_policy", "Gaussian"),
+        ("capacity_factor", 0.2),
+        ("drop_tokens", False),
+        ("min_capacity", 30),
+    ):
+        made = TopKGate(H, E, **({"capacity_factor": 0.5, "min_capacity": 0} | {name: value}))
+        changed = TopKGate(H, E, capacity_factor=0.5, min_capacity=0)
+        changed.load_state_dict(made.state_dict())
+        torch.manual_seed(1)
+        before = changed.route(x)
+        setattr(changed, name, value)
+        results = []
+        for gate in (made, changed):
+            torch.manual_seed(1)
+            results.append(gate.route(x))
+        assert torch.equal(results[0].weights, results[1].weights)
+        assert torch.equal(results[0].plan.slots, results[1].plan.slots)
+        assert not torch.equal(before.weights, results[1].weights)
+
+
+def test_a_gate_shows_what_is_not_default():
+    text = str(gate_for(2, scoring="sigmoid", num_groups=3, groups_per_token=2))
+    for option in ("k=2", "scoring='sigmoid'", "num_groups=3", "drop_tokens=False"):
+        assert option in text
+    assert "balancing" not in text
 
 
 def test_sinkhorn_balances_the_choice():
@@ -368,20 +447,21 @@ def test_a_recording_may_leave_choices_out(renormalise):
     first, second = (probs[0, 4], probs[1, 7]) if renormalise == "never" else (1, 1)
     weights = torch.tensor([[first, 0], [0, second], [0, 0]], dtype=torch.float64)
     torch.testing.assert_close(routing.weights, weights)
-    with pytest.raises(RuntimeError, match=r"experts must be \[T, K\] int32 with T = 3, got"):
+    with pytest.raises(RuntimeError, match="route: experts must be int32, got int64"):
         gate.route(x, experts=recorded.long())
-    with pytest.raises(RuntimeError, match=r"experts must be \[T, K\] int32 with T = 3, got"):
-        gate.route(x, experts=recorded[:2])
+    for other in (recorded[:2], recorded[:, :1]):
+        message = r"route: experts must be \[T, K\] with T = 3, K = 2, got"
+        with pytest.raises(RuntimeError, match=message):
+            gate.route(x, experts=other)
 
 
 def test_gaussian_noise_is_on_the_logits():
-    gate = gate_for(2, noisy_gate_policy="Gaussian")
-    assert gate.noise_scale == 1 / E
-    gate = gate_for(2, noisy_gate_policy="Gaussian", noise_scale=0.3)
     x = tokens(2000)
-    noise = gate.route(x).logits - x @ gate.wg.weight.T
-    assert abs(noise.std() - 0.3) < 0.01
-    assert abs(noise.mean()) < 0.01
+    for scale, deviation in ((0.3, 0.3), (None, 1 / E)):
+        gate = gate_for(2, noisy_gate_policy="Gaussian", noise_scale=scale)
+        noise = gate.route(x).logits - x @ gate.wg.weight.T
+        assert abs(noise.std() / deviation - 1) < 0.03
+        assert abs(noise.mean()) < 0.01
     assert relative_error(gate.eval().route(x).logits, x @ gate.wg.weight.T) < 1e-12
 
 
@@ -447,6 +527,10 @@ def test_a_loss_of_ones_own():
     x = tokens()
     layer(x)
     assert torch.equal(layer.l_aux, loss(layer.gate.route(x)))
+    for wrong, got in ((lambda r: 0.1, "float"), (lambda r: r.probs.sum(0), r"\[12\]")):
+        layer.gate.aux_loss = wrong
+        with pytest.raises(RuntimeError, match=rf"aux_loss must return a tensor \[\], got {got}"):
+            layer(x)
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "sqrtsoftplus"])
