@@ -178,7 +178,9 @@ class TopKGate(nn.Module):
         self.register_buffer("expert_bias", bias)
 
     def reset_parameters(self) -> None:
-        self.wg.reset_parameters()
+        for module in self.wg.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
