@@ -172,6 +172,32 @@ def test_sequences_must_divide_the_tokens():
         per_sequence(routing, 0)
 
 
+def test_shares_of_next_to_nothing():
+    tiny = torch.full((2, 4), 1e-30)
+    assert torch.equal(losses.shares(tiny), torch.full((2, 4), 0.25))
+    assert torch.equal(losses.shares(torch.zeros(2, 4)), torch.zeros(2, 4))
+
+
+def _accumulated(rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+    """Two processes of two micro-batches each; the load is that of both micro-batches."""
+    parts = x.chunk(2)[rank].chunk(2)
+    load = sum(routing_of(part)[1].plan.load for part in parts)
+    value = sum(
+        all_choices(routing_of(part)[1], load=load, load_tokens=T // 2, group=dist.group.WORLD)
+        for part in parts
+    )
+    value = value.detach() / 2
+    dist.all_reduce(value)
+    return [value / 2]
+
+
+def test_the_loss_of_a_global_batch_in_micro_batches():
+    x = tokens()
+    expected = all_choices(routing_of(x)[1])
+    for (value,) in on_processes(2, _accumulated, x):
+        assert relative_error(value, expected) < 1e-12
+
+
 def test_losses_of_the_wrong_shape():
     routing = routing_of(tokens())[1]
     with pytest.raises(

@@ -90,6 +90,9 @@ def test_everything_stands_where_deepspeed_has_it():
     moe = MoE(H, nn.Linear(H, H), E)
     moe.set_deepspeed_parallelism()
     assert moe(torch.randn(5, H))[0].shape == (5, H)
+    group = object()
+    moe.deepspeed_moe._set_ep_group(group)
+    assert moe.deepspeed_moe.ep_group is moe.deepspeed_moe.gate.ep_group is group
 
 
 @pytest.mark.parametrize("name", ["top1gating", "top2gating", "topkgating"])
@@ -145,6 +148,30 @@ def test_jitter_has_the_size_of_this_call():
     assert sharded_moe.multiplicative_jitter(x, x.device, 0) is x
 
 
+@pytest.mark.parametrize("use_residual", [False, True])
+def test_an_expert_may_return_a_tuple(use_residual):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(H, H)
+
+        def forward(self, x):
+            return self.linear(x), "bias"
+
+    torch.manual_seed(0)
+    pair = MoE(H, Pair(), E, k=2, use_residual=use_residual).eval()
+    plain = MoE(H, nn.Linear(H, H), E, k=2, use_residual=use_residual).eval()
+    state = {name.replace("linear.", ""): value for name, value in pair.state_dict().items()}
+    plain.load_state_dict(state)
+    x = torch.randn(S, H)
+    assert torch.equal(pair(x)[0], plain(x)[0])
+
+
+def test_no_capacity_factor_leaves_the_least():
+    _, C, *_ = sharded_moe.top1gating(torch.randn(S, E), 0.0, 3, sparse_routes=True)
+    assert C == 3
+
+
 class Gate(nn.Module):
     """A gate of one's own: every token to the expert of its largest number."""
 
@@ -182,6 +209,8 @@ def test_a_gate_of_ones_own():
     assert gate.seen is used
     with pytest.raises(RuntimeError, match="experts must be None with a gate of type Gate"):
         layer(x, experts=plan.experts)
+    short = MOELayer(Gate(lambda r: (r[0], r[1].bfloat16(), r[2], r[3])), experts)
+    assert relative_error(short(x), out) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -343,6 +372,10 @@ def test_optimizer_groups_keep_the_callers_and_their_order():
     assert sum(len(group["params"]) for group in groups) == 10
     small = utils.split_params_into_different_moe_groups_for_optimizer(given, H * H + 3)
     assert [len(group["params"]) for group in small] == [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    # What ZeRO-3 leaves of a parameter is smaller than it.
+    groups[2]["params"][0].ds_numel = 1000
+    zero = utils.split_params_into_different_moe_groups_for_optimizer(given, 3 * H * H)
+    assert len(zero) == 5
     assert utils.configure_moe_param_groups(groups) is groups
     assert len(utils.configure_moe_param_groups(list(first.parameters()))) == 2
     torch.optim.SGD(groups, lr=0.1)

@@ -161,6 +161,12 @@ def test_groups(by, scoring, bias):
     )
 
 
+def test_equal_groups_go_to_the_lower_one():
+    zeros = torch.zeros(3, 256)
+    mask = selection.group_mask(zeros, 64, 5, "max")
+    assert torch.equal(mask, torch.arange(256).expand(3, 256) < 20)
+
+
 def test_all_groups_are_no_limit():
     x = tokens()
     gate = gate_for(3, scoring="sigmoid")
@@ -249,6 +255,9 @@ def test_cosine_router():
     with torch.no_grad():
         router.log_scale.fill_(math.log(1e6))
     assert gate.route(x).logits.abs().max() <= 100
+    with torch.no_grad():
+        router.log_scale.fill_(math.log(0.1))
+    assert relative_error(gate.route(x).logits, by_hand * 0.05) < 1e-12
     gate.bfloat16()
     assert gate.route(x.float()).probs.dtype == torch.float32
 
@@ -379,6 +388,17 @@ def test_sinkhorn_counts_only_tokens_that_take_part():
     assert torch.equal(selection.sinkhorn(logits, used & ~used), logits)
 
 
+def test_a_gate_by_sinkhorn_leaves_unused_tokens_out():
+    gate = gate_for(2, balancing="sinkhorn", top2_2nd_expert_sampling=True)
+    x, used = tokens(), torch.rand(T) < 0.6
+    other = torch.where(used.unsqueeze(-1), x, 5 + tokens())
+    results = []
+    for y in (x, other):
+        torch.manual_seed(1)
+        results.append(chosen(gate.route(y, used)))
+    assert torch.equal(*results)
+
+
 def test_expert_choice():
     """Every expert takes its best tokens: all ask all, and the least probable are dropped."""
     c = 2
@@ -417,7 +437,22 @@ def test_forced_balance(k):
     assert gate.wg.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.6}, {"renormalise": "before"}])
+def test_weights_of_choices_with_next_to_no_score():
+    """After dropping, DeepSpeed's smallest divisor; before, none that is seen."""
+    logits = torch.tensor([[0.0, -25.0]])
+    experts = torch.ones(1, 1, dtype=torch.int32)
+    score = math.exp(-25)
+    for renormalise, weight in (
+        ("never", score),
+        ("before", 1),
+        ("after", score / torch.finfo(torch.float32).eps),
+    ):
+        routing = route(logits, 1, experts=experts, renormalise=renormalise)
+        assert routing.weights.item() == pytest.approx(weight, rel=1e-5)
+    assert route(logits, 1, experts=experts, renormalise="before", scale=2.5).weights == 2.5
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.6}, {"balancing": "forced"}])
 def test_a_recorded_routing_is_made_again(options):
     gate = gate_for(
         2, noisy_gate_policy="RSample", top2_2nd_expert_sampling=True, scale=1.5, **options
@@ -425,7 +460,9 @@ def test_a_recorded_routing_is_made_again(options):
     layer = MOELayer(gate, GroupedExperts(E, H, 7, dtype=torch.float64))
     x = tokens().requires_grad_()
     used = torch.rand(T) < 0.8
+    gate.balancing = None
     out, aux = layer.forward_with_aux(x, used)
+    gate.balancing = options.get("balancing")
     assert not torch.equal(layer.forward_with_aux(x, used)[1].experts, aux.experts)
     again, aux_again = layer.forward_with_aux(x, experts=aux.experts)
     assert torch.equal(again, out)
@@ -472,6 +509,13 @@ def test_jitter_of_ones_own_size():
     logits = gate.route(torch.ones(3000, H, dtype=torch.float64)).logits[:, :H]
     assert 0.8 <= logits.min() < 0.81
     assert 1.19 < logits.max() <= 1.2
+
+
+def test_rsample_draws_both_choices_at_once():
+    """Noise of no size changes no choice, the second neither."""
+    gate = gate_for(2, noisy_gate_policy="RSample", noise_scale=0.0, top2_2nd_expert_sampling=True)
+    x = tokens()
+    assert torch.equal(chosen(gate.route(x)), chosen(gate.eval().route(x)))
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -556,6 +600,18 @@ def test_timers():
     with pytest.raises(RuntimeError):
         layer(x[:, 1:])
     assert torch.equal(layer(x), expected)
+    assert (
+        layer.gate.timers("topk_gate").elapsed(reset=False) > layer.gate.timers("topk_gate").mean()
+    )
     assert layer.timers("moe").elapsed(reset=True) == layer.time_moe
+    timer = layer.timers("moe")
+    for _ in range(2):
+        timer.start()
+        timer.stop()
+    assert timer.elapsed(reset=False) == pytest.approx(2 * timer.mean())
+    timer.start()
+    timer.stop(reset=True)
+    assert timer.elapsed(reset=False) == timer.mean()
+    timer.reset()
     assert layer.timers("moe").elapsed() == 0
     assert torch.equal(copy.deepcopy(layer)(x), expected)
