@@ -38,8 +38,9 @@ DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.flo
 
 
 @pytest.fixture(autouse=True)
-def _eager():
-    """DeepSpeed compiles small helpers, anew for every shape."""
+def _nothing_per_shape(monkeypatch):
+    """DeepSpeed compiles small helpers anew for every shape, and oneDNN keeps kernels for each."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     with torch.compiler.set_stance("force_eager"):
         yield
 
