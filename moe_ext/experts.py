@@ -176,9 +176,24 @@ class DeepSpeedExperts(nn.Module):
             copy.deepcopy(expert) for _ in range(num_local_experts)
         )
         self.num_local_experts = num_local_experts
+        self.expert_group_name = expert_group_name
+        self._mark()
+
+    def _mark(self) -> None:
         for parameter in self.deepspeed_experts.parameters():
             parameter.allreduce = False
-            parameter.group_name = expert_group_name
+            parameter.group_name = self.expert_group_name
+
+    # Copies and moved parameters are new ones, without marks.
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._mark()
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._mark()
+        return self
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[ep, num_local_experts, C, H] -> the same shape."""

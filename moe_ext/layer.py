@@ -249,6 +249,8 @@ class MoE(nn.Module):
             raise ValueError(f"MoE: expert must be a module, got {expert!r}")
         if ep_size != 1:
             raise ValueError(f"MoE: ep_size must be 1, all experts are local, got {ep_size}")
+        for name in {"device", "dtype"} & gate_options.keys():
+            raise ValueError(f"MoE: {name} must be given to all of it, by .to(), and to the expert")
         self.use_residual = use_residual
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.ep_size = ep_size

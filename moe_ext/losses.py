@@ -55,16 +55,20 @@ def load_balance_loss(
         )
     load_tokens = num_tokens if load_tokens is None else load_tokens
     if group is not None:
-        ones = load.new_ones((), dtype=torch.int64)
-        counts = torch.cat(
-            [load.flatten().long(), (ones * num_tokens).view(1), (ones * load_tokens).view(1)]
-        )
+        if load.dim() != 1:
+            raise RuntimeError(
+                f"load_balance_loss: load must be [E] with a group, got {list(load.shape)}"
+            )
+        one = load.new_ones(1, dtype=torch.int64)
+        counts = torch.cat([load.long(), one * num_tokens, one * load_tokens])
         dist.all_reduce(counts, group=group)
-        load = counts[:-2].view(load.shape)
-        num_tokens = counts[-2] / dist.get_world_size(group)
-        load_tokens = counts[-1]
-    importance = importance / _at_least_one(num_tokens)
-    load = load.to(importance.dtype) / _at_least_one(load_tokens)
+        load = counts[:-2]
+        num_tokens = counts[-2].clamp(min=1) / dist.get_world_size(group)
+        load_tokens = counts[-1].clamp(min=1)
+    else:
+        num_tokens, load_tokens = _at_least_one(num_tokens), _at_least_one(load_tokens)
+    importance = importance / num_tokens
+    load = load.to(importance.dtype) / load_tokens
     E = importance.shape[-1]
     sequences = max(importance.numel() // E, 1)
     return (importance * load).sum() * (E / choices / sequences)
@@ -97,9 +101,10 @@ def sequence_balance_loss(probs: Tensor, experts: Tensor, num_sequences: int) ->
 def z_loss(logits: Tensor) -> Tensor:
     """The mean over tokens of logsumexp(logits) ** 2 (ST-MoE, arXiv 2202.08906, eq. 5).
 
-    logits: [T, E]
+    logits: [..., E]
     """
-    return logits.logsumexp(dim=-1).square().sum() / max(logits.shape[0], 1)
+    sums = logits.logsumexp(dim=-1)
+    return sums.square().sum() / max(sums.numel(), 1)
 
 
 def importance_loss(importance: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def sparse_routes_of(routing: Routing, C: int) -> tuple:
     experts, locations = _locations(routing)
     return (
         routing.l_aux,
-        torch.tensor(C),
+        torch.tensor(C, device="cpu"),
         routing.plan.num_experts,
         experts.t().to(torch.int32).contiguous(),
         locations.t().to(torch.int32).contiguous(),
@@ -84,7 +84,7 @@ def tutel_routes_of(routing: Routing, C: int) -> tuple:
     experts, locations = _locations(routing)
     return (
         routing.l_aux,
-        torch.tensor(C),
+        torch.tensor(C, device="cpu"),
         routing.plan.num_experts,
         list(experts.unbind(dim=1)),
         list(locations.unbind(dim=1)),

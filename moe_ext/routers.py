@@ -30,7 +30,7 @@ class CosineRouter(nn.Module):
     proj_dim: width P in which token and expert meet
     temperature: what the cosines are divided by at first. It is learned, and never below 0.01.
 
-    Parameters: proj.weight [P, H], directions [E, P], log_scale [], log(1 / temperature).
+    Parameters: proj.weight [P, H], directions [E, P], log_scale [1], log(1 / temperature).
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class CosineRouter(nn.Module):
         self.temperature = temperature
         self.proj = nn.Linear(H, P, bias=False, device=device, dtype=dtype)
         self.directions = nn.Parameter(torch.empty(E, P, device=device, dtype=dtype))
-        self.log_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.log_scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -62,9 +62,11 @@ class CosineRouter(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         projected = F.linear(tokens, self.proj.weight.to(tokens.dtype))
+        # Below this length a token's gradient would grow without bound, at zero to 1 / eps.
+        projected = F.normalize(projected, dim=-1, eps=1e-4)
         directions = F.normalize(self.directions.to(tokens.dtype), dim=-1)
         scale = self.log_scale.to(tokens.dtype).clamp(max=math.log(100)).exp()
-        return F.linear(F.normalize(projected, dim=-1), directions) * scale
+        return F.linear(projected, directions) * scale
 
 
 def logits_of(router: nn.Module, tokens: Tensor) -> Tensor:

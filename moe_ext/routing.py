@@ -92,8 +92,11 @@ def route(
     kept = plan.slots >= 0
     weights = torch.where(kept, choice.weights, 0)
     if renormalise == "after":
-        eps = torch.finfo(weights.dtype).eps
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=eps)
+        info = torch.finfo(weights.dtype)
+        # Probabilities as small as eps are noise beside those of other experts; scores that stand
+        # alone are not.
+        least = info.eps if scoring == "softmax" else info.tiny
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=least)
         # The sum may be NaN, and a dropped route has weight 0.
         weights = torch.where(kept, weights, 0)
     if scale != 1 and not is_before:
@@ -114,8 +117,11 @@ def _weigh(
     check = contracts.Check("route")
     check.shape("experts", experts, [("T", T), ("K", k)])
     check.dtype("experts", experts, torch.int32)
+    if experts.device.type != "cpu":
+        # As of a plan; on the CPU that is an error, which the plan raises.
+        experts = torch.where(experts < E, experts, -1)
     choice = gate(logits, 1, scoring=scoring)
-    chosen = choice.probs.gather(-1, experts.clamp(0, E - 1).long())
+    chosen = choice.probs.gather(-1, _indices(experts, E))
     weights = torch.where(experts >= 0, chosen, 0)
     if renormalise:
         tiny = torch.finfo(weights.dtype).tiny
@@ -136,8 +142,13 @@ def _priority(choice: Choice, drop_policy: str, are_scores: bool) -> Tensor | No
         return choice.weights.detach().to(torch.float32)
     scores = choice.probs.detach()
     if drop_policy == "random":
-        scores = torch.rand(scores.shape, device=scores.device)
-    return scores.gather(-1, choice.experts.clamp(min=0).long()).to(torch.float32)
+        scores = torch.rand(scores.shape, device=scores.device, dtype=torch.float32)
+    return scores.gather(-1, _indices(choice.experts, scores.shape[1])).to(torch.float32)
+
+
+def _indices(experts: Tensor, num_experts: int) -> Tensor:
+    """Ids that can be gathered by; what they give where there is no choice is not used."""
+    return experts.clamp(0, num_experts - 1).long()
 
 
 def _balance(routing: Routing, scoring: str) -> Tensor:

@@ -4,6 +4,8 @@ Functions of the scores that `gate` takes as `choice_scores`, T tokens by E expe
 flows through a choice, so none has one.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,10 @@ GROUP_SCORES = ("max", "top2_sum")
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
     """Numbers of [low, high) for every one of x: one torch.rand in float32, by which equal seeds
     give equal draws whatever the dtype; DeepSpeed's to the bit."""
-    low, high = float32(low), float32(high)
-    return low + torch.rand(x.shape, device=x.device) * (high - low)
+    low, high = (
+        math.copysign(float32(abs(bound)), bound) if bound else 0.0 for bound in (low, high)
+    )
+    return low + torch.rand(x.shape, device=x.device, dtype=torch.float32) * (high - low)
 
 
 def gumbel(x: Tensor) -> Tensor:
@@ -48,6 +52,12 @@ def group_mask(scores: Tensor, num_groups: int, groups_per_token: int, group_sco
     best = torch.sort(worth, dim=-1, descending=True, stable=True).indices[:, :groups_per_token]
     chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, True)
     return chosen.unsqueeze(-1).expand_as(groups).flatten(-2)
+
+
+def within(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Scores with all that is not allowed below all that is, -inf too."""
+    lowest = torch.finfo(scores.dtype).min
+    return torch.where(allowed, scores.clamp(min=lowest), -torch.inf)
 
 
 def sinkhorn(logits: Tensor, used_token: Tensor | None = None, iterations: int = 8) -> Tensor:

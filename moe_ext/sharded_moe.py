@@ -126,7 +126,8 @@ def einsum(rule: str, a: Tensor, b: Tensor) -> Tensor:
 def _capacity(gates: Tensor, capacity_factor: Tensor, min_capacity: Tensor) -> Tensor:
     """C for gates [S, E], as a tensor [] int64 on the host: see `expert_capacity`."""
     S, E = gates.shape
-    return torch.tensor(expert_capacity(S, E, float(capacity_factor), int(min_capacity)))
+    C = expert_capacity(S, E, float(capacity_factor), int(min_capacity))
+    return torch.tensor(C, device="cpu")
 
 
 def top1gating(

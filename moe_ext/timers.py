@@ -18,7 +18,8 @@ class Timer:
         self.reset()
 
     def reset(self) -> None:
-        self._records: list[float] = []
+        self._total = 0.0
+        self._count = 0
         self._begin: float | None = None
 
     def start(self) -> None:
@@ -33,19 +34,27 @@ class Timer:
             raise RuntimeError(f"Timer: {self.name} has not been started")
         _synchronize()
         record = (time.perf_counter() - self._begin) * 1000
-        self._records = [record] if reset else [*self._records, record]
+        if reset:
+            self.reset()
+        self._total += record
+        self._count += 1
         self._begin = None
 
     def elapsed(self, reset: bool = True) -> float:
-        """Milliseconds of all that was measured since the last reset."""
-        total = sum(self._records)
+        """Milliseconds of all that was measured since the last reset; a started timer goes on."""
+        is_running = self._begin is not None
+        if is_running:
+            self.stop()
+        total = self._total
         if reset:
             self.reset()
+        if is_running:
+            self.start()
         return total
 
     def mean(self) -> float:
         """Milliseconds of one measurement."""
-        return sum(self._records) / max(len(self._records), 1)
+        return self._total / max(self._count, 1)
 
 
 class Timers:

@@ -174,7 +174,9 @@ class TopKGate(nn.Module):
             )
         self.wg = router
         self.expert_bias: Tensor | None
-        bias = torch.zeros(num_experts, device=device) if selection_bias else None
+        bias = (
+            torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
+        )
         self.register_buffer("expert_bias", bias)
 
     def reset_parameters(self) -> None:
@@ -370,12 +372,12 @@ class TopKGate(nn.Module):
             allowed = selection.group_mask(
                 scores, self.num_groups, self.groups_per_token, self.group_score
             )
-            scores = scores.masked_fill(~allowed, -torch.inf)
+            scores = selection.within(scores, allowed)
         samples_second = self.k == 2 and self.top2_2nd_expert_sampling and self._draws()
         if samples_second and noise != "RSample":
             drawn = self._selection_scores(fixed + selection.gumbel(fixed), used_token)
             if allowed is not None:
-                drawn = drawn.masked_fill(~allowed, -torch.inf)
+                drawn = selection.within(drawn, allowed)
             scores = selection.keep_first(scores, drawn)
         return None if scores is fixed else scores
 

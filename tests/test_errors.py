@@ -342,6 +342,7 @@ def test_layer_constructor():
         (lambda: MOELayer(gate, GroupedExperts(E, 5, 4)), "model_dim = 4 as hidden_size, got 5"),
         (lambda: MOELayer(gate, experts, ep_size=2), "ep_size must be 1"),
         (lambda: MOELayer(gate, experts, num_local_experts=4), "num_local_experts must be 8"),
+        (lambda: MoE(H, torch.nn.Identity(), E, dtype=torch.float16), "MoE: dtype must be given"),
         (lambda: MoE(H, torch.nn.Identity(), E, ep_size=2), "MoE: ep_size must be 1"),
         (lambda: MoE(H, torch.nn.Identity(), 0), "MoE: num_experts must be at least 1, got 0"),
         (lambda: CosineRouter(H, E, 0), "CosineRouter: proj_dim must be at least 1, got 0"),

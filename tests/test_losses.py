@@ -154,10 +154,10 @@ def _global_loss(rank: int, x: torch.Tensor, pieces: list[int]) -> list[torch.Te
     return [value / len(pieces), padded / len(pieces)]
 
 
-@pytest.mark.parametrize("pieces", [[T // 2, T // 2], [T - 5, 5], [T, 0]])
+@pytest.mark.parametrize("pieces", [[T // 2, T // 2], [T - 5, 5], [T, 0], [0, 1]])
 def test_the_loss_of_the_global_batch_is_that_of_one_process(pieces):
     """However the tokens lie over the processes: the means of loss and gradient are the whole's."""
-    x = tokens()
+    x = tokens(sum(pieces))
     expected = gradient_by_x(all_choices, x)
     for results in on_processes(2, _global_loss, x, pieces):
         for actual, wanted in zip(results, expected, strict=True):
@@ -204,12 +204,17 @@ def test_losses_of_the_wrong_shape():
         RuntimeError, match=r"importance and load must be .* got \[48, 6\] and \[6\]"
     ):
         losses.load_balance_loss(routing.probs, routing.plan.load, T, K)
+    with pytest.raises(RuntimeError, match=r"load must be \[E\] with a group, got \[4, 6\]"):
+        losses.load_balance_loss(
+            torch.ones(4, E), torch.ones(4, E), T, K, group=dist.GroupMember.NON_GROUP_MEMBER
+        )
     with pytest.raises(RuntimeError, match=r"importance must be \[E\], got \[48, 6\]"):
         losses.importance_loss(routing.probs)
 
 
 def test_batches_of_sequences():
     routing = routing_of(tokens())[1]
+    assert torch.equal(losses.z_loss(routing.logits.view(4, -1, E)), z(routing))
     shaped = losses.sequence_balance_loss(
         routing.probs.view(4, -1, E), routing.plan.experts.view(4, -1, K), 4
     )

@@ -3,6 +3,8 @@
 That their results are DeepSpeed's is test_deepspeed.py's matter.
 """
 
+import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -259,6 +261,34 @@ def test_a_gate_with_a_forward_of_its_own_is_used_by_it():
     assert relative_error(out, wanted) < 1e-6
     assert relative_error(l_aux, 100 * wanted_l_aux) < 1e-6
     assert torch.equal(counts, wanted_counts)
+
+
+def test_a_dispatched_token_of_no_weight_has_a_gradient():
+    weight = torch.zeros((), requires_grad=True)
+    gate = Gate(lambda r: (r[0], r[2] * weight, r[2], r[3]))
+    x = torch.rand(S, H) + 1
+    experts = GroupedExperts(E, H, 7)
+    MOELayer(gate, experts)(x).sum().backward()
+    (wanted,) = MOELayer(Gate(), experts)(x).detach().sum().view(1)
+    assert relative_error(weight.grad, 2 * wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "copier",
+    [
+        copy.deepcopy,
+        lambda moe: pickle.loads(pickle.dumps(moe)),
+        lambda moe: copy.deepcopy(moe).to("meta").to_empty(device="cpu"),
+        lambda moe: copy.deepcopy(moe).bfloat16(),
+    ],
+)
+def test_copies_know_whose_their_parameters_are(copier):
+    twin = copier(MoE(H, nn.Linear(H, H), 2))
+    names = [n for n, p in twin.named_parameters() if utils.is_moe_param(p)]
+    assert len(names) == 4
+    assert all("deepspeed_experts" in name for name in names)
+    parameters = list(twin.deepspeed_moe.experts.parameters())
+    assert {p.group_name for p in parameters} == {"ep_size_1"}
 
 
 def test_gate_and_experts_may_be_replaced():

@@ -48,6 +48,7 @@ def gates(draw, **fixed) -> TopKGate:
         "balancing": st.sampled_from(topk_gate.BALANCING),
         "noise_in_eval": st.booleans(),
         "sampling_in_eval": st.booleans(),
+        "noise_scale": st.sampled_from([None, 0.0, 0.3, 1.0, 2.0]),
     }
     values = {name: fixed[name] if name in fixed else draw(s) for name, s in options.items()}
     gate = TopKGate(
@@ -99,6 +100,10 @@ def test_a_routing(data):
     assert ((experts[routed] >= 0) & (experts[routed] < E)).all()
     distinct = experts[routed].sort(dim=-1).values.diff(dim=-1)
     assert (distinct > 0).all()
+    if gate.balancing != "forced":
+        groups = experts[routed] // (E // gate.num_groups)
+        used_groups = torch.nn.functional.one_hot(groups, gate.num_groups).amax(1).sum(-1)
+        assert (used_groups <= gate.groups_per_token).all()
 
     kept = slots >= 0
     load = torch.bincount(experts[experts >= 0], minlength=E)

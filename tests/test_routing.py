@@ -342,6 +342,65 @@ def test_options_may_be_changed_later():
         assert not torch.equal(before.weights, results[1].weights)
 
 
+def test_noise_of_any_size():
+    x = tokens()
+    for scale in (0.0, 0.5, 1.0, 3.0):
+        gate = gate_for(1, noisy_gate_policy="Jitter", noise_scale=scale)
+        with torch.no_grad():
+            gate.wg.weight.copy_(torch.eye(E, H))
+        ratio = (gate.route(x).logits[:, :H] / x) - 1
+        assert 0.97 * scale <= ratio.abs().max() <= scale * (1 + 1e-6)
+
+
+def test_what_is_drawn_and_kept_in_float32():
+    """Whatever torch's default is."""
+    x = tokens()
+    results = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            gate = gate_for(1, capacity_factor=0.5, drop_policy="random", selection_bias=True)
+            with torch.no_grad():
+                gate.wg.weight.copy_(torch.eye(E, H))
+            assert gate.expert_bias.dtype == torch.float32
+            torch.manual_seed(1)
+            results.append((gate.route(x).plan.slots, selection.gumbel(x)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for slots, noise in results[1:]:
+        assert torch.equal(slots, results[0][0])
+        assert torch.equal(noise, results[0][1])
+
+
+def test_a_zero_token_has_no_large_gradient():
+    layer = MOELayer(
+        TopKGate(H, E, 2, router=CosineRouter(H, E), drop_tokens=False), GroupedExperts(E, H, 7)
+    )
+    x = torch.randn(T, H)
+    x[5] = 0
+    x.requires_grad_()
+    (layer(x).sum() + layer.l_aux).backward()
+    assert x.grad[5].norm() < 1e3
+    assert x.grad[4].norm() > 0
+
+
+def test_a_group_holds_its_experts_of_no_score_too():
+    logits = torch.tensor([[1.0, 0.5, 3.0, -math.inf], [-math.inf, -math.inf, math.nan, 0.0]])
+    gate = TopKGate(
+        4, 4, 2, num_groups=2, router=nn.Identity(), drop_tokens=False, min_capacity=0
+    ).eval()
+    routing = gate.route(logits)
+    assert chosen(routing).tolist() == [[2, 3], [2, 3]]
+    assert routing.weights[0].tolist() == [1, 0]
+
+
+def test_small_scores_that_stand_alone_are_shared_out():
+    logits = torch.full((1, 4), -20.0)
+    for scoring in ("sigmoid", "sqrtsoftplus"):
+        weights = route(logits, 2, scoring=scoring, renormalise="after").weights
+        torch.testing.assert_close(weights, torch.full((1, 2), 0.5))
+
+
 def test_a_gate_shows_what_is_not_default():
     text = str(gate_for(2, scoring="sigmoid", num_groups=3, groups_per_token=2))
     for option in ("k=2", "scoring='sigmoid'", "num_groups=3", "drop_tokens=False"):
