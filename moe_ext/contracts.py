@@ -6,6 +6,7 @@ backend and at compile time as in the compiled kernels.
 
 import operator
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -29,6 +30,20 @@ def dropless_rows(num_routes: int, num_experts: int, align: int) -> int:
         return num_routes
     used = torch.sym_min(num_experts, num_routes)
     return (num_routes + used * (align - 1)) // align * align
+
+
+def names(owner: str, **options: tuple) -> None:
+    """Options of a constructor that must be one of some names: name=(value, allowed)."""
+    for name, (value, allowed) in options.items():
+        if not isinstance(value, str | int | None) or value not in allowed:
+            raise ValueError(f"{owner}: {name} must be one of {allowed}, got {value!r}")
+
+
+def numbers(owner: str, **options: tuple) -> None:
+    """Options of a constructor that must be in a range: name=(value, low, high)."""
+    for name, (value, low, high) in options.items():
+        if not isinstance(value, Real) or not low <= value <= high:
+            raise ValueError(f"{owner}: {name} must be in {low}..{high}, got {value!r}")
 
 
 def used_token(owner: str, mask: Tensor, num_tokens: int) -> None:

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import contracts
 from .capacity import float32
 
 GROUP_SCORES = ("max", "top2_sum")
@@ -52,6 +53,28 @@ def group_mask(scores: Tensor, num_groups: int, groups_per_token: int, group_sco
     best = torch.sort(worth, dim=-1, descending=True, stable=True).indices[:, :groups_per_token]
     chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, True)
     return chosen.unsqueeze(-1).expand_as(groups).flatten(-2)
+
+
+def check_groups(
+    owner: str, num_experts: int, k: int, num_groups: int, groups_per_token: int
+) -> None:
+    """Whether groups can be made, and leave k experts. Raises ValueError."""
+    contracts.integer(owner, "num_groups", num_groups, 1)
+    contracts.integer(owner, "groups_per_token", groups_per_token, 1)
+    if num_experts % num_groups:
+        raise ValueError(
+            f"{owner}: num_groups must divide num_experts = {num_experts}, got {num_groups}"
+        )
+    if groups_per_token > num_groups:
+        raise ValueError(
+            f"{owner}: groups_per_token must be in 1..num_groups = {num_groups}, "
+            f"got {groups_per_token}"
+        )
+    if k > num_experts // num_groups * groups_per_token:
+        raise ValueError(
+            f"{owner}: groups_per_token must leave k = {k} experts to choose from, "
+            f"got {groups_per_token} groups of {num_experts // num_groups}"
+        )
 
 
 def within(scores: Tensor, allowed: Tensor) -> Tensor:

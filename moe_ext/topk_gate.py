@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -115,7 +114,8 @@ class TopKGate(nn.Module):
         self.min_capacity = contracts.integer("TopKGate", "min_capacity", min_capacity, 0)
         if k > num_experts:
             raise ValueError(f"TopKGate: k must be in 1..num_experts = {num_experts}, got {k}")
-        _check_names(
+        contracts.names(
+            "TopKGate",
             noisy_gate_policy=(noisy_gate_policy, tuple(NOISE_SCALES)),
             drop_policy=(drop_policy, (None, *DROP_POLICIES)),
             order=(order, (None, *contracts.ORDERS)),
@@ -130,13 +130,14 @@ class TopKGate(nn.Module):
             noise_in_eval=(noise_in_eval, (True, False)),
             sampling_in_eval=(sampling_in_eval, (True, False)),
         )
-        _check_numbers(
+        contracts.numbers(
+            "TopKGate",
             capacity_factor=(capacity_factor, 1e-6, 1e6),
             eval_capacity_factor=(eval_capacity_factor, 1e-6, 1e6),
             scale=(scale, -1e6, 1e6),
             noise_scale=(0 if noise_scale is None else noise_scale, 0, 1e6),
         )
-        _check_groups(num_experts, k, num_groups, groups_per_token)
+        selection.check_groups("TopKGate", num_experts, k, num_groups, groups_per_token)
         for name, value, kind, wanted in (
             ("ep_group", ep_group, dist.ProcessGroup, "a process group"),
             ("router", router, nn.Module, "a module"),
@@ -390,34 +391,3 @@ class TopKGate(nn.Module):
             return logits
         scores = reference.scored(logits, self.scoring)
         return scores if self.expert_bias is None else scores + self.expert_bias
-
-
-def _check_names(**options: tuple) -> None:
-    for name, (value, allowed) in options.items():
-        if not isinstance(value, str | int | None) or value not in allowed:
-            raise ValueError(f"TopKGate: {name} must be one of {allowed}, got {value!r}")
-
-
-def _check_numbers(**options: tuple) -> None:
-    for name, (value, low, high) in options.items():
-        if not isinstance(value, Real) or not low <= value <= high:
-            raise ValueError(f"TopKGate: {name} must be in {low}..{high}, got {value!r}")
-
-
-def _check_groups(num_experts: int, k: int, num_groups: int, groups_per_token: int) -> None:
-    contracts.integer("TopKGate", "num_groups", num_groups, 1)
-    contracts.integer("TopKGate", "groups_per_token", groups_per_token, 1)
-    if num_experts % num_groups:
-        raise ValueError(
-            f"TopKGate: num_groups must divide num_experts = {num_experts}, got {num_groups}"
-        )
-    if groups_per_token > num_groups:
-        raise ValueError(
-            f"TopKGate: groups_per_token must be in 1..num_groups = {num_groups}, "
-            f"got {groups_per_token}"
-        )
-    if k > num_experts // num_groups * groups_per_token:
-        raise ValueError(
-            f"TopKGate: groups_per_token must leave k = {k} experts to choose from, "
-            f"got {groups_per_token} groups of {num_experts // num_groups}"
-        )
