@@ -7,7 +7,7 @@ from .experts import Experts, GroupedExperts, ModuleExperts
 from .functional import Choice, combine, dispatch, gate, grouped_mm, route_dot
 from .layer import Aux, MoE, MOELayer
 from .plan import Plan, make_plan
-from .routers import CosineRouter, LinearRouter
+from .routers import CosineRouter
 from .routing import Routing, route
 from .topk_gate import TopKGate
 
@@ -23,7 +23,6 @@ __all__ = [
     "CosineRouter",
     "Experts",
     "GroupedExperts",
-    "LinearRouter",
     "MOELayer",
     "MoE",
     "ModuleExperts",

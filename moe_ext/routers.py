@@ -1,7 +1,7 @@
 """Routers: modules that give every token its logits, [T, H] -> [T, E].
 
-They compute in the dtype of the tokens, which the gate makes float32 or float64: weights are cast
-per call and keep their own dtype. `logits_of` does so for any module.
+An nn.Linear is one, and so is any other module. `logits_of` runs them in the dtype of the tokens,
+which the gate makes float32 or float64: weights are cast per call and keep their own dtype.
 """
 
 import math
@@ -12,14 +12,6 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from . import contracts
-
-
-class LinearRouter(nn.Linear):
-    """A matrix product; the logits of nearly every mixture of experts."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(tokens.dtype)
-        return F.linear(tokens, self.weight.to(tokens.dtype), bias)
 
 
 class CosineRouter(nn.Module):
@@ -61,11 +53,11 @@ class CosineRouter(nn.Module):
         nn.init.constant_(self.log_scale, -math.log(self.temperature))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        projected = F.linear(tokens, self.proj.weight.to(tokens.dtype))
+        projected = self.proj(tokens)
         # Below this length a token's gradient would grow without bound, at zero to 1 / eps.
         projected = F.normalize(projected, dim=-1, eps=1e-4)
-        directions = F.normalize(self.directions.to(tokens.dtype), dim=-1)
-        scale = self.log_scale.to(tokens.dtype).clamp(max=math.log(100)).exp()
+        directions = F.normalize(self.directions, dim=-1)
+        scale = self.log_scale.clamp(max=math.log(100)).exp()
         return F.linear(projected, directions) * scale
 
 

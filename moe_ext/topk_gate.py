@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import contracts, reference, route_forms, selection
 from .capacity import expert_capacity
 from .functional import has_autocast
-from .routers import LinearRouter, logits_of
+from .routers import logits_of
 from .routing import DROP_POLICIES, RENORMALISE, Routing, route
 from .timers import Timers
 
@@ -65,7 +65,7 @@ class TopKGate(nn.Module):
     aux_loss: gives l_aux [] from a Routing. None is the load-balance loss: of first choices for
         k <= 2 and of all for more, a mean over all T tokens, those that used_token takes out too,
         as DeepSpeed's is.
-    router: a module that maps [T, H] to logits [T, E]; None is a LinearRouter without bias
+    router: a module that maps [T, H] to logits [T, E]; None is an nn.Linear without bias
 
     All but the last two may be changed later, as attributes. With `wall_clock_breakdown` set,
     `gate_time` is the time of all calls in milliseconds; torch.compile does not take that.
@@ -170,7 +170,7 @@ class TopKGate(nn.Module):
         self.wall_clock_breakdown = False
         self.gate_time = 0.0
         if router is None:
-            router = LinearRouter(
+            router = nn.Linear(
                 self.model_dim, self.num_experts, bias=False, device=device, dtype=dtype
             )
         self.wg = router

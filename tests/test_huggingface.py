@@ -19,7 +19,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from moe_ext import LinearRouter, TopKGate
+from moe_ext import TopKGate
 
 T, H = 200, 24
 
@@ -39,7 +39,7 @@ MODELS = {
     "gpt-oss": (
         GptOssTopKRouter,
         {"num_experts_per_tok": 4},
-        {"k": 4, "renormalise": "before", "router": LinearRouter(H, 32)},
+        {"k": 4, "renormalise": "before", "router": torch.nn.Linear(H, 32)},
     ),
     "DeepSeek-V2": (
         DeepseekV2TopkRouter,
