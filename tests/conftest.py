@@ -19,6 +19,7 @@ NOT_OF_OPERATORS = {
     "test_build.py",
     "test_deepspeed.py",
     "test_demo.py",
+    "test_foreign.py",
     "test_huggingface.py",
     "test_losses.py",
     "test_migration.py",
@@ -29,7 +30,9 @@ NOT_OF_OPERATORS = {
 OF_LAYERS = {
     "test_layer.py",
     "test_properties.py",
+    "test_routers.py",
     "test_routing.py",
+    "test_selection.py",
     "test_topk_gate.py",
     "test_transforms.py",
 }
