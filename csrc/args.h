@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "activation.h"
 #include "check.h"
 #include "scoring.h"
 
@@ -266,6 +267,63 @@ inline DispatchDotArgs dispatch_dot_args(const Tensor& tokens, const Tensor& row
           tokens.size(0), slots.size(1), rows.size(0), tokens.size(1)};
 }
 
+inline Activation parse_activation(const Check& check, const std::string& activation) {
+  if (activation == "swiglu") return Activation::kSwiglu;
+  if (activation == "geglu") return Activation::kGeglu;
+  if (activation == "gelu") return Activation::kGelu;
+  if (activation == "relu") return Activation::kRelu;
+  check.fail("activation must be swiglu, geglu, gelu or relu, got ", activation);
+}
+
+struct ActivateArgs {
+  Tensor inner;            // [R, G], G = 2F with the gate's columns first, F without a gate
+  Tensor slots;            // [T, K]
+  Tensor sources;          // [R]
+  OptionalTensor weights;  // [T, K]
+  Activation activation;
+  int64_t num_tokens, top_k, num_rows, inner_width, width;
+};
+
+inline ActivateArgs activate_args(const Tensor& inner, const Tensor& slots, const Tensor& sources,
+                                  const OptionalTensor& weights, const std::string& activation,
+                                  const char* op = "activate") {
+  const Check check(op);
+  check.shape("inner", inner, {{"R", kAny}, {"G", kAny}});
+  check.floating("inner", inner);
+  check_routes(check, "inner", inner, slots, kAny, sources, inner.size(0), weights);
+  const Activation kind = parse_activation(check, activation);
+  const int64_t G = inner.size(1);
+  if (is_gated(kind) && G % 2 != 0) check.fail("inner must be [R, 2F], got [R, ", G, "]");
+  return {dense(inner),
+          dense(slots),
+          dense(sources),
+          dense(weights),
+          kind,
+          slots.size(0),
+          slots.size(1),
+          inner.size(0),
+          G,
+          is_gated(kind) ? G / 2 : G};
+}
+
+struct ActivateBackwardArgs {
+  Tensor grad;  // [R, F]
+  ActivateArgs forward;
+};
+
+inline ActivateBackwardArgs activate_backward_args(const Tensor& grad, const Tensor& inner,
+                                                   const Tensor& slots, const Tensor& sources,
+                                                   const Tensor& weights,
+                                                   const std::string& activation) {
+  const Check check("activate_backward");
+  const ActivateArgs forward =
+      activate_args(inner, slots, sources, weights, activation, "activate_backward");
+  check.shape("grad", grad, {{"R", forward.num_rows}, {"F", forward.width}});
+  check.dtype("grad", grad, inner.scalar_type());
+  check.same_device("grad", grad, "inner", inner);
+  return {dense(grad), forward};
+}
+
 // The rows of each expert that a route owns: offsets[e] and the min(load[e], room) after it.
 struct Groups {
   Tensor offsets;  // [E+1]
@@ -285,23 +343,39 @@ inline Groups check_groups(const Check& check, const char* name, const Tensor& l
   return {dense(offsets), dense(load), E};
 }
 
+// A plan's capacity says what its offsets are: e * capacity.
+inline void check_capacity(const Check& check, const std::optional<int64_t>& capacity,
+                           int64_t num_rows, int64_t num_experts) {
+  if (!capacity || *capacity * num_experts == num_rows) return;
+  check.fail("capacity must be R / E with R = ", num_rows, ", E = ", num_experts, ", got ",
+             *capacity);
+}
+
 struct GroupedMMArgs {
-  Tensor rows;     // [R, M]
-  Tensor weights;  // [E, N, M], strides kept: a transposed view is multiplied without a copy
+  Tensor rows;          // [R, M]
+  Tensor weights;       // [E, N, M], strides kept: a transposed view is multiplied without a copy
+  OptionalTensor bias;  // [E, N]
   Groups groups;
   int64_t num_rows, rows_width, out_width;
 };
 
 inline GroupedMMArgs grouped_mm_args(const Tensor& rows, const Tensor& weights,
-                                     const Tensor& offsets, const Tensor& load) {
+                                     const OptionalTensor& bias, const Tensor& offsets,
+                                     const Tensor& load, const std::optional<int64_t>& capacity) {
   const Check check("grouped_mm");
   check.shape("rows", rows, {{"R", kAny}, {"M", kAny}});
   check.floating("rows", rows);
   check.shape("weights", weights, {{"E", kAny}, {"N", kAny}, {"M", rows.size(1)}});
   check.dtype("weights", weights, rows.scalar_type());
   check.same_device("weights", weights, "rows", rows);
+  if (bias) {
+    check.shape("bias", *bias, {{"E", weights.size(0)}, {"N", weights.size(1)}});
+    check.dtype("bias", *bias, rows.scalar_type());
+    check.same_device("bias", *bias, "rows", rows);
+  }
   const Groups groups = check_groups(check, "rows", rows, offsets, load, weights.size(0));
-  return {dense(rows), weights, groups, rows.size(0), rows.size(1), weights.size(1)};
+  check_capacity(check, capacity, rows.size(0), groups.num_experts);
+  return {dense(rows), weights, dense(bias), groups, rows.size(0), rows.size(1), weights.size(1)};
 }
 
 struct GroupedOuterArgs {
@@ -312,7 +386,8 @@ struct GroupedOuterArgs {
 };
 
 inline GroupedOuterArgs grouped_outer_args(const Tensor& left, const Tensor& right,
-                                           const Tensor& offsets, const Tensor& load) {
+                                           const Tensor& offsets, const Tensor& load,
+                                           const std::optional<int64_t>& capacity) {
   const Check check("grouped_outer");
   check.shape("left", left, {{"R", kAny}, {"N", kAny}});
   check.floating("left", left);
@@ -320,6 +395,7 @@ inline GroupedOuterArgs grouped_outer_args(const Tensor& left, const Tensor& rig
   check.dtype("right", right, left.scalar_type());
   check.same_device("right", right, "left", left);
   const Groups groups = check_groups(check, "left", left, offsets, load, kAny);
+  check_capacity(check, capacity, left.size(0), groups.num_experts);
   return {dense(left), dense(right), groups, left.size(0), left.size(1), right.size(1)};
 }
 

@@ -1,6 +1,8 @@
 // The table of operators. Letters are shapes: T tokens, K choices, E experts, R rows, H hidden,
-// N and M the two widths of an expert's weight. Ids, slots, sources, offsets and load are int32.
-// Meaning: moe_ext/reference.py. Gradients: moe_ext/functional.py. Arguments: args.h.
+// N and M the two widths of an expert's weight,
+// F an expert's inner size, G = 2F where its activation has a gate, else F. Ids, slots, sources,
+// offsets and load are int32. Meaning: moe_ext/reference.py. Gradients: moe_ext/functional.py.
+// Arguments: args.h.
 
 #include <torch/csrc/stable/library.h>
 
@@ -36,9 +38,24 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "dispatch_dot(Tensor tokens, Tensor rows, Tensor slots, Tensor sources, Tensor weights) "
       "-> (Tensor, Tensor)");
 
-  // rows [R, M], weights [E, N, M], offsets [E+1], load [E] -> [R, N]
-  m.def("grouped_mm(Tensor rows, Tensor weights, Tensor offsets, Tensor load) -> Tensor");
+  // rows [R, M], weights [E, N, M], bias [E, N], offsets [E+1], load [E] -> [R, N]
+  m.def(
+      "grouped_mm(Tensor rows, Tensor weights, Tensor? bias, Tensor offsets, Tensor load, "
+      "SymInt? capacity) -> Tensor");
 
   // left [R, N], right [R, M], offsets [E+1], load [E] -> [E, N, M]
-  m.def("grouped_outer(Tensor left, Tensor right, Tensor offsets, Tensor load) -> Tensor");
+  m.def(
+      "grouped_outer(Tensor left, Tensor right, Tensor offsets, Tensor load, SymInt? capacity) "
+      "-> Tensor");
+
+  // inner [R, G], slots [T, K], sources [R], weights [T, K] -> [R, F]
+  m.def(
+      "activate(Tensor inner, Tensor slots, Tensor sources, Tensor? weights, str activation) "
+      "-> Tensor");
+
+  // grad [R, F], inner [R, G], slots [T, K], sources [R], weights [T, K]
+  // -> grad_inner [R, G], activate(inner, weights) [R, F], grad_weights [T, K]
+  m.def(
+      "activate_backward(Tensor grad, Tensor inner, Tensor slots, Tensor sources, Tensor weights, "
+      "str activation) -> (Tensor, Tensor, Tensor)");
 }

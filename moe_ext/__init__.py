@@ -2,9 +2,11 @@
 
 from torch.utils import _pytree as pytree
 
-from . import build, losses, ops, selection
-from .experts import Experts, GroupedExperts, ModuleExperts
-from .functional import Choice, combine, dispatch, gate, grouped_mm, route_dot
+from . import build, convert, losses, ops, selection
+from .experts import Experts, ModuleExperts, SharedExperts
+from .feed_forward import feed_forward
+from .functional import Choice, activate, combine, dispatch, gate, grouped_mm, route_dot
+from .grouped_experts import GroupedExperts
 from .layer import Aux, MoE, MOELayer
 from .plan import Plan, make_plan
 from .routers import CosineRouter
@@ -28,10 +30,14 @@ __all__ = [
     "ModuleExperts",
     "Plan",
     "Routing",
+    "SharedExperts",
     "TopKGate",
+    "activate",
     "build",
     "combine",
+    "convert",
     "dispatch",
+    "feed_forward",
     "gate",
     "grouped_mm",
     "losses",

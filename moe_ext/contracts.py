@@ -14,6 +14,8 @@ from torch import Tensor
 INT32_MAX = 2**31 - 1
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 ORDERS = ("choice", "token")
+GATED = ("swiglu", "geglu")
+ACTIVATIONS = (*GATED, "gelu", "relu")
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Dims = Sequence[tuple[str, int | None]]
@@ -338,17 +340,36 @@ def group_values(op: str, offsets: list[int], load: list[int], num_rows: int) ->
             Check(op).fail(f"load must not be negative, got {count} at [{e}]")
 
 
-def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, load: Tensor) -> None:
+def _capacity(check: Check, capacity: int | None, num_rows: int, num_experts: int) -> None:
+    if capacity is not None and capacity * num_experts != num_rows:
+        check.fail(f"capacity must be R / E with R = {num_rows}, E = {num_experts}, got {capacity}")
+
+
+def grouped_mm(
+    rows: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    load: Tensor,
+    capacity: int | None,
+) -> None:
     check = Check("grouped_mm")
     check.shape("rows", rows, [("R", None), ("M", None)])
     check.floating("rows", rows)
     check.shape("weights", weights, [("E", None), ("N", None), ("M", rows.shape[1])])
     check.dtype("weights", weights, rows.dtype)
     check.same_device("weights", weights, "rows", rows)
+    if bias is not None:
+        check.shape("bias", bias, [("E", weights.shape[0]), ("N", weights.shape[1])])
+        check.dtype("bias", bias, rows.dtype)
+        check.same_device("bias", bias, "rows", rows)
     _groups(check, "rows", rows, offsets, load, weights.shape[0])
+    _capacity(check, capacity, rows.shape[0], load.shape[0])
 
 
-def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, load: Tensor) -> None:
+def grouped_outer(
+    left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: int | None
+) -> None:
     check = Check("grouped_outer")
     check.shape("left", left, [("R", None), ("N", None)])
     check.floating("left", left)
@@ -356,3 +377,37 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, load: Tensor) ->
     check.dtype("right", right, left.dtype)
     check.same_device("right", right, "left", left)
     _groups(check, "left", left, offsets, load, None)
+    _capacity(check, capacity, left.shape[0], load.shape[0])
+
+
+def activate(
+    inner: Tensor,
+    slots: Tensor,
+    sources: Tensor,
+    weights: Tensor | None,
+    activation: str,
+    op: str = "activate",
+) -> int:
+    """Returns F."""
+    check = Check(op)
+    check.shape("inner", inner, [("R", None), ("G", None)])
+    check.floating("inner", inner)
+    _routes(check, "inner", inner, slots, None, sources, inner.shape[0], weights)
+    if activation not in ACTIVATIONS:
+        check.fail(f"activation must be swiglu, geglu, gelu or relu, got {activation}")
+    if activation not in GATED:
+        return inner.shape[1]
+    if inner.shape[1] % 2 != 0:
+        check.fail(f"inner must be [R, 2F], got [R, {inner.shape[1]}]")
+    return inner.shape[1] // 2
+
+
+def activate_backward(
+    grad: Tensor, inner: Tensor, slots: Tensor, sources: Tensor, weights: Tensor, activation: str
+) -> None:
+    op = "activate_backward"
+    F = activate(inner, slots, sources, weights, activation, op)
+    check = Check(op)
+    check.shape("grad", grad, [("R", inner.shape[0]), ("F", F)])
+    check.dtype("grad", grad, inner.dtype)
+    check.same_device("grad", grad, "inner", inner)

@@ -1,17 +1,13 @@
 """The experts: what happens to routed tokens."""
 
 import copy
-import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import contracts
-from .functional import combine, dispatch, grouped_mm
+from .functional import combine, dispatch
 from .plan import Plan, make_plan
-
-ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 class Experts(nn.Module):
@@ -39,85 +35,6 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, plan: Plan) -> Tensor:
         """Every row through its expert. rows [R, H] -> [R, H]; what empty rows give is not used."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(rows, plan) -> rows")
-
-
-class GroupedExperts(Experts):
-    """Feed-forward experts with stacked weights, in Hugging Face's layout.
-
-    num_experts: E, hidden_size: H, ffn_size: F
-    activation: "swiglu" (silu(gate) * up), "gelu" or "relu"
-    bias: a bias on both products
-
-    Parameters: gate_up_proj [E, 2F, H], gate first (up_proj [E, F, H] without a gate), down_proj
-    [E, H, F]; with bias gate_up_proj_bias [E, 2F] (up_proj_bias [E, F]) and down_proj_bias [E, H].
-    Every expert starts like an nn.Linear of its size. Raises ValueError for another activation.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        hidden_size: int,
-        ffn_size: int,
-        activation: str = "swiglu",
-        bias: bool = False,
-        *,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(num_experts)
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"GroupedExperts: activation must be one of {tuple(ACTIVATIONS)}, "
-                f"got {activation!r}"
-            )
-        self.hidden_size = contracts.integer("GroupedExperts", "hidden_size", hidden_size, 0)
-        self.ffn_size = contracts.integer("GroupedExperts", "ffn_size", ffn_size, 0)
-        self.activation = activation
-        self.has_gate = activation == "swiglu"
-        self.has_bias = bias
-        self._up_name = "gate_up_proj" if self.has_gate else "up_proj"
-        up_size = 2 * ffn_size if self.has_gate else ffn_size
-
-        def parameter(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
-
-        self.register_parameter(self._up_name, parameter(num_experts, up_size, hidden_size))
-        self.down_proj = parameter(num_experts, hidden_size, ffn_size)
-        if bias:
-            self.register_parameter(f"{self._up_name}_bias", parameter(num_experts, up_size))
-            self.down_proj_bias = parameter(num_experts, hidden_size)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for name, fan_in in ((self._up_name, self.hidden_size), ("down_proj", self.ffn_size)):
-            bound = 1 / math.sqrt(max(fan_in, 1))
-            nn.init.uniform_(getattr(self, name), -bound, bound)
-            if self.has_bias:
-                nn.init.uniform_(getattr(self, f"{name}_bias"), -bound, bound)
-
-    def extra_repr(self) -> str:
-        return (
-            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
-            f"ffn_size={self.ffn_size}, activation={self.activation!r}, bias={self.has_bias}"
-        )
-
-    def forward(self, rows: Tensor, plan: Plan) -> Tensor:
-        inner = self._linear(self._up_name, rows, plan)
-        activation = ACTIVATIONS[self.activation]
-        if self.has_gate:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = activation(gate) * up
-        else:
-            inner = activation(inner)
-        return self._linear("down_proj", inner, plan)
-
-    def _linear(self, name: str, rows: Tensor, plan: Plan) -> Tensor:
-        out = grouped_mm(rows, getattr(self, name), plan)
-        if self.has_bias:
-            # A bias is the product with rows of one 1: it skips empty rows, in the gradient too.
-            bias = getattr(self, f"{name}_bias").unsqueeze(-1)
-            out = out + grouped_mm(rows.new_ones(rows.shape[0], 1), bias, plan)
-        return out
 
 
 class ModuleExperts(Experts):
@@ -157,6 +74,48 @@ class ModuleExperts(Experts):
             done = end
         pieces.append(out.new_zeros(rows.shape[0] - done, rows.shape[1]))
         return torch.cat(pieces)
+
+
+class SharedExperts(Experts):
+    """Experts, and beside them a network that every token goes through (arXiv 2401.06066).
+
+    experts: Experts, of the routed tokens
+    shared: a module that maps [T, H] to the same shape
+    gate: a module that maps [T, H] to [T, 1]; its sigmoid weighs the shared output, as in Qwen2-MoE
+
+    A token without a route, masked ones too, has the shared output alone. Raises ValueError for
+    another kind of part.
+    """
+
+    def __init__(self, experts: Experts, shared: nn.Module, gate: nn.Module | None = None) -> None:
+        if not isinstance(experts, Experts):
+            raise ValueError(
+                f"SharedExperts: experts must be Experts, got {type(experts).__name__}"
+            )
+        for name, part in (("shared", shared), ("gate", gate)):
+            if not isinstance(part, nn.Module) and (name, part) != ("gate", None):
+                raise ValueError(
+                    f"SharedExperts: {name} must be a module, got {type(part).__name__}"
+                )
+        super().__init__(experts.num_experts)
+        self.experts = experts
+        self.shared = shared
+        self.gate = gate
+
+    @property
+    def hidden_size(self) -> int | None:
+        return getattr(self.experts, "hidden_size", None)
+
+    def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        of_shared = self.shared(tokens)
+        if _shape(of_shared) != list(tokens.shape):
+            raise RuntimeError(
+                f"SharedExperts: shared must return [T, H] = {list(tokens.shape)}, "
+                f"got {_shape(of_shared)}"
+            )
+        if self.gate is not None:
+            of_shared = of_shared * torch.sigmoid(self.gate(tokens))
+        return self.experts.routed(tokens, plan, weights) + of_shared
 
 
 class DeepSpeedExperts(nn.Module):

@@ -214,50 +214,122 @@ class _GroupedMM(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, weights, offsets, load):
-        return ops.run("grouped_mm", rows, weights, offsets, load)
+    def forward(rows, weights, bias, offsets, load, capacity):
+        return ops.run("grouped_mm", rows, weights, bias, offsets, load, capacity)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, weights, offsets, load = inputs
+        rows, weights, _, offsets, load, ctx.capacity = inputs
+        needs_rows, needs_weights, *_ = ctx.needs_input_grad
+        ctx.is_transposed = is_transposed(weights)
         ctx.save_for_backward(
-            rows if ctx.needs_input_grad[1] else None,
-            weights if ctx.needs_input_grad[0] else None,
-            offsets,
-            load,
+            rows if needs_weights else None, weights if needs_rows else None, offsets, load
         )
 
     @staticmethod
     def backward(ctx, grad):
-        rows, weights, offsets, load = ctx.saved_tensors
-        grad_rows = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = _GroupedMM.apply(grad, weights.transpose(1, 2), offsets, load)
-        if ctx.needs_input_grad[1]:
-            grad_weights = _GroupedOuter.apply(grad, rows, offsets, load)
-        return grad_rows, grad_weights, None, None
+        rows, weights, *groups = ctx.saved_tensors
+        groups = *groups, ctx.capacity
+        needs_rows, needs_weights, needs_bias, *_ = ctx.needs_input_grad
+        grad_rows = grad_weights = grad_bias = None
+        if needs_rows:
+            grad_rows = _GroupedMM.apply(grad, weights.transpose(1, 2), None, *groups)
+        if needs_weights:
+            grad_weights = outer_like(ctx.is_transposed, grad, rows, groups)
+        if needs_bias:
+            grad_bias = sum_of_groups(grad, groups)
+        return grad_rows, grad_weights, grad_bias, None, None, None
+
+
+def is_transposed(weights: Tensor) -> bool:
+    """Whether weights [E, N, M] are a view of [E, M, N]."""
+    return weights.stride(1) < weights.stride(2)
+
+
+def outer_like(transposed: bool, left: Tensor, right: Tensor, groups: tuple) -> Tensor:
+    """The sum of outer products [E, N, M] of every expert, laid out as its weights are: a gradient
+    of another layout would be copied."""
+    if transposed:
+        return _GroupedOuter.apply(right, left, *groups).transpose(1, 2)
+    return _GroupedOuter.apply(left, right, *groups)
+
+
+def sum_of_groups(rows: Tensor, groups: tuple) -> Tensor:
+    """The sum of every expert's rows. [R, N] -> [E, N]."""
+    ones = rows.new_ones(rows.shape[0], 1)
+    return _GroupedOuter.apply(rows, ones, *groups).squeeze(-1)
 
 
 class _GroupedOuter(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(left, right, offsets, load):
-        return ops.run("grouped_outer", left, right, offsets, load)
+    def forward(left, right, offsets, load, capacity):
+        return ops.run("grouped_outer", left, right, offsets, load, capacity)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.capacity = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad):
-        left, right, offsets, load = ctx.saved_tensors
+        left, right, *groups = ctx.saved_tensors
+        groups = *groups, ctx.capacity
         grad_left = grad_right = None
         if ctx.needs_input_grad[0]:
-            grad_left = _GroupedMM.apply(right, grad, offsets, load)
+            grad_left = _GroupedMM.apply(right, grad, None, *groups)
         if ctx.needs_input_grad[1]:
-            grad_right = _GroupedMM.apply(left, grad.transpose(1, 2), offsets, load)
-        return grad_left, grad_right, None, None
+            grad_right = _GroupedMM.apply(left, grad.transpose(1, 2), None, *groups)
+        return grad_left, grad_right, None, None, None
+
+
+class _Activate(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inner, slots, sources, weights, activation):
+        return ops.run("activate", inner, slots, sources, weights, activation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.activation = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inner, slots, sources, weights = ctx.saved_tensors
+        if weights is None:
+            dtype = contracts.accumulate_dtype(inner.dtype)
+            weights = inner.new_ones(slots.shape, dtype=dtype)
+        grad_inner, _, grad_weights = _ActivateBackward.apply(
+            grad, inner, slots, sources, weights, ctx.activation
+        )
+        return grad_inner, None, None, grad_weights if ctx.needs_input_grad[3] else None, None
+
+
+class _ActivateBackward(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, inner, slots, sources, weights, activation):
+        return ops.run("activate_backward", grad, inner, slots, sources, weights, activation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.activation = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad, inner, slots, sources, weights = ctx.saved_tensors
+
+        def activate_backward(grad, inner, weights):
+            return reference.activate_backward(grad, inner, slots, sources, weights, ctx.activation)
+
+        _, vjp = torch.func.vjp(activate_backward, grad, inner, weights)
+        grad_grad, grad_inner, grad_weights = vjp(grads)
+        return grad_grad, grad_inner, None, None, grad_weights, None
 
 
 ops.registry.register_gradients(
@@ -270,6 +342,8 @@ ops.registry.register_gradients(
         "dispatch_dot": _DispatchDot,
         "grouped_mm": _GroupedMM,
         "grouped_outer": _GroupedOuter,
+        "activate": _Activate,
+        "activate_backward": _ActivateBackward,
     }
 )
 
@@ -349,19 +423,42 @@ def has_autocast(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands of a product, cast as torch.mm casts its own under autocast."""
+    first = tensors[0]
+    if not has_autocast(first.device) or first.dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:
     """Multiply every row by its expert's weight.
 
-    rows: [R, M], weights: [E, N, M] of one dtype
+    rows: [R, M], weights: [E, N, M], bias: [E, N] of one dtype; weights that are a view of
+        [E, M, N] are multiplied as they lie
     plan: with the same R rows and E experts
 
-    Returns [R, N]: weights[e] @ rows[r] for the rows of e that a route owns. All others are not
-    read, come out zero and receive zero. Under autocast both are cast, as by torch.mm. Raises
-    RuntimeError where an argument breaks this contract.
+    Returns [R, N]: weights[e] @ rows[r] + bias[e] for the rows of e that a route owns. All others
+    are not read, come out zero and receive zero. Under autocast operands are cast, as by torch.mm.
+    Raises RuntimeError where an argument breaks this contract.
     """
     check = contracts.Check("grouped_mm")
     check.shape("rows", rows, [("R", plan.sources.shape[0]), ("M", None)])
-    if has_autocast(rows.device) and rows.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weights = rows.to(dtype), weights.to(dtype)
-    return _GroupedMM.apply(rows, weights, plan.offsets, plan.load)
+    rows, weights, bias = autocast(rows, weights, bias)
+    return _GroupedMM.apply(rows, weights, bias, plan.offsets, plan.load, plan.capacity)
+
+
+def activate(inner: Tensor, plan: Plan, activation: str, weights: Tensor | None = None) -> Tensor:
+    """What an expert does between its two products.
+
+    inner: [R, 2F], the gate's columns first, for "swiglu" and "geglu"; [R, F] for "gelu" and "relu"
+    plan: with the same R rows
+    activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
+    weights: [T, K] float32 (float64 for float64 rows), a factor for the row of every route
+
+    Returns [R, F] in inner's dtype, computed in the weights' dtype and rounded once. Rows without a
+    route are not read, come out zero and receive zero. Raises RuntimeError where an argument breaks
+    this contract.
+    """
+    return _Activate.apply(inner, plan.slots, plan.sources, weights, activation)

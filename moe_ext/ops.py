@@ -1,8 +1,9 @@
 """Which code runs: the one place that decides it.
 
 Every operator is `torch.ops.moe_ext.<name>`. Compiled libraries register kernels for a device;
-`reference.py` is registered for all devices that have none, so torch's dispatcher makes the choice
-per call. Where no library is built at all, the schemas come from the reference's signatures.
+`reference.py` is registered for all devices that have none (`grouped.py` before it, for the
+products of experts), so torch's dispatcher makes the choice per call. Where no library is built at
+all, the schemas come from the reference's signatures.
 
 The operators are private; the functions of the package say what they take. Their gradients are
 autograd.Functions (functional.py), which also stand behind the raw operators: a program from
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
-from . import contracts, reference
+from . import contracts, grouped, reference
 
 NAMES = (
     "gate",
@@ -28,6 +29,8 @@ NAMES = (
     "dispatch_dot",
     "grouped_mm",
     "grouped_outer",
+    "activate",
+    "activate_backward",
 )
 
 _FAKES: dict[str, Callable] = {}
@@ -103,15 +106,31 @@ def dispatch_dot(tokens, rows, slots, sources, weights):
 
 
 @_fake
-def grouped_mm(rows, weights, offsets, load):
-    contracts.grouped_mm(rows, weights, offsets, load)
+def grouped_mm(rows, weights, bias, offsets, load, capacity):
+    contracts.grouped_mm(rows, weights, bias, offsets, load, capacity)
     return rows.new_empty(rows.shape[0], weights.shape[1])
 
 
 @_fake
-def grouped_outer(left, right, offsets, load):
-    contracts.grouped_outer(left, right, offsets, load)
+def grouped_outer(left, right, offsets, load, capacity):
+    contracts.grouped_outer(left, right, offsets, load, capacity)
     return left.new_empty(load.shape[0], left.shape[1], right.shape[1])
+
+
+@_fake
+def activate(inner, slots, sources, weights, activation):
+    F = contracts.activate(inner, slots, sources, weights, activation)
+    return inner.new_empty(inner.shape[0], F)
+
+
+@_fake
+def activate_backward(grad, inner, slots, sources, weights, activation):
+    contracts.activate_backward(grad, inner, slots, sources, weights, activation)
+    return (
+        inner.new_empty(inner.shape),
+        grad.new_empty(grad.shape),
+        weights.new_empty(weights.shape),
+    )
 
 
 class Registry:
@@ -201,7 +220,8 @@ class Registry:
         for name in NAMES:
             if self.library is None:
                 self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
-            self._python.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+            kernel = grouped.OPERATORS.get(name) or getattr(reference, name)
+            self._python.impl(name, kernel, "CompositeExplicitAutograd")
             torch.library.register_fake(f"moe_ext::{name}", _FAKES[name], lib=self._python)
         self.register_gradients(self._gradients)
 
@@ -257,14 +277,15 @@ def run(name: str, *args):
 
 
 def backend(name: str, device: torch.device | str) -> str:
-    """What runs operator `name` on a device: "compiled", "reference", or "fake" on meta."""
+    """What runs operator `name` on a device: "compiled", "torch" (its own products, grouped.py),
+    "reference", or "fake" on meta."""
     kind = torch.device(device).type
     if kind == "meta":
         return "fake"
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(kind)
     if key and torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_ext::{name}", key):
         return "compiled"
-    return "reference"
+    return "torch" if name in grouped.OPERATORS and kind != "cpu" else "reference"
 
 
 registry = Registry()

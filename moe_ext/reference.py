@@ -9,10 +9,12 @@ A route is a (token, choice) pair, numbered t * K + k. Ids, slots, sources, offs
 int32.
 """
 
+import math
 from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import contracts
 
@@ -245,21 +247,100 @@ def _group_bounds(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> list
     return [(begin, begin + min(count, end - begin)) for begin, end, count in ends]
 
 
-def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, load: Tensor) -> Tensor:
-    """out[r] = weights[e] @ rows[r] for the rows that routes of e own, else zero. -> [R, N]."""
-    contracts.grouped_mm(rows, weights, offsets, load)
+def grouped_mm(
+    rows: Tensor,
+    weights: Tensor,
+    bias: Optional[Tensor],
+    offsets: Tensor,
+    load: Tensor,
+    capacity: Optional[int],
+) -> Tensor:
+    """out[r] = weights[e] @ rows[r] + bias[e] for the rows that routes of e own, else zero.
+    -> [R, N]."""
+    contracts.grouped_mm(rows, weights, bias, offsets, load, capacity)
     bounds = _group_bounds("grouped_mm", offsets, load, rows.shape[0])
     out = rows.new_zeros(rows.shape[0], weights.shape[1])
     for e, (begin, end) in enumerate(bounds):
-        out[begin:end] = rows[begin:end] @ weights[e].t()
+        expert_bias = None if bias is None else bias[e]
+        out[begin:end] = F.linear(rows[begin:end], weights[e], expert_bias)
     return out
 
 
-def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, load: Tensor) -> Tensor:
+def grouped_outer(
+    left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: Optional[int]
+) -> Tensor:
     """out[e] = left[e's rows].T @ right[e's rows], over the rows that routes own. -> [E, N, M]."""
-    contracts.grouped_outer(left, right, offsets, load)
+    contracts.grouped_outer(left, right, offsets, load, capacity)
     bounds = _group_bounds("grouped_outer", offsets, load, left.shape[0])
     out = left.new_zeros(load.shape[0], left.shape[1], right.shape[1])
     for e, (begin, end) in enumerate(bounds):
         out[e] = left[begin:end].t() @ right[begin:end]
     return out
+
+
+def _active(inner: Tensor, activation: str) -> Tensor:
+    function = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}[activation]
+    if activation not in contracts.GATED:
+        return function(inner)
+    gate, up = inner.chunk(2, dim=-1)
+    return function(gate) * up
+
+
+def _of_rows(weights: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of every row's route, zero where it has none [R, 1], and whether it has one."""
+    N = weights.numel()
+    filled = (sources >= 0) & (sources < N)
+    padded = torch.cat([weights.reshape(-1), weights.new_zeros(1)])
+    return padded[torch.where(filled, sources, N)].unsqueeze(-1), filled.unsqueeze(-1)
+
+
+def activate(
+    inner: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor], activation: str
+) -> Tensor:
+    """out[r] = weights[t, k] * fn(inner[r]), with a gate fn(inner[r, :F]) * inner[r, F:], of the
+    route of r; a row without a route is not read and comes out zero. -> [R, F]."""
+    contracts.activate(inner, slots, sources, weights, activation)
+    if slots.device.type == "cpu":
+        contracts.route_values("activate", slots, sources)
+        contracts.source_values("activate", slots, sources)
+    dtype = contracts.accumulate_dtype(inner.dtype)
+    if weights is None:
+        weights = inner.new_ones(slots.shape, dtype=dtype)
+    weight, filled = _of_rows(weights, sources)
+    active = _active(torch.where(filled, inner, 0).to(dtype), activation)
+    return torch.where(filled, weight * active, 0).to(inner.dtype)
+
+
+def activate_backward(
+    grad: Tensor, inner: Tensor, slots: Tensor, sources: Tensor, weights: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `activate` [R, G] and [T, K], and between them its result once more."""
+    contracts.activate_backward(grad, inner, slots, sources, weights, activation)
+    if slots.device.type == "cpu":
+        contracts.route_values("activate_backward", slots, sources)
+        contracts.source_values("activate_backward", slots, sources)
+    dtype = contracts.accumulate_dtype(inner.dtype)
+    weight, filled = _of_rows(weights, sources)
+    inner_wide = torch.where(filled, inner, 0).to(dtype)
+    grad_wide = torch.where(filled, grad, 0).to(dtype)
+    gate, *up = inner_wide.chunk(2, dim=-1) if activation in contracts.GATED else (inner_wide,)
+    value, slope = _value_and_slope(gate, activation)
+    active = value * up[0] if up else value
+    weighed = weight * grad_wide
+    parts = [weighed * slope * up[0], weighed * value] if up else [weighed * slope]
+    dots, _ = _rows_of_routes((grad_wide * active).sum(-1, keepdim=True), slots)
+    return (
+        torch.cat(parts, dim=-1).to(inner.dtype),
+        torch.where(filled, weight * active, 0).to(inner.dtype),
+        dots.squeeze(-1),
+    )
+
+
+def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    if activation == "relu":
+        return F.relu(x), torch.where(x <= 0, 0.0, 1.0).to(x.dtype)
+    if activation == "swiglu":
+        sigmoid = torch.sigmoid(x)
+        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+    below = torch.special.ndtr(x)
+    return x * below, below + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)

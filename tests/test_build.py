@@ -226,18 +226,24 @@ def test_cmake_builds_the_same_library(tmp_path):
 import torch
 torch.ops.load_library({str(library)!r})
 experts = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32)
-slots, _, offsets, load = torch.ops.moe_ext.plan(experts, None, 3, None, "choice", 1)
-print(slots.tolist())
+print(torch.ops.moe_ext.plan(experts, None, 3, None, "choice", 1)[0].tolist())
+experts = torch.tensor([0] * 5 + [2] * 600, dtype=torch.int32).unsqueeze(1)
+_, _, offsets, load = torch.ops.moe_ext.plan(experts, None, 3, None, "choice", 1)
+groups = (offsets, load, None)
 for dtype in (torch.bfloat16, torch.float16):
-    rows, weights = torch.randn(4, 300).to(dtype), torch.randn(3, 20, 300).to(dtype)
-    out = torch.ops.moe_ext.grouped_mm(rows, weights, offsets, load)
-    outer = torch.ops.moe_ext.grouped_outer(out, rows, offsets, load)
-    for e in range(3):
-        mine = slice(int(offsets[e]), int(offsets[e + 1]))
-        x, w, y = rows[mine].float(), weights[e].float(), out[mine].float()
-        eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(out[mine], (x @ w.T).to(dtype), rtol=eps, atol=0)
-        torch.testing.assert_close(outer[e], (y.T @ x).to(dtype), rtol=eps, atol=0)
+    rows, weights = torch.randn(605, 300).to(dtype), torch.randn(3, 530, 300).to(dtype)
+    bias = torch.randn(3, 530).to(dtype)
+    strided = weights.transpose(1, 2).contiguous().transpose(1, 2)
+    for w in (weights, strided):
+        out = torch.ops.moe_ext.grouped_mm(rows, w, bias, *groups)
+        outer = torch.ops.moe_ext.grouped_outer(out, rows, *groups)
+        for e in range(3):
+            mine = slice(int(offsets[e]), int(offsets[e + 1]))
+            x, y = rows[mine].double(), out[mine].double()
+            eps = torch.finfo(dtype).eps
+            exact = x @ weights[e].double().T + bias[e].double()
+            torch.testing.assert_close(out[mine].double(), exact, rtol=eps, atol=1e-4)
+            torch.testing.assert_close(outer[e].double(), y.T @ x, rtol=eps, atol=1e-2)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr

@@ -45,8 +45,28 @@ GOOD = {
     "combine": dict(rows=ROWS, slots=PLAN.slots, sources=PLAN.sources, weights=W),
     "route_dot": dict(tokens=X, rows=ROWS, slots=PLAN.slots, sources=PLAN.sources),
     "dispatch_dot": dict(tokens=X, rows=ROWS, slots=PLAN.slots, sources=PLAN.sources, weights=W),
-    "grouped_mm": dict(rows=ROWS, weights=STACK, offsets=PLAN.offsets, load=PLAN.load),
-    "grouped_outer": dict(left=torch.randn(R, 3), right=ROWS, offsets=PLAN.offsets, load=PLAN.load),
+    "grouped_mm": dict(
+        rows=ROWS,
+        weights=STACK,
+        bias=STACK[:, :, 0],
+        offsets=PLAN.offsets,
+        load=PLAN.load,
+        capacity=None,
+    ),
+    "grouped_outer": dict(
+        left=torch.randn(R, 3), right=ROWS, offsets=PLAN.offsets, load=PLAN.load, capacity=None
+    ),
+    "activate": dict(
+        inner=ROWS, slots=PLAN.slots, sources=PLAN.sources, weights=W, activation="swiglu"
+    ),
+    "activate_backward": dict(
+        grad=ROWS[:, :2],
+        inner=ROWS,
+        slots=PLAN.slots,
+        sources=PLAN.sources,
+        weights=W,
+        activation="swiglu",
+    ),
 }
 
 # (operator, what is wrong, the message after "operator: ")
@@ -138,6 +158,22 @@ SHAPE_AND_TYPE = [
     ("grouped_mm", {"rows": ROWS[0]}, "rows must be [R, M], got [4]"),
     ("grouped_mm", {"weights": STACK[0]}, "weights must be [E, N, M] with M = 4, got [3, 4]"),
     ("grouped_mm", {"weights": STACK.half()}, "weights must be float32, got float16"),
+    ("grouped_mm", {"bias": STACK[:7, :, 0]}, "bias must be [E, N] with E = 8, N = 3, got [7, 3]"),
+    ("grouped_mm", {"bias": STACK[:, :, 0].half()}, "bias must be float32, got float16"),
+    ("grouped_mm", {"capacity": 9}, "capacity must be R / E with R = 66, E = 8, got 9"),
+    ("grouped_outer", {"capacity": 9}, "capacity must be R / E with R = 66, E = 8, got 9"),
+    ("activate", {"inner": ROWS[0]}, "inner must be [R, G], got [4]"),
+    ("activate", {"inner": ROWS[:, :3]}, "inner must be [R, 2F], got [R, 3]"),
+    ("activate", {"sources": PLAN.sources[1:]}, "sources must be [R] with R = 66, got [65]"),
+    (
+        "activate",
+        {"activation": "silu"},
+        "activation must be swiglu, geglu, gelu or relu, got silu",
+    ),
+    ("activate", {"weights": W.half()}, "weights must be float32, got float16"),
+    ("activate_backward", {"grad": ROWS}, "grad must be [R, F] with R = 66, F = 2, got [66, 4]"),
+    ("activate_backward", {"grad": ROWS[:, :2].half()}, "grad must be float32, got float16"),
+    ("activate_backward", {"weights": W.double()}, "weights must be float32, got float64"),
     ("grouped_mm", {"load": PLAN.load[:7]}, "load must be [E] with E = 8, got [7]"),
     ("grouped_mm", {"offsets": PLAN.load}, "offsets must be [E+1] with E+1 = 9, got [8]"),
     ("grouped_mm", {"offsets": PLAN.offsets.long()}, "offsets must be int32, got int64"),
@@ -248,7 +284,18 @@ VALUES = [
     ),
     *(
         (name, {"slots": OTHER.slots}, "slots and sources must be of one plan, got slot")
-        for name in ("dispatch", "combine", "route_dot", "dispatch_dot")
+        for name in (
+            *("dispatch", "combine", "route_dot", "dispatch_dot"),
+            *("activate", "activate_backward"),
+        )
+    ),
+    *(
+        (
+            name,
+            {"slots": with_value(PLAN.slots, (5, 1), -1)},
+            "slots and sources must be of one plan, got route 11 at sources[",
+        )
+        for name in ("activate", "activate_backward")
     ),
     (
         "grouped_mm",

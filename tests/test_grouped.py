@@ -15,6 +15,10 @@ def owned(plan: moe_ext.Plan) -> torch.Tensor:
     return plan.sources >= 0
 
 
+def groups(plan: moe_ext.Plan) -> tuple:
+    return plan.offsets, plan.load, plan.capacity
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
 def test_matches_reference(device, T, K, E, H, dtype):
@@ -22,26 +26,64 @@ def test_matches_reference(device, T, K, E, H, dtype):
     eps = torch.finfo(dtype).eps
     for plan in plans(T, K, E, device):
         R = len(plan.sources)
-        groups = (plan.offsets, plan.load)
         x, g = values(R, H, dtype=dtype, device=device), values(R, N, dtype=dtype, device=device)
         w = values(E, N, H, dtype=dtype, device=device)
+        bias = values(E, N, dtype=dtype, device=device)
         # What no route owns is not even read.
         x[~owned(plan)], g[~owned(plan)] = torch.nan, torch.nan
 
-        out = moe_ext.grouped_mm(x, w, plan)
-        exact = reference.grouped_mm(x.double(), w.double(), *groups)
-        assert out.dtype == dtype
-        assert (out[~owned(plan)] == 0).all()
-        assert relative_error(out, exact) < 2 * eps * H**0.5
+        for b in (None, bias):
+            out = moe_ext.grouped_mm(x, w, plan, b)
+            exact_bias = None if b is None else b.double()
+            exact = reference.grouped_mm(x.double(), w.double(), exact_bias, *groups(plan))
+            assert out.dtype == dtype
+            assert (out[~owned(plan)] == 0).all()
+            assert relative_error(out, exact) < 2 * eps * H**0.5
 
         strided = values(E, H, N, dtype=dtype, device=device).transpose(1, 2)
-        exact = reference.grouped_mm(x.double(), strided.double(), *groups)
+        exact = reference.grouped_mm(x.double(), strided.double(), None, *groups(plan))
         assert relative_error(moe_ext.grouped_mm(x, strided, plan), exact) < 2 * eps * H**0.5
 
-        outer = torch.ops.moe_ext.grouped_outer(g, x, *groups)
-        exact = reference.grouped_outer(g.double(), x.double(), *groups)
+        outer = torch.ops.moe_ext.grouped_outer(g, x, *groups(plan))
+        exact = reference.grouped_outer(g.double(), x.double(), *groups(plan))
         assert outer.dtype == dtype
         assert relative_error(outer, exact) < 2 * eps * (R + 1) ** 0.5
+
+
+# An expert with more rows than a tile, of a number that is no multiple of anything, beside a small
+# one and one without rows; more columns than a tile.
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_than_a_tile(device, dtype):
+    M, N = 40, 1100
+    experts = torch.tensor([0] * 601 + [2] * 3 + [3] * 40, dtype=torch.int32, device=device)
+    plan = moe_ext.make_plan(experts.unsqueeze(1), 5)
+    x = values(len(experts), M, dtype=dtype, device=device)
+    w, bias = values(5, N, M, dtype=dtype, device=device), values(5, N, dtype=dtype, device=device)
+    out = moe_ext.grouped_mm(x, w, plan, bias)
+    outer = torch.ops.moe_ext.grouped_outer(out, x, *groups(plan))
+    for e in range(5):
+        mine = slice(int(plan.offsets[e]), int(plan.offsets[e + 1]))
+        exact = x[mine].double() @ w[e].double().T + bias[e].double()
+        eps = torch.finfo(dtype).eps
+        assert relative_error(out[mine], exact) < 2 * eps
+        assert relative_error(outer[e], out[mine].double().T @ x[mine].double()) < 2 * eps * M**0.5
+
+
+def test_results_do_not_depend_on_threads():
+    plan = moe_ext.make_plan(random_experts(900, 2, 3), 3)
+    x, w = torch.randn(1800, 70), torch.randn(3, 700, 70)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            out = moe_ext.grouped_mm(x, w, plan)
+            results.append((out, torch.ops.moe_ext.grouped_outer(out, x, *groups(plan))))
+    finally:
+        torch.set_num_threads(threads)
+    for out, outer in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(outer, results[0][1])
 
 
 def test_is_a_product_per_row(device):
@@ -49,10 +91,11 @@ def test_is_a_product_per_row(device):
     plan = moe_ext.make_plan(random_experts(T, K, E, device), E, 8)
     x = values(len(plan.sources), M, dtype=torch.float64, device=device)
     w = values(E, N, M, dtype=torch.float64, device=device)
-    out = moe_ext.grouped_mm(x, w, plan)
+    bias = values(E, N, dtype=torch.float64, device=device)
+    out = moe_ext.grouped_mm(x, w, plan, bias)
     for t, k in (plan.slots >= 0).nonzero().tolist():
-        row = plan.slots[t, k]
-        torch.testing.assert_close(out[row], w[plan.experts[t, k]] @ x[row])
+        row, e = plan.slots[t, k], plan.experts[t, k]
+        torch.testing.assert_close(out[row], w[e] @ x[row] + bias[e])
 
 
 @pytest.mark.parametrize(("T", "K", "E"), [(5, 2, 3), (1, 1, 1), (3, 2, 4)])
@@ -61,20 +104,32 @@ def test_gradients(device, T, K, E):
         R = len(plan.sources)
         x = values(R, 3, dtype=torch.float64, device=device).requires_grad_()
         w = values(E, 2, 3, dtype=torch.float64, device=device).requires_grad_()
+        bias = values(E, 2, dtype=torch.float64, device=device).requires_grad_()
 
-        def function(x, w, plan=plan):
-            return moe_ext.grouped_mm(x, w, plan)
+        def function(x, w, bias, plan=plan):
+            return moe_ext.grouped_mm(x, w, plan, bias)
 
-        assert gradcheck(function, (x, w), check_batched_grad=R > 0)
-        assert gradgradcheck(function, (x, w))
+        assert gradcheck(function, (x, w, bias), check_batched_grad=R > 0)
+        assert gradgradcheck(function, (x, w, bias))
+
+
+def test_gradient_lies_as_its_weight(device):
+    plan = moe_ext.make_plan(random_experts(9, 2, 3, device), 3)
+    x = torch.randn(18, 5, device=device)
+    for lies in ((3, 4, 5), (3, 5, 4)):
+        w = torch.randn(lies, device=device, requires_grad=True)
+        used = w if lies[1] == 4 else w.transpose(1, 2)
+        (grad,) = torch.autograd.grad(moe_ext.grouped_mm(x, used, plan).square().sum(), used)
+        assert grad.stride() == used.stride()
 
 
 def test_autocast_casts_as_mm_does(device):
     plan = moe_ext.make_plan(random_experts(9, 1, 2, device), 2)
     x, w = torch.randn(9, 8, device=device), torch.randn(2, 4, 8, device=device)
+    bias = torch.randn(2, 4, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        out = moe_ext.grouped_mm(x, w, plan)
-        wide = moe_ext.grouped_mm(x.double(), w.double(), plan)
+        out = moe_ext.grouped_mm(x, w, plan, bias)
+        wide = moe_ext.grouped_mm(x.double(), w.double(), plan, bias.double())
     assert out.dtype == torch.bfloat16
     assert wide.dtype == torch.float64
-    assert torch.equal(out, moe_ext.grouped_mm(x.bfloat16(), w.bfloat16(), plan))
+    assert torch.equal(out, moe_ext.grouped_mm(x.bfloat16(), w.bfloat16(), plan, bias.bfloat16()))

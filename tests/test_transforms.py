@@ -223,6 +223,8 @@ def _arguments(dtype):
     routes, groups = (plan.slots, plan.sources), (plan.offsets, plan.load)
     grads = (choice.weights, None, choice.importance)
     outer = torch.randn(len(rows), 3).to(dtype)
+    inner = torch.randn(len(rows), 6).to(dtype)
+    bias = torch.randn(E, 3).to(dtype)
     return {
         "gate": (logits, None, K, "softmax", True, 1.5),
         "gate_backward": (*grads, choice.probs, choice.experts, "sigmoid", False, 1.0),
@@ -231,8 +233,10 @@ def _arguments(dtype):
         "combine": (rows, *routes, choice.weights),
         "route_dot": (x, rows, *routes),
         "dispatch_dot": (x, rows, *routes, choice.weights),
-        "grouped_mm": (rows, torch.randn(E, 3, H).to(dtype), *groups),
-        "grouped_outer": (outer, rows, *groups),
+        "grouped_mm": (rows, torch.randn(E, 3, H).to(dtype), bias, *groups, 5),
+        "grouped_outer": (outer, rows, *groups, 5),
+        "activate": (inner, *routes, choice.weights, "swiglu"),
+        "activate_backward": (outer, inner, *routes, choice.weights, "geglu"),
     }
 
 

@@ -53,7 +53,7 @@ void combine_kernel(const CombineArgs& a, const Tensor& out) {
 Tensor combine_cpu(const Tensor& rows, const Tensor& slots, const Tensor& sources,
                    const OptionalTensor& weights) {
   const CombineArgs a = combine_args(rows, slots, sources, weights);
-  Tensor tokens = empty(a.rows, {a.num_tokens, a.hidden}, a.rows.scalar_type());
+  Tensor tokens = fresh(a.rows, {a.num_tokens, a.hidden}, a.rows.scalar_type());
   visit_float(a.rows.scalar_type(), [&](auto zero) { combine_kernel<decltype(zero)>(a, tokens); });
   return tokens;
 }

@@ -7,6 +7,10 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -41,6 +45,21 @@ T* data(const Tensor& tensor) {
 template <typename T>
 const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// Memory for a result. Pages of two megabytes where the system gives them on request: of the
+// usual size, their first use costs more than what most operators do with them.
+inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  const Tensor tensor = empty(like, size, dtype);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t end = begin + tensor.numel() * tensor.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  // Advice: where it is refused nothing is lost.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
 }
 
 // Items a thread takes at a time, so that a task moves about 32 KiB.

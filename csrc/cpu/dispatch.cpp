@@ -37,7 +37,7 @@ void dispatch_kernel(const DispatchArgs& a, const Tensor& out) {
 Tensor dispatch_cpu(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
                     const OptionalTensor& weights) {
   const DispatchArgs a = dispatch_args(tokens, slots, sources, weights);
-  Tensor rows = empty(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
+  Tensor rows = fresh(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
   visit_float(a.tokens.scalar_type(), [&](auto zero) { dispatch_kernel<decltype(zero)>(a, rows); });
   return rows;
 }

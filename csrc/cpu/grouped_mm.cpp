@@ -1,61 +1,48 @@
 // Grouped matrix products: one GEMM per expert on the rows that routes own.
 //
-//   grouped_mm:     out[r, :]    = weights[e] @ rows[r, :]                    r in the rows of e
+//   grouped_mm:     out[r, :]    = weights[e] @ rows[r, :] + bias[e]       r in the rows of e
 //   grouped_outer:  out[e, :, :] = sum over those r of left[r, :] ⊗ right[r, :]
 //
 // The rows of e are offsets[e] and the min(load[e], offsets[e+1] - offsets[e]) after it. All other
-// rows are never read and come out zero. The GEMMs are torch's.
+// rows are never read and come out zero.
+//
+// Every GEMM is cut into tiles, and a thread takes whole tiles: many small experts keep all threads
+// busy, and so does one that has all rows. Tiles depend on sizes and routing alone, so results do
+// not on the number of threads.
 
-#include <array>
+#include <vector>
 
-#include "common.h"
+#include "gemm.h"
 
 namespace moe_ext {
 namespace {
 
-// Without instructions for a 16-bit type torch multiplies it some thirty times slower than float32;
-// then the operands of one expert at a time are widened. MOE_EXT_WIDEN_16BIT widens always: for
-// tests on a CPU that has the instructions.
-bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
-#if defined(MOE_EXT_WIDEN_16BIT)
-  return false;
-#elif defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (dtype == ScalarType::BFloat16) return __builtin_cpu_supports("avx512bf16");
-#if !defined(__clang__) && __GNUC__ >= 12
-  if (dtype == ScalarType::Half) return __builtin_cpu_supports("avx512fp16");
-#else
-  if (dtype == ScalarType::Half) return false;
-#endif
-#endif
-  return true;
+constexpr int64_t kTileRows = 256, kTileColumns = 1024;
+
+struct Tile {
+  int64_t expert, row_begin, row_end, column_begin, column_end;
+};
+
+// body(gemm, tile) for all. A thread that is done takes the next one: products of few rows are
+// slower than their size says.
+template <typename Body>
+void run(const std::vector<Tile>& tiles, ScalarType dtype, const Body& body) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles.size());
+  std::atomic<size_t> next{0};
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    Gemm gemm(dtype);
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tiles.size();) {
+      body(gemm, tiles[i]);
+    }
+  });
 }
 
-void mm_into(const Tensor& out, const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
+// The rows that routes own, of every expert.
+struct Range {
+  int64_t begin, end;
+};
 
-void multiply_into(Tensor& out, const Tensor& a, const Tensor& b) {
-  const ScalarType dtype = out.scalar_type();
-  if (dtype == ScalarType::Float || dtype == ScalarType::Double || multiplies_natively(dtype)) {
-    mm_into(out, a, b);
-    return;
-  }
-  const Tensor wide_a = torch::stable::to(a, ScalarType::Float);
-  const Tensor wide_b = torch::stable::to(b, ScalarType::Float);
-  const Tensor wide = empty(out, {out.size(0), out.size(1)}, ScalarType::Float);
-  mm_into(wide, wide_a, wide_b);
-  torch::stable::copy_(out, wide);
-}
-
-// Calls body(e, begin, end) with the rows that routes of e own, and gap(begin, end) with all other
-// rows, in order.
-template <typename Body, typename Gap>
-void for_each_group(const Check& check, const Groups& groups, int64_t num_rows, const Body& body,
-                    const Gap& gap) {
+std::vector<Range> owned_rows(const Check& check, const Groups& groups, int64_t num_rows) {
   const int32_t* offsets = const_data<int32_t>(groups.offsets);
   const int32_t* load = const_data<int32_t>(groups.load);
   int64_t previous = 0;
@@ -66,60 +53,93 @@ void for_each_group(const Check& check, const Groups& groups, int64_t num_rows, 
     }
     previous = offsets[e];
   }
-  int64_t done = 0;
+  std::vector<Range> ranges;
   for (int64_t e = 0; e < groups.num_experts; ++e) {
-    const int64_t begin = offsets[e], room = offsets[e + 1] - offsets[e];
     if (load[e] < 0) check.fail("load must not be negative, got ", load[e], " at [", e, "]");
-    const int64_t end = begin + std::min<int64_t>(load[e], room);
-    if (done < begin) gap(done, begin);
-    body(e, begin, end);
-    done = end;
+    const int64_t begin = offsets[e], room = offsets[e + 1] - offsets[e];
+    ranges.push_back({begin, begin + std::min<int64_t>(load[e], room)});
   }
-  if (done < num_rows) gap(done, num_rows);
+  return ranges;
 }
 
-Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t end) {
-  Tensor base = tensor;
-  return torch::stable::narrow(base, 0, begin, end - begin);
+void zero_unowned(const Tensor& out, const std::vector<Range>& owned) {
+  int64_t done = 0;
+  const auto zero_to = [&](int64_t end) {
+    Tensor gap = part(out, 0, done, end);
+    if (done < end) torch::stable::zero_(gap);
+  };
+  for (const Range& range : owned) {
+    zero_to(range.begin);
+    done = range.end;
+  }
+  zero_to(out.size(0));
 }
 
-Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const Tensor& offsets,
-                      const Tensor& load) {
-  const GroupedMMArgs a = grouped_mm_args(rows, weights, offsets, load);
-  Tensor out = empty(a.rows, {a.num_rows, a.out_width}, a.rows.scalar_type());
-  for_each_group(
-      Check("grouped_mm"), a.groups, a.num_rows,
-      [&](int64_t e, int64_t begin, int64_t end) {
-        if (begin == end) return;
-        Tensor block = rows_of(out, begin, end);
-        const Tensor weight =
-            torch::stable::transpose(torch::stable::select(a.weights, 0, e), 0, 1);
-        multiply_into(block, rows_of(a.rows, begin, end), weight);
-      },
-      [&](int64_t begin, int64_t end) {
-        Tensor gap = rows_of(out, begin, end);
-        torch::stable::zero_(gap);
-      });
+std::vector<Tensor> by_expert(const Tensor& tensor, int64_t num_experts) {
+  std::vector<Tensor> parts;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    parts.push_back(torch::stable::select(tensor, 0, e));
+  }
+  return parts;
+}
+
+Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const OptionalTensor& bias,
+                      const Tensor& offsets, const Tensor& load, std::optional<int64_t> capacity) {
+  const GroupedMMArgs a = grouped_mm_args(rows, weights, bias, offsets, load, capacity);
+  const int64_t E = a.groups.num_experts, N = a.out_width;
+  const std::vector<Range> owned = owned_rows(Check("grouped_mm"), a.groups, a.num_rows);
+  const Tensor out = fresh(a.rows, {a.num_rows, N}, a.rows.scalar_type());
+  zero_unowned(out, owned);
+
+  std::vector<Tile> tiles;
+  for (int64_t e = 0; e < E; ++e) {
+    for (int64_t column = 0; column < N; column += kTileColumns) {
+      const int64_t column_end = std::min(column + kTileColumns, N);
+      for (int64_t row = owned[e].begin; row < owned[e].end; row += kTileRows) {
+        tiles.push_back({e, row, std::min(row + kTileRows, owned[e].end), column, column_end});
+      }
+    }
+  }
+  const Tensor input = plain(a.rows);
+  const std::vector<Tensor> weight = by_expert(plain(a.weights), E);
+  const std::vector<Tensor> biases = a.bias ? by_expert(plain(*a.bias), E) : std::vector<Tensor>();
+  run(tiles, a.rows.scalar_type(), [&](Gemm& gemm, const Tile& t) {
+    const auto columns = [&](const Tensor& tensor, int64_t dim) {
+      return part(tensor, dim, t.column_begin, t.column_end);
+    };
+    gemm.rows_by_weight(columns(part(out, 0, t.row_begin, t.row_end), 1),
+                        part(input, 0, t.row_begin, t.row_end), columns(weight[t.expert], 0),
+                        a.bias ? OptionalTensor(columns(biases[t.expert], 0)) : std::nullopt);
+  });
   return out;
 }
 
 Tensor grouped_outer_cpu(const Tensor& left, const Tensor& right, const Tensor& offsets,
-                         const Tensor& load) {
-  const GroupedOuterArgs a = grouped_outer_args(left, right, offsets, load);
-  Tensor out =
-      empty(a.left, {a.groups.num_experts, a.left_width, a.right_width}, a.left.scalar_type());
-  for_each_group(
-      Check("grouped_outer"), a.groups, a.num_rows,
-      [&](int64_t e, int64_t begin, int64_t end) {
-        Tensor block = torch::stable::select(out, 0, e);
-        if (begin == end) {
-          torch::stable::zero_(block);
-          return;
-        }
-        const Tensor left_rows = torch::stable::transpose(rows_of(a.left, begin, end), 0, 1);
-        multiply_into(block, left_rows, rows_of(a.right, begin, end));
-      },
-      [](int64_t, int64_t) {});
+                         const Tensor& load, std::optional<int64_t> capacity) {
+  const GroupedOuterArgs a = grouped_outer_args(left, right, offsets, load, capacity);
+  const int64_t E = a.groups.num_experts, N = a.left_width, M = a.right_width;
+  const std::vector<Range> owned = owned_rows(Check("grouped_outer"), a.groups, a.num_rows);
+  const Tensor out = fresh(a.left, {E, N, M}, a.left.scalar_type());
+
+  std::vector<Tile> tiles;
+  for (int64_t e = 0; e < E; ++e) {
+    for (int64_t column = 0; column < N; column += kTileColumns) {
+      tiles.push_back(
+          {e, owned[e].begin, owned[e].end, column, std::min(column + kTileColumns, N)});
+    }
+  }
+  const Tensor lefts = plain(a.left), rights = plain(a.right);
+  const std::vector<Tensor> outs = by_expert(out, E);
+  run(tiles, a.left.scalar_type(), [&](Gemm& gemm, const Tile& t) {
+    Tensor target = part(outs[t.expert], 0, t.column_begin, t.column_end);
+    if (t.row_begin == t.row_end) {
+      torch::stable::zero_(target);
+      return;
+    }
+    const Tensor left_rows = part(lefts, 0, t.row_begin, t.row_end);
+    gemm.outer(target, part(left_rows, 1, t.column_begin, t.column_end),
+               part(rights, 0, t.row_begin, t.row_end));
+  });
   return out;
 }
 

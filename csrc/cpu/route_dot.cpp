@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> dispatch_dot_cpu(const Tensor& tokens, const Tensor& 
                                             const Tensor& slots, const Tensor& sources,
                                             const Tensor& weights) {
   const DispatchDotArgs a = dispatch_dot_args(tokens, rows, slots, sources, weights);
-  Tensor dispatched = empty(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
+  Tensor dispatched = fresh(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
   Tensor dots = empty(a.tokens, {a.num_tokens, a.top_k}, a.weights.scalar_type());
   visit_float(a.tokens.scalar_type(),
               [&](auto zero) { dispatch_dot_kernel<decltype(zero)>(a, dispatched, dots); });

@@ -1,0 +1,350 @@
+"""Experts beside Hugging Face's, on the CPU: one module of transformers, four implementations.
+
+    python bench/bench_experts.py [--dtype bfloat16] [--point NAME ...] [--rounds 9]
+
+Every implementation's output and gradients are checked before its time counts. Times are of a
+forward and a backward, medians of all rounds. In a round each makes eight calls in a row, of which
+the first three do not count: they find memory as another has left it, where training does not. A
+peer four times slower than ours makes two, of which one counts. The bound is the same GEMMs alone,
+expert by expert into outputs that are reused: torch's threads inside each product, or one thread
+for each half of the experts, whichever is faster at that point. "memory" is how far a process of
+its own grows in one forward and backward. Prints a table and, where all was run, writes
+bench/results/<machine>/experts-<dtype>.json.
+
+For a CPU without bfloat16 instructions, ONEDNN_MAX_CPU_ISA=AVX2: torch then multiplies as there.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from bench_ops import RESULTS, machine, positive, slug
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+import moe_ext.hf
+
+OURS = moe_ext.hf.NAME
+PEERS = ("eager", "batched_mm", "grouped_mm")
+MOST_BYTES, MOST_SECONDS = 8 << 30, 20.0
+
+
+class Point(NamedTuple):
+    tokens: int
+    hidden: int
+    ffn: int
+    num_experts: int
+    top_k: int
+    routing: str
+
+    def rows(self) -> int:
+        return self.tokens * self.top_k
+
+    def flops(self) -> int:
+        """Of the products of a forward and a backward."""
+        return 3 * 2 * 3 * self.rows() * self.hidden * self.ffn
+
+
+# Smallest first: 16-bit types take the first three.
+POINTS = {
+    "few": Point(256, 512, 512, 8, 2, "balanced"),
+    "few, skewed": Point(256, 512, 512, 8, 2, "zipf"),
+    "short": Point(256, 1024, 512, 16, 4, "balanced"),
+    "narrow": Point(512, 512, 512, 32, 4, "balanced"),
+    "fine-grained": Point(512, 512, 512, 64, 8, "balanced"),
+    "fine-grained, skewed": Point(512, 512, 512, 64, 8, "zipf"),
+    "wide": Point(1024, 512, 1024, 16, 2, "balanced"),
+    "middle": Point(1024, 1024, 512, 32, 4, "balanced"),
+    "middle, skewed": Point(1024, 1024, 512, 32, 4, "zipf"),
+    "Mixtral-like": Point(2048, 1024, 1024, 8, 2, "balanced"),
+    "Mixtral-like, skewed": Point(2048, 1024, 1024, 8, 2, "zipf"),
+    "Qwen-like": Point(2048, 512, 1024, 64, 8, "balanced"),
+}
+
+
+class Case:
+    """The module, its inputs, and one forward and backward of it."""
+
+    def __init__(self, point: Point, dtype: torch.dtype) -> None:
+        T, H, _, E, K, routing = point
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator)
+
+        config = MixtralConfig(
+            hidden_size=H, intermediate_size=point.ffn, num_local_experts=E, num_experts_per_tok=K
+        )
+        self.module = MixtralExperts(config)
+        for parameter in self.module.parameters():
+            with torch.no_grad():
+                parameter.copy_(normal(*parameter.shape) / math.sqrt(parameter.shape[-1]))
+        self.module.to(dtype)
+        share = torch.ones(E) if routing == "balanced" else 1 / torch.arange(1.0, E + 1)
+        chance = -torch.log(-torch.log(torch.rand(T, E, generator=generator)))
+        self.experts = (share.log() + chance).topk(K).indices
+        self.weights = torch.rand(T, K, generator=generator).requires_grad_()
+        self.tokens = normal(T, H).to(dtype).requires_grad_()
+        self.grad = normal(T, H).to(dtype)
+
+    def leaves(self) -> list[Tensor]:
+        return [self.tokens, self.weights, *self.module.parameters()]
+
+    def run(self, implementation: str) -> Tensor:
+        for leaf in self.leaves():
+            leaf.grad = None
+        self.module.config._experts_implementation = implementation
+        out = self.module(self.tokens, self.experts, self.weights)
+        out.backward(self.grad)
+        return out
+
+    def results(self, implementation: str) -> list[Tensor]:
+        out = self.run(implementation)
+        return [out.detach(), *(leaf.grad for leaf in self.leaves())]
+
+
+def exact_results(case: Case) -> list[Tensor]:
+    """The same in float64 and plain PyTorch, expert by expert."""
+    leaves = [leaf.detach().double().requires_grad_() for leaf in case.leaves()]
+    tokens, weights, up, down = leaves
+    out = torch.zeros_like(tokens)
+    for e, (up_e, down_e) in enumerate(zip(up.unbind(), down.unbind(), strict=True)):
+        token, choice = torch.where(case.experts == e)
+        gate, linear = F.linear(tokens[token], up_e).chunk(2, dim=-1)
+        rows = F.linear(F.silu(gate) * linear, down_e) * weights[token, choice, None]
+        out = out.index_add(0, token, rows)
+    return [out.detach(), *torch.autograd.grad(out, leaves, case.grad.double())]
+
+
+def worst_error(case: Case, implementation: str, exact: list[Tensor]) -> float:
+    def error(got: Tensor, want: Tensor) -> float:
+        return float((got.double() - want).norm() / want.norm())
+
+    return max(map(error, case.results(implementation), exact))
+
+
+def bound(point: Point, case: Case) -> Callable[[], float]:
+    """Seconds of the six products of every expert alone, into outputs made once."""
+    load = torch.bincount(case.experts.flatten(), minlength=point.num_experts).tolist()
+    up, down = (p.detach() for p in case.module.parameters())
+    E, dtype = point.num_experts, up.dtype
+
+    def matrices(width: int) -> list[Tensor]:
+        return list(torch.randn(point.rows(), width).to(dtype).split(load))
+
+    rows, grad_inner, active = matrices(point.hidden), matrices(2 * point.ffn), matrices(point.ffn)
+    out, inner, grad_active = matrices(point.hidden), matrices(2 * point.ffn), matrices(point.ffn)
+    grad_up, grad_down = torch.empty_like(up), torch.empty_like(down)
+
+    def products(experts: range) -> None:
+        for e in experts:
+            torch.mm(rows[e], up[e].t(), out=inner[e])
+            torch.mm(active[e], down[e].t(), out=out[e])
+            torch.mm(rows[e], down[e], out=grad_active[e])
+            torch.mm(rows[e].t(), active[e], out=grad_down[e])
+            torch.mm(grad_inner[e], up[e], out=out[e])
+            torch.mm(grad_inner[e].t(), rows[e], out=grad_up[e])
+
+    def halves() -> None:
+        def work(experts: range) -> None:
+            torch.set_num_threads(1)
+            products(experts)
+
+        helper = threading.Thread(target=work, args=(range(0, E, 2),))
+        helper.start()
+        work(range(1, E, 2))
+        helper.join()
+
+    def seconds() -> float:
+        threads = torch.get_num_threads()
+        taken = timed(lambda: products(range(E)))
+        if threads == 2:
+            try:
+                taken = min(taken, timed(halves))
+            finally:
+                torch.set_num_threads(threads)
+        return taken
+
+    return seconds
+
+
+def timed(function: Callable) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def why_not(point: Point, implementation: str, dtype: torch.dtype) -> str | None:
+    """A peer that gathers a weight for every row may need more memory than there is."""
+    if implementation != "batched_mm":
+        return None
+    weights = 3 * point.rows() * point.hidden * point.ffn * dtype.itemsize
+    # Gathered once, and their gradients.
+    needs = 2 * weights
+    return f"needs {needs / 2**30:.0f} GiB" if needs > MOST_BYTES else None
+
+
+def measure(point: Point, dtype: torch.dtype, rounds: int) -> dict:
+    case = Case(point, dtype)
+    exact = exact_results(case)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    times: dict[str, list[float]] = {}
+    excluded, errors, first = {}, {}, {}
+    for name in (OURS, *PEERS):
+        reason = why_not(point, name, dtype)
+        if reason is None:
+            errors[name] = worst_error(case, name, exact)
+            if not errors[name] <= tolerance:
+                raise AssertionError(f"{name}: relative error {errors[name]:.2g} > {tolerance:.2g}")
+            first[name] = timed(lambda name=name: case.run(name))
+            reason = f"took {first[name]:.0f} s" if first[name] > MOST_SECONDS else None
+        if reason is None:
+            times[name] = []
+        else:
+            excluded[name] = reason
+    bound_seconds, bounds = bound(point, case), []
+    for turn in (bar := tqdm(range(rounds), unit="round", leave=False)):
+        for name, taken in times.items():
+            bar.set_postfix_str(name)
+            is_slow = first[name] > 4 * first[OURS]
+            if is_slow and turn > 0:
+                continue
+            calls, uncounted = (2, 1) if is_slow else (8, 3)
+            taken += [timed(lambda name=name: case.run(name)) for _ in range(calls)][uncounted:]
+        bounds += [bound_seconds() for _ in range(8)][3:]
+    return {
+        "flops": point.flops(),
+        "bound_seconds": statistics.median(bounds),
+        "seconds": {name: statistics.median(taken) for name, taken in times.items()},
+        "fastest_slowest": {name: [min(taken), max(taken)] for name, taken in times.items()},
+        "calls": {name: len(taken) for name, taken in times.items()},
+        "relative_error": errors,
+        "excluded": excluded,
+    }
+
+
+def growth(label: str, dtype: str, implementation: str) -> int:
+    """Bytes that a process of its own grows by in one forward and backward."""
+    command = [sys.executable, __file__, "--dtype", dtype, "--grow", label, implementation]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def print_growth(label: str, dtype: torch.dtype, implementation: str) -> None:
+    case = Case(POINTS[label], dtype)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    case.run(implementation)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def summary(result: dict) -> dict:
+    peers = {name: s for name, s in result["seconds"].items() if name != OURS}
+    best = min(peers, key=peers.get)
+    ours = result["seconds"][OURS]
+    return {
+        "best_peer": best,
+        "ratio": peers[best] / ours,
+        "of_bound": result["bound_seconds"] / ours,
+        "gigaflops": result["flops"] / ours / 1e9,
+    }
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--point", nargs="*", choices=list(POINTS), help="only these")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
+    parser.add_argument("--out", type=Path, help="the JSON file, also of a part")
+    parser.add_argument("--grow", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    dtype = getattr(torch, options.dtype)
+    if options.grow:
+        print_growth(options.grow[0], dtype, options.grow[1])
+        return
+    labels = list(POINTS) if dtype == torch.float32 else list(POINTS)[:3]
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    name = machine(torch.device("cpu"))
+    report = {
+        "machine": name,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "moe_ext": moe_ext.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "dtype": options.dtype,
+        "ONEDNN_MAX_CPU_ISA": isa,
+        "points": {},
+    }
+    heads = "".join(f"{head:>11}" for head in (OURS, *PEERS, "bound"))
+    print(f"{'':22}{heads}   of best  of bound   GFLOP/s   (milliseconds)")
+    for label in (bar := tqdm(options.point or labels, unit="point", leave=False)):
+        point = POINTS[label]
+        result = point._asdict() | measure(point, dtype, options.rounds)
+        if not options.no_memory:
+            result["growth_bytes"] = {
+                implementation: growth(label, options.dtype, implementation)
+                for implementation in result["seconds"]
+            }
+        result |= summary(result)
+        report["points"][label] = result
+        cells = [
+            f"{result['seconds'][n] * 1e3:11.1f}" if n in result["seconds"] else f"{'-':>11}"
+            for n in (OURS, *PEERS)
+        ]
+        bar.write(
+            f"{label:22}{''.join(cells)}{result['bound_seconds'] * 1e3:11.1f}"
+            f"{result['ratio']:9.2f}x{result['of_bound']:10.0%}{result['gigaflops']:10.0f}"
+        )
+        for peer, reason in result["excluded"].items():
+            bar.write(f"{'':22}{peer} {reason}: not timed")
+        if not options.no_memory:
+            cells = [
+                f"{result['growth_bytes'][n] / 2**20:11.0f}" if n in result["seconds"] else " " * 11
+                for n in (OURS, *PEERS)
+            ]
+            bar.write(f"{'   memory, MiB':22}{''.join(cells)}")
+    points = report["points"].values()
+    report["geometric_mean_ratio"] = geometric_mean([p["ratio"] for p in points])
+    report["lowest_ratio"] = min(p["ratio"] for p in points)
+    report["lowest_of_bound"] = min(p["of_bound"] for p in points)
+    print(
+        f"{report['geometric_mean_ratio']:.2f}x the best of them in the geometric mean, "
+        f"{report['lowest_ratio']:.2f}x at the least; of the bound {report['lowest_of_bound']:.0%} "
+        "at the least"
+    )
+    suffix = f"-{isa.lower()}" if isa else ""
+    whole = None if options.point else RESULTS / slug(name)
+    out = options.out or (whole and whole / f"experts-{options.dtype}{suffix}.json")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+        print(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""A feed-forward network per expert that saves less: tokens, pre-activations and the plan.
+
+    inner = up[e] @ token            [R, G]    saves tokens       _Inner
+    out   = down[e] @ fn(inner)      [T, H]    saves inner        _Outer
+
+The backward dispatches the tokens again and computes the activation again: no product is repeated.
+A route's weight needs no saved output either: with y = down @ a,
+
+    d loss / d weight = <grad, y> = <down.T @ grad, a>
+
+the row's gradient times its activation, which the backward has both.
+"""
+
+from torch import Tensor
+from torch.autograd import Function
+
+from . import ops
+from .functional import (
+    _ActivateBackward,
+    _Combine,
+    _Dispatch,
+    _GroupedMM,
+    _GroupedOuter,
+    _RouteDot,
+    autocast,
+    is_transposed,
+    outer_like,
+    sum_of_groups,
+)
+from .plan import Plan
+
+
+class _Inner(Function):
+    """grouped_mm(dispatch(tokens), weights, bias)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tokens, weights, bias, slots, sources, *groups):
+        rows = ops.run("dispatch", tokens, slots, sources, None)
+        return ops.run("grouped_mm", rows, weights, bias, *groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tokens, weights, _, *routes, ctx.capacity = inputs
+        needs_tokens, needs_weights, *_ = ctx.needs_input_grad
+        ctx.is_transposed = is_transposed(weights)
+        ctx.save_for_backward(
+            tokens if needs_weights else None, weights if needs_tokens else None, *routes
+        )
+
+    @staticmethod
+    def backward(ctx, grad):
+        tokens, weights, slots, sources, *groups = ctx.saved_tensors
+        groups = *groups, ctx.capacity
+        needs_tokens, needs_weights, needs_bias, *_ = ctx.needs_input_grad
+        grad_tokens = grad_weights = grad_bias = None
+        if needs_weights:
+            rows = _Dispatch.apply(tokens, slots, sources, None)
+            grad_weights = outer_like(ctx.is_transposed, grad, rows, groups)
+            del rows
+        if needs_bias:
+            grad_bias = sum_of_groups(grad, groups)
+        if needs_tokens:
+            grad_rows = _GroupedMM.apply(grad, weights.transpose(1, 2), None, *groups)
+            grad_tokens = _Combine.apply(grad_rows, slots, sources, None)
+        return grad_tokens, grad_weights, grad_bias, None, None, None, None, None
+
+
+class _Outer(Function):
+    """combine(grouped_mm(activate(inner), weights, bias), route_weights)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inner, weights, bias, route_weights, slots, sources, *rest):
+        *groups, activation = rest
+        active = ops.run("activate", inner, slots, sources, None, activation)
+        rows = ops.run("grouped_mm", active, weights, bias, *groups)
+        return ops.run("combine", rows, slots, sources, route_weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        inner, weights, bias, route_weights, *routes, ctx.capacity, ctx.activation = inputs
+        ctx.is_transposed = is_transposed(weights)
+        ctx.save_for_backward(inner, weights, bias, route_weights, *routes)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inner, weights, bias, route_weights, slots, sources, *groups = ctx.saved_tensors
+        groups = *groups, ctx.capacity
+        needs_inner, needs_weights, needs_bias, needs_route_weights, *_ = ctx.needs_input_grad
+        rows = _Dispatch.apply(grad, slots, sources, None)
+        grad_active = _GroupedMM.apply(rows, weights.transpose(1, 2), None, *groups)
+        grad_inner, active, grad_route_weights = _ActivateBackward.apply(
+            grad_active, inner, slots, sources, route_weights, ctx.activation
+        )
+        del grad_active
+        grad_weights = grad_bias = None
+        if needs_weights:
+            grad_weights = outer_like(ctx.is_transposed, rows, active, groups)
+        if bias is not None:
+            one = grad.new_ones(grad.shape[0], 1)
+            if needs_route_weights:
+                dots = _GroupedMM.apply(rows, bias.unsqueeze(1), None, *groups)
+                of_bias = _RouteDot.apply(one, dots, slots, sources)
+                grad_route_weights = grad_route_weights + of_bias
+            if needs_bias:
+                factors = _Dispatch.apply(one, slots, sources, route_weights)
+                grad_bias = _GroupedOuter.apply(rows, factors, *groups).squeeze(-1)
+        return (
+            grad_inner if needs_inner else None,
+            grad_weights,
+            grad_bias,
+            grad_route_weights if needs_route_weights else None,
+            *(None,) * 6,
+        )
+
+
+def dispatch_mm(tokens: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:
+    """grouped_mm(dispatch(tokens, plan), weights, plan, bias), which saves tokens instead of rows.
+
+    tokens: [T, M], weights: [E, N, M], bias: [E, N] of one dtype -> [R, N]
+    """
+    tokens, weights, bias = autocast(tokens, weights, bias)
+    return _Inner.apply(
+        tokens, weights, bias, plan.slots, plan.sources, plan.offsets, plan.load, plan.capacity
+    )
+
+
+def feed_forward(
+    tokens: Tensor,
+    plan: Plan,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """The weighted sum of every token's experts, each a feed-forward network.
+
+    tokens: [T, H]
+    plan: of the same T tokens
+    weights: [T, K] float32 (float64 for float64 tokens)
+    up: [E, G, H] of the tokens' dtype, G = 2F for an activation with a gate, else F
+    down: [E, H, F]
+    activation: as of `activate`
+    up_bias: [E, G], down_bias: [E, H]
+
+    Returns [T, H]: combine(grouped_mm(activate(grouped_mm(dispatch(tokens), up)), down), weights),
+    and saves for its backward tokens, weights, the pre-activation [R, G] and the plan, instead of
+    what each of them would save. Under autocast tokens and parameters are cast, as by torch.mm.
+    Raises RuntimeError where an argument breaks this contract.
+    """
+    tokens, up, down, up_bias, down_bias = autocast(tokens, up, down, up_bias, down_bias)
+    routes = plan.slots, plan.sources, plan.offsets, plan.load, plan.capacity
+    inner = _Inner.apply(tokens, up, up_bias, *routes)
+    return _Outer.apply(inner, down, down_bias, weights, *routes, activation)

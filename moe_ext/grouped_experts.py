@@ -1,0 +1,113 @@
+"""Feed-forward experts with stacked weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import contracts, convert
+from .experts import Experts
+from .feed_forward import feed_forward
+from .functional import activate, grouped_mm
+from .plan import Plan
+
+
+class GroupedExperts(Experts):
+    """Feed-forward experts with stacked weights, in Hugging Face's layout.
+
+    num_experts: E, hidden_size: H, ffn_size: F
+    activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
+    bias: a bias on both products
+    recompute: save for the backward tokens and pre-activations alone, dispatch and activate again
+        there. No product is repeated. Without it everything between is saved too.
+
+    Parameters: gate_up_proj [E, 2F, H], gate first (up_proj [E, F, H] without a gate), down_proj
+    [E, H, F]; with bias gate_up_proj_bias [E, 2F] (up_proj_bias [E, F]) and down_proj_bias [E, H].
+    Every expert starts like an nn.Linear of its size. load_state_dict takes weights kept expert by
+    expert too, under the names of Mixtral, Qwen, DeepSeek or Nemotron (convert.py). Raises
+    ValueError for another activation.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        ffn_size: int,
+        activation: str = "swiglu",
+        bias: bool = False,
+        *,
+        recompute: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(num_experts)
+        contracts.names("GroupedExperts", activation=(activation, contracts.ACTIVATIONS))
+        self.hidden_size = contracts.integer("GroupedExperts", "hidden_size", hidden_size, 0)
+        self.ffn_size = contracts.integer("GroupedExperts", "ffn_size", ffn_size, 0)
+        self.activation = activation
+        self.has_gate = activation in contracts.GATED
+        self.has_bias = bias
+        self.recompute = recompute
+        self._up_name = "gate_up_proj" if self.has_gate else "up_proj"
+        up_size = 2 * ffn_size if self.has_gate else ffn_size
+
+        def parameter(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
+
+        self.register_parameter(self._up_name, parameter(num_experts, up_size, hidden_size))
+        self.down_proj = parameter(num_experts, hidden_size, ffn_size)
+        if bias:
+            self.register_parameter(f"{self._up_name}_bias", parameter(num_experts, up_size))
+            self.down_proj_bias = parameter(num_experts, hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, fan_in in ((self._up_name, self.hidden_size), ("down_proj", self.ffn_size)):
+            bound = 1 / math.sqrt(max(fan_in, 1))
+            nn.init.uniform_(getattr(self, name), -bound, bound)
+            if self.has_bias:
+                nn.init.uniform_(getattr(self, f"{name}_bias"), -bound, bound)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"ffn_size={self.ffn_size}, activation={self.activation!r}, bias={self.has_bias}"
+        )
+
+    def _parameters_of(self, name: str) -> tuple[Tensor, Tensor | None]:
+        return getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
+
+    def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        if not self.recompute or type(self).forward is not GroupedExperts.forward:
+            return super().routed(tokens, plan, weights)
+        up, up_bias = self._parameters_of(self._up_name)
+        down, down_bias = self._parameters_of("down_proj")
+        return feed_forward(tokens, plan, weights, up, down, self.activation, up_bias, down_bias)
+
+    def forward(self, rows: Tensor, plan: Plan) -> Tensor:
+        up, up_bias = self._parameters_of(self._up_name)
+        down, down_bias = self._parameters_of("down_proj")
+        inner = grouped_mm(rows, up, plan, up_bias)
+        return grouped_mm(activate(inner, plan, self.activation), down, plan, down_bias)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        layout = convert.detect(state_dict, prefix)
+        try:
+            if isinstance(layout, convert.PerExpert):
+                grouped = convert.to_grouped(state_dict, layout, prefix)
+                rest = {n: t for n, t in state_dict.items() if not n.startswith(prefix)}
+                state_dict = rest | {prefix + name: tensor for name, tensor in grouped.items()}
+            elif layout == convert.GPT_OSS:
+                raise ValueError(
+                    f"{prefix}gate_up_proj is laid out as in gpt-oss, whose gate is clamped and "
+                    "scaled as no activation here is; convert.to_grouped gives the weights"
+                )
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            *(state_dict, prefix, local_metadata, strict),
+            *(missing_keys, unexpected_keys, error_msgs),
+        )

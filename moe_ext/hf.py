@@ -1,0 +1,179 @@
+"""Hugging Face's transformers with the experts of moe_ext:
+
+    import moe_ext.hf
+    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moe_ext")
+
+or `model.set_experts_implementation("moe_ext")`. The import registers the name for the process, as
+transformers has it for experts of its own; `check(model)` says at once whether every experts module
+can be computed, which a forward would say when it comes to it. Needs transformers >= 5.7.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from . import contracts
+from .feed_forward import dispatch_mm, feed_forward
+from .functional import combine, grouped_mm
+from .plan import Plan, make_plan
+
+NAME = "moe_ext"
+MINIMUM = (5, 7)
+
+try:
+    import transformers
+    from transformers import activations
+    from transformers.integrations import moe
+except ImportError as error:
+    raise ImportError(f"moe_ext.hf needs transformers >= 5.7: {error}") from error
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM:
+    raise ImportError(f"moe_ext.hf needs transformers >= 5.7, found {transformers.__version__}")
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """An experts module's forward, as transformers calls it.
+
+    self: a module under `use_experts_implementation`, whose flags say how its parameters lie
+    hidden_states: [T, H]
+    top_k_index: [T, K] ids; under expert parallelism `num_experts` marks another process's
+    top_k_weights: [T, K]
+
+    Returns [T, H] in hidden_states' dtype. Raises ValueError for a module that is not understood.
+    """
+    layout = Layout(self)
+    experts = top_k_index.to(torch.int32)
+    if layout.is_expert_parallel:
+        experts = experts.masked_fill(experts >= self.num_experts, -1)
+    plan = make_plan(experts, self.num_experts, order="token")
+    tokens = hidden_states.to(layout.up.dtype)
+    weights = top_k_weights.to(contracts.accumulate_dtype(tokens.dtype))
+    return layout.routed(tokens, plan, weights).to(hidden_states.dtype)
+
+
+class Layout:
+    """How an experts module keeps its parameters and what it computes with them.
+
+    Raises ValueError where the module asks for something that is not understood.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.has_gate = self._flag("has_gate", True)
+        self.has_bias = self._flag("has_bias", False)
+        self.is_transposed = self._flag("is_transposed", False)
+        self.is_expert_parallel = self._flag("_is_expert_parallel", False)
+        self.has_post_expert_norm = self._flag("has_post_expert_norm", False)
+        self.up, self.up_bias = self._product("gate_up_proj" if self.has_gate else "up_proj")
+        self.down, self.down_bias = self._product("down_proj")
+        self.activation = self._activation()
+
+    def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        if self.activation is not None and not self.has_post_expert_norm:
+            return feed_forward(
+                *(tokens, plan, weights, self.up, self.down, self.activation),
+                *(self.up_bias, self.down_bias),
+            )
+        inner = dispatch_mm(tokens, self.up, plan, self.up_bias)
+        active = self.module._apply_gate(inner) if self.has_gate else self.module.act_fn(inner)
+        rows = grouped_mm(active, self.down, plan, self.down_bias)
+        if self.has_post_expert_norm:
+            rows = self.module.post_expert_norm(rows)
+        return combine(rows, plan, weights)
+
+    def _refuse(self, why: str) -> None:
+        raise ValueError(
+            f'experts_implementation="{NAME}": {type(self.module).__name__} {why}; '
+            'use another, as "eager"'
+        )
+
+    def _flag(self, name: str, default: bool) -> bool:
+        return getattr(self.module, name, default)
+
+    def _product(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """[E, N, M] and [E, N]."""
+        weights = self._tensor(name, 3)
+        bias = self._tensor(f"{name}_bias", 2) if self.has_bias else None
+        return weights.transpose(1, 2) if self.is_transposed else weights, bias
+
+    def _tensor(self, name: str, dim: int) -> Tensor:
+        tensor = getattr(self.module, name, None)
+        if not isinstance(tensor, Tensor) or tensor.dim() != dim:
+            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            self._refuse(f"must have {name} of {dim} dimensions, has {got}")
+        if isinstance(tensor, DTensor):
+            self._refuse(f"has {name} as a DTensor, whose parts are not computed with")
+        if tensor.dtype not in contracts.FLOATING:
+            self._refuse(f"has {name} in {tensor.dtype}, which is not computed in")
+        if tensor.shape[0] != self.module.num_experts:
+            self._refuse(
+                f"must have {name} of num_experts = {self.module.num_experts} experts, "
+                f"has {tensor.shape[0]}"
+            )
+        return tensor
+
+    def _activation(self) -> str | None:
+        """The name of what the module does between its products; None where only it can do that."""
+        own = getattr(self.module._apply_gate, "__func__", None) if self.has_gate else None
+        if self.has_gate and own is not moe._default_apply_gate:
+            return None
+        if self.has_gate and not self._flag("is_concatenated", True):
+            self._refuse("has interleaved gates and no _apply_gate that would take them apart")
+        function = _plain_function(getattr(self.module, "act_fn", None))
+        if function is None and not callable(getattr(self.module, "act_fn", None)):
+            self._refuse("must have act_fn")
+        names = {F.silu: "swiglu", F.gelu: "geglu"} if self.has_gate else {F.gelu: "gelu"}
+        return names.get(function, "relu" if function is F.relu and not self.has_gate else None)
+
+
+# Only these very classes: a subclass may compute something else.
+_FUNCTIONS = {
+    nn.SiLU: F.silu,
+    activations.SiLUActivation: F.silu,
+    activations.GELUActivation: F.gelu,
+    nn.ReLU: F.relu,
+}
+
+
+def _plain_function(act_fn):
+    if type(act_fn) is nn.GELU and act_fn.approximate == "none":
+        return F.gelu
+    if type(act_fn) is activations.GELUActivation and act_fn.act is not F.gelu:
+        return None
+    return _FUNCTIONS.get(type(act_fn), act_fn)
+
+
+def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model whose experts transformers lets others compute, with their names."""
+    for name, module in model.named_modules():
+        if "_is_expert_parallel" in vars(module) or (
+            hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+        ):
+            yield name, module
+
+
+def check(model: nn.Module) -> int:
+    """How many experts modules of a model are computed by moe_ext.
+
+    Raises ValueError where the model has none, or one that is not understood.
+    """
+    found = list(experts_modules(model))
+    if not found:
+        raise ValueError(
+            f'experts_implementation="{NAME}": {type(model).__name__} has no experts module '
+            "that transformers lets others compute"
+        )
+    for name, module in found:
+        try:
+            Layout(module)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return len(found)
+
+
+moe.ExpertsInterface.register(NAME, experts_forward)
