@@ -35,10 +35,11 @@ class _Inner(Function):
 
     generate_vmap_rule = True
 
+    # Without gradients torch.compile counts the arguments of forward: none may be *variadic.
     @staticmethod
-    def forward(tokens, weights, bias, slots, sources, *groups):
+    def forward(tokens, weights, bias, slots, sources, offsets, load, capacity):
         rows = ops.run("dispatch", tokens, slots, sources, None)
-        return ops.run("grouped_mm", rows, weights, bias, *groups)
+        return ops.run("grouped_mm", rows, weights, bias, offsets, load, capacity)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -73,10 +74,11 @@ class _Outer(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(inner, weights, bias, route_weights, slots, sources, *rest):
-        *groups, activation = rest
+    def forward(
+        inner, weights, bias, route_weights, slots, sources, offsets, load, capacity, activation
+    ):
         active = ops.run("activate", inner, slots, sources, None, activation)
-        rows = ops.run("grouped_mm", active, weights, bias, *groups)
+        rows = ops.run("grouped_mm", active, weights, bias, offsets, load, capacity)
         return ops.run("combine", rows, slots, sources, route_weights)
 
     @staticmethod

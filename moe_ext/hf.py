@@ -119,8 +119,7 @@ class Layout:
 
     def _activation(self) -> str | None:
         """The name of what the module does between its products; None where only it can do that."""
-        own = getattr(self.module._apply_gate, "__func__", None) if self.has_gate else None
-        if self.has_gate and own is not moe._default_apply_gate:
+        if self.has_gate and type(self.module)._apply_gate is not moe._default_apply_gate:
             return None
         if self.has_gate and not self._flag("is_concatenated", True):
             self._refuse("has interleaved gates and no _apply_gate that would take them apart")

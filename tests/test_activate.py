@@ -31,7 +31,7 @@ def test_matches_reference(device, T, K, E, ffn, dtype, activation):
         # What no route owns is not even read.
         inner[empty], grad[empty] = torch.nan, torch.nan
 
-        # |fn(x)| and |fn'(x) x| are at most about |x|: torch's gelu is a difference of such numbers.
+        # |fn(x)| and |fn'(x) x| are at most about |x|: torch's gelu is a difference of the like.
         gate, *up = inner.double().nan_to_num().abs().split(max(ffn, 1), dim=-1)
         size = gate * up[0] if up else gate
         weight, _ = reference._of_rows(weights.double(), plan.sources)
