@@ -58,4 +58,7 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   m.def(
       "activate_backward(Tensor grad, Tensor inner, Tensor slots, Tensor sources, Tensor weights, "
       "str activation) -> (Tensor, Tensor, Tensor)");
+
+  // Whether products of such rows are computed in float32, from copies.
+  m.def("widens(Tensor rows) -> bool");
 }

@@ -4,6 +4,7 @@ from torch.utils import _pytree as pytree
 
 from . import build, convert, losses, ops, selection
 from .experts import Experts, ModuleExperts, SharedExperts
+from .explanation import explain
 from .feed_forward import feed_forward
 from .functional import Choice, activate, combine, dispatch, gate, grouped_mm, route_dot
 from .grouped_experts import GroupedExperts
@@ -37,6 +38,7 @@ __all__ = [
     "combine",
     "convert",
     "dispatch",
+    "explain",
     "feed_forward",
     "gate",
     "grouped_mm",

@@ -22,12 +22,18 @@ from .functional import (
     _GroupedMM,
     _GroupedOuter,
     _RouteDot,
+    activate,
     autocast,
+    combine,
+    dispatch,
+    grouped_mm,
     is_transposed,
     outer_like,
     sum_of_groups,
 )
 from .plan import Plan
+
+WEIGH = ("after", "before")
 
 
 class _Inner(Function):
@@ -69,21 +75,41 @@ class _Inner(Function):
 
 
 class _Outer(Function):
-    """combine(grouped_mm(activate(inner), weights, bias), route_weights)."""
+    """combine(grouped_mm(activate(inner), weights, bias), route_weights); the route's weight is a
+    factor of its output, or of its activation where it is weighed before."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        inner, weights, bias, route_weights, slots, sources, offsets, load, capacity, activation
+        inner,
+        weights,
+        bias,
+        route_weights,
+        slots,
+        sources,
+        offsets,
+        load,
+        capacity,
+        activation,
+        before,
     ):
-        active = ops.run("activate", inner, slots, sources, None, activation)
-        rows = ops.run("grouped_mm", active, weights, bias, offsets, load, capacity)
-        return ops.run("combine", rows, slots, sources, route_weights)
+        groups = offsets, load, capacity
+        if not before:
+            active = ops.run("activate", inner, slots, sources, None, activation)
+            rows = ops.run("grouped_mm", active, weights, bias, *groups)
+            return ops.run("combine", rows, slots, sources, route_weights)
+        active = ops.run("activate", inner, slots, sources, route_weights, activation)
+        rows = ops.run("grouped_mm", active, weights, None, *groups)
+        if bias is not None:
+            one = inner.new_ones(slots.shape[0], 1)
+            factors = ops.run("dispatch", one, slots, sources, route_weights)
+            rows += ops.run("grouped_mm", factors, bias.unsqueeze(-1), None, *groups)
+        return ops.run("combine", rows, slots, sources, None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        inner, weights, bias, route_weights, *routes, ctx.capacity, ctx.activation = inputs
+        inner, weights, bias, route_weights, *routes, ctx.capacity, ctx.activation, _ = inputs
         ctx.is_transposed = is_transposed(weights)
         ctx.save_for_backward(inner, weights, bias, route_weights, *routes)
 
@@ -115,7 +141,7 @@ class _Outer(Function):
             grad_weights,
             grad_bias,
             grad_route_weights if needs_route_weights else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -139,6 +165,9 @@ def feed_forward(
     activation: str,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    *,
+    weigh: str = "after",
+    recompute: bool = True,
 ) -> Tensor:
     """The weighted sum of every token's experts, each a feed-forward network.
 
@@ -149,13 +178,32 @@ def feed_forward(
     down: [E, H, F]
     activation: as of `activate`
     up_bias: [E, G], down_bias: [E, H]
+    weigh: "after", a route's weight is a factor of its output, or "before", of its activation: the
+        same but for rounding
+    recompute: save for the backward tokens, weights, the pre-activation [R, G] and the plan alone,
+        dispatch and activate again there. Otherwise everything between is saved too.
 
-    Returns [T, H]: combine(grouped_mm(activate(grouped_mm(dispatch(tokens), up)), down), weights),
-    and saves for its backward tokens, weights, the pre-activation [R, G] and the plan, instead of
-    what each of them would save. Under autocast tokens and parameters are cast, as by torch.mm.
-    Raises RuntimeError where an argument breaks this contract.
+    Returns [T, H]: combine(grouped_mm(activate(grouped_mm(dispatch(tokens), up)), down), weights).
+    Under autocast tokens and parameters are cast, as by torch.mm. Raises RuntimeError where an
+    argument breaks this contract.
     """
+    if weigh not in WEIGH:
+        raise RuntimeError(f"feed_forward: weigh must be one of {WEIGH}, got {weigh!r}")
+    if not recompute:
+        inner = grouped_mm(dispatch(tokens, plan), up, plan, up_bias)
+        return _weighed(inner, plan, weights, down, activation, down_bias, weigh)
     tokens, up, down, up_bias, down_bias = autocast(tokens, up, down, up_bias, down_bias)
     routes = plan.slots, plan.sources, plan.offsets, plan.load, plan.capacity
     inner = _Inner.apply(tokens, up, up_bias, *routes)
-    return _Outer.apply(inner, down, down_bias, weights, *routes, activation)
+    return _Outer.apply(inner, down, down_bias, weights, *routes, activation, weigh == "before")
+
+
+def _weighed(inner, plan, weights, down, activation, down_bias, weigh) -> Tensor:
+    if weigh == "after":
+        active = activate(inner, plan, activation)
+        return combine(grouped_mm(active, down, plan, down_bias), plan, weights)
+    rows = grouped_mm(activate(inner, plan, activation, weights), down, plan)
+    if down_bias is not None:
+        factors = dispatch(inner.new_ones(weights.shape[0], 1), plan, weights)
+        rows = rows + grouped_mm(factors, down_bias.unsqueeze(-1), plan)
+    return combine(rows, plan)

@@ -325,7 +325,9 @@ class _ActivateBackward(Function):
         grad, inner, slots, sources, weights = ctx.saved_tensors
 
         def activate_backward(grad, inner, weights):
-            return reference.activate_backward(grad, inner, slots, sources, weights, ctx.activation)
+            return reference.activate_gradients(
+                grad, inner, slots, sources, weights, ctx.activation
+            )
 
         _, vjp = torch.func.vjp(activate_backward, grad, inner, weights)
         grad_grad, grad_inner, grad_weights = vjp(grads)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import contracts, convert
 from .experts import Experts
-from .feed_forward import feed_forward
+from .feed_forward import WEIGH, feed_forward
 from .functional import activate, grouped_mm
 from .plan import Plan
 
@@ -18,11 +18,14 @@ class GroupedExperts(Experts):
     num_experts: E, hidden_size: H, ffn_size: F
     activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
     bias: a bias on both products
+    weigh: "after", a route's weight is a factor of its output, or "before", of its activation: the
+        same but for rounding
     recompute: save for the backward tokens and pre-activations alone, dispatch and activate again
         there. No product is repeated. Without it everything between is saved too.
 
     Parameters: gate_up_proj [E, 2F, H], gate first (up_proj [E, F, H] without a gate), down_proj
     [E, H, F]; with bias gate_up_proj_bias [E, 2F] (up_proj_bias [E, F]) and down_proj_bias [E, H].
+    A subclass with a forward of its own is used by that: dispatch, forward, combine.
     Every expert starts like an nn.Linear of its size. load_state_dict takes weights kept expert by
     expert too, under the names of Mixtral, Qwen, DeepSeek or Nemotron (convert.py). Raises
     ValueError for another activation.
@@ -36,17 +39,23 @@ class GroupedExperts(Experts):
         activation: str = "swiglu",
         bias: bool = False,
         *,
+        weigh: str = "after",
         recompute: bool = True,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__(num_experts)
-        contracts.names("GroupedExperts", activation=(activation, contracts.ACTIVATIONS))
+        contracts.names(
+            "GroupedExperts",
+            activation=(activation, contracts.ACTIVATIONS),
+            weigh=(weigh, WEIGH),
+        )
         self.hidden_size = contracts.integer("GroupedExperts", "hidden_size", hidden_size, 0)
         self.ffn_size = contracts.integer("GroupedExperts", "ffn_size", ffn_size, 0)
         self.activation = activation
         self.has_gate = activation in contracts.GATED
         self.has_bias = bias
+        self.weigh = weigh
         self.recompute = recompute
         self._up_name = "gate_up_proj" if self.has_gate else "up_proj"
         up_size = 2 * ffn_size if self.has_gate else ffn_size
@@ -78,11 +87,15 @@ class GroupedExperts(Experts):
         return getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-        if not self.recompute or type(self).forward is not GroupedExperts.forward:
+        if type(self).forward is not GroupedExperts.forward:
             return super().routed(tokens, plan, weights)
         up, up_bias = self._parameters_of(self._up_name)
         down, down_bias = self._parameters_of("down_proj")
-        return feed_forward(tokens, plan, weights, up, down, self.activation, up_bias, down_bias)
+        return feed_forward(
+            *(tokens, plan, weights, up, down, self.activation, up_bias, down_bias),
+            weigh=self.weigh,
+            recompute=self.recompute,
+        )
 
     def forward(self, rows: Tensor, plan: Plan) -> Tensor:
         up, up_bias = self._parameters_of(self._up_name)

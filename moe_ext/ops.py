@@ -32,6 +32,7 @@ NAMES = (
     "activate",
     "activate_backward",
 )
+QUESTIONS = ("widens",)  # of a tensor that is not looked into
 
 _FAKES: dict[str, Callable] = {}
 
@@ -133,6 +134,11 @@ def activate_backward(grad, inner, slots, sources, weights, activation):
     )
 
 
+@_fake
+def widens(rows):
+    return False
+
+
 class Registry:
     """The registrations of this process: the compiled libraries, if any, and the reference."""
 
@@ -185,7 +191,7 @@ class Registry:
         torch.ops.load_library(str(path))
         self.library, self.load_error = path, None
         self._load_cuda(path)
-        for name in NAMES:
+        for name in (*NAMES, *QUESTIONS):
             operator = getattr(torch.ops.moe_ext, name, None)
             if operator is None or operator.default._schema != _schema(name):
                 raise ImportError(
@@ -217,7 +223,7 @@ class Registry:
 
     def _register_python(self) -> None:
         self._python = torch.library.Library("moe_ext", "FRAGMENT")
-        for name in NAMES:
+        for name in (*NAMES, *QUESTIONS):
             if self.library is None:
                 self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
             kernel = grouped.OPERATORS.get(name) or getattr(reference, name)

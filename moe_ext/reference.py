@@ -319,6 +319,11 @@ def activate_backward(
     if slots.device.type == "cpu":
         contracts.route_values("activate_backward", slots, sources)
         contracts.source_values("activate_backward", slots, sources)
+    return activate_gradients(grad, inner, slots, sources, weights, activation)
+
+
+def activate_gradients(grad, inner, slots, sources, weights, activation):
+    """activate_backward without looking at values: it is differentiated too, while compiling."""
     dtype = contracts.accumulate_dtype(inner.dtype)
     weight, filled = _of_rows(weights, sources)
     inner_wide = torch.where(filled, inner, 0).to(dtype)
@@ -344,3 +349,8 @@ def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
     below = torch.special.ndtr(x)
     return x * below, below + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def widens(rows: Tensor) -> bool:
+    """Whether grouped_mm and grouped_outer of such rows are float32 products of copies."""
+    return False

@@ -20,6 +20,7 @@ NOT_OF_OPERATORS = {
     "test_convert.py",
     "test_deepspeed.py",
     "test_demo.py",
+    "test_explain.py",
     "test_foreign.py",
     "test_hf_experts.py",
     "test_huggingface.py",

@@ -45,14 +45,15 @@ def by_hand(experts: GroupedExperts, tokens, plan, weights) -> torch.Tensor:
     return torch.stack(rows) if rows else torch.zeros_like(tokens)
 
 
+@pytest.mark.parametrize("weigh", ["after", "before"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", contracts.ACTIVATIONS)
-def test_is_a_network_per_route(activation, bias):
+def test_is_a_network_per_route(activation, bias, weigh):
     T, K = 9, 2
     tokens = values(T, H, dtype=torch.float64).requires_grad_()
     weights = weights_for(torch.float64, T, K).requires_grad_()
     for recompute in (True, False):
-        experts = experts_of(activation, bias, recompute=recompute)
+        experts = experts_of(activation, bias, weigh=weigh, recompute=recompute)
         leaves = [tokens, weights, *experts.parameters()]
         for plan in plans(T, K, E):
             out = experts.routed(tokens, plan, weights)
@@ -67,10 +68,11 @@ def test_is_a_network_per_route(activation, bias):
                 torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other)
 
 
+@pytest.mark.parametrize("weigh", ["after", "before"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_gradients_of_every_order(activation, bias):
-    experts = experts_of(activation, bias)
+def test_gradients_of_every_order(activation, bias, weigh):
+    experts = experts_of(activation, bias, weigh=weigh)
     names = [name for name, _ in experts.named_parameters()]
     tokens = values(5, H, dtype=torch.float64).requires_grad_()
     weights = weights_for(torch.float64, 5, 2).requires_grad_()

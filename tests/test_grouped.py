@@ -6,7 +6,7 @@ from cases import DTYPES, SIZES, plans, random_experts, relative_error, values
 from torch.autograd import gradcheck, gradgradcheck
 
 import moe_ext
-from moe_ext import reference
+from moe_ext import grouped, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -133,3 +133,65 @@ def test_autocast_casts_as_mm_does(device):
     assert out.dtype == torch.bfloat16
     assert wide.dtype == torch.float64
     assert torch.equal(out, moe_ext.grouped_mm(x.bfloat16(), w.bfloat16(), plan, bias.bfloat16()))
+
+
+# What torch's own products are made to give, where no kernel of ours is compiled.
+
+
+@pytest.mark.parametrize("path", ["native", "batched"])
+@pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
+def test_torchs_products(device, T, K, E, H, path):
+    # torch takes rows of a multiple of 16 bytes, and no float64.
+    dtype, M, N = torch.float32, 4 * (H % 50 + 1), 8
+    for plan in plans(T, K, E, device):
+        if path == "batched" and plan.capacity is None:
+            continue
+        if path == "native" and len(plan.sources) == 0:
+            continue  # without rows there is nothing that torch takes
+        R = len(plan.sources)
+        x, g = values(R, M, dtype=dtype, device=device), values(R, N, dtype=dtype, device=device)
+        w, bias = values(E, N, M, dtype=dtype, device=device), values(E, N, dtype=dtype)
+        x[~owned(plan)], g[~owned(plan)] = torch.nan, torch.nan
+        for b in (None, bias.to(device)):
+            out = grouped.MM[path](x, w, b, *groups(plan))
+            exact = reference.grouped_mm(x, w, b, *groups(plan))
+            assert (out[~owned(plan)] == 0).all()
+            assert relative_error(out, exact) < 1e-5
+        strided = values(E, M, N, dtype=dtype, device=device).transpose(1, 2)
+        out = grouped.MM[path](x, strided, None, *groups(plan))
+        assert relative_error(out, reference.grouped_mm(x, strided, None, *groups(plan))) < 1e-5
+        outer = grouped.OUTER[path](g, x, *groups(plan))
+        assert relative_error(outer, reference.grouped_outer(g, x, *groups(plan))) < 1e-5
+
+
+class Fake:
+    """A tensor's answers, of a device that is not here."""
+
+    def __init__(self, device, dtype):
+        self.device, self.dtype = torch.device(device), dtype
+
+    def element_size(self):
+        return self.dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("device_name", "capability", "dtype", "widths", "capacity", "path", "why"),
+    [
+        ("cuda", (9, 0), torch.bfloat16, (8, 16), None, "native", ""),
+        ("cuda", (10, 0), torch.bfloat16, (8, 16), 4, "native", ""),
+        ("cuda", (8, 6), torch.bfloat16, (8, 16), 4, "batched", "loops on compute capability 8.6"),
+        ("cuda", (8, 6), torch.bfloat16, (8, 16), None, "loop", "without capacity has no batches"),
+        ("cuda", (12, 0), torch.bfloat16, (8, 16), 4, "batched", "capability 12.0"),
+        ("cuda", (9, 0), torch.float16, (8, 16), 4, "batched", "takes bfloat16, not torch.float16"),
+        ("cuda", (9, 0), torch.bfloat16, (12, 16), 4, "batched", "not (12, 16) values"),
+        ("mps", None, torch.float32, (8, 16), 4, "batched", "no grouped_mm of its own on mps"),
+        ("cpu", None, torch.float32, (8, 16), 4, "loop", "the reference runs"),
+    ],
+)
+def test_the_path_of_a_device(
+    monkeypatch, device_name, capability, dtype, widths, capacity, path, why
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    chosen, reason = grouped.choose(Fake(device_name, dtype), widths, capacity)
+    assert chosen == path
+    assert why in reason

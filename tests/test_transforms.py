@@ -161,8 +161,9 @@ def test_export_gives_a_program_that_trains(options):
         )
         expected = loss_and_gradients(layer, layer.forward_with_aux, x)
         assert torch.equal(out, expected[0])
-        assert torch.equal(actual[0], expected[3])
-        assert torch.equal(actual[1], expected[4])
+        # The program calls raw operators: a route's weight has its gradient from the saved output.
+        assert relative_error(actual[0], expected[3]) < 1e-6
+        assert relative_error(actual[1], expected[4]) < 1e-6
 
 
 def test_export_with_a_capacity_needs_a_fixed_number_of_tokens():

@@ -143,10 +143,17 @@ Tensor grouped_outer_cpu(const Tensor& left, const Tensor& right, const Tensor& 
   return out;
 }
 
+bool widens_cpu(const Tensor& rows) {
+  const ScalarType dtype = rows.scalar_type();
+  return (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) &&
+         !multiplies_natively(dtype);
+}
+
 }  // namespace
 }  // namespace moe_ext
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("grouped_mm", TORCH_BOX(&moe_ext::grouped_mm_cpu));
   m.impl("grouped_outer", TORCH_BOX(&moe_ext::grouped_outer_cpu));
+  m.impl("widens", TORCH_BOX(&moe_ext::widens_cpu));
 }

@@ -1,0 +1,98 @@
+"""What explain says of a call."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import moe_ext
+from moe_ext import GroupedExperts, MOELayer, TopKGate, grouped, ops
+
+E, H = 4, 16
+
+
+def layer_of(experts=None, **options) -> MOELayer:
+    gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False, **options)
+    return MOELayer(gate, experts or GroupedExperts(E, H, 8))
+
+
+def test_names_every_operator_in_order():
+    found = moe_ext.explain(layer_of(drop_tokens=False), torch.randn(3, 5, H))
+    assert [call.operator for call in found.calls] == [
+        *("gate", "plan", "dispatch", "grouped_mm", "activate", "grouped_mm", "combine")
+    ]
+    assert all(call.backend == "compiled" for call in found.calls)
+    assert found.synchronisations == 0
+    text = str(found)
+    assert "grouped_mm  float32 [30, 16] [4, 16, 16] [5] [4]" in text
+    assert "the host waits for the device: never" in text
+
+
+def test_says_where_16_bit_products_are_float32_ones():
+    layer = layer_of().bfloat16()
+    x = torch.randn(5, H).bfloat16()
+    how = {c.how for c in moe_ext.explain(layer, x).calls if c.operator == "grouped_mm"}
+    expected = "in float32, as this CPU's torch has no bfloat16 instructions"
+    assert how == {expected if torch.ops.moe_ext.widens(x) else ""}
+
+
+def test_without_bfloat16_instructions():
+    """In a process whose products are told to do without."""
+    code = (
+        (
+            "import torch, moe_ext;"
+            "layer = moe_ext.GroupedExperts(2, 8, 8, dtype=torch.bfloat16);"
+            "plan = moe_ext.make_plan(torch.zeros(3, 1, dtype=torch.int32), 2);"
+            "class M(torch.nn.Module):\n"
+            "    def forward(self, x): return layer.routed(x, plan, torch.ones(3, 1))\n"
+            "print(moe_ext.explain(M(), torch.randn(3, 8).bfloat16()))"
+        )
+        .replace(";class", "\nclass")
+        .replace(";", "\n")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(moe_ext.__file__).parents[1],
+        env={"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1", "PATH": ""},
+    )
+    assert done.stdout.count("in float32, as this CPU's torch has no bfloat16 instructions") == 2
+
+
+def test_counts_what_is_read_back(monkeypatch):
+    """Of another device; here of the CPU, as if it were none."""
+    layer = moe_ext.MoE(H, torch.nn.Linear(H, H), E, k=2, drop_tokens=False)
+    assert moe_ext.explain(layer, torch.randn(5, H)).synchronisations == 0
+    monkeypatch.setattr("moe_ext.explanation._HOST", "elsewhere")
+    found = moe_ext.explain(layer, torch.randn(5, H))
+    assert found.synchronisations == 1  # the largest load
+    assert "the host waits for the device: 1 times" in str(found)
+    assert found.others["addmm"] == E
+
+
+def test_says_why_torchs_products(monkeypatch):
+    rows, weights = torch.randn(8, 4), torch.randn(2, 3, 4)
+    real = ops.backend
+
+    def backend(name, device):
+        return "torch" if name in grouped.OPERATORS else real(name, device)
+
+    monkeypatch.setattr(ops, "backend", backend)
+    monkeypatch.setattr(grouped, "choose", lambda rows, widths, capacity: ("loop", f"{widths}"))
+    monkeypatch.setattr("moe_ext.explanation._HOST", "elsewhere")
+    call = moe_ext.explain(_Product(rows, weights)).calls[-1]
+    assert (call.operator, call.backend) == ("grouped_mm", "torch")
+    assert call.how == "loop, as (3, 4)"
+
+
+class _Product(torch.nn.Module):
+    def __init__(self, rows, weights):
+        super().__init__()
+        self.operands = rows, weights
+
+    def forward(self):
+        plan = moe_ext.make_plan(torch.zeros(8, 1, dtype=torch.int32), 2)
+        return moe_ext.grouped_mm(*self.operands, plan)
