@@ -88,7 +88,9 @@ def resources(said: str) -> dict[str, dict]:
 
 def moves_vectors(kernel: str) -> bool:
     """Whether 16-byte accesses are due: not from kernels of single elements, nor of integers."""
-    element = re.fullmatch(r"(?:dispatch|combine|route_dot)_kernel<.*, 1>", kernel)
+    element = re.fullmatch(
+        r"(?:dispatch|combine|route_dot|activate|activate_backward)_kernel<.*, 1>", kernel
+    )
     return element is None and not re.match(r"(plan|count|place|keep|importance)", kernel)
 
 

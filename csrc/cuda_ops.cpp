@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cuda(const Tensor& experts,
   return {slots, sources, offsets, load};
 }
 
-// Of the arguments of dispatch, combine and dispatch_dot; route_dot has no weights.
+// Of the arguments of the row operators; route_dot has no weights.
 template <typename Args>
 cuda::Routes routes_of(const Args& a, const OptionalTensor& weights) {
   return {const_int_data(a.slots),
@@ -175,6 +175,36 @@ std::tuple<Tensor, Tensor> dispatch_dot_cuda(const Tensor& tokens, const Tensor&
   return {dispatched, dots};
 }
 
+Tensor activate_cuda(const Tensor& inner, const Tensor& slots, const Tensor& sources,
+                     const OptionalTensor& weights, const std::string& activation) {
+  const ActivateArgs a = activate_args(inner, slots, sources, weights, activation);
+  const OnDevice device(a.inner);
+  const Tensor out = empty(a.inner, {a.num_rows, a.width}, a.inner.scalar_type());
+  cuda::activate(dtype_of(a.inner), a.inner.const_data_ptr(), routes_of(a, a.weights), a.width,
+                 a.activation, out.mutable_data_ptr(), device.stream());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> activate_backward_cuda(const Tensor& grad, const Tensor& inner,
+                                                          const Tensor& slots,
+                                                          const Tensor& sources,
+                                                          const Tensor& weights,
+                                                          const std::string& activation) {
+  const ActivateBackwardArgs a =
+      activate_backward_args(grad, inner, slots, sources, weights, activation);
+  const ActivateArgs& f = a.forward;
+  const OnDevice device(f.inner);
+  const ScalarType dtype = f.inner.scalar_type();
+  const Tensor grad_inner = empty(f.inner, {f.num_rows, f.inner_width}, dtype);
+  const Tensor active = empty(f.inner, {f.num_rows, f.width}, dtype);
+  const Tensor grad_weights = empty(f.inner, {f.num_tokens, f.top_k}, f.weights->scalar_type());
+  cuda::activate_backward(
+      {dtype_of(f.inner), a.grad.const_data_ptr(), f.inner.const_data_ptr(), f.width, f.activation,
+       grad_inner.mutable_data_ptr(), active.mutable_data_ptr(), grad_weights.mutable_data_ptr()},
+      routes_of(f, f.weights), device.stream());
+  return {grad_inner, active, grad_weights};
+}
+
 }  // namespace
 }  // namespace moe_ext
 
@@ -190,4 +220,6 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
   m.impl("combine", TORCH_BOX(&moe_ext::combine_cuda));
   m.impl("route_dot", TORCH_BOX(&moe_ext::route_dot_cuda));
   m.impl("dispatch_dot", TORCH_BOX(&moe_ext::dispatch_dot_cuda));
+  m.impl("activate", TORCH_BOX(&moe_ext::activate_cuda));
+  m.impl("activate_backward", TORCH_BOX(&moe_ext::activate_backward_cuda));
 }

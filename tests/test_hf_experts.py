@@ -1,6 +1,8 @@
 """experts_implementation="moe_ext" beside transformers' own, on small models of random weights."""
 
 import copy
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,3 +411,17 @@ def test_a_subclass_of_an_activation_is_asked_itself():
 
     module, args = module_of(Twice()), routes_of()
     assert_close(run(module, "moe_ext", *args), run(module, "batched_mm", *args))
+
+
+def test_the_example(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("accelerate", reason="needs the extra peers")
+    monkeypatch.chdir(tmp_path)
+    path = Path(__file__).parent.parent / "examples" / "finetune_mixtral.py"
+    example = runpy.run_path(str(path))
+    results = example["main"](["--steps", "4", "--batch", "2", "--length", "32"])
+    printed = capsys.readouterr().out
+    losses = [losses for losses, _ in results.values()]
+    assert list(results) == ["eager", "grouped_mm", "moe_ext"]
+    assert all(len(each) == 4 for each in losses)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+    assert printed.count("tokens/s") == 3

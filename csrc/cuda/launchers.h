@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "../activation.h"
 #include "../scoring.h"
 
 struct CUstream_st;
@@ -93,5 +94,21 @@ void route_dot(Dtype dtype, const void* tokens, const void* rows, const Routes& 
 // The same, and in the same pass over the tokens -> dispatched [R, H], by the weights
 void dispatch_dot(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
                   int64_t hidden, void* dispatched, void* dots, CUstream_st* stream);
+
+// inner [R, G] -> out [R, F], by the weights where there are any; F is `width`, G is 2F with a gate
+void activate(Dtype dtype, const void* inner, const Routes& routes, int64_t width,
+              Activation activation, void* out, CUstream_st* stream);
+
+struct ActivateBackward {
+  Dtype dtype;
+  const void* grad;   // [R, F]
+  const void* inner;  // [R, G]
+  int64_t width;
+  Activation activation;
+  void* grad_inner;    // [R, G]
+  void* active;        // [R, F], what `activate` gives
+  void* grad_weights;  // [T, K], as the weights
+};
+void activate_backward(const ActivateBackward& call, const Routes& routes, CUstream_st* stream);
 
 }  // namespace moe_ext::cuda

@@ -29,10 +29,11 @@ __device__ inline int32_t row_of(const Routes& routes, int64_t route) {
   return load(routes.sources + slot) == route ? slot : -1;
 }
 
-__device__ inline bool is_empty(const Routes& routes, int64_t row) {
+// The other way round: the route that has a row. -1: none.
+__device__ inline int32_t route_of(const Routes& routes, int64_t row) {
   const int32_t route = load(routes.sources + row);
-  if (route < 0 || route >= routes.num_tokens * routes.top_k) return true;
-  return load(routes.slots + route) != row;
+  if (route < 0 || route >= routes.num_tokens * routes.top_k) return -1;
+  return load(routes.slots + route) == row ? route : -1;
 }
 
 // Block `sweep` of those that zero the empty rows, of `columns` vectors each. They come first:
@@ -42,7 +43,7 @@ template <typename Vector>
 __device__ void zero_empty_rows(const Routes& routes, int64_t sweep, int columns, Vector* rows) {
   const int64_t first = sweep * kRowsPerSweep, mine = first + threadIdx.x % kWarp;
   // Every warp of the block asks the same, and then zeroes its part of each row.
-  unsigned empty = __ballot_sync(kAllLanes, mine < routes.num_rows && is_empty(routes, mine));
+  unsigned empty = __ballot_sync(kAllLanes, mine < routes.num_rows && route_of(routes, mine) < 0);
   for (; empty; empty &= empty - 1) {
     Vector* row = rows + (first + __ffs(empty) - 1) * columns;
     for (int column = threadIdx.x; column < columns; column += blockDim.x) {

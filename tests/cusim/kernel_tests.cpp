@@ -485,12 +485,104 @@ void test_rows() {
   }
 }
 
+// ---- Activation ---------------------------------------------------------------------------------
+
+template <typename T>
+void test_activation(const RowsCase& c, Activation activation, bool weighted) {
+  using Sum = accumulate_t<T>;
+  const PlanCase& p = c.plan;
+  const int64_t N = p.T * p.K, R = rows_of(p), F = c.H, G = is_gated(activation) ? 2 * F : F;
+  Array<int32_t> experts(N);
+  Array<float> priority(N);
+  MadePlan made = make_plan(p, experts, priority);
+  if (!c.consistent) {
+    for (int64_t i = 0; i < N; ++i) made.slots[i] = static_cast<int32_t>(below(R + 4) - 2);
+    for (int64_t i = 0; i < R; ++i) made.sources[i] = static_cast<int32_t>(below(N + 4) - 2);
+  }
+  Array<T> inner(R * G), grad(R * F), out(R * F), grad_inner(R * G), active(R * F);
+  Array<Sum> weights(N), grad_weights(N);
+  fill(inner), fill(grad), fill(weights);
+  std::vector<int64_t> route(R, -1);
+  std::vector<bool> has_row(N);
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t source = made.sources[r];
+    if (source < 0 || source >= N || made.slots[source] != r) {
+      // What no route has is not read.
+      for (int64_t i = 0; i < G; ++i) inner[r * G + i] = make<T>(NAN);
+      for (int64_t i = 0; i < F; ++i) grad[r * F + i] = make<T>(NAN);
+      continue;
+    }
+    route[r] = source;
+    has_row[source] = true;
+  }
+  const Routes routes{
+      made.slots.data(), made.sources.data(), weighted ? weights.data() : nullptr, p.T, p.K, R};
+  activate(dtype_of<T>, inner.data(), routes, F, activation, out.data(), nullptr);
+  if (weighted) {
+    activate_backward({dtype_of<T>, grad.data(), inner.data(), F, activation, grad_inner.data(),
+                       active.data(), grad_weights.data()},
+                      routes, nullptr);
+    CHECK(!std::memcmp(active.data(), out.data(), R * F * sizeof(T)));
+  }
+  for (int64_t r = 0; r < R; ++r) {
+    double dot = 0, dot_terms = 0;
+    const double weight = route[r] < 0 ? 0 : weighted ? number(weights[route[r]]) : 1;
+    for (int64_t f = 0; f < F; ++f) {
+      double value = 0, slope = 0, up = 1, upstream = 0;
+      if (route[r] >= 0) {
+        const auto of_gate = activated<double>(activation, number(inner[r * G + f]));
+        value = of_gate.value, slope = of_gate.slope;
+        if (G != F) up = number(inner[r * G + F + f]);
+        upstream = number(grad[r * F + f]);
+      }
+      const double terms = std::abs(up) + std::abs(value * up);
+      CHECK(close(out[r * F + f], weight * value * up, std::abs(weight) * terms, 8));
+      if (!weighted) continue;
+      const double size = std::abs(weight * upstream) * (1 + terms);
+      CHECK(close(grad_inner[r * G + f], weight * upstream * slope * up, size, 8));
+      if (G != F) {
+        CHECK(close(grad_inner[r * G + F + f], weight * upstream * value, size + 1e-30, 8));
+      }
+      dot += upstream * value * up, dot_terms += std::abs(upstream) * terms;
+    }
+    if (weighted && route[r] >= 0) CHECK(close(grad_weights[route[r]], dot, dot_terms, F + 8.0));
+  }
+  for (int64_t i = 0; weighted && i < N; ++i) {
+    if (!has_row[i]) CHECK(grad_weights[i] == 0);
+  }
+}
+
+void test_activations() {
+  const RowsCase cases[] = {{{0, 2, 3, 4, 1, true, false, false}, 8},
+                            {{1, 1, 1, -1, 1, true, false, false}, 1},
+                            {{33, 2, 5, 9, 1, true, false, false}, 7},
+                            {{17, 3, 4, -1, 8, true, false, false}, 64},
+                            {{5, 2, 3, 10, 1, true, true, false}, 601},
+                            {{4, 2, 2, 3, 1, true, false, false}, 2312},
+                            {{11, 3, 3, 4, 1, true, false, false}, 0},
+                            {{40, 5, 5, 50, 1, true, false, false}, 16, false}};
+  for (const RowsCase& c : cases) {
+    for (const Activation activation :
+         {Activation::kSwiglu, Activation::kGeglu, Activation::kGelu, Activation::kRelu}) {
+      context = "activate T" + std::to_string(c.plan.T) + " F" + std::to_string(c.H) + " of " +
+                std::to_string(static_cast<int>(activation));
+      for (const bool weighted : {false, true}) {
+        test_activation<float>(c, activation, weighted);
+        test_activation<double>(c, activation, weighted);
+        test_activation<__half>(c, activation, weighted);
+        test_activation<__nv_bfloat16>(c, activation, weighted);
+      }
+    }
+  }
+}
+
 // What __launch_bounds__ promises to nvcc; the emulator does not see it.
 void check_launches() {
   const std::map<std::string, std::size_t> bounds = {
-      {"gate", 256},       {"gate_importance", 1024}, {"gate_backward", 256}, {"plan_count", 256},
-      {"plan_place", 256}, {"plan_keep", 512},        {"dispatch", 256},      {"combine", 256},
-      {"route_dot", 256},  {"dispatch_dot", 256}};
+      {"gate", 256},         {"gate_importance", 1024}, {"gate_backward", 256},
+      {"plan_count", 256},   {"plan_place", 256},       {"plan_keep", 512},
+      {"dispatch", 256},     {"combine", 256},          {"route_dot", 256},
+      {"dispatch_dot", 256}, {"activate", 256},         {"activate_backward", 256}};
   for (const cusim::Launch& launch : cusim::launches()) {
     context = launch.name;
     CHECK(launch.threads <= bounds.at(launch.name) && launch.threads % 32 == 0);
@@ -503,8 +595,8 @@ void check_launches() {
 int main(int argc, char** argv) {
   const std::set<std::string> named(argv + 1, argv + argc);
   for (const std::string& name : named) {
-    if (name == "gate" || name == "plan" || name == "rows") continue;
-    std::printf("usage: %s [gate] [plan] [rows], got %s\n", argv[0], name.c_str());
+    if (name == "gate" || name == "plan" || name == "rows" || name == "activate") continue;
+    std::printf("usage: %s [gate] [plan] [rows] [activate], got %s\n", argv[0], name.c_str());
     return 2;
   }
   const auto wants = [&](const char* op) { return named.empty() || named.count(op); };
@@ -516,6 +608,7 @@ int main(int argc, char** argv) {
       if (wants("gate")) test_gates();
       if (wants("plan")) test_plans();
       if (wants("rows")) test_rows();
+      if (wants("activate")) test_activations();
       check_launches();
     }
   } catch (const std::exception& error) {

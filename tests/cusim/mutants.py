@@ -22,7 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COPY = ROOT / "build" / "mutants"
 BUILDS = ("", "_address", "_undefined", "_thread")
 SECONDS = 300  # a mutant may run for ever
-OPERATORS = {"gate.cu": ["gate"], "plan.cu": ["plan"], "vec.cuh": []}  # []: all; else those on rows
+# [] is all; those on rows where nothing is said.
+OPERATORS = {
+    "gate.cu": ["gate"],
+    "plan.cu": ["plan"],
+    "activate.cu": ["activate"],
+    "rows.cuh": ["rows", "activate"],
+    "vec.cuh": [],
+}
 
 BARRIER = "__syncthreads();"
 
@@ -205,7 +212,7 @@ ROWS = [
         "route > routes.num_tokens * routes.top_k",
     ),
     Mutant("rows.cuh", "load(routes.slots + route) != row", "false"),
-    Mutant("rows.cuh", "mine < routes.num_rows && is_empty", "mine <= routes.num_rows && is_empty"),
+    Mutant("rows.cuh", "mine < routes.num_rows && route_of", "mine <= routes.num_rows && route_of"),
     Mutant("rows.cuh", "__ffs(empty) - 1", "__ffs(empty)"),
     Mutant(
         "rows.cuh",
@@ -272,6 +279,32 @@ ROWS = [
     Mutant("route_dot.cu", "if (lane == 0) partial", "if (lane <= 1) partial"),
 ]
 
+ACTIVATE = [
+    Mutant("activate.cu", "if (row >= routes.num_rows) return;", ""),
+    Mutant("activate.cu", "cell = int64_t{blockIdx.x} * blockDim.x", "cell = int64_t{blockIdx.x}"),
+    Mutant("activate.cu", "load(at + columns)", "load(at)"),
+    Mutant("activate.cu", "if (gated) up = load", "up = load"),
+    Mutant(
+        "activate.cu",
+        "row * columns * (gated ? 2 : 1) + column;\n    gate",
+        "row * columns + column;\n    gate",
+    ),
+    Mutant("activate.cu", "if (blockIdx.x < sweeps)", "if (blockIdx.x <= sweeps)"),
+    Mutant("activate.cu", "route < num_routes && row_of", "row_of"),
+    Mutant("activate.cu", "row_of(routes, route) < 0) store", "row_of(routes, route) <= 0) store"),
+    Mutant("activate.cu", "if (column < columns) store", "store"),
+    Mutant("activate.cu", "grad * of_gate.slope * up", "grad * of_gate.slope"),
+    Mutant("activate.cu", "dot += grad * result", "dot += weight * grad * result"),
+    Mutant("activate.cu", BARRIER, ""),
+    Mutant("activate.cu", "if (lane == 0) partial[warp]", "if (lane <= 1) partial[warp]"),
+    Mutant("activate.cu", "if (threadIdx.x > 0) return;", "", equivalent="all write one sum"),
+    Mutant("activate.cu", "/ kWarp; ++w) total", "/ kWarp - 1; ++w) total"),
+    Mutant("rows.cuh", "load(routes.slots + route) == row ? route : -1", "route"),
+    Mutant(
+        "rows.cuh", "if (route < 0 || route >= routes.num_tokens * routes.top_k) return -1;", ""
+    ),
+]
+
 SHARED = [
     Mutant("vec.cuh", "__float_as_uint(x + 0.0f)", "__float_as_uint(x)"),
     Mutant("vec.cuh", "bits >> 31 ? ~bits", "bits >> 31 ? bits"),
@@ -336,7 +369,11 @@ def main() -> None:
     )
     parser.add_argument("words", nargs="*")
     words = parser.parse_args().words
-    mutants = [m for m in [*GATE, *PLAN, *ROWS, *SHARED] if all(word in str(m) for word in words)]
+    mutants = [
+        m
+        for m in [*GATE, *PLAN, *ROWS, *ACTIVATE, *SHARED]
+        if all(word in str(m) for word in words)
+    ]
     if not mutants:
         parser.error(f"no mutant has {' '.join(words)}")
     for mutant in mutants:
