@@ -119,7 +119,11 @@ def test_cpu_and_cuda_give_the_same_integers(cuda, tokens, routing):
 
 
 @pytest.mark.parametrize(
-    "op", ["gate", "gate_backward", "plan", "dispatch", "combine", "route_dot", "dispatch_dot"]
+    "op",
+    [
+        *("gate", "gate_backward", "plan", "dispatch", "combine", "route_dot", "dispatch_dot"),
+        *("activate", "activate_backward"),
+    ],
 )
 def test_work_goes_to_the_current_stream_and_is_not_awaited(cuda, op):
     """Operands come late to a stream of its own: only what runs behind them there sees them."""
@@ -152,6 +156,7 @@ def calls(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]]]:
     def backward(grad: Tensor, probs: Tensor, experts: Tensor) -> tuple[Tensor]:
         return (op.gate_backward(grad, None, None, probs, experts, "softmax", True, 1.0),)
 
+    inner, routes = torch.randn(len(sources), 2 * H, device=device), [slots, sources, weights]
     return {
         "gate": (lambda x: op.gate(x, None, K, "softmax", True, 1.0), [logits]),
         "gate_backward": (backward, [torch.randn_like(weights), probs, experts]),
@@ -160,6 +165,11 @@ def calls(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]]]:
         "combine": (lambda *x: (op.combine(*x),), [rows, slots, sources, weights]),
         "route_dot": (lambda *x: (op.route_dot(*x),), [tokens, rows, slots, sources]),
         "dispatch_dot": (op.dispatch_dot, [tokens, rows, slots, sources, weights]),
+        "activate": (lambda *x: (op.activate(*x, "swiglu"),), [inner, *routes]),
+        "activate_backward": (
+            lambda *x: op.activate_backward(*x, "swiglu"),
+            [rows, inner, *routes],
+        ),
     }
 
 

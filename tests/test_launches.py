@@ -126,6 +126,23 @@ def test_gradients_of_combine_in_one_launch(launches_of, H):
         assert moved(dot) <= 1.03 * (out.nbytes + kept * rows[0].nbytes)
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_activation_reads_and_writes_once(launches_of, activation):
+    plan = moe_ext.make_plan(random_experts(150, 3, 8), 8, 40)
+    kept, R = int(plan.kept().sum()), len(plan.sources)
+    inner, weights = torch.randn(R, 1024), torch.rand(150, 3)
+    (call,) = launches_of(moe_ext.activate, inner, plan, activation, weights)
+    out = moe_ext.activate(inner, plan, activation)
+    assert call["kernel"] == "activate"
+    assert call["loads"][16] == kept * inner[0].nbytes // 16
+    assert call["stores"] == {16: out.nbytes // 16}
+    args = torch.randn_like(out), inner, plan.slots, plan.sources, weights, activation
+    (call,) = launches_of(torch.ops.moe_ext.activate_backward, *args)
+    assert call["kernel"] == "activate_backward"
+    assert call["loads"][16] == kept * (inner[0].nbytes + out[0].nbytes) // 16
+    assert call["stores"] == {16: (inner.nbytes + out.nbytes) // 16, 4: weights.numel()}
+
+
 def test_nothing_to_do_is_not_launched(launches_of):
     plan = moe_ext.make_plan(torch.empty(0, 2, dtype=torch.int32), 4)
     assert launches_of(moe_ext.dispatch, torch.empty(0, 8), plan) == []
@@ -167,6 +184,8 @@ def test_the_same_bits_in_every_order(cusim, request, routing):
             results += [plan.load, plan.offsets, *routes, rows]
             results += [moe_ext.combine(rows, plan, weights), moe_ext.route_dot(tokens, rows, plan)]
             results += torch.ops.moe_ext.dispatch_dot(tokens, rows, *routes, weights)
+            inner = rows, *routes, weights, "swiglu"
+            results += torch.ops.moe_ext.activate_backward(rows[:, : H // 2], *inner)
         return results
 
     try:
