@@ -1,14 +1,14 @@
 """Experts beside Hugging Face's, on the CPU: one module of transformers, four implementations.
 
-    python bench/bench_experts.py [--dtype bfloat16] [--point NAME ...] [--rounds 9]
+    python bench/bench_experts.py [--dtype bfloat16] [--point NAME ...] [--rounds 2]
 
 Every implementation's output and gradients are checked before its time counts. Times are of a
-forward and a backward, medians of all rounds. In a round each makes eight calls in a row, of which
-the first three do not count: they find memory as another has left it, where training does not. A
-peer four times slower than ours makes two, of which one counts. The bound is the same GEMMs alone,
-expert by expert into outputs that are reused: torch's threads inside each product, or one thread
-for each half of the experts, whichever is faster at that point. "memory" is how far a process of
-its own grows in one forward and backward. Prints a table and, where all was run, writes
+forward and a backward, medians of all rounds. In a round each makes sixteen calls in a row,
+of which the second half counts: the first finds memory as another has left it, where training does
+not. A peer four times slower than ours makes two, of which one counts. The bound is the same GEMMs
+alone, expert by expert into outputs that are reused: torch's threads inside each product, or one
+thread for each half of the experts, whichever is faster at that point. "memory" is how far a
+process of its own grows in one forward and backward. Prints a table and, where all was run, writes
 bench/results/<machine>/experts-<dtype>.json.
 
 For a CPU without bfloat16 instructions, ONEDNN_MAX_CPU_ISA=AVX2: torch then multiplies as there.
@@ -183,6 +183,11 @@ def bound(point: Point, case: Case) -> Callable[[], float]:
     return seconds
 
 
+def second_half(seconds: Callable[[], float], is_slow: bool = False) -> list[float]:
+    calls = 2 if is_slow else 16
+    return [seconds() for _ in range(calls)][calls // 2 :]
+
+
 def timed(function: Callable) -> float:
     start = time.perf_counter()
     function()
@@ -224,9 +229,8 @@ def measure(point: Point, dtype: torch.dtype, rounds: int) -> dict:
             is_slow = first[name] > 4 * first[OURS]
             if is_slow and turn > 0:
                 continue
-            calls, uncounted = (2, 1) if is_slow else (8, 3)
-            taken += [timed(lambda name=name: case.run(name)) for _ in range(calls)][uncounted:]
-        bounds += [bound_seconds() for _ in range(8)][3:]
+            taken += second_half(lambda name=name: timed(lambda: case.run(name)), is_slow)
+        bounds += second_half(bound_seconds)
     return {
         "flops": point.flops(),
         "bound_seconds": statistics.median(bounds),
@@ -274,7 +278,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--point", nargs="*", choices=list(POINTS), help="only these")
-    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     parser.add_argument("--out", type=Path, help="the JSON file, also of a part")
     parser.add_argument("--grow", nargs=2, help=argparse.SUPPRESS)

@@ -12,10 +12,10 @@ the row's gradient times its activation, which the backward has both.
 """
 
 from torch import Tensor
-from torch.autograd import Function
 
 from . import ops
 from .functional import (
+    Operator,
     _ActivateBackward,
     _Combine,
     _Dispatch,
@@ -36,10 +36,8 @@ from .plan import Plan
 WEIGH = ("after", "before")
 
 
-class _Inner(Function):
+class _Inner(Operator):
     """grouped_mm(dispatch(tokens), weights, bias)."""
-
-    generate_vmap_rule = True
 
     # Without gradients torch.compile counts the arguments of forward: none may be *variadic.
     @staticmethod
@@ -63,22 +61,20 @@ class _Inner(Function):
         needs_tokens, needs_weights, needs_bias, *_ = ctx.needs_input_grad
         grad_tokens = grad_weights = grad_bias = None
         if needs_weights:
-            rows = _Dispatch.apply(tokens, slots, sources, None)
+            rows = _Dispatch.call(tokens, slots, sources, None)
             grad_weights = outer_like(ctx.is_transposed, grad, rows, groups)
             del rows
         if needs_bias:
             grad_bias = sum_of_groups(grad, groups)
         if needs_tokens:
-            grad_rows = _GroupedMM.apply(grad, weights.transpose(1, 2), None, *groups)
-            grad_tokens = _Combine.apply(grad_rows, slots, sources, None)
+            grad_rows = _GroupedMM.call(grad, weights.transpose(1, 2), None, *groups)
+            grad_tokens = _Combine.call(grad_rows, slots, sources, None)
         return grad_tokens, grad_weights, grad_bias, None, None, None, None, None
 
 
-class _Outer(Function):
+class _Outer(Operator):
     """combine(grouped_mm(activate(inner), weights, bias), route_weights); the route's weight is a
     factor of its output, or of its activation where it is weighed before."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -118,9 +114,9 @@ class _Outer(Function):
         inner, weights, bias, route_weights, slots, sources, *groups = ctx.saved_tensors
         groups = *groups, ctx.capacity
         needs_inner, needs_weights, needs_bias, needs_route_weights, *_ = ctx.needs_input_grad
-        rows = _Dispatch.apply(grad, slots, sources, None)
-        grad_active = _GroupedMM.apply(rows, weights.transpose(1, 2), None, *groups)
-        grad_inner, active, grad_route_weights = _ActivateBackward.apply(
+        rows = _Dispatch.call(grad, slots, sources, None)
+        grad_active = _GroupedMM.call(rows, weights.transpose(1, 2), None, *groups)
+        grad_inner, active, grad_route_weights = _ActivateBackward.call(
             grad_active, inner, slots, sources, route_weights, ctx.activation
         )
         del grad_active
@@ -130,12 +126,12 @@ class _Outer(Function):
         if bias is not None:
             one = grad.new_ones(grad.shape[0], 1)
             if needs_route_weights:
-                dots = _GroupedMM.apply(rows, bias.unsqueeze(1), None, *groups)
-                of_bias = _RouteDot.apply(one, dots, slots, sources)
+                dots = _GroupedMM.call(rows, bias.unsqueeze(1), None, *groups)
+                of_bias = _RouteDot.call(one, dots, slots, sources)
                 grad_route_weights = grad_route_weights + of_bias
             if needs_bias:
-                factors = _Dispatch.apply(one, slots, sources, route_weights)
-                grad_bias = _GroupedOuter.apply(rows, factors, *groups).squeeze(-1)
+                factors = _Dispatch.call(one, slots, sources, route_weights)
+                grad_bias = _GroupedOuter.call(rows, factors, *groups).squeeze(-1)
         return (
             grad_inner if needs_inner else None,
             grad_weights,
@@ -151,7 +147,7 @@ def dispatch_mm(tokens: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None
     tokens: [T, M], weights: [E, N, M], bias: [E, N] of one dtype -> [R, N]
     """
     tokens, weights, bias = autocast(tokens, weights, bias)
-    return _Inner.apply(
+    return _Inner.call(
         tokens, weights, bias, plan.slots, plan.sources, plan.offsets, plan.load, plan.capacity
     )
 
@@ -194,8 +190,8 @@ def feed_forward(
         return _weighed(inner, plan, weights, down, activation, down_bias, weigh)
     tokens, up, down, up_bias, down_bias = autocast(tokens, up, down, up_bias, down_bias)
     routes = plan.slots, plan.sources, plan.offsets, plan.load, plan.capacity
-    inner = _Inner.apply(tokens, up, up_bias, *routes)
-    return _Outer.apply(inner, down, down_bias, weights, *routes, activation, weigh == "before")
+    inner = _Inner.call(tokens, up, up_bias, *routes)
+    return _Outer.call(inner, down, down_bias, weights, *routes, activation, weigh == "before")
 
 
 def _weighed(inner, plan, weights, down, activation, down_bias, weigh) -> Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import contracts, ops, reference
 from .plan import Plan
@@ -35,9 +35,21 @@ class Choice(NamedTuple):
     importance: Tensor
 
 
-class _Gate(Function):
+class Operator(Function):
+    """An operator with a gradient, which is made of operators again."""
+
     generate_vmap_rule = True
 
+    @classmethod
+    def call(cls, *args):
+        """`apply`; or the operator alone where nothing differentiates, as in most backwards."""
+        is_followed = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        if is_followed or torch.compiler.is_compiling():
+            return cls.apply(*args)
+        return cls.forward(*args)
+
+
+class _Gate(Operator):
     @staticmethod
     def forward(logits, choice_scores, k, scoring, renormalise, scale):
         return ops.run("gate", logits, choice_scores, k, scoring, renormalise, scale)
@@ -54,7 +66,7 @@ class _Gate(Function):
     @staticmethod
     def backward(ctx, grad_weights, _, grad_probs, grad_importance):
         probs, experts = ctx.saved_tensors
-        grad = _GateBackward.apply(
+        grad = _GateBackward.call(
             grad_weights,
             grad_probs,
             grad_importance,
@@ -67,9 +79,7 @@ class _Gate(Function):
         return grad.to(ctx.dtype), None, None, None, None, None
 
 
-class _GateBackward(Function):
-    generate_vmap_rule = True
-
+class _GateBackward(Operator):
     @staticmethod
     def forward(
         grad_weights, grad_probs, grad_importance, probs, experts, scoring, renormalise, scale
@@ -109,9 +119,7 @@ class _GateBackward(Function):
         return tuple(grads)
 
 
-class _Dispatch(Function):
-    generate_vmap_rule = True
-
+class _Dispatch(Operator):
     @staticmethod
     def forward(tokens, slots, sources, weights):
         return ops.run("dispatch", tokens, slots, sources, weights)
@@ -126,15 +134,13 @@ class _Dispatch(Function):
         tokens, slots, sources, weights = ctx.saved_tensors
         grad_tokens = grad_weights = None
         if ctx.needs_input_grad[0]:
-            grad_tokens = _Combine.apply(grad, slots, sources, weights)
+            grad_tokens = _Combine.call(grad, slots, sources, weights)
         if ctx.needs_input_grad[3]:
-            grad_weights = _RouteDot.apply(tokens, grad, slots, sources)
+            grad_weights = _RouteDot.call(tokens, grad, slots, sources)
         return grad_tokens, None, None, grad_weights
 
 
-class _Combine(Function):
-    generate_vmap_rule = True
-
+class _Combine(Operator):
     @staticmethod
     def forward(rows, slots, sources, weights):
         return ops.run("combine", rows, slots, sources, weights)
@@ -149,17 +155,15 @@ class _Combine(Function):
         rows, slots, sources, weights = ctx.saved_tensors
         grad_rows = grad_weights = None
         if ctx.needs_input_grad[0] and ctx.needs_input_grad[3]:
-            grad_rows, grad_weights = _DispatchDot.apply(grad, rows, slots, sources, weights)
+            grad_rows, grad_weights = _DispatchDot.call(grad, rows, slots, sources, weights)
         elif ctx.needs_input_grad[0]:
-            grad_rows = _Dispatch.apply(grad, slots, sources, weights)
+            grad_rows = _Dispatch.call(grad, slots, sources, weights)
         elif ctx.needs_input_grad[3]:
-            grad_weights = _RouteDot.apply(grad, rows, slots, sources)
+            grad_weights = _RouteDot.call(grad, rows, slots, sources)
         return grad_rows, None, None, grad_weights
 
 
-class _RouteDot(Function):
-    generate_vmap_rule = True
-
+class _RouteDot(Operator):
     @staticmethod
     def forward(tokens, rows, slots, sources):
         return ops.run("route_dot", tokens, rows, slots, sources)
@@ -173,15 +177,13 @@ class _RouteDot(Function):
         tokens, rows, slots, sources = ctx.saved_tensors
         grad_tokens = grad_rows = None
         if ctx.needs_input_grad[0]:
-            grad_tokens = _Combine.apply(rows, slots, sources, grad)
+            grad_tokens = _Combine.call(rows, slots, sources, grad)
         if ctx.needs_input_grad[1]:
-            grad_rows = _Dispatch.apply(tokens, slots, sources, grad)
+            grad_rows = _Dispatch.call(tokens, slots, sources, grad)
         return grad_tokens, grad_rows, None, None
 
 
-class _DispatchDot(Function):
-    generate_vmap_rule = True
-
+class _DispatchDot(Operator):
     @staticmethod
     def forward(tokens, rows, slots, sources, weights):
         return ops.run("dispatch_dot", tokens, rows, slots, sources, weights)
@@ -198,21 +200,19 @@ class _DispatchDot(Function):
         grad_tokens = grad_rows = grad_weights = None
         if grad_dispatched is not None:
             if needs_tokens:
-                grad_tokens = _Combine.apply(grad_dispatched, slots, sources, weights)
+                grad_tokens = _Combine.call(grad_dispatched, slots, sources, weights)
             if needs_weights:
-                grad_weights = _RouteDot.apply(tokens, grad_dispatched, slots, sources)
+                grad_weights = _RouteDot.call(tokens, grad_dispatched, slots, sources)
         if grad_dots is not None:
             if needs_tokens:
-                through_dots = _Combine.apply(rows, slots, sources, grad_dots)
+                through_dots = _Combine.call(rows, slots, sources, grad_dots)
                 grad_tokens = through_dots if grad_tokens is None else grad_tokens + through_dots
             if needs_rows:
-                grad_rows = _Dispatch.apply(tokens, slots, sources, grad_dots)
+                grad_rows = _Dispatch.call(tokens, slots, sources, grad_dots)
         return grad_tokens, grad_rows, None, None, grad_weights
 
 
-class _GroupedMM(Function):
-    generate_vmap_rule = True
-
+class _GroupedMM(Operator):
     @staticmethod
     def forward(rows, weights, bias, offsets, load, capacity):
         return ops.run("grouped_mm", rows, weights, bias, offsets, load, capacity)
@@ -233,7 +233,7 @@ class _GroupedMM(Function):
         needs_rows, needs_weights, needs_bias, *_ = ctx.needs_input_grad
         grad_rows = grad_weights = grad_bias = None
         if needs_rows:
-            grad_rows = _GroupedMM.apply(grad, weights.transpose(1, 2), None, *groups)
+            grad_rows = _GroupedMM.call(grad, weights.transpose(1, 2), None, *groups)
         if needs_weights:
             grad_weights = outer_like(ctx.is_transposed, grad, rows, groups)
         if needs_bias:
@@ -250,19 +250,17 @@ def outer_like(transposed: bool, left: Tensor, right: Tensor, groups: tuple) -> 
     """The sum of outer products [E, N, M] of every expert, laid out as its weights are: a gradient
     of another layout would be copied."""
     if transposed:
-        return _GroupedOuter.apply(right, left, *groups).transpose(1, 2)
-    return _GroupedOuter.apply(left, right, *groups)
+        return _GroupedOuter.call(right, left, *groups).transpose(1, 2)
+    return _GroupedOuter.call(left, right, *groups)
 
 
 def sum_of_groups(rows: Tensor, groups: tuple) -> Tensor:
     """The sum of every expert's rows. [R, N] -> [E, N]."""
     ones = rows.new_ones(rows.shape[0], 1)
-    return _GroupedOuter.apply(rows, ones, *groups).squeeze(-1)
+    return _GroupedOuter.call(rows, ones, *groups).squeeze(-1)
 
 
-class _GroupedOuter(Function):
-    generate_vmap_rule = True
-
+class _GroupedOuter(Operator):
     @staticmethod
     def forward(left, right, offsets, load, capacity):
         return ops.run("grouped_outer", left, right, offsets, load, capacity)
@@ -278,15 +276,13 @@ class _GroupedOuter(Function):
         groups = *groups, ctx.capacity
         grad_left = grad_right = None
         if ctx.needs_input_grad[0]:
-            grad_left = _GroupedMM.apply(right, grad, None, *groups)
+            grad_left = _GroupedMM.call(right, grad, None, *groups)
         if ctx.needs_input_grad[1]:
-            grad_right = _GroupedMM.apply(left, grad.transpose(1, 2), None, *groups)
+            grad_right = _GroupedMM.call(left, grad.transpose(1, 2), None, *groups)
         return grad_left, grad_right, None, None, None
 
 
-class _Activate(Function):
-    generate_vmap_rule = True
-
+class _Activate(Operator):
     @staticmethod
     def forward(inner, slots, sources, weights, activation):
         return ops.run("activate", inner, slots, sources, weights, activation)
@@ -302,15 +298,13 @@ class _Activate(Function):
         if weights is None:
             dtype = contracts.accumulate_dtype(inner.dtype)
             weights = inner.new_ones(slots.shape, dtype=dtype)
-        grad_inner, _, grad_weights = _ActivateBackward.apply(
+        grad_inner, _, grad_weights = _ActivateBackward.call(
             grad, inner, slots, sources, weights, ctx.activation
         )
         return grad_inner, None, None, grad_weights if ctx.needs_input_grad[3] else None, None
 
 
-class _ActivateBackward(Function):
-    generate_vmap_rule = True
-
+class _ActivateBackward(Operator):
     @staticmethod
     def forward(grad, inner, slots, sources, weights, activation):
         return ops.run("activate_backward", grad, inner, slots, sources, weights, activation)
@@ -378,7 +372,7 @@ def gate(
     probabilities NaN with softmax, else that of its expert, and the sums over them; no other
     token's. Raises RuntimeError where an argument breaks this contract.
     """
-    return Choice(*_Gate.apply(logits, choice_scores, k, scoring, renormalise, scale))
+    return Choice(*_Gate.call(logits, choice_scores, k, scoring, renormalise, scale))
 
 
 def dispatch(tokens: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
@@ -391,7 +385,7 @@ def dispatch(tokens: Tensor, plan: Plan, weights: Tensor | None = None) -> Tenso
     Returns rows [R, H] in the tokens' dtype: rows[plan.slots[t, k]] = weights[t, k] * tokens[t].
     Raises RuntimeError where an argument breaks this contract.
     """
-    return _Dispatch.apply(tokens, plan.slots, plan.sources, weights)
+    return _Dispatch.call(tokens, plan.slots, plan.sources, weights)
 
 
 def combine(rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
@@ -405,7 +399,7 @@ def combine(rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     weights[t, k] * rows[plan.slots[t, k]], accumulated in the weights' dtype and rounded once; a
     dropped route adds nothing. Raises RuntimeError where an argument breaks this contract.
     """
-    return _Combine.apply(rows, plan.slots, plan.sources, weights)
+    return _Combine.call(rows, plan.slots, plan.sources, weights)
 
 
 def route_dot(tokens: Tensor, rows: Tensor, plan: Plan) -> Tensor:
@@ -417,7 +411,7 @@ def route_dot(tokens: Tensor, rows: Tensor, plan: Plan) -> Tensor:
     Returns [T, K] float32 (float64 for float64 rows): <tokens[t], rows[plan.slots[t, k]]>, 0 for a
     dropped route. Raises RuntimeError where an argument breaks this contract.
     """
-    return _RouteDot.apply(tokens, rows, plan.slots, plan.sources)
+    return _RouteDot.call(tokens, rows, plan.slots, plan.sources)
 
 
 def has_autocast(device: torch.device) -> bool:
@@ -448,7 +442,7 @@ def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = 
     check = contracts.Check("grouped_mm")
     check.shape("rows", rows, [("R", plan.sources.shape[0]), ("M", None)])
     rows, weights, bias = autocast(rows, weights, bias)
-    return _GroupedMM.apply(rows, weights, bias, plan.offsets, plan.load, plan.capacity)
+    return _GroupedMM.call(rows, weights, bias, plan.offsets, plan.load, plan.capacity)
 
 
 def activate(inner: Tensor, plan: Plan, activation: str, weights: Tensor | None = None) -> Tensor:
@@ -463,4 +457,4 @@ def activate(inner: Tensor, plan: Plan, activation: str, weights: Tensor | None 
     route are not read, come out zero and receive zero. Raises RuntimeError where an argument breaks
     this contract.
     """
-    return _Activate.apply(inner, plan.slots, plan.sources, weights, activation)
+    return _Activate.call(inner, plan.slots, plan.sources, weights, activation)

@@ -47,6 +47,7 @@ inline Tensor plain(const Tensor& tensor) {
 }
 
 inline Tensor part(const Tensor& tensor, int64_t dim, int64_t begin, int64_t end) {
+  if (begin == 0 && end == tensor.size(dim)) return tensor;
   Tensor base = tensor;
   return torch::stable::narrow(base, dim, begin, end - begin);
 }

@@ -75,14 +75,6 @@ void zero_unowned(const Tensor& out, const std::vector<Range>& owned) {
   zero_to(out.size(0));
 }
 
-std::vector<Tensor> by_expert(const Tensor& tensor, int64_t num_experts) {
-  std::vector<Tensor> parts;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    parts.push_back(torch::stable::select(tensor, 0, e));
-  }
-  return parts;
-}
-
 Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const OptionalTensor& bias,
                       const Tensor& offsets, const Tensor& load, std::optional<int64_t> capacity) {
   const GroupedMMArgs a = grouped_mm_args(rows, weights, bias, offsets, load, capacity);
@@ -100,16 +92,16 @@ Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const OptionalT
       }
     }
   }
-  const Tensor input = plain(a.rows);
-  const std::vector<Tensor> weight = by_expert(plain(a.weights), E);
-  const std::vector<Tensor> biases = a.bias ? by_expert(plain(*a.bias), E) : std::vector<Tensor>();
+  const Tensor all_rows = plain(a.rows), all_weights = plain(a.weights);
+  const OptionalTensor biases = a.bias ? OptionalTensor(plain(*a.bias)) : std::nullopt;
   run(tiles, a.rows.scalar_type(), [&](Gemm& gemm, const Tile& t) {
-    const auto columns = [&](const Tensor& tensor, int64_t dim) {
-      return part(tensor, dim, t.column_begin, t.column_end);
+    const auto columns_of = [&](const Tensor& stack) {
+      return part(torch::stable::select(stack, 0, t.expert), 0, t.column_begin, t.column_end);
     };
-    gemm.rows_by_weight(columns(part(out, 0, t.row_begin, t.row_end), 1),
-                        part(input, 0, t.row_begin, t.row_end), columns(weight[t.expert], 0),
-                        a.bias ? OptionalTensor(columns(biases[t.expert], 0)) : std::nullopt);
+    const Tensor target = part(out, 0, t.row_begin, t.row_end);
+    gemm.rows_by_weight(part(target, 1, t.column_begin, t.column_end),
+                        part(all_rows, 0, t.row_begin, t.row_end), columns_of(all_weights),
+                        biases ? OptionalTensor(columns_of(*biases)) : std::nullopt);
   });
   return out;
 }
@@ -129,9 +121,8 @@ Tensor grouped_outer_cpu(const Tensor& left, const Tensor& right, const Tensor& 
     }
   }
   const Tensor lefts = plain(a.left), rights = plain(a.right);
-  const std::vector<Tensor> outs = by_expert(out, E);
   run(tiles, a.left.scalar_type(), [&](Gemm& gemm, const Tile& t) {
-    Tensor target = part(outs[t.expert], 0, t.column_begin, t.column_end);
+    Tensor target = part(torch::stable::select(out, 0, t.expert), 0, t.column_begin, t.column_end);
     if (t.row_begin == t.row_end) {
       torch::stable::zero_(target);
       return;
