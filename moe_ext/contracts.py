@@ -411,3 +411,29 @@ def activate_backward(
     check.shape("grad", grad, [("R", inner.shape[0]), ("F", F)])
     check.dtype("grad", grad, inner.dtype)
     check.same_device("grad", grad, "inner", inner)
+
+
+def feed_forward(
+    tokens: Tensor,
+    num_experts: int,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> None:
+    """The shapes of an expert's parameters; dtypes are the operators' matter, after autocast."""
+    check = Check("feed_forward")
+    check.shape("tokens", tokens, [("T", None), ("H", None)])
+    if activation not in ACTIVATIONS:
+        check.fail(f"activation must be swiglu, geglu, gelu or relu, got {activation}")
+    E, H = ("E", num_experts), ("H", tokens.shape[1])
+    check.shape("up", up, [E, ("G", None), H])
+    G = up.shape[1]
+    if activation in GATED and G % 2 != 0:
+        check.fail(f"up must be [E, 2F, H], got {list(up.shape)}")
+    check.shape("down", down, [E, H, ("F", G // 2 if activation in GATED else G)])
+    if up_bias is not None:
+        check.shape("up_bias", up_bias, [E, ("G", G)])
+    if down_bias is not None:
+        check.shape("down_bias", down_bias, [E, H])

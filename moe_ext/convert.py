@@ -31,6 +31,10 @@ class PerExpert:
     def pattern(self) -> str:
         return re.escape(self.parent) + r"(?P<expert>[0-9]+)\..+"
 
+    def has(self, name: str, prefix: str) -> bool:
+        """Whether a name under a prefix is one of the layout's."""
+        return re.fullmatch(re.escape(prefix) + self.pattern, name) is not None
+
     def inspect(self, names: Collection[str]) -> tuple[int, bool]:
         """Of names that match the pattern: the number of experts, and whether they have a gate."""
         experts = (int(re.fullmatch(self.pattern, name)["expert"]) for name in names)

@@ -114,7 +114,13 @@ class SharedExperts(Experts):
                 f"got {_shape(of_shared)}"
             )
         if self.gate is not None:
-            of_shared = of_shared * torch.sigmoid(self.gate(tokens))
+            scores = self.gate(tokens)
+            if _shape(scores) != [tokens.shape[0], 1]:
+                raise RuntimeError(
+                    f"SharedExperts: gate must return [T, 1] = {[tokens.shape[0], 1]}, "
+                    f"got {_shape(scores)}"
+                )
+            of_shared = of_shared * torch.sigmoid(scores)
         return self.experts.routed(tokens, plan, weights) + of_shared
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import grouped, ops, reference
+from .layer import MOELayer
 
 # What reads a tensor's values back to the host.
 _READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
@@ -63,8 +64,14 @@ def explain(layer: nn.Module, *args, **kwargs) -> Explanation:
     value. `print(moe_ext.explain(layer, hidden))` shows it.
     """
     trace = _Trace()
-    with torch.no_grad(), trace:
-        layer(*args, **kwargs)
+    # What a layer keeps of its last call is not of this one.
+    kept = [(m, m.l_aux, m.exp_counts) for m in layer.modules() if isinstance(m, MOELayer)]
+    try:
+        with torch.no_grad(), trace:
+            layer(*args, **kwargs)
+    finally:
+        for module, l_aux, exp_counts in kept:
+            module.l_aux, module.exp_counts = l_aux, exp_counts
     return Explanation(trace.calls, dict(trace.others), trace.reads)
 
 

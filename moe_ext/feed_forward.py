@@ -13,7 +13,7 @@ the row's gradient times its activation, which the backward has both.
 
 from torch import Tensor
 
-from . import ops
+from . import contracts, ops
 from .functional import (
     Operator,
     _ActivateBackward,
@@ -100,7 +100,7 @@ class _Outer(Operator):
         if bias is not None:
             one = inner.new_ones(slots.shape[0], 1)
             factors = ops.run("dispatch", one, slots, sources, route_weights)
-            rows += ops.run("grouped_mm", factors, bias.unsqueeze(-1), None, *groups)
+            rows = rows + ops.run("grouped_mm", factors, bias.unsqueeze(-1), None, *groups)
         return ops.run("combine", rows, slots, sources, None)
 
     @staticmethod
@@ -183,6 +183,7 @@ def feed_forward(
     Under autocast tokens and parameters are cast, as by torch.mm. Raises RuntimeError where an
     argument breaks this contract.
     """
+    contracts.feed_forward(tokens, plan.num_experts, up, down, activation, up_bias, down_bias)
     if weigh not in WEIGH:
         raise RuntimeError(f"feed_forward: weigh must be one of {WEIGH}, got {weigh!r}")
     if not recompute:

@@ -425,7 +425,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not has_autocast(first.device) or first.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+    castable = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(
+        tensor.to(dtype) if tensor is not None and tensor.dtype in castable else tensor
+        for tensor in tensors
+    )
 
 
 def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:

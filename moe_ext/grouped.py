@@ -4,14 +4,15 @@
     batched  one batched product over [E, C, ...], where there is a capacity
     loop     the reference, a product for every expert: the bounds are read back to the host
 
-No row that a route does not own is let into a sum: what such rows hold may be anything.
+No row that a route does not own is let into a product: what such rows hold may be anything, and a
+NaN in one row of a 16-bit product has been seen to spoil its neighbours (oneDNN with AMX).
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import reference
+from . import contracts, reference
 
 # Whose grouped_mm does not loop over the experts, by major compute capability: torch 2.10 on.
 NATIVE_MAJORS = (9, 10)
@@ -40,7 +41,8 @@ def _why_not_native(rows: Tensor, widths: tuple[int, int]) -> str | None:
         return f"torch's grouped_mm loops on compute capability {major}.{minor}"
     if rows.dtype != torch.bfloat16:
         return f"torch's grouped_mm takes bfloat16, not {rows.dtype}"
-    if any(width * rows.element_size() % 16 for width in widths):
+    # A single column, as a bias has, is widened with zeros.
+    if any(width > 1 and width * rows.element_size() % 16 for width in widths):
         return f"torch's grouped_mm takes rows of a multiple of 16 bytes, not {widths} values"
     return None
 
@@ -53,6 +55,7 @@ def grouped_mm(
     load: Tensor,
     capacity: int | None,
 ) -> Tensor:
+    contracts.grouped_mm(rows, weights, bias, offsets, load, capacity)
     path, _ = choose(rows, weights.shape[1:], capacity)
     return MM[path](rows, weights, bias, offsets, load, capacity)
 
@@ -60,6 +63,7 @@ def grouped_mm(
 def grouped_outer(
     left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: int | None
 ) -> Tensor:
+    contracts.grouped_outer(left, right, offsets, load, capacity)
     path, _ = choose(left, (left.shape[1], right.shape[1]), capacity)
     return OUTER[path](left, right, offsets, load, capacity)
 
@@ -73,24 +77,46 @@ def _owners(offsets: Tensor, load: Tensor, num_rows: int) -> tuple[Tensor, Tenso
     return expert, owned.unsqueeze(-1)
 
 
+def _padded(matrix: Tensor, dim: int) -> Tensor:
+    """A single column of torch's grouped_mm as eight, the others zero."""
+    if matrix.shape[dim] > 1:
+        return matrix
+    return torch.cat(
+        [matrix, matrix.new_zeros(*matrix.shape[:dim], 7, *matrix.shape[dim + 1 :])], dim
+    )
+
+
 def _native_mm(rows, weights, bias, offsets, load, capacity):
-    expert, owned = _owners(offsets, load, rows.shape[0])
-    out = F.grouped_mm(rows, weights.transpose(1, 2), offs=offsets[1:])
+    R, (_, N, M) = rows.shape[0], weights.shape
+    if 0 in (R, N, M):
+        return reference.grouped_mm(rows, weights, bias, offsets, load, capacity)
+    expert, owned = _owners(offsets, load, R)
+    rows = torch.where(owned, rows, 0)
+    # torch takes rows and stacks that are dense one way or the other.
+    rows, weights = _padded(rows, 1).contiguous(), _padded(_padded(weights, 1), 2)
+    if 1 not in weights.stride()[1:]:
+        weights = weights.contiguous()
+    out = F.grouped_mm(rows, weights.transpose(1, 2), offs=offsets[1:])[:, :N]
     if bias is not None:
         out = out + bias[expert]
     return torch.where(owned, out, 0)
 
 
 def _native_outer(left, right, offsets, load, capacity):
+    N, M = left.shape[1], right.shape[1]
+    if 0 in (left.shape[0], N, M):
+        return left.new_zeros(load.shape[0], N, M)
     _, owned = _owners(offsets, load, left.shape[0])
     left, right = torch.where(owned, left, 0), torch.where(owned, right, 0)
-    out = F.grouped_mm(left.t(), right, offs=offsets[1:])
+    left, right = _padded(left, 1), _padded(right, 1)
+    out = F.grouped_mm(left.t(), right, offs=offsets[1:])[:, :N, :M]
     return torch.where((offsets.diff() > 0)[:, None, None], out, 0)
 
 
 def _batched_mm(rows, weights, bias, offsets, load, capacity):
     E, N, M = weights.shape
     _, owned = _owners(offsets, load, rows.shape[0])
+    rows = torch.where(owned, rows, 0)
     out = torch.bmm(rows.view(E, capacity, M), weights.transpose(1, 2))
     if bias is not None:
         out = out + bias.unsqueeze(1)

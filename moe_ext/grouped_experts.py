@@ -87,19 +87,22 @@ class GroupedExperts(Experts):
         return getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-        if type(self).forward is not GroupedExperts.forward:
+        if type(self).forward is not GroupedExperts.forward or "forward" in vars(self):
             return super().routed(tokens, plan, weights)
-        up, up_bias = self._parameters_of(self._up_name)
-        down, down_bias = self._parameters_of("down_proj")
-        return feed_forward(
-            *(tokens, plan, weights, up, down, self.activation, up_bias, down_bias),
-            weigh=self.weigh,
-            recompute=self.recompute,
-        )
+        # As a call of the module: hooks, FSDP and offloading see it.
+        return self(tokens, plan, weights)
 
-    def forward(self, rows: Tensor, plan: Plan) -> Tensor:
+    def forward(self, rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
+        """Every row through its expert, [R, H] -> [R, H]; with weights [T, K] `rows` are tokens
+        [T, H], and it is the weighted sum of their experts that comes out."""
         up, up_bias = self._parameters_of(self._up_name)
         down, down_bias = self._parameters_of("down_proj")
+        if weights is not None:
+            return feed_forward(
+                *(rows, plan, weights, up, down, self.activation, up_bias, down_bias),
+                weigh=self.weigh,
+                recompute=self.recompute,
+            )
         inner = grouped_mm(rows, up, plan, up_bias)
         return grouped_mm(activate(inner, plan, self.activation), down, plan, down_bias)
 
@@ -110,8 +113,8 @@ class GroupedExperts(Experts):
         try:
             if isinstance(layout, convert.PerExpert):
                 grouped = convert.to_grouped(state_dict, layout, prefix)
-                rest = {n: t for n, t in state_dict.items() if not n.startswith(prefix)}
-                state_dict = rest | {prefix + name: tensor for name, tensor in grouped.items()}
+                state_dict = {n: t for n, t in state_dict.items() if not layout.has(n, prefix)}
+                state_dict |= {prefix + name: tensor for name, tensor in grouped.items()}
             elif layout == convert.GPT_OSS:
                 raise ValueError(
                     f"{prefix}gate_up_proj is laid out as in gpt-oss, whose gate is clamped and "

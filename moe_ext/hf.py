@@ -62,8 +62,9 @@ class Layout:
     Raises ValueError where the module asks for something that is not understood.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, is_only_checked: bool = False) -> None:
         self.module = module
+        self.is_only_checked = is_only_checked
         self.has_gate = self._flag("has_gate", True)
         self.has_bias = self._flag("has_bias", False)
         self.is_transposed = self._flag("is_transposed", False)
@@ -106,7 +107,8 @@ class Layout:
         if not isinstance(tensor, Tensor) or tensor.dim() != dim:
             got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             self._refuse(f"must have {name} of {dim} dimensions, has {got}")
-        if isinstance(tensor, DTensor):
+        # FSDP's are gathered before a forward: what is one then, is one for other reasons.
+        if isinstance(tensor, DTensor) and not self.is_only_checked:
             self._refuse(f"has {name} as a DTensor, whose parts are not computed with")
         if tensor.dtype not in contracts.FLOATING:
             self._refuse(f"has {name} in {tensor.dtype}, which is not computed in")
@@ -119,7 +121,8 @@ class Layout:
 
     def _activation(self) -> str | None:
         """The name of what the module does between its products; None where only it can do that."""
-        if self.has_gate and type(self.module)._apply_gate is not moe._default_apply_gate:
+        own_gate = type(self.module)._apply_gate if self.has_gate else moe._default_apply_gate
+        if own_gate is not moe._default_apply_gate or "_apply_gate" in vars(self.module):
             return None
         if self.has_gate and not self._flag("is_concatenated", True):
             self._refuse("has interleaved gates and no _apply_gate that would take them apart")
@@ -169,7 +172,7 @@ def check(model: nn.Module) -> int:
         )
     for name, module in found:
         try:
-            Layout(module)
+            Layout(module, is_only_checked=True)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return len(found)

@@ -1,5 +1,7 @@
 """Experts: the networks, what they save, and their state."""
 
+import re
+
 import pytest
 import torch
 from cases import plans, random_experts, relative_error, values, weights_for
@@ -170,6 +172,63 @@ def test_an_own_forward_is_used():
     assert relative_error(doubled.routed(tokens, plan, weights), expected) < 1e-6
 
 
+def test_is_called_as_a_module():
+    """What hangs on a call of the module is seen: hooks, and what FSDP and offloading do there."""
+    experts = GroupedExperts(E, H, FFN)
+    tokens, weights = torch.randn(5, H), torch.rand(5, 2)
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    expected = experts.routed(tokens, plan, weights)
+    seen = []
+    experts.register_forward_hook(lambda module, args, out: seen.append(out))
+    assert torch.equal(experts.routed(tokens, plan, weights), expected)
+    assert len(seen) == 1
+    assert seen[0] is not None
+    experts.forward = lambda rows, plan: torch.zeros_like(rows)
+    assert (experts.routed(tokens, plan, weights) == 0).all()
+
+
+WRONG = [
+    ({"down": (E, H + 1, FFN)}, "down must be [E, H, F] with E = 3, H = 6, F = 4, got [3, 7, 4]"),
+    ({"up": (E, 2 * FFN, H + 1)}, "up must be [E, G, H] with E = 3, H = 6, got [3, 8, 7]"),
+    ({"up": (E + 1, 2 * FFN, H)}, "up must be [E, G, H] with E = 3, H = 6, got [4, 8, 6]"),
+    ({"up": (E, 7, H)}, "up must be [E, 2F, H], got [3, 7, 6]"),
+    ({"up_bias": (E, FFN)}, "up_bias must be [E, G] with E = 3, G = 8, got [3, 4]"),
+    ({"down_bias": (E, 1)}, "down_bias must be [E, H] with E = 3, H = 6, got [3, 1]"),
+    ({"activation": "silu"}, "activation must be swiglu, geglu, gelu or relu, got silu"),
+    ({"weigh": "never"}, "weigh must be one of ('after', 'before'), got 'never'"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG)
+def test_feed_forward_names_what_is_wrong(wrong, message):
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    right = {"up": (E, 2 * FFN, H), "down": (E, H, FFN), "activation": "swiglu"}
+    given = {n: torch.randn(v) if isinstance(v, tuple) else v for n, v in (right | wrong).items()}
+    with pytest.raises(RuntimeError, match="^" + re.escape(f"feed_forward: {message}")):
+        moe_ext.feed_forward(torch.randn(5, H), plan, torch.rand(5, 2), **given)
+
+
+@pytest.mark.parametrize("weigh", ["after", "before"])
+@pytest.mark.parametrize("which", range(6))
+def test_vmap_over_any_operand(which, weigh):
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    operands = [(5, H), (5, 2), (E, FFN, H), (E, H, FFN), (E, FFN), (E, H)]
+    operands = [torch.randn(shape, dtype=torch.float64) for shape in operands]
+
+    def function(tokens, weights, *parameters):
+        up, down, *biases = parameters
+        return moe_ext.feed_forward(tokens, plan, weights, up, down, "gelu", *biases, weigh=weigh)
+
+    many = torch.randn(3, *operands[which].shape, dtype=torch.float64)
+    dims = tuple(0 if i == which else None for i in range(6))
+    batched = [many if i == which else operand for i, operand in enumerate(operands)]
+    out = torch.vmap(function, in_dims=dims)(*batched)
+    for one, given in zip(out, many, strict=True):
+        torch.testing.assert_close(
+            one, function(*(given if i == which else x for i, x in enumerate(operands)))
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit(dtype):
     """Within a few roundings of the same numbers in float64, at the scale of a real layer."""
@@ -238,6 +297,9 @@ def test_shared_experts_check_their_parts():
         RuntimeError, match=r"SharedExperts: shared must return \[T, H\] = \[5, 6\]"
     ):
         layer.routed(torch.randn(5, H), plan, torch.rand(5, 2))
+    layer = SharedExperts(routed, nn.Linear(H, H), nn.Linear(H, 5))
+    with pytest.raises(RuntimeError, match=r"SharedExperts: gate must return \[T, 1\] = \[5, 1\]"):
+        layer.routed(torch.randn(5, H), plan, torch.rand(5, 2))
 
 
 class PerExpert(nn.Module):
@@ -271,6 +333,20 @@ def test_loads_weights_kept_expert_by_expert(bias):
         assert torch.equal(layer["experts"].down_proj[e], expert.w2.weight)
         if bias:
             assert torch.equal(layer["experts"].down_proj_bias[e], expert.w2.bias)
+
+
+def test_other_names_beside_the_experts_are_torchs_matter():
+    class Scaled(GroupedExperts):
+        def __init__(self):
+            super().__init__(E, H, FFN)
+            self.scale = nn.Parameter(torch.zeros(1))
+
+    state = PerExpert().state_dict()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weird"):
+        GroupedExperts(E, H, FFN).load_state_dict(state | {"weird": torch.ones(1)})
+    scaled = Scaled()
+    scaled.load_state_dict(state | {"scale": torch.ones(1)})
+    assert scaled.scale == 1
 
 
 def test_says_what_a_checkpoint_lacks():

@@ -62,6 +62,16 @@ def test_without_bfloat16_instructions():
     assert done.stdout.count("in float32, as this CPU's torch has no bfloat16 instructions") == 2
 
 
+def test_leaves_the_layer_as_it_was():
+    layer = layer_of()
+    layer(torch.randn(5, H))
+    kept = layer.l_aux, layer.exp_counts
+    assert kept[0].requires_grad
+    moe_ext.explain(layer, torch.randn(5, H))
+    assert layer.l_aux is kept[0]
+    assert layer.exp_counts is kept[1]
+
+
 def test_counts_what_is_read_back(monkeypatch):
     """Of another device; here of the CPU, as if it were none."""
     layer = moe_ext.MoE(H, torch.nn.Linear(H, H), E, k=2, drop_tokens=False)

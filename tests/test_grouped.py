@@ -69,21 +69,40 @@ def test_more_than_a_tile(device, dtype):
         assert relative_error(outer[e], out[mine].double().T @ x[mine].double()) < 2 * eps * M**0.5
 
 
-def test_results_do_not_depend_on_threads():
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_bits_on_every_run(threads):
+    """Whichever thread takes a tile. torch's GEMM itself depends on how many there are."""
     plan = moe_ext.make_plan(random_experts(900, 2, 3), 3)
-    x, w = torch.randn(1800, 70), torch.randn(3, 700, 70)
-    results = []
-    threads = torch.get_num_threads()
+    x, w = torch.randn(1800, 70), torch.randn(3, 2100, 70)
+    before = torch.get_num_threads()
     try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
+        torch.set_num_threads(threads)
+        results = []
+        for _ in range(8):
             out = moe_ext.grouped_mm(x, w, plan)
             results.append((out, torch.ops.moe_ext.grouped_outer(out, x, *groups(plan))))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     for out, outer in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(outer, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inference_mode_on_all_threads(device, dtype):
+    plan = moe_ext.make_plan(random_experts(900, 2, 8, device), 8)
+    x = values(1800, 40, dtype=dtype, device=device)
+    w = values(8, 30, 40, dtype=dtype, device=device).requires_grad_()
+    expected = moe_ext.grouped_mm(x, w, plan).detach()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with torch.inference_mode():
+            inside = moe_ext.make_plan(plan.experts, 8)
+            assert torch.equal(moe_ext.grouped_mm(x.clone(), w, inside), expected)
+            assert torch.equal(moe_ext.grouped_mm(x, w.clone(), plan), expected)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_is_a_product_per_row(device):
@@ -133,35 +152,62 @@ def test_autocast_casts_as_mm_does(device):
     assert out.dtype == torch.bfloat16
     assert wide.dtype == torch.float64
     assert torch.equal(out, moe_ext.grouped_mm(x.bfloat16(), w.bfloat16(), plan, bias.bfloat16()))
+    with (
+        torch.autocast(device.type, dtype=torch.bfloat16),
+        pytest.raises(RuntimeError, match="weights must be bfloat16, got float64"),
+    ):
+        moe_ext.grouped_mm(x, w.double(), plan)
 
 
 # What torch's own products are made to give, where no kernel of ours is compiled.
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("path", ["native", "batched"])
 @pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
-def test_torchs_products(device, T, K, E, H, path):
-    # torch takes rows of a multiple of 16 bytes, and no float64.
-    dtype, M, N = torch.float32, 4 * (H % 50 + 1), 8
+def test_torchs_products(device, T, K, E, H, path, dtype):
+    # torch takes rows of a multiple of 16 bytes, or a single column as zeros are put beside it.
+    M, N = 8 * (H % 50 + 1), 8
+    tolerance = 4 * torch.finfo(dtype).eps * M**0.5
     for plan in plans(T, K, E, device):
         if path == "batched" and plan.capacity is None:
             continue
-        if path == "native" and len(plan.sources) == 0:
-            continue  # without rows there is nothing that torch takes
         R = len(plan.sources)
         x, g = values(R, M, dtype=dtype, device=device), values(R, N, dtype=dtype, device=device)
-        w, bias = values(E, N, M, dtype=dtype, device=device), values(E, N, dtype=dtype)
+        w = values(E, N, M, dtype=dtype, device=device)
+        bias = values(E, N, dtype=dtype, device=device)
         x[~owned(plan)], g[~owned(plan)] = torch.nan, torch.nan
-        for b in (None, bias.to(device)):
-            out = grouped.MM[path](x, w, b, *groups(plan))
-            exact = reference.grouped_mm(x, w, b, *groups(plan))
+        expanded = torch.where(owned(plan), 1.0, torch.nan).to(x)[:, None].expand(R, M)
+        for rows, weights, b in (
+            (x, w, None),
+            (x, w, bias),
+            (x, values(E, M, N, dtype=dtype, device=device).transpose(1, 2), None),
+            (x, w[:, :1], bias[:, :1]),
+            (x[:, :1], w[:, :, :1], None),
+            (expanded, w, None),
+        ):
+            out = grouped.MM[path](rows, weights, b, *groups(plan))
+            exact = reference.grouped_mm(rows, weights, b, *groups(plan))
+            assert out.dtype == dtype
             assert (out[~owned(plan)] == 0).all()
-            assert relative_error(out, exact) < 1e-5
-        strided = values(E, M, N, dtype=dtype, device=device).transpose(1, 2)
-        out = grouped.MM[path](x, strided, None, *groups(plan))
-        assert relative_error(out, reference.grouped_mm(x, strided, None, *groups(plan))) < 1e-5
-        outer = grouped.OUTER[path](g, x, *groups(plan))
-        assert relative_error(outer, reference.grouped_outer(g, x, *groups(plan))) < 1e-5
+            assert relative_error(out, exact) < tolerance
+        for left, right in ((g, x), (g, x[:, :1]), (g[:, :1], x)):
+            outer = grouped.OUTER[path](left, right, *groups(plan))
+            exact = reference.grouped_outer(left, right, *groups(plan))
+            assert relative_error(outer, exact) < tolerance * (R + 1) ** 0.5
+
+
+@pytest.mark.parametrize("path", ["native", "batched", "loop"])
+def test_torchs_products_check_their_arguments(monkeypatch, path):
+    monkeypatch.setattr(grouped, "choose", lambda *args: (path, ""))
+    plan = moe_ext.make_plan(random_experts(8, 1, 2), 2, 4)
+    x, w = torch.randn(8, 8), torch.randn(2, 8, 8)
+    with pytest.raises(RuntimeError, match="grouped_mm: bias must be float32, got float64"):
+        grouped.grouped_mm(x, w, torch.randn(2, 8).double(), *groups(plan))
+    with pytest.raises(RuntimeError, match=r"grouped_mm: bias must be \[E, N\] with E = 2, N = 8"):
+        grouped.grouped_mm(x, w, torch.randn(2, 1), *groups(plan))
+    with pytest.raises(RuntimeError, match="grouped_outer: right must be float32"):
+        grouped.grouped_outer(x, x.double(), *groups(plan))
 
 
 class Fake:
@@ -184,6 +230,7 @@ class Fake:
         ("cuda", (12, 0), torch.bfloat16, (8, 16), 4, "batched", "capability 12.0"),
         ("cuda", (9, 0), torch.float16, (8, 16), 4, "batched", "takes bfloat16, not torch.float16"),
         ("cuda", (9, 0), torch.bfloat16, (12, 16), 4, "batched", "not (12, 16) values"),
+        ("cuda", (9, 0), torch.bfloat16, (16, 1), None, "native", ""),  # of a bias
         ("mps", None, torch.float32, (8, 16), 4, "batched", "no grouped_mm of its own on mps"),
         ("cpu", None, torch.float32, (8, 16), 4, "loop", "the reference runs"),
     ],

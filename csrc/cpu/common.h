@@ -47,17 +47,28 @@ const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-// Memory for a result. Pages of two megabytes where the system gives them on request: of the
-// usual size, their first use costs more than what most operators do with them.
+// Memory for a result. Large ones ask for pages of two megabytes, where the system gives them on
+// request: of the usual size, their first use costs more than what most operators do with them.
 inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
   const Tensor tensor = empty(like, size, dtype);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21, kUsual = 1 << 12;
   const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   const uintptr_t end = begin + tensor.numel() * tensor.element_size();
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-  // Advice: where it is refused nothing is lost.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  const auto down = [](uintptr_t address, uintptr_t page) { return address / page * page; };
+  const auto up = [&](uintptr_t address, uintptr_t page) { return down(address + page - 1, page); };
+  const auto advise = [](uintptr_t from, uintptr_t to, int advice) {
+    // Where advice is refused nothing is lost.
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, advice);
+  };
+  if (end - begin < 2 * kHuge) return tensor;
+  // What lies before and after on the same pages is only ever better off.
+  advise(down(begin, kHuge), up(end, kHuge), MADV_HUGEPAGE);
+#if defined(MADV_POPULATE_WRITE)
+  // A mapping seldom starts with a whole page of that size: its ends are mapped in one go.
+  advise(up(begin, kUsual), up(begin, kHuge), MADV_POPULATE_WRITE);
+  advise(down(end, kHuge), down(end, kUsual), MADV_POPULATE_WRITE);
+#endif
 #endif
   return tensor;
 }

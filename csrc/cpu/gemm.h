@@ -8,6 +8,9 @@
 #pragma once
 
 #include <array>
+#include <cstring>
+#include <memory>
+#include <new>
 
 #include "common.h"
 
@@ -37,60 +40,112 @@ inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
 #endif
 }
 
-// Shares memory with a tensor, and never requires a gradient: threads of parallel_for do not know
-// that they are below autograd.
-inline Tensor plain(const Tensor& tensor) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// A matrix somewhere in memory. Threads make tensors of their part of it by themselves: what a
+// tensor carries of its caller's thread (gradients, inference mode) stays there.
+struct Matrix {
+  char* data;
+  ScalarType dtype;
+  int64_t rows, columns, row_stride, column_stride;  // strides in elements
+
+  int64_t width() const { return dtype == ScalarType::Double ? 8 : is_16bit() ? 2 : 4; }
+  bool is_16bit() const { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
+  Matrix transposed() const { return {data, dtype, columns, rows, column_stride, row_stride}; }
+  Matrix row_range(int64_t begin, int64_t end) const {
+    return {data + begin * row_stride * width(),
+            dtype,
+            end - begin,
+            columns,
+            row_stride,
+            column_stride};
+  }
+  Matrix column_range(int64_t begin, int64_t end) const {
+    return transposed().row_range(begin, end).transposed();
+  }
+  Tensor tensor() const {
+    const std::array<int64_t, 2> size{rows, columns}, stride{row_stride, column_stride};
+    return torch::stable::from_blob(data, {size.data(), 2}, {stride.data(), 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    dtype);
+  }
+};
+
+inline Matrix matrix_of(const Tensor& tensor) {
+  return {static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())),
+          tensor.scalar_type(),
+          tensor.size(0),
+          tensor.size(1),
+          tensor.stride(0),
+          tensor.stride(1)};
 }
 
-inline Tensor part(const Tensor& tensor, int64_t dim, int64_t begin, int64_t end) {
-  if (begin == 0 && end == tensor.size(dim)) return tensor;
-  Tensor base = tensor;
-  return torch::stable::narrow(base, dim, begin, end - begin);
+// The e-th of a stack [E, rows, columns].
+inline Matrix matrix_of(const Tensor& stack, int64_t e) {
+  Matrix first{static_cast<char*>(const_cast<void*>(stack.const_data_ptr())),
+               stack.scalar_type(),
+               stack.size(1),
+               stack.size(2),
+               stack.stride(1),
+               stack.stride(2)};
+  first.data += e * stack.stride(0) * first.width();
+  return first;
 }
 
-inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
-
-// out = left @ right^T + first; `first` is a vector for every row, or out itself, or nothing.
-inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right,
-                     const OptionalTensor& first) {
+// out = left @ right^T + first; `first` is one row for all of out's, or out itself, or nothing.
+inline void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
+                     const std::optional<Matrix>& first) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(left), from(right), from(first), from(out)};
+  const Tensor target = out.tensor();
+  OptionalTensor added;
+  if (first) added = first->data == out.data ? target : first->tensor();
+  std::array<StableIValue, 4> stack{from(left.tensor()), from(right.tensor()), from(added),
+                                    from(target)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+inline void copy(const Matrix& to, const Matrix& from) {
+  Tensor target = to.tensor();
+  torch::stable::copy_(target, from.tensor());
+}
+
 // Memory of one thread for a block of a matrix.
 class Panel {
  public:
-  // [rows, width], with the values of an earlier block.
-  Tensor get(const Tensor& like, ScalarType dtype, int64_t rows, int64_t width) {
-    if (!memory_ || memory_->numel() < rows * width) memory_ = empty(like, {rows * width}, dtype);
-    return torch::stable::view(part(*memory_, 0, 0, rows * width), {rows, width});
+  // Holds what an earlier block left there.
+  Matrix get(ScalarType dtype, int64_t rows, int64_t columns) {
+    Matrix panel{nullptr, dtype, rows, columns, columns, 1};
+    const auto bytes = static_cast<std::size_t>(rows * columns * panel.width());
+    if (bytes > size_) {
+      memory_.reset(static_cast<char*>(::operator new(bytes, kAlignment)));
+      size_ = bytes;
+    }
+    panel.data = memory_.get();
+    return panel;
   }
 
   // A copy of a matrix, with rows of zero after it.
-  Tensor copy(const Tensor& matrix, ScalarType dtype, int64_t rows) {
-    const int64_t given = matrix.size(0);
-    const Tensor panel = get(matrix, dtype, rows, matrix.size(1));
-    Tensor values = part(panel, 0, 0, given), rest = part(panel, 0, given, rows);
-    torch::stable::copy_(values, matrix);
-    if (given < rows) torch::stable::zero_(rest);
+  Matrix copy_of(const Matrix& matrix, ScalarType dtype, int64_t rows) {
+    const Matrix panel = get(dtype, rows, matrix.columns);
+    copy(panel.row_range(0, matrix.rows), matrix);
+    const Matrix rest = panel.row_range(matrix.rows, rows);
+    std::memset(rest.data, 0, rest.rows * rest.columns * rest.width());
     return panel;
   }
 
   // The same of a matrix whose columns may be dense in memory, without transposing it.
-  Tensor copy_as_it_lies(const Tensor& matrix, ScalarType dtype) {
-    if (matrix.stride(1) == 1) return copy(matrix, dtype, matrix.size(0));
-    return transposed(copy(transposed(matrix), dtype, matrix.size(1)));
+  Matrix copy_as_it_lies(const Matrix& matrix, ScalarType dtype) {
+    if (matrix.column_stride == 1) return copy_of(matrix, dtype, matrix.rows);
+    return copy_of(matrix.transposed(), dtype, matrix.columns).transposed();
   }
 
  private:
-  std::optional<Tensor> memory_;
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  std::unique_ptr<char, Delete> memory_;
+  std::size_t size_ = 0;
 };
 
 // The products of one thread.
@@ -101,27 +156,32 @@ class Gemm {
     multiplies_natively(dtype) ? pads_ = true : widens_ = true;
   }
 
-  // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [N]
-  void rows_by_weight(const Tensor& out, const Tensor& rows, const Tensor& weight,
-                      const OptionalTensor& bias) {
-    const int64_t n = rows.size(0), padded = pads_ ? padded_size(n) : n;
-    if (!widens_ && padded == n) return multiply(out, rows, weight, bias);
-    const ScalarType dtype = widens_ ? ScalarType::Float : rows.scalar_type();
-    const Tensor result = out_.get(out, dtype, padded, out.size(1));
-    multiply(result, left_.copy(rows, dtype, padded),
-             widens_ ? right_.copy_as_it_lies(weight, dtype) : weight,
-             widens_ && bias ? OptionalTensor(torch::stable::to(*bias, dtype)) : bias);
-    Tensor target = out;
-    torch::stable::copy_(target, part(result, 0, 0, n));
+  // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N]
+  void rows_by_weight(const Matrix& out, const Matrix& rows, const Matrix& weight,
+                      const std::optional<Matrix>& bias) {
+    const int64_t padded = pads_ ? padded_size(rows.rows) : rows.rows;
+    if (!widens_ && padded == rows.rows) return multiply(out, rows, weight, bias);
+    const ScalarType dtype = widens_ ? ScalarType::Float : rows.dtype;
+    const Matrix result = out_.get(dtype, padded, out.columns);
+    const Matrix left = left_.copy_of(rows, dtype, padded);
+    if (widens_) {
+      multiply(result, left, right_.copy_as_it_lies(weight, dtype),
+               bias ? std::optional(bias_.copy_of(*bias, dtype, 1)) : std::nullopt);
+    } else {
+      multiply(result, left, weight, bias);
+    }
+    copy(out, result.row_range(0, rows.rows));
   }
 
   // out [N, M] = left [n, N]^T @ right [n, M]
-  void outer(const Tensor& out, const Tensor& left, const Tensor& right) {
-    const int64_t n = left.size(0), padded = pads_ ? padded_size(n) : n;
+  void outer(const Matrix& out, const Matrix& left, const Matrix& right) {
+    const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
     if (widens_) return widened_outer(out, left, right);
-    if (padded == n) return multiply(out, transposed(left), transposed(right), std::nullopt);
-    multiply(out, transposed(left_.copy(left, left.scalar_type(), padded)),
-             transposed(right_.copy(right, right.scalar_type(), padded)), std::nullopt);
+    if (padded == left.rows) {
+      return multiply(out, left.transposed(), right.transposed(), std::nullopt);
+    }
+    multiply(out, left_.copy_of(left, left.dtype, padded).transposed(),
+             right_.copy_of(right, right.dtype, padded).transposed(), std::nullopt);
   }
 
  private:
@@ -134,21 +194,20 @@ class Gemm {
     return (n + step - 1) / step * step;
   }
 
-  void widened_outer(const Tensor& out, const Tensor& left, const Tensor& right) {
+  void widened_outer(const Matrix& out, const Matrix& left, const Matrix& right) {
     const ScalarType dtype = ScalarType::Float;
-    const Tensor sum = out_.get(out, dtype, out.size(0), out.size(1));
-    for (int64_t begin = 0; begin < left.size(0); begin += kRows) {
-      const int64_t end = std::min(begin + kRows, left.size(0));
-      multiply(sum, transposed(left_.copy(part(left, 0, begin, end), dtype, end - begin)),
-               transposed(right_.copy(part(right, 0, begin, end), dtype, end - begin)),
-               begin == 0 ? std::nullopt : OptionalTensor(sum));
+    const Matrix sum = out_.get(dtype, out.rows, out.columns);
+    for (int64_t begin = 0; begin < left.rows; begin += kRows) {
+      const int64_t end = std::min(begin + kRows, left.rows);
+      multiply(sum, left_.copy_of(left.row_range(begin, end), dtype, end - begin).transposed(),
+               right_.copy_of(right.row_range(begin, end), dtype, end - begin).transposed(),
+               begin == 0 ? std::nullopt : std::optional(sum));
     }
-    Tensor target = out;
-    torch::stable::copy_(target, sum);
+    copy(out, sum);
   }
 
   bool widens_ = false, pads_ = false;
-  Panel left_, right_, out_;
+  Panel left_, right_, out_, bias_;
 };
 
 }  // namespace moe_ext

@@ -7,9 +7,10 @@
 // rows are never read and come out zero.
 //
 // Every GEMM is cut into tiles, and a thread takes whole tiles: many small experts keep all threads
-// busy, and so does one that has all rows. Tiles depend on sizes and routing alone, so results do
-// not on the number of threads.
+// busy, and so does one that has all rows.
 
+#include <exception>
+#include <mutex>
 #include <vector>
 
 #include "gemm.h"
@@ -18,23 +19,44 @@ namespace moe_ext {
 namespace {
 
 constexpr int64_t kTileRows = 256, kTileColumns = 1024;
+constexpr int64_t kOuterTileRows = 512, kOuterTileColumns = 1024;
 
+// A part of one expert's product: rows and columns of what comes out.
 struct Tile {
   int64_t expert, row_begin, row_end, column_begin, column_end;
 };
 
+void add_tiles(std::vector<Tile>& tiles, int64_t expert, int64_t row_begin, int64_t row_end,
+               int64_t tile_rows, int64_t num_columns, int64_t tile_columns) {
+  for (int64_t column = 0; column < num_columns; column += tile_columns) {
+    for (int64_t row = row_begin; row < row_end; row += tile_rows) {
+      tiles.push_back({expert, row, std::min(row + tile_rows, row_end), column,
+                       std::min(column + tile_columns, num_columns)});
+    }
+  }
+}
+
 // body(gemm, tile) for all. A thread that is done takes the next one: products of few rows are
-// slower than their size says.
+// slower than their size says. What a body throws is thrown again here.
 template <typename Body>
 void run(const std::vector<Tile>& tiles, ScalarType dtype, const Body& body) {
+  // One tile alone is left to the threads of torch's GEMM.
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles.size());
   std::atomic<size_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr failure;
   parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    Gemm gemm(dtype);
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tiles.size();) {
-      body(gemm, tiles[i]);
+    try {
+      Gemm gemm(dtype);
+      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tiles.size();) {
+        body(gemm, tiles[i]);
+      }
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!failure) failure = std::current_exception();
     }
   });
+  if (failure) std::rethrow_exception(failure);
 }
 
 // The rows that routes own, of every expert.
@@ -62,46 +84,43 @@ std::vector<Range> owned_rows(const Check& check, const Groups& groups, int64_t 
   return ranges;
 }
 
-void zero_unowned(const Tensor& out, const std::vector<Range>& owned) {
+void zero_rows(const Matrix& matrix, int64_t begin, int64_t end) {
+  const Matrix rows = matrix.row_range(begin, end);
+  std::memset(rows.data, 0, rows.rows * rows.columns * rows.width());
+}
+
+void zero_unowned(const Matrix& out, const std::vector<Range>& owned) {
   int64_t done = 0;
-  const auto zero_to = [&](int64_t end) {
-    Tensor gap = part(out, 0, done, end);
-    if (done < end) torch::stable::zero_(gap);
-  };
   for (const Range& range : owned) {
-    zero_to(range.begin);
+    zero_rows(out, done, range.begin);
     done = range.end;
   }
-  zero_to(out.size(0));
+  zero_rows(out, done, out.rows);
 }
 
 Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const OptionalTensor& bias,
                       const Tensor& offsets, const Tensor& load, std::optional<int64_t> capacity) {
   const GroupedMMArgs a = grouped_mm_args(rows, weights, bias, offsets, load, capacity);
-  const int64_t E = a.groups.num_experts, N = a.out_width;
   const std::vector<Range> owned = owned_rows(Check("grouped_mm"), a.groups, a.num_rows);
-  const Tensor out = fresh(a.rows, {a.num_rows, N}, a.rows.scalar_type());
-  zero_unowned(out, owned);
+  const Tensor out = fresh(a.rows, {a.num_rows, a.out_width}, a.rows.scalar_type());
+  const Matrix all_out = matrix_of(out), all_rows = matrix_of(a.rows);
+  zero_unowned(all_out, owned);
 
   std::vector<Tile> tiles;
-  for (int64_t e = 0; e < E; ++e) {
-    for (int64_t column = 0; column < N; column += kTileColumns) {
-      const int64_t column_end = std::min(column + kTileColumns, N);
-      for (int64_t row = owned[e].begin; row < owned[e].end; row += kTileRows) {
-        tiles.push_back({e, row, std::min(row + kTileRows, owned[e].end), column, column_end});
-      }
-    }
+  for (int64_t e = 0; e < a.groups.num_experts; ++e) {
+    add_tiles(tiles, e, owned[e].begin, owned[e].end, kTileRows, a.out_width, kTileColumns);
   }
-  const Tensor all_rows = plain(a.rows), all_weights = plain(a.weights);
-  const OptionalTensor biases = a.bias ? OptionalTensor(plain(*a.bias)) : std::nullopt;
   run(tiles, a.rows.scalar_type(), [&](Gemm& gemm, const Tile& t) {
-    const auto columns_of = [&](const Tensor& stack) {
-      return part(torch::stable::select(stack, 0, t.expert), 0, t.column_begin, t.column_end);
-    };
-    const Tensor target = part(out, 0, t.row_begin, t.row_end);
-    gemm.rows_by_weight(part(target, 1, t.column_begin, t.column_end),
-                        part(all_rows, 0, t.row_begin, t.row_end), columns_of(all_weights),
-                        biases ? OptionalTensor(columns_of(*biases)) : std::nullopt);
+    std::optional<Matrix> first;
+    if (a.bias) {
+      first = matrix_of(*a.bias)
+                  .row_range(t.expert, t.expert + 1)
+                  .column_range(t.column_begin, t.column_end);
+    }
+    gemm.rows_by_weight(
+        all_out.row_range(t.row_begin, t.row_end).column_range(t.column_begin, t.column_end),
+        all_rows.row_range(t.row_begin, t.row_end),
+        matrix_of(a.weights, t.expert).row_range(t.column_begin, t.column_end), first);
   });
   return out;
 }
@@ -109,27 +128,25 @@ Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const OptionalT
 Tensor grouped_outer_cpu(const Tensor& left, const Tensor& right, const Tensor& offsets,
                          const Tensor& load, std::optional<int64_t> capacity) {
   const GroupedOuterArgs a = grouped_outer_args(left, right, offsets, load, capacity);
-  const int64_t E = a.groups.num_experts, N = a.left_width, M = a.right_width;
   const std::vector<Range> owned = owned_rows(Check("grouped_outer"), a.groups, a.num_rows);
-  const Tensor out = fresh(a.left, {E, N, M}, a.left.scalar_type());
+  const Tensor out =
+      fresh(a.left, {a.groups.num_experts, a.left_width, a.right_width}, a.left.scalar_type());
 
   std::vector<Tile> tiles;
-  for (int64_t e = 0; e < E; ++e) {
-    for (int64_t column = 0; column < N; column += kTileColumns) {
-      tiles.push_back(
-          {e, owned[e].begin, owned[e].end, column, std::min(column + kTileColumns, N)});
-    }
+  for (int64_t e = 0; e < a.groups.num_experts; ++e) {
+    add_tiles(tiles, e, 0, a.left_width, kOuterTileRows, a.right_width, kOuterTileColumns);
   }
-  const Tensor lefts = plain(a.left), rights = plain(a.right);
+  const Matrix lefts = matrix_of(a.left), rights = matrix_of(a.right);
   run(tiles, a.left.scalar_type(), [&](Gemm& gemm, const Tile& t) {
-    Tensor target = part(torch::stable::select(out, 0, t.expert), 0, t.column_begin, t.column_end);
-    if (t.row_begin == t.row_end) {
-      torch::stable::zero_(target);
+    const auto [begin, end] = owned[t.expert];
+    const Matrix rows = matrix_of(out, t.expert).row_range(t.row_begin, t.row_end);
+    if (begin == end) {
+      if (t.column_begin == 0) zero_rows(rows, 0, rows.rows);
       return;
     }
-    const Tensor left_rows = part(lefts, 0, t.row_begin, t.row_end);
-    gemm.outer(target, part(left_rows, 1, t.column_begin, t.column_end),
-               part(rights, 0, t.row_begin, t.row_end));
+    gemm.outer(rows.column_range(t.column_begin, t.column_end),
+               lefts.row_range(begin, end).column_range(t.row_begin, t.row_end),
+               rights.row_range(begin, end).column_range(t.column_begin, t.column_end));
   });
   return out;
 }
