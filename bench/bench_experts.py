@@ -353,9 +353,9 @@ def main(arguments: list[str] | None = None) -> None:
     points = report["points"].values()
     report["geometric_mean_ratio"] = geometric_mean([p["ratio"] for p in points])
     report["lowest_ratio"] = min(p["ratio"] for p in points)
-    for name in ("of_bound", "of_bound_fastest"):
-        report[f"geometric_mean_{name}"] = geometric_mean([p[name] for p in points])
-        report[f"lowest_{name}"] = min(p[name] for p in points)
+    for share in ("of_bound", "of_bound_fastest"):
+        report[f"geometric_mean_{share}"] = geometric_mean([p[share] for p in points])
+        report[f"lowest_{share}"] = min(p[share] for p in points)
     print(
         f"{report['geometric_mean_ratio']:.2f}x the best of them in the geometric mean, "
         f"{report['lowest_ratio']:.2f}x at the least; of the bound "

@@ -455,10 +455,11 @@ def bench(monkeypatch):
     return module
 
 
-def test_the_bench(bench, tmp_path, capsys):
-    out = tmp_path / "experts.json"
-    bench.main(["--rounds", "1", "--no-memory", "--out", str(out)])
-    report = json.loads(out.read_text())
+def test_the_bench(bench, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    bench.main(["--rounds", "1", "--no-memory"])
+    folder = bench.slug(bench.machine(torch.device("cpu")))
+    report = json.loads((tmp_path / folder / "experts-float32.json").read_text())
     assert list(report["points"]) == ["tiny", "skewed"]
     for point in report["points"].values():
         assert set(point["seconds"]) == {"moe_ext", "eager", "batched_mm", "grouped_mm"}
