@@ -1,7 +1,7 @@
 // The table of operators. Letters are shapes: T tokens, K choices, E experts, R rows, H hidden,
 // N and M the two widths of an expert's weight,
 // F an expert's inner size, G = 2F where its activation has a gate, else F. Ids, slots, sources,
-// offsets and load are int32. Meaning: moe_ext/reference.py. Gradients: moe_ext/functional.py.
+// offsets and load are int32. Meaning: moe_ext/reference.py. Gradients: moe_ext/gradients.py.
 // Arguments: args.h.
 
 #include <torch/csrc/stable/library.h>

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from . import contracts
+from . import options
 from .functional import combine, dispatch
 from .plan import Plan, make_plan
 
@@ -19,7 +19,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
-        self.num_experts = contracts.integer(type(self).__name__, "num_experts", num_experts, 1)
+        self.num_experts = options.integer(type(self).__name__, "num_experts", num_experts, 1)
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         """The weighted sum of every token's experts. tokens [T, H], weights [T, K] -> [T, H]."""
@@ -136,7 +136,7 @@ class DeepSpeedExperts(nn.Module):
         self, expert: nn.Module, num_local_experts: int = 1, expert_group_name: str | None = None
     ) -> None:
         super().__init__()
-        contracts.integer("Experts", "num_local_experts", num_local_experts, 1)
+        options.integer("Experts", "num_local_experts", num_local_experts, 1)
         self.deepspeed_experts = nn.ModuleList(
             copy.deepcopy(expert) for _ in range(num_local_experts)
         )

@@ -14,19 +14,15 @@ the row's gradient times its activation, which the backward has both.
 from torch import Tensor
 
 from . import contracts, ops
-from .functional import (
+from .functional import activate, autocast, combine, dispatch, grouped_mm
+from .gradients import (
+    ActivateBackward,
+    Combine,
+    Dispatch,
+    GroupedMM,
+    GroupedOuter,
     Operator,
-    _ActivateBackward,
-    _Combine,
-    _Dispatch,
-    _GroupedMM,
-    _GroupedOuter,
-    _RouteDot,
-    activate,
-    autocast,
-    combine,
-    dispatch,
-    grouped_mm,
+    RouteDot,
     is_transposed,
     outer_like,
     sum_of_groups,
@@ -61,14 +57,14 @@ class _Inner(Operator):
         needs_tokens, needs_weights, needs_bias, *_ = ctx.needs_input_grad
         grad_tokens = grad_weights = grad_bias = None
         if needs_weights:
-            rows = _Dispatch.call(tokens, slots, sources, None)
+            rows = Dispatch.call(tokens, slots, sources, None)
             grad_weights = outer_like(ctx.is_transposed, grad, rows, groups)
             del rows
         if needs_bias:
             grad_bias = sum_of_groups(grad, groups)
         if needs_tokens:
-            grad_rows = _GroupedMM.call(grad, weights.transpose(1, 2), None, *groups)
-            grad_tokens = _Combine.call(grad_rows, slots, sources, None)
+            grad_rows = GroupedMM.call(grad, weights.transpose(1, 2), None, *groups)
+            grad_tokens = Combine.call(grad_rows, slots, sources, None)
         return grad_tokens, grad_weights, grad_bias, None, None, None, None, None
 
 
@@ -114,9 +110,9 @@ class _Outer(Operator):
         inner, weights, bias, route_weights, slots, sources, *groups = ctx.saved_tensors
         groups = *groups, ctx.capacity
         needs_inner, needs_weights, needs_bias, needs_route_weights, *_ = ctx.needs_input_grad
-        rows = _Dispatch.call(grad, slots, sources, None)
-        grad_active = _GroupedMM.call(rows, weights.transpose(1, 2), None, *groups)
-        grad_inner, active, grad_route_weights = _ActivateBackward.call(
+        rows = Dispatch.call(grad, slots, sources, None)
+        grad_active = GroupedMM.call(rows, weights.transpose(1, 2), None, *groups)
+        grad_inner, active, grad_route_weights = ActivateBackward.call(
             grad_active, inner, slots, sources, route_weights, ctx.activation
         )
         del grad_active
@@ -126,12 +122,12 @@ class _Outer(Operator):
         if bias is not None:
             one = grad.new_ones(grad.shape[0], 1)
             if needs_route_weights:
-                dots = _GroupedMM.call(rows, bias.unsqueeze(1), None, *groups)
-                of_bias = _RouteDot.call(one, dots, slots, sources)
+                dots = GroupedMM.call(rows, bias.unsqueeze(1), None, *groups)
+                of_bias = RouteDot.call(one, dots, slots, sources)
                 grad_route_weights = grad_route_weights + of_bias
             if needs_bias:
-                factors = _Dispatch.call(one, slots, sources, route_weights)
-                grad_bias = _GroupedOuter.call(rows, factors, *groups).squeeze(-1)
+                factors = Dispatch.call(one, slots, sources, route_weights)
+                grad_bias = GroupedOuter.call(rows, factors, *groups).squeeze(-1)
         return (
             grad_inner if needs_inner else None,
             grad_weights,

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import contracts, convert
+from . import contracts, convert, options
 from .experts import Experts
 from .feed_forward import WEIGH, feed_forward
 from .functional import activate, grouped_mm
@@ -45,13 +45,13 @@ class GroupedExperts(Experts):
         dtype=None,
     ) -> None:
         super().__init__(num_experts)
-        contracts.names(
+        options.names(
             "GroupedExperts",
             activation=(activation, contracts.ACTIVATIONS),
             weigh=(weigh, WEIGH),
         )
-        self.hidden_size = contracts.integer("GroupedExperts", "hidden_size", hidden_size, 0)
-        self.ffn_size = contracts.integer("GroupedExperts", "ffn_size", ffn_size, 0)
+        self.hidden_size = options.integer("GroupedExperts", "hidden_size", hidden_size, 0)
+        self.ffn_size = options.integer("GroupedExperts", "ffn_size", ffn_size, 0)
         self.activation = activation
         self.has_gate = activation in contracts.GATED
         self.has_bias = bias

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import contracts, route_forms
+from . import options, route_forms
 from .experts import DeepSpeedExperts, Experts, padded_routed
 from .plan import Plan
 from .timers import Timers
@@ -244,7 +244,7 @@ class MoE(nn.Module):
         **gate_options,
     ) -> None:
         super().__init__()
-        contracts.integer("MoE", "num_experts", num_experts, 1)
+        options.integer("MoE", "num_experts", num_experts, 1)
         if not isinstance(expert, nn.Module):
             raise ValueError(f"MoE: expert must be a module, got {expert!r}")
         if ep_size != 1:

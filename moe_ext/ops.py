@@ -6,7 +6,7 @@ products of experts), so torch's dispatcher makes the choice per call. Where no 
 all, the schemas come from the reference's signatures.
 
 The operators are private; the functions of the package say what they take. Their gradients are
-autograd.Functions (functional.py), which also stand behind the raw operators: a program from
+autograd.Functions (gradients.py), which also stand behind the raw operators: a program from
 torch.export, which calls those, can be trained. torch.func does not reach through them.
 """
 

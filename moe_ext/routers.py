@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from . import contracts
+from . import options
 
 
 class CosineRouter(nn.Module):
@@ -36,9 +36,9 @@ class CosineRouter(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        H = contracts.integer("CosineRouter", "model_dim", model_dim, 0)
-        E = contracts.integer("CosineRouter", "num_experts", num_experts, 1)
-        P = contracts.integer("CosineRouter", "proj_dim", proj_dim, 1)
+        H = options.integer("CosineRouter", "model_dim", model_dim, 0)
+        E = options.integer("CosineRouter", "num_experts", num_experts, 1)
+        P = options.integer("CosineRouter", "proj_dim", proj_dim, 1)
         if not temperature >= 0.01:
             raise ValueError(f"CosineRouter: temperature must be 0.01 or more, got {temperature}")
         self.temperature = temperature

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import contracts, losses
+from . import contracts, losses, options
 from .functional import Choice, gate
 from .plan import Plan, make_plan
 
@@ -85,7 +85,7 @@ def route(
         choice = _weigh(logits, k, experts, **gate_options)
     experts = choice.experts
     if used_token is not None:
-        contracts.used_token("route", used_token, logits.shape[0])
+        options.used_token("route", used_token, logits.shape[0])
         experts = torch.where(used_token.reshape(-1, 1) != 0, experts, -1)
     priority = _priority(choice, drop_policy, are_scores=not is_before)
     plan = make_plan(experts, logits.shape[1], capacity, priority=priority, order=order)

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import contracts
+from . import options
 from .capacity import float32
 
 GROUP_SCORES = ("max", "top2_sum")
@@ -59,8 +59,8 @@ def check_groups(
     owner: str, num_experts: int, k: int, num_groups: int, groups_per_token: int
 ) -> None:
     """Whether groups can be made, and leave k experts. Raises ValueError."""
-    contracts.integer(owner, "num_groups", num_groups, 1)
-    contracts.integer(owner, "groups_per_token", groups_per_token, 1)
+    options.integer(owner, "num_groups", num_groups, 1)
+    options.integer(owner, "groups_per_token", groups_per_token, 1)
     if num_experts % num_groups:
         raise ValueError(
             f"{owner}: num_groups must divide num_experts = {num_experts}, got {num_groups}"

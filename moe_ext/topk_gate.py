@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import contracts, reference, route_forms, selection
+from . import contracts, options, reference, route_forms, selection
 from .capacity import expert_capacity
 from .functional import has_autocast
 from .routers import logits_of
@@ -108,13 +108,13 @@ class TopKGate(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        self.model_dim = contracts.integer("TopKGate", "model_dim", model_dim, 0)
-        self.num_experts = contracts.integer("TopKGate", "num_experts", num_experts, 1)
-        self.k = contracts.integer("TopKGate", "k", k, 1)
-        self.min_capacity = contracts.integer("TopKGate", "min_capacity", min_capacity, 0)
+        self.model_dim = options.integer("TopKGate", "model_dim", model_dim, 0)
+        self.num_experts = options.integer("TopKGate", "num_experts", num_experts, 1)
+        self.k = options.integer("TopKGate", "k", k, 1)
+        self.min_capacity = options.integer("TopKGate", "min_capacity", min_capacity, 0)
         if k > num_experts:
             raise ValueError(f"TopKGate: k must be in 1..num_experts = {num_experts}, got {k}")
-        contracts.names(
+        options.names(
             "TopKGate",
             noisy_gate_policy=(noisy_gate_policy, tuple(NOISE_SCALES)),
             drop_policy=(drop_policy, (None, *DROP_POLICIES)),
@@ -130,7 +130,7 @@ class TopKGate(nn.Module):
             noise_in_eval=(noise_in_eval, (True, False)),
             sampling_in_eval=(sampling_in_eval, (True, False)),
         )
-        contracts.numbers(
+        options.numbers(
             "TopKGate",
             capacity_factor=(capacity_factor, 1e-6, 1e6),
             eval_capacity_factor=(eval_capacity_factor, 1e-6, 1e6),
@@ -244,7 +244,7 @@ class TopKGate(nn.Module):
                 f"got {list(tokens.shape)}"
             )
         if used_token is not None:
-            contracts.used_token("TopKGate", used_token, tokens.shape[0])
+            options.used_token("TopKGate", used_token, tokens.shape[0])
         if not self.wall_clock_breakdown:
             return self._route(tokens, used_token, experts)
         with self.timers.time(TOPK_GATE_TIMER):

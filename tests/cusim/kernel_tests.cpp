@@ -395,18 +395,25 @@ struct RowsCase {
   int64_t shift = 0;  // of the tokens' address, in elements
 };
 
+// Where it is not consistent, slots and sources of no plan.
+MadePlan plan_of(const RowsCase& c) {
+  const int64_t N = c.plan.T * c.plan.K, R = rows_of(c.plan);
+  Array<int32_t> experts(N);
+  Array<float> priority(N);
+  MadePlan made = make_plan(c.plan, experts, priority);
+  if (!c.consistent) {
+    for (int64_t i = 0; i < N; ++i) made.slots[i] = static_cast<int32_t>(below(R + 4) - 2);
+    for (int64_t i = 0; i < R; ++i) made.sources[i] = static_cast<int32_t>(below(N + 4) - 2);
+  }
+  return made;
+}
+
 template <typename T>
 void test_rows(const RowsCase& c, bool weighted) {
   using Sum = accumulate_t<T>;
   const PlanCase& p = c.plan;
   const int64_t N = p.T * p.K, R = rows_of(p), H = c.H;
-  Array<int32_t> experts(N);
-  Array<float> priority(N);
-  MadePlan made = make_plan(p, experts, priority);
-  if (!c.consistent) {
-    for (int64_t i = 0; i < N; ++i) made.slots[i] = static_cast<int32_t>(below(R + 4) - 2);
-    for (int64_t i = 0; i < R; ++i) made.sources[i] = static_cast<int32_t>(below(N + 4) - 2);
-  }
+  MadePlan made = plan_of(c);
   Array<T> all_tokens(p.T * H + c.shift);
   Array<T> rows(R * H), dispatched(R * H), again(R * H), combined(p.T * H);
   Array<Sum> weights(N), dots(N), dots_again(N);
@@ -492,13 +499,7 @@ void test_activation(const RowsCase& c, Activation activation, bool weighted) {
   using Sum = accumulate_t<T>;
   const PlanCase& p = c.plan;
   const int64_t N = p.T * p.K, R = rows_of(p), F = c.H, G = is_gated(activation) ? 2 * F : F;
-  Array<int32_t> experts(N);
-  Array<float> priority(N);
-  MadePlan made = make_plan(p, experts, priority);
-  if (!c.consistent) {
-    for (int64_t i = 0; i < N; ++i) made.slots[i] = static_cast<int32_t>(below(R + 4) - 2);
-    for (int64_t i = 0; i < R; ++i) made.sources[i] = static_cast<int32_t>(below(N + 4) - 2);
-  }
+  MadePlan made = plan_of(c);
   Array<T> inner(R * G), grad(R * F), out(R * F), grad_inner(R * G), active(R * F);
   Array<Sum> weights(N), grad_weights(N);
   fill(inner), fill(grad), fill(weights);
