@@ -5,31 +5,31 @@
 Every implementation's output and gradients are checked before its time counts. Times are of a
 forward and a backward, medians of all rounds. In a round each makes sixteen calls in a row,
 of which the second half counts: the first finds memory as another has left it, where training does
-not. A peer four times slower than ours makes two, of which one counts. The bound is the same GEMMs
-alone, expert by expert into outputs that are reused: torch's threads inside each product, or one
-thread for each half of the experts, whichever is faster at that point; "fastest" is its share by
-the fastest call of each, which other work on the machine does not show in. "memory" is how far a
-process of its own grows at the most in one forward and backward (Linux). Prints a table and, where
-all was run, writes bench/results/<machine>/experts-<dtype>.json.
+not. A peer four times slower than ours makes two, of which one counts. Every point has a process
+of its own, which keeps the memory that is freed in it (memory.py), for all alike; with --new-memory
+glibc gives it back at once, as it does untold, and every large result is made of new pages.
+
+The bound is the same GEMMs alone, expert by expert into outputs that are reused: torch's threads
+inside each product, or one thread for each half of the experts, whichever is faster at that point;
+"fastest" is its share by the fastest call of each, which other work on the machine does not show
+in. "memory" is how far a process grows at the most in one forward and backward. Prints a table and,
+where all was run, writes bench/results/<machine>/experts-<dtype>.json. Needs Linux with glibc.
 
 For a CPU without bfloat16 instructions, ONEDNN_MAX_CPU_ISA=AVX2: torch then multiplies as there.
 """
 
 import argparse
-import ctypes
 import json
 import math
 import os
-import re
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import memory
 import torch
 import transformers
 from bench_ops import RESULTS, machine, positive, slug
@@ -246,30 +246,16 @@ def measure(point: Point, dtype: torch.dtype, rounds: int) -> dict:
     }
 
 
-def growth(label: str, dtype: str, implementation: str) -> int:
-    """Bytes that a process of its own grows by in one forward and backward."""
-    command = [sys.executable, __file__, "--dtype", dtype, "--grow", label, implementation]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-
-def print_growth(label: str, dtype: torch.dtype, implementation: str) -> None:
-    case = Case(POINTS[label], dtype)
+def growth(point: Point, dtype: torch.dtype, implementation: str) -> int:
+    """Bytes that this process grows by in one forward and backward."""
+    case = Case(point, dtype)
     case.run(implementation)
     for leaf in case.leaves():
         leaf.grad = None
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # or what the first call left would not count in the second
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    memory.give_back()  # or what the first call left would not count in the second
+    before = memory.start_peak()
     case.run(implementation)
-    print(resident("VmHWM") - before)
-
-
-def resident(line: str) -> int:
-    """Bytes of this process in memory: now (VmRSS), or at its peak (VmHWM)."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{line}:\s*(\d+) kB", status)[1]) * 1024
+    return memory.peak() - before
 
 
 def summary(result: dict) -> dict:
@@ -296,18 +282,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--point", nargs="*", choices=list(POINTS), help="only these")
     parser.add_argument("--rounds", type=positive, default=2)
-    parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
+    parser.add_argument("--no-growth", action="store_true", help="do not measure memory")
+    parser.add_argument("--new-memory", action="store_true", help="do not reuse what was freed")
     parser.add_argument("--out", type=Path, help="the JSON file, also of a part")
-    parser.add_argument("--grow", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     dtype = getattr(torch, options.dtype)
-    if options.grow:
-        print_growth(options.grow[0], dtype, options.grow[1])
-        return
     labels = list(POINTS) if dtype == torch.float32 else list(POINTS)[:3]
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
     name = machine(torch.device("cpu"))
@@ -319,16 +302,19 @@ def main(arguments: list[str] | None = None) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "dtype": options.dtype,
         "ONEDNN_MAX_CPU_ISA": isa,
+        "reuses_freed_memory": not options.new_memory,
         "points": {},
     }
     heads = "".join(f"{head:>11}" for head in (OURS, *PEERS, "bound"))
     print(f"{'':22}{heads}   of best  of bound   fastest   GFLOP/s   (milliseconds)")
     for label in (bar := tqdm(options.point or labels, unit="point", leave=False)):
         point = POINTS[label]
-        result = point._asdict() | measure(point, dtype, options.rounds)
-        if not options.no_memory:
+        result = point._asdict() | memory.in_new_process(
+            measure, point, dtype, options.rounds, keeps_freed=not options.new_memory
+        )
+        if not options.no_growth:
             result["growth_bytes"] = {
-                implementation: growth(label, options.dtype, implementation)
+                implementation: memory.in_new_process(growth, point, dtype, implementation)
                 for implementation in result["seconds"]
             }
         result |= summary(result)
@@ -344,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for peer, reason in result["excluded"].items():
             bar.write(f"{'':22}{peer} {reason}: not timed")
-        if not options.no_memory:
+        if not options.no_growth:
             cells = [
                 f"{result['growth_bytes'][n] / 2**20:11.0f}" if n in result["seconds"] else " " * 11
                 for n in (OURS, *PEERS)
@@ -363,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"by the fastest calls of both {report['geometric_mean_of_bound_fastest']:.0%}, "
         f"{report['lowest_of_bound_fastest']:.0%}"
     )
-    suffix = f"-{isa.lower()}" if isa else ""
+    suffix = (f"-{isa.lower()}" if isa else "") + ("-new-memory" if options.new_memory else "")
     whole = None if options.point else RESULTS / slug(name)
     out = options.out or (whole and whole / f"experts-{options.dtype}{suffix}.json")
     if out:

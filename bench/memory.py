@@ -1,0 +1,56 @@
+"""What a bench does with a process's memory, and sees of it. Linux with glibc; elsewhere an error.
+
+glibc gives every large block back to the system when it is freed, so that the next one comes as
+new pages, which the system zeroes at first use: a fifth to a half of the time of an operator that
+only moves rows. A program that trains may keep its memory instead:
+
+    GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+
+or load jemalloc or tcmalloc, as PyTorch's tuning guide says.
+"""
+
+import ctypes
+import multiprocessing
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+# Numbers of <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed() -> None:
+    """From here on this process reuses what it freed."""
+    libc = ctypes.CDLL(None)
+    if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)):
+        raise OSError("mallopt refused")
+
+
+def in_new_process(function: Callable, *args, keeps_freed: bool = False):
+    """function(*args) where no earlier call has left its memory."""
+    context = multiprocessing.get_context("spawn")
+    start = keep_freed if keeps_freed else None
+    with ProcessPoolExecutor(1, mp_context=context, initializer=start) as pool:
+        return pool.submit(function, *args).result()
+
+
+def give_back() -> None:
+    """What is freed and still with the process goes back to the system."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def start_peak() -> int:
+    """Bytes of this process in memory now, from where `peak` counts anew."""
+    now = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    return now
+
+
+def peak() -> int:
+    return _resident("VmHWM")
+
+
+def _resident(line: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{line}:\s*(\d+) kB", status)[1]) * 1024
