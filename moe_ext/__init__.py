@@ -2,13 +2,14 @@
 
 from torch.utils import _pytree as pytree
 
-from . import build, convert, losses, ops, selection
+from . import build, convert, losses, ops, parallel, selection
 from .experts import Experts, ModuleExperts, SharedExperts
 from .explanation import explain
 from .feed_forward import feed_forward
 from .functional import Choice, activate, combine, dispatch, gate, grouped_mm, route_dot
 from .grouped_experts import GroupedExperts
 from .layer import Aux, MoE, MOELayer
+from .parallel import ExpertParallel
 from .plan import Plan, make_plan
 from .routers import CosineRouter
 from .routing import Routing, route
@@ -24,6 +25,7 @@ __all__ = [
     "Aux",
     "Choice",
     "CosineRouter",
+    "ExpertParallel",
     "Experts",
     "GroupedExperts",
     "MOELayer",
@@ -45,6 +47,7 @@ __all__ = [
     "losses",
     "make_plan",
     "ops",
+    "parallel",
     "route",
     "route_dot",
     "selection",

@@ -1,6 +1,7 @@
 """The experts: what happens to routed tokens."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,14 @@ class Experts(nn.Module):
                 f"got {_shape(out)}"
             )
         return combine(out, plan, weights)
+
+    def routed_beside(
+        self, work: Callable[[], Tensor], tokens: Tensor, plan: Plan, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`routed`, and what `work` gives, which needs nothing of it: experts that wait for other
+        processes do it meanwhile."""
+        done = work()
+        return self.routed(tokens, plan, weights), done
 
     def forward(self, rows: Tensor, plan: Plan) -> Tensor:
         """Every row through its expert. rows [R, H] -> [R, H]; what empty rows give is not used."""
@@ -107,24 +116,53 @@ class SharedExperts(Experts):
         return getattr(self.experts, "hidden_size", None)
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        out, of_shared = self.experts.routed_beside(
+            lambda: self._of_shared(tokens), tokens, plan, weights
+        )
+        return out + of_shared
+
+    def _of_shared(self, tokens: Tensor) -> Tensor:
         of_shared = self.shared(tokens)
         if _shape(of_shared) != list(tokens.shape):
             raise RuntimeError(
                 f"SharedExperts: shared must return [T, H] = {list(tokens.shape)}, "
                 f"got {_shape(of_shared)}"
             )
-        if self.gate is not None:
-            scores = self.gate(tokens)
-            if _shape(scores) != [tokens.shape[0], 1]:
-                raise RuntimeError(
-                    f"SharedExperts: gate must return [T, 1] = {[tokens.shape[0], 1]}, "
-                    f"got {_shape(scores)}"
-                )
-            of_shared = of_shared * torch.sigmoid(scores)
-        return self.experts.routed(tokens, plan, weights) + of_shared
+        if self.gate is None:
+            return of_shared
+        scores = self.gate(tokens)
+        if _shape(scores) != [tokens.shape[0], 1]:
+            raise RuntimeError(
+                f"SharedExperts: gate must return [T, 1] = {[tokens.shape[0], 1]}, "
+                f"got {_shape(scores)}"
+            )
+        return of_shared * torch.sigmoid(scores)
 
 
-class DeepSpeedExperts(nn.Module):
+class ExpertParameters(nn.Module):
+    """Every parameter carries `allreduce = False` and `group_name`, that of the processes which
+    share the experts, in DeepSpeed's way."""
+
+    expert_group_name: str | None
+
+    def mark(self) -> None:
+        for parameter in self.parameters():
+            parameter.allreduce = False
+            parameter.group_name = self.expert_group_name
+
+    # Copies and moved parameters are new ones, without marks.
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.mark()
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.mark()
+        return self
+
+
+class DeepSpeedExperts(ExpertParameters):
     """DeepSpeed's `Experts`: copies of a module, each on its part of [ep, num_local_experts, C, H].
 
     expert: maps [ep, 1, C, H] to the same shape, or to a tuple that begins with it
@@ -142,23 +180,7 @@ class DeepSpeedExperts(nn.Module):
         )
         self.num_local_experts = num_local_experts
         self.expert_group_name = expert_group_name
-        self._mark()
-
-    def _mark(self) -> None:
-        for parameter in self.deepspeed_experts.parameters():
-            parameter.allreduce = False
-            parameter.group_name = self.expert_group_name
-
-    # Copies and moved parameters are new ones, without marks.
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._mark()
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        self._mark()
-        return self
+        self.mark()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[ep, num_local_experts, C, H] -> the same shape."""
@@ -190,7 +212,14 @@ def _shape(out) -> list[int] | str:
     return list(out.shape) if isinstance(out, Tensor) else type(out).__name__
 
 
-def padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+def routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+    """`Experts.routed`, also of a module that is none."""
+    if isinstance(experts, Experts):
+        return experts.routed(tokens, plan, weights)
+    return _padded_routed(experts, tokens, plan, weights)
+
+
+def _padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
     """`Experts.routed` of a module that maps [1, E, C, H] to the same shape.
 
     In a plan without capacity C is the largest load, which is read back from the device: one

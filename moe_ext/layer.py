@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import options, route_forms
-from .experts import DeepSpeedExperts, Experts, padded_routed
+from .experts import DeepSpeedExperts, Experts, routed
+from .parallel import ExpertParallel, make_groups
 from .plan import Plan
+from .process_group import GroupAttribute
 from .timers import Timers
 from .topk_gate import TopKGate
 
@@ -60,12 +62,6 @@ def _route(
     return plan, weights, Aux(l_aux, exp_counts, plan.experts)
 
 
-def _routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-    if isinstance(experts, Experts):
-        return experts.routed(tokens, plan, weights)
-    return padded_routed(experts, tokens, plan, weights)
-
-
 class MOELayer(nn.Module):
     """Mixture of experts under DeepSpeed's name and arguments.
 
@@ -76,8 +72,10 @@ class MOELayer(nn.Module):
     experts: Experts of as many; or a module written for DeepSpeed, that maps
         [1, num_local_experts, C, H] to the same shape. Without dropping C is the largest load then,
         which is read back from the device.
-    ep_group_name, ep_size, num_local_experts, use_tutel: taken for DeepSpeed's callers. All experts
-        are local: ep_size is 1 and num_local_experts their number. Tutel is not used.
+    ep_group_name, ep_size, num_local_experts: for DeepSpeed's callers, whose `experts` are this
+        process's part of ep_size parts: `_set_ep_group` makes an ExpertParallel of them. Others
+        give one as experts.
+    use_tutel: taken for DeepSpeed's callers; Tutel is not used
 
     `layer(hidden, used_token=None)` returns a tensor like hidden and leaves `l_aux` and
     `exp_counts` of that call as attributes. Under checkpointing (use_reentrant=False), export and
@@ -86,6 +84,8 @@ class MOELayer(nn.Module):
     `wall_clock_breakdown` set, `time_moe` is the time of all calls in milliseconds; torch.compile
     does not take that. Raises ValueError where gate and experts do not fit.
     """
+
+    ep_group = GroupAttribute()
 
     def __init__(
         self,
@@ -99,26 +99,38 @@ class MOELayer(nn.Module):
         super().__init__()
         if num_local_experts is None and isinstance(experts, nn.Module):
             num_local_experts = _num_experts(experts)
-        _check_fit(gate, experts, ep_size, num_local_experts)
+        self.num_experts = _check_fit(gate, experts, ep_size, num_local_experts)
         self.gate = gate
         self.experts = experts
         self.ep_group_name = ep_group_name
-        self.ep_group: dist.ProcessGroup | None = None
+        self.ep_group = None
         self.ep_size = ep_size
         self.num_local_experts = num_local_experts
         self.use_tutel = False
         self.timers = Timers()
         self.wall_clock_breakdown = False
         self.time_moe = 0.0
-        # Of exchanges between processes; with all experts local there are none.
+        # Of exchanges between processes: they run beside other work and have no time of their own.
         self.time_falltoall = 0.0
         self.time_salltoall = 0.0
         self.l_aux: Tensor | None = None
         self.exp_counts: Tensor | None = None
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
+        size = 1 if ep_group is None else ep_group.size()
+        if size != self.ep_size:
+            raise RuntimeError(
+                f"MOELayer: ep_group must have ep_size = {self.ep_size} processes, got {size}"
+            )
         self.ep_group = ep_group
         self.gate._set_ep_group(ep_group)
+        if size > 1:
+            self.experts = ExpertParallel(
+                self.experts,
+                ep_group,
+                num_local_experts=self.num_local_experts,
+                ep_group_name=self.ep_group_name,
+            )
 
     def forward(
         self,
@@ -158,13 +170,18 @@ class MOELayer(nn.Module):
         self, hidden: Tensor, used_token: Tensor | None, experts: Tensor | None
     ) -> tuple[Tensor, Aux]:
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        plan, weights, aux = _route(self.gate, tokens, used_token, experts)
-        if plan.num_experts != self.num_local_experts:
+        if self.ep_size > 1 and self.ep_group is None:
             raise RuntimeError(
-                f"MOELayer: gate must choose among E = {self.num_local_experts} experts, "
+                f"MOELayer: with ep_size = {self.ep_size} its process group must be set first, by "
+                "MoE.set_deepspeed_parallelism() or _set_ep_group(group)"
+            )
+        plan, weights, aux = _route(self.gate, tokens, used_token, experts)
+        if plan.num_experts != self.num_experts:
+            raise RuntimeError(
+                f"MOELayer: gate must choose among E = {self.num_experts} experts, "
                 f"got {plan.num_experts}"
             )
-        out = _routed(self.experts, tokens, plan, weights)
+        out = routed(self.experts, tokens, plan, weights)
         return out.to(hidden.dtype).view(hidden.shape), aux
 
     def __getstate__(self) -> dict:
@@ -181,21 +198,26 @@ def _num_experts(experts: nn.Module) -> int:
     )
 
 
-def _check_fit(gate: nn.Module, experts: nn.Module, ep_size: int, num_local_experts: int) -> None:
+def _check_fit(gate: nn.Module, experts: nn.Module, ep_size: int, num_local_experts: int) -> int:
+    """Returns the number of all experts."""
     if not isinstance(gate, nn.Module) or isinstance(gate, Experts):
         raise ValueError(f"MOELayer: gate must be a gate's module, got {type(gate).__name__}")
     if not isinstance(experts, nn.Module) or isinstance(experts, TopKGate):
         raise ValueError(f"MOELayer: experts must be a module, got {type(experts).__name__}")
-    if ep_size != 1:
-        raise ValueError(f"MOELayer: ep_size must be 1, all experts are local, got {ep_size}")
+    options.integer("MOELayer", "ep_size", ep_size, 1)
+    if ep_size > 1 and isinstance(experts, ExpertParallel):
+        raise ValueError(
+            f"MOELayer: ep_size must be 1 with experts that are ExpertParallel, got {ep_size}"
+        )
     if isinstance(experts, Experts) and num_local_experts != experts.num_experts:
         raise ValueError(
             f"MOELayer: num_local_experts must be {experts.num_experts}, got {num_local_experts}"
         )
-    if getattr(gate, "num_experts", num_local_experts) != num_local_experts:
+    num_experts = ep_size * num_local_experts
+    if getattr(gate, "num_experts", num_experts) != num_experts:
         raise ValueError(
             f"MOELayer: experts must have the gate's num_experts = {gate.num_experts}, "
-            f"got {num_local_experts}"
+            f"got {num_experts}"
         )
     widths = getattr(gate, "model_dim", None), getattr(experts, "hidden_size", None)
     if None not in widths and widths[0] != widths[1]:
@@ -203,6 +225,7 @@ def _check_fit(gate: nn.Module, experts: nn.Module, ep_size: int, num_local_expe
             f"MOELayer: experts must have the gate's model_dim = {widths[0]} as hidden_size, "
             f"got {widths[1]}"
         )
+    return num_experts
 
 
 class MoE(nn.Module):
@@ -212,7 +235,8 @@ class MoE(nn.Module):
     expert: a module that maps [..., H] to the same shape, or to a tuple that begins with it; every
         expert starts as a copy of it
     num_experts: E
-    ep_size: 1, all experts are local
+    ep_size: processes that share the experts, a divisor of E; `set_deepspeed_parallelism` makes
+        their group
     k, capacity_factor, eval_capacity_factor, min_capacity, noisy_gate_policy, drop_tokens, use_rts,
         top2_2nd_expert_sampling: the gate's, as of TopKGate; min_capacity is 4 here
     use_residual: add `expert` itself on every token, the two weighed by a softmax over
@@ -247,8 +271,11 @@ class MoE(nn.Module):
         options.integer("MoE", "num_experts", num_experts, 1)
         if not isinstance(expert, nn.Module):
             raise ValueError(f"MoE: expert must be a module, got {expert!r}")
-        if ep_size != 1:
-            raise ValueError(f"MoE: ep_size must be 1, all experts are local, got {ep_size}")
+        options.integer("MoE", "ep_size", ep_size, 1)
+        if num_experts % ep_size:
+            raise ValueError(
+                f"MoE: num_experts must be a multiple of ep_size = {ep_size}, got {num_experts}"
+            )
         for name in {"device", "dtype"} & gate_options.keys():
             raise ValueError(f"MoE: {name} must be given to all of it, by .to(), and to the expert")
         self.use_residual = use_residual
@@ -280,7 +307,16 @@ class MoE(nn.Module):
             self.coefficient = nn.Linear(hidden_size, 2)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """For DeepSpeed's engine, which calls it: with all experts local there is no group."""
+        """Makes the group of the processes that share the experts; all processes call it.
+
+        use_data_before_expert_parallel_: consecutive ranks hold copies, as DeepSpeed's option has
+            it
+        """
+        if self.ep_size > 1:
+            groups = make_groups(
+                self.ep_size, neighbours_share=not use_data_before_expert_parallel_
+            )
+            self.deepspeed_moe._set_ep_group(groups.ep)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import contracts, options, reference, route_forms, selection
 from .capacity import expert_capacity
 from .functional import has_autocast
+from .process_group import GroupAttribute
 from .routers import logits_of
 from .routing import DROP_POLICIES, RENORMALISE, Routing, route
 from .timers import Timers
@@ -74,6 +75,8 @@ class TopKGate(nn.Module):
     autocast too; a router's other weights are cast per call. Raises ValueError where an argument is
     out of range.
     """
+
+    ep_group = GroupAttribute()
 
     def __init__(
         self,

@@ -1,10 +1,6 @@
 """Sizes, routings and comparisons that the tests share."""
 
-import tempfile
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_ext import Plan, TopKGate, contracts, make_plan
@@ -92,24 +88,3 @@ def gate_for(k: int, dtype: torch.dtype = torch.float64, **options) -> TopKGate:
     """A gate without noise that drops the last to queue: of width 10 and 6 experts."""
     options = {"min_capacity": 0, "drop_policy": "position"} | options
     return TopKGate(10, 6, k=k, top2_2nd_expert_sampling=False, dtype=dtype, **options)
-
-
-def on_processes(number: int, function, *args) -> list:
-    """What `function(rank, *args)` returns in each of some processes of one gloo group.
-
-    function: of a module's top level. An error in a process is raised here.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (number, folder, function, args), nprocs=number)
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(number)]
-
-
-def _process(rank: int, number: int, folder: str, function, args) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=number
-    )
-    try:
-        torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()

@@ -1,0 +1,264 @@
+"""Rows that go from process to process, and their gradients back the same way.
+
+Rows lie in blocks, one for every process of the group in its order. A path is the steps that bring
+every block to its process and leave those that came in the order of their senders. In a group it is
+one Move. In a mesh of nodes and, inside each, places, the blocks of a node travel between nodes
+together, once, and are sorted out inside:
+
+    blocks by (node, place) they are for
+      Swap        (place, node)
+      Move        inside the node, to the process at that place: by (sender's place, node)
+      Swap        (node, sender's place)
+      Move        between the nodes, among equal places: by (sender's node, sender's place)
+
+A path backwards is its steps backwards, for results as for gradients. What it moves is started by
+`start` and there after `finish`; what runs between the two runs while rows travel, and so does its
+backward, which meets the same two in the opposite order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed.device_mesh import DeviceMesh
+
+collectives = torch.ops._c10d_functional
+
+
+class Move(NamedTuple):
+    """Rows for, and from, every process of the group of this name."""
+
+    group: str
+    send: list[int]
+    receive: list[int]
+
+    def back(self) -> Move:
+        return Move(self.group, self.receive, self.send)
+
+
+class Swap(NamedTuple):
+    """Blocks [n, columns], of so many rows each, are transposed."""
+
+    columns: int
+    sizes: list[int]
+
+    def back(self) -> Swap:
+        return Swap(len(self.sizes) // self.columns, _transposed(self.sizes, self.columns))
+
+
+Path = tuple[Move | Swap, ...]
+
+
+def _transposed(items: list, columns: int) -> list:
+    return [item for column in range(columns) for item in items[column::columns]]
+
+
+def back(path: Path) -> Path:
+    return tuple(step.back() for step in reversed(path))
+
+
+def _all_to_all(rows: Tensor, move: Move) -> Tensor:
+    # As bytes: gloo does not know every type.
+    bytes_ = rows.contiguous().view(torch.uint8)
+    out = collectives.all_to_all_single(bytes_, move.receive, move.send, move.group)
+    return out.view(rows.dtype)
+
+
+class _Flight:
+    """Rows on their way, and their gradients' way back once there is one."""
+
+    def __init__(self, move: Move) -> None:
+        self.move = move
+        self.rows: Tensor | None = None
+        self.back: _Flight | None = None
+
+
+# Rows that have left have one shape, those that arrive another, and so have their gradients: what
+# ties the two functions together is an empty tensor.
+
+
+class _Start(Function):
+    @staticmethod
+    def forward(rows, flight):
+        flight.rows = _all_to_all(rows, flight.move)
+        return rows.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.flight = inputs
+
+    @staticmethod
+    def backward(ctx, tie):
+        return _Wait.apply(tie, ctx.flight.back), None
+
+
+class _Wait(Function):
+    @staticmethod
+    def forward(tie, flight):
+        rows, flight.rows = flight.rows, None
+        return collectives.wait_tensor(rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.flight = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.flight.back = _Flight(ctx.flight.move.back())
+        return _Start.apply(grad, ctx.flight.back), None
+
+
+class _Moved(Function):
+    """Both at once, for torch.compile, which orders the two itself."""
+
+    @staticmethod
+    def forward(rows, move):
+        return collectives.wait_tensor(_all_to_all(rows, move))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.move = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Moved.apply(grad, ctx.move.back()), None
+
+
+class Travelling(NamedTuple):
+    rows: Tensor
+    flight: _Flight | None
+    rest: Path
+
+
+def start(rows: Tensor, path: Path) -> Travelling:
+    """rows: [R, ...], of which R is what the path counts"""
+    while isinstance(path[0], Swap):
+        rows, path = _swapped(rows, path[0]), path[1:]
+    if torch.compiler.is_compiling():
+        return Travelling(rows, None, path)
+    flight = _Flight(path[0])
+    return Travelling(_Start.apply(rows, flight), flight, path[1:])
+
+
+def finish(travelling: Travelling) -> Tensor:
+    rows, flight, rest = travelling
+    if flight is not None:
+        rows = _Wait.apply(rows, flight)
+    for step in rest:
+        rows = _swapped(rows, step) if isinstance(step, Swap) else _Moved.apply(rows, step)
+    return rows
+
+
+def _swapped(rows: Tensor, swap: Swap) -> Tensor:
+    return torch.cat(_transposed(list(rows.split(swap.sizes)), swap.columns))
+
+
+class _Hop(NamedTuple):
+    group: str
+    size: int
+
+
+class _Turn(NamedTuple):
+    rows: int
+    columns: int
+
+
+class Exchange:
+    """The way between the processes of a group.
+
+    group: a process group, a mesh of one dimension, or one of two: nodes, and places in a node
+    """
+
+    def __init__(self, group: dist.ProcessGroup | DeviceMesh) -> None:
+        # By their names, so that modules which hold them can be copied.
+        if isinstance(group, DeviceMesh) and group.ndim == 2:
+            nodes, places = group.shape
+            across, inside = (g.group_name for g in group.get_all_groups())
+            self.rank = group.get_local_rank(0) * places + group.get_local_rank(1)
+            self.size = nodes * places
+            self._steps = (
+                _Turn(nodes, places),
+                _Hop(inside, places),
+                _Turn(places, nodes),
+                _Hop(across, nodes),
+            )
+            return
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(f"group must be a mesh of one or two dimensions, got {group}")
+            group = group.get_group()
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                "group must be a process group of which this process is a member, or a mesh, got "
+                f"{group!r}"
+            )
+        self.rank, self.size = group.rank(), group.size()
+        self._steps = (_Hop(group.group_name, self.size),)
+
+    def equal(self, rows: int) -> Path:
+        """The path of as many rows from every process to every process."""
+        path: list[Move | Swap] = []
+        for step in self._steps:
+            if isinstance(step, _Turn):
+                path.append(Swap(step.columns, [rows] * self.size))
+            else:
+                sizes = [rows * (self.size // step.size)] * step.size
+                path.append(Move(step.group, sizes, sizes))
+        return tuple(path)
+
+    def counts(self, counts: Tensor) -> Tensor:
+        """What every process says to every other. [size, ...] integers -> the same shape."""
+        return self._trace(counts)[-1][1]
+
+    def counted(self, counts: Tensor) -> tuple[list[Path], Tensor, list[list[int]]]:
+        """Paths of rows that only their sender has counted.
+
+        counts: [size, n, m] integers; [:, i, 0] are the rows of the i-th of n paths
+        Returns the paths, what the others have counted, and the sums of that over them [n][m]. The
+        host waits for the device, once.
+        """
+        n, m = counts.shape[1:]
+        trace = self._trace(counts)
+        received = trace[-1][1]
+        sizes = []
+        for step, (before, after) in zip(self._steps, trace, strict=True):
+            if isinstance(step, _Turn):
+                sizes += [before[..., 0]]
+            else:
+                sizes += [x[..., 0].view(step.size, -1, n).sum(dim=1) for x in (before, after)]
+        flat = torch.cat([x.reshape(-1) for x in (*sizes, received.sum(dim=0))]).tolist()
+        numbers = iter(flat)
+
+        def take(length: int) -> list[list[int]]:
+            table = [[next(numbers) for _ in range(n)] for _ in range(length)]
+            return [list(column) for column in zip(*table, strict=True)]
+
+        steps: list[list[Move | Swap]] = []
+        for step in self._steps:
+            if isinstance(step, _Turn):
+                steps.append([Swap(step.columns, sizes) for sizes in take(self.size)])
+            else:
+                pairs = zip(take(step.size), take(step.size), strict=True)
+                steps.append([Move(step.group, *pair) for pair in pairs])
+        sums = [[next(numbers) for _ in range(m)] for _ in range(n)]
+        return [tuple(path) for path in zip(*steps, strict=True)], received, sums
+
+    def _trace(self, counts: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """One block of numbers for every process, before and after every step."""
+        trace = []
+        for step in self._steps:
+            before = counts
+            if isinstance(step, _Turn):
+                pairs = counts.unflatten(0, (step.rows, step.columns))
+                counts = pairs.transpose(0, 1).flatten(0, 1)
+            else:
+                sizes = [self.size // step.size] * step.size
+                flat = counts.reshape(self.size, -1)
+                moved = _all_to_all(flat, Move(step.group, sizes, sizes))
+                counts = collectives.wait_tensor(moved).view(counts.shape)
+            trace.append((before, counts))
+        return trace

@@ -1,0 +1,151 @@
+"""The process groups of a run, and what each has to do with gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from .expert_parallel import ExpertParallel
+
+
+class Groups(NamedTuple):
+    """Every process, once for what it has of the experts and once for what it copies.
+
+    mesh: all processes, with a dimension "dp" last, and "ep" before it (or "nodes" and "places")
+    ep: for ExpertParallel: the processes that share all experts, this one among them
+    dp: processes with the same experts as this one: over these, experts' gradients are reduced
+    """
+
+    mesh: DeviceMesh
+    ep: dist.ProcessGroup | DeviceMesh
+    dp: dist.ProcessGroup
+
+    def world(self) -> DeviceMesh:
+        """All processes in one dimension: over these, everything else is reduced."""
+        return DeviceMesh(self.mesh.device_type, torch.arange(dist.get_world_size()))
+
+
+def make_groups(
+    ep: int | tuple[int, int],
+    dp: int | None = None,
+    *,
+    neighbours_share: bool = True,
+    device_type: str | None = None,
+) -> Groups:
+    """Groups of all processes: `ep` share the experts, `dp` times.
+
+    ep: how many; or (nodes, places in a node), for rows that travel in two levels
+    dp: how many copies of every expert; None is as many as there are processes for
+    neighbours_share: processes of consecutive ranks share the experts; otherwise they are copies
+    device_type: of the groups' tensors; None is the accelerator's, or "cpu" under gloo
+
+    Called by all processes. Raises ValueError where the numbers are not those of the processes.
+    """
+    if not dist.is_initialized():
+        raise ValueError("make_groups: torch.distributed is not initialised")
+    shape = (ep,) if isinstance(ep, int) else tuple(ep)
+    world, size = dist.get_world_size(), math.prod(shape)
+    if min(shape) < 1 or len(shape) > 2:
+        raise ValueError(f"make_groups: ep must be a number or (nodes, places), got {ep!r}")
+    if dp is None:
+        dp = max(world // size, 1)
+    if size * dp != world:
+        raise ValueError(f"make_groups: ep * dp must be the {world} processes, got {ep} * {dp}")
+    if device_type is None:
+        device_type = "cpu" if dist.get_backend() == "gloo" else _accelerator()
+    ranks = torch.arange(world)
+    by_copy = ranks.view(dp, size).t() if neighbours_share else ranks.view(size, dp)
+    names = ("ep",) if len(shape) == 1 else ("nodes", "places")
+    mesh = DeviceMesh(device_type, by_copy.reshape(*shape, dp), mesh_dim_names=(*names, "dp"))
+    group = mesh.get_group("ep") if len(shape) == 1 else mesh[names]
+    return Groups(mesh, group, mesh.get_group("dp"))
+
+
+def _accelerator() -> str:
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def rank_load(load: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """How many routes each process's experts were asked for, by the tokens of all of them.
+
+    load: [E] integers, of this process's tokens
+    group: whose processes share the experts
+    Returns [size of the group] int64, the same on all.
+    """
+    total = load.to(torch.int64, copy=True)
+    dist.all_reduce(total, group=group)
+    return total.view(dist.get_world_size(group), -1).sum(dim=1)
+
+
+def experts_of(model: nn.Module) -> dict[str, ExpertParallel]:
+    """By their names in the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ExpertParallel) and module.size > 1
+    }
+
+
+def data_parallel(model: nn.Module, groups: Groups, **options) -> DistributedDataParallel:
+    """DistributedDataParallel for a model with ExpertParallel parts.
+
+    All processes' gradients are averaged, as by DistributedDataParallel: of an expert's parameter
+    over its copies, each of which has the gradients of all tokens sent to it. `no_sync` holds for
+    both. options: DistributedDataParallel's
+    """
+    experts = experts_of(model)
+    names = [
+        f"{path}.{name}" if path else name
+        for path, e in experts.items()
+        for name, _ in e.named_parameters()
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    parallel = DistributedDataParallel(model, **options)
+    for module in experts.values():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                dist.broadcast(parameter.detach(), group=groups.dp, group_src=0)
+                _average(parameter, parallel, groups.dp, module.size)
+    return parallel
+
+
+def _average(
+    parameter: nn.Parameter, parallel: DistributedDataParallel, copies: dist.ProcessGroup, size: int
+) -> None:
+    # The gradients that come together here are of `size` processes' losses.
+    parameter.register_hook(lambda grad: grad / size)
+    if (number := dist.get_world_size(copies)) == 1:
+        return
+
+    @parameter.register_post_accumulate_grad_hook
+    def reduce(parameter: nn.Parameter) -> None:
+        if not parallel.require_backward_grad_sync:
+            return
+        parameter.grad /= number
+        work = dist.all_reduce(parameter.grad, group=copies, async_op=True)
+        # At the end of this backward.
+        torch.autograd.Variable._execution_engine.queue_callback(work.wait)
+
+
+def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
+    """FSDP2 for a model with ExpertParallel parts: each of these among its copies, the rest of the
+    model among all processes. Gradients are averaged over all processes.
+
+    options: torch.distributed.fsdp.fully_shard's, but for the mesh. Shard inner modules before, as
+    there; a gate that is sharded by itself needs
+    `torch.distributed.fsdp.register_fsdp_forward_method(gate, "route")`.
+    """
+    from torch.distributed import fsdp
+
+    for module in experts_of(model).values():
+        fsdp.fully_shard(module, mesh=groups.mesh["dp"], **options)
+        module.set_gradient_divide_factor(dist.get_world_size())
+        module.mark()
+    return fsdp.fully_shard(model, mesh=groups.world(), **options)

@@ -1,0 +1,20 @@
+"""A process group as a module's attribute."""
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+class GroupAttribute:
+    """Holds the group's name in its place, so that the module can be copied and pickled."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}_name"
+
+    def __get__(self, module, owner: type | None = None) -> "dist.ProcessGroup | None":
+        if module is None:
+            return self
+        name = module.__dict__.get(self.name)
+        return None if name is None else _resolve_process_group(name)
+
+    def __set__(self, module, group: "dist.ProcessGroup | None") -> None:
+        module.__dict__[self.name] = None if group is None else group.group_name

@@ -1,0 +1,92 @@
+"""Functions run in several processes of one gloo group, which stay for the next function."""
+
+import atexit
+import multiprocessing
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+_pools: dict[int, "Processes"] = {}
+
+
+def on_processes(number: int, function, *args) -> list:
+    """What `function(rank, *args)` returns in each of some processes of one gloo group.
+
+    function: of a module's top level. An error in a process is raised here, as RuntimeError with
+        the text of its traceback.
+    """
+    if number not in _pools:
+        _pools[number] = Processes(number)
+    try:
+        return _pools[number].run(function, *args)
+    except BaseException:
+        # The others may wait for the one that failed.
+        _pools.pop(number).close()
+        raise
+
+
+class Processes:
+    def __init__(self, number: int, seconds: float = 60) -> None:
+        """seconds: how long a process waits for another"""
+        context = multiprocessing.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        self.processes, self.pipes = [], []
+        for rank in range(number):
+            here, there = context.Pipe()
+            arguments = (rank, number, self.folder.name, seconds, there)
+            self.processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+            self.processes[-1].start()
+            there.close()
+            self.pipes.append(here)
+
+    def run(self, function, *args) -> list:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = [self._answer(rank) for rank in range(len(self.pipes))]
+        failures = [text for failed, text in answers if failed]
+        if failures:
+            raise RuntimeError("\n".join(failures))
+        return [value for _, value in answers]
+
+    def _answer(self, rank: int):
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            return True, f"process {rank} is gone"
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.folder.cleanup()
+
+
+@atexit.register
+def _close() -> None:
+    for pool in _pools.values():
+        pool.close()
+
+
+def _serve(rank: int, number: int, folder: str, seconds: float, pipe) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{Path(folder) / 'meeting'}",
+        rank=rank,
+        world_size=number,
+        timeout=timedelta(seconds=seconds),
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = False, function(rank, *args)
+        except Exception:
+            answer = True, f"process {rank}: {traceback.format_exc()}"
+        pipe.send(answer)
