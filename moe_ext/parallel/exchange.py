@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..process_group import GroupAttribute
+
 collectives = torch.ops._c10d_functional
 
 
@@ -173,9 +175,12 @@ class Exchange:
     group: a process group, a mesh of one dimension, or one of two: nodes, and places in a node
     """
 
+    group = GroupAttribute()
+
     def __init__(self, group: dist.ProcessGroup | DeviceMesh) -> None:
         # By their names, so that modules which hold them can be copied.
         if isinstance(group, DeviceMesh) and group.ndim == 2:
+            self.group = None
             nodes, places = group.shape
             across, inside = (g.group_name for g in group.get_all_groups())
             self.rank = group.get_local_rank(0) * places + group.get_local_rank(1)
@@ -196,7 +201,7 @@ class Exchange:
                 "group must be a process group of which this process is a member, or a mesh, got "
                 f"{group!r}"
             )
-        self.rank, self.size = group.rank(), group.size()
+        self.group, self.rank, self.size = group, group.rank(), group.size()
         self._steps = (_Hop(group.group_name, self.size),)
 
     def equal(self, rows: int) -> Path:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
@@ -48,6 +49,9 @@ class ExpertParallel(ExpertParameters, Experts):
     overlap: so many parts, of which one travels while the experts work on another
     uneven_tokens: processes may have different numbers of tokens, or none, with a capacity too.
         Without a capacity they always may.
+    average: gradients of the experts' parameters are those of the mean of the processes' losses, as
+        data-parallel wrappers have all others, not of the sum. `parallel.data_parallel` and
+        `parallel.fully_shard` set it.
     tensor_group: processes that hold the same tokens and routes (tensor parallelism): each sends
         its share, and all get the sum
     num_local_experts: of `experts` that are no moe_ext.Experts, as of MOELayer
@@ -75,6 +79,7 @@ class ExpertParallel(ExpertParameters, Experts):
         dedup: bool = False,
         overlap: int = 1,
         uneven_tokens: bool = False,
+        average: bool = False,
         tensor_group: dist.ProcessGroup | None = None,
         num_local_experts: int | None = None,
         ep_group_name: str | None = None,
@@ -90,7 +95,10 @@ class ExpertParallel(ExpertParameters, Experts):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         options.names(
-            name, dedup=(dedup, (True, False)), uneven_tokens=(uneven_tokens, (True, False))
+            name,
+            dedup=(dedup, (True, False)),
+            uneven_tokens=(uneven_tokens, (True, False)),
+            average=(average, (True, False)),
         )
         super().__init__(num_local_experts * exchange.size)
         self.num_local_experts = num_local_experts
@@ -98,6 +106,7 @@ class ExpertParallel(ExpertParameters, Experts):
         self.dedup = dedup
         self.overlap = options.integer(name, "overlap", overlap, 1)
         self.uneven_tokens = uneven_tokens
+        self.average = average
         self.tensor_group = tensor_group
         self.expert_group_name = ep_group_name or f"ep_size_{exchange.size}"
         self._have_agreed = False
@@ -120,6 +129,11 @@ class ExpertParallel(ExpertParameters, Experts):
     @property
     def hidden_size(self) -> int | None:
         return getattr(self.local, "hidden_size", None)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """None where the exchange is in two levels."""
+        return self.exchange.group
 
     @property
     def size(self) -> int:
@@ -180,6 +194,7 @@ class ExpertParallel(ExpertParameters, Experts):
             "dedup": self.dedup,
             "overlap": self.overlap,
             "uneven_tokens": self.uneven_tokens,
+            "average": self.average,
         }
         mine = torch.tensor(list(fields.values()), dtype=torch.int64, device=tokens.device)
         all_ = self.exchange.counts(mine.expand(self.size, -1)).tolist()
@@ -303,8 +318,15 @@ class ExpertParallel(ExpertParameters, Experts):
             if i + 1 < len(trips):
                 coming = depart(trips[i + 1])
             arrived = trip.arrive(*(finish(tensor) for tensor in arriving))
-            leaving.append(start(routed(self.local, *arrived), back(trip.path)))
+            leaving.append(start(self._routed_here(*arrived), back(trip.path)))
         return [finish(rows) for rows in leaving], result
+
+    def _routed_here(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        if not self.average:
+            return routed(self.local, tokens, plan, weights)
+        # A smaller gradient inside, for all parameters there are.
+        tokens, weights = _Scaled.apply(tokens, self.size), _Scaled.apply(weights, self.size)
+        return _Scaled.apply(routed(self.local, tokens, plan, weights), 1 / self.size)
 
     def _shares_tokens(self) -> bool:
         return self.tensor_group is not None and dist.get_world_size(self.tensor_group) > 1
@@ -314,6 +336,22 @@ class ExpertParallel(ExpertParameters, Experts):
         missing = -tensor.shape[dim] % size
         padding = [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]
         return mappings.drop_tokens(F.pad(tensor, padding, value=filler), dim, self.tensor_group)
+
+
+class _Scaled(Function):
+    """The same, with a gradient times a factor."""
+
+    @staticmethod
+    def forward(tensor, factor):
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.factor = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
 
 
 def _ones(rows: Tensor) -> Tensor:

@@ -109,26 +109,22 @@ def data_parallel(model: nn.Module, groups: Groups, **options) -> DistributedDat
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     parallel = DistributedDataParallel(model, **options)
     for module in experts.values():
+        module.average = True
         for parameter in module.parameters():
-            if parameter.requires_grad:
-                dist.broadcast(parameter.detach(), group=groups.dp, group_src=0)
-                _average(parameter, parallel, groups.dp, module.size)
+            dist.broadcast(parameter.detach(), group=groups.dp, group_src=0)
+            if parameter.requires_grad and dist.get_world_size(groups.dp) > 1:
+                _reduce(parameter, parallel, groups.dp)
     return parallel
 
 
-def _average(
-    parameter: nn.Parameter, parallel: DistributedDataParallel, copies: dist.ProcessGroup, size: int
+def _reduce(
+    parameter: nn.Parameter, parallel: DistributedDataParallel, copies: dist.ProcessGroup
 ) -> None:
-    # The gradients that come together here are of `size` processes' losses.
-    parameter.register_hook(lambda grad: grad / size)
-    if (number := dist.get_world_size(copies)) == 1:
-        return
-
     @parameter.register_post_accumulate_grad_hook
     def reduce(parameter: nn.Parameter) -> None:
         if not parallel.require_backward_grad_sync:
             return
-        parameter.grad /= number
+        parameter.grad /= dist.get_world_size(copies)
         work = dist.all_reduce(parameter.grad, group=copies, async_op=True)
         # At the end of this backward.
         torch.autograd.Variable._execution_engine.queue_callback(work.wait)
@@ -145,7 +141,7 @@ def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
     from torch.distributed import fsdp
 
     for module in experts_of(model).values():
+        module.average = True
         fsdp.fully_shard(module, mesh=groups.mesh["dp"], **options)
-        module.set_gradient_divide_factor(dist.get_world_size())
         module.mark()
     return fsdp.fully_shard(model, mesh=groups.world(), **options)
