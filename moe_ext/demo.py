@@ -1,7 +1,8 @@
 """A small byte-level language model, once with MOELayer and once dense, on Python's own sources.
 
 Both models have the same attention, the same active parameters, the same batches and the same
-steps. Whole files are held out. `python -m moe_ext demo` runs it.
+steps. Whole files are held out. `python -m moe_ext demo` runs it; under torchrun, as in
+`torchrun --nproc-per-node 2 -m moe_ext demo`, the processes share the experts and every batch.
 """
 
 import json
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from . import GroupedExperts, MOELayer, TopKGate
 from .plot import plot_curves, plot_load
+from .torchrun import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def windows(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]
     return bytes_[:, :-1], bytes_[:, 1:]
 
 
-def loss_of(model: ByteModel, inputs: Tensor, targets: Tensor) -> Tensor:
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy in nats."""
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
@@ -173,9 +175,8 @@ def loss_of(model: ByteModel, inputs: Tensor, targets: Tensor) -> Tensor:
 class LoadCount:
     """What the MoE layers' experts were asked for and what they dropped, over many forwards."""
 
-    def __init__(self) -> None:
-        self.load: Tensor | int = 0
-        self.dropped: Tensor | int = 0
+    def __init__(self, load: Tensor | int = 0, dropped: Tensor | int = 0) -> None:
+        self.load, self.dropped = load, dropped
 
     def add(self, model: ByteModel, num_tokens: int) -> None:
         layers = model.moe_layers()
@@ -185,6 +186,13 @@ class LoadCount:
         capacity = layers[0].gate.capacity(num_tokens)
         self.load = self.load + load
         self.dropped = self.dropped + (load - capacity).clamp(min=0)
+
+    def of_all(self, processes: Processes) -> "LoadCount":
+        """The sum over the processes."""
+        if not isinstance(self.load, int):
+            self.load = processes.total(self.load.clone())
+            self.dropped = processes.total(self.dropped.clone())
+        return self
 
     def shares(self) -> list[list[float]]:
         """Layer by expert, of the layer's routes."""
@@ -198,19 +206,24 @@ class LoadCount:
 
 @torch.no_grad()
 def evaluate(
-    model: ByteModel, corpus: Corpus, config: Config, device: torch.device
+    model: ByteModel,
+    corpus: Corpus,
+    config: Config,
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> tuple[float, LoadCount]:
     """Held-out bits per byte over evenly spaced windows, and the experts' load there."""
     model.eval()
     last = len(corpus.heldout) - config.context - 1
     starts = torch.linspace(0, last, config.eval_windows, dtype=torch.float64).long()
     nats, count = 0.0, LoadCount()
-    for chunk in starts.split(config.batch):
+    for chunk in map(processes.share, starts.split(config.batch)):
         inputs, targets = windows(corpus.heldout, chunk, config.context)
         nats += loss_of(model, inputs.to(device), targets.to(device)).item() * len(chunk)
         count.add(model, inputs.numel())
     model.train()
-    return nats / config.eval_windows / math.log(2), count
+    nats = float(processes.total(torch.tensor(nats, dtype=torch.float64)))
+    return nats / config.eval_windows / math.log(2), count.of_all(processes)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -222,10 +235,21 @@ def learning_rate(step: int, config: Config) -> float:
     return config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(name: str, corpus: Corpus, config: Config, device: torch.device, result: dict, save):
+def train(
+    name: str,
+    corpus: Corpus,
+    config: Config,
+    device: torch.device,
+    result: dict,
+    save,
+    processes: Processes = ALONE,
+):
     """Train one model; fills `result` as it goes and calls `save` after every evaluation."""
     torch.manual_seed(config.seed)
     model = ByteModel(config, is_moe=name == "moe").to(device)
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    result["active_parameters"] = active_parameters(model)
+    wrapped = processes.wrap(model, model.moe_layers())
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -234,36 +258,41 @@ def train(name: str, corpus: Corpus, config: Config, device: torch.device, resul
         betas=(0.9, 0.95),
     )
     batches = torch.Generator().manual_seed(config.seed)
-    result["parameters"] = sum(p.numel() for p in model.parameters())
-    result["active_parameters"] = active_parameters(model)
-    result["bits_per_byte_before"], _ = evaluate(model, corpus, config, device)
+    result["bits_per_byte_before"], _ = evaluate(model, corpus, config, device, processes)
     result["curve"] = [(0, result["bits_per_byte_before"])]
     result["train_curve"] = []
     seconds, count, recent = 0.0, LoadCount(), []
     save()
 
-    bar = tqdm(range(config.steps), desc=name, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        range(config.steps),
+        desc=name,
+        unit="step",
+        dynamic_ncols=True,
+        disable=True if processes.rank else None,
+    )
     for step in bar:
         begin = time.perf_counter()
         starts = torch.randint(
             len(corpus.train) - config.context, (config.batch,), generator=batches
         )
-        inputs, targets = windows(corpus.train, starts, config.context)
-        loss = loss_of(model, inputs.to(device), targets.to(device))
+        inputs, targets = windows(corpus.train, processes.share(starts), config.context)
+        loss = loss_of(wrapped, inputs.to(device), targets.to(device))
         balance = sum((layer.l_aux for layer in model.moe_layers()), torch.zeros((), device=device))
         optimizer.zero_grad(set_to_none=True)
         (loss + config.balance * balance).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        processes.clip(model, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()
-        recent.append(loss.item() / math.log(2))
+        mean = processes.total(loss.detach()) / processes.size
+        recent.append(mean.item() / math.log(2))
         seconds += time.perf_counter() - begin
         count.add(model, inputs.numel())
 
         done = step + 1
         if done % config.eval_every == 0 or done == config.steps:
-            bits, heldout_count = evaluate(model, corpus, config, device)
+            bits, heldout_count = evaluate(model, corpus, config, device, processes)
             result["curve"].append((done, bits))
             # A mean over the last steps stands at their middle.
             result["train_curve"].append((done - len(recent) / 2, sum(recent) / len(recent)))
@@ -274,7 +303,8 @@ def train(name: str, corpus: Corpus, config: Config, device: torch.device, resul
             if model.moe_layers():
                 result["load"] = heldout_count.shares()
                 result["drop_rate_heldout"] = heldout_count.drop_rate()
-                result["drop_rate_train"] = count.drop_rate()
+                so_far = LoadCount(count.load, count.dropped).of_all(processes)
+                result["drop_rate_train"] = so_far.drop_rate()
             bar.set_postfix_str(f"held-out {bits:.3f} bits/byte")
             save()
 
@@ -322,12 +352,15 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
     Interrupted, it keeps what it has, draws it, and raises KeyboardInterrupt again.
     """
     out.mkdir(parents=True, exist_ok=True)
+    processes = Processes.of_torchrun(torch.device(device))
+    is_first = processes.rank == 0
     corpus = load_corpus(config)
     results: dict = {
         "config": asdict(config),
         "device": device,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "processes": processes.size,
         "corpus": {
             "train_bytes": len(corpus.train),
             "heldout_bytes": len(corpus.heldout),
@@ -336,7 +369,8 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
         },
         "models": {},
     }
-    print(
+    say = print if is_first else lambda text: None
+    say(
         f"{corpus.train_files} files, {len(corpus.train) / 1e6:.1f} MB to train on, "
         f"{corpus.heldout_files} files, {len(corpus.heldout) / 1e6:.1f} MB held out"
     )
@@ -349,10 +383,13 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
                 config,
                 torch.device(device),
                 result,
-                save=lambda: write_json(out / "result.json", results),
+                lambda: is_first and write_json(out / "result.json", results),
+                processes,
             )
     finally:
-        draw(results, out)
-    print(report(results))
-    print(f"wrote {out / 'loss.png'}, {out / 'load.png'} and {out / 'result.json'}")
+        if is_first:
+            draw(results, out)
+        processes.end()
+    say(report(results))
+    say(f"wrote {out / 'loss.png'}, {out / 'load.png'} and {out / 'result.json'}")
     return results

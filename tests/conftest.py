@@ -26,6 +26,9 @@ NOT_OF_OPERATORS = {
     "test_huggingface.py",
     "test_losses.py",
     "test_migration.py",
+    "test_parallel.py",
+    "test_parallel_faults.py",
+    "test_parallel_training.py",
     "test_toolkit.py",
 }
 

@@ -63,6 +63,29 @@ def test_writes_what_it_says_and_repeats(tmp_path, capsys):
     assert 0 <= first["models"]["moe"]["drop_rate_train"] < 1
 
 
+def test_two_processes_reach_the_loss_of_one(tmp_path):
+    folders = tmp_path / "one", tmp_path / "two"
+    launchers = ([sys.executable], [sys.executable, "-m", "torch.distributed.run"])
+    for folder, launcher in zip(folders, launchers, strict=True):
+        torchrun = ["--standalone", "--nproc-per-node", "2"] if len(launcher) > 1 else []
+        command = [*launcher, *torchrun, "-m", "moe_ext", "demo", "--steps", "40"]
+        run = subprocess.run(
+            [*command, "--out", str(folder)], capture_output=True, text=True, timeout=300
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("held-out bits per byte") == 1
+    one, two = (json.loads((folder / "result.json").read_text()) for folder in folders)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for model in ("moe", "dense"):
+        a, b = one["models"][model], two["models"][model]
+        assert a["parameters"] == b["parameters"]
+        assert a["active_parameters"] == b["active_parameters"]
+        assert b["bits_per_byte_before"] == pytest.approx(a["bits_per_byte_before"], abs=0.01)
+        # Who is dropped differs: a process's experts have room for its own tokens.
+        assert b["bits_per_byte_after"] == pytest.approx(a["bits_per_byte_after"], rel=0.02)
+        assert b["bits_per_byte_after"] < 0.7 * b["bits_per_byte_before"]
+
+
 def test_drop_rate_counts_dropped_routes():
     config = replace(SMALL, capacity_factor=0.3)
     model = demo.ByteModel(config, is_moe=True)

@@ -256,3 +256,27 @@ def _loads(rank: int):
 
 def test_load_of_processes():
     assert on_processes(2, _loads) == [[(0 + 1 + 2 + 3) * 3, (4 + 5 + 6 + 7) * 3]] * 2
+
+
+def _clipped(rank: int, kind: str, ep: int, is_sharded: bool):
+    groups = make_groups(ep)
+    model = divided(kind, groups.ep)
+    wrap = parallel.fully_shard if is_sharded else parallel.data_parallel
+    wrapped = wrap(model, groups)
+    loss_of(wrapped, model[1], batch(rank, 0)).backward()
+    norm = parallel.clip_grad_norm_(model, groups, 0.01)
+    again = parallel.clip_grad_norm_(model, groups, 1.0)
+    return norm, again
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, (2, 2))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipped_gradients(kind, world, ep, is_sharded):
+    model = model_of(kind)
+    for rank in range(world):
+        (loss_of(model, model[1], batch(rank, 0)) / world).backward()
+    expected = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    for norm, again in on_processes(world, _clipped, kind, ep, is_sharded):
+        torch.testing.assert_close(norm, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(again, torch.full_like(again, 0.01), rtol=1e-3, atol=0)

@@ -21,7 +21,7 @@ from ..plan import Plan, make_plan
 from .division import divide
 from .exchange import Exchange, Path, back, finish, start
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
 
 
 class Trip(NamedTuple):
@@ -86,7 +86,9 @@ class ExpertParallel(ExpertParameters, Experts):
     ) -> None:
         name = "ExpertParallel"
         if not isinstance(experts, nn.Module) or isinstance(experts, ExpertParallel):
-            raise ValueError(f"{name}: experts must be a module of experts, got {experts!r}")
+            raise ValueError(
+                f"{name}: experts must be a module of experts, got {type(experts).__name__}"
+            )
         if num_local_experts is None:
             num_local_experts = getattr(experts, "num_experts", None)
         num_local_experts = options.integer(name, "num_local_experts", num_local_experts, 1)
@@ -170,6 +172,11 @@ class ExpertParallel(ExpertParameters, Experts):
 
         tokens: [T, H], weights: [T, K], plan: of all experts -> [T, H]
         """
+        if plan.num_experts != self.num_experts:
+            raise RuntimeError(
+                f"ExpertParallel: plan must be of E = {self.num_experts} experts, "
+                f"got {plan.num_experts}"
+            )
         if self.size == 1:
             done = None if work is None else work()
             return routed(self.local, tokens, plan, weights), done
@@ -187,24 +194,24 @@ class ExpertParallel(ExpertParameters, Experts):
         fields = {
             "num_experts": self.num_experts,
             "hidden_size": tokens.shape[1],
-            "dtype": DTYPES.index(tokens.dtype),
+            "dtype": tokens.dtype,
             "k": plan.slots.shape[1],
-            "drops tokens": plan.capacity is not None,
-            "capacity": plan.capacity if self._sends_equal_parts(plan) else 0,
             "dedup": self.dedup,
             "overlap": self.overlap,
             "uneven_tokens": self.uneven_tokens,
             "average": self.average,
+            "drops tokens": plan.capacity is not None,
+            "capacity": plan.capacity if self._sends_equal_parts(plan) else 0,
         }
-        mine = torch.tensor(list(fields.values()), dtype=torch.int64, device=tokens.device)
-        all_ = self.exchange.counts(mine.expand(self.size, -1)).tolist()
-        for i, name in enumerate(fields):
-            for rank, theirs in enumerate(all_):
-                first, other = all_[0][i], theirs[i]
-                if first == other:
+        numbers = [DTYPES.index(x) if x in DTYPES else int(x) for x in fields.values()]
+        mine = torch.tensor(numbers, dtype=torch.int64, device=tokens.device)
+        of_all = self.exchange.counts(mine.expand(self.size, -1)).tolist()
+        for i, (name, value) in enumerate(fields.items()):
+            kind = DTYPES.__getitem__ if value in DTYPES else type(value)
+            first, *others = (kind(numbers[i]) for numbers in of_all)
+            for rank, other in enumerate(others, start=1):
+                if other == first:
                     continue
-                if name == "dtype":
-                    first, other = DTYPES[first], DTYPES[other]
                 hint = "; with uneven_tokens=True it may differ" if name == "capacity" else ""
                 raise RuntimeError(
                     f"ExpertParallel: all processes must have the same {name}, got {first} in the "

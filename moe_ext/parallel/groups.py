@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .expert_parallel import ExpertParallel
@@ -134,6 +135,9 @@ def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
     """FSDP2 for a model with ExpertParallel parts: each of these among its copies, the rest of the
     model among all processes. Gradients are averaged over all processes.
 
+    Give an optimizer the experts' parameters in a group of their own: it handles a group's DTensors
+    together, and those of two meshes cannot be.
+
     options: torch.distributed.fsdp.fully_shard's, but for the mesh. Shard inner modules before, as
     there; a gate that is sharded by itself needs
     `torch.distributed.fsdp.register_fsdp_forward_method(gate, "route")`.
@@ -145,3 +149,32 @@ def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
         fsdp.fully_shard(module, mesh=groups.mesh["dp"], **options)
         module.mark()
     return fsdp.fully_shard(model, mesh=groups.world(), **options)
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, groups: Groups, max_norm: float) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_ over all processes' parameters: of shared ones once, of
+    experts every one. Returns the norm [] before, the same in all processes."""
+    of_experts = {id(p) for module in experts_of(model).values() for p in module.parameters()}
+    shared, mine = [], []
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            (mine if id(parameter) in of_experts else shared).append(parameter)
+    squares = _squared_norm(mine)
+    for group in _groups_of(groups.ep):
+        dist.all_reduce(squares, group=group)
+    norm = (_squared_norm(shared) + squares).sqrt()
+    # DTensors of one mesh at a time.
+    for parameters in (shared, mine):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _groups_of(group: dist.ProcessGroup | DeviceMesh) -> list[dist.ProcessGroup]:
+    return group.get_all_groups() if isinstance(group, DeviceMesh) else [group]
+
+
+def _squared_norm(parameters: list[nn.Parameter]) -> Tensor:
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.square()

@@ -1,0 +1,230 @@
+"""What goes wrong between processes ends in an error that says what, in every one of them."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import Processes, on_processes
+from torch import nn
+
+from moe_ext import (
+    ExpertParallel,
+    GroupedExperts,
+    ModuleExperts,
+    MOELayer,
+    Plan,
+    SharedExperts,
+    TopKGate,
+    make_plan,
+)
+from moe_ext.parallel import make_groups
+
+H, E, T = 6, 4, 5
+
+
+def layer_of(
+    *, num_experts: int = E, width: int = H, k: int = 2, dtype=torch.float32, options=None, **gate
+) -> MOELayer:
+    torch.manual_seed(0)
+    gate = TopKGate(width, num_experts, k, top2_2nd_expert_sampling=False, min_capacity=0, **gate)
+    experts = GroupedExperts(num_experts, width, 3)
+    experts = ExpertParallel.of(experts, dist.group.WORLD, **(options or {}))
+    return MOELayer(gate, experts).to(dtype)
+
+
+def _disagreement(rank: int, *sides: tuple[dict, int]) -> str:
+    options, tokens = sides[rank]
+    layer = layer_of(**options)
+    x = torch.randn(tokens, layer.gate.model_dim, dtype=options.get("dtype", torch.float32))
+    try:
+        layer(x)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "text"),
+    [
+        ({"num_experts": 4}, {"num_experts": 6}, "num_experts, got 4 {0} and 6 {1}"),
+        ({"width": 6}, {"width": 8}, "hidden_size, got 6 {0} and 8 {1}"),
+        (
+            {"dtype": torch.bfloat16},
+            {"dtype": torch.float32},
+            "dtype, got torch.bfloat16 {0} and torch.float32 {1}",
+        ),
+        ({"k": 1}, {"k": 3}, "k, got 1 {0} and 3 {1}"),
+        ({"capacity_factor": 1.0}, {"capacity_factor": 2.0}, "capacity, got 3 {0} and 5 {1}; with"),
+        ({"drop_tokens": False}, {}, "drops tokens, got False {0} and True {1}"),
+        ({"options": {"uneven_tokens": True}}, {}, "uneven_tokens, got True {0} and False {1}"),
+        (
+            {"options": {"dedup": True}},
+            {"options": {"dedup": False}},
+            "dedup, got True {0} and False {1}",
+        ),
+        (
+            {"options": {"overlap": 2}},
+            {"options": {"overlap": 3}},
+            "overlap, got 2 {0} and 3 {1}",
+        ),
+        (
+            {"options": {"average": True}},
+            {},
+            "average, got True {0} and False {1}",
+        ),
+    ],
+)
+def test_disagreement(mine, theirs, text):
+    places = "in the group's process 0", "in its process 1"
+    for message in on_processes(2, _disagreement, (mine, T), (theirs, T)):
+        assert f"all processes must have the same {text.format(*places)}" in message
+
+
+def test_different_numbers_of_tokens_and_a_capacity():
+    messages = on_processes(2, _disagreement, ({}, 5), ({}, 9))
+    assert all("capacity, got 3 " in m and "with uneven_tokens=True" in m for m in messages)
+
+
+def _nan(rank: int, options: dict):
+    layer = layer_of(drop_tokens=False, options=options)
+    torch.manual_seed(rank)
+    x = torch.randn(T, H)
+    x[2] = torch.nan if rank == 0 else x[2]
+    x.requires_grad_()
+    out = layer(x)
+    # The gradient of tokens: weights' gradients are sums over tokens.
+    (grad,) = torch.autograd.grad(out.nan_to_num().square().sum(), x)
+    return out.isnan().all(-1), out.isnan().any(-1), grad.isnan().any(-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"dedup": True}, {"overlap": 2}])
+def test_nan_stays_in_its_token(options):
+    first, second = on_processes(2, _nan, options)
+    only = [False, False, True, False, False]
+    assert first[0].tolist() == first[1].tolist() == only
+    assert not first[2][torch.tensor(only).logical_not()].any()
+    assert not any(found.any() for found in second)
+
+
+def _one_dies(rank: int):
+    layer = layer_of(drop_tokens=False)
+    layer(torch.randn(T, H))
+    if rank == 1:
+        os._exit(3)
+    begin = time.monotonic()
+    try:
+        for _ in range(2):
+            layer(torch.randn(T, H))
+    except RuntimeError as error:
+        return type(error).__name__, time.monotonic() - begin
+    return "no error", 0.0
+
+
+def _one_stays_away(rank: int):
+    layer = layer_of(drop_tokens=False)
+    layer(torch.randn(T, H))
+    begin = time.monotonic()
+    if rank == 1:
+        time.sleep(9)
+        return "away", 0.0
+    try:
+        layer(torch.randn(T, H))
+    except RuntimeError as error:
+        return str(error), time.monotonic() - begin
+    return "no error", 0.0
+
+
+@pytest.mark.parametrize("function", [_one_dies, _one_stays_away])
+def test_a_lost_process_is_no_hang(function):
+    """One that is gone, or does not call, ends the others' calls within the group's timeout."""
+    pool = Processes(2, seconds=4)
+    try:
+        for pipe in pool.pipes:
+            pipe.send((function, ()))
+        failed, answer = pool.pipes[0].recv()
+        assert not failed, answer
+        message, seconds = answer
+        assert message != "no error"
+        assert seconds < 8
+    finally:
+        pool.close()
+
+
+def _messages(rank: int) -> list[str]:
+    world = dist.group.WORLD
+    experts = GroupedExperts(E, H, 3)
+    parallel = ExpertParallel.of(experts, world)
+    gate = TopKGate(H, E)
+    with_scale = ModuleExperts(nn.Linear(H, H), E)
+    with_scale.scale = nn.Parameter(torch.ones(1))
+    messages = []
+    for make in (
+        lambda: ExpertParallel.of(GroupedExperts(5, H, 3), world),
+        lambda: ExpertParallel.of(nn.Linear(H, H), world),
+        lambda: ExpertParallel.of(with_scale, world),
+        lambda: ExpertParallel(parallel, world),
+        lambda: ExpertParallel(experts, None),
+        lambda: ExpertParallel(experts, "world"),
+        lambda: ExpertParallel(experts, world, overlap=0),
+        lambda: ExpertParallel(experts, world, dedup=1.5),
+        lambda: ExpertParallel(nn.Linear(H, H), world),
+        lambda: MOELayer(gate, ExpertParallel(experts, world)),
+        lambda: MOELayer(gate, parallel, ep_size=2),
+        lambda: MOELayer(TopKGate(H, E), nn.Linear(H, H), "", 2, 2)._set_ep_group(None),
+        lambda: make_groups(3),
+        lambda: make_groups((1, 2, 1)),
+        lambda: make_groups(2, 2),
+    ):
+        try:
+            make()
+        except (ValueError, RuntimeError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+        else:
+            messages.append("no error")
+    return messages
+
+
+def test_messages():
+    expected = [
+        "ValueError: ExpertParallel: experts must divide evenly, got num_experts = 5 for 2",
+        "ValueError: ExpertParallel: experts must have num_experts, got Linear",
+        "ValueError: ExpertParallel: parameters must be of experts, [E, ...] with E = 4, got scale",
+        "ValueError: ExpertParallel: experts must be a module of experts, got ExpertParallel",
+        "ValueError: ExpertParallel: group must be a process group of which this process",
+        "ValueError: ExpertParallel: group must be a process group of which this process",
+        "ValueError: ExpertParallel: overlap must be at least 1, got 0",
+        "ValueError: ExpertParallel: dedup must be one of (True, False), got 1.5",
+        "ValueError: ExpertParallel: num_local_experts must be",
+        "ValueError: MOELayer: experts must have the gate's num_experts = 4, got 8",
+        "ValueError: MOELayer: ep_size must be 1 with experts that are ExpertParallel, got 2",
+        "RuntimeError: MOELayer: ep_group must have ep_size = 2 processes, got 1",
+        "ValueError: make_groups: ep * dp must be the 2 processes, got 3 * 1",
+        "ValueError: make_groups: ep must be a number or (nodes, places), got (1, 2, 1)",
+        "ValueError: make_groups: ep * dp must be the 2 processes, got 2 * 2",
+    ]
+    for found in on_processes(2, _messages):
+        for message, start in zip(found, expected, strict=True):
+            assert message.startswith(start)
+
+
+def test_without_processes():
+    with pytest.raises(ValueError, match=r"make_groups: torch\.distributed is not initialised"):
+        make_groups(1)
+
+
+def _foreign(rank: int) -> str:
+    """A plan of other experts than there are."""
+    parallel = ExpertParallel.of(GroupedExperts(E, H, 3), dist.group.WORLD)
+    plan: Plan = make_plan(torch.zeros(T, 1, dtype=torch.int32), E + 2)
+    try:
+        SharedExperts(parallel, nn.Identity()).routed(torch.randn(T, H), plan, torch.ones(T, 1))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_plan_of_other_experts():
+    for message in on_processes(2, _foreign):
+        assert message == "ExpertParallel: plan must be of E = 4 experts, got 6"
