@@ -1,7 +1,9 @@
 """A process group as a module's attribute."""
 
+from __future__ import annotations
+
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group as resolve
 
 
 class GroupAttribute:
@@ -10,11 +12,11 @@ class GroupAttribute:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = f"_{name}_name"
 
-    def __get__(self, module, owner: type | None = None) -> "dist.ProcessGroup | None":
+    def __get__(self, module, owner: type | None = None) -> dist.ProcessGroup | None:
         if module is None:
             return self
         name = module.__dict__.get(self.name)
-        return None if name is None else _resolve_process_group(name)
+        return None if name is None else resolve(name)
 
-    def __set__(self, module, group: "dist.ProcessGroup | None") -> None:
+    def __set__(self, module, group: dist.ProcessGroup | None) -> None:
         module.__dict__[self.name] = None if group is None else group.group_name

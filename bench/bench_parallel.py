@@ -1,0 +1,242 @@
+"""What divided experts send, and how long they take, beside the least that must be sent.
+
+    python bench/bench_parallel.py [--processes 2 4] [--tokens 512] [--seconds 1]
+
+Processes of a gloo group on this machine, bfloat16 tokens. Every way to exchange is checked against
+the layer of one process before it counts. Bytes are of what really leaves a process, seen in its
+calls of torch's collectives: rows, ids, weights and counts, there and back, results and gradients.
+The least is each token once to every other process that has one of its experts, and back, twice.
+Also times the collective itself by size, for the model of bench/scaling.py. Prints a table and
+writes bench/results/<machine>/parallel.json.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from bench_ops import RESULTS, machine, positive, slug
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+import moe_ext
+from moe_ext import ExpertParallel, GroupedExperts, MOELayer, TopKGate
+from moe_ext.parallel import make_groups
+from moe_ext.process_group import resolve
+
+H, F, E = 512, 256, 32
+DTYPE = torch.bfloat16
+
+
+class Way(NamedTuple):
+    """How experts are divided. nodes: 0, or of an exchange in two levels"""
+
+    options: dict
+    drop_tokens: bool = False
+    nodes: int = 0
+
+
+WAYS = {
+    "a row per route": Way({}),
+    "a token per process": Way({"dedup": True}),
+    "capacity 1.25": Way({}, True),
+    "a row per route, in 2 parts": Way({"overlap": 2}),
+    "a row per route, 2 nodes": Way({}, nodes=2),
+    "a token per process, 2 nodes": Way({"dedup": True}, nodes=2),
+}
+
+
+class Bytes(TorchDispatchMode):
+    """Bytes that leave this process, by the group they go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == "_c10d_functional::all_to_all_single":
+            data, _, splits, group = args
+            others = sum(splits) - splits[resolve(group).rank()]
+            self.sent[group] += others * data[0].nbytes if others else 0
+        return func(*args, **kwargs or {})
+
+
+def layer_of(way: Way, k: int) -> MOELayer:
+    torch.manual_seed(0)
+    gate = TopKGate(
+        *(H, E, k),
+        capacity_factor=1.25,
+        drop_tokens=way.drop_tokens,
+        drop_policy="position",
+        top2_2nd_expert_sampling=False,
+    )
+    return MOELayer(gate, GroupedExperts(E, H, F)).to(DTYPE)
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
+def measure(rank: int, way: Way, k: int, num_tokens: int, seconds: float) -> dict:
+    world = dist.get_world_size()
+    group = make_groups((way.nodes, world // way.nodes) if way.nodes else world).ep
+    alone = layer_of(way, k)
+    layer = layer_of(way, k)
+    layer.experts = ExpertParallel.of(layer.experts, group, **way.options)
+    generator = torch.Generator().manual_seed(1 + rank)
+    x = torch.randn(num_tokens, H, generator=generator).to(DTYPE).requires_grad_()
+    grad = torch.randn(num_tokens, H, generator=generator).to(DTYPE)
+
+    def step(layer: MOELayer) -> tuple[Tensor, Tensor]:
+        x.grad = None
+        out = layer(x)
+        out.backward(grad)
+        return out.detach(), x.grad
+
+    errors = [relative_error(*pair) for pair in zip(step(layer), step(alone), strict=True)]
+    if not max(errors) < 0.02:
+        raise AssertionError(f"relative error {max(errors):.2g}")
+    with Bytes() as counted:
+        step(layer)
+    plan = layer.gate.route(x.detach()).plan
+    owners = torch.where(plan.slots >= 0, plan.experts // (E // world), rank)
+    there = torch.zeros(num_tokens, world).scatter_(1, owners.long(), 1)
+    there[:, rank] = 0
+    times = []
+    # As many in every process.
+    while sum(times) < seconds or len(times) < 5:
+        dist.barrier()
+        begin = time.perf_counter()
+        step(layer)
+        taken = torch.tensor(time.perf_counter() - begin)
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+        times.append(float(taken))
+    inside = None
+    if way.nodes:
+        _, inner = (g.group_name for g in group.get_all_groups())
+        inside = counted.sent[inner]
+    return {
+        "sent": sum(counted.sent.values()),
+        "sent_inside_nodes": inside,
+        "others_per_token": float(there.sum()) / num_tokens,
+        "seconds": statistics.median(times),
+        "relative_error": max(errors),
+    }
+
+
+def collective(rank: int, seconds: float) -> list[tuple[int, float]]:
+    """(bytes to every other process, seconds) of all_to_all_single."""
+    world, points = dist.get_world_size(), []
+    for size in (2**i for i in range(8, 23, 2)):
+        data = torch.ones(world * size, dtype=torch.uint8)
+        out = torch.empty_like(data)
+        times = []
+        for _ in range(5 + int(seconds * 20)):
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_to_all_single(out, data)
+            taken = torch.tensor(time.perf_counter() - begin)
+            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+            times.append(float(taken))
+        points.append((size, statistics.median(times[2:])))
+    return points
+
+
+def fit(points: list[tuple[int, float]], others: int) -> dict:
+    """Seconds = start + bytes sent / rate, least squares of the relative error."""
+    sizes, seconds = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    terms = np.stack([np.ones_like(sizes), sizes * others], axis=1) / seconds[:, None]
+    (start, per_byte), *_ = np.linalg.lstsq(terms, np.ones_like(seconds), rcond=None)
+    errors = np.abs(terms @ (start, per_byte) - 1)
+    return {"start": start, "bytes_per_second": 1 / per_byte, "largest_error": errors.max()}
+
+
+def on_processes(number: int, function, *args) -> list:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_process, (number, folder, function, args), nprocs=number)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(number)]
+
+
+def _process(rank: int, number: int, folder: str, function, args) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=number)
+    try:
+        torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def summary(found: list[dict], num_tokens: int) -> dict:
+    tokens = num_tokens * len(found)
+    per_token = sum(one["sent"] for one in found) / tokens
+    least = 4 * sum(one["others_per_token"] for one in found) / len(found) * H * DTYPE.itemsize
+    inside = [one["sent_inside_nodes"] for one in found]
+    return {
+        "bytes_per_token": per_token,
+        "least_bytes_per_token": least,
+        "of_least": per_token / least,
+        "between_nodes_per_token": (None if None in inside else per_token - sum(inside) / tokens),
+        "others_per_token": statistics.fmean(one["others_per_token"] for one in found),
+        "seconds": max(one["seconds"] for one in found),
+        "relative_error": max(one["relative_error"] for one in found),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", nargs="*", type=positive, default=[2, 4])
+    parser.add_argument("--tokens", type=positive, default=512, help="of every process")
+    parser.add_argument("--top-k", nargs="*", type=positive, default=[1, 2, 4, 8])
+    parser.add_argument("--seconds", type=float, default=1.0, help="of every timing")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    name = machine(torch.device("cpu"))
+    report = {
+        "machine": name,
+        "torch": torch.__version__,
+        "moe_ext": moe_ext.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "shape": {"tokens": options.tokens, "hidden": H, "ffn": F, "num_experts": E},
+        "collective": {},
+        "points": [],
+    }
+    for number in options.processes:
+        points = on_processes(number, collective, options.seconds)[0]
+        report["collective"][number] = {"points": points, **fit(points, number - 1)}
+    print(f"{'':10}{'':4}{'':32}{'KiB/token':>10}{'least':>8}{'of least':>10}{'ms':>8}")
+    cases = [
+        (number, k, label, way)
+        for number, k, (label, way) in itertools.product(
+            options.processes, options.top_k, WAYS.items()
+        )
+        if not way.nodes or (number % way.nodes == 0 and number > way.nodes)
+    ]
+    for number, k, label, way in (bar := tqdm(cases, leave=False)):
+        found = on_processes(number, measure, way, k, options.tokens, options.seconds)
+        point = {"processes": number, "k": k, "way": label, **summary(found, options.tokens)}
+        report["points"].append(point)
+        bar.write(
+            f"{number} procs   K={k} {label:32}{point['bytes_per_token'] / 1024:10.2f}"
+            f"{point['least_bytes_per_token'] / 1024:8.2f}{point['of_least']:9.2f}x"
+            f"{point['seconds'] * 1e3:8.1f}"
+        )
+    out = options.out or RESULTS / slug(name) / "parallel.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

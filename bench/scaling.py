@@ -1,0 +1,169 @@
+"""What expert parallelism costs on up to 1024 GPUs: a model, checked where it can be.
+
+    python bench/scaling.py bench/results/<machine>/parallel.json
+
+The formula and what is assumed: docs/scaling.md. Checks the model's traffic against the bytes that
+bench_parallel.py counted, prints the table and draws docs/scaling.png.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from moe_ext.plot import COLOURS
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+class Layer(NamedTuple):
+    """DeepSeek-V3's, with as many tokens per GPU as its report's micro-batch."""
+
+    tokens: int = 4096
+    hidden: int = 7168
+    ffn: int = 2048
+    num_experts: int = 256
+    k: int = 8
+    width: int = 2
+
+    def flops(self) -> int:
+        """Of a forward and a backward of SwiGLU experts, per GPU."""
+        return 3 * 2 * 3 * self.tokens * self.k * self.hidden * self.ffn
+
+
+class Machine(NamedTuple):
+    """Nodes of H100s. Rates in bytes per second and GPU, one direction.
+
+    nvlink: DeepEP's measured dispatch, H800, 8 GPUs (153 GB/s of about 160)
+    network: a 400 Gb/s adapter per GPU
+    message: seconds per peer in an exchange, assumed
+    flops: bf16 peak, of which `efficiency` is assumed to be reached
+    """
+
+    places: int = 8
+    nvlink: float = 153e9
+    network: float = 50e9
+    message: float = 2e-6
+    flops: float = 989e12
+    efficiency: float = 0.5
+
+
+def chance(layer: Layer, parts: int) -> float:
+    """That a token has one of its K distinct experts in a given one of `parts` equal parts, where
+    every choice is as likely as another."""
+    E, K = layer.num_experts, layer.k
+    return 1 - math.comb(E - E // parts, K) / math.comb(E, K)
+
+
+def rows_per_peer(layer: Layer, processes: int, dedup: bool) -> float:
+    """Of a token, for each process."""
+    return chance(layer, processes) if dedup else layer.k / processes
+
+
+def trip(layer: Layer, machine: Machine, processes: int, dedup: bool, two_levels: bool) -> float:
+    """Seconds of an exchange in one direction."""
+    places = min(machine.places, processes)
+    nodes = processes // places
+    row = layer.tokens * layer.hidden * layer.width * rows_per_peer(layer, processes, dedup)
+    if two_levels:
+        inside = row * nodes * (places - 1) / machine.nvlink + (places - 1) * machine.message
+        across = row * places * (nodes - 1) / machine.network + (nodes - 1) * machine.message
+        return inside + across
+    inside = row * (places - 1) / machine.nvlink
+    across = row * (processes - places) / machine.network
+    return max(inside, across) + (processes - 1) * machine.message
+
+
+def least(layer: Layer, machine: Machine, processes: int) -> float:
+    """A token once to every other node that has one of its experts: what one trip cannot do
+    without."""
+    nodes = processes // min(machine.places, processes)
+    across = chance(layer, nodes) * (nodes - 1) if nodes > 1 else 0.0
+    inside = chance(layer, processes) * (min(machine.places, processes) - 1)
+    row = layer.tokens * layer.hidden * layer.width
+    return max(row * across / machine.network, row * inside / machine.nvlink)
+
+
+WAYS = {
+    "a row per route": (False, False),
+    "a token per process": (True, False),
+    "a row per route, two levels": (False, True),
+    "a token per process, two levels": (True, True),
+}
+
+
+def check(report: dict) -> None:
+    """The model's other processes per token beside those that were counted."""
+    shape = report["shape"]
+    worst = 0.0
+    for point in report["points"]:
+        if point["way"] != "a token per process":
+            continue
+        layer = Layer(num_experts=shape["num_experts"], k=point["k"])
+        model = chance(layer, point["processes"]) * (point["processes"] - 1)
+        worst = max(worst, abs(model / point["others_per_token"] - 1))
+    print(f"other processes per token: the model is {worst:.1%} off at the most")
+    for number, fitted in report["collective"].items():
+        print(
+            f"all_to_all of {number} processes here: {fitted['start'] * 1e6:.0f} us + bytes / "
+            f"{fitted['bytes_per_second'] / 1e9:.2f} GB/s"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--out", type=Path, default=DOCS / "scaling.png")
+    options = parser.parse_args()
+    check(json.loads(options.report.read_text()))
+    layer, machine = Layer(), Machine()
+    gpus = [8 * 2**i for i in range(8)]
+    compute = layer.flops() / (machine.flops * machine.efficiency) * 1e3
+    print(f"experts' products: {compute:.1f} ms per layer, forward and backward")
+    print(f"{'GPUs':>6}{'share':>7}" + "".join(f"{name:>34}" for name in (*WAYS, "least")))
+    lines: dict[str, list[float]] = {name: [] for name in (*WAYS, "least")}
+    for number in gpus:
+        share = min(number, layer.num_experts)
+        for name, way in WAYS.items():
+            lines[name].append(4e3 * trip(layer, machine, share, *way))
+        lines["least"].append(4e3 * least(layer, machine, share))
+        cells = "".join(f"{lines[name][-1]:31.2f} ms" for name in lines)
+        print(f"{number:6}{share:7}{cells}")
+    draw(gpus, lines, compute, layer.num_experts, options.out)
+    print(options.out)
+
+
+def draw(
+    gpus: list[int], lines: dict[str, list[float]], compute: float, num_experts: int, out: Path
+) -> None:
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    styles = ("-", "-", "--", "--", ":")
+    colours = (COLOURS[1], COLOURS[0], COLOURS[1], COLOURS[0], "#555555")
+    names = (*list(lines)[:-1], "least: a token per node")
+    for values, name, style, colour in zip(lines.values(), names, styles, colours, strict=True):
+        axes.plot(gpus, values, style, color=colour, label=name, lw=1.8, marker="o", ms=3.5)
+    axes.axhline(compute, color=COLOURS[4], lw=1.5, label="the experts' products")
+    axes.axvline(num_experts, color="#bbbbbb", lw=1, zorder=0)
+    axes.text(num_experts * 1.06, axes.get_ylim()[1] * 0.5, "one expert per GPU;\nbeyond, copies")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(gpus, [str(number) for number in gpus])
+    axes.set_xlabel("GPUs, 8 in a node")
+    axes.set_ylabel("ms per layer, forward and backward")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8.5, loc="upper left")
+    axes.set_title("Exchange of a DeepSeek-V3 layer, 4096 tokens per GPU (model)", fontsize=10)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
