@@ -51,7 +51,7 @@ WAYS = {
     "capacity 1.25": Way({}, True),
     "a row per route, in 2 parts": Way({"overlap": 2}),
     "a row per route, 2 nodes": Way({}, nodes=2),
-    "a token per process, 2 nodes": Way({"dedup": True}, nodes=2),
+    "a token per node and process": Way({"dedup": True}, nodes=2),
 }
 
 
@@ -122,8 +122,8 @@ def measure(rank: int, way: Way, k: int, num_tokens: int, seconds: float) -> dic
         times.append(float(taken))
     inside = None
     if way.nodes:
-        _, inner = (g.group_name for g in group.get_all_groups())
-        inside = counted.sent[inner]
+        _, places = group.get_all_groups()
+        inside = counted.sent[places.group_name]
     return {
         "sent": sum(counted.sent.values()),
         "sent_inside_nodes": inside,

@@ -70,13 +70,16 @@ def trip(layer: Layer, machine: Machine, processes: int, dedup: bool, two_levels
     """Seconds of an exchange in one direction."""
     places = min(machine.places, processes)
     nodes = processes // places
-    row = layer.tokens * layer.hidden * layer.width * rows_per_peer(layer, processes, dedup)
+    token = layer.tokens * layer.hidden * layer.width
+    rows = rows_per_peer(layer, processes, dedup)
     if two_levels:
-        inside = row * nodes * (places - 1) / machine.nvlink + (places - 1) * machine.message
-        across = row * places * (nodes - 1) / machine.network + (nodes - 1) * machine.message
-        return inside + across
-    inside = row * (places - 1) / machine.nvlink
-    across = row * (processes - places) / machine.network
+        # With dedup a token crosses once to a node that has any of its experts.
+        per_node = rows_per_peer(layer, nodes, True) / places if dedup else rows
+        inside = token * rows * nodes * (places - 1) / machine.nvlink
+        across = token * per_node * places * (nodes - 1) / machine.network
+        return inside + across + (places + nodes - 2) * machine.message
+    inside = token * rows * (places - 1) / machine.nvlink
+    across = token * rows * (processes - places) / machine.network
     return max(inside, across) + (processes - 1) * machine.message
 
 
@@ -94,7 +97,7 @@ WAYS = {
     "a row per route": (False, False),
     "a token per process": (True, False),
     "a row per route, two levels": (False, True),
-    "a token per process, two levels": (True, True),
+    "a token per node and process": (True, True),
 }
 
 
@@ -152,14 +155,14 @@ def draw(
         axes.plot(gpus, values, style, color=colour, label=name, lw=1.8, marker="o", ms=3.5)
     axes.axhline(compute, color=COLOURS[4], lw=1.5, label="the experts' products")
     axes.axvline(num_experts, color="#bbbbbb", lw=1, zorder=0)
-    axes.text(num_experts * 1.06, axes.get_ylim()[1] * 0.5, "one expert per GPU;\nbeyond, copies")
+    axes.text(num_experts * 1.06, compute * 1.15, "one expert per GPU;\nbeyond, copies")
     axes.set_xscale("log", base=2)
     axes.set_xticks(gpus, [str(number) for number in gpus])
     axes.set_xlabel("GPUs, 8 in a node")
     axes.set_ylabel("ms per layer, forward and backward")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.25 * max(map(max, lines.values())))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8.5, loc="upper left")
+    axes.legend(fontsize=8.5, loc="upper left", ncols=2)
     axes.set_title("Exchange of a DeepSeek-V3 layer, 4096 tokens per GPU (model)", fontsize=10)
     figure.savefig(out, dpi=130)
     plt.close(figure)

@@ -18,6 +18,7 @@ NOT_OF_OPERATORS = {
     "test_bench.py",
     "test_build.py",
     "test_convert.py",
+    "test_deepep.py",
     "test_deepspeed.py",
     "test_demo.py",
     "test_explain.py",

@@ -142,6 +142,7 @@ CASES = [
     Case((5, 3, 0, 7), k=3),
     Case((5, 3, 0, 7), k=3, nodes=2),
     Case((5, 3, 0, 7), k=4, nodes=2, options={"dedup": True, "overlap": 2}),
+    Case((5, 3, 0, 7), k=3, nodes=2, kind="modules", options={"dedup": True}),
     Case((4, 4, 4, 4), drop_tokens=True),
     Case((4, 4, 4, 4), drop_tokens=True, nodes=2, options={"overlap": 2}),
     Case((4, 4, 4, 4), drop_tokens=True, nodes=2, kind="modules"),
@@ -214,6 +215,7 @@ class CountReads(TorchFunctionMode):
         (Case(options={"overlap": 3}), 1),
         (Case(k=3, options={"dedup": True, "overlap": 2}), 1),
         (Case((4, 4, 4, 4), nodes=2), 1),
+        (Case((4, 4, 4, 4), nodes=2, options={"dedup": True}), 2),
     ],
     ids=str,
 )

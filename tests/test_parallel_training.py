@@ -230,7 +230,7 @@ def _deepspeed_way(rank: int, is_strided: bool):
         {"params": list(moe.parameters()), "name": "all"}
     )
     assert [group["name"] for group in found] == ["all", "ep_size_2"]
-    first = layer.experts.exchange.rank * E // 2
+    first = layer.experts.rank * E // 2
     with torch.no_grad():
         for i, copied in enumerate(layer.experts.deepspeed_experts):
             copied.weight.mul_(1 + first + i)

@@ -48,7 +48,7 @@ def _converted(model: nn.Module, state: dict[str, Any], convert, direction: int)
             before, found, rest = f".{key}".partition(f".{name}." if name else ".")
             if not found:
                 continue
-            shift = direction * part.exchange.rank * part.num_local_experts
+            shift = direction * part.rank * part.num_local_experts
             renamed = local_name(rest, lists, shift)
             key = (before + found + renamed)[1:]
             is_one_experts = any(rest.startswith(f"{path}.") for path in lists)

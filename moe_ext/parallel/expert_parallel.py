@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,27 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from .. import mappings, options
-from ..contracts import accumulate_dtype
 from ..experts import ExpertParameters, Experts, routed
 from ..functional import combine, dispatch
-from ..losses import expert_load
 from ..plan import Plan, make_plan
+from .agreement import agree
+from .deepep import Journey
 from .division import divide
-from .exchange import Exchange, Path, back, finish, start
-
-DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
-
-
-class Trip(NamedTuple):
-    """A part of the work: what goes out, and what becomes of it.
-
-    out: tensors [R, ...] that travel together
-    arrive: of what came, gives the tokens, plan and weights of the experts here
-    """
-
-    path: Path
-    out: tuple[Tensor, ...]
-    arrive: Callable[..., tuple[Tensor, Plan, Tensor]]
+from .exchange import Exchange
+from .trips import once_per_process, once_per_route, rooms_of_experts, travel
 
 
 class ExpertParallel(ExpertParameters, Experts):
@@ -45,7 +32,8 @@ class ExpertParallel(ExpertParameters, Experts):
     group: a process group; or a mesh of one dimension; or one of two, nodes and places in a node:
         then rows travel between nodes together, and are sorted out inside
     dedup: send a token once to a process that has several of its experts, and weigh there. Fewer
-        bytes; what is summed is the same, in another order.
+        bytes; what is summed is the same, in another order. In two levels a token goes once to a
+        node, and there once to a process: experts divided among nodes, which divide theirs.
     overlap: so many parts, of which one travels while the experts work on another
     uneven_tokens: processes may have different numbers of tokens, or none, with a capacity too.
         Without a capacity they always may.
@@ -54,6 +42,8 @@ class ExpertParallel(ExpertParameters, Experts):
         `parallel.fully_shard` set it.
     tensor_group: processes that hold the same tokens and routes (tensor parallelism): each sends
         its share, and all get the sum
+    deepep: a `deep_ep.ElasticBuffer` of the group: tokens travel by its kernels, in bfloat16 on
+        NVIDIA GPUs. Not run with DeepEP itself yet, only with a stand-in for its buffer.
     num_local_experts: of `experts` that are no moe_ext.Experts, as of MOELayer
     ep_group_name: what parameters carry as `group_name`, beside `allreduce = False`, for
         DeepSpeed's optimizers
@@ -64,7 +54,8 @@ class ExpertParallel(ExpertParameters, Experts):
 
     With a capacity, equal on all processes, an exchange is of equal parts, known beforehand; it
     compiles whole. Otherwise rows are counted first, which the host reads: one synchronisation per
-    call, where torch.compile breaks its graph. A group of one process exchanges nothing.
+    call (two with dedup in two levels), where torch.compile breaks its graph. A group of one
+    process exchanges nothing.
 
     All processes make the same calls, and the same backwards: one without tokens too. In the first
     call they compare what they were made with, and where they disagree all raise RuntimeError,
@@ -81,17 +72,24 @@ class ExpertParallel(ExpertParameters, Experts):
         uneven_tokens: bool = False,
         average: bool = False,
         tensor_group: dist.ProcessGroup | None = None,
+        deepep: Any = None,
         num_local_experts: int | None = None,
         ep_group_name: str | None = None,
     ) -> None:
         name = "ExpertParallel"
-        if not isinstance(experts, nn.Module) or isinstance(experts, ExpertParallel):
+        if not isinstance(experts, nn.Module):
             raise ValueError(
                 f"{name}: experts must be a module of experts, got {type(experts).__name__}"
             )
         if num_local_experts is None:
             num_local_experts = getattr(experts, "num_experts", None)
         num_local_experts = options.integer(name, "num_local_experts", num_local_experts, 1)
+        if dedup and isinstance(group, DeviceMesh) and group.ndim == 2:
+            nodes, places = group.get_all_groups()
+            experts = ExpertParallel(
+                experts, places, dedup=True, num_local_experts=num_local_experts
+            )
+            num_local_experts, group = experts.num_experts, nodes
         try:
             exchange = Exchange(group)
         except ValueError as error:
@@ -103,17 +101,17 @@ class ExpertParallel(ExpertParameters, Experts):
             average=(average, (True, False)),
         )
         super().__init__(num_local_experts * exchange.size)
-        self.num_local_experts = num_local_experts
         self.exchange = exchange
         self.dedup = dedup
         self.overlap = options.integer(name, "overlap", overlap, 1)
         self.uneven_tokens = uneven_tokens
         self.average = average
         self.tensor_group = tensor_group
-        self.expert_group_name = ep_group_name or f"ep_size_{exchange.size}"
+        self.deepep = deepep
         self._have_agreed = False
         # Not a submodule: its members are this one's.
         self.__dict__["local"] = experts
+        self.expert_group_name = ep_group_name or f"ep_size_{self.size}"
         for members in ("_parameters", "_buffers", "_modules"):
             self.__dict__[members] = experts.__dict__[members]
         self.mark()
@@ -139,17 +137,32 @@ class ExpertParallel(ExpertParameters, Experts):
 
     @property
     def size(self) -> int:
-        return self.exchange.size
+        """Processes that share the experts."""
+        return self.exchange.size * (self.local.size if self._is_nested() else 1)
+
+    @property
+    def rank(self) -> int:
+        """This process among them."""
+        if not self._is_nested():
+            return self.exchange.rank
+        return self.exchange.rank * self.local.size + self.local.rank
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.num_experts // self.size
+
+    def _is_nested(self) -> bool:
+        return isinstance(self.local, ExpertParallel)
 
     def extra_repr(self) -> str:
         return (
             f"{type(self.local).__name__}, num_experts={self.num_experts}, "
-            f"rank={self.exchange.rank}, size={self.size}, dedup={self.dedup}, "
+            f"rank={self.rank}, size={self.size}, dedup={self.dedup}, "
             f"overlap={self.overlap}, uneven_tokens={self.uneven_tokens}"
         )
 
     def train(self, mode: bool = True):
-        self.local.training = mode
+        self.local.train(mode)
         return super().train(mode)
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
@@ -177,12 +190,26 @@ class ExpertParallel(ExpertParameters, Experts):
                 f"ExpertParallel: plan must be of E = {self.num_experts} experts, "
                 f"got {plan.num_experts}"
             )
-        if self.size == 1:
+        if self.exchange.size == 1:
             done = None if work is None else work()
-            return routed(self.local, tokens, plan, weights), done
+            return self._routed_here(tokens, plan, weights), done
         if not self._have_agreed and not torch.compiler.is_compiling():
-            self._agree(tokens, plan)
+            agree(
+                *(self.exchange, tokens.device),
+                num_experts=self.num_experts,
+                hidden_size=tokens.shape[1],
+                dtype=tokens.dtype,
+                k=plan.slots.shape[1],
+                dedup=self.dedup,
+                overlap=self.overlap,
+                uneven_tokens=self.uneven_tokens,
+                average=self.average,
+                drops_tokens=plan.capacity is not None,
+                capacity=plan.capacity if self._sends_equal_parts(plan) else 0,
+            )
             self._have_agreed = True
+        if self.deepep is not None:
+            return self._by_deepep(tokens, plan, weights, work)
         if self._sends_equal_parts(plan):
             return self._equal(tokens, plan, weights, work)
         return self._counted(tokens, plan, weights, work)
@@ -190,56 +217,17 @@ class ExpertParallel(ExpertParameters, Experts):
     def _sends_equal_parts(self, plan: Plan) -> bool:
         return plan.capacity is not None and not self.uneven_tokens and not self.dedup
 
-    def _agree(self, tokens: Tensor, plan: Plan) -> None:
-        fields = {
-            "num_experts": self.num_experts,
-            "hidden_size": tokens.shape[1],
-            "dtype": tokens.dtype,
-            "k": plan.slots.shape[1],
-            "dedup": self.dedup,
-            "overlap": self.overlap,
-            "uneven_tokens": self.uneven_tokens,
-            "average": self.average,
-            "drops tokens": plan.capacity is not None,
-            "capacity": plan.capacity if self._sends_equal_parts(plan) else 0,
-        }
-        numbers = [DTYPES.index(x) if x in DTYPES else int(x) for x in fields.values()]
-        mine = torch.tensor(numbers, dtype=torch.int64, device=tokens.device)
-        of_all = self.exchange.counts(mine.expand(self.size, -1)).tolist()
-        for i, (name, value) in enumerate(fields.items()):
-            kind = DTYPES.__getitem__ if value in DTYPES else type(value)
-            first, *others = (kind(numbers[i]) for numbers in of_all)
-            for rank, other in enumerate(others, start=1):
-                if other == first:
-                    continue
-                hint = "; with uneven_tokens=True it may differ" if name == "capacity" else ""
-                raise RuntimeError(
-                    f"ExpertParallel: all processes must have the same {name}, got {first} in the "
-                    f"group's process 0 and {other} in its process {rank}{hint}"
-                )
-
     def _equal(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
         """Every expert's room [C, H] goes to its process, empty rows too."""
         E, H = plan.num_experts, tokens.shape[1]
-        W, L = self.size, self.num_local_experts
         rooms = dispatch(tokens, plan).view(E, plan.capacity, H)
-        kept = plan.kept().view(W, L)
+        kept = plan.kept()
         if self._shares_tokens():
             rooms = self._my_share(rooms, 1)
             done = dist.get_rank(self.tensor_group) * rooms.shape[1]
             kept = (kept - done).clamp(0, rooms.shape[1])
-        load = self.exchange.counts(kept)
-        trips, done = [], 0
-        for part in rooms.tensor_split(self.overlap, dim=1):
-            C = part.shape[1]
-            ids = _ids_of_rooms((load - done).clamp(0, C), C)
-
-            def arrive(rows: Tensor, ids: Tensor = ids, C: int = C):
-                return rows, make_plan(ids, L, W * C), _ones(rows)
-
-            trips.append(Trip(self.exchange.equal(L * C), (part.reshape(-1, H),), arrive))
-            done += C
-        parts, result = self._travel(trips, work)
+        trips = rooms_of_experts(self.exchange, rooms, kept, self.overlap)
+        parts, result = travel(trips, self._routed_here, work)
         rooms = torch.cat([part.view(E, -1, H) for part in parts], dim=1)
         if self._shares_tokens():
             rooms = mappings.gather_tokens(rooms.contiguous(), 1, self.tensor_group)
@@ -255,9 +243,9 @@ class ExpertParallel(ExpertParameters, Experts):
             experts = self._my_share(experts, 0, -1)
         split = [x.tensor_split(self.overlap) for x in (tokens, experts, weights)]
         parts = list(zip(*split, strict=True))
-        pack = self._once_per_process if self.dedup else self._once_per_route
-        trips, plans = pack(parts)
-        backs, result = self._travel(trips, work)
+        pack = once_per_process if self.dedup else once_per_route
+        trips, plans = pack(self.exchange, self.num_experts, parts)
+        backs, result = travel(trips, self._routed_here, work)
         outs = [
             combine(rows, plan, None if self.dedup else weights)
             for rows, plan, (_, _, weights) in zip(backs, plans, parts, strict=True)
@@ -267,69 +255,17 @@ class ExpertParallel(ExpertParameters, Experts):
             out = mappings.gather_tokens(out, 0, self.tensor_group)[:num_tokens]
         return out, result
 
-    def _once_per_route(self, parts) -> tuple[list[Trip], list[Plan]]:
-        W, L = self.size, self.num_local_experts
-        plans = [make_plan(ids, self.num_experts, order="token") for _, ids, _ in parts]
-        loads = torch.stack([plan.load.view(W, L) for plan in plans], dim=1)
-        counts = torch.cat([loads.sum(dim=2, keepdim=True, dtype=loads.dtype), loads], dim=2)
-        paths, received, sums = self.exchange.counted(counts)
-        plans = [_without_empty_rows(*pair) for pair in zip(plans, paths, strict=True)]
-        local = torch.arange(L, dtype=torch.int32, device=counts.device).repeat(W)
-        trips = []
-        for i, (plan, path, (tokens, _, _)) in enumerate(zip(plans, paths, parts, strict=True)):
-
-            def arrive(rows: Tensor, load: Tensor = received[:, i, 1:], total: int = sums[i][0]):
-                ids = local.repeat_interleave(load.flatten(), output_size=total)
-                return rows, make_plan(ids[:, None], L, order="token"), _ones(rows)
-
-            trips.append(Trip(path, (dispatch(tokens, plan),), arrive))
-        return trips, plans
-
-    def _once_per_process(self, parts) -> tuple[list[Trip], list[Plan]]:
-        W, L = self.size, self.num_local_experts
-        owners = [torch.where(ids >= 0, ids // L, -1) for _, ids, _ in parts]
-        plans = [make_plan(_first_of_each(ranks), W, order="token") for ranks in owners]
-        rows = torch.stack([plan.load for plan in plans], dim=1)
-        routes = torch.stack([expert_load(ranks, W) for ranks in owners], dim=1)
-        counts = torch.stack([rows.to(routes.dtype), routes], dim=2)
-        paths, _, sums = self.exchange.counted(counts)
-        plans = [_without_empty_rows(*pair) for pair in zip(plans, paths, strict=True)]
-        trips = []
-        for i, (plan, path, ranks, (tokens, ids, weights)) in enumerate(
-            zip(plans, paths, owners, parts, strict=True)
-        ):
-            token = plan.sources // ids.shape[1]
-            to = ranks.flatten()[plan.sources]
-            is_there = ranks[token] == to[:, None]
-            there = torch.where(is_there, ids[token] % L, -1)
-            weighed = torch.where(is_there, dispatch(weights, plan), 0)
-
-            def arrive(rows: Tensor, ids: Tensor, weights: Tensor, total: int = sums[i][1]):
-                plan = make_plan(ids, L, order="token")
-                return rows, plan._replace(sources=plan.sources[:total]), weights
-
-            trips.append(Trip(path, (dispatch(tokens, plan), there, weighed), arrive))
-        return trips, plans
-
-    def _travel(self, trips: list[Trip], work) -> tuple[list[Tensor], Tensor | None]:
-        """Every part to its experts and back. The next one travels while the experts work."""
-
-        def depart(trip: Trip):
-            return [start(tensor, trip.path) for tensor in trip.out]
-
-        coming = depart(trips[0])
+    def _by_deepep(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
+        experts = torch.where(plan.slots >= 0, plan.experts, -1)
+        journey = Journey(self.deepep, self.num_experts)
+        arrived, weights, ids = journey.depart(tokens, weights, experts)
         result = None if work is None else work()
-        leaving = []
-        for i, trip in enumerate(trips):
-            arriving = coming
-            if i + 1 < len(trips):
-                coming = depart(trips[i + 1])
-            arrived = trip.arrive(*(finish(tensor) for tensor in arriving))
-            leaving.append(start(self._routed_here(*arrived), back(trip.path)))
-        return [finish(rows) for rows in leaving], result
+        journey.wait()
+        there = make_plan(ids.int(), self.num_experts // self.exchange.size, order="token")
+        return journey.come_back(self._routed_here(arrived, there, weights)), result
 
     def _routed_here(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-        if not self.average:
+        if not self.average or self.size == 1:
             return routed(self.local, tokens, plan, weights)
         # A smaller gradient inside, for all parameters there are.
         tokens, weights = _Scaled.apply(tokens, self.size), _Scaled.apply(weights, self.size)
@@ -359,27 +295,3 @@ class _Scaled(Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * ctx.factor, None
-
-
-def _ones(rows: Tensor) -> Tensor:
-    return torch.ones(rows.shape[0], 1, dtype=accumulate_dtype(rows.dtype), device=rows.device)
-
-
-def _ids_of_rooms(load: Tensor, capacity: int) -> Tensor:
-    """The experts [W * L * C, 1] of rows in rooms of which the first `load` [W, L] are filled."""
-    L = load.shape[1]
-    ids = torch.arange(L, dtype=torch.int32, device=load.device)[:, None]
-    place = torch.arange(capacity, dtype=torch.int32, device=load.device)
-    return torch.where(place < load[..., None], ids, -1).view(-1, 1)
-
-
-def _first_of_each(ranks: Tensor) -> Tensor:
-    """[T, K] with -1 for what stands in an earlier column too."""
-    equal = ranks[:, :, None] == ranks[:, None, :]
-    return torch.where(equal.tril(-1).any(dim=2), -1, ranks)
-
-
-def _without_empty_rows(plan: Plan, path: Path) -> Plan:
-    # All rows of a plan without gaps that routes own come first.
-    sent = path[0].send if hasattr(path[0], "send") else path[0].sizes
-    return plan._replace(sources=plan.sources[: sum(sent)])
