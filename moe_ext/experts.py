@@ -16,7 +16,12 @@ class Experts(nn.Module):
     its GEMM, saves less or exchanges tokens between processes overrides `routed`.
 
     num_experts: E
+
+    A subclass whose experts are modules in an nn.ModuleList names it in `expert_lists`; all other
+    parameters are stacked, [E, ...]. ExpertParallel divides by that.
     """
+
+    expert_lists: tuple[str, ...] = ()
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -57,6 +62,8 @@ class ModuleExperts(Experts):
     device: one synchronisation per call. There torch.compile breaks its graph (under checkpointing
     all of it runs eagerly), and torch.export and the meta device raise: use GroupedExperts.
     """
+
+    expert_lists = ("experts",)
 
     def __init__(self, module: nn.Module, num_experts: int) -> None:
         super().__init__(num_experts)
@@ -169,6 +176,8 @@ class DeepSpeedExperts(ExpertParameters):
     num_local_experts: how many copies; all start with the module's weights
     expert_group_name: what its parameters carry as `group_name`; `allreduce` is False on them
     """
+
+    expert_lists = ("deepspeed_experts",)
 
     def __init__(
         self, expert: nn.Module, num_local_experts: int = 1, expert_group_name: str | None = None

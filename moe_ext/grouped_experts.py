@@ -98,6 +98,8 @@ class GroupedExperts(Experts):
         up, up_bias = self._parameters_of(self._up_name)
         down, down_bias = self._parameters_of("down_proj")
         if weights is not None:
+            # Data-parallel wrappers may cast what they pass on.
+            weights = weights.to(contracts.accumulate_dtype(rows.dtype))
             return feed_forward(
                 *(rows, plan, weights, up, down, self.activation, up_bias, down_bias),
                 weigh=self.weigh,

@@ -105,6 +105,8 @@ class MOELayer(nn.Module):
         self.ep_group_name = ep_group_name
         self.ep_group = None
         self.ep_size = ep_size
+        if isinstance(experts, ExpertParallel):
+            num_local_experts = experts.num_local_experts
         self.num_local_experts = num_local_experts
         self.use_tutel = False
         self.timers = Timers()
@@ -122,8 +124,9 @@ class MOELayer(nn.Module):
             raise RuntimeError(
                 f"MOELayer: ep_group must have ep_size = {self.ep_size} processes, got {size}"
             )
+        if hasattr(self.gate, "_set_ep_group"):
+            self.gate._set_ep_group(ep_group)
         self.ep_group = ep_group
-        self.gate._set_ep_group(ep_group)
         if size > 1:
             self.experts = ExpertParallel(
                 self.experts,

@@ -194,11 +194,11 @@ class TopKGate(nn.Module):
         """The options that are not what they are by default."""
         shown = [f"k={self.k}"]
         for name, parameter in inspect.signature(TopKGate).parameters.items():
+            # A group may be gone.
+            if name in ("model_dim", "num_experts", "k", "router", "ep_group"):
+                continue
             value = getattr(self, name, parameter.default)
-            if (
-                name not in ("model_dim", "num_experts", "k", "router")
-                and value != parameter.default
-            ):
+            if value != parameter.default:
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)
 

@@ -27,9 +27,10 @@ class Processes(NamedTuple):
             return cls()
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         world = dist.get_world_size()
-        return cls(dist.get_rank(), world, parallel.make_groups(world))
+        groups = parallel.make_groups(world, device_type=device.type)
+        return cls(dist.get_rank(), world, groups)
 
     def share(self, starts: Tensor) -> Tensor:
         """This process's part of a batch."""

@@ -29,6 +29,7 @@ NOT_OF_OPERATORS = {
     "test_migration.py",
     "test_parallel.py",
     "test_parallel_faults.py",
+    "test_parallel_modules.py",
     "test_parallel_training.py",
     "test_toolkit.py",
 }

@@ -23,6 +23,8 @@ class Buffer:
         topk_weights=None,
         num_experts=None,
         handle=None,
+        do_cpu_sync=None,
+        do_expand=False,
         async_with_compute_stream=False,
     ):
         assert (topk_idx is None) == (handle is not None) == (topk_weights is None)

@@ -19,7 +19,7 @@ from moe_ext import (
     TopKGate,
     make_plan,
 )
-from moe_ext.parallel import make_groups
+from moe_ext.parallel import data_parallel, make_groups
 
 H, E, T = 6, 4, 5
 
@@ -85,6 +85,37 @@ def test_disagreement(mine, theirs, text):
 def test_different_numbers_of_tokens_and_a_capacity():
     messages = on_processes(2, _disagreement, ({}, 5), ({}, 9))
     assert all("capacity, got 3 " in m and "with uneven_tokens=True" in m for m in messages)
+
+
+def _of_four(rank: int, options: dict) -> str:
+    layer = layer_of(k=1 if rank == 0 else 2)
+    group = make_groups((2, 2)).ep
+    layer.experts = ExpertParallel.of(GroupedExperts(E, H, 3), group, **options)
+    try:
+        layer(torch.randn(T, H))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("options", [{}, {"dedup": True}])
+def test_disagreement_in_two_levels(options):
+    for message in on_processes(4, _of_four, options):
+        assert "same k, got 1 in the group's process 0 and 2 in its process 1" in message
+
+
+def _one_has_no_gradient(rank: int) -> str:
+    layer = layer_of()
+    try:
+        layer(torch.randn(T, H, requires_grad=rank == 0))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_gradients_in_some_processes_only():
+    for message in on_processes(2, _one_has_no_gradient):
+        assert "the same tokens_require_grad, got True in" in message
 
 
 def _nan(rank: int, options: dict):
@@ -159,6 +190,7 @@ def _messages(rank: int) -> list[str]:
     gate = TopKGate(H, E)
     with_scale = ModuleExperts(nn.Linear(H, H), E)
     with_scale.scale = nn.Parameter(torch.ones(1))
+    experts_alone = MOELayer(gate.requires_grad_(False), ExpertParallel.of(experts, world))
     messages = []
     for make in (
         lambda: ExpertParallel.of(GroupedExperts(5, H, 3), world),
@@ -172,6 +204,9 @@ def _messages(rank: int) -> list[str]:
         lambda: MOELayer(gate, ExpertParallel(experts, world)),
         lambda: MOELayer(gate, parallel, ep_size=2),
         lambda: MOELayer(TopKGate(H, E), nn.Linear(H, H), "", 2, 2)._set_ep_group(None),
+        lambda: ExpertParallel(SharedExperts(experts, nn.Identity()), world),
+        lambda: ExpertParallel(experts, world, deepep=object(), overlap=2),
+        lambda: data_parallel(experts_alone, make_groups(2)),
         lambda: make_groups(3),
         lambda: make_groups((1, 2, 1)),
         lambda: make_groups(2, 2),
@@ -189,7 +224,7 @@ def test_messages():
     expected = [
         "ValueError: ExpertParallel: experts must divide evenly, got num_experts = 5 for 2",
         "ValueError: ExpertParallel: experts must have num_experts, got Linear",
-        "ValueError: ExpertParallel: parameters must be of experts, [E, ...] with E = 4, got scale",
+        "ValueError: ExpertParallel: parameters and buffers must be of experts, [E, ...] with E = ",
         "ValueError: ExpertParallel: group must be a process group of which this process",
         "ValueError: ExpertParallel: group must be a process group of which this process",
         "ValueError: ExpertParallel: overlap must be at least 1, got 0",
@@ -198,6 +233,9 @@ def test_messages():
         "ValueError: MOELayer: experts must have the gate's num_experts = 4, got 8",
         "ValueError: MOELayer: ep_size must be 1 with experts that are ExpertParallel, got 2",
         "RuntimeError: MOELayer: ep_group must have ep_size = 2 processes, got 1",
+        "ValueError: ExpertParallel: experts must be the routed ones alone, got SharedExperts",
+        "ValueError: ExpertParallel: deepep goes with a process group, without the other options",
+        "ValueError: data_parallel: DistributedDataParallel needs a parameter to reduce, but only",
         "ValueError: make_groups: ep * dp must be the 2 processes, got 3 * 1",
         "ValueError: make_groups: ep must be a number or (nodes, places), got (1, 2, 1)",
         "ValueError: make_groups: ep * dp must be the 2 processes, got 2 * 2",

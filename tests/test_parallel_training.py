@@ -1,5 +1,6 @@
 """Models whose experts are divided train, save and load like the model of one process."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from processes import on_processes
+from test_parallel import CountCollectives
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import FSDPModule
@@ -101,6 +103,29 @@ def test_distributed_data_parallel(kind, micro, world, ep):
     expected = trained_alone(kind, world, micro=micro).state_dict()
     for found in on_processes(world, _with_ddp, kind, ep, micro):
         torch.testing.assert_close(found, dict(expected), rtol=1e-10, atol=1e-10)
+
+
+def _without_synchronisation(rank: int, kind: str):
+    groups = make_groups(2)
+    model = divided(kind, groups.ep)
+    ddp = parallel.data_parallel(model, groups)
+    counts = []
+    for is_last in (False, True):
+        with contextlib.nullcontext() if is_last else ddp.no_sync(), CountCollectives() as counted:
+            loss_of(ddp, model[1], batch(rank, 0)).backward()
+        counts.append(sum("allreduce" in name for name in counted.names))
+    return counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_sync_sends_no_gradients(kind):
+    # A process has half of the experts.
+    parameters = len(list(model_of(kind)[1].experts.parameters()))
+    number = parameters if kind == "grouped" else parameters // 2
+    for without, with_ in on_processes(4, _without_synchronisation, kind):
+        assert without == 0
+        # Every parameter of an expert, beside the buckets of all others.
+        assert with_ >= number
 
 
 def _with_fsdp(rank: int, kind: str, ep: int):

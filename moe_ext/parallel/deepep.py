@@ -46,6 +46,8 @@ class _Depart(Function):
             topk_idx=experts,
             topk_weights=weights.contiguous(),
             num_experts=journey.num_experts,
+            do_cpu_sync=True,
+            do_expand=False,
             async_with_compute_stream=True,
         )
         ctx.mark_non_differentiable(ids)

@@ -7,13 +7,9 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 
-def lists_of(experts: nn.Module, num_experts: int) -> list[str]:
+def lists_of(experts: nn.Module) -> tuple[str, ...]:
     """Names of the lists that hold one module for every expert."""
-    return [
-        name
-        for name, module in experts.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_experts
-    ]
+    return getattr(experts, "expert_lists", ())
 
 
 def divide(experts: nn.Module, rank: int, size: int) -> nn.Module:
@@ -28,33 +24,39 @@ def divide(experts: nn.Module, rank: int, size: int) -> nn.Module:
             f"{size} processes"
         )
     mine = slice(rank * num_experts // size, (rank + 1) * num_experts // size)
-    lists = lists_of(experts, num_experts)
+    lists = lists_of(experts)
     # What the others have is not copied.
     memo: dict = {}
     for path in lists:
         modules = experts.get_submodule(path)
         memo[id(modules)] = nn.ModuleList(copy.deepcopy(module) for module in modules[mine])
-    for parameter in _stacked(experts, lists, num_experts):
-        part = nn.Parameter(parameter.detach()[mine].clone(), parameter.requires_grad)
-        memo[id(parameter)] = part
+    for tensor in _stacked(experts, lists, num_experts):
+        part = tensor.detach()[mine].clone()
+        if isinstance(tensor, nn.Parameter):
+            part = nn.Parameter(part, tensor.requires_grad)
+        memo[id(tensor)] = part
     part = copy.deepcopy(experts, memo)
     part.num_experts = mine.stop - mine.start
     return part
 
 
-def _stacked(experts: nn.Module, lists: list[str], num_experts: int) -> Iterator[Tensor]:
-    for name, parameter in experts.named_parameters():
-        if any(name.startswith(f"{path}.") for path in lists):
+def _stacked(experts: nn.Module, lists: tuple[str, ...], num_experts: int) -> Iterator[Tensor]:
+    for name, tensor in (*experts.named_parameters(), *experts.named_buffers()):
+        if is_in(lists, name):
             continue
-        if parameter.dim() == 0 or parameter.shape[0] != num_experts:
+        if tensor.dim() == 0 or tensor.shape[0] != num_experts:
             raise ValueError(
-                f"ExpertParallel: parameters must be of experts, [E, ...] with E = {num_experts}, "
-                f"got {name} {list(parameter.shape)}"
+                "ExpertParallel: parameters and buffers must be of experts, [E, ...] with E = "
+                f"{num_experts}, got {name} {list(tensor.shape)}"
             )
-        yield parameter
+        yield tensor
 
 
-def local_name(name: str, lists: list[str], shift: int) -> str:
+def is_in(lists: tuple[str, ...], name: str) -> bool:
+    return any(name.startswith(f"{path}.") for path in lists)
+
+
+def shifted(name: str, lists: tuple[str, ...], shift: int) -> str:
     """The name with the number of its expert shifted."""
     for path in lists:
         if match := re.fullmatch(rf"({re.escape(path)}\.)(\d+)(\..*)", name):

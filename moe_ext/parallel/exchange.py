@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..process_group import GroupAttribute
 
 collectives = torch.ops._c10d_functional
+_DENSE = torch.contiguous_format
 
 
 class Move(NamedTuple):
@@ -64,8 +65,9 @@ def back(path: Path) -> Path:
 
 
 def _all_to_all(rows: Tensor, move: Move) -> Tensor:
-    # As bytes: gloo does not know every type.
-    bytes_ = rows.contiguous().view(torch.uint8)
+    # As bytes: gloo does not know every type. (An empty tensor is contiguous whatever its strides.)
+    rows = rows.contiguous() if rows.stride(-1) == 1 else rows.clone(memory_format=_DENSE)
+    bytes_ = rows.view(torch.uint8)
     out = collectives.all_to_all_single(bytes_, move.receive, move.send, move.group)
     return out.view(rows.dtype)
 

@@ -13,9 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from .. import mappings, options
-from ..experts import ExpertParameters, Experts, routed
+from ..contracts import accumulate_dtype
+from ..experts import ExpertParameters, Experts, SharedExperts, routed
 from ..functional import combine, dispatch
 from ..plan import Plan, make_plan
+from ..process_group import GroupAttribute
 from .agreement import agree
 from .deepep import Journey
 from .division import divide
@@ -62,6 +64,8 @@ class ExpertParallel(ExpertParameters, Experts):
     naming the field (not in compiled code). Raises ValueError for arguments that do not fit.
     """
 
+    tensor_group = GroupAttribute()
+
     def __init__(
         self,
         experts: nn.Module,
@@ -84,11 +88,19 @@ class ExpertParallel(ExpertParameters, Experts):
         if num_local_experts is None:
             num_local_experts = getattr(experts, "num_experts", None)
         num_local_experts = options.integer(name, "num_local_experts", num_local_experts, 1)
+        if isinstance(experts, SharedExperts):
+            raise ValueError(
+                f"{name}: experts must be the routed ones alone, got SharedExperts; give it an "
+                "ExpertParallel"
+            )
+        everyone = None
         if dedup and isinstance(group, DeviceMesh) and group.ndim == 2:
+            everyone = Exchange(group)
             nodes, places = group.get_all_groups()
             experts = ExpertParallel(
                 experts, places, dedup=True, num_local_experts=num_local_experts
             )
+            experts._have_agreed = True
             num_local_experts, group = experts.num_experts, nodes
         try:
             exchange = Exchange(group)
@@ -100,8 +112,13 @@ class ExpertParallel(ExpertParameters, Experts):
             uneven_tokens=(uneven_tokens, (True, False)),
             average=(average, (True, False)),
         )
+        if deepep is not None and (
+            tensor_group is not None or overlap != 1 or isinstance(group, DeviceMesh)
+        ):
+            raise ValueError(f"{name}: deepep goes with a process group, without the other options")
         super().__init__(num_local_experts * exchange.size)
         self.exchange = exchange
+        self._everyone = everyone or exchange
         self.dedup = dedup
         self.overlap = options.integer(name, "overlap", overlap, 1)
         self.uneven_tokens = uneven_tokens
@@ -109,10 +126,13 @@ class ExpertParallel(ExpertParameters, Experts):
         self.tensor_group = tensor_group
         self.deepep = deepep
         self._have_agreed = False
+        for member in (*experts._parameters, *experts._buffers, *experts._modules):
+            if hasattr(ExpertParallel, member):
+                raise ValueError(f"{name}: experts must not have a member called {member!r}")
         # Not a submodule: its members are this one's.
         self.__dict__["local"] = experts
         self.expert_group_name = ep_group_name or f"ep_size_{self.size}"
-        for members in ("_parameters", "_buffers", "_modules"):
+        for members in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[members] = experts.__dict__[members]
         self.mark()
 
@@ -132,7 +152,7 @@ class ExpertParallel(ExpertParameters, Experts):
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """None where the exchange is in two levels."""
+        """That of the exchange; None where it is in two levels."""
         return self.exchange.group
 
     @property
@@ -151,6 +171,10 @@ class ExpertParallel(ExpertParameters, Experts):
     def num_local_experts(self) -> int:
         return self.num_experts // self.size
 
+    def experts_here(self) -> nn.Module:
+        """As they were given."""
+        return self.local.experts_here() if self._is_nested() else self.local
+
     def _is_nested(self) -> bool:
         return isinstance(self.local, ExpertParallel)
 
@@ -164,6 +188,18 @@ class ExpertParallel(ExpertParameters, Experts):
     def train(self, mode: bool = True):
         self.local.train(mode)
         return super().train(mode)
+
+    def reset_parameters(self) -> None:
+        if hasattr(self.local, "reset_parameters"):
+            self.local.reset_parameters()
+
+    # Names and layouts are the experts' own matter.
+
+    def _save_to_state_dict(self, *args) -> None:
+        self.local._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args) -> None:
+        self.local._load_from_state_dict(*args)
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         return self(tokens, plan, weights)[0]
@@ -193,9 +229,11 @@ class ExpertParallel(ExpertParameters, Experts):
         if self.exchange.size == 1:
             done = None if work is None else work()
             return self._routed_here(tokens, plan, weights), done
+        # Data-parallel wrappers may cast what they pass on.
+        weights = weights.to(accumulate_dtype(tokens.dtype))
         if not self._have_agreed and not torch.compiler.is_compiling():
             agree(
-                *(self.exchange, tokens.device),
+                *(self._everyone, tokens.device),
                 num_experts=self.num_experts,
                 hidden_size=tokens.shape[1],
                 dtype=tokens.dtype,
@@ -204,6 +242,10 @@ class ExpertParallel(ExpertParameters, Experts):
                 overlap=self.overlap,
                 uneven_tokens=self.uneven_tokens,
                 average=self.average,
+                deepep=self.deepep is not None,
+                tensor_parallel_size=self._sharers(),
+                tokens_require_grad=tokens.requires_grad,
+                weights_require_grad=weights.requires_grad,
                 drops_tokens=plan.capacity is not None,
                 capacity=plan.capacity if self._sends_equal_parts(plan) else 0,
             )
@@ -234,6 +276,8 @@ class ExpertParallel(ExpertParameters, Experts):
         rooms = rooms[:, : plan.capacity]
         return combine(rooms.reshape(E * plan.capacity, H), plan, weights), result
 
+    # Sizes that differ in every call: compiled, each would be a program of its own.
+    @torch.compiler.disable
     def _counted(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
         """Rows that routes own, and no others."""
         experts = torch.where(plan.slots >= 0, plan.experts, -1)
@@ -267,15 +311,20 @@ class ExpertParallel(ExpertParameters, Experts):
     def _routed_here(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         if not self.average or self.size == 1:
             return routed(self.local, tokens, plan, weights)
-        # A smaller gradient inside, for all parameters there are.
-        tokens, weights = _Scaled.apply(tokens, self.size), _Scaled.apply(weights, self.size)
-        return _Scaled.apply(routed(self.local, tokens, plan, weights), 1 / self.size)
+        # A smaller gradient inside, for all parameters there are. Processes that share their tokens
+        # have one loss together.
+        losses = self.size / self._sharers()
+        tokens, weights = _Scaled.apply(tokens, losses), _Scaled.apply(weights, losses)
+        return _Scaled.apply(routed(self.local, tokens, plan, weights), 1 / losses)
+
+    def _sharers(self) -> int:
+        return 1 if self.tensor_group is None else dist.get_world_size(self.tensor_group)
 
     def _shares_tokens(self) -> bool:
-        return self.tensor_group is not None and dist.get_world_size(self.tensor_group) > 1
+        return self._sharers() > 1
 
     def _my_share(self, tensor: Tensor, dim: int, filler: int = 0) -> Tensor:
-        size = dist.get_world_size(self.tensor_group)
+        size = self._sharers()
         missing = -tensor.shape[dim] % size
         padding = [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]
         return mappings.drop_tokens(F.pad(tensor, padding, value=filler), dim, self.tensor_group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ def make_groups(
     *,
     neighbours_share: bool = True,
     device_type: str | None = None,
+    timeout: timedelta | None = None,
 ) -> Groups:
     """Groups of all processes: `ep` share the experts, `dp` times.
 
@@ -45,6 +47,7 @@ def make_groups(
     dp: how many copies of every expert; None is as many as there are processes for
     neighbours_share: processes of consecutive ranks share the experts; otherwise they are copies
     device_type: of the groups' tensors; None is the accelerator's, or "cpu" under gloo
+    timeout: how long a process waits for another of its groups; None is the world's
 
     Called by all processes. Raises ValueError where the numbers are not those of the processes.
     """
@@ -64,8 +67,17 @@ def make_groups(
     by_copy = ranks.view(dp, size).t() if neighbours_share else ranks.view(size, dp)
     names = ("ep",) if len(shape) == 1 else ("nodes", "places")
     mesh = DeviceMesh(device_type, by_copy.reshape(*shape, dp), mesh_dim_names=(*names, "dp"))
+    for one in mesh.get_all_groups():
+        _set_timeout(one, device_type, timeout)
     group = mesh.get_group("ep") if len(shape) == 1 else mesh[names]
     return Groups(mesh, group, mesh.get_group("dp"))
+
+
+def _set_timeout(group: dist.ProcessGroup, device_type: str, timeout: timedelta | None) -> None:
+    device = torch.device(device_type)
+    if timeout is None:
+        timeout = dist.group.WORLD._get_backend(device).options._timeout
+    group._get_backend(device)._set_default_timeout(timeout)
 
 
 def _accelerator() -> str:
@@ -73,7 +85,7 @@ def _accelerator() -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
-def rank_load(load: Tensor, group: dist.ProcessGroup) -> Tensor:
+def rank_load(load: Tensor, group: dist.ProcessGroup | DeviceMesh) -> Tensor:
     """How many routes each process's experts were asked for, by the tokens of all of them.
 
     load: [E] integers, of this process's tokens
@@ -81,8 +93,9 @@ def rank_load(load: Tensor, group: dist.ProcessGroup) -> Tensor:
     Returns [size of the group] int64, the same on all.
     """
     total = load.to(torch.int64, copy=True)
-    dist.all_reduce(total, group=group)
-    return total.view(dist.get_world_size(group), -1).sum(dim=1)
+    for one in _groups_of(group):
+        dist.all_reduce(total, group=one)
+    return total.view(group.size(), -1).sum(dim=1)
 
 
 def experts_of(model: nn.Module) -> dict[str, ExpertParallel]:
@@ -101,18 +114,24 @@ def data_parallel(model: nn.Module, groups: Groups, **options) -> DistributedDat
     over its copies, each of which has the gradients of all tokens sent to it. `no_sync` holds for
     both. options: DistributedDataParallel's
     """
+    if not any(p.requires_grad and getattr(p, "allreduce", True) for p in model.parameters()):
+        raise ValueError(
+            "data_parallel: DistributedDataParallel needs a parameter to reduce, but only experts' "
+            "require gradients; use fully_shard"
+        )
     experts = experts_of(model)
     names = [
         f"{path}.{name}" if path else name
         for path, e in experts.items()
-        for name, _ in e.named_parameters()
+        for name, _ in (*e.named_parameters(), *e.named_buffers())
     ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     parallel = DistributedDataParallel(model, **options)
     for module in experts.values():
         module.average = True
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), group=groups.dp, group_src=0)
         for parameter in module.parameters():
-            dist.broadcast(parameter.detach(), group=groups.dp, group_src=0)
             if parameter.requires_grad and dist.get_world_size(groups.dp) > 1:
                 _reduce(parameter, parallel, groups.dp)
     return parallel
@@ -138,13 +157,16 @@ def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
     Give an optimizer the experts' parameters in a group of their own: it handles a group's DTensors
     together, and those of two meshes cannot be.
 
-    options: torch.distributed.fsdp.fully_shard's, but for the mesh. Shard inner modules before, as
-    there; a gate that is sharded by itself needs
+    options: torch.distributed.fsdp.fully_shard's, but for the mesh. Blocks of the model are sharded
+    before it, by this function too. With a lower precision routes' weights are rounded to it. A
+    gate that is sharded by itself needs
     `torch.distributed.fsdp.register_fsdp_forward_method(gate, "route")`.
     """
     from torch.distributed import fsdp
 
     for module in experts_of(model).values():
+        if isinstance(module, fsdp.FSDPModule):
+            continue
         module.average = True
         fsdp.fully_shard(module, mesh=groups.mesh["dp"], **options)
         module.mark()
@@ -154,16 +176,17 @@ def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module, groups: Groups, max_norm: float) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ over all processes' parameters: of shared ones once, of
-    experts every one. Returns the norm [] before, the same in all processes."""
+    experts every one. Returns the norm [] before, float64, the same in all processes."""
     of_experts = {id(p) for module in experts_of(model).values() for p in module.parameters()}
-    shared, mine = [], []
+    shared: list[nn.Parameter] = []
+    mine: list[nn.Parameter] = []
     for parameter in model.parameters():
-        if parameter.grad is not None:
-            (mine if id(parameter) in of_experts else shared).append(parameter)
-    squares = _squared_norm(mine)
+        (mine if id(parameter) in of_experts else shared).append(parameter)
+    device = torch.device(groups.mesh.device_type)
+    squares = _squares(mine, device)
     for group in _groups_of(groups.ep):
         dist.all_reduce(squares, group=group)
-    norm = (_squared_norm(shared) + squares).sqrt()
+    norm = (squares + _squares(shared, device)).sqrt()
     # DTensors of one mesh at a time.
     for parameters in (shared, mine):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -174,7 +197,19 @@ def _groups_of(group: dist.ProcessGroup | DeviceMesh) -> list[dist.ProcessGroup]
     return group.get_all_groups() if isinstance(group, DeviceMesh) else [group]
 
 
-def _squared_norm(parameters: list[nn.Parameter]) -> Tensor:
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return norm.square()
+def _squares(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
+    """The sum of all gradients' squares; of a sharded one, of all its parts."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    by_mesh: dict[DeviceMesh, Tensor] = {}
+    for parameter in parameters:
+        grad, mesh = parameter.grad, getattr(parameter, "device_mesh", None)
+        part = total if mesh is None else by_mesh.setdefault(mesh, torch.zeros_like(total))
+        if grad is not None:
+            grad = grad.to_local() if isinstance(grad, DTensor) else grad
+            dtype = torch.promote_types(grad.dtype, torch.float32)
+            part += torch.linalg.vector_norm(grad, dtype=dtype).double().square()
+    # Of FSDP2: sharded in the last dimension of its mesh, copied in others.
+    for mesh, part in by_mesh.items():
+        dist.all_reduce(part, group=mesh.get_group(mesh.ndim - 1))
+        total += part
+    return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from ..contracts import accumulate_dtype
 from ..functional import dispatch
 from ..losses import expert_load
 from ..plan import Plan, make_plan
-from .exchange import Exchange, Path, back, finish, start
+from .exchange import Exchange, Path, Travelling, back, finish, start
 
 
 class Trip(NamedTuple):
@@ -28,23 +28,24 @@ class Trip(NamedTuple):
 
 
 def travel(
-    trips: list[Trip], run: Callable[..., Tensor], work: Callable[[], Tensor] | None
+    trips: Iterable[Trip], run: Callable[..., Tensor], work: Callable[[], Tensor] | None
 ) -> tuple[list[Tensor], Tensor | None]:
     """Every part to its experts and back. The next one travels while the experts work."""
-
-    def depart(trip: Trip):
-        return [start(tensor, trip.path) for tensor in trip.out]
-
-    coming = depart(trips[0])
-    result = None if work is None else work()
-    leaving = []
-    for i, trip in enumerate(trips):
-        arriving = coming
-        if i + 1 < len(trips):
-            coming = depart(trips[i + 1])
-        arrived = trip.arrive(*(finish(tensor) for tensor in arriving))
-        leaving.append(start(run(*arrived), back(trip.path)))
+    leaving, result = [], None
+    departed = map(_depart, trips)
+    # One ahead; what has left is not kept.
+    coming = next(departed)
+    if work is not None:
+        result = work()
+    while coming is not None:
+        (path, arrive, arriving), coming = coming, next(departed, None)
+        rows = run(*arrive(*map(finish, arriving)))
+        leaving.append(start(rows, back(path)))
     return [finish(rows) for rows in leaving], result
+
+
+def _depart(trip: Trip) -> tuple[Path, Callable, list[Travelling]]:
+    return trip.path, trip.arrive, [start(tensor, trip.path) for tensor in trip.out]
 
 
 def rooms_of_experts(exchange: Exchange, rooms: Tensor, kept: Tensor, overlap: int) -> list[Trip]:
@@ -70,7 +71,7 @@ def rooms_of_experts(exchange: Exchange, rooms: Tensor, kept: Tensor, overlap: i
 
 def once_per_route(
     exchange: Exchange, num_experts: int, parts: list
-) -> tuple[list[Trip], list[Plan]]:
+) -> tuple[Iterator[Trip], list[Plan]]:
     """parts: tokens [T, H], experts [T, K] and weights [T, K] of each. Every route has a row of
     its own. Also the plans of the rows that go out.
     """
@@ -81,20 +82,22 @@ def once_per_route(
     paths, received, sums = exchange.counted(counts)
     plans = [_without_empty_rows(*pair) for pair in zip(plans, paths, strict=True)]
     local = torch.arange(L, dtype=torch.int32, device=counts.device).repeat(W)
-    trips = []
-    for i, (plan, path, (tokens, _, _)) in enumerate(zip(plans, paths, parts, strict=True)):
 
-        def arrive(rows: Tensor, load: Tensor = received[:, i, 1:], total: int = sums[i][0]):
+    def trip(i: int) -> Trip:
+        plan, load, total = plans[i], received[:, i, 1:], sums[i][0]
+
+        def arrive(rows: Tensor) -> tuple[Tensor, Plan, Tensor]:
             ids = local.repeat_interleave(load.flatten(), output_size=total)
             return rows, make_plan(ids[:, None], L, order="token"), _ones(rows)
 
-        trips.append(Trip(path, (dispatch(tokens, plan),), arrive))
-    return trips, plans
+        return Trip(paths[i], (dispatch(parts[i][0], plan),), arrive)
+
+    return map(trip, range(len(parts))), plans
 
 
 def once_per_process(
     exchange: Exchange, num_experts: int, parts: list
-) -> tuple[list[Trip], list[Plan]]:
+) -> tuple[Iterator[Trip], list[Plan]]:
     """The same, where a token goes once to a process, with its ids and weights."""
     W, L = exchange.size, num_experts // exchange.size
     owners = [torch.where(ids >= 0, ids // L, -1) for _, ids, _ in parts]
@@ -104,22 +107,21 @@ def once_per_process(
     counts = torch.stack([rows.to(routes.dtype), routes], dim=2)
     paths, _, sums = exchange.counted(counts)
     plans = [_without_empty_rows(*pair) for pair in zip(plans, paths, strict=True)]
-    trips = []
-    for i, (plan, path, ranks, (tokens, ids, weights)) in enumerate(
-        zip(plans, paths, owners, parts, strict=True)
-    ):
-        token = plan.sources // ids.shape[1]
-        to = ranks.flatten()[plan.sources]
-        is_there = ranks[token] == to[:, None]
-        there = torch.where(is_there, ids[token] % L, -1)
-        weighed = torch.where(is_there, dispatch(weights, plan), 0)
 
-        def arrive(rows: Tensor, ids: Tensor, weights: Tensor, total: int = sums[i][1]):
+    def trip(i: int) -> Trip:
+        plan, ranks, total = plans[i], owners[i], sums[i][1]
+        tokens, ids, weights = parts[i]
+        token = plan.sources // ids.shape[1]
+        is_there = ranks[token] == ranks.flatten()[plan.sources][:, None]
+        there = torch.where(is_there, ids[token] % L, -1)
+
+        def arrive(rows: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Plan, Tensor]:
             plan = make_plan(ids, L, order="token")
             return rows, plan._replace(sources=plan.sources[:total]), weights
 
-        trips.append(Trip(path, (dispatch(tokens, plan), there, weighed), arrive))
-    return trips, plans
+        return Trip(paths[i], (dispatch(tokens, plan), there, dispatch(weights, plan)), arrive)
+
+    return map(trip, range(len(parts))), plans
 
 
 def _ones(rows: Tensor) -> Tensor:
