@@ -250,7 +250,7 @@ def test_clips_where_a_process_has_no_gradient():
 
 def _timeouts(rank: int):
     world = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-    groups = make_groups((2, 1))
+    groups = make_groups((2, 2))
     return [
         g._get_backend(torch.device("cpu")).options._timeout == world
         for g in groups.mesh.get_all_groups()
@@ -258,7 +258,7 @@ def _timeouts(rank: int):
 
 
 def test_groups_wait_as_long_as_the_world():
-    assert on_processes(2, _timeouts) == [[True] * 3] * 2
+    assert on_processes(4, _timeouts) == [[True] * 3] * 4
 
 
 def test_steps_are_repeatable():

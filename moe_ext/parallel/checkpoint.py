@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .division import is_in, lists_of, shifted
@@ -36,7 +37,7 @@ def global_state(model: nn.Module, groups: Groups, state: dict[str, Any]) -> dic
 def local_state(model: nn.Module, groups: Groups, state: dict[str, Any]) -> dict[str, Any]:
     """What `global_state` was made of: for load_state_dict, set_optimizer_state_dict."""
     entries = {entry.everywhere: entry for entry in _entries(model)}
-    return _converted(state, entries, lambda e: e.here, lambda e, x: _as_local(groups, x))
+    return _converted(state, entries, lambda e: e.here, lambda e, x: _as_local(e, groups, x))
 
 
 class _Entry(NamedTuple):
@@ -45,16 +46,18 @@ class _Entry(NamedTuple):
     here: str
     everywhere: str
     is_stacked: bool
+    is_sharded: bool
     num_experts: int
 
 
 def _entries(model: nn.Module) -> Iterator[_Entry]:
     for path, part in experts_of(model).items():
         lists, before = lists_of(part.experts_here()), f"{path}." if path else ""
-        for name, _ in (*part.named_parameters(), *part.named_buffers()):
+        for name, tensor in (*part.named_parameters(), *part.named_buffers()):
             number = part.rank * part.num_local_experts
             everywhere = before + shifted(name, lists, number)
-            yield _Entry(before + name, everywhere, not is_in(lists, name), part.num_experts)
+            kinds = not is_in(lists, name), isinstance(tensor, DTensor)
+            yield _Entry(before + name, everywhere, *kinds, part.num_experts)
 
 
 # Before and after a parameter's name in an optimizer's flat state.
@@ -77,33 +80,27 @@ def _converted(state: dict[str, Any], entries: dict[str, _Entry], rename, conver
 
 
 def _as_global(entry: _Entry, groups: Groups, value: Tensor) -> Tensor:
-    mesh, is_sharded = groups.mesh, isinstance(value, DTensor)
-    local = value.to_local() if is_sharded else value
+    local = value.to_local() if entry.is_sharded else value
     shape = (entry.num_experts, *value.shape[1:])
-    placements = [Shard(0)] * (mesh.ndim - 1) + [Shard(0) if is_sharded else Replicate()]
-    stride = _contiguous(shape)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+    # Of one copy there are no shards: not all of torch can put those together.
+    is_sharded = entry.is_sharded and groups.dp.size() > 1
+    placements = [Shard(0)] * (groups.mesh.ndim - 1) + [Shard(0) if is_sharded else Replicate()]
+    return _dtensor(local, groups.mesh, placements, shape)
 
 
-def _as_local(groups: Groups, value: Tensor) -> Tensor:
-    mesh = groups.mesh
-    if not isinstance(value, DTensor) or value.device_mesh != mesh:
+def _as_local(entry: _Entry, groups: Groups, value: Tensor) -> Tensor:
+    if not isinstance(value, DTensor):
         return value
-    local = value.to_local()
-    if not isinstance(value.placements[-1], Shard):
-        return local
-    number = value.shape[0]
-    for size in mesh.shape[:-1]:
-        number //= size
-    shape = (number, *value.shape[1:])
-    copies = mesh["dp"]
-    return DTensor.from_local(
-        local, copies, [Shard(0)], run_check=False, shape=shape, stride=_contiguous(shape)
-    )
+    if not entry.is_sharded:
+        return value.to_local()
+    number = entry.num_experts * groups.dp.size() // groups.mesh.size()
+    return _dtensor(value.to_local(), groups.mesh["dp"], [Shard(0)], (number, *value.shape[1:]))
 
 
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _dtensor(local: Tensor, mesh: DeviceMesh, placements: list, shape: tuple[int, ...]) -> DTensor:
     strides = [1]
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)
-    return tuple(strides)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=shape, stride=tuple(strides)
+    )

@@ -43,7 +43,8 @@ def make_groups(
 ) -> Groups:
     """Groups of all processes: `ep` share the experts, `dp` times.
 
-    ep: how many; or (nodes, places in a node), for rows that travel in two levels
+    ep: how many; or (nodes, places in a node), for rows that travel in two levels where both are
+        more than one
     dp: how many copies of every expert; None is as many as there are processes for
     neighbours_share: processes of consecutive ranks share the experts; otherwise they are copies
     device_type: of the groups' tensors; None is the accelerator's, or "cpu" under gloo
@@ -61,6 +62,8 @@ def make_groups(
         dp = max(world // size, 1)
     if size * dp != world:
         raise ValueError(f"make_groups: ep * dp must be the {world} processes, got {ep} * {dp}")
+    # A level of one is none.
+    shape = tuple(number for number in shape if number > 1) or (1,)
     if device_type is None:
         device_type = "cpu" if dist.get_backend() == "gloo" else _accelerator()
     ranks = torch.arange(world)
