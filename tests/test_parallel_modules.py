@@ -13,6 +13,8 @@ from test_parallel import Case, assert_like_one_process, gradients, inputs_of, l
 from test_parallel_training import batch, divided, everyones, loss_of, model_of
 from torch import nn
 from torch.distributed import fsdp
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils import checkpoint
 
 from moe_ext import ExpertParallel, Experts, GroupedExperts, MOELayer, TopKGate, convert, parallel
@@ -141,6 +143,37 @@ def _converted(rank: int) -> list[str]:
 def test_only_divided_experts_are_converted():
     expected = ["ffn.experts.gate_up_proj", "ffn.experts.down_proj"]
     assert on_processes(WORLD, _converted) == [expected] * WORLD
+
+
+def _wrapped(rank: int, kind: str) -> list[bool]:
+    groups = make_groups(WORLD)
+    model = divided(kind, groups.ep)
+    plain = parallel.global_state(model, groups, model.state_dict())
+    ddp = parallel.data_parallel(model, groups)
+    compiled = torch.compile(model)
+    checkpointed = nn.Sequential(model[0], checkpoint_wrapper(model[1]), model[2])
+    results = []
+    for wrapped, state in (
+        (ddp, get_model_state_dict(ddp)),
+        (ddp, ddp.state_dict()),
+        (compiled, get_model_state_dict(compiled)),
+        (compiled, compiled.state_dict()),
+        (checkpointed, checkpointed.state_dict()),
+    ):
+        found = parallel.global_state(wrapped, groups, state)
+        again = parallel.local_state(wrapped, groups, found)
+        assert list(again) == list(state)
+        names = [name.removeprefix("module.").removeprefix("_orig_mod.") for name in found]
+        same = [type(x) is type(y) for x, y in zip(found.values(), plain.values(), strict=True)]
+        results.append(names == list(plain) and all(same))
+    with pytest.raises(ValueError, match=r"state must have the experts' names, as '1\.experts"):
+        parallel.global_state(ddp, groups, {"other": torch.ones(1)})
+    return results
+
+
+@pytest.mark.parametrize("kind", ["grouped", "modules"])
+def test_names_of_wrapped_models(kind):
+    assert on_processes(WORLD, _wrapped, kind) == [[True] * 5] * WORLD
 
 
 def _block_by_block(rank: int, ep: int):

@@ -13,7 +13,7 @@ are modules of their own take their number among all.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -28,54 +28,73 @@ def global_state(model: nn.Module, groups: Groups, state: dict[str, Any]) -> dic
     """This process's part of all experts' state.
 
     state: {name: value} of the model, or of its optimizer in the flat form of
-        torch.distributed.checkpoint.state_dict.get_optimizer_state_dict
+        torch.distributed.checkpoint.state_dict.get_optimizer_state_dict. Names of a wrapped model
+        are with or without what its wrapper adds.
+
+    Raises ValueError where the state has none of the experts' names.
     """
-    entries = {entry.here: entry for entry in _entries(model)}
-    return _converted(state, entries, lambda e: e.everywhere, lambda e, x: _as_global(e, groups, x))
+    return _converted(state, _entries(model, here=True), groups, _as_global)
 
 
 def local_state(model: nn.Module, groups: Groups, state: dict[str, Any]) -> dict[str, Any]:
     """What `global_state` was made of: for load_state_dict, set_optimizer_state_dict."""
-    entries = {entry.everywhere: entry for entry in _entries(model)}
-    return _converted(state, entries, lambda e: e.here, lambda e, x: _as_local(e, groups, x))
+    return _converted(state, _entries(model, here=False), groups, _as_local)
 
 
 class _Entry(NamedTuple):
-    """A parameter or buffer of experts: its names in this process and among all experts."""
+    """A parameter or buffer of experts.
 
-    here: str
-    everywhere: str
+    old, new: its name in its module, as it is and as it becomes
+    """
+
+    old: str
+    new: str
     is_stacked: bool
     is_sharded: bool
     num_experts: int
 
 
-def _entries(model: nn.Module) -> Iterator[_Entry]:
+def _entries(model: nn.Module, here: bool) -> dict[str, _Entry]:
+    """By their names in the model, without what wrappers add; those in this process, or those among
+    all experts."""
+    entries = {}
     for path, part in experts_of(model).items():
-        lists, before = lists_of(part.experts_here()), f"{path}." if path else ""
+        lists, first = lists_of(part.experts_here()), part.rank * part.num_local_experts
         for name, tensor in (*part.named_parameters(), *part.named_buffers()):
-            number = part.rank * part.num_local_experts
-            everywhere = before + shifted(name, lists, number)
+            names = name, shifted(name, lists, first)
+            old, new = names if here else reversed(names)
             kinds = not is_in(lists, name), isinstance(tensor, DTensor)
-            yield _Entry(before + name, everywhere, *kinds, part.num_experts)
+            full = _unwrapped(f"{path}.{old}" if path else old)
+            entries[full] = _Entry(old, new, *kinds, part.num_experts)
+    return entries
 
 
 # Before and after a parameter's name in an optimizer's flat state.
-_OPTIMIZER = re.compile(r"(state|param_groups)\.(.+)(\.[^.]+)")
+_OPTIMIZER = re.compile(r"(?:state|param_groups)\.(.+)\.[^.]+")
+# Of DistributedDataParallel, torch.compile and checkpoint_wrapper.
+_WRAPPERS = re.compile(r"^module\.|\b_orig_mod\.|\b_checkpoint_wrapped_module\.")
 
 
-def _converted(state: dict[str, Any], entries: dict[str, _Entry], rename, convert) -> dict:
-    result = {}
+def _unwrapped(name: str) -> str:
+    return _WRAPPERS.sub("", name)
+
+
+def _converted(
+    state: dict[str, Any], entries: dict[str, _Entry], groups: Groups, convert: Callable
+) -> dict[str, Any]:
+    result, has_any = {}, not entries
     for key, value in state.items():
         match = _OPTIMIZER.fullmatch(key)
-        before, name, after = ("", key, "")
-        if key not in entries and match:
-            before, name, after = f"{match[1]}.", match[2], match[3]
-        if entry := entries.get(name):
-            key = before + rename(entry) + after
-            if entry.is_stacked and isinstance(value, Tensor) and value.dim() > 0:
-                value = convert(entry, value)
+        for begin, end in ((0, len(key)), match.span(1) if match else (0, 0)):
+            if entry := entries.get(_unwrapped(key[begin:end])):
+                key = key[: end - len(entry.old)] + entry.new + key[end:]
+                if entry.is_stacked and isinstance(value, Tensor) and value.dim() > 0:
+                    value = convert(entry, groups, value)
+                has_any = True
+                break
         result[key] = value
+    if not has_any:
+        raise ValueError(f"state must have the experts' names, as {next(iter(entries))!r}")
     return result
 
 
