@@ -447,9 +447,7 @@ def test_the_example(capsys, tmp_path, monkeypatch):
 def bench(monkeypatch):
     folder = Path(__file__).parent.parent / "bench"
     monkeypatch.syspath_prepend(str(folder))
-    spec = importlib.util.spec_from_file_location("bench_experts", folder / "bench_experts.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("bench_experts")
     points = {"tiny": (9, 16, 8, 4, 2, "balanced"), "skewed": (9, 16, 8, 4, 2, "zipf")}
     monkeypatch.setattr(module, "POINTS", {n: module.Point(*p) for n, p in points.items()})
     return module
@@ -457,7 +455,7 @@ def bench(monkeypatch):
 
 def test_the_bench(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    bench.main(["--rounds", "1", "--no-memory"])
+    bench.main(["--rounds", "1", "--no-growth"])
     folder = bench.slug(bench.machine(torch.device("cpu")))
     report = json.loads((tmp_path / folder / "experts-float32.json").read_text())
     assert list(report["points"]) == ["tiny", "skewed"]
@@ -470,6 +468,14 @@ def test_the_bench(bench, tmp_path, capsys, monkeypatch):
         assert point["flops"] == 18 * 18 * 16 * 8
     assert report["lowest_ratio"] == min(p["ratio"] for p in report["points"].values())
     assert "in the geometric mean" in capsys.readouterr().out
+
+
+def test_the_bench_sees_memory(bench):
+    """Gradients of weights at the least."""
+    point = bench.Point(512, 256, 256, 8, 2, "balanced")
+    grown = bench.memory.in_new_process(bench.growth, point, torch.float32, "moe_ext")
+    weights = 3 * 8 * 256 * 256 * 4
+    assert weights < grown < 10 * weights
 
 
 def test_the_bench_names_what_it_does_not_run(bench, monkeypatch):
