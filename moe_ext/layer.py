@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from . import options, route_forms
 from .experts import DeepSpeedExperts, Experts, routed
-from .parallel import ExpertParallel, make_groups
+from .parallel import ExpertParallel, Groups, make_groups
 from .plan import Plan
 from .process_group import GroupAttribute
 from .timers import Timers
@@ -309,17 +309,22 @@ class MoE(nn.Module):
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)
 
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Makes the group of the processes that share the experts; all processes call it.
+    def set_deepspeed_parallelism(
+        self, use_data_before_expert_parallel_: bool = False, *, groups: Groups | None = None
+    ) -> None:
+        """Divides the experts among processes; all processes call it.
 
         use_data_before_expert_parallel_: consecutive ranks hold copies, as DeepSpeed's option has
             it
+        groups: those of another layer, or of `parallel.make_groups(ep_size)`; None makes groups of
+            this layer's own
         """
-        if self.ep_size > 1:
-            groups = make_groups(
-                self.ep_size, neighbours_share=not use_data_before_expert_parallel_
-            )
-            self.deepspeed_moe._set_ep_group(groups.ep)
+        if self.ep_size == 1:
+            return
+        if groups is None:
+            neighbours_share = not use_data_before_expert_parallel_
+            groups = make_groups(self.ep_size, neighbours_share=neighbours_share)
+        self.deepspeed_moe._set_ep_group(groups.ep)
 
     def forward(
         self,

@@ -266,6 +266,10 @@ def _deepspeed_way(rank: int, is_strided: bool):
     by_hand = weight * ((1 + ids) * nn.functional.linear(x, expert.weight) + expert.bias)
     assert counts.sum() == T
     torch.testing.assert_close(out, by_hand)
+    other = MoE(H, expert, E, ep_size=2)
+    groups = make_groups(2, neighbours_share=not is_strided)
+    other.set_deepspeed_parallelism(groups=groups)
+    assert other.deepspeed_moe.experts.group is groups.ep
     return dist.get_process_group_ranks(layer.ep_group)
 
 
