@@ -87,6 +87,22 @@ def test_different_numbers_of_tokens_and_a_capacity():
     assert all("capacity, got 3 " in m and "with uneven_tokens=True" in m for m in messages)
 
 
+def _later(rank: int) -> str:
+    layer = layer_of()
+    layer(torch.randn(T, H))
+    try:
+        layer(torch.randn(T if rank == 0 else 2 * T, H))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_capacity_that_differs_later():
+    expected = "same capacity, got 3 in the group's process 0 and 5 in its process 1; with uneven"
+    for message in on_processes(2, _later):
+        assert expected in message
+
+
 def _of_four(rank: int, options: dict) -> str:
     layer = layer_of(k=1 if rank == 0 else 2)
     group = make_groups((2, 2)).ep

@@ -5,8 +5,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .exchange import Exchange
 
+HINT = "; with uneven_tokens=True it may differ"
 DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
-HINTS = {"capacity": "; with uneven_tokens=True it may differ"}
 
 
 def agree(exchange: Exchange, device: torch.device, **fields: int | bool | torch.dtype) -> None:
@@ -21,7 +21,31 @@ def agree(exchange: Exchange, device: torch.device, **fields: int | bool | torch
         first, *others = (kind(numbers[i]) for numbers in of_all)
         for rank, other in enumerate(others, start=1):
             if other != first:
-                raise RuntimeError(
-                    f"ExpertParallel: all processes must have the same {name}, got {first} in the "
-                    f"group's process 0 and {other} in its process {rank}{HINTS.get(name, '')}"
-                )
+                _fail(name, (0, first), (rank, other))
+
+
+def same_capacity(of_all: torch.Tensor, capacity: int, rank: int) -> None:
+    """Raises RuntimeError where a process has another one; on a GPU, and in compiled code, the
+    device's own assertion fails, for which nothing waits.
+
+    of_all: [processes] integers
+    """
+    is_same = (of_all == capacity).all()
+    message = f"ExpertParallel: all processes must have the same capacity{HINT}"
+    if torch.compiler.is_compiling():
+        torch._assert_async(is_same, message)
+        return
+    try:
+        torch._assert_async(is_same, message)
+    except RuntimeError:  # on the CPU, where it is known at once
+        for other, theirs in enumerate(of_all.tolist()):
+            if theirs != capacity:
+                _fail("capacity", *sorted([(rank, capacity), (other, theirs)]))
+
+
+def _fail(name: str, first: tuple, other: tuple) -> None:
+    hint = HINT if name == "capacity" else ""
+    raise RuntimeError(
+        f"ExpertParallel: all processes must have the same {name}, got {first[1]} in the group's "
+        f"process {first[0]} and {other[1]} in its process {other[0]}{hint}"
+    )

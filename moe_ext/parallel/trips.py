@@ -12,6 +12,7 @@ from ..contracts import accumulate_dtype
 from ..functional import dispatch
 from ..losses import expert_load
 from ..plan import Plan, make_plan
+from .agreement import same_capacity
 from .exchange import Exchange, Path, Travelling, back, finish, start
 
 
@@ -55,7 +56,9 @@ def rooms_of_experts(exchange: Exchange, rooms: Tensor, kept: Tensor, overlap: i
     """
     E, _, H = rooms.shape
     W, L = exchange.size, E // exchange.size
-    load = exchange.counts(kept.view(W, L))
+    room = kept.new_full((W, 1), rooms.shape[1])
+    load, rooms_there = exchange.counts(torch.cat([kept.view(W, L), room], dim=1)).split([L, 1], 1)
+    same_capacity(rooms_there.flatten(), rooms.shape[1], exchange.rank)
     trips, done = [], 0
     for part in rooms.tensor_split(overlap, dim=1):
         C = part.shape[1]
