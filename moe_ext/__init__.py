@@ -1,15 +1,16 @@
 """Mixture-of-experts layers for PyTorch: gate, plan, dispatch and combine as operators."""
 
+import importlib
+
 from torch.utils import _pytree as pytree
 
-from . import build, convert, losses, ops, parallel, selection
+from . import build, convert, losses, ops, selection
 from .experts import Experts, ModuleExperts, SharedExperts
 from .explanation import explain
 from .feed_forward import feed_forward
 from .functional import Choice, activate, combine, dispatch, gate, grouped_mm, route_dot
 from .grouped_experts import GroupedExperts
 from .layer import Aux, MoE, MOELayer
-from .parallel import ExpertParallel
 from .plan import Plan, make_plan
 from .routers import CosineRouter
 from .routing import Routing, route
@@ -52,3 +53,11 @@ __all__ = [
     "route_dot",
     "selection",
 ]
+
+
+def __getattr__(name: str):
+    # Loaded when asked for: torch's meshes and DTensors take most of a second.
+    if name in ("ExpertParallel", "parallel"):
+        parallel = importlib.import_module(".parallel", __name__)
+        return parallel if name == "parallel" else parallel.ExpertParallel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from . import options, route_forms
 from .experts import DeepSpeedExperts, Experts, routed
-from .parallel import ExpertParallel, Groups, make_groups
 from .plan import Plan
 from .process_group import GroupAttribute
 from .timers import Timers
 from .topk_gate import TopKGate
+
+if TYPE_CHECKING:
+    from .parallel import Groups
 
 MOE_TIMER = "moe"
 
@@ -105,9 +107,7 @@ class MOELayer(nn.Module):
         self.ep_group_name = ep_group_name
         self.ep_group = None
         self.ep_size = ep_size
-        if isinstance(experts, ExpertParallel):
-            num_local_experts = experts.num_local_experts
-        self.num_local_experts = num_local_experts
+        self.num_local_experts = _num_local_experts(experts, num_local_experts)
         self.use_tutel = False
         self.timers = Timers()
         self.wall_clock_breakdown = False
@@ -128,6 +128,8 @@ class MOELayer(nn.Module):
             self.gate._set_ep_group(ep_group)
         self.ep_group = ep_group
         if size > 1:
+            from .parallel import ExpertParallel
+
             self.experts = ExpertParallel(
                 self.experts,
                 ep_group,
@@ -201,6 +203,12 @@ def _num_experts(experts: nn.Module) -> int:
     )
 
 
+def _num_local_experts(experts: nn.Module, num_experts: int) -> int:
+    """Of moe_ext's own those that are here; others are all here."""
+    is_own = isinstance(experts, Experts)
+    return getattr(experts, "num_local_experts", num_experts) if is_own else num_experts
+
+
 def _check_fit(gate: nn.Module, experts: nn.Module, ep_size: int, num_local_experts: int) -> int:
     """Returns the number of all experts."""
     if not isinstance(gate, nn.Module) or isinstance(gate, Experts):
@@ -208,7 +216,7 @@ def _check_fit(gate: nn.Module, experts: nn.Module, ep_size: int, num_local_expe
     if not isinstance(experts, nn.Module) or isinstance(experts, TopKGate):
         raise ValueError(f"MOELayer: experts must be a module, got {type(experts).__name__}")
     options.integer("MOELayer", "ep_size", ep_size, 1)
-    if ep_size > 1 and isinstance(experts, ExpertParallel):
+    if ep_size > 1 and _num_local_experts(experts, num_local_experts) < num_local_experts:
         raise ValueError(
             f"MOELayer: ep_size must be 1 with experts that are ExpertParallel, got {ep_size}"
         )
@@ -321,6 +329,8 @@ class MoE(nn.Module):
         """
         if self.ep_size == 1:
             return
+        from .parallel import make_groups
+
         if groups is None:
             neighbours_share = not use_data_before_expert_parallel_
             groups = make_groups(self.ep_size, neighbours_share=neighbours_share)

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -37,6 +39,12 @@ class Scaled(Experts):
         e = torch.bucketize(torch.arange(len(rows)), plan.offsets[1:], right=True)
         e = e.clamp(max=self.num_experts - 1)
         return (self.weight[e] @ rows[..., None])[..., 0] * self.scale[e][:, None]
+
+
+def test_importing_the_package_loads_no_mesh():
+    """torch's meshes and DTensors take most of a second."""
+    code = "import sys, torch, moe_ext; print('torch.distributed.tensor' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
 def _copied(rank: int) -> list[bool]:

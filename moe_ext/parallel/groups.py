@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -165,8 +166,6 @@ def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
     gate that is sharded by itself needs
     `torch.distributed.fsdp.register_fsdp_forward_method(gate, "route")`.
     """
-    from torch.distributed import fsdp
-
     for module in experts_of(model).values():
         if isinstance(module, fsdp.FSDPModule):
             continue
