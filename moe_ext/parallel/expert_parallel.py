@@ -262,29 +262,22 @@ class ExpertParallel(ExpertParameters, Experts):
     def _equal(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
         """Every expert's room [C, H] goes to its process, empty rows too."""
         E, H = plan.num_experts, tokens.shape[1]
-        rooms = dispatch(tokens, plan).view(E, plan.capacity, H)
-        kept = plan.kept()
-        if self._shares_tokens():
-            rooms = self._my_share(rooms, 1)
-            done = dist.get_rank(self.tensor_group) * rooms.shape[1]
-            kept = (kept - done).clamp(0, rooms.shape[1])
+        rooms = self._my_share(dispatch(tokens, plan).view(E, plan.capacity, H), 1)
+        before = 0 if self.tensor_group is None else self.tensor_group.rank() * rooms.shape[1]
+        kept = (plan.kept() - before).clamp(0, rooms.shape[1])
         trips = rooms_of_experts(self.exchange, rooms, kept, self.overlap)
         parts, result = travel(trips, self._routed_here, work)
-        rooms = torch.cat([part.view(E, -1, H) for part in parts], dim=1)
-        if self._shares_tokens():
-            rooms = mappings.gather_tokens(rooms.contiguous(), 1, self.tensor_group)
-        rooms = rooms[:, : plan.capacity]
+        rooms = _joined([part.view(E, -1, H) for part in parts], 1)
+        rooms = mappings.gather_tokens(rooms, 1, self.tensor_group)[:, : plan.capacity]
         return combine(rooms.reshape(E * plan.capacity, H), plan, weights), result
 
     # Sizes that differ in every call: compiled, each would be a program of its own.
     @torch.compiler.disable
     def _counted(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
         """Rows that routes own, and no others."""
-        experts = torch.where(plan.slots >= 0, plan.experts, -1)
         num_tokens = tokens.shape[0]
-        if self._shares_tokens():
-            tokens, weights = self._my_share(tokens, 0), self._my_share(weights, 0)
-            experts = self._my_share(experts, 0, -1)
+        experts = self._my_share(torch.where(plan.slots >= 0, plan.experts, -1), 0, -1)
+        tokens, weights = self._my_share(tokens, 0), self._my_share(weights, 0)
         split = [x.tensor_split(self.overlap) for x in (tokens, experts, weights)]
         parts = list(zip(*split, strict=True))
         pack = once_per_process if self.dedup else once_per_route
@@ -294,10 +287,8 @@ class ExpertParallel(ExpertParameters, Experts):
             combine(rows, plan, None if self.dedup else weights)
             for rows, plan, (_, _, weights) in zip(backs, plans, parts, strict=True)
         ]
-        out = torch.cat(outs) if len(outs) > 1 else outs[0]
-        if self._shares_tokens():
-            out = mappings.gather_tokens(out, 0, self.tensor_group)[:num_tokens]
-        return out, result
+        out = mappings.gather_tokens(_joined(outs, 0), 0, self.tensor_group)
+        return out[:num_tokens], result
 
     def _by_deepep(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
         experts = torch.where(plan.slots >= 0, plan.experts, -1)
@@ -320,14 +311,17 @@ class ExpertParallel(ExpertParameters, Experts):
     def _sharers(self) -> int:
         return 1 if self.tensor_group is None else dist.get_world_size(self.tensor_group)
 
-    def _shares_tokens(self) -> bool:
-        return self._sharers() > 1
-
     def _my_share(self, tensor: Tensor, dim: int, filler: int = 0) -> Tensor:
-        size = self._sharers()
-        missing = -tensor.shape[dim] % size
-        padding = [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]
-        return mappings.drop_tokens(F.pad(tensor, padding, value=filler), dim, self.tensor_group)
+        """Of `dim`, filled up to equal shares; where none share, all of it."""
+        if missing := -tensor.shape[dim] % self._sharers():
+            padding = [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]
+            tensor = F.pad(tensor, padding, value=filler)
+        return mappings.drop_tokens(tensor, dim, self.tensor_group)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    # One part alone would be copied.
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class _Scaled(Function):
