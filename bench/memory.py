@@ -1,8 +1,7 @@
 """What a bench does with a process's memory, and sees of it. Linux with glibc; elsewhere an error.
 
 glibc gives every large block back to the system when it is freed, so that the next one comes as
-new pages, which the system zeroes at first use: a fifth to a half of the time of an operator that
-only moves rows. A program that trains may keep its memory instead:
+new pages, which the system zeroes at first use. A program that trains may keep its memory instead:
 
     GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 

@@ -16,6 +16,7 @@ from moe_ext import ops
 # Of what is built, installed and drawn, or of layers alone; many start processes of their own.
 NOT_OF_OPERATORS = {
     "test_bench.py",
+    "test_bench_experts.py",
     "test_build.py",
     "test_convert.py",
     "test_deepep.py",

@@ -117,8 +117,7 @@ def expected_part(gradients: dict, name: str, rank: int, local: int) -> torch.Te
     if not name.startswith("experts."):
         return gradients[name][rank * local : (rank + 1) * local]
     _, number, rest = name.split(".", 2)
-    expected = gradients[f"experts.{rank * local + int(number)}.{rest}"]
-    return expected
+    return gradients[f"experts.{rank * local + int(number)}.{rest}"]
 
 
 CASES = [
