@@ -10,7 +10,7 @@
 
 #include "../activation.h"
 #include "rows.h"
-#include "vector_exp.h"
+#include "vector.h"
 
 namespace moe_ext {
 namespace {
@@ -33,31 +33,36 @@ struct Backward {
   T weight;
 };
 
-MOE_EXT_VECTOR void swiglu(const float* __restrict gate, const float* __restrict up,
-                           float* __restrict out, float weight, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    out[i] = weight * (gate[i] / (1 + vector_exp(-gate[i])) * up[i]);
+struct Swiglu {
+  template <int bytes>
+  MOE_EXT_INLINE void run(const Forward<float>& p, int64_t size) const {
+    const float* __restrict gate = p.gate, * __restrict up = p.up;
+    float* __restrict out = p.out;
+    for (int64_t i = 0; i < size; ++i) {
+      out[i] = p.weight * (gate[i] / (1 + exponential(-gate[i])) * up[i]);
+    }
   }
-}
 
-MOE_EXT_VECTOR void swiglu_backward(const float* __restrict grad, const float* __restrict gate,
-                                    const float* __restrict up, float* __restrict grad_gate,
-                                    float* __restrict grad_up, float* __restrict active,
-                                    float weight, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    const float sigmoid = 1 / (1 + vector_exp(-gate[i]));
-    const float value = gate[i] * sigmoid;
-    const float weighed = weight * grad[i];
-    active[i] = value * up[i];
-    grad_up[i] = weighed * value;
-    grad_gate[i] = weighed * up[i] * (sigmoid + value * (1 - sigmoid));
+  template <int bytes>
+  MOE_EXT_INLINE void run(const Backward<float>& p, int64_t size) const {
+    const float* __restrict grad = p.grad, * __restrict gate = p.gate, * __restrict up = p.up;
+    float* __restrict grad_gate = p.grad_gate, * __restrict grad_up = p.grad_up;
+    float* __restrict active = p.active;
+    for (int64_t i = 0; i < size; ++i) {
+      const float sigmoid = 1 / (1 + exponential(-gate[i]));
+      const float value = gate[i] * sigmoid;
+      const float weighed = p.weight * grad[i];
+      active[i] = value * up[i];
+      grad_up[i] = weighed * value;
+      grad_gate[i] = weighed * up[i] * (sigmoid + value * (1 - sigmoid));
+    }
   }
-}
+};
 
 template <typename T>
 void run(Activation activation, const Forward<T>& p, int64_t size) {
   if constexpr (std::is_same_v<T, float>) {
-    if (activation == Activation::kSwiglu) return swiglu(p.gate, p.up, p.out, p.weight, size);
+    if (activation == Activation::kSwiglu) return on_widest(Swiglu{}, p, size);
   }
   for (int64_t i = 0; i < size; ++i) {
     const T value = activated(activation, p.gate[i]).value;
@@ -68,10 +73,7 @@ void run(Activation activation, const Forward<T>& p, int64_t size) {
 template <typename T>
 void run(Activation activation, const Backward<T>& p, int64_t size) {
   if constexpr (std::is_same_v<T, float>) {
-    if (activation == Activation::kSwiglu) {
-      return swiglu_backward(p.grad, p.gate, p.up, p.grad_gate, p.grad_up, p.active, p.weight,
-                             size);
-    }
+    if (activation == Activation::kSwiglu) return on_widest(Swiglu{}, p, size);
   }
   for (int64_t i = 0; i < size; ++i) {
     const auto [value, slope] = activated(activation, p.gate[i]);

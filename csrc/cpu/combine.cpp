@@ -2,50 +2,83 @@
 //
 //   tokens[t, :] = sum over k of weights[t, k] * rows[slots[t, k], :]    (-1 adds nothing)
 //
-// A thread takes whole tokens and walks them in tiles that stay in the first-level cache; within a
-// tile the K rows are added in the order of k and rounded once.
+// A thread takes whole tokens. The K rows are walked side by side, and their sum, in the order of
+// k, stays in registers until it is rounded once. The next token's rows, which lie anywhere, are
+// fetched meanwhile.
 
 #include "common.h"
+#include "vector.h"
 
 namespace moe_ext {
 namespace {
 
-constexpr int64_t kTile = 512;
+template <typename scalar_t>
+struct CombineTokens {
+  using T = accumulate_t<scalar_t>;
+  const scalar_t* rows;
+  const T* weights;
+  const int32_t* slots;
+  scalar_t* tokens;
+  int64_t num_tokens, top_k, hidden;
+
+  template <int bytes>
+  MOE_EXT_INLINE void run(int64_t begin, int64_t end) const {
+    constexpr int64_t kWidth = bytes / sizeof(T);
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t h = 0;
+      for (; h + 4 * kWidth <= hidden; h += 4 * kWidth) sum<Vector<T, bytes>, 4>(t, h);
+      for (; h + kWidth <= hidden; h += kWidth) sum<Vector<T, bytes>, 1>(t, h);
+      for (; h < hidden; ++h) sum<T, 1>(t, h);
+    }
+  }
+
+  // Elements h, h + 1, ... of token t, as many as `count` of V hold.
+  template <typename V, int count>
+  MOE_EXT_INLINE void sum(int64_t t, int64_t h) const {
+    constexpr int64_t kWidth = sizeof(V) / sizeof(T);
+    V sums[count]{};
+    for (int64_t route = t * top_k; route < (t + 1) * top_k; ++route) {
+      fetch_ahead(route + top_k, h, count * kWidth);
+      if (slots[route] == -1) continue;
+      const scalar_t* row = rows + slots[route] * hidden + h;
+      const T weight = weights ? weights[route] : T{1};
+      for (int i = 0; i < count; ++i) {
+        V value;
+        load_as(value, row + i * kWidth);
+        sums[i] += weight * value;
+      }
+    }
+    for (int i = 0; i < count; ++i) store_as(sums[i], tokens + t * hidden + h + i * kWidth);
+  }
+
+  MOE_EXT_INLINE void fetch_ahead(int64_t route, int64_t h, int64_t size) const {
+    if (route >= num_tokens * top_k || slots[route] == -1) return;
+    const auto* row = reinterpret_cast<const char*>(rows + slots[route] * hidden + h);
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = size * sizeof(scalar_t);
+    for (int64_t line = 0; line < bytes; line += kLine) prefetch(row + line);
+  }
+};
 
 template <typename scalar_t>
 void combine_kernel(const CombineArgs& a, const Tensor& out) {
-  using T = accumulate_t<scalar_t>;
   const int64_t K = a.top_k, H = a.hidden, R = a.num_rows;
-  const auto* rows = const_data<scalar_t>(a.rows);
-  const T* weights = data_or_null<T>(a.weights);
   const int32_t* slots = const_data<int32_t>(a.slots);
   const int32_t* sources = const_data<int32_t>(a.sources);
-  scalar_t* tokens = data<scalar_t>(out);
+  const CombineTokens<scalar_t> combine_tokens{const_data<scalar_t>(a.rows),
+                                               data_or_null<accumulate_t<scalar_t>>(a.weights),
+                                               slots,
+                                               data<scalar_t>(out),
+                                               a.num_tokens,
+                                               K,
+                                               H};
   Fault bad_slot;
-
   parallel_for(0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t route = begin * K; route < end * K; ++route) {
                    has_row(slots, sources, route, R, bad_slot);
                  }
-                 if (bad_slot.found()) return;
-                 T tile[kTile];
-                 for (int64_t t = begin; t < end; ++t) {
-                   for (int64_t h0 = 0; h0 < H; h0 += kTile) {
-                     const int64_t width = std::min(kTile, H - h0);
-                     std::fill_n(tile, width, T{0});
-                     for (int64_t k = 0; k < K; ++k) {
-                       const int64_t slot = slots[t * K + k];
-                       if (slot == -1) continue;
-                       const scalar_t* row = rows + slot * H + h0;
-                       const T weight = weights ? weights[t * K + k] : T{1};
-                       for (int64_t h = 0; h < width; ++h)
-                         tile[h] += weight * static_cast<T>(row[h]);
-                     }
-                     scalar_t* token = tokens + t * H + h0;
-                     for (int64_t h = 0; h < width; ++h) token[h] = static_cast<scalar_t>(tile[h]);
-                   }
-                 }
+                 if (!bad_slot.found()) on_widest(combine_tokens, begin, end);
                });
   check_routes_agree(Check("combine"), bad_slot, slots, K, R);
 }

@@ -11,22 +11,48 @@ namespace moe_ext {
 namespace {
 
 template <typename scalar_t>
+struct DispatchTokens {
+  const scalar_t* tokens;
+  const accumulate_t<scalar_t>* weights;
+  const int32_t *slots, *sources;
+  scalar_t* rows;
+  int64_t top_k, hidden, num_rows;
+
+  template <int bytes>
+  MOE_EXT_INLINE void run(int64_t begin, int64_t end, const RowWriter<scalar_t>& writer,
+                          Fault& bad_slot) const {
+    for (int64_t route = begin * top_k; route < end * top_k; ++route) {
+      if (!has_row(slots, sources, route, num_rows, bad_slot)) continue;
+      const scalar_t* token = tokens + route / top_k * hidden;
+      scalar_t* row = rows + slots[route] * hidden;
+      if (weights) {
+        writer.scale(token, weights[route], row, hidden);
+      } else {
+        writer.copy(token, row, hidden);
+      }
+    }
+  }
+};
+
+template <typename scalar_t>
 void dispatch_kernel(const DispatchArgs& a, const Tensor& out) {
   const int64_t K = a.top_k, H = a.hidden, R = a.num_rows;
-  const auto* tokens = const_data<scalar_t>(a.tokens);
-  const auto* weights = data_or_null<accumulate_t<scalar_t>>(a.weights);
   const int32_t* slots = const_data<int32_t>(a.slots);
   const int32_t* sources = const_data<int32_t>(a.sources);
   scalar_t* rows = data<scalar_t>(out);
+  const DispatchTokens<scalar_t> dispatch_tokens{const_data<scalar_t>(a.tokens),
+                                                 data_or_null<accumulate_t<scalar_t>>(a.weights),
+                                                 slots,
+                                                 sources,
+                                                 rows,
+                                                 K,
+                                                 H,
+                                                 R};
   Fault bad_slot, bad_source;
-
   parallel_for(0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
                [&](int64_t begin, int64_t end) {
-                 for (int64_t route = begin * K; route < end * K; ++route) {
-                   if (!has_row(slots, sources, route, R, bad_slot)) continue;
-                   write_row(tokens + route / K * H, weights ? weights + route : nullptr,
-                             rows + int64_t{slots[route]} * H, H);
-                 }
+                 const RowWriter<scalar_t> writer(out);
+                 on_widest(dispatch_tokens, begin, end, writer, bad_slot);
                });
   zero_empty_rows(slots, sources, a.num_tokens * K, R, rows, H, bad_source);
   const Check check("dispatch");

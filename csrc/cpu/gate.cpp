@@ -6,108 +6,262 @@
 //   importance[e] = sum over t of probs[t, e]
 //
 // A task is a block of kBlock tokens, whatever the number of threads, and the blocks' sums are
-// added in the order of the blocks: importance is bitwise the same on every run.
+// added in the order of the blocks: importance is bitwise the same on every run. Within a block
+// kLanes tokens go side by side, one in each lane of a vector: none looks at another one's lane.
+//
+//   logits [T, E]            values [E, kLanes]
+//   t0 e0 e1 e2 ..    ->     e0: t0 t1 t2 ..
+//   t1 e0 e1 e2 ..           e1: t0 t1 t2 ..
 
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "common.h"
+#include "vector.h"
 
 namespace moe_ext {
 namespace {
 
 constexpr int64_t kBlock = 128;
-constexpr int64_t kInsertionLimit = 32;
+constexpr int64_t kLanes = 16;
 
 template <typename T>
-bool ranks_above(T a, T b) {
-  return a > b || (std::isnan(a) && !std::isnan(b));
-}
+struct alignas(64) Lanes {
+  T at[kLanes];
+};
+
+// Integers that order as the numbers do: NaN above all, -0 as 0.
+template <typename T>
+using key_t = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 
 template <typename T>
-void choose_by_insertion(const T* scores, int64_t num_experts, int64_t top_k, int32_t* chosen) {
-  T best[kInsertionLimit];
-  int64_t filled = 0;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    const T score = scores[e];
-    if (filled == top_k && !ranks_above(score, best[top_k - 1])) continue;
-    int64_t i = filled < top_k ? filled++ : top_k - 1;
-    for (; i > 0 && ranks_above(score, best[i - 1]); --i) {
-      best[i] = best[i - 1];
-      chosen[i] = chosen[i - 1];
+struct Scratch {
+  Scratch(int64_t num_experts, int64_t top_k)
+      : values(num_experts), sums(num_experts), keys(num_experts), chosen(top_k), weights(top_k) {}
+  std::vector<Lanes<T>> values;         // [E] logits, then probabilities
+  std::vector<Lanes<T>> sums;           // [E] of probabilities
+  std::vector<Lanes<key_t<T>>> keys;    // [E]
+  std::vector<Lanes<key_t<T>>> chosen;  // [K] ids
+  std::vector<Lanes<T>> weights;        // [K]
+};
+
+// Squares of four rows and four columns are turned in registers.
+constexpr int64_t kSquare = 4;
+
+// Rows of a matrix [n, E] side by side. Lanes without a row repeat the last one.
+template <typename T, typename scalar_t>
+MOE_EXT_INLINE void read_rows(const scalar_t* rows, int64_t n, int64_t num_experts,
+                              Lanes<T>* values) {
+  for (int64_t lane = 0; lane < kLanes; lane += kSquare) {
+    const scalar_t* row[kSquare];
+    for (int64_t i = 0; i < kSquare; ++i) row[i] = rows + std::min(lane + i, n - 1) * num_experts;
+    int64_t e = 0;
+    for (; e + kSquare <= num_experts; e += kSquare) {
+      Vector<T, kSquare * sizeof(T)> square[kSquare];
+      for (int64_t i = 0; i < kSquare; ++i) {
+        load_as(square[i], row[i] + e);
+      }
+      transpose(square);
+      for (int64_t j = 0; j < kSquare; ++j) store(square[j], values[e + j].at + lane);
     }
-    best[i] = score;
-    chosen[i] = static_cast<int32_t>(e);
+    for (; e < num_experts; ++e) {
+      for (int64_t i = 0; i < kSquare; ++i) values[e].at[lane + i] = static_cast<T>(row[i][e]);
+    }
   }
 }
 
 template <typename T>
-void choose_by_sort(const T* scores, int64_t num_experts, int64_t top_k, int32_t* chosen) {
-  std::vector<int32_t> ids(num_experts);
-  for (int64_t e = 0; e < num_experts; ++e) ids[e] = static_cast<int32_t>(e);
-  std::partial_sort(ids.begin(), ids.begin() + top_k, ids.end(), [&](int32_t a, int32_t b) {
-    if (ranks_above(scores[a], scores[b])) return true;
-    return !ranks_above(scores[b], scores[a]) && a < b;
-  });
-  std::copy_n(ids.begin(), top_k, chosen);
+MOE_EXT_INLINE void write_rows(const Lanes<T>* values, int64_t n, int64_t num_experts, T* rows) {
+  for (int64_t lane = 0; lane < n; lane += kSquare) {
+    const int64_t height = std::min(kSquare, n - lane);
+    T* row = rows + lane * num_experts;
+    int64_t e = 0;
+    for (; height == kSquare && e + kSquare <= num_experts; e += kSquare) {
+      Vector<T, kSquare * sizeof(T)> square[kSquare];
+      for (int64_t j = 0; j < kSquare; ++j) load(square[j], values[e + j].at + lane);
+      transpose(square);
+      for (int64_t i = 0; i < kSquare; ++i) store(square[i], row + i * num_experts + e);
+    }
+    for (; e < num_experts; ++e) {
+      for (int64_t i = 0; i < height; ++i) row[i * num_experts + e] = values[e].at[lane + i];
+    }
+  }
 }
 
 template <typename T>
-void choose(const T* scores, int64_t num_experts, int64_t top_k, int32_t* chosen) {
-  if (top_k <= kInsertionLimit) {
-    choose_by_insertion(scores, num_experts, top_k, chosen);
+MOE_EXT_INLINE void make_keys(const Lanes<T>* values, int64_t num_experts, Lanes<key_t<T>>* keys) {
+  using Key = key_t<T>;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const T value = values[e].at[lane] + T{0};
+      Key bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      constexpr Key kLargest = std::numeric_limits<Key>::max();
+      const Key key = bits < 0 ? bits ^ kLargest : bits;
+      keys[e].at[lane] = value == value ? key : kLargest;
+    }
+  }
+}
+
+// The ids of the K largest keys of every lane, equal ones by lower id. Takes the keys.
+template <int bytes, typename Key>
+MOE_EXT_INLINE void choose(Lanes<Key>* keys, int64_t num_experts, int64_t top_k,
+                           Lanes<Key>* chosen) {
+  using V = Vector<Key, bytes>;
+  constexpr int64_t kWidth = bytes / sizeof(Key);
+  // No key is as small.
+  constexpr Key kNone = std::numeric_limits<Key>::min();
+  // Four parts of the experts, so that no comparison waits for the one before.
+  constexpr int64_t kParts = 4;
+  const Key part = static_cast<Key>(num_experts / kParts);
+  for (int64_t k = 0; k < top_k; ++k) {
+    for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
+      V best[kParts], id[kParts];
+      for (int64_t p = 0; p < kParts; ++p) best[p] = V{} + kNone, id[p] = V{};
+      const auto look_at = [&](int64_t p, Key e) {
+        V key;
+        load(key, keys[e].at + lane);
+        const V larger = key > best[p];
+        best[p] = larger ? key : best[p];
+        id[p] = larger ? V{} + e : id[p];
+      };
+      for (Key e = 0; e < part; ++e) {
+        for (int64_t p = 0; p < kParts; ++p) look_at(p, static_cast<Key>(p * part + e));
+      }
+      for (Key e = kParts * part; e < num_experts; ++e) look_at(kParts - 1, e);
+      for (int64_t p = 1; p < kParts; ++p) {
+        const V larger = best[p] > best[0];
+        best[0] = larger ? best[p] : best[0];
+        id[0] = larger ? id[p] : id[0];
+      }
+      store(id[0], chosen[k].at + lane);
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) keys[chosen[k].at[lane]].at[lane] = kNone;
+  }
+}
+
+template <int bytes, typename T>
+MOE_EXT_INLINE Lanes<T> largest_of(const Lanes<T>* values, int64_t num_experts) {
+  Lanes<T> largest;
+  for (int64_t lane = 0; lane < kLanes; lane += bytes / sizeof(T)) {
+    Vector<T, bytes> so_far, value;
+    load(so_far, values[0].at + lane);
+    for (int64_t e = 1; e < num_experts; ++e) {
+      load(value, values[e].at + lane);
+      so_far = value > so_far ? value : so_far;
+    }
+    store(so_far, largest.at + lane);
+  }
+  return largest;
+}
+
+// logits -> probabilities in place. `factor` is what they are still to be multiplied by.
+template <int bytes, typename T>
+MOE_EXT_INLINE void score(Scoring scoring, Lanes<T>* values, int64_t num_experts,
+                          Lanes<T>& factor) {
+  for (T& one : factor.at) one = 1;
+  if (scoring == Scoring::kSigmoid) {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      for (T& value : values[e].at) value = 1 / (1 + exponential(-value));
+    }
+  } else if (scoring == Scoring::kSqrtSoftplus) {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      for (T& value : values[e].at) value = elementwise_score(scoring, value);
+    }
   } else {
-    choose_by_sort(scores, num_experts, top_k, chosen);
+    const Lanes<T> largest = largest_of<bytes>(values, num_experts);
+    Lanes<T> sum{};
+    for (int64_t e = 0; e < num_experts; ++e) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const T value = exponential(values[e].at[lane] - largest.at[lane]);
+        values[e].at[lane] = value;
+        sum.at[lane] += value;
+      }
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) factor.at[lane] = 1 / sum.at[lane];
   }
 }
 
-// logits -> probs in place.
-template <typename T>
-void score(Scoring scoring, T* row, int64_t num_experts) {
-  if (scoring != Scoring::kSoftmax) {
-    for (int64_t e = 0; e < num_experts; ++e) row[e] = elementwise_score(scoring, row[e]);
-  } else {
-    T largest = row[0];
-    for (int64_t e = 1; e < num_experts; ++e) largest = std::max(largest, row[e]);
-    T sum = 0;
-    for (int64_t e = 0; e < num_experts; ++e) sum += row[e] = std::exp(row[e] - largest);
-    const T inverse = 1 / sum;
-    for (int64_t e = 0; e < num_experts; ++e) row[e] *= inverse;
+// n <= kLanes tokens, from their logits to all results but importance, which is added to scratch.
+template <typename scalar_t>
+struct GateTokens {
+  using T = accumulate_t<scalar_t>;
+  struct Results {
+    T *weights, *probs;
+    int32_t* experts;
+  };
+
+  template <int bytes>
+  MOE_EXT_INLINE void run(const GateArgs& a, int64_t first, int64_t n, Scratch<T>& scratch,
+                          const Results& out) const {
+    const int64_t E = a.num_experts, K = a.top_k;
+    Lanes<T>* values = scratch.values.data();
+    Lanes<key_t<T>>* chosen = scratch.chosen.data();
+    const auto* logits = const_data<scalar_t>(a.logits) + first * E;
+    const auto* choice_scores = const_data<scalar_t>(a.choice_scores) + first * E;
+
+    read_rows(choice_scores, n, E, values);
+    make_keys(values, E, scratch.keys.data());
+    choose<bytes>(scratch.keys.data(), E, K, chosen);
+    if (choice_scores != logits) read_rows(logits, n, E, values);
+
+    Lanes<T> factor;
+    score<bytes>(a.scoring, values, E, factor);
+    Lanes<key_t<T>> has_token;
+    for (int64_t lane = 0; lane < kLanes; ++lane) has_token.at[lane] = lane < n;
+    for (int64_t e = 0; e < E; ++e) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const T prob = values[e].at[lane] * factor.at[lane];
+        values[e].at[lane] = prob;
+        scratch.sums[e].at[lane] += has_token.at[lane] ? prob : T{0};
+      }
+    }
+    write_rows(values, n, E, out.probs + first * E);
+
+    Lanes<T> sum{};
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        sum.at[lane] += scratch.weights[k].at[lane] = values[chosen[k].at[lane]].at[lane];
+      }
+    }
+    const T scale = static_cast<T>(a.scale);
+    for (T& divisor : sum.at) divisor = a.renormalise ? clamped(divisor) : T{1};
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        scratch.weights[k].at[lane] = scratch.weights[k].at[lane] / sum.at[lane] * scale;
+      }
+    }
+    for (int64_t lane = 0; lane < n; ++lane) {
+      for (int64_t k = 0; k < K; ++k) {
+        out.weights[(first + lane) * K + k] = scratch.weights[k].at[lane];
+        out.experts[(first + lane) * K + k] = static_cast<int32_t>(chosen[k].at[lane]);
+      }
+    }
   }
-}
+};
 
 template <typename scalar_t>
 void gate_kernel(const GateArgs& a, const Tensor& weights, const Tensor& experts,
                  const Tensor& probs, const Tensor& importance) {
   using T = accumulate_t<scalar_t>;
-  const int64_t E = a.num_experts, K = a.top_k;
+  const int64_t E = a.num_experts;
   const int64_t num_blocks = (a.num_tokens + kBlock - 1) / kBlock;
-  const auto* logits = const_data<scalar_t>(a.logits);
-  const auto* choice_scores = const_data<scalar_t>(a.choice_scores);
-  T* all_probs = data<T>(probs);
-  T* all_weights = data<T>(weights);
-  int32_t* all_experts = data<int32_t>(experts);
+  const typename GateTokens<scalar_t>::Results out{data<T>(weights), data<T>(probs),
+                                                   data<int32_t>(experts)};
   std::vector<T> block_sums(num_blocks * E);
 
   parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> scores(E);
+    Scratch<T> scratch(E, a.top_k);
     for (int64_t block = begin; block < end; ++block) {
-      T* sums = block_sums.data() + block * E;
+      std::fill(scratch.sums.begin(), scratch.sums.end(), Lanes<T>{});
       const int64_t last = std::min(a.num_tokens, (block + 1) * kBlock);
-      for (int64_t t = block * kBlock; t < last; ++t) {
-        T* p = all_probs + t * E;
-        T* w = all_weights + t * K;
-        int32_t* chosen = all_experts + t * K;
-        for (int64_t e = 0; e < E; ++e) scores[e] = static_cast<T>(choice_scores[t * E + e]);
-        choose(scores.data(), E, K, chosen);
-        for (int64_t e = 0; e < E; ++e) p[e] = static_cast<T>(logits[t * E + e]);
-        score(a.scoring, p, E);
-        for (int64_t e = 0; e < E; ++e) sums[e] += p[e];
-        T sum = 0;
-        for (int64_t k = 0; k < K; ++k) sum += w[k] = p[chosen[k]];
-        const T scale = static_cast<T>(a.scale);
-        const T divisor = a.renormalise ? clamped(sum) : T{1};
-        for (int64_t k = 0; k < K; ++k) w[k] = w[k] / divisor * scale;
+      for (int64_t t = block * kBlock; t < last; t += kLanes) {
+        on_widest(GateTokens<scalar_t>{}, a, t, std::min(kLanes, last - t), scratch, out);
+      }
+      for (int64_t e = 0; e < E; ++e) {
+        T& sum = block_sums[block * E + e];
+        for (const T lane : scratch.sums[e].at) sum += lane;
       }
     }
   });

@@ -1,9 +1,9 @@
 // Plan: give every kept route a row.
 //
 // Routes queue for their expert, choice-major (all first choices, then all second ones) or
-// token-major. A stable counting sort groups them by expert in the order of the queue; then each
-// expert keeps the first C of its group, or with a priority the C largest, and hands out its rows
-// from offsets[e] on, still in the order of the queue.
+// token-major. One pass down the queue counts the routes of every expert; a second one hands out
+// its rows in turn, from offsets[e] on, until none is left. With a priority the routes that a full
+// expert does not keep leave the queue in between. Threads take a chunk of the queue each.
 
 #include <cmath>
 #include <vector>
@@ -13,7 +13,7 @@
 namespace moe_ext {
 namespace {
 
-constexpr int64_t kChunk = 1 << 15;
+constexpr int64_t kChunk = 1 << 16;
 
 // route = t * K + k. The queue visits routes by steps of K (choice-major) or of 1 (token-major).
 class Queue {
@@ -21,85 +21,109 @@ class Queue {
   explicit Queue(const PlanArgs& a)
       : num_routes_(a.num_routes),
         step_(a.choice_major ? a.top_k : 1),
-        lap_(a.choice_major ? a.num_tokens : a.num_routes) {}
-  int64_t route_at(int64_t place) const { return place % lap_ * step_ + place / lap_; }
-  int64_t next(int64_t route) const {
-    route += step_;
-    return route < num_routes_ ? route : route + 1 - num_routes_;
+        lap_(a.choice_major ? a.num_tokens : a.num_routes),
+        num_chunks_(std::max<int64_t>(
+            1, std::min<int64_t>(torch::stable::get_num_threads(), num_routes_ / kChunk))) {}
+
+  int64_t num_chunks() const { return num_chunks_; }
+
+  // Calls body(chunk) for every chunk, side by side.
+  template <typename Body>
+  void for_each_chunk(const Body& body) const {
+    parallel_for(0, num_chunks_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk) body(chunk);
+    });
+  }
+
+  // Calls body(route) for every route of a chunk, in the order of the queue.
+  template <typename Body>
+  void for_each_route(int64_t chunk, const Body& body) const {
+    const int64_t begin = num_routes_ * chunk / num_chunks_;
+    const int64_t end = num_routes_ * (chunk + 1) / num_chunks_;
+    if (begin == end) return;
+    int64_t route = begin % lap_ * step_ + begin / lap_;
+    for (int64_t place = begin; place < end; ++place) {
+      body(route);
+      route += step_;
+      if (route >= num_routes_) route += 1 - num_routes_;
+    }
   }
 
  private:
-  int64_t num_routes_, step_, lap_;
+  int64_t num_routes_, step_, lap_, num_chunks_;
 };
 
-struct Queues {
-  std::vector<int32_t> routes;  // [N], expert after expert, in the order of the queue
-  std::vector<int64_t> starts;  // [E+1]
-};
-
-Queues group_by_expert(const int32_t* experts, const PlanArgs& a) {
-  const int64_t N = a.num_routes, E = a.num_experts;
-  const Queue queue(a);
-  const int64_t num_chunks =
-      std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), N / kChunk));
-  const auto for_each_route = [&](int64_t chunk, const auto& body) {
-    const int64_t begin = N * chunk / num_chunks, end = N * (chunk + 1) / num_chunks;
-    if (begin == end) return;
-    int64_t route = queue.route_at(begin);
-    for (int64_t place = begin; place < end; ++place, route = queue.next(route)) {
-      if (experts[route] >= 0) body(route, experts[route]);
-    }
-  };
-
-  // cursors[chunk][e]: first how many routes the chunk has, then where its next one goes.
-  std::vector<int64_t> cursors(num_chunks * E);
-  parallel_for(0, num_chunks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      int64_t* count = cursors.data() + chunk * E;
-      for_each_route(chunk, [&](int64_t, int32_t e) { ++count[e]; });
-    }
+// [chunks, E]: the routes of every chunk that ask for every expert.
+std::vector<int32_t> count(const Queue& queue, const int32_t* experts, const PlanArgs& a) {
+  const int64_t num_experts = a.num_experts;
+  std::vector<int32_t> counts(queue.num_chunks() * num_experts);
+  std::atomic<bool> all_in_range{true};
+  queue.for_each_chunk([&](int64_t chunk) {
+    int32_t* of_chunk = counts.data() + chunk * num_experts;
+    queue.for_each_route(chunk, [&](int64_t route) {
+      const int64_t e = experts[route];
+      if (in_range(e, num_experts)) {
+        ++of_chunk[e];
+      } else if (e != -1) {
+        all_in_range = false;
+      }
+    });
   });
-  Queues groups{std::vector<int32_t>(N), std::vector<int64_t>(E + 1)};
-  int64_t total = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    groups.starts[e] = total;
-    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-      const int64_t count = cursors[chunk * E + e];
-      cursors[chunk * E + e] = total;
-      total += count;
-    }
-  }
-  groups.starts[E] = total;
-  parallel_for(0, num_chunks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      int64_t* cursor = cursors.data() + chunk * E;
-      for_each_route(chunk, [&](int64_t route, int32_t e) {
-        groups.routes[cursor[e]++] = static_cast<int32_t>(route);
-      });
-    }
-  });
-  return groups;
+  if (!all_in_range) check_ids(Check("plan"), experts, a.num_routes, a.top_k, -1, num_experts);
+  return counts;
 }
 
-// Moves the `kept` routes of largest priority to the front of an expert's, still in the order of
-// the queue. A NaN is below every number, equal ones go by the queue. What follows them is not
-// used.
-void keep_by_priority(int32_t* routes, int64_t count, int64_t kept, const float* priority) {
-  std::vector<int32_t> ranking(count);
-  for (int64_t i = 0; i < count; ++i) ranking[i] = static_cast<int32_t>(i);
-  const auto before = [&](int32_t i, int32_t j) {
-    const float p = priority[routes[i]], q = priority[routes[j]];
-    if (p > q || (std::isnan(q) && !std::isnan(p))) return true;
-    if (p < q || (std::isnan(p) && !std::isnan(q))) return false;
-    return i < j;
-  };
-  std::nth_element(ranking.begin(), ranking.begin() + kept, ranking.end(), before);
-  std::vector<char> keep(count);
-  for (int64_t i = 0; i < kept; ++i) keep[ranking[i]] = 1;
-  int64_t front = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (keep[i]) routes[front++] = routes[i];
+// Rows offsets[e] to offsets[e + 1] go to the routes of expert e in turn. Writes the sources of
+// these rows alone, and every slot.
+void hand_out(const Queue& queue, const int32_t* experts, const std::vector<int32_t>& counts,
+              int64_t num_experts, const int32_t* offsets, int32_t* slots, int32_t* sources) {
+  std::vector<int64_t> next_rows(counts.size());
+  for (int64_t e = 0; e < num_experts; ++e) {
+    int64_t row = offsets[e];
+    for (int64_t chunk = 0; chunk < queue.num_chunks(); ++chunk) {
+      next_rows[chunk * num_experts + e] = row;
+      row += counts[chunk * num_experts + e];
+    }
   }
+  queue.for_each_chunk([&](int64_t chunk) {
+    int64_t* next_row = next_rows.data() + chunk * num_experts;
+    queue.for_each_route(chunk, [&](int64_t route) {
+      const int64_t e = experts[route];
+      const int64_t row = e >= 0 ? next_row[e]++ : -1;
+      const bool has_row = e >= 0 && row < offsets[e + 1];
+      slots[route] = has_row ? static_cast<int32_t>(row) : -1;
+      if (has_row) sources[row] = static_cast<int32_t>(route);
+    });
+  });
+}
+
+// The experts of all routes, -1 for those that a full expert does not keep: it keeps the `capacity`
+// ones of largest priority, a NaN below every number, equal ones by the queue.
+std::vector<int32_t> without_dropped(const Queue& queue, const int32_t* experts, const PlanArgs& a,
+                                     const std::vector<int32_t>& counts, const int32_t* load) {
+  const int64_t E = a.num_experts, N = a.num_routes, capacity = *a.capacity;
+  const float* priority = const_data<float>(*a.priority);
+  std::vector<int32_t> kept(experts, experts + N), slots(N), routes(N), starts(E + 1);
+  for (int64_t e = 0; e < E; ++e) starts[e + 1] = starts[e] + load[e];
+  hand_out(queue, experts, counts, E, starts.data(), slots.data(), routes.data());
+
+  parallel_for(0, E, grain(N * 8 / E), [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) {
+      if (load[e] <= capacity) continue;
+      const auto before = [&](int32_t i, int32_t j) {
+        const float p = priority[routes[i]], q = priority[routes[j]];
+        if (p > q || (std::isnan(q) && !std::isnan(p))) return true;
+        if (p < q || (std::isnan(p) && !std::isnan(q))) return false;
+        return i < j;
+      };
+      std::vector<int32_t> places(load[e]);
+      for (int32_t i = 0; i < load[e]; ++i) places[i] = starts[e] + i;
+      const auto first_dropped = places.begin() + capacity;
+      std::nth_element(places.begin(), first_dropped, places.end(), before);
+      std::for_each(first_dropped, places.end(), [&](int32_t i) { kept[routes[i]] = -1; });
+    }
+  });
+  return kept;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const Tensor& experts,
@@ -110,41 +134,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const Tensor& experts,
   const PlanArgs a = plan_args(experts, priority, num_experts, capacity, order, align);
   const int64_t E = a.num_experts, R = a.num_rows;
   const int32_t* ids = const_data<int32_t>(a.experts);
-  check_ids(Check("plan"), ids, a.num_routes, a.top_k, -1, E);
-  Queues groups = group_by_expert(ids, a);
+  const Queue queue(a);
+  std::vector<int32_t> counts = count(queue, ids, a);
 
   Tensor slots = empty(a.experts, {a.num_tokens, a.top_k}, ScalarType::Int);
   Tensor sources = empty(a.experts, {R}, ScalarType::Int);
   Tensor offsets = empty(a.experts, {E + 1}, ScalarType::Int);
   Tensor load = empty(a.experts, {E}, ScalarType::Int);
-  int32_t* slot = data<int32_t>(slots);
   int32_t* source = data<int32_t>(sources);
   int32_t* offset = data<int32_t>(offsets);
   int32_t* loads = data<int32_t>(load);
-  std::fill_n(slot, a.num_routes, -1);
-  std::fill_n(source, R, -1);
 
   int64_t next_row = 0;
   for (int64_t e = 0; e < E; ++e) {
-    const int64_t count = groups.starts[e + 1] - groups.starts[e];
-    loads[e] = static_cast<int32_t>(count);
+    loads[e] = 0;
+    for (int64_t chunk = 0; chunk < queue.num_chunks(); ++chunk) loads[e] += counts[chunk * E + e];
+    const int64_t rows = a.capacity ? *a.capacity : (loads[e] + a.align - 1) / a.align * a.align;
     offset[e] = static_cast<int32_t>(next_row);
-    next_row += a.capacity ? *a.capacity : (count + a.align - 1) / a.align * a.align;
+    next_row += rows;
+    std::fill(source + next_row - rows + std::min<int64_t>(loads[e], rows), source + next_row, -1);
   }
   offset[E] = static_cast<int32_t>(next_row);
+  std::fill(source + next_row, source + R, -1);
 
-  const float* keys = data_or_null<float>(a.priority);
-  parallel_for(0, E, grain(a.num_routes * 8 / E), [&](int64_t begin, int64_t end) {
-    for (int64_t e = begin; e < end; ++e) {
-      int32_t* routes = groups.routes.data() + groups.starts[e];
-      const int64_t count = loads[e], kept = std::min<int64_t>(count, offset[e + 1] - offset[e]);
-      if (keys && kept < count) keep_by_priority(routes, count, kept, keys);
-      for (int64_t i = 0; i < kept; ++i) {
-        slot[routes[i]] = static_cast<int32_t>(offset[e] + i);
-        source[offset[e] + i] = routes[i];
-      }
-    }
-  });
+  std::vector<int32_t> kept;
+  if (a.priority && a.capacity) {
+    kept = without_dropped(queue, ids, a, counts, loads);
+    counts = count(queue, kept.data(), a);
+    ids = kept.data();
+  }
+  hand_out(queue, ids, counts, E, offset, data<int32_t>(slots), source);
   return {slots, sources, offsets, load};
 }
 

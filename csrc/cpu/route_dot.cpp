@@ -12,24 +12,61 @@ namespace moe_ext {
 namespace {
 
 template <typename scalar_t>
+struct RouteDotTokens {
+  const scalar_t *tokens, *rows;
+  const int32_t *slots, *sources;
+  accumulate_t<scalar_t>* dots;
+  int64_t top_k, hidden, num_rows;
+
+  template <int bytes>
+  MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
+    for (int64_t route = begin * top_k; route < end * top_k; ++route) {
+      dots[route] = has_row(slots, sources, route, num_rows, bad_slot)
+                        ? dot(tokens + route / top_k * hidden, rows + slots[route] * hidden, hidden)
+                        : 0;
+    }
+  }
+};
+
+// And writes the same rows of the dispatched.
+template <typename scalar_t>
+struct DispatchDotTokens {
+  RouteDotTokens<scalar_t> at;
+  const accumulate_t<scalar_t>* weights;
+  scalar_t* dispatched;
+
+  template <int bytes>
+  MOE_EXT_INLINE void run(int64_t begin, int64_t end, const RowWriter<scalar_t>& writer,
+                          Fault& bad_slot) const {
+    for (int64_t route = begin * at.top_k; route < end * at.top_k; ++route) {
+      at.dots[route] = 0;
+      if (!has_row(at.slots, at.sources, route, at.num_rows, bad_slot)) continue;
+      const scalar_t* token = at.tokens + route / at.top_k * at.hidden;
+      const int64_t row = at.slots[route] * at.hidden;
+      at.dots[route] = dot(token, at.rows + row, at.hidden);
+      writer.scale(token, weights[route], dispatched + row, at.hidden);
+    }
+  }
+};
+
+template <typename scalar_t>
 void route_dot_kernel(const RouteDotArgs& a, const Tensor& out) {
   using T = accumulate_t<scalar_t>;
   const int64_t K = a.top_k, H = a.hidden, R = a.num_rows;
-  const auto* tokens = const_data<scalar_t>(a.tokens);
-  const auto* rows = const_data<scalar_t>(a.rows);
   const int32_t* slots = const_data<int32_t>(a.slots);
   const int32_t* sources = const_data<int32_t>(a.sources);
-  T* dots = data<T>(out);
   Fault bad_slot;
 
-  parallel_for(
-      0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
-        for (int64_t route = begin * K; route < end * K; ++route) {
-          dots[route] = has_row(slots, sources, route, R, bad_slot)
-                            ? dot(tokens + route / K * H, rows + int64_t{slots[route]} * H, H)
-                            : T{0};
-        }
-      });
+  const RouteDotTokens<scalar_t> tokens{const_data<scalar_t>(a.tokens),
+                                        const_data<scalar_t>(a.rows),
+                                        slots,
+                                        sources,
+                                        data<T>(out),
+                                        K,
+                                        H,
+                                        R};
+  parallel_for(0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
+               [&](int64_t begin, int64_t end) { on_widest(tokens, begin, end, bad_slot); });
   check_routes_agree(Check("route_dot"), bad_slot, slots, K, R);
 }
 
@@ -37,25 +74,20 @@ template <typename scalar_t>
 void dispatch_dot_kernel(const DispatchDotArgs& a, const Tensor& out_rows, const Tensor& out) {
   using T = accumulate_t<scalar_t>;
   const int64_t K = a.top_k, H = a.hidden, R = a.num_rows;
-  const auto* tokens = const_data<scalar_t>(a.tokens);
-  const auto* rows = const_data<scalar_t>(a.rows);
-  const auto* weights = const_data<T>(a.weights);
   const int32_t* slots = const_data<int32_t>(a.slots);
   const int32_t* sources = const_data<int32_t>(a.sources);
   scalar_t* dispatched = data<scalar_t>(out_rows);
-  T* dots = data<T>(out);
   Fault bad_slot, bad_source;
 
+  const DispatchDotTokens<scalar_t> tokens{
+      {const_data<scalar_t>(a.tokens), const_data<scalar_t>(a.rows), slots, sources, data<T>(out),
+       K, H, R},
+      const_data<T>(a.weights),
+      dispatched};
   parallel_for(0, a.num_tokens, grain(H * (2 * K + 1) * sizeof(scalar_t)),
                [&](int64_t begin, int64_t end) {
-                 for (int64_t route = begin * K; route < end * K; ++route) {
-                   dots[route] = 0;
-                   if (!has_row(slots, sources, route, R, bad_slot)) continue;
-                   const scalar_t* token = tokens + route / K * H;
-                   const int64_t row = int64_t{slots[route]} * H;
-                   dots[route] = dot(token, rows + row, H);
-                   write_row(token, weights + route, dispatched + row, H);
-                 }
+                 const RowWriter<scalar_t> writer(out_rows);
+                 on_widest(tokens, begin, end, writer, bad_slot);
                });
   zero_empty_rows(slots, sources, a.num_tokens * K, R, dispatched, H, bad_source);
   const Check check("dispatch_dot");

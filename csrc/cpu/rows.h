@@ -2,25 +2,79 @@
 
 #pragma once
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <cstring>
 
 #include "common.h"
+#include "vector.h"
 
 namespace moe_ext {
 
+// Writes rows of a result, on one thread. A result that outgrows the caches goes around them: a
+// line that is written whole need not be read first. What fits is better left there, where the
+// system has just zeroed its pages and the next operator reads it.
 template <typename scalar_t>
-void write_row(const scalar_t* token, const accumulate_t<scalar_t>* weight, scalar_t* row,
-               int64_t hidden) {
-  if (!weight) {
-    std::memcpy(row, token, hidden * sizeof(scalar_t));
-    return;
+class RowWriter {
+ public:
+  explicit RowWriter(const Tensor& result)
+      : streams_(result.numel() * static_cast<int64_t>(sizeof(scalar_t)) > kCached) {}
+  RowWriter(const RowWriter&) = delete;
+  RowWriter& operator=(const RowWriter&) = delete;
+  ~RowWriter() {
+#if defined(__SSE2__)
+    if (streams_) _mm_sfence();
+#endif
   }
-  using T = accumulate_t<scalar_t>;
-  const T w = *weight;
-  for (int64_t h = 0; h < hidden; ++h) {
-    row[h] = static_cast<scalar_t>(w * static_cast<T>(token[h]));
+
+  MOE_EXT_INLINE void copy(const scalar_t* from, scalar_t* row, int64_t size) const {
+    const int64_t bytes = size * sizeof(scalar_t);
+    if (streams_) {
+      stream(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(row), bytes);
+    } else {
+      std::memcpy(row, from, bytes);
+    }
   }
-}
+
+  MOE_EXT_INLINE void scale(const scalar_t* from, accumulate_t<scalar_t> weight, scalar_t* row,
+                            int64_t size) const {
+    using T = accumulate_t<scalar_t>;
+    constexpr int64_t kPiece = 512;
+    scalar_t piece[kPiece];
+    for (int64_t i = 0; i < size; i += kPiece) {
+      const int64_t width = std::min(kPiece, size - i);
+      for (int64_t j = 0; j < width; ++j) {
+        piece[j] = static_cast<scalar_t>(weight * static_cast<T>(from[i + j]));
+      }
+      copy(piece, row + i, width);
+    }
+  }
+
+ private:
+  static constexpr int64_t kCached = int64_t{96} << 20;
+
+  static void stream(const char* from, char* to, int64_t bytes) {
+#if defined(__SSE2__)
+    constexpr int64_t kLine = 64;
+    const int64_t begin = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(to) % kLine);
+    std::memcpy(to, from, begin);
+    int64_t i = begin;
+    for (; i + kLine <= bytes; i += kLine) {
+      for (int64_t j = i; j < i + kLine; j += sizeof(__m128i)) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + j),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
+      }
+    }
+    std::memcpy(to + i, from + i, bytes - i);
+#else
+    std::memcpy(to, from, bytes);
+#endif
+  }
+
+  bool streams_;
+};
 
 // Zeroes the rows that no route has, and notes those whose route has another one.
 template <typename scalar_t>

@@ -1,0 +1,162 @@
+// Vector code on CPUs that are not all alike.
+//
+// The libraries are built for every CPU of an architecture. on_widest(kernel, args...) calls
+// kernel.run<bytes>(args...) compiled for the widest registers this CPU has, of so many bytes.
+// `run` and all that it calls are MOE_EXT_INLINE: only then are they compiled for each. Most are
+// plain loops, which the compiler turns into vector code; Vector is for those it does not.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+// MOE_EXT_REGISTERS is the most bytes to use: for tests on a CPU that has wider ones.
+#if !defined(MOE_EXT_REGISTERS)
+#define MOE_EXT_REGISTERS 64
+#endif
+
+#if defined(__GNUC__)
+#define MOE_EXT_INLINE inline __attribute__((always_inline))
+#else
+#define MOE_EXT_INLINE inline
+#endif
+
+namespace moe_ext {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+template <typename Kernel, typename... Args>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void on_64_bytes(
+    const Kernel& kernel, Args&... args) {
+  kernel.template run<64>(args...);
+}
+
+template <typename Kernel, typename... Args>
+__attribute__((target("avx2,fma"))) void on_32_bytes(const Kernel& kernel, Args&... args) {
+  kernel.template run<32>(args...);
+}
+
+inline int register_bytes() {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  const int widest = avx512 ? 64 : avx2 ? 32 : 16;
+  return widest < MOE_EXT_REGISTERS ? widest : MOE_EXT_REGISTERS;
+}
+#endif
+
+template <typename Kernel, typename... Args>
+void on_widest(const Kernel& kernel, Args&&... args) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  const int bytes = register_bytes();
+  if (bytes == 64) return on_64_bytes(kernel, args...);
+  if (bytes == 32) return on_32_bytes(kernel, args...);
+#endif
+  kernel.template run<16>(args...);
+}
+
+MOE_EXT_INLINE void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#endif
+}
+
+// One register of T. Passed by reference: by value it would need the CPU's own calling convention.
+template <typename T, int bytes>
+using Vector __attribute__((vector_size(bytes))) = T;
+
+template <typename V, typename T>
+MOE_EXT_INLINE void load(V& v, const T* from) {
+  std::memcpy(&v, from, sizeof(V));
+}
+
+template <typename V, typename T>
+MOE_EXT_INLINE void store(const V& v, T* to) {
+  std::memcpy(to, &v, sizeof(V));
+}
+
+// As many numbers as V holds, or one, from and to memory of their own type.
+template <typename V, typename scalar_t>
+MOE_EXT_INLINE void load_as(V& v, const scalar_t* from) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    v = static_cast<V>(*from);
+  } else {
+    using T = std::decay_t<decltype(v[0])>;
+    constexpr int kWidth = sizeof(V) / sizeof(T);
+    T values[kWidth];
+    for (int i = 0; i < kWidth; ++i) values[i] = static_cast<T>(from[i]);
+    load(v, values);
+  }
+}
+
+template <typename V, typename scalar_t>
+MOE_EXT_INLINE void store_as(const V& v, scalar_t* to) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    *to = static_cast<scalar_t>(v);
+  } else {
+    using T = std::decay_t<decltype(v[0])>;
+    constexpr int kWidth = sizeof(V) / sizeof(T);
+    T values[kWidth];
+    store(v, values);
+    for (int i = 0; i < kWidth; ++i) to[i] = static_cast<scalar_t>(values[i]);
+  }
+}
+
+template <int... from, typename V>
+MOE_EXT_INLINE void shuffle(V& out, const V& a, const V& b) {
+#if defined(__clang__)
+  out = __builtin_shufflevector(a, b, from...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  out = __builtin_shuffle(a, b, Vector<Index, sizeof(V)>{from...});
+#endif
+}
+
+template <typename V>
+MOE_EXT_INLINE void transpose(V (&rows)[4]) {
+  V a, b, c, d;
+  shuffle<0, 4, 1, 5>(a, rows[0], rows[1]);
+  shuffle<2, 6, 3, 7>(b, rows[0], rows[1]);
+  shuffle<0, 4, 1, 5>(c, rows[2], rows[3]);
+  shuffle<2, 6, 3, 7>(d, rows[2], rows[3]);
+  shuffle<0, 1, 4, 5>(rows[0], a, c);
+  shuffle<2, 3, 6, 7>(rows[1], a, c);
+  shuffle<0, 1, 4, 5>(rows[2], b, d);
+  shuffle<2, 3, 6, 7>(rows[3], b, d);
+}
+
+// e^x to two roundings; 0 below e^-87.3, infinite above e^88.37, NaN for NaN.
+MOE_EXT_INLINE float exponential(float x) {
+  constexpr float kLowest = -87.3f, kHighest = 89.0f;
+  const bool vanishes = x < kLowest;
+  x = x < kLowest ? kLowest : x;
+  x = x > kHighest ? kHighest : x;
+  // x = n * ln 2 + r with |r| <= ln(2) / 2. Adding 3 * 2^22 rounds to an integer; the second part
+  // of ln 2 is what the first one lacks.
+  constexpr float kRound = 12582912.0f;
+  constexpr float kLog2E = 1.44269504f, kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f;
+  const float shifted = x * kLog2E + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * kLn2) - n * kLn2Rest;
+  float sum = 1.0f / 5040;
+  sum = sum * r + 1.0f / 720;
+  sum = sum * r + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 1.0f / 2;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  const int32_t exponent = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);
+  float power;
+  std::memcpy(&power, &exponent, sizeof(power));
+  return vanishes ? 0.0f : sum * power;
+}
+
+MOE_EXT_INLINE double exponential(double x) { return std::exp(x); }
+
+}  // namespace moe_ext
