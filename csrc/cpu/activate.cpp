@@ -33,36 +33,43 @@ struct Backward {
   T weight;
 };
 
-struct Swiglu {
-  template <int bytes>
-  MOE_EXT_INLINE void run(const Forward<float>& p, int64_t size) const {
-    const float* __restrict gate = p.gate, * __restrict up = p.up;
-    float* __restrict out = p.out;
-    for (int64_t i = 0; i < size; ++i) {
-      out[i] = p.weight * (gate[i] / (1 + exponential(-gate[i])) * up[i]);
-    }
-  }
+// swiglu of as many numbers as V holds.
+template <typename V>
+MOE_EXT_INLINE void swiglu(const Forward<float>& p, int64_t i) {
+  V gate, up;
+  load_as(gate, p.gate + i);
+  load_as(up, p.up + i);
+  V divisor = -gate;
+  exponential(divisor);
+  divisor += 1.0f;
+  store_as(p.weight * (gate / divisor * up), p.out + i);
+}
 
-  template <int bytes>
-  MOE_EXT_INLINE void run(const Backward<float>& p, int64_t size) const {
-    const float* __restrict grad = p.grad, * __restrict gate = p.gate, * __restrict up = p.up;
-    float* __restrict grad_gate = p.grad_gate, * __restrict grad_up = p.grad_up;
-    float* __restrict active = p.active;
-    for (int64_t i = 0; i < size; ++i) {
-      const float sigmoid = 1 / (1 + exponential(-gate[i]));
-      const float value = gate[i] * sigmoid;
-      const float weighed = p.weight * grad[i];
-      active[i] = value * up[i];
-      grad_up[i] = weighed * value;
-      grad_gate[i] = weighed * up[i] * (sigmoid + value * (1 - sigmoid));
-    }
-  }
-};
+template <typename V>
+MOE_EXT_INLINE void swiglu(const Backward<float>& p, int64_t i) {
+  V grad, gate, up;
+  load_as(grad, p.grad + i);
+  load_as(gate, p.gate + i);
+  load_as(up, p.up + i);
+  V divisor = -gate;
+  exponential(divisor);
+  divisor += 1.0f;
+  const V sigmoid = 1.0f / divisor, value = gate * sigmoid, weighed = p.weight * grad;
+  store_as(value * up, p.active + i);
+  store_as(weighed * value, p.grad_up + i);
+  store_as(weighed * up * (sigmoid + value * (1.0f - sigmoid)), p.grad_gate + i);
+}
 
-template <typename T>
-void run(Activation activation, const Forward<T>& p, int64_t size) {
+template <int bytes, typename T>
+MOE_EXT_INLINE void activate_piece(Activation activation, const Forward<T>& p, int64_t size) {
   if constexpr (std::is_same_v<T, float>) {
-    if (activation == Activation::kSwiglu) return on_widest(Swiglu{}, p, size);
+    if (activation == Activation::kSwiglu) {
+      constexpr int64_t kWidth = bytes / sizeof(float);
+      int64_t i = 0;
+      for (; i + kWidth <= size; i += kWidth) swiglu<Vector<float, bytes>>(p, i);
+      for (; i < size; ++i) swiglu<float>(p, i);
+      return;
+    }
   }
   for (int64_t i = 0; i < size; ++i) {
     const T value = activated(activation, p.gate[i]).value;
@@ -70,10 +77,16 @@ void run(Activation activation, const Forward<T>& p, int64_t size) {
   }
 }
 
-template <typename T>
-void run(Activation activation, const Backward<T>& p, int64_t size) {
+template <int bytes, typename T>
+MOE_EXT_INLINE void activate_piece(Activation activation, const Backward<T>& p, int64_t size) {
   if constexpr (std::is_same_v<T, float>) {
-    if (activation == Activation::kSwiglu) return on_widest(Swiglu{}, p, size);
+    if (activation == Activation::kSwiglu) {
+      constexpr int64_t kWidth = bytes / sizeof(float);
+      int64_t i = 0;
+      for (; i + kWidth <= size; i += kWidth) swiglu<Vector<float, bytes>>(p, i);
+      for (; i < size; ++i) swiglu<float>(p, i);
+      return;
+    }
   }
   for (int64_t i = 0; i < size; ++i) {
     const auto [value, slope] = activated(activation, p.gate[i]);
@@ -91,7 +104,7 @@ class Piece {
   using T = accumulate_t<scalar_t>;
   static constexpr bool kCopies = !std::is_same_v<T, scalar_t>;
 
-  const T* read(const scalar_t* from, int64_t size) {
+  MOE_EXT_INLINE const T* read(const scalar_t* from, int64_t size) {
     if constexpr (!kCopies)
       return from;
     else {
@@ -99,13 +112,13 @@ class Piece {
       return values_;
     }
   }
-  T* target(scalar_t* to) {
+  MOE_EXT_INLINE T* target(scalar_t* to) {
     if constexpr (!kCopies)
       return to;
     else
       return values_;
   }
-  void write(scalar_t* to, int64_t size) const {
+  MOE_EXT_INLINE void write(scalar_t* to, int64_t size) const {
     if constexpr (kCopies) {
       for (int64_t i = 0; i < size; ++i) to[i] = static_cast<scalar_t>(values_[i]);
     }
@@ -116,92 +129,138 @@ class Piece {
 };
 
 template <typename scalar_t>
-void activate_kernel(const ActivateArgs& a, const Tensor& out) {
+struct ActivateRoutes {
   using T = accumulate_t<scalar_t>;
-  const int64_t K = a.top_k, G = a.inner_width, F = a.width, R = a.num_rows;
-  const auto* inner = const_data<scalar_t>(a.inner);
-  const auto* weights = data_or_null<T>(a.weights);
-  const int32_t* slots = const_data<int32_t>(a.slots);
-  const int32_t* sources = const_data<int32_t>(a.sources);
-  scalar_t* active = data<scalar_t>(out);
-  const bool gated = is_gated(a.activation);
-  Fault bad_slot, bad_source;
+  const scalar_t* inner;
+  const T* weights;
+  const int32_t *slots, *sources;
+  scalar_t* active;
+  Activation activation;
+  int64_t inner_width, width, num_rows;
 
-  parallel_for(0, a.num_tokens * K, grain((G + F) * sizeof(T)), [&](int64_t begin, int64_t end) {
+  template <int bytes>
+  MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
+    const bool gated = is_gated(activation);
     Piece<scalar_t> gate, up, result;
     for (int64_t route = begin; route < end; ++route) {
-      if (!has_row(slots, sources, route, R, bad_slot)) continue;
-      const scalar_t* row = inner + slots[route] * G;
-      scalar_t* to = active + slots[route] * F;
-      for (int64_t f = 0; f < F; f += kPiece) {
-        const int64_t size = std::min(kPiece, F - f);
+      if (!has_row(slots, sources, route, num_rows, bad_slot)) continue;
+      const scalar_t* row = inner + slots[route] * inner_width;
+      scalar_t* to = active + slots[route] * width;
+      for (int64_t f = 0; f < width; f += kPiece) {
+        const int64_t size = std::min(kPiece, width - f);
         const Forward<T> piece{gate.read(row + f, size),
-                               gated ? up.read(row + F + f, size) : nullptr, result.target(to + f),
-                               weights ? weights[route] : T{1}};
-        run(a.activation, piece, size);
+                               gated ? up.read(row + width + f, size) : nullptr,
+                               result.target(to + f), weights ? weights[route] : T{1}};
+        activate_piece<bytes>(activation, piece, size);
         result.write(to + f, size);
       }
     }
-  });
-  zero_empty_rows(slots, sources, a.num_tokens * K, R, active, F, bad_source);
+  }
+};
+
+template <typename scalar_t>
+void activate_kernel(const ActivateArgs& a, const Tensor& out) {
+  const int64_t num_routes = a.num_tokens * a.top_k;
+  const int32_t* slots = const_data<int32_t>(a.slots);
+  const int32_t* sources = const_data<int32_t>(a.sources);
+  scalar_t* active = data<scalar_t>(out);
+  const ActivateRoutes<scalar_t> activate_routes{const_data<scalar_t>(a.inner),
+                                                 data_or_null<accumulate_t<scalar_t>>(a.weights),
+                                                 slots,
+                                                 sources,
+                                                 active,
+                                                 a.activation,
+                                                 a.inner_width,
+                                                 a.width,
+                                                 a.num_rows};
+  Fault bad_slot, bad_source;
+  parallel_for(
+      0, num_routes, grain((a.inner_width + a.width) * sizeof(scalar_t)),
+      [&](int64_t begin, int64_t end) { on_widest(activate_routes, begin, end, bad_slot); });
+  zero_empty_rows(slots, sources, num_routes, a.num_rows, active, a.width, bad_source);
   const Check check("activate");
-  check_routes_agree(check, bad_slot, slots, K, R);
-  check_sources_agree(check, bad_source, sources, a.num_tokens * K);
+  check_routes_agree(check, bad_slot, slots, a.top_k, a.num_rows);
+  check_sources_agree(check, bad_source, sources, num_routes);
 }
+
+template <typename scalar_t>
+struct ActivateBackwardRoutes {
+  using T = accumulate_t<scalar_t>;
+  const scalar_t *inner, *grad;
+  const T* weights;
+  const int32_t *slots, *sources;
+  scalar_t *grad_inner, *active;
+  T* grad_weights;
+  Activation activation;
+  int64_t inner_width, width, num_rows;
+
+  template <int bytes>
+  MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
+    const bool gated = is_gated(activation);
+    Piece<scalar_t> upstream, gate, up, grad_gate, grad_up, result;
+    T unweighed[kPiece];
+    for (int64_t route = begin; route < end; ++route) {
+      grad_weights[route] = 0;
+      if (!has_row(slots, sources, route, num_rows, bad_slot)) continue;
+      const int64_t row = slots[route];
+      const T weight = weights[route];
+      T sum = 0;
+      for (int64_t f = 0; f < width; f += kPiece) {
+        const int64_t size = std::min(kPiece, width - f);
+        const scalar_t* from = inner + row * inner_width + f;
+        scalar_t* to = grad_inner + row * inner_width + f;
+        const Backward<T> piece{upstream.read(grad + row * width + f, size),
+                                gate.read(from, size),
+                                gated ? up.read(from + width, size) : nullptr,
+                                grad_gate.target(to),
+                                gated ? grad_up.target(to + width) : nullptr,
+                                unweighed,
+                                weight};
+        activate_piece<bytes>(activation, piece, size);
+        grad_gate.write(to, size);
+        if (gated) grad_up.write(to + width, size);
+        sum += dot<bytes>(piece.grad, unweighed, size);
+        scalar_t* to_active = active + row * width + f;
+        T* weighed = result.target(to_active);
+        for (int64_t i = 0; i < size; ++i) weighed[i] = weight * unweighed[i];
+        result.write(to_active, size);
+      }
+      grad_weights[route] = sum;
+    }
+  }
+};
 
 template <typename scalar_t>
 void activate_backward_kernel(const ActivateBackwardArgs& args, const Tensor& grad_inner,
                               const Tensor& out, const Tensor& grad_weights) {
   using T = accumulate_t<scalar_t>;
   const ActivateArgs& a = args.forward;
-  const int64_t K = a.top_k, G = a.inner_width, F = a.width, R = a.num_rows;
-  const auto* inner = const_data<scalar_t>(a.inner);
-  const auto* grad = const_data<scalar_t>(args.grad);
-  const T* weights = const_data<T>(*a.weights);
+  const int64_t num_routes = a.num_tokens * a.top_k, R = a.num_rows;
   const int32_t* slots = const_data<int32_t>(a.slots);
   const int32_t* sources = const_data<int32_t>(a.sources);
   scalar_t* grad_rows = data<scalar_t>(grad_inner);
-  scalar_t* active_rows = data<scalar_t>(out);
-  T* dots = data<T>(grad_weights);
-  const bool gated = is_gated(a.activation);
+  scalar_t* active = data<scalar_t>(out);
+  const ActivateBackwardRoutes<scalar_t> activate_routes{const_data<scalar_t>(a.inner),
+                                                         const_data<scalar_t>(args.grad),
+                                                         const_data<T>(*a.weights),
+                                                         slots,
+                                                         sources,
+                                                         grad_rows,
+                                                         active,
+                                                         data<T>(grad_weights),
+                                                         a.activation,
+                                                         a.inner_width,
+                                                         a.width,
+                                                         R};
   Fault bad_slot, bad_source;
-
-  parallel_for(0, a.num_tokens * K, grain(2 * (G + F) * sizeof(T)),
-               [&](int64_t begin, int64_t end) {
-                 Piece<scalar_t> upstream, gate, up, grad_gate, grad_up, result;
-                 T active[kPiece];
-                 for (int64_t route = begin; route < end; ++route) {
-                   dots[route] = 0;
-                   if (!has_row(slots, sources, route, R, bad_slot)) continue;
-                   const int64_t r = slots[route];
-                   const T weight = weights[route];
-                   for (int64_t f = 0; f < F; f += kPiece) {
-                     const int64_t size = std::min(kPiece, F - f);
-                     scalar_t* to_gate = grad_rows + r * G + f;
-                     scalar_t* to_up = to_gate + F;
-                     const Backward<T> piece{upstream.read(grad + r * F + f, size),
-                                             gate.read(inner + r * G + f, size),
-                                             gated ? up.read(inner + r * G + F + f, size) : nullptr,
-                                             grad_gate.target(to_gate),
-                                             gated ? grad_up.target(to_up) : nullptr,
-                                             active,
-                                             weight};
-                     run(a.activation, piece, size);
-                     grad_gate.write(to_gate, size);
-                     if (gated) grad_up.write(to_up, size);
-                     dots[route] += dot(piece.grad, active, size);
-                     scalar_t* to_active = active_rows + r * F + f;
-                     T* weighed = result.target(to_active);
-                     for (int64_t i = 0; i < size; ++i) weighed[i] = weight * active[i];
-                     result.write(to_active, size);
-                   }
-                 }
-               });
-  zero_empty_rows(slots, sources, a.num_tokens * K, R, grad_rows, G, bad_source);
-  zero_empty_rows(slots, sources, a.num_tokens * K, R, active_rows, F, bad_source);
+  parallel_for(
+      0, num_routes, grain(2 * (a.inner_width + a.width) * sizeof(scalar_t)),
+      [&](int64_t begin, int64_t end) { on_widest(activate_routes, begin, end, bad_slot); });
+  zero_empty_rows(slots, sources, num_routes, R, grad_rows, a.inner_width, bad_source);
+  zero_empty_rows(slots, sources, num_routes, R, active, a.width, bad_source);
   const Check check("activate_backward");
-  check_routes_agree(check, bad_slot, slots, K, R);
-  check_sources_agree(check, bad_source, sources, a.num_tokens * K);
+  check_routes_agree(check, bad_slot, slots, a.top_k, R);
+  check_sources_agree(check, bad_source, sources, num_routes);
 }
 
 Tensor activate_cpu(const Tensor& inner, const Tensor& slots, const Tensor& sources,

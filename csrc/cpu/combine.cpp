@@ -53,10 +53,7 @@ struct CombineTokens {
 
   MOE_EXT_INLINE void fetch_ahead(int64_t route, int64_t h, int64_t size) const {
     if (route >= num_tokens * top_k || slots[route] == -1) return;
-    const auto* row = reinterpret_cast<const char*>(rows + slots[route] * hidden + h);
-    constexpr int64_t kLine = 64;
-    const int64_t bytes = size * sizeof(scalar_t);
-    for (int64_t line = 0; line < bytes; line += kLine) prefetch(row + line);
+    prefetch(rows + slots[route] * hidden + h, size);
   }
 };
 

@@ -59,9 +59,7 @@ MOE_EXT_INLINE void read_rows(const scalar_t* rows, int64_t n, int64_t num_exper
     int64_t e = 0;
     for (; e + kSquare <= num_experts; e += kSquare) {
       Vector<T, kSquare * sizeof(T)> square[kSquare];
-      for (int64_t i = 0; i < kSquare; ++i) {
-        load_as(square[i], row[i] + e);
-      }
+      for (int64_t i = 0; i < kSquare; ++i) load_as(square[i], row[i] + e);
       transpose(square);
       for (int64_t j = 0; j < kSquare; ++j) store(square[j], values[e + j].at + lane);
     }
@@ -141,45 +139,55 @@ MOE_EXT_INLINE void choose(Lanes<Key>* keys, int64_t num_experts, int64_t top_k,
   }
 }
 
+// logits -> probabilities in place.
 template <int bytes, typename T>
-MOE_EXT_INLINE Lanes<T> largest_of(const Lanes<T>* values, int64_t num_experts) {
-  Lanes<T> largest;
+MOE_EXT_INLINE void softmax(Lanes<T>* values, int64_t num_experts) {
+  using V = Vector<T, bytes>;
   for (int64_t lane = 0; lane < kLanes; lane += bytes / sizeof(T)) {
-    Vector<T, bytes> so_far, value;
-    load(so_far, values[0].at + lane);
+    V largest{}, value{}, sum{};
+    load(largest, values[0].at + lane);
     for (int64_t e = 1; e < num_experts; ++e) {
       load(value, values[e].at + lane);
-      so_far = value > so_far ? value : so_far;
+      largest = value > largest ? value : largest;
     }
-    store(so_far, largest.at + lane);
+    for (int64_t e = 0; e < num_experts; ++e) {
+      load(value, values[e].at + lane);
+      value -= largest;
+      exponential(value);
+      sum += value;
+      store(value, values[e].at + lane);
+    }
+    const V factor = T{1} / sum;
+    for (int64_t e = 0; e < num_experts; ++e) {
+      load(value, values[e].at + lane);
+      store(value * factor, values[e].at + lane);
+    }
   }
-  return largest;
 }
 
-// logits -> probabilities in place. `factor` is what they are still to be multiplied by.
 template <int bytes, typename T>
-MOE_EXT_INLINE void score(Scoring scoring, Lanes<T>* values, int64_t num_experts,
-                          Lanes<T>& factor) {
-  for (T& one : factor.at) one = 1;
-  if (scoring == Scoring::kSigmoid) {
+MOE_EXT_INLINE void score(Scoring scoring, Lanes<T>* values, int64_t num_experts) {
+  if (scoring == Scoring::kSoftmax) return softmax<bytes>(values, num_experts);
+  for (int64_t e = 0; e < num_experts; ++e) {
+    for (T& value : values[e].at) value = elementwise_score(scoring, value);
+  }
+}
+
+// sums += values, in the first n lanes.
+template <int bytes, typename T>
+MOE_EXT_INLINE void add(const Lanes<T>* values, int64_t num_experts, int64_t n, Lanes<T>* sums) {
+  Lanes<key_t<T>> counts;
+  for (int64_t lane = 0; lane < kLanes; ++lane) counts.at[lane] = lane < n ? -1 : 0;
+  for (int64_t lane = 0; lane < kLanes; lane += bytes / sizeof(T)) {
+    Vector<key_t<T>, bytes> count;
+    Vector<T, bytes> value, sum;
+    load(count, counts.at + lane);
     for (int64_t e = 0; e < num_experts; ++e) {
-      for (T& value : values[e].at) value = 1 / (1 + exponential(-value));
+      load(value, values[e].at + lane);
+      load(sum, sums[e].at + lane);
+      sum += count ? value : decltype(value){};
+      store(sum, sums[e].at + lane);
     }
-  } else if (scoring == Scoring::kSqrtSoftplus) {
-    for (int64_t e = 0; e < num_experts; ++e) {
-      for (T& value : values[e].at) value = elementwise_score(scoring, value);
-    }
-  } else {
-    const Lanes<T> largest = largest_of<bytes>(values, num_experts);
-    Lanes<T> sum{};
-    for (int64_t e = 0; e < num_experts; ++e) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const T value = exponential(values[e].at[lane] - largest.at[lane]);
-        values[e].at[lane] = value;
-        sum.at[lane] += value;
-      }
-    }
-    for (int64_t lane = 0; lane < kLanes; ++lane) factor.at[lane] = 1 / sum.at[lane];
   }
 }
 
@@ -202,21 +210,15 @@ struct GateTokens {
     const auto* choice_scores = const_data<scalar_t>(a.choice_scores) + first * E;
 
     read_rows(choice_scores, n, E, values);
+    const int64_t coming = std::min(kLanes, a.num_tokens - first - n) * E;
+    prefetch(choice_scores + n * E, coming);
+    if (choice_scores != logits) prefetch(logits + n * E, coming);
     make_keys(values, E, scratch.keys.data());
     choose<bytes>(scratch.keys.data(), E, K, chosen);
     if (choice_scores != logits) read_rows(logits, n, E, values);
 
-    Lanes<T> factor;
-    score<bytes>(a.scoring, values, E, factor);
-    Lanes<key_t<T>> has_token;
-    for (int64_t lane = 0; lane < kLanes; ++lane) has_token.at[lane] = lane < n;
-    for (int64_t e = 0; e < E; ++e) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const T prob = values[e].at[lane] * factor.at[lane];
-        values[e].at[lane] = prob;
-        scratch.sums[e].at[lane] += has_token.at[lane] ? prob : T{0};
-      }
-    }
+    score<bytes>(a.scoring, values, E);
+    add<bytes>(values, E, n, scratch.sums.data());
     write_rows(values, n, E, out.probs + first * E);
 
     Lanes<T> sum{};

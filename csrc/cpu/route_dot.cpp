@@ -21,9 +21,10 @@ struct RouteDotTokens {
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
     for (int64_t route = begin * top_k; route < end * top_k; ++route) {
-      dots[route] = has_row(slots, sources, route, num_rows, bad_slot)
-                        ? dot(tokens + route / top_k * hidden, rows + slots[route] * hidden, hidden)
-                        : 0;
+      dots[route] =
+          has_row(slots, sources, route, num_rows, bad_slot)
+              ? dot<bytes>(tokens + route / top_k * hidden, rows + slots[route] * hidden, hidden)
+              : 0;
     }
   }
 };
@@ -43,7 +44,7 @@ struct DispatchDotTokens {
       if (!has_row(at.slots, at.sources, route, at.num_rows, bad_slot)) continue;
       const scalar_t* token = at.tokens + route / at.top_k * at.hidden;
       const int64_t row = at.slots[route] * at.hidden;
-      at.dots[route] = dot(token, at.rows + row, at.hidden);
+      at.dots[route] = dot<bytes>(token, at.rows + row, at.hidden);
       writer.scale(token, weights[route], dispatched + row, at.hidden);
     }
   }

@@ -94,18 +94,23 @@ void zero_empty_rows(const int32_t* slots, const int32_t* sources, int64_t num_r
 
 constexpr int64_t kLanes = 16;
 
-// The sum runs in kLanes interleaved lanes, which the compiler turns into vector registers, and the
-// lanes are added in their order.
-template <typename scalar_t>
-accumulate_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t size) {
+// The sum runs in kLanes interleaved lanes, whatever the registers, and these are added in their
+// order.
+template <int bytes, typename scalar_t>
+MOE_EXT_INLINE accumulate_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t size) {
   using T = accumulate_t<scalar_t>;
-  T lanes[kLanes] = {};
+  constexpr int64_t kWidth = bytes / sizeof(T);
+  Vector<T, bytes> sums[kLanes / kWidth]{}, x, y;
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += static_cast<T>(a[i + lane]) * static_cast<T>(b[i + lane]);
+    for (int64_t part = 0; part < kLanes / kWidth; ++part) {
+      load_as(x, a + i + part * kWidth);
+      load_as(y, b + i + part * kWidth);
+      sums[part] += x * y;
     }
   }
+  T lanes[kLanes];
+  for (int64_t part = 0; part < kLanes / kWidth; ++part) store(sums[part], lanes + part * kWidth);
   for (; i < size; ++i) lanes[i % kLanes] += static_cast<T>(a[i]) * static_cast<T>(b[i]);
   T sum = 0;
   for (const T lane : lanes) sum += lane;

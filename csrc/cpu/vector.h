@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 // MOE_EXT_REGISTERS is the most bytes to use: for tests on a CPU that has wider ones.
 #if !defined(MOE_EXT_REGISTERS)
@@ -58,9 +59,12 @@ void on_widest(const Kernel& kernel, Args&&... args) {
   kernel.template run<16>(args...);
 }
 
-MOE_EXT_INLINE void prefetch([[maybe_unused]] const void* address) {
+// Asks for `size` numbers ahead of their use; where they lie need not be memory of ours.
+template <typename T>
+MOE_EXT_INLINE void prefetch([[maybe_unused]] const T* numbers, [[maybe_unused]] int64_t size) {
 #if defined(__GNUC__)
-  __builtin_prefetch(address);
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < size; i += kLine / sizeof(T)) __builtin_prefetch(numbers + i);
 #endif
 }
 
@@ -78,13 +82,25 @@ MOE_EXT_INLINE void store(const V& v, T* to) {
   std::memcpy(to, &v, sizeof(V));
 }
 
+// What V holds, a vector or one number.
+template <typename V, bool = std::is_arithmetic_v<V>>
+struct Element {
+  using type = V;
+};
+template <typename V>
+struct Element<V, false> {
+  using type = std::decay_t<decltype(std::declval<V&>()[0])>;
+};
+template <typename V>
+using element_t = typename Element<V>::type;
+
 // As many numbers as V holds, or one, from and to memory of their own type.
 template <typename V, typename scalar_t>
 MOE_EXT_INLINE void load_as(V& v, const scalar_t* from) {
   if constexpr (std::is_arithmetic_v<V>) {
     v = static_cast<V>(*from);
   } else {
-    using T = std::decay_t<decltype(v[0])>;
+    using T = element_t<V>;
     constexpr int kWidth = sizeof(V) / sizeof(T);
     T values[kWidth];
     for (int i = 0; i < kWidth; ++i) values[i] = static_cast<T>(from[i]);
@@ -97,7 +113,7 @@ MOE_EXT_INLINE void store_as(const V& v, scalar_t* to) {
   if constexpr (std::is_arithmetic_v<V>) {
     *to = static_cast<scalar_t>(v);
   } else {
-    using T = std::decay_t<decltype(v[0])>;
+    using T = element_t<V>;
     constexpr int kWidth = sizeof(V) / sizeof(T);
     T values[kWidth];
     store(v, values);
@@ -128,20 +144,22 @@ MOE_EXT_INLINE void transpose(V (&rows)[4]) {
   shuffle<2, 3, 6, 7>(rows[3], b, d);
 }
 
-// e^x to two roundings; 0 below e^-87.3, infinite above e^88.37, NaN for NaN.
-MOE_EXT_INLINE float exponential(float x) {
-  constexpr float kLowest = -87.3f, kHighest = 89.0f;
-  const bool vanishes = x < kLowest;
-  x = x < kLowest ? kLowest : x;
-  x = x > kHighest ? kHighest : x;
+// x -> e^x for a float or a vector of them, to two roundings; 0 below e^-87.7, infinite above
+// e^88.37, NaN for NaN.
+template <typename F, std::enable_if_t<std::is_same_v<element_t<F>, float>, bool> = true>
+MOE_EXT_INLINE void exponential(F& x) {
+  // The power below is zero at the lowest, infinite at the highest.
+  const F lowest = F{} - 88.1f, highest = F{} + 89.0f;
+  x = x < lowest ? lowest : x;
+  x = x > highest ? highest : x;
   // x = n * ln 2 + r with |r| <= ln(2) / 2. Adding 3 * 2^22 rounds to an integer; the second part
   // of ln 2 is what the first one lacks.
   constexpr float kRound = 12582912.0f;
   constexpr float kLog2E = 1.44269504f, kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f;
-  const float shifted = x * kLog2E + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * kLn2) - n * kLn2Rest;
-  float sum = 1.0f / 5040;
+  const F shifted = x * kLog2E + kRound;
+  const F n = shifted - kRound;
+  const F r = (x - n * kLn2) - n * kLn2Rest;
+  F sum = F{} + 1.0f / 5040;
   sum = sum * r + 1.0f / 720;
   sum = sum * r + 1.0f / 120;
   sum = sum * r + 1.0f / 24;
@@ -149,14 +167,21 @@ MOE_EXT_INLINE float exponential(float x) {
   sum = sum * r + 1.0f / 2;
   sum = sum * r + 1.0f;
   sum = sum * r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  const int32_t exponent = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);
-  float power;
-  std::memcpy(&power, &exponent, sizeof(power));
-  return vanishes ? 0.0f : sum * power;
+  std::conditional_t<sizeof(F) == sizeof(float), uint32_t, Vector<uint32_t, sizeof(F)>> bits;
+  std::memcpy(&bits, &shifted, sizeof(F));
+  bits = (bits + 127u) << 23;
+  F power;
+  std::memcpy(&power, &bits, sizeof(F));
+  x = sum * power;
 }
 
-MOE_EXT_INLINE double exponential(double x) { return std::exp(x); }
+template <typename F, std::enable_if_t<std::is_same_v<element_t<F>, double>, bool> = true>
+MOE_EXT_INLINE void exponential(F& x) {
+  if constexpr (std::is_arithmetic_v<F>) {
+    x = std::exp(x);
+  } else {
+    for (unsigned i = 0; i < sizeof(F) / sizeof(double); ++i) x[i] = std::exp(x[i]);
+  }
+}
 
 }  // namespace moe_ext
