@@ -23,7 +23,10 @@ SANITIZER = $(shell $(BIN)/python moe_ext/build.py toolkit | cut -d';' -f1)/bin/
 SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 	tests/test_gate.py tests/test_plan.py tests/test_rows.py tests/test_launches.py
 
-.PHONY: test peers demo lint format abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
+# Of what is timed beside others': two shapes in float32, one in bfloat16, on one thread and two.
+BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.4
+
+.PHONY: test peers demo bench bench-full lint format abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
 	$(ORDERS:%=cusim-%)
 
 test: $(VENV)/installed
@@ -36,6 +39,29 @@ peers: $(VENV)/peers
 
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
+
+# Ours beside other libraries, some ten minutes on a machine with nothing else to do; writes
+# bench/results, the tables of README.md and docs/performance.md and its pictures.
+bench: $(VENV)/peers
+	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype float32 --shape gshard "qwen3, half" \
+		--name peers-float32
+	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
+	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.7
+	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.7 --new-memory --point balanced \
+		--name layer-float32-new-memory
+	$(BIN)/python bench/bench_growth.py
+	$(BIN)/python bench/report.py
+
+# Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: most
+# of an hour.
+bench-full: bench
+	$(BIN)/python bench/bench_ops.py --device cpu --dtype float32 --memory kept --longest 30
+	$(BIN)/python bench/bench_ops.py --device cpu --dtype bfloat16 --memory kept --longest 30
+	$(BIN)/python bench/bench_layer.py --dtype bfloat16 --longest 30
+	$(BIN)/python bench/bench_experts.py
+	$(BIN)/python bench/bench_experts.py --dtype bfloat16
+	$(BIN)/python bench/bench_parallel.py
+	$(BIN)/python bench/report.py
 
 lint: $(VENV)/linters
 	$(BIN)/ruff check .

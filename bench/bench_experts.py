@@ -19,12 +19,9 @@ For a CPU without bfloat16 instructions, ONEDNN_MAX_CPU_ISA=AVX2: torch then mul
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +29,8 @@ from typing import NamedTuple
 import memory
 import torch
 import transformers
-from bench_ops import RESULTS, machine, positive, slug
+from gemm_bound import gemm_bound
+from timing import keep, positive, setting, timed
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -140,60 +138,9 @@ def worst_error(case: Case, implementation: str, exact: list[Tensor]) -> float:
     return max(map(error, case.results(implementation), exact))
 
 
-def bound(point: Point, case: Case) -> Callable[[], float]:
-    """Seconds of the six products of every expert alone, into outputs made once."""
-    load = torch.bincount(case.experts.flatten(), minlength=point.num_experts).tolist()
-    up, down = (p.detach() for p in case.module.parameters())
-    E, dtype = point.num_experts, up.dtype
-
-    def matrices(width: int) -> list[Tensor]:
-        return list(torch.randn(point.rows(), width).to(dtype).split(load))
-
-    rows, grad_inner, active = matrices(point.hidden), matrices(2 * point.ffn), matrices(point.ffn)
-    out, inner, grad_active = matrices(point.hidden), matrices(2 * point.ffn), matrices(point.ffn)
-    grad_up, grad_down = torch.empty_like(up), torch.empty_like(down)
-
-    def products(experts: range) -> None:
-        for e in experts:
-            torch.mm(rows[e], up[e].t(), out=inner[e])
-            torch.mm(active[e], down[e].t(), out=out[e])
-            torch.mm(rows[e], down[e], out=grad_active[e])
-            torch.mm(rows[e].t(), active[e], out=grad_down[e])
-            torch.mm(grad_inner[e], up[e], out=out[e])
-            torch.mm(grad_inner[e].t(), rows[e], out=grad_up[e])
-
-    def halves() -> None:
-        def work(experts: range) -> None:
-            torch.set_num_threads(1)
-            products(experts)
-
-        helper = threading.Thread(target=work, args=(range(0, E, 2),))
-        helper.start()
-        work(range(1, E, 2))
-        helper.join()
-
-    def seconds() -> float:
-        threads = torch.get_num_threads()
-        taken = timed(lambda: products(range(E)))
-        if threads == 2:
-            try:
-                taken = min(taken, timed(halves))
-            finally:
-                torch.set_num_threads(threads)
-        return taken
-
-    return seconds
-
-
 def second_half(seconds: Callable[[], float], is_slow: bool = False) -> list[float]:
     calls = 2 if is_slow else 16
     return [seconds() for _ in range(calls)][calls // 2 :]
-
-
-def timed(function: Callable) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def why_not(point: Point, implementation: str, dtype: torch.dtype) -> str | None:
@@ -225,7 +172,8 @@ def measure(point: Point, dtype: torch.dtype, rounds: int) -> dict:
             times[name] = []
         else:
             excluded[name] = reason
-    bound_seconds, bounds = bound(point, case), []
+    load = torch.bincount(case.experts.flatten(), minlength=point.num_experts).tolist()
+    bound_seconds, bounds = gemm_bound(load, *case.module.parameters()), []
     for turn in (bar := tqdm(range(rounds), unit="round", leave=False)):
         for name, taken in times.items():
             bar.set_postfix_str(name)
@@ -252,7 +200,7 @@ def growth(point: Point, dtype: torch.dtype, implementation: str) -> int:
     case.run(implementation)
     for leaf in case.leaves():
         leaf.grad = None
-    memory.give_back()  # or what the first call left would not count in the second
+    memory.trim()  # or what the first call left would not count in the second
     before = memory.start_peak()
     case.run(implementation)
     return memory.peak() - before
@@ -293,13 +241,9 @@ def main(arguments: list[str] | None = None) -> None:
     dtype = getattr(torch, options.dtype)
     labels = list(POINTS) if dtype == torch.float32 else list(POINTS)[:3]
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    name = machine(torch.device("cpu"))
-    report = {
-        "machine": name,
-        "torch": torch.__version__,
+    report = setting(torch.device("cpu")) | {
         "transformers": transformers.__version__,
         "moe_ext": moe_ext.__version__,
-        "date": time.strftime("%Y-%m-%d"),
         "dtype": options.dtype,
         "ONEDNN_MAX_CPU_ISA": isa,
         "reuses_freed_memory": not options.new_memory,
@@ -350,12 +294,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{report['lowest_of_bound_fastest']:.0%}"
     )
     suffix = (f"-{isa.lower()}" if isa else "") + ("-new-memory" if options.new_memory else "")
-    whole = None if options.point else RESULTS / slug(name)
-    out = options.out or (whole and whole / f"experts-{options.dtype}{suffix}.json")
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
-        print(out)
+    whole = None if options.point else f"experts-{options.dtype}{suffix}"
+    keep(report, torch.device("cpu"), whole, options.out)
 
 
 if __name__ == "__main__":

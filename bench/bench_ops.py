@@ -1,33 +1,39 @@
-"""Gate, plan and the row operators: checked against float64, then timed beside a plain copy.
+"""Gate, plan and the row operators: checked, then timed beside a plain copy and beside others'.
 
     python bench/bench_ops.py [--device cuda] [--shape qwen3 ...] [--op dispatch ...]
+                              [--threads 1 2] [--memory new huge kept]
 
-Prints a table and, where all was run, writes bench/results/<machine>/ops-<dtype>.json. GB/s are of
-the bytes that an operator cannot avoid, each operand and each result once; "of copy" is their share
-of what torch's copy_ reaches at that moment of the run. A run goes round several copies of its
-operands, more than the last cache holds, and keeps all results; on CUDA the round is one graph.
-Times are medians, with the fastest and the slowest tenth beside them.
+Ours are checked against float64, the others' against ours. GB/s are of the bytes that an operator
+cannot avoid, each operand and each result once; "of copy" is their share of what torch's copy_
+reaches at that moment. A peer's ratio is how many times longer it takes, by rounds (timing.py).
+On the CPU operands are of several sets where one would stay in the last cache.
+
+--memory, on the CPU, is where large results are made. new: glibc gives a large block back when it
+is freed, so such a result is of new pages, which the system zeroes at first use; ours asks for huge
+ones. huge: torch asks for huge ones too (THP_MEM_ALLOC_ENABLE=1). kept: what was freed is used
+again (memory.py). Ours and the others' are in the same state. Prints tables and, where all shapes
+were run, writes bench/results/<machine>/ops-<dtype>.json.
 """
 
 import argparse
-import json
+import itertools
 import math
-import platform
-import re
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import memory
+import peers
 import torch
+from timing import compare, keep, positive, ratio, setting, spreads, timer
 from torch import Tensor
 from tqdm import tqdm
 
 import moe_ext
 from moe_ext import ops, reference
 
-RESULTS = Path(__file__).resolve().parent / "results"
+# A mask's products at this speed tell whether it is worth waiting for them.
+MOST_BYTES, SPEED = 2 << 30, 1e11
 
 
 class Shape(NamedTuple):
@@ -37,14 +43,14 @@ class Shape(NamedTuple):
     top_k: int
 
 
-# The last is GShard's top-2 gate of DeepSpeed's days.
+# The last but one is GShard's top-2 gate of DeepSpeed's days.
 SHAPES = {
     "mixtral": Shape(8192, 4096, 8, 2),
     "deepseek": Shape(8192, 7168, 256, 8),
     "qwen3": Shape(8192, 2048, 128, 8),
     "gshard": Shape(8192, 1024, 64, 2),
+    "qwen3, half": Shape(4096, 2048, 128, 8),
 }
-
 
 TITLES = ["gate", "gate_backward", "plan", "dispatch", "combine", "route_dot", "dispatch_dot"]
 TITLES += ["plan, priority"]
@@ -70,65 +76,95 @@ def as_double(args: tuple) -> tuple:
     return tuple(double(x) for x in args)
 
 
-def cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """Every operator as one layer calls it, forward and backward, dropless."""
+def operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> peers.Operands:
     T, H, E, K = shape
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*size, generator=generator, device=device).to(dtype)
 
-    def case(op: str, args: tuple, tolerance: float) -> Case:
-        return Case(op, args, lambda: getattr(reference, op)(*as_double(args)), tolerance)
+    logits = normal(T, E)
+    choice = moe_ext.gate(logits, K, renormalise=True)
+    plan = moe_ext.make_plan(choice.experts, E, order="token")
+    tokens, rows = normal(T, H, dtype=dtype), normal(T * K, H, dtype=dtype)
+    return peers.Operands(logits, tokens, rows, choice.weights, plan)
+
+
+def cases(o: peers.Operands, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
+    """Every operator as one layer calls it, forward and backward, dropless; and plan where every
+    expert keeps its largest weights, at capacity factor 1."""
+    T, E, K = len(o.tokens), o.plan.num_experts, o.top_k
+
+    def case(op: str, args: tuple, tolerance: float) -> tuple[str, Case]:
+        return op, Case(op, args, lambda: getattr(reference, op)(*as_double(args)), tolerance)
 
     single = 1e-5
     rounded = max(single, 2 * torch.finfo(dtype).eps)
+    yield case("gate", (o.logits, None, K, "softmax", True, 1.0), single)
+    weights, experts, probs, _ = torch.ops.moe_ext.gate(o.logits, None, K, "softmax", True, 1.0)
+    grads = torch.randn_like(weights), None, torch.randn_like(probs[0])
+    yield case("gate_backward", (*grads, probs, experts, "softmax", True, 1.0), single)
 
-    logits = normal(T, E)
-    yield case("gate", (logits, None, K, "softmax", True, 1.0), single)
-    gate = torch.ops.moe_ext.gate(logits, None, K, "softmax", True, 1.0)
-    weights, experts, probs, _ = gate
-    grads = normal(T, K), None, normal(E)
-    args = (*grads, probs, experts, "softmax", True, 1.0)
-    yield case("gate_backward", args, single)
-
-    yield case("plan", (experts, None, E, None, "choice", 1), 0.0)
-    slots, sources, _, _ = torch.ops.moe_ext.plan(experts, None, E, None, "choice", 1)
-
-    tokens, rows = normal(T, H, dtype=dtype), normal(T * K, H, dtype=dtype)
-    yield case("dispatch", (tokens, slots, sources, None), 0.0)
-    yield case("combine", (rows, slots, sources, weights), rounded)
-    yield case("route_dot", (tokens, rows, slots, sources), single)
-    yield case("dispatch_dot", (tokens, rows, slots, sources, weights), rounded)
-
-
-def with_priority(shape: Shape, device: torch.device) -> Case:
-    """plan where every expert keeps its largest weights, at capacity factor 1."""
-    T, _, E, K = shape
-    logits = torch.randn(T, E, device=device)
-    weights, experts, _, _ = torch.ops.moe_ext.gate(logits, None, K, "softmax", True, 1.0)
+    yield case("plan", (experts, None, E, None, "token", 1), 0.0)
+    slots, sources = o.plan.slots, o.plan.sources
+    yield case("dispatch", (o.tokens, slots, sources, None), 0.0)
+    yield case("combine", (o.rows, slots, sources, weights), rounded)
+    yield case("route_dot", (o.tokens, o.rows, slots, sources), single)
+    yield case("dispatch_dot", (o.tokens, o.rows, slots, sources, weights), rounded)
     args = (experts, weights, E, math.ceil(T * K / E), "choice", 1)
-    return Case("plan", args, lambda: reference.plan(*args), 0.0)
+    yield "plan, priority", Case("plan", args, lambda: reference.plan(*args), 0.0)
 
 
-def check(case: Case) -> int:
-    """The bytes of operands and results. Raises where an integer differs, or a real by more than
-    the tolerance times its size or the root mean square of all, whichever is larger."""
-    got = as_tuple(getattr(torch.ops.moe_ext, case.op)(*case.args))
-    for one, exact in zip(got, as_tuple(case.exact()), strict=True):
-        if not one.is_floating_point() or case.tolerance == 0:
-            if not torch.equal(one.to(exact.dtype), exact):
-                raise AssertionError(f"{case.op}: not equal to the reference")
+def compare_results(what: str, got: tuple, exact: tuple, tolerance: float) -> None:
+    """Raises where an integer differs, or a real by more than the tolerance times its size or the
+    root mean square of all, whichever is larger."""
+    for one, right in zip(got, exact, strict=False):
+        if not right.is_floating_point() or tolerance == 0:
+            if not torch.equal(one.to(right.dtype), right):
+                raise AssertionError(f"{what}: not equal")
             continue
-        size = exact.abs().clamp(min=float(exact.square().mean().sqrt()))
-        error = float(((one.double() - exact).abs() / size).max())
-        if not error <= case.tolerance:
-            raise AssertionError(f"{case.op}: relative error {error:.2g} > {case.tolerance:.2g}")
-    return nbytes(*case.args, *got)
+        right = right.double()
+        size = right.abs().clamp(min=float(right.square().mean().sqrt()))
+        error = float(((one.double() - right).abs() / size).max())
+        if not error <= tolerance:
+            raise AssertionError(f"{what}: relative error {error:.2g} > {tolerance:.2g}")
 
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def call(case: Case) -> tuple[Tensor, ...]:
+    return as_tuple(getattr(torch.ops.moe_ext, case.op)(*case.args))
+
+
+def check(case: Case) -> int:
+    """The bytes of operands and results."""
+    got, exact = call(case), as_tuple(case.exact())
+    assert len(got) == len(exact)
+    compare_results(case.op, got, exact, case.tolerance)
+    return nbytes(*case.args, *got)
+
+
+def peers_of(
+    title: str, case: Case, o: peers.Operands, longest: float
+) -> tuple[dict[str, Callable], dict]:
+    """The others' functions, checked; and those that are missing or too slow, and why."""
+    functions, excluded = {}, {}
+    tolerance = max(case.tolerance, 3 * torch.finfo(o.tokens.dtype).eps)
+    mask = len(o.tokens) * o.plan.num_experts * int(o.plan.load.max())
+    products = 2 * mask * o.tokens.shape[1]
+    for peer in peers.OPERATORS.get(title, []):
+        if "dense" in peer.name and (products > longest * SPEED or 4 * mask > MOST_BYTES):
+            excluded[peer.name] = f"multiplies {products / 1e12:.1f} TFLOP"
+        elif reason := peer.missing(o.tokens.device):
+            excluded[peer.name] = reason
+        else:
+            function = peer.make(o)
+            result = as_tuple(getattr(function, "read", as_tuple)(function()))
+            compare_results(peer.name, result, call(case), tolerance if case.tolerance else 0.0)
+            functions[peer.name] = function
+    return functions, excluded
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -145,88 +181,90 @@ def copies_of(args: tuple, device: torch.device) -> list[tuple]:
     return [args, *map(tuple, clone)]
 
 
-def seconds(function: Callable, sets: list[tuple], device: torch.device, budget: float) -> list:
-    """Seconds of one call, from so many rounds over the sets as fit the budget; sorted."""
-
-    def round_of_calls() -> list:
-        return [function(*args) for args in sets]
-
-    timed = graph_rounds(round_of_calls) if device.type == "cuda" else clock_rounds(round_of_calls)
-    first = next(timed)
-    rounds = max(10, min(1000, int(budget / max(first, 1e-6))))
-    return sorted(next(timed) / len(sets) for _ in range(rounds))
-
-
-def clock_rounds(function: Callable[[], list]) -> Iterator[float]:
-    function()
-    while True:
-        start = time.perf_counter()
-        results = function()
-        yield time.perf_counter() - start
-        del results
-
-
-def graph_rounds(function: Callable[[], list]) -> Iterator[float]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()  # kept: each call of the graph has memory of its own for them
-    graph.replay()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    while results:
-        # While the device waits, all below is already in its queue.
-        torch.cuda._sleep(200_000)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        yield start.elapsed_time(end) / 1e3
-
-
-def measured(times: list[float], num_bytes: int) -> dict:
-    median = statistics.median(times)
-    return {
-        "microseconds": median * 1e6,
-        "fast_slow_microseconds": [
-            times[len(times) // 10] * 1e6,
-            times[-1 - len(times) // 10] * 1e6,
-        ],
-        "bytes": num_bytes,
-        "gigabytes_per_second": num_bytes / median / 1e9,
-    }
-
-
 def copy_speed(device: torch.device, budget: float) -> dict:
     """What copy_ reaches, bytes read and written, on tensors far larger than any cache."""
     size = 1 << (30 if device.type == "cuda" else 28)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = seconds(target.copy_, [(source,)], device, budget)
-    return measured(times, 2 * source.nbytes)
+    timed = timer(target.copy_, [(source,)], device)
+    seconds = spreads(compare({"copy_": timed}, budget))["copy_"].median
+    return {"seconds": seconds, "gigabytes_per_second": 2 * source.nbytes / seconds / 1e9}
 
 
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    name = model[1] if model else platform.processor() or "CPU"
-    return f"{name}, {torch.get_num_threads()} threads"
+def measure(
+    options: argparse.Namespace, label: str, threads: int, state: str | None = None
+) -> dict:
+    """All operators of one shape."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    torch.set_num_threads(threads)
+    shape = SHAPES[label]
+    shape = shape._replace(tokens=options.tokens or shape.tokens)
+    copy = copy_speed(device, options.seconds)
+    result = {"shape": label, **shape._asdict(), "threads": threads, "memory": state, "copy": copy}
+    result["ops"] = []
+    o = operands(shape, dtype, device)
+    for title, case in cases(o, dtype):
+        if options.op and title not in options.op:
+            continue
+        if state in ("new", "huge"):
+            memory.give_back()
+        num_bytes = check(case)
+        functions, excluded = peers_of(title, case, o, options.longest)
+        # Beside peers all have the same operands, of which there is one set.
+        sets = [case.args] if functions else copies_of(case.args, device)
+        ours = getattr(torch.ops.moe_ext, case.op)
+        timers = {"moe_ext": timer(ours, sets, device)}
+        timers |= {name: timer(f, [()], device) for name, f in functions.items()}
+        if state in ("new", "huge"):
+            memory.give_back_large()
+        taken = compare(timers, options.seconds)
+        of_all = spreads(taken)
+        speed = num_bytes / of_all["moe_ext"].median / 1e9
+        result["ops"].append(
+            {
+                "op": title,
+                "backend": ops.backend(case.op, device.type),
+                "sets": len(sets),
+                "bytes": num_bytes,
+                "gigabytes_per_second": speed,
+                "of_copy": speed / copy["gigabytes_per_second"],
+                "seconds": {name: s._asdict() for name, s in of_all.items()},
+                "ratio": {
+                    name: ratio(taken["moe_ext"], taken[name])._asdict() for name in functions
+                },
+                "excluded": excluded,
+            }
+        )
+    return result
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def measure_in(options: argparse.Namespace, label: str, threads: int, state: str | None) -> dict:
+    if state is None:
+        return measure(options, label, threads)
+    huge = {"THP_MEM_ALLOC_ENABLE": "1"} if state == "huge" else {}
+    args = options, label, threads, state
+    return memory.in_new_process(measure, *args, keeps_freed=state == "kept", environment=huge)
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+def lines(result: dict) -> str:
+    head = f"{result['shape']}, {result['threads']} threads"
+    head += f", {result['memory']} memory" if result["memory"] else ""
+    text = [f"{head}: copy {result['copy']['gigabytes_per_second']:.0f} GB/s"]
+    for line in result["ops"]:
+        ours = line["seconds"]["moe_ext"]["median"] * 1e6
+        text.append(
+            f"  {line['op']:15}{ours:11.1f} us {line['gigabytes_per_second']:7.1f} GB/s "
+            f"{line['of_copy']:5.0%} of copy"
+            + (f"  ({line['backend']})" if line["backend"] != "compiled" else "")
+        )
+        for name, times in line["ratio"].items():
+            theirs = line["seconds"][name]["median"] * 1e6
+            text.append(
+                f"    {name:25}{theirs:11.1f} us {times['median']:6.2f}x "
+                f"({times['fast']:.2f} to {times['slow']:.2f})"
+            )
+        text += [f"    {name:25} {reason}" for name, reason in line["excluded"].items()]
+    return "\n".join(text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -239,8 +277,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--op", nargs="*", choices=TITLES, help="only these operators")
     parser.add_argument("--tokens", type=positive, help="in place of the shapes' own number")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each line")
-    parser.add_argument("--out", type=Path, help="the JSON file, also of a part")
+    parser.add_argument("--threads", nargs="*", type=positive, default=[torch.get_num_threads()])
+    parser.add_argument("--memory", nargs="*", default=[None], choices=["new", "huge", "kept"])
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each number")
+    parser.add_argument("--longest", type=float, default=1.0, help="seconds of a peer's call")
+    parser.add_argument("--name", help="of the file among the results, also of a part")
+    parser.add_argument("--out", type=Path, help="the JSON file, wherever")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
@@ -249,53 +291,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    name = machine(device)
-    report = {
-        "machine": name,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+    device = torch.device(options.device)
+    is_part = bool(options.op or options.tokens or options.shape != list(SHAPES))
+    name = options.name or (None if is_part else f"ops-{options.dtype}")
+    report = setting(device) | {
         "moe_ext": moe_ext.__version__,
         "dtype": options.dtype,
         "complete": False,
         "shapes": [],
     }
-    is_part = options.op or options.tokens or options.shape != list(SHAPES)
-    of_machine = None if is_part else RESULTS / slug(name) / f"ops-{options.dtype}.json"
-    out = options.out or of_machine
+    chosen = list(itertools.product(options.shape, options.threads, options.memory))
     try:
-        for label in (bar := tqdm(options.shape, unit="shape")):
-            shape = SHAPES[label]
-            shape = shape._replace(tokens=options.tokens or shape.tokens)
-            copy = copy_speed(device, options.seconds)
-            of_shape = {"shape": label, **shape._asdict(), "copy": copy, "ops": []}
-            report["shapes"].append(of_shape)
-            bar.write(f"{label}: copy {copy['gigabytes_per_second']:.0f} GB/s")
-            chosen = [*((case.op, case) for case in cases(shape, dtype, device))]
-            chosen.append(("plan, priority", with_priority(shape, device)))
-            while chosen:
-                title, case = chosen.pop(0)
-                if options.op and title not in options.op:
-                    continue
-                bar.set_postfix_str(title)
-                num_bytes = check(case)
-                sets = copies_of(case.args, device)
-                times = seconds(getattr(torch.ops.moe_ext, case.op), sets, device, options.seconds)
-                line = {"op": title, "backend": ops.backend(case.op, device.type)}
-                line |= {"sets": len(sets), **measured(times, num_bytes)}
-                line["of_copy"] = line["gigabytes_per_second"] / copy["gigabytes_per_second"]
-                of_shape["ops"].append(line)
-                bar.write(
-                    f"{label:9} {title:15} {line['microseconds']:10.1f} us "
-                    f"{line['gigabytes_per_second']:8.1f} GB/s {line['of_copy']:5.0%} of copy"
-                    + (f"  ({line['backend']})" if line["backend"] != "compiled" else "")
-                )
-        report["complete"] = not is_part
+        for label, threads, state in (bar := tqdm(chosen, unit="shape", leave=False)):
+            bar.set_postfix_str(label)
+            result = measure_in(options, label, threads, state)
+            report["shapes"].append(result)
+            bar.write(lines(result))
+        report["complete"] = True
     finally:
-        if out and (report["complete"] or options.out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(report, indent=1) + "\n")
-            print(out)
+        # What was stopped does not take the place of a whole.
+        keep(report, device, name if report["complete"] else None, options.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from bench_ops import RESULTS, machine, positive, slug
+from timing import RESULTS, machine, positive, slug
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm

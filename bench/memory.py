@@ -10,31 +10,55 @@ or load jemalloc or tcmalloc, as PyTorch's tuning guide says.
 
 import ctypes
 import multiprocessing
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 # Numbers of <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_SMALL, _LARGE = 128 << 10, 8 << 20
 
 
 def keep_freed() -> None:
     """From here on this process reuses what it freed."""
-    libc = ctypes.CDLL(None)
-    if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)):
-        raise OSError("mallopt refused")
-
-
-def in_new_process(function: Callable, *args, keeps_freed: bool = False):
-    """function(*args) where no earlier call has left its memory."""
-    context = multiprocessing.get_context("spawn")
-    start = keep_freed if keeps_freed else None
-    with ProcessPoolExecutor(1, mp_context=context, initializer=start) as pool:
-        return pool.submit(function, *args).result()
+    _set({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
 
 
 def give_back() -> None:
+    """From here on every block that is freed goes back to the system."""
+    _set({_M_MMAP_THRESHOLD: _SMALL, _M_TRIM_THRESHOLD: _SMALL})
+
+
+def give_back_large() -> None:
+    """From here on every block of 8 MiB that is freed goes back, and smaller ones are reused. glibc
+    does so untold, but for the size, which it learns, and for what it can serve from the holes that
+    earlier blocks have left: where `give_back` came first there are none."""
+    _set({_M_MMAP_THRESHOLD: _LARGE, _M_TRIM_THRESHOLD: _LARGE})
+
+
+def _set(options: dict[int, int]) -> None:
+    libc = ctypes.CDLL(None)
+    if not all(libc.mallopt(*option) for option in options.items()):
+        raise OSError("mallopt refused")
+
+
+def in_new_process(function: Callable, *args, keeps_freed=False, environment: dict | None = None):
+    """function(*args) where no earlier call has left its memory."""
+    context = multiprocessing.get_context("spawn")
+    start = keep_freed if keeps_freed else give_back
+    before = os.environ.copy()
+    os.environ.update(environment or {})
+    try:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=start) as pool:
+            return pool.submit(function, *args).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def trim() -> None:
     """What is freed and still with the process goes back to the system."""
     ctypes.CDLL(None).malloc_trim(0)
 

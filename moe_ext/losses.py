@@ -67,11 +67,10 @@ def load_balance_loss(
         load_tokens = counts[-1].clamp(min=1)
     else:
         num_tokens, load_tokens = _at_least_one(num_tokens), _at_least_one(load_tokens)
-    importance = importance / num_tokens
-    load = load.to(importance.dtype) / load_tokens
     E = importance.shape[-1]
     sequences = max(importance.numel() // E, 1)
-    return (importance * load).sum() * (E / choices / sequences)
+    total = (importance * load).sum() * (E / choices / sequences)
+    return total / num_tokens / load_tokens
 
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:

@@ -73,7 +73,12 @@ def route(
     check.one_of("drop_policy", drop_policy, DROP_POLICIES)
     if not isinstance(k, int):
         check.fail(f"k must be an integer, got {k!r}")
-    is_before = renormalise == "before"
+    can_drop = not (capacity is None and used_token is None and experts is None)
+    # The gate may do it at once where nothing comes between. Experts chosen by other scores may
+    # have probabilities that vanish, which it treats in another way (below).
+    is_before = renormalise == "before" or (
+        renormalise == "after" and not can_drop and choice_scores is None
+    )
     gate_options = {
         "scoring": scoring,
         "renormalise": is_before,
@@ -87,18 +92,21 @@ def route(
     if used_token is not None:
         options.used_token("route", used_token, logits.shape[0])
         experts = torch.where(used_token.reshape(-1, 1) != 0, experts, -1)
-    priority = _priority(choice, drop_policy, are_scores=not is_before)
+    priority = _priority(choice, drop_policy, capacity, are_scores=not is_before)
     plan = make_plan(experts, logits.shape[1], capacity, priority=priority, order=order)
-    kept = plan.slots >= 0
-    weights = torch.where(kept, choice.weights, 0)
-    if renormalise == "after":
+    weights = choice.weights
+    dropped = plan.slots < 0 if can_drop else None
+    if can_drop:
+        weights = weights.masked_fill(dropped, 0)
+    if renormalise == "after" and not is_before:
         info = torch.finfo(weights.dtype)
         # Probabilities as small as eps are noise beside those of other experts; scores that stand
         # alone are not.
         least = info.eps if scoring == "softmax" else info.tiny
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=least)
         # The sum may be NaN, and a dropped route has weight 0.
-        weights = torch.where(kept, weights, 0)
+        if can_drop:
+            weights = weights.masked_fill(dropped, 0)
     if scale != 1 and not is_before:
         weights = weights * scale
     routing = Routing(weights, plan, choice.probs, choice.importance, None, logits)
@@ -129,14 +137,16 @@ def _weigh(
     return choice._replace(weights=weights * scale, experts=experts)
 
 
-def _priority(choice: Choice, drop_policy: str, are_scores: bool) -> Tensor | None:
+def _priority(
+    choice: Choice, drop_policy: str, capacity: int | None, are_scores: bool
+) -> Tensor | None:
     """Who is kept, the largest first. [T, K] float32; None is the queue.
 
     are_scores: the weights are the scores as they are
     "random" draws where nothing is dropped too, as DeepSpeed does: what is drawn later with the
     same seed stays the same.
     """
-    if drop_policy == "position":
+    if drop_policy == "position" or (drop_policy == "probs" and capacity is None):
         return None
     if drop_policy == "probs" and are_scores:
         return choice.weights.detach().to(torch.float32)
@@ -160,5 +170,5 @@ def _balance(routing: Routing, scoring: str) -> Tensor:
     counted = 1 if K <= 2 else K
     load = routing.plan.load
     if counted < K:
-        load = losses.expert_load(routing.plan.experts[:, :counted], E)
+        load = make_plan(routing.plan.experts[:, :counted], E).load
     return losses.load_balance_loss(importance, load, T, counted)

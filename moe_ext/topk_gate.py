@@ -363,10 +363,10 @@ class TopKGate(nn.Module):
             logits = logits + size * torch.randn_like(logits)
         return logits
 
+    @torch.no_grad()
     def _choice_scores(self, logits: Tensor, used_token: Tensor | None) -> Tensor | None:
         """What the choice is made on, None where it is the logits themselves."""
-        fixed = logits.detach()
-        logits = fixed
+        fixed = logits
         noise, size = self._noise()
         if noise == "RSample":
             logits = fixed + size * selection.gumbel(fixed)

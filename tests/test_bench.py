@@ -1,5 +1,6 @@
 """The bench runs, checks what it times, and keeps what it has when it is stopped."""
 
+import importlib
 import importlib.util
 import itertools
 import json
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_ext import reference
 
@@ -17,10 +19,12 @@ SMALL = ["--device", "cpu", "--tokens", "40", "--seconds", "0.001"]
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
+
+
+@pytest.fixture(autouse=True)
+def _benches(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
 
 
 @pytest.fixture
@@ -34,25 +38,53 @@ def test_every_operator_is_timed(bench_ops, tmp_path):
     out = tmp_path / "folder" / "ops.json"
     bench_ops.main([*SMALL, "--shape", "gshard", "mixtral", "--out", str(out)])
     report = json.loads(out.read_text())
-    assert not report["complete"]  # of two shapes, and with fewer tokens
+    assert report["complete"]
     assert [shape["shape"] for shape in report["shapes"]] == ["gshard", "mixtral"]
     for shape in report["shapes"]:
         assert [line["op"] for line in shape["ops"]] == bench_ops.TITLES
         for line in shape["ops"]:
-            fast, slow = line["fast_slow_microseconds"]
-            assert 0 < fast <= line["microseconds"] <= slow
-            speed = line["bytes"] / line["microseconds"] / 1e3
+            ours = line["seconds"]["moe_ext"]
+            assert 0 < ours["fast"] <= ours["median"] <= ours["slow"]
+            speed = line["bytes"] / ours["median"] / 1e9
             assert math.isclose(line["gigabytes_per_second"], speed)
             assert math.isclose(line["of_copy"], speed / shape["copy"]["gigabytes_per_second"])
+            assert set(line["ratio"]) == set(line["seconds"]) - {"moe_ext"}
+    by_op = {line["op"]: line for line in report["shapes"][1]["ops"]}
     # A row of bfloat16 read and K written for each token; a slot and a source for each route.
-    (dispatch,) = (line for line in report["shapes"][1]["ops"] if line["op"] == "dispatch")
-    assert dispatch["bytes"] == 40 * 4096 * 2 * 3 + 40 * 2 * (4 + 4)
+    assert by_op["dispatch"]["bytes"] == 40 * 4096 * 2 * 3 + 40 * 2 * (4 + 4)
+    assert {"embedding_bag", "index_add_"} <= set(by_op["combine"]["ratio"])
+    assert {"torch", "torch.argsort"} <= {*by_op["gate"]["ratio"], *by_op["plan"]["ratio"]}
+
+
+def test_peers_that_are_missing_are_named(bench_ops, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+
+    def without_deepspeed(name, *args):
+        return None if name == "deepspeed" else find(name, *args)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_deepspeed)
+    out = tmp_path / "ops.json"
+    bench_ops.main([*SMALL, "--shape", "gshard", "--op", "gate", "--out", str(out)])
+    (gate,) = json.loads(out.read_text())["shapes"][0]["ops"]
+    assert gate["excluded"]["DeepSpeed, with positions"] == "needs deepspeed"
+    assert "moe-ops" in gate["excluded"]
+
+
+@pytest.mark.parametrize("state", ["new", "huge", "kept"])
+def test_states_of_memory(bench_ops, tmp_path, state):
+    out = tmp_path / "ops.json"
+    options = ["--shape", "gshard", "--op", "plan", "--memory", state, "--threads", "1"]
+    bench_ops.main([*SMALL, *options, "--out", str(out)])
+    (shape,) = json.loads(out.read_text())["shapes"]
+    assert (shape["memory"], shape["threads"]) == (state, 1)
 
 
 def test_a_part_is_not_kept_as_the_whole(bench_ops, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_ops, "RESULTS", tmp_path)
+    monkeypatch.setattr(load("timing"), "RESULTS", tmp_path)
     bench_ops.main([*SMALL, "--shape", "gshard", "--op", "plan"])
     assert list(tmp_path.iterdir()) == []
+    bench_ops.main([*SMALL, "--shape", "gshard", "--op", "plan", "--name", "part"])
+    assert [path.name for path in tmp_path.glob("*/*")] == ["part.json"]
 
 
 @pytest.mark.parametrize("fault", ["scaled", "a token lost"])
@@ -66,13 +98,81 @@ def test_a_wrong_operator_is_not_timed(bench_ops, tmp_path, monkeypatch, fault):
         return out
 
     monkeypatch.setattr(reference, "combine", wrong)
-    out = tmp_path / "ops.json"
     with pytest.raises(AssertionError, match="combine: relative error"):
-        bench_ops.main([*SMALL, "--shape", "gshard", "--out", str(out)])
-    report = json.loads(out.read_text())
-    assert not report["complete"]
-    done = [line["op"] for line in report["shapes"][0]["ops"]]
-    assert done == ["gate", "gate_backward", "plan", "dispatch"]
+        bench_ops.main([*SMALL, "--shape", "gshard", "--out", str(tmp_path / "ops.json")])
+    assert not json.loads((tmp_path / "ops.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("title", ["gate", "plan", "dispatch", "combine"])
+def test_a_wrong_peer_is_not_timed(bench_ops, monkeypatch, title):
+    peers = load("peers")
+    peer = peers.OPERATORS[title][0]
+
+    def wrong(operands):
+        function = peer.make(operands)
+
+        def call():
+            first, *rest = function()
+            first = first.clone()
+            first[1] = first[0]
+            return first, *rest
+
+        return call
+
+    monkeypatch.setitem(peers.OPERATORS, title, [peer._replace(make=wrong)])
+    with pytest.raises(AssertionError, match=peer.name.replace(".", r"\.")):
+        bench_ops.main([*SMALL, "--shape", "gshard", "--op", title])
+
+
+def test_layers_are_checked_before_they_are_timed(tmp_path, monkeypatch):
+    bench, peers = load("bench_layer"), load("peers")
+    point = bench.Point(64, 16, 8, 4, 2, "zipf")
+    result = bench.measure(point, torch.float32, 1, 0.0)
+    assert set(result["ratio"]) | set(result["excluded"]) == {p.name for p in peers.LAYERS}
+    assert "plain PyTorch" in result["ratio"]
+    assert all(error < 1e-5 for error in result["relative_error"].values())
+    assert {"moe_ext", "bound"} <= set(result["seconds"])
+
+    class Wrong(peers.PlainLayer):
+        def forward(self, tokens):
+            return super().forward(tokens).index_fill(0, torch.tensor([3]), 0.0)
+
+    monkeypatch.setattr(peers, "LAYERS", [peers.Peer("wrong", None, Wrong)])
+    with pytest.raises(AssertionError, match="wrong: relative error"):
+        bench.measure(point, torch.float32, 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "load_of", ["balanced", "zipf", "one hot expert", "half of the experts empty"]
+)
+def test_layers_get_the_load_they_are_named_for(load_of):
+    bench = load("bench_layer")
+    case = bench.Case(bench.Point(512, 32, 8, 8, 2, load_of), torch.float32)
+    load_of_experts = torch.tensor(case.load)
+    assert load_of_experts.sum() == 1024
+    share = load_of_experts / 512
+    if load_of == "balanced":
+        assert share.max() < 2 * share.min()
+    elif load_of == "zipf":
+        assert share[0] > 3 * share[-1] > 0
+    elif load_of == "one hot expert":
+        assert share[0] == 1
+        assert share[1:].max() < 0.4
+    else:
+        assert (share[4:] == 0).all()
+        assert (share[:4] > 0).all()
+
+
+def test_growth(tmp_path, monkeypatch):
+    growth = load("bench_growth")
+    counts = growth.token_counts(1_000_000)
+    assert (counts[0], counts[-1]) == (1000, 1_000_000)
+    assert math.isclose(growth.slope(counts, [3e-6 * t for t in counts]), 1.0)
+    assert math.isclose(growth.slope(counts, [1e-9 * t**2 for t in counts]), 2.0)
+    seconds, grown = growth.cost_of("moe_ext", 2000, 4, 0.0)
+    assert seconds > 0
+    rows = 2 * 2000 * 64 * 4
+    assert rows < grown < 100 * rows
 
 
 def test_bytes_of_an_exchange(tmp_path):
@@ -112,3 +212,14 @@ def test_model_of_many_gpus(tmp_path):
         least = scaling.least(scaling.Layer(), machine, processes)
         for way in scaling.WAYS.values():
             assert scaling.trip(scaling.Layer(), machine, processes, *way) > least
+
+
+def test_pages_show_what_was_measured():
+    report = load("report")
+    (folder,) = {path.parent for path in report.RESULTS.glob("*/growth.json")}
+    texts = report.tables(report.results(folder))
+    for page in report.PAGES:
+        shown = page.read_text()
+        assert report.filled(shown, texts) == shown
+        assert "<!-- bench: " in shown
+    assert set(texts) == {name for page in report.PAGES for name in report.marks(page.read_text())}

@@ -139,53 +139,65 @@ MOE_EXT_INLINE void choose(Lanes<Key>* keys, int64_t num_experts, int64_t top_k,
   }
 }
 
-// logits -> probabilities in place.
+// logits -> probabilities but for a factor, in place.
 template <int bytes, typename T>
-MOE_EXT_INLINE void softmax(Lanes<T>* values, int64_t num_experts) {
+MOE_EXT_INLINE void softmax(Lanes<T>* values, int64_t num_experts, Lanes<T>& factors) {
   using V = Vector<T, bytes>;
   for (int64_t lane = 0; lane < kLanes; lane += bytes / sizeof(T)) {
-    V largest{}, value{}, sum{};
-    load(largest, values[0].at + lane);
-    for (int64_t e = 1; e < num_experts; ++e) {
+    const auto larger = [&](V& largest, int64_t e) {
+      V value{};
       load(value, values[e].at + lane);
       largest = value > largest ? value : largest;
+    };
+    // Two at a time, so that one comparison need not wait for the one before.
+    V largest{}, other{}, sum{};
+    load(largest, values[0].at + lane);
+    other = largest;
+    for (int64_t e = 1; e + 1 < num_experts; e += 2) {
+      larger(largest, e);
+      larger(other, e + 1);
     }
+    larger(largest, num_experts - 1);
+    largest = other > largest ? other : largest;
     for (int64_t e = 0; e < num_experts; ++e) {
+      V value{};
       load(value, values[e].at + lane);
       value -= largest;
       exponential(value);
       sum += value;
       store(value, values[e].at + lane);
     }
-    const V factor = T{1} / sum;
-    for (int64_t e = 0; e < num_experts; ++e) {
-      load(value, values[e].at + lane);
-      store(value * factor, values[e].at + lane);
-    }
+    store(T{1} / sum, factors.at + lane);
   }
 }
 
 template <int bytes, typename T>
-MOE_EXT_INLINE void score(Scoring scoring, Lanes<T>* values, int64_t num_experts) {
-  if (scoring == Scoring::kSoftmax) return softmax<bytes>(values, num_experts);
+MOE_EXT_INLINE void score(Scoring scoring, Lanes<T>* values, int64_t num_experts,
+                          Lanes<T>& factors) {
+  if (scoring == Scoring::kSoftmax) return softmax<bytes>(values, num_experts, factors);
+  for (T& factor : factors.at) factor = 1;
   for (int64_t e = 0; e < num_experts; ++e) {
     for (T& value : values[e].at) value = elementwise_score(scoring, value);
   }
 }
 
-// sums += values, in the first n lanes.
+// values *= factors; sums += values, in the first n lanes.
 template <int bytes, typename T>
-MOE_EXT_INLINE void add(const Lanes<T>* values, int64_t num_experts, int64_t n, Lanes<T>* sums) {
+MOE_EXT_INLINE void scale_and_add(Lanes<T>* values, int64_t num_experts, const Lanes<T>& factors,
+                                  int64_t n, Lanes<T>* sums) {
   Lanes<key_t<T>> counts;
   for (int64_t lane = 0; lane < kLanes; ++lane) counts.at[lane] = lane < n ? -1 : 0;
   for (int64_t lane = 0; lane < kLanes; lane += bytes / sizeof(T)) {
-    Vector<key_t<T>, bytes> count;
-    Vector<T, bytes> value, sum;
+    Vector<key_t<T>, bytes> count{};
+    Vector<T, bytes> factor{}, value{}, sum{};
     load(count, counts.at + lane);
+    load(factor, factors.at + lane);
     for (int64_t e = 0; e < num_experts; ++e) {
       load(value, values[e].at + lane);
       load(sum, sums[e].at + lane);
+      value *= factor;
       sum += count ? value : decltype(value){};
+      store(value, values[e].at + lane);
       store(sum, sums[e].at + lane);
     }
   }
@@ -217,8 +229,9 @@ struct GateTokens {
     choose<bytes>(scratch.keys.data(), E, K, chosen);
     if (choice_scores != logits) read_rows(logits, n, E, values);
 
-    score<bytes>(a.scoring, values, E);
-    add<bytes>(values, E, n, scratch.sums.data());
+    Lanes<T> factors;
+    score<bytes>(a.scoring, values, E, factors);
+    scale_and_add<bytes>(values, E, factors, n, scratch.sums.data());
     write_rows(values, n, E, out.probs + first * E);
 
     Lanes<T> sum{};

@@ -180,7 +180,10 @@ MOE_EXT_INLINE void exponential(F& x) {
   if constexpr (std::is_arithmetic_v<F>) {
     x = std::exp(x);
   } else {
-    for (unsigned i = 0; i < sizeof(F) / sizeof(double); ++i) x[i] = std::exp(x[i]);
+    double values[sizeof(F) / sizeof(double)];
+    store(x, values);
+    for (double& value : values) value = std::exp(value);
+    load(x, values);
   }
 }
 

@@ -1,0 +1,56 @@
+"""The least time that an expert layer's matrix products take by themselves."""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from timing import timed
+from torch import Tensor
+
+
+def gemm_bound(load: list[int], up: Tensor, down: Tensor) -> Callable[[], float]:
+    """Seconds of the six products of every expert alone, into outputs made once: torch's threads
+    inside each product, or one thread for each half of the experts, whichever is faster.
+
+    load: rows of every expert. up: [E, 2F, H]. down: [E, H, F].
+    """
+    up, down = up.detach(), down.detach()
+    (E, hidden, ffn), dtype = down.shape, up.dtype
+
+    def matrices(width: int) -> list[Tensor]:
+        return list(torch.randn(sum(load), width).to(dtype).split(load))
+
+    rows, grad_inner, active = matrices(hidden), matrices(2 * ffn), matrices(ffn)
+    out, inner, grad_active = matrices(hidden), matrices(2 * ffn), matrices(ffn)
+    grad_up, grad_down = torch.empty_like(up), torch.empty_like(down)
+
+    def products(experts: range) -> None:
+        for e in experts:
+            torch.mm(rows[e], up[e].t(), out=inner[e])
+            torch.mm(active[e], down[e].t(), out=out[e])
+            torch.mm(rows[e], down[e], out=grad_active[e])
+            torch.mm(rows[e].t(), active[e], out=grad_down[e])
+            torch.mm(grad_inner[e], up[e], out=out[e])
+            torch.mm(grad_inner[e].t(), rows[e], out=grad_up[e])
+
+    def halves() -> None:
+        def work(experts: range) -> None:
+            torch.set_num_threads(1)
+            products(experts)
+
+        helper = threading.Thread(target=work, args=(range(0, E, 2),))
+        helper.start()
+        work(range(1, E, 2))
+        helper.join()
+
+    def seconds() -> float:
+        threads = torch.get_num_threads()
+        taken = timed(lambda: products(range(E)))
+        if threads == 2:
+            try:
+                taken = min(taken, timed(halves))
+            finally:
+                torch.set_num_threads(threads)
+        return taken
+
+    return seconds
