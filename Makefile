@@ -50,6 +50,7 @@ bench: $(VENV)/peers
 	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.7 --new-memory --point balanced \
 		--name layer-float32-new-memory
 	$(BIN)/python bench/bench_growth.py
+	$(BIN)/python bench/limits.py
 	$(BIN)/python bench/report.py
 
 # Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: most

@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     suffix = (f"-{isa.lower()}" if isa else "") + ("-new-memory" if options.new_memory else "")
     whole = None if options.point else f"experts-{options.dtype}{suffix}"
-    keep(report, torch.device("cpu"), whole, options.out)
+    keep(report, whole, options.out)
 
 
 if __name__ == "__main__":

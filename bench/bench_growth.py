@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         cells = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in of_experts.items())
         print(f"T = 4096, E = {num_experts}: {cells}")
     is_part = options.most < 1_000_000
-    keep(report, torch.device("cpu"), None if is_part else "growth", options.out)
+    keep(report, None if is_part else "growth", options.out)
 
 
 if __name__ == "__main__":

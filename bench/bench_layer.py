@@ -2,12 +2,11 @@
 
     python bench/bench_layer.py [--dtype bfloat16] [--point NAME ...] [--threads 1 2]
 
-Every layer's output and the gradient of its input are checked against float64 before its time
-counts. A point has a process of its own, which keeps the memory that is freed in it (memory.py),
-for all alike; with --new-memory large blocks are given back, as glibc does untold. "bound" is of
-the experts' matrix products alone (gemm_bound.py). Peers that are missing, too slow or too large
-for memory are named. Prints a table and, where all was run, writes
-bench/results/<machine>/layer-<dtype>.json.
+Every layer's output and its gradients are checked against float64 before its time counts. A point
+has a process of its own, which keeps the memory that is freed in it (memory.py), for all alike; with
+--new-memory large blocks are given back. "bound" is of the experts' matrix products alone
+(gemm_bound.py). Peers that are missing, too slow or too large for memory are named. Prints a table
+and, where all was run, writes bench/results/<machine>/layer-<dtype>.json.
 """
 
 import argparse
@@ -62,6 +61,9 @@ POINTS = {
 }
 
 
+FIRST = next(iter(POINTS))
+
+
 def weights_and_tokens(point: Point, dtype: torch.dtype) -> tuple[peers.Weights, Tensor]:
     """The tokens' first number is 1, and the router's first column what an expert draws."""
     T, H, ffn, E, _, _ = point
@@ -107,9 +109,11 @@ class Case:
         self.grad = self.grad.to(dtype)
         self.wide = peers.Weights(*(w.double() for w in self.weights))
         tokens = self.tokens.detach().double().requires_grad_()
+        leaves = [w.requires_grad_() for w in self.wide]
         mix = renormalised(self.wide, tokens, point.top_k)
         self.out = exact(self.wide, tokens, mix)
-        (self.grad_tokens,) = torch.autograd.grad(self.out, tokens, self.grad.double())
+        self.grads = torch.autograd.grad(self.out, [tokens, *leaves], self.grad.double())
+        self.out, self.wide = self.out.detach(), peers.Weights(*(w.detach() for w in leaves))
         self.load = mix.detach().count_nonzero(0).tolist()
 
     def step(self, layer: nn.Module) -> Tensor:
@@ -120,14 +124,15 @@ class Case:
         return out
 
     def error(self, layer: nn.Module) -> float:
-        """The larger relative error of the output and the tokens' gradient."""
+        """The largest relative error of the output and the gradients."""
         out = self.step(layer).detach().double()
         mix = getattr(layer, "weights_of", None)
         if mix is not None:  # a choice of its own
             right = exact(self.wide, self.tokens.detach().double(), mix.double())
             return float((out - right).norm() / right.norm())
-        pairs = (out, self.out.detach()), (self.tokens.grad.double(), self.grad_tokens)
-        return max(float((got - right).norm() / right.norm()) for got, right in pairs)
+        grads = [self.tokens.grad, *peers.gradients(layer, self.weights)]
+        pairs = [(out, self.out), *zip(grads, self.grads, strict=True)]
+        return max(float((got.double() - right).norm() / right.norm()) for got, right in pairs)
 
 
 def why_not(peer: peers.Peer, point: Point, dtype: torch.dtype, largest_load: int) -> str | None:
@@ -150,7 +155,7 @@ def measure(
     dtype: torch.dtype,
     threads: int,
     budget: float,
-    longest: float = 3.0,
+    longest: float = 2.0,
     keeps_freed: bool = True,
 ) -> dict:
     torch.set_num_threads(threads)
@@ -199,7 +204,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--point", nargs="*", choices=list(POINTS), help="only these")
     parser.add_argument("--threads", nargs="*", type=positive, default=[torch.get_num_threads()])
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each layer")
-    parser.add_argument("--longest", type=float, default=3.0, help="seconds of a peer's step")
+    parser.add_argument("--longest", type=float, default=2.0, help="seconds of a peer's step")
     parser.add_argument("--new-memory", action="store_true", help="do not reuse what was freed")
     parser.add_argument("--name", help="of the file among the results, also of a part")
     parser.add_argument("--out", type=Path, help="the JSON file, wherever")
@@ -215,11 +220,11 @@ def main(arguments: list[str] | None = None) -> None:
         "reuses_freed_memory": not options.new_memory,
         "points": [],
     }
-    # The first of them shows what threads change.
+    # Where all are run the first shows what threads change.
     chosen = [
         (name, threads)
         for name in options.point or POINTS
-        for threads in (options.threads if name == next(iter(POINTS)) else options.threads[-1:])
+        for threads in (options.threads if options.point or name == FIRST else options.threads[-1:])
     ]
     for label, threads in (bar := tqdm(chosen, unit="point", leave=False)):
         bar.set_postfix_str(label)
@@ -231,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         bar.write(lines(label, point, result))
     suffix = "-new-memory" if options.new_memory else ""
     whole = None if options.point else f"layer-{options.dtype}{suffix}"
-    keep(report, torch.device("cpu"), options.name or whole, options.out)
+    keep(report, options.name or whole, options.out)
 
 
 def lines(label: str, point: Point, result: dict) -> str:

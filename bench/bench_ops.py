@@ -5,8 +5,8 @@
 
 Ours are checked against float64, the others' against ours. GB/s are of the bytes that an operator
 cannot avoid, each operand and each result once; "of copy" is their share of what torch's copy_
-reaches at that moment. A peer's ratio is how many times longer it takes, by rounds (timing.py).
-On the CPU operands are of several sets where one would stay in the last cache.
+reaches before; ours then goes round several sets of operands, more than the last cache holds.
+A peer's ratio is how many times longer it takes, by rounds (timing.py), on one set for all.
 
 --memory, on the CPU, is where large results are made. new: glibc gives a large block back when it
 is freed, so such a result is of new pages, which the system zeroes at first use; ours asks for huge
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import memory
 import peers
 import torch
-from timing import compare, keep, positive, ratio, setting, spreads, timer
+from timing import compare, keep, positive, ratio, setting, spreads, timer, timer_alone
 from torch import Tensor
 from tqdm import tqdm
 
@@ -117,8 +117,11 @@ def cases(o: peers.Operands, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
 
 def compare_results(what: str, got: tuple, exact: tuple, tolerance: float) -> None:
     """Raises where an integer differs, or a real by more than the tolerance times its size or the
-    root mean square of all, whichever is larger."""
+    root mean square of all, whichever is larger. A peer may give less than all."""
+    assert got
     for one, right in zip(got, exact, strict=False):
+        if one.shape != right.shape:
+            raise AssertionError(f"{what}: got {list(one.shape)} for {list(right.shape)}")
         if not right.is_floating_point() or tolerance == 0:
             if not torch.equal(one.to(right.dtype), right):
                 raise AssertionError(f"{what}: not equal")
@@ -210,16 +213,16 @@ def measure(
             memory.give_back()
         num_bytes = check(case)
         functions, excluded = peers_of(title, case, o, options.longest)
-        # Beside peers all have the same operands, of which there is one set.
-        sets = [case.args] if functions else copies_of(case.args, device)
         ours = getattr(torch.ops.moe_ext, case.op)
-        timers = {"moe_ext": timer(ours, sets, device)}
+        sets = copies_of(case.args, device)
+        alone = {"moe_ext": timer_alone(ours, sets, device)}
+        timers = {"moe_ext": timer(ours, [case.args], device)} if functions else {}
         timers |= {name: timer(f, [()], device) for name, f in functions.items()}
         if state in ("new", "huge"):
             memory.give_back_large()
-        taken = compare(timers, options.seconds)
-        of_all = spreads(taken)
-        speed = num_bytes / of_all["moe_ext"].median / 1e9
+        of_ours = spreads(compare(alone, options.seconds))["moe_ext"]
+        taken = compare(timers, options.seconds) if functions else {}
+        speed = num_bytes / of_ours.median / 1e9
         result["ops"].append(
             {
                 "op": title,
@@ -228,7 +231,8 @@ def measure(
                 "bytes": num_bytes,
                 "gigabytes_per_second": speed,
                 "of_copy": speed / copy["gigabytes_per_second"],
-                "seconds": {name: s._asdict() for name, s in of_all.items()},
+                "alone": of_ours._asdict(),
+                "seconds": {name: s._asdict() for name, s in spreads(taken).items()},
                 "ratio": {
                     name: ratio(taken["moe_ext"], taken[name])._asdict() for name in functions
                 },
@@ -251,7 +255,7 @@ def lines(result: dict) -> str:
     head += f", {result['memory']} memory" if result["memory"] else ""
     text = [f"{head}: copy {result['copy']['gigabytes_per_second']:.0f} GB/s"]
     for line in result["ops"]:
-        ours = line["seconds"]["moe_ext"]["median"] * 1e6
+        ours = line["alone"]["median"] * 1e6
         text.append(
             f"  {line['op']:15}{ours:11.1f} us {line['gigabytes_per_second']:7.1f} GB/s "
             f"{line['of_copy']:5.0%} of copy"
@@ -310,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
         report["complete"] = True
     finally:
         # What was stopped does not take the place of a whole.
-        keep(report, device, name if report["complete"] else None, options.out)
+        keep(report, name if report["complete"] else None, options.out)
 
 
 if __name__ == "__main__":

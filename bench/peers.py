@@ -214,7 +214,7 @@ def _liger_plan(o: Operands) -> Callable:
 OPERATORS = {
     "gate": [
         Peer("torch", None, _torch_gate),
-        Peer("DeepSpeed, with positions", "deepspeed", _deepspeed_gate),
+        Peer("DeepSpeed, with positions and loss", "deepspeed", _deepspeed_gate),
         Peer("moe-ops", "moe-ops", _moe_ops_gate, gpu_only=True),
     ],
     "plan": [
@@ -400,8 +400,8 @@ class _MoeOps(_Liger):
 
 
 class _Fairscale(nn.Module):
-    """Its gate samples the second expert and drops over a capacity of 2T/E: `check` is by its own
-    choice, of which `weights_of` is the record."""
+    """Its gate samples the second expert and drops over a capacity of 2T/E: `weights_of` records
+    its choice, by which its output is checked."""
 
     def __init__(self, weights: Weights, top_k: int) -> None:
         super().__init__()
@@ -424,6 +424,17 @@ class _Fairscale(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         E = len(self.layer.experts)
         return self.layer(tokens.view(E, -1, tokens.shape[1])).view_as(tokens)
+
+
+def gradients(layer: nn.Module, weights: Weights) -> Weights:
+    """Of a layer's parameters, known by their shapes; those of one expert each are stacked."""
+    grads = [p.grad for p in layer.parameters()]
+
+    def of(weight: Tensor) -> Tensor:
+        whole = [g for g in grads if g.shape == weight.shape]
+        return whole[0] if whole else torch.stack([g for g in grads if g.shape == weight.shape[1:]])
+
+    return Weights(*map(of, weights))
 
 
 OURS = Peer("moe_ext", None, _ours)

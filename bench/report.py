@@ -82,8 +82,12 @@ def layers_table(found: dict[str, dict]) -> str:
         lines.append("|---|---|---|---|" + "---|" * len(names))
         for point in points:
             shape = "T{tokens} H{hidden} F{ffn} E{num_experts} K{top_k}".format(**point)
-            ratios = [point["ratio"].get(peer) for peer in names]
-            cells = [f"{ratio['median']:.2f}x" if ratio else "-" for ratio in ratios]
+            cells = [
+                f"{point['ratio'][peer]['median']:.2f}x"
+                if peer in point["ratio"]
+                else point["excluded"].get(peer, "-")
+                for peer in names
+            ]
             lines.append(
                 f"| {point['point']}, {shape} | {point['threads']} "
                 f"| {point['seconds'][OURS]['median'] * 1e3:.0f} | {point['of_bound']:.0%} "
@@ -111,8 +115,15 @@ def growth_table(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def limits_table(found: dict[str, dict]) -> str:
+    limits = found["limits"]
+    lines = [f"| {limits['mebibytes']} MiB, one thread | ms |", "|---|---|"]
+    lines += [f"| {name} | {value * 1e3:.1f} |" for name, value in limits["seconds"].items()]
+    return "\n".join(lines)
+
+
 def summary(found: dict[str, dict]) -> str:
-    """What the README shows: the least and the most of every pair, and the layers' first point."""
+    """What the README shows: the least and the most of every pair."""
     lines = ["| | beside | ratio |", "|---|---|---|"]
     span: dict[tuple[str, str], list[float]] = {}
     for group in operator_runs(found):
@@ -121,13 +132,14 @@ def summary(found: dict[str, dict]) -> str:
                 if ratio := line_of(run, op)["ratio"].get(peer):
                     span.setdefault((op, peer), []).append(ratio["median"])
     for (op, peer), ratios in span.items():
-        lines.append(f"| `{op}` | {peer} | {min(ratios):.1f}x to {max(ratios):.1f}x |")
-    for point in found["layer-float32"]["points"][:2]:
-        threads = f"{point['threads']} thread{'s' * (point['threads'] > 1)}"
-        for peer, ratio in sorted(point["ratio"].items(), key=lambda item: item[1]["median"]):
-            lines.append(
-                f"| a layer, forward and backward, {threads} | {peer} | {ratio['median']:.2f}x |"
-            )
+        lines.append(f"| `{op}` | {peer} | {min(ratios):.2f}x to {max(ratios):.2f}x |")
+    layers: dict[str, list[float]] = {}
+    for point in found["layer-float32"]["points"]:
+        for peer, ratio in point["ratio"].items():
+            layers.setdefault(peer, []).append(ratio["median"])
+    for peer, ratios in layers.items():
+        span_of_peer = f"{min(ratios):.2f}x to {max(ratios):.2f}x"
+        lines.append(f"| a layer, forward and backward | {peer} | {span_of_peer} |")
     report = found["layer-float32"]
     lines += ["", f"{report['date']}, {report['machine']}, torch {report['torch']}."]
     return "\n".join(lines)
@@ -139,6 +151,7 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
         "operators": operators_table(found),
         "layers": layers_table(found),
         "growth": growth_table(found),
+        "limits": limits_table(found),
     }
 
 
@@ -242,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     found = results(options.folder)
-    missing = {"peers-float32", "layer-float32", "growth"} - set(found)
+    missing = {"peers-float32", "layer-float32", "growth", "limits"} - set(found)
     if missing:
         sys.exit(f"{options.folder} has no {', '.join(sorted(missing))}: run `make bench`")
     texts = tables(found)

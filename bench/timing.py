@@ -39,15 +39,17 @@ def compare(
     timers: dict[str, Iterator[float]], budget: float, rounds: int = 5, calls: int = 200
 ) -> dict[str, list[list[float]]]:
     """{name: for every round the times that count}. A timer gives the seconds of one call with each
-    `next`. budget: seconds for each name, which sets the calls of a round, two to `calls`; one of
-    what takes longer than that."""
+    `next`. budget: seconds for each name, which sets the calls of a round, two to `calls`. Every
+    round starts with another name."""
     taken: dict[str, list[list[float]]] = {name: [] for name in timers}
     first = {name: next(timer) for name, timer in timers.items()}
-    for _ in range(rounds):
-        for name, timer in timers.items():
+    names = list(timers)
+    for turn in range(rounds):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
             count = int(budget / rounds / max(first[name], 1e-9))
-            count = max(1 if first[name] > budget else 2, min(calls, count))
-            taken[name].append([next(timer) for _ in range(count)][count // 2 :])
+            count = max(2, min(calls, count))
+            taken[name].append([next(timers[name]) for _ in range(count)][count // 2 :])
     return taken
 
 
@@ -60,7 +62,7 @@ def spreads(taken: dict[str, list[list[float]]]) -> dict[str, Spread]:
 def ratio(ours: list[list[float]], theirs: list[list[float]]) -> Spread:
     """How many times longer theirs takes, round by round."""
     return spread(
-        [statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=False)]
+        [statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=True)]
     )
 
 
@@ -108,7 +110,7 @@ def graph_clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
 
 
 def event_clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
-    """For what a graph cannot hold, as a function that waits for the GPU."""
+    """Launches and all."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     while True:
         torch.cuda.synchronize()
@@ -121,14 +123,12 @@ def event_clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
 
 
 def timer(function: Callable, sets: list[tuple], device: torch.device) -> Iterator[float]:
-    if device.type != "cuda":
-        return clock(function, sets)
-    try:
-        timed = graph_clock(function, sets)
-        next(timed)
-    except RuntimeError:
-        return event_clock(function, sets)
-    return timed
+    """For functions that are compared: one that waits for the GPU cannot be a graph."""
+    return (event_clock if device.type == "cuda" else clock)(function, sets)
+
+
+def timer_alone(function: Callable, sets: list[tuple], device: torch.device) -> Iterator[float]:
+    return (graph_clock if device.type == "cuda" else clock)(function, sets)
 
 
 def machine(device: torch.device) -> str:
@@ -154,9 +154,9 @@ def setting(device: torch.device) -> dict:
     }
 
 
-def keep(report: dict, device: torch.device, name: str | None, out: Path | None) -> None:
-    """Writes the report to `out`, or to the file of this name among the results."""
-    path = out or (RESULTS / slug(machine(device)) / f"{name}.json" if name else None)
+def keep(report: dict, name: str | None, out: Path | None) -> None:
+    """Writes the report to `out`, or to the file of this name among the machine's results."""
+    path = out or (RESULTS / slug(report["machine"]) / f"{name}.json" if name else None)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")

@@ -69,8 +69,13 @@ def load_balance_loss(
         num_tokens, load_tokens = _at_least_one(num_tokens), _at_least_one(load_tokens)
     E = importance.shape[-1]
     sequences = max(importance.numel() // E, 1)
-    total = (importance * load).sum() * (E / choices / sequences)
-    return total / num_tokens / load_tokens
+    share = choices * sequences / E
+    load = load.to(importance.dtype)
+    if isinstance(load_tokens, Tensor):
+        load = load / load_tokens / share
+    else:
+        load = load / (load_tokens * share)
+    return (importance / num_tokens * load).sum()
 
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:

@@ -363,7 +363,6 @@ class TopKGate(nn.Module):
             logits = logits + size * torch.randn_like(logits)
         return logits
 
-    @torch.no_grad()
     def _choice_scores(self, logits: Tensor, used_token: Tensor | None) -> Tensor | None:
         """What the choice is made on, None where it is the logits themselves."""
         fixed = logits
@@ -383,7 +382,7 @@ class TopKGate(nn.Module):
             if allowed is not None:
                 drawn = selection.within(drawn, allowed)
             scores = selection.keep_first(scores, drawn)
-        return None if scores is fixed else scores
+        return None if scores is fixed else scores.detach()
 
     def _selection_scores(self, logits: Tensor, used_token: Tensor | None) -> Tensor:
         """Of logits, with noise or not, what experts compete by."""

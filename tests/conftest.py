@@ -18,6 +18,7 @@ NOT_OF_OPERATORS = {
     "test_bench.py",
     "test_bench_experts.py",
     "test_build.py",
+    "test_calls.py",
     "test_convert.py",
     "test_deepep.py",
     "test_deepspeed.py",

@@ -43,7 +43,7 @@ def test_every_operator_is_timed(bench_ops, tmp_path):
     for shape in report["shapes"]:
         assert [line["op"] for line in shape["ops"]] == bench_ops.TITLES
         for line in shape["ops"]:
-            ours = line["seconds"]["moe_ext"]
+            ours = line["alone"]
             assert 0 < ours["fast"] <= ours["median"] <= ours["slow"]
             speed = line["bytes"] / ours["median"] / 1e9
             assert math.isclose(line["gigabytes_per_second"], speed)
@@ -66,7 +66,7 @@ def test_peers_that_are_missing_are_named(bench_ops, tmp_path, monkeypatch):
     out = tmp_path / "ops.json"
     bench_ops.main([*SMALL, "--shape", "gshard", "--op", "gate", "--out", str(out)])
     (gate,) = json.loads(out.read_text())["shapes"][0]["ops"]
-    assert gate["excluded"]["DeepSpeed, with positions"] == "needs deepspeed"
+    assert gate["excluded"]["DeepSpeed, with positions and loss"] == "needs deepspeed"
     assert "moe-ops" in gate["excluded"]
 
 
@@ -216,8 +216,12 @@ def test_model_of_many_gpus(tmp_path):
 
 def test_pages_show_what_was_measured():
     report = load("report")
-    (folder,) = {path.parent for path in report.RESULTS.glob("*/growth.json")}
-    texts = report.tables(report.results(folder))
+    readme = report.PAGES[0].read_text()
+    found = [report.results(path.parent) for path in report.RESULTS.glob("*/growth.json")]
+    found = [results for results in found if results["layer-float32"]["machine"] in readme]
+    if not found:
+        pytest.skip("the results are not here")
+    texts = report.tables(found[0])
     for page in report.PAGES:
         shown = page.read_text()
         assert report.filled(shown, texts) == shown

@@ -205,7 +205,9 @@ def test_the_source_distribution_is_whole(tmp_path):
         assert not any(name.endswith((".so", ".pyc")) for name in names)
 
 
-def test_cmake_builds_the_same_library(tmp_path):
+@pytest.mark.parametrize("registers", [16, 32])
+def test_cmake_builds_the_same_library(tmp_path, registers):
+    """And on CPUs with less: narrower registers, no instructions for 16 bits."""
     cmake = shutil.which(
         "cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     )
@@ -217,7 +219,7 @@ def test_cmake_builds_the_same_library(tmp_path):
 
     run(
         *("-S", str(ROOT), "-B", str(tmp_path), f"-DPython3_EXECUTABLE={sys.executable}"),
-        "-DCMAKE_CXX_FLAGS=-DMOE_EXT_WIDEN_16BIT",
+        f"-DCMAKE_CXX_FLAGS=-DMOE_EXT_WIDEN_16BIT -DMOE_EXT_REGISTERS={registers}",
     )
     run("--build", str(tmp_path), "--parallel", "2")
     (library,) = tmp_path.glob("libmoe_ext.*")
@@ -230,6 +232,31 @@ print(torch.ops.moe_ext.plan(experts, None, 3, None, "choice", 1)[0].tolist())
 experts = torch.tensor([0] * 5 + [2] * 600, dtype=torch.int32).unsqueeze(1)
 _, _, offsets, load = torch.ops.moe_ext.plan(experts, None, 3, None, "choice", 1)
 groups = (offsets, load, None)
+torch.manual_seed(0)
+logits = torch.randn(130, 70)
+weights, ids, probs, sums = torch.ops.moe_ext.gate(logits, None, 5, "softmax", False, 1.0)
+torch.testing.assert_close(probs, logits.softmax(-1))
+torch.testing.assert_close(sums, logits.softmax(-1).sum(0))
+assert torch.equal(ids, logits.sort(dim=-1, descending=True, stable=True).indices[:, :5].int())
+slots, sources, _, _ = torch.ops.moe_ext.plan(ids, None, 70, None, "token", 1)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    tokens, grad = torch.randn(2, 130, 77).to(dtype)
+    rows = torch.ops.moe_ext.dispatch(tokens, slots, sources, None)
+    assert torch.equal(rows, tokens[(sources // 5).long()])
+    scaled, dots = torch.ops.moe_ext.dispatch_dot(grad, rows, slots, sources, weights)
+    w = weights.flatten()[sources.long(), None]
+    torch.testing.assert_close(scaled, (w * grad[(sources // 5).long()].float()).to(dtype))
+    exact = (grad.double() * tokens.double()).sum(-1, keepdim=True).expand(-1, 5)
+    torch.testing.assert_close(dots.double(), exact, rtol=1e-5, atol=1e-4)
+    out = torch.ops.moe_ext.combine(rows, slots, sources, weights)
+    exact = weights.double().sum(-1, keepdim=True) * tokens.double()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact, rtol=2 * eps, atol=2 * eps)
+    inner = torch.randn(650, 2 * 37).to(dtype)
+    active = torch.ops.moe_ext.activate(inner, slots, sources, None, "swiglu")
+    gate, up = inner.float().chunk(2, dim=-1)
+    exact = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(active.float(), exact, rtol=4 * eps, atol=4 * eps)
 for dtype in (torch.bfloat16, torch.float16):
     rows, weights = torch.randn(605, 300).to(dtype), torch.randn(3, 530, 300).to(dtype)
     bias = torch.randn(3, 530).to(dtype)

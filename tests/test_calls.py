@@ -41,7 +41,7 @@ def test_a_forward_is_few_calls(k, drop_tokens, num_experts):
     assert ours <= 6, calls.of
     others = sum(calls.of.values()) - 2 - ours
     # What is dropped changes the weights of what is kept.
-    assert others <= (16 if drop_tokens else 12), calls.of
+    assert others <= (18 if drop_tokens else 12), calls.of
 
 
 # Of AVX2, which is what valgrind offers, by GCC 12; with room for other compilers.

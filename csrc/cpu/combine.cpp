@@ -19,7 +19,7 @@ struct CombineTokens {
   const T* weights;
   const int32_t* slots;
   scalar_t* tokens;
-  int64_t num_tokens, top_k, hidden;
+  int64_t num_tokens, top_k, hidden, num_rows;
 
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end) const {
@@ -52,7 +52,8 @@ struct CombineTokens {
   }
 
   MOE_EXT_INLINE void fetch_ahead(int64_t route, int64_t h, int64_t size) const {
-    if (route >= num_tokens * top_k || slots[route] == -1) return;
+    // Another thread may still have to check it.
+    if (route >= num_tokens * top_k || !in_range(slots[route], num_rows)) return;
     prefetch(rows + slots[route] * hidden + h, size);
   }
 };
@@ -68,7 +69,8 @@ void combine_kernel(const CombineArgs& a, const Tensor& out) {
                                                data<scalar_t>(out),
                                                a.num_tokens,
                                                K,
-                                               H};
+                                               H,
+                                               R};
   Fault bad_slot;
   parallel_for(0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
                [&](int64_t begin, int64_t end) {

@@ -117,7 +117,7 @@ MOE_EXT_INLINE void choose(Lanes<Key>* keys, int64_t num_experts, int64_t top_k,
     for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
       V best[kParts], id[kParts];
       for (int64_t p = 0; p < kParts; ++p) best[p] = V{} + kNone, id[p] = V{};
-      const auto look_at = [&](int64_t p, Key e) {
+      const auto look_at = [&](int64_t p, Key e) __attribute__((always_inline)) {
         V key;
         load(key, keys[e].at + lane);
         const V larger = key > best[p];
@@ -144,7 +144,7 @@ template <int bytes, typename T>
 MOE_EXT_INLINE void softmax(Lanes<T>* values, int64_t num_experts, Lanes<T>& factors) {
   using V = Vector<T, bytes>;
   for (int64_t lane = 0; lane < kLanes; lane += bytes / sizeof(T)) {
-    const auto larger = [&](V& largest, int64_t e) {
+    const auto larger = [&](V& largest, int64_t e) __attribute__((always_inline)) {
       V value{};
       load(value, values[e].at + lane);
       largest = value > largest ? value : largest;
@@ -172,12 +172,29 @@ MOE_EXT_INLINE void softmax(Lanes<T>* values, int64_t num_experts, Lanes<T>& fac
 }
 
 template <int bytes, typename T>
-MOE_EXT_INLINE void score(Scoring scoring, Lanes<T>* values, int64_t num_experts,
+MOE_EXT_INLINE void sigmoid(Lanes<T>* values, int64_t num_experts) {
+  for (int64_t e = 0; e < num_experts; ++e) {
+    for (int64_t lane = 0; lane < kLanes; lane += bytes / sizeof(T)) {
+      Vector<T, bytes> value{};
+      load(value, values[e].at + lane);
+      value = -value;
+      exponential(value);
+      store(T{1} / (value + T{1}), values[e].at + lane);
+    }
+  }
+}
+
+// Of n <= kLanes tokens; `factors` is what their probabilities are still to be multiplied by.
+template <int bytes, typename T>
+MOE_EXT_INLINE void score(Scoring scoring, Lanes<T>* values, int64_t num_experts, int64_t n,
                           Lanes<T>& factors) {
   if (scoring == Scoring::kSoftmax) return softmax<bytes>(values, num_experts, factors);
   for (T& factor : factors.at) factor = 1;
+  if (scoring == Scoring::kSigmoid) return sigmoid<bytes>(values, num_experts);
   for (int64_t e = 0; e < num_experts; ++e) {
-    for (T& value : values[e].at) value = elementwise_score(scoring, value);
+    for (int64_t lane = 0; lane < n; ++lane) {
+      values[e].at[lane] = elementwise_score(scoring, values[e].at[lane]);
+    }
   }
 }
 
@@ -230,7 +247,7 @@ struct GateTokens {
     if (choice_scores != logits) read_rows(logits, n, E, values);
 
     Lanes<T> factors;
-    score<bytes>(a.scoring, values, E, factors);
+    score<bytes>(a.scoring, values, E, n, factors);
     scale_and_add<bytes>(values, E, factors, n, scratch.sums.data());
     write_rows(values, n, E, out.probs + first * E);
 

@@ -2,7 +2,7 @@
 //
 // The libraries are built for every CPU of an architecture. on_widest(kernel, args...) calls
 // kernel.run<bytes>(args...) compiled for the widest registers this CPU has, of so many bytes.
-// `run` and all that it calls are MOE_EXT_INLINE: only then are they compiled for each. Most are
+// `run` and what is hot in it are MOE_EXT_INLINE: only then are they compiled for each. Most are
 // plain loops, which the compiler turns into vector code; Vector is for those it does not.
 
 #pragma once
@@ -18,15 +18,14 @@
 #define MOE_EXT_REGISTERS 64
 #endif
 
-#if defined(__GNUC__)
-#define MOE_EXT_INLINE inline __attribute__((always_inline))
-#else
-#define MOE_EXT_INLINE inline
+#if !defined(__GNUC__)
+#error "moe_ext's CPU operators need GCC or clang"
 #endif
+#define MOE_EXT_INLINE inline __attribute__((always_inline))
 
 namespace moe_ext {
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
 template <typename Kernel, typename... Args>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void on_64_bytes(
     const Kernel& kernel, Args&... args) {
@@ -51,7 +50,7 @@ inline int register_bytes() {
 
 template <typename Kernel, typename... Args>
 void on_widest(const Kernel& kernel, Args&&... args) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
   const int bytes = register_bytes();
   if (bytes == 64) return on_64_bytes(kernel, args...);
   if (bytes == 32) return on_32_bytes(kernel, args...);
@@ -61,11 +60,9 @@ void on_widest(const Kernel& kernel, Args&&... args) {
 
 // Asks for `size` numbers ahead of their use; where they lie need not be memory of ours.
 template <typename T>
-MOE_EXT_INLINE void prefetch([[maybe_unused]] const T* numbers, [[maybe_unused]] int64_t size) {
-#if defined(__GNUC__)
+MOE_EXT_INLINE void prefetch(const T* numbers, int64_t size) {
   constexpr int64_t kLine = 64;
   for (int64_t i = 0; i < size; i += kLine / sizeof(T)) __builtin_prefetch(numbers + i);
-#endif
 }
 
 // One register of T. Passed by reference: by value it would need the CPU's own calling convention.
