@@ -24,7 +24,7 @@ SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 	tests/test_gate.py tests/test_plan.py tests/test_rows.py tests/test_launches.py
 
 # Of what is timed beside others': two shapes in float32, one in bfloat16, on one thread and two.
-BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.4
+BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.3
 
 .PHONY: test peers demo bench bench-full lint format abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
 	$(ORDERS:%=cusim-%)
@@ -46,8 +46,8 @@ bench: $(VENV)/peers
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype float32 --shape gshard "qwen3, half" \
 		--name peers-float32
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
-	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.7
-	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.7 --new-memory --point balanced \
+	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.5
+	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.5 --new-memory --point balanced \
 		--name layer-float32-new-memory
 	$(BIN)/python bench/bench_growth.py
 	$(BIN)/python bench/limits.py

@@ -63,7 +63,7 @@ def step_of(name: str, num_tokens: int, num_experts: int) -> Callable[[], None]:
 def cost_of(name: str, num_tokens: int, num_experts: int, budget: float) -> tuple[float, int]:
     """Seconds and bytes of one step."""
     step = step_of(name, num_tokens, num_experts)
-    seconds = spreads(compare({name: clock(step, [()])}, budget, rounds=3))[name].median
+    seconds = spreads(compare({name: clock(step, [()])}, budget, rounds=1))[name].median
     memory.trim()
     before = memory.start_peak()
     step()

@@ -3,8 +3,8 @@
     python bench/bench_layer.py [--dtype bfloat16] [--point NAME ...] [--threads 1 2]
 
 Every layer's output and its gradients are checked against float64 before its time counts. A point
-has a process of its own, which keeps the memory that is freed in it (memory.py), for all alike; with
---new-memory large blocks are given back. "bound" is of the experts' matrix products alone
+has a process of its own, which keeps the memory that is freed in it (memory.py), for all alike;
+with --new-memory large blocks are given back. "bound" is of the experts' matrix products alone
 (gemm_bound.py). Peers that are missing, too slow or too large for memory are named. Prints a table
 and, where all was run, writes bench/results/<machine>/layer-<dtype>.json.
 """
@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import moe_ext
 
-MOST_BYTES = 8 << 30
+# Products of masks at this speed tell whether it is worth waiting for them.
+MOST_BYTES, SPEED = 8 << 30, 2e11
 
 
 class Point(NamedTuple):
@@ -135,7 +136,9 @@ class Case:
         return max(float((got.double() - right).norm() / right.norm()) for got, right in pairs)
 
 
-def why_not(peer: peers.Peer, point: Point, dtype: torch.dtype, largest_load: int) -> str | None:
+def why_not(
+    peer: peers.Peer, point: Point, dtype: torch.dtype, largest_load: int, longest: float
+) -> str | None:
     """What keeps a peer from this point."""
     rows = point.tokens * point.top_k
     if peer.name == "fairscale" and (point.top_k != 2 or point.tokens % point.num_experts):
@@ -144,7 +147,11 @@ def why_not(peer: peers.Peer, point: Point, dtype: torch.dtype, largest_load: in
     if peer.name == "Hugging Face batched_mm":  # a weight for every row, and its gradient
         needs = 2 * 3 * rows * point.hidden * point.ffn * dtype.itemsize
     if peer.name == "DeepSpeed dense":  # masks [T, E, C] and their products
-        needs = 4 * point.tokens * point.num_experts * largest_load * 4
+        mask = point.tokens * point.num_experts * largest_load
+        products = 3 * 2 * 2 * mask * point.hidden
+        if products > longest * SPEED:
+            return f"multiplies {products / 1e12:.1f} TFLOP"
+        needs = 4 * mask * 4
     if needs > MOST_BYTES:
         return f"needs {needs / 2**30:.0f} GiB"
     return peer.missing(torch.device("cpu"))
@@ -163,7 +170,7 @@ def measure(
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     timers, errors, excluded = {}, {}, {}
     for peer in [peers.OURS, *peers.LAYERS]:
-        if reason := why_not(peer, point, dtype, max(case.load)):
+        if reason := why_not(peer, point, dtype, max(case.load), longest):
             excluded[peer.name] = reason
             continue
         layer = peer.make(case.weights, point.top_k)
