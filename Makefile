@@ -40,7 +40,7 @@ peers: $(VENV)/peers
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
 
-# Ours beside other libraries, some ten minutes on a machine with nothing else to do; writes
+# Ours beside other libraries, up to a quarter of an hour on a machine with nothing else to do; writes
 # bench/results, the tables of README.md and docs/performance.md and its pictures.
 bench: $(VENV)/peers
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype float32 --shape gshard "qwen3, half" \
@@ -53,8 +53,8 @@ bench: $(VENV)/peers
 	$(BIN)/python bench/limits.py
 	$(BIN)/python bench/report.py
 
-# Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: most
-# of an hour.
+# Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: not
+# timed as a whole yet.
 bench-full: bench
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype float32 --memory kept --longest 30
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype bfloat16 --memory kept --longest 30

@@ -254,7 +254,11 @@ def main(arguments: list[str] | None = None) -> None:
     for label in (bar := tqdm(options.point or labels, unit="point", leave=False)):
         point = POINTS[label]
         result = point._asdict() | memory.in_new_process(
-            measure, point, dtype, options.rounds, keeps_freed=not options.new_memory
+            measure,
+            point,
+            dtype,
+            options.rounds,
+            start=None if options.new_memory else memory.keep_freed,
         )
         if not options.no_growth:
             result["growth_bytes"] = {

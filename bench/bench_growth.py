@@ -122,12 +122,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     def cost(name: str, num_tokens: int, num_experts: int) -> tuple[float, int]:
         args = name, num_tokens, num_experts, options.seconds
-        return memory.in_new_process(cost_of, *args, keeps_freed=True)
+        return memory.in_new_process(cost_of, *args, start=memory.keep_freed)
 
     for count in (bar := tqdm(counts, unit="size", leave=False)):
         bar.set_postfix(tokens=count)
         of_operators = memory.in_new_process(
-            operator_seconds, count, options.seconds, keeps_freed=True
+            operator_seconds, count, options.seconds, start=memory.keep_freed
         )
         for name, value in of_operators.items():
             seconds.setdefault(name, []).append(value)

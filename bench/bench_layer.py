@@ -238,7 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
         point = POINTS[label]
         keeps = not options.new_memory
         args = point, dtype, threads, options.seconds, options.longest, keeps
-        result = memory.in_new_process(measure, *args, keeps_freed=keeps)
+        start = memory.keep_freed if keeps else memory.give_back
+        result = memory.in_new_process(measure, *args, start=start)
         report["points"].append({"point": label, **point._asdict(), **result})
         bar.write(lines(label, point, result))
     suffix = "-new-memory" if options.new_memory else ""

@@ -247,7 +247,8 @@ def measure_in(options: argparse.Namespace, label: str, threads: int, state: str
         return measure(options, label, threads)
     huge = {"THP_MEM_ALLOC_ENABLE": "1"} if state == "huge" else {}
     args = options, label, threads, state
-    return memory.in_new_process(measure, *args, keeps_freed=state == "kept", environment=huge)
+    start = memory.keep_freed if state == "kept" else memory.give_back
+    return memory.in_new_process(measure, *args, start=start, environment=huge)
 
 
 def lines(result: dict) -> str:

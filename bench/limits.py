@@ -68,15 +68,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     size = options.mebibytes << 20
     placing, reading = ("dispatch", "index_select"), ("read", "combine", "embedding_bag")
-    new = memory.in_new_process(operators, size, placing)
+    new = memory.in_new_process(operators, size, placing, start=memory.give_back)
     huge = memory.in_new_process(
-        operators, size, placing, environment={"THP_MEM_ALLOC_ENABLE": "1"}
+        operators, size, placing, start=memory.give_back, environment={"THP_MEM_ALLOC_ENABLE": "1"}
     )
-    kept = memory.in_new_process(operators, size, placing, keeps_freed=True)
+    kept = memory.in_new_process(operators, size, placing, start=memory.keep_freed)
     seconds = {"first touch": first_touch(size)}
     for state, taken in (("new", new), ("huge", huge), ("kept", kept)):
         seconds |= {f"{name}, {state} memory": value for name, value in taken.items()}
-    seconds |= memory.in_new_process(operators, size, reading, keeps_freed=True)
+    seconds |= memory.in_new_process(operators, size, reading, start=memory.keep_freed)
     report = setting(torch.device("cpu")) | {"mebibytes": options.mebibytes, "seconds": seconds}
     for name, value in seconds.items():
         print(f"{name:28}{value * 1e3:8.1f} ms")

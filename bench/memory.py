@@ -44,10 +44,15 @@ def _set(options: dict[int, int]) -> None:
         raise OSError("mallopt refused")
 
 
-def in_new_process(function: Callable, *args, keeps_freed=False, environment: dict | None = None):
-    """function(*args) where no earlier call has left its memory."""
+def in_new_process(
+    function: Callable,
+    *args,
+    start: Callable[[], None] | None = None,
+    environment: dict | None = None,
+):
+    """function(*args) where no earlier call has left its memory. start: called there first, as
+    keep_freed; None leaves glibc as it is."""
     context = multiprocessing.get_context("spawn")
-    start = keep_freed if keeps_freed else give_back
     before = os.environ.copy()
     os.environ.update(environment or {})
     try:

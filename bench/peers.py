@@ -266,6 +266,12 @@ def _ours(weights: Weights, top_k: int) -> nn.Module:
     return layer
 
 
+def _choose(tokens: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    probs = F.linear(tokens.float(), router.float()).softmax(-1)
+    weights, experts = probs.topk(top_k)
+    return weights / weights.sum(-1, keepdim=True), experts
+
+
 class PlainLayer(nn.Module):
     """What a careful reader of PyTorch's documentation writes."""
 
@@ -275,9 +281,7 @@ class PlainLayer(nn.Module):
         self.top_k = top_k
 
     def forward(self, tokens: Tensor) -> Tensor:
-        probs = F.linear(tokens.float(), self.router.float()).softmax(-1)
-        weights, experts = probs.topk(self.top_k)
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights, experts = _choose(tokens, self.router, self.top_k)
         experts = experts.flatten()
         order = torch.argsort(experts, stable=True)
         load = torch.bincount(experts, minlength=len(self.router)).tolist()
@@ -366,20 +370,13 @@ def _hugging_face(implementation: str) -> Callable:
     return lambda weights, top_k: _HuggingFace(weights, top_k, implementation)
 
 
-class _Liger(nn.Module):
+class _Liger(PlainLayer):
     """Its fused experts behind plain routing."""
-
-    def __init__(self, weights: Weights, top_k: int) -> None:
-        super().__init__()
-        _parameters(self, weights)
-        self.top_k = top_k
 
     def forward(self, tokens: Tensor) -> Tensor:
         from liger_kernel.ops import LigerFusedMoEFunction
 
-        probs = F.linear(tokens.float(), self.router.float()).softmax(-1)
-        weights, experts = probs.topk(self.top_k)
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights, experts = _choose(tokens, self.router, self.top_k)
         return LigerFusedMoEFunction.apply(
             tokens, self.up, self.down, experts.int(), weights.to(tokens.dtype)
         )

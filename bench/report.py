@@ -1,10 +1,10 @@
 """The tables and pictures of what the benches found.
 
-    python bench/report.py [bench/results/<machine>] [--check]
+    python bench/report.py [bench/results/<machine>]
 
 Reads the result files of a machine, this one by default, prints their tables and writes them into
 README.md and docs/performance.md between <!-- bench: name --> and <!-- end -->, with three pictures
-beside the latter. --check writes nothing and fails where the two say something else.
+beside the latter.
 """
 
 import argparse
@@ -252,7 +252,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     here = RESULTS / slug(machine(torch.device("cpu")))
     parser.add_argument("folder", nargs="?", type=Path, default=here)
-    parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     found = results(options.folder)
     missing = {"peers-float32", "layer-float32", "growth", "limits"} - set(found)
@@ -260,13 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"{options.folder} has no {', '.join(sorted(missing))}: run `make bench`")
     texts = tables(found)
     for page in PAGES:
-        text = page.read_text()
-        if options.check and filled(text, texts) != text:
-            sys.exit(f"{page.name} does not show what {options.folder} has: run bench/report.py")
-        if not options.check:
-            page.write_text(filled(text, texts))
-    if options.check:
-        return
+        page.write_text(filled(page.read_text(), texts))
     print("\n\n".join(texts.values()))
     import matplotlib
 
