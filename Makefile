@@ -21,7 +21,7 @@ ORDERS := forward reverse random1 random2 random3
 # The toolkit's; every kernel, without the many calls of gradcheck.
 SANITIZER = $(shell $(BIN)/python moe_ext/build.py toolkit | cut -d';' -f1)/bin/compute-sanitizer
 SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
-	tests/test_gate.py tests/test_plan.py tests/test_rows.py tests/test_launches.py
+	tests/test_gate.py tests/test_plan.py tests/test_keep.py tests/test_rows.py tests/test_launches.py
 
 # Of what is timed beside others': two shapes in float32, one in bfloat16, on one thread and two.
 BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.3

@@ -52,8 +52,10 @@ SHAPES = {
     "qwen3, half": Shape(4096, 2048, 128, 8),
 }
 
-TITLES = ["gate", "gate_backward", "plan", "dispatch", "combine", "route_dot", "dispatch_dot"]
-TITLES += ["plan, priority"]
+TITLES = [
+    *("gate", "gate_backward", "plan", "keep", "keep_backward", "dispatch", "combine"),
+    *("route_dot", "dispatch_dot", "plan, priority"),
+]
 
 
 class Case(NamedTuple):
@@ -107,6 +109,8 @@ def cases(o: peers.Operands, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
 
     yield case("plan", (experts, None, E, None, "token", 1), 0.0)
     slots, sources = o.plan.slots, o.plan.sources
+    yield case("keep", (weights, slots, True, 1e-9, 1.0), single)
+    yield case("keep_backward", (grads[0], weights, slots, True, 1e-9, 1.0), single)
     yield case("dispatch", (o.tokens, slots, sources, None), 0.0)
     yield case("combine", (o.rows, slots, sources, weights), rounded)
     yield case("route_dot", (o.tokens, o.rows, slots, sources), single)

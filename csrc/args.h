@@ -167,6 +167,44 @@ inline PlanArgs plan_args(const Tensor& experts, const OptionalTensor& priority,
           capacity,       order == "choice", align};
 }
 
+struct KeepArgs {
+  Tensor weights;  // [T, K]
+  Tensor slots;    // [T, K]
+  int64_t num_tokens, top_k;
+  bool renormalise;
+  double least, scale;
+};
+
+inline KeepArgs keep_args(const Tensor& weights, const Tensor& slots, bool renormalise,
+                          double least, double scale, const char* op = "keep") {
+  const Check check(op);
+  check.shape("weights", weights, {{"T", kAny}, {"K", kAny}});
+  check.floating("weights", weights);
+  check.dtype("weights", weights, accumulate_type(weights.scalar_type()));
+  const int64_t T = weights.size(0), K = weights.size(1);
+  check.int32_size("T * K", T * K);
+  check.shape("slots", slots, {{"T", T}, {"K", K}});
+  check.dtype("slots", slots, ScalarType::Int);
+  check.same_device("slots", slots, "weights", weights);
+  return {dense(weights), dense(slots), T, K, renormalise, least, scale};
+}
+
+struct KeepBackwardArgs {
+  Tensor grad;  // [T, K]
+  KeepArgs forward;
+};
+
+inline KeepBackwardArgs keep_backward_args(const Tensor& grad, const Tensor& weights,
+                                           const Tensor& slots, bool renormalise, double least,
+                                           double scale) {
+  const Check check("keep_backward");
+  const KeepArgs forward = keep_args(weights, slots, renormalise, least, scale, "keep_backward");
+  check.shape("grad", grad, {{"T", forward.num_tokens}, {"K", forward.top_k}});
+  check.dtype("grad", grad, weights.scalar_type());
+  check.same_device("grad", grad, "weights", weights);
+  return {dense(grad), forward};
+}
+
 // What dispatch, combine and route_dot share: slots [T, K] and sources [R] beside a tensor that
 // gives dtype and device, and weights [T, K] where there are any.
 inline void check_routes(const Check& check, const char* name, const Tensor& like,

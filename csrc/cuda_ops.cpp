@@ -120,6 +120,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cuda(const Tensor& experts,
   return {slots, sources, offsets, load};
 }
 
+cuda::Keep keep_of(const KeepArgs& a) {
+  return {dtype_of(a.weights),
+          a.weights.const_data_ptr(),
+          const_int_data(a.slots),
+          a.num_tokens,
+          a.top_k,
+          a.renormalise,
+          a.least,
+          a.scale};
+}
+
+Tensor keep_cuda(const Tensor& weights, const Tensor& slots, bool renormalise, double least,
+                 double scale) {
+  const KeepArgs a = keep_args(weights, slots, renormalise, least, scale);
+  const OnDevice device(a.weights);
+  const Tensor kept = empty(a.weights, {a.num_tokens, a.top_k}, a.weights.scalar_type());
+  cuda::keep(keep_of(a), kept.mutable_data_ptr(), device.stream());
+  return kept;
+}
+
+Tensor keep_backward_cuda(const Tensor& grad, const Tensor& weights, const Tensor& slots,
+                          bool renormalise, double least, double scale) {
+  const KeepBackwardArgs a = keep_backward_args(grad, weights, slots, renormalise, least, scale);
+  const KeepArgs& f = a.forward;
+  const OnDevice device(f.weights);
+  const Tensor grad_weights = empty(f.weights, {f.num_tokens, f.top_k}, f.weights.scalar_type());
+  cuda::keep_backward(keep_of(f), a.grad.const_data_ptr(), grad_weights.mutable_data_ptr(),
+                      device.stream());
+  return grad_weights;
+}
+
 // Of the arguments of the row operators; route_dot has no weights.
 template <typename Args>
 cuda::Routes routes_of(const Args& a, const OptionalTensor& weights) {
@@ -216,6 +247,8 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
   m.impl("gate", TORCH_BOX(&moe_ext::gate_cuda));
   m.impl("gate_backward", TORCH_BOX(&moe_ext::gate_backward_cuda));
   m.impl("plan", TORCH_BOX(&moe_ext::plan_cuda));
+  m.impl("keep", TORCH_BOX(&moe_ext::keep_cuda));
+  m.impl("keep_backward", TORCH_BOX(&moe_ext::keep_backward_cuda));
   m.impl("dispatch", TORCH_BOX(&moe_ext::dispatch_cuda));
   m.impl("combine", TORCH_BOX(&moe_ext::combine_cuda));
   m.impl("route_dot", TORCH_BOX(&moe_ext::route_dot_cuda));

@@ -23,6 +23,14 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "plan(Tensor experts, Tensor? priority, SymInt num_experts, SymInt? capacity, str order, "
       "SymInt align) -> (Tensor, Tensor, Tensor, Tensor)");
 
+  // weights, slots [T, K] -> kept [T, K]
+  m.def("keep(Tensor weights, Tensor slots, bool renormalise, float least, float scale) -> Tensor");
+
+  // grad, weights, slots [T, K] -> grad_weights [T, K]
+  m.def(
+      "keep_backward(Tensor grad, Tensor weights, Tensor slots, bool renormalise, float least, "
+      "float scale) -> Tensor");
+
   // tokens [T, H], slots [T, K], sources [R], weights [T, K] -> rows [R, H]
   m.def("dispatch(Tensor tokens, Tensor slots, Tensor sources, Tensor? weights) -> Tensor");
 

@@ -8,7 +8,7 @@ from . import build, convert, losses, ops, selection
 from .experts import Experts, ModuleExperts, SharedExperts
 from .explanation import explain
 from .feed_forward import feed_forward
-from .functional import Choice, activate, combine, dispatch, gate, grouped_mm, route_dot
+from .functional import Choice, activate, combine, dispatch, gate, grouped_mm, keep, route_dot
 from .grouped_experts import GroupedExperts
 from .layer import Aux, MoE, MOELayer
 from .plan import Plan, make_plan
@@ -45,6 +45,7 @@ __all__ = [
     "feed_forward",
     "gate",
     "grouped_mm",
+    "keep",
     "losses",
     "make_plan",
     "ops",

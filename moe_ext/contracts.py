@@ -170,6 +170,36 @@ def plan(
     check.int32_size("rows", rows)
 
 
+def keep(
+    weights: Tensor,
+    slots: Tensor,
+    renormalise: bool,
+    least: float,
+    scale: float,
+    op: str = "keep",
+) -> None:
+    check = Check(op)
+    check.shape("weights", weights, [("T", None), ("K", None)])
+    check.floating("weights", weights)
+    check.dtype("weights", weights, accumulate_dtype(weights.dtype))
+    T, K = weights.shape
+    check.int32_size("T * K", T * K)
+    check.shape("slots", slots, [("T", T), ("K", K)])
+    check.dtype("slots", slots, torch.int32)
+    check.same_device("slots", slots, "weights", weights)
+
+
+def keep_backward(
+    grad: Tensor, weights: Tensor, slots: Tensor, renormalise: bool, least: float, scale: float
+) -> None:
+    op = "keep_backward"
+    keep(weights, slots, renormalise, least, scale, op)
+    check = Check(op)
+    check.shape("grad", grad, [("T", weights.shape[0]), ("K", weights.shape[1])])
+    check.dtype("grad", grad, weights.dtype)
+    check.same_device("grad", grad, "weights", weights)
+
+
 def _routes(
     check: Check,
     name: str,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import contracts
-from .gradients import Activate, Combine, Dispatch, Gate, GroupedMM, RouteDot
+from .gradients import Activate, Combine, Dispatch, Gate, GroupedMM, Keep, RouteDot
 from .plan import Plan
 
 
@@ -54,6 +54,30 @@ def gate(
     token's. Raises RuntimeError where an argument breaks this contract.
     """
     return Choice(*Gate.call(logits, choice_scores, k, scoring, renormalise, scale))
+
+
+def keep(
+    weights: Tensor,
+    plan: Plan,
+    *,
+    renormalise: bool = False,
+    least: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The weights of routes that the plan has a row for; of those it drops, zero.
+
+    weights: [T, K] float32 or float64
+    plan: of the same T tokens and K choices
+    renormalise: divide a token's kept weights by their sum
+    least: what they are divided by where their sum is below it; None is the smallest normal number
+    scale: factor on all
+
+    Returns [T, K]; zero for a dropped route, whatever stands beside it, NaN too. Raises
+    RuntimeError where an argument breaks this contract.
+    """
+    if least is None:
+        least = torch.finfo(weights.dtype).tiny if weights.is_floating_point() else 0.0
+    return Keep.call(weights, plan.slots, renormalise, least, scale)
 
 
 def dispatch(tokens: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:

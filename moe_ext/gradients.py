@@ -101,6 +101,44 @@ class GateBackward(Operator):
         return tuple(grads)
 
 
+class Keep(Operator):
+    @staticmethod
+    def forward(weights, slots, renormalise, least, scale):
+        return ops.run("keep", weights, slots, renormalise, least, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weights, slots, ctx.renormalise, ctx.least, ctx.scale = inputs
+        ctx.save_for_backward(weights, slots)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rule = ctx.renormalise, ctx.least, ctx.scale
+        return KeepBackward.call(grad, *ctx.saved_tensors, *rule), None, None, None, None
+
+
+class KeepBackward(Operator):
+    @staticmethod
+    def forward(grad, weights, slots, renormalise, least, scale):
+        return ops.run("keep_backward", grad, weights, slots, renormalise, least, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.renormalise, ctx.least, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad_grad):
+        grad, weights, slots = ctx.saved_tensors
+
+        def keep_backward(grad, weights):
+            rule = ctx.renormalise, ctx.least, ctx.scale
+            return reference.keep_backward(grad, weights, slots, *rule)
+
+        _, vjp = torch.func.vjp(keep_backward, grad, weights)
+        return *vjp(grad_grad), None, None, None, None
+
+
 class Dispatch(Operator):
     @staticmethod
     def forward(tokens, slots, sources, weights):
@@ -314,6 +352,8 @@ ops.registry.register_gradients(
     {
         "gate": Gate,
         "gate_backward": GateBackward,
+        "keep": Keep,
+        "keep_backward": KeepBackward,
         "dispatch": Dispatch,
         "combine": Combine,
         "route_dot": RouteDot,

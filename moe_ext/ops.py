@@ -23,6 +23,8 @@ NAMES = (
     "gate",
     "gate_backward",
     "plan",
+    "keep",
+    "keep_backward",
     "dispatch",
     "combine",
     "route_dot",
@@ -80,6 +82,18 @@ def plan(experts, priority, num_experts, capacity, order, align):
         experts.new_empty(num_experts + 1),
         experts.new_empty(num_experts),
     )
+
+
+@_fake
+def keep(weights, slots, renormalise, least, scale):
+    contracts.keep(weights, slots, renormalise, least, scale)
+    return weights.new_empty(weights.shape)
+
+
+@_fake
+def keep_backward(grad, weights, slots, renormalise, least, scale):
+    contracts.keep_backward(grad, weights, slots, renormalise, least, scale)
+    return weights.new_empty(weights.shape)
 
 
 @_fake

@@ -171,6 +171,35 @@ def plan(
     )
 
 
+def keep(weights: Tensor, slots: Tensor, renormalise: bool, least: float, scale: float) -> Tensor:
+    """The weights of routes that have a row, 0 of others, divided by their sum or by `least` where
+    the sum is below it. weights, slots: [T, K] -> [T, K]."""
+    contracts.keep(weights, slots, renormalise, least, scale)
+    kept = weights.masked_fill(slots < 0, 0)
+    if renormalise:
+        # The sum may be NaN, and a dropped route has weight 0.
+        kept = kept / kept.sum(dim=-1, keepdim=True).clamp(min=least)
+        kept = kept.masked_fill(slots < 0, 0)
+    return kept * scale
+
+
+def keep_backward(
+    grad: Tensor, weights: Tensor, slots: Tensor, renormalise: bool, least: float, scale: float
+) -> Tensor:
+    """The gradient of `keep` with respect to weights, [T, K]: as there, of differentiable torch
+    operators."""
+    contracts.keep_backward(grad, weights, slots, renormalise, least, scale)
+    kept, grad = weights.masked_fill(slots < 0, 0), grad.masked_fill(slots < 0, 0)
+    if renormalise:
+        total = kept.sum(dim=-1, keepdim=True)
+        divisor = total.clamp(min=least)
+        # Below the least the divisor is a constant.
+        shared = (grad * kept).sum(dim=-1, keepdim=True) / divisor
+        grad = (grad - shared.masked_fill(total < least, 0)) / divisor
+        grad = grad.masked_fill(slots < 0, 0)
+    return grad * scale
+
+
 def _with_zero_row(matrix: Tensor) -> Tensor:
     return torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import contracts, losses, options
-from .functional import Choice, gate
+from .functional import Choice, gate, keep
 from .plan import Plan, make_plan
 
 DROP_POLICIES = ("random", "position", "probs")
@@ -79,11 +79,9 @@ def route(
     is_before = renormalise == "before" or (
         renormalise == "after" and not can_drop and choice_scores is None
     )
-    gate_options = {
-        "scoring": scoring,
-        "renormalise": is_before,
-        "scale": scale if is_before else 1.0,
-    }
+    is_after = renormalise == "after" and not is_before
+    scale_before, scale_after = (1.0, scale) if is_after else (scale, 1.0)
+    gate_options = {"scoring": scoring, "renormalise": is_before, "scale": scale_before}
     if experts is None:
         choice = gate(logits, k, choice_scores=choice_scores, **gate_options)
     else:
@@ -92,23 +90,16 @@ def route(
     if used_token is not None:
         options.used_token("route", used_token, logits.shape[0])
         experts = torch.where(used_token.reshape(-1, 1) != 0, experts, -1)
-    priority = _priority(choice, drop_policy, capacity, are_scores=not is_before)
+    are_scores = not is_before and scale_before == 1
+    priority = _priority(choice, drop_policy, capacity, are_scores)
     plan = make_plan(experts, logits.shape[1], capacity, priority=priority, order=order)
     weights = choice.weights
-    dropped = plan.slots < 0 if can_drop else None
-    if can_drop:
-        weights = weights.masked_fill(dropped, 0)
-    if renormalise == "after" and not is_before:
+    if can_drop or is_after:
         info = torch.finfo(weights.dtype)
         # Probabilities as small as eps are noise beside those of other experts; scores that stand
         # alone are not.
         least = info.eps if scoring == "softmax" else info.tiny
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=least)
-        # The sum may be NaN, and a dropped route has weight 0.
-        if can_drop:
-            weights = weights.masked_fill(dropped, 0)
-    if scale != 1 and not is_before:
-        weights = weights * scale
+        weights = keep(weights, plan, renormalise=is_after, least=least, scale=scale_after)
     routing = Routing(weights, plan, choice.probs, choice.importance, None, logits)
     l_aux = _balance(routing, scoring) if aux_loss is None else aux_loss(routing)
     if not isinstance(l_aux, Tensor) or l_aux.dim() != 0:

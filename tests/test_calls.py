@@ -38,10 +38,10 @@ def test_a_forward_is_few_calls(k, drop_tokens, num_experts):
     products = {"moe_ext::grouped_mm": 2}
     assert {name: calls.of[name] for name in products} == products
     ours = sum(n for name, n in calls.of.items() if name.startswith("moe_ext::")) - 2
-    assert ours <= 6, calls.of
+    # A loss of first choices counts them where there are others.
+    assert ours <= 6 + (k == 2 and drop_tokens), calls.of
     others = sum(calls.of.values()) - 2 - ours
-    # What is dropped changes the weights of what is kept.
-    assert others <= (18 if drop_tokens else 12), calls.of
+    assert others <= 12, calls.of
 
 
 # Of AVX2, which is what valgrind offers, by GCC 12; with room for other compilers.

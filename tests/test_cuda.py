@@ -122,7 +122,7 @@ def test_cpu_and_cuda_give_the_same_integers(cuda, tokens, routing):
     "op",
     [
         *("gate", "gate_backward", "plan", "dispatch", "combine", "route_dot", "dispatch_dot"),
-        *("activate", "activate_backward"),
+        *("keep", "keep_backward", "activate", "activate_backward"),
     ],
 )
 def test_work_goes_to_the_current_stream_and_is_not_awaited(cuda, op):
@@ -157,7 +157,13 @@ def calls(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]]]:
         return (op.gate_backward(grad, None, None, probs, experts, "softmax", True, 1.0),)
 
     inner, routes = torch.randn(len(sources), 2 * H, device=device), [slots, sources, weights]
+    rule = True, 1e-9, 1.5
     return {
+        "keep": (lambda *x: (op.keep(*x, *rule),), [weights, slots]),
+        "keep_backward": (
+            lambda *x: (op.keep_backward(*x, *rule),),
+            [torch.randn_like(weights), weights, slots],
+        ),
         "gate": (lambda x: op.gate(x, None, K, "softmax", True, 1.0), [logits]),
         "gate_backward": (backward, [torch.randn_like(weights), probs, experts]),
         "plan": (lambda x, p: op.plan(x, p, E, T // 4, "choice", 1), [experts, weights]),

@@ -41,6 +41,10 @@ GOOD = {
         scale=1.0,
     ),
     "plan": dict(experts=EXPERTS, priority=W, num_experts=E, capacity=5, order="choice", align=1),
+    "keep": dict(weights=W, slots=PLAN.slots, renormalise=True, least=1e-9, scale=1.0),
+    "keep_backward": dict(
+        grad=W, weights=W, slots=PLAN.slots, renormalise=True, least=1e-9, scale=1.0
+    ),
     "dispatch": dict(tokens=X, slots=PLAN.slots, sources=PLAN.sources, weights=W),
     "combine": dict(rows=ROWS, slots=PLAN.slots, sources=PLAN.sources, weights=W),
     "route_dot": dict(tokens=X, rows=ROWS, slots=PLAN.slots, sources=PLAN.sources),
@@ -105,6 +109,16 @@ SHAPE_AND_TYPE = [
         "grad_importance must be [E] with E = 8, got [33, 2]",
     ),
     ("gate_backward", {"grad_probs": PROBS.double()}, "grad_probs must be float32, got float64"),
+    ("keep", {"weights": W.half()}, "weights must be float32, got float16"),
+    ("keep", {"slots": PLAN.slots[:9]}, "slots must be [T, K] with T = 33, K = 2, got [9, 2]"),
+    ("keep", {"slots": PLAN.slots.long()}, "slots must be int32, got int64"),
+    ("keep_backward", {"weights": W[0]}, "weights must be [T, K], got [2]"),
+    (
+        "keep_backward",
+        {"grad": W[:, :1]},
+        "grad must be [T, K] with T = 33, K = 2, got [33, 1]",
+    ),
+    ("keep_backward", {"grad": W.double()}, "grad must be float32, got float64"),
     (
         "gate_backward",
         {"scoring": ""},

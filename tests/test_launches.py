@@ -65,6 +65,24 @@ def test_gate(launches_of, T, E, scoring):
     assert kernels(launches_of(total.backward)) == ["gate_backward"]
 
 
+@pytest.mark.parametrize(("T", "K"), [(1, 1), (256, 2), (1000, 8)])
+def test_keep(launches_of, T, K):
+    """One launch each way; a weight is read twice, as a first sum needs all of them."""
+    plan = moe_ext.make_plan(random_experts(T, K, 8), 8, T)
+    weights = torch.rand(T, K, requires_grad=True)
+    kept = None
+
+    def forward():
+        nonlocal kept
+        kept = moe_ext.keep(weights, plan, renormalise=True)
+
+    (launch,) = launches_of(forward)
+    assert launch["kernel"] == "keep"
+    assert launch["loads"] == {4: 4 * T * K}
+    assert launch["stores"] == {4: T * K}
+    assert kernels(launches_of(kept.square().sum().backward)) == ["keep_backward"]
+
+
 @pytest.mark.parametrize(("T", "K"), [(0, 2), (1, 1), (512, 8), (513, 8), (20000, 3)])
 @pytest.mark.parametrize("order", moe_ext.contracts.ORDERS)
 def test_plan(launches_of, T, K, order):

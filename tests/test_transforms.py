@@ -230,6 +230,8 @@ def _arguments(dtype):
         "gate": (logits, None, K, "softmax", True, 1.5),
         "gate_backward": (*grads, choice.probs, choice.experts, "sigmoid", False, 1.0),
         "plan": (experts, torch.rand(T, K), E, 5, "choice", 1),
+        "keep": (choice.weights, plan.slots, True, 1e-9, 1.5),
+        "keep_backward": (choice.weights, choice.weights, plan.slots, True, 1e-9, 1.5),
         "dispatch": (x, *routes, choice.weights),
         "combine": (rows, *routes, choice.weights),
         "route_dot": (x, rows, *routes),

@@ -73,6 +73,18 @@ struct Plan {
 int64_t plan_scratch(int64_t num_routes, int64_t num_experts, bool with_priority);
 void plan(const Plan& call, CUstream_st* stream);
 
+struct Keep {
+  Dtype dtype;           // of the weights: float32 or float64
+  const void* weights;   // [T, K]
+  const int32_t* slots;  // [T, K]
+  int64_t num_tokens, top_k;
+  bool renormalise;
+  double least, scale;
+};
+void keep(const Keep& call, void* kept, CUstream_st* stream);
+// grad [T, K] -> grad_weights [T, K]
+void keep_backward(const Keep& call, const void* grad, void* grad_weights, CUstream_st* stream);
+
 // What the row operators share. A route has a row where slots and sources agree that it has;
 // whatever else they hold, no access is out of bounds.
 struct Routes {

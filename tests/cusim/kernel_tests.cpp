@@ -386,6 +386,59 @@ void test_plans() {
   }
 }
 
+// ---- Keep ---------------------------------------------------------------------------------------
+
+template <typename T>
+void test_keep(int64_t num_tokens, int64_t K, bool renormalise) {
+  const double least = 0.4, scale = 1.5;
+  Array<T> weights(num_tokens * K), grad(num_tokens * K), kept(num_tokens * K);
+  Array<T> grad_weights(num_tokens * K);
+  Array<int32_t> slots(num_tokens * K);
+  fill(grad);
+  for (int64_t route = 0; route < slots.size(); ++route) {
+    // Some tokens' sums are below the least; what stands beside a dropped route is poison.
+    slots[route] = below(3) ? static_cast<int32_t>(route) : -1;
+    weights[route] =
+        make<T>(slots[route] < 0 ? NAN : (route / K % 4 ? 0.45 : 0.1 / K) + 1e-3 * below(9));
+    if (slots[route] < 0) grad[route] = make<T>(INFINITY);
+  }
+  const Keep call{dtype_of<T>, weights.data(), slots.data(), num_tokens,
+                  K,           renormalise,    least,        scale};
+  keep(call, kept.data(), nullptr);
+  keep_backward(call, grad.data(), grad_weights.data(), nullptr);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    double sum = 0, dot = 0, size = 0;
+    for (int64_t i = t * K; i < (t + 1) * K; ++i) {
+      if (slots[i] < 0) continue;
+      sum += number(weights[i]), dot += number(weights[i]) * number(grad[i]);
+      size += std::abs(number(weights[i]) * number(grad[i]));
+    }
+    const double divisor = renormalise ? std::max(sum, least) : 1;
+    const bool shares = renormalise && sum >= least;
+    for (int64_t i = t * K; i < (t + 1) * K; ++i) {
+      const bool has_row = slots[i] >= 0;
+      const double weight = has_row ? number(weights[i]) * scale / divisor : 0;
+      CHECK(close(kept[i], weight, weight, K + 4));
+      const double g = has_row ? number(grad[i]) : 0, shared = shares ? dot / divisor : 0;
+      const double terms = std::abs(g) + (shares ? size / divisor : 0);
+      CHECK(close(grad_weights[i], has_row ? (g - shared) * scale / divisor : 0,
+                  terms * scale / divisor, K + 6));
+    }
+  }
+}
+
+void test_keeps() {
+  const std::pair<int64_t, int64_t> cases[] = {{0, 2},   {1, 1},   {255, 2},
+                                               {256, 8}, {257, 3}, {9, 40}};
+  for (const auto& [T, K] : cases) {
+    context = "keep T" + std::to_string(T) + " K" + std::to_string(K);
+    for (const bool renormalise : {false, true}) {
+      test_keep<float>(T, K, renormalise);
+      test_keep<double>(T, K, renormalise);
+    }
+  }
+}
+
 // ---- Rows ---------------------------------------------------------------------------------------
 
 struct RowsCase {
@@ -580,10 +633,11 @@ void test_activations() {
 // What __launch_bounds__ promises to nvcc; the emulator does not see it.
 void check_launches() {
   const std::map<std::string, std::size_t> bounds = {
-      {"gate", 256},         {"gate_importance", 1024}, {"gate_backward", 256},
-      {"plan_count", 256},   {"plan_place", 256},       {"plan_keep", 512},
-      {"dispatch", 256},     {"combine", 256},          {"route_dot", 256},
-      {"dispatch_dot", 256}, {"activate", 256},         {"activate_backward", 256}};
+      {"gate", 256},       {"gate_importance", 1024}, {"gate_backward", 256},
+      {"plan_count", 256}, {"plan_place", 256},       {"plan_keep", 512},
+      {"keep", 256},       {"keep_backward", 256},    {"dispatch", 256},
+      {"combine", 256},    {"route_dot", 256},        {"dispatch_dot", 256},
+      {"activate", 256},   {"activate_backward", 256}};
   for (const cusim::Launch& launch : cusim::launches()) {
     context = launch.name;
     CHECK(launch.threads <= bounds.at(launch.name) && launch.threads % 32 == 0);
@@ -596,8 +650,9 @@ void check_launches() {
 int main(int argc, char** argv) {
   const std::set<std::string> named(argv + 1, argv + argc);
   for (const std::string& name : named) {
-    if (name == "gate" || name == "plan" || name == "rows" || name == "activate") continue;
-    std::printf("usage: %s [gate] [plan] [rows] [activate], got %s\n", argv[0], name.c_str());
+    if (std::set<std::string>{"gate", "plan", "keep", "rows", "activate"}.count(name)) continue;
+    std::printf("usage: %s [gate] [plan] [keep] [rows] [activate], got %s\n", argv[0],
+                name.c_str());
     return 2;
   }
   const auto wants = [&](const char* op) { return named.empty() || named.count(op); };
@@ -608,6 +663,7 @@ int main(int argc, char** argv) {
       generator.seed(static_cast<unsigned>(cusim::options().seed));
       if (wants("gate")) test_gates();
       if (wants("plan")) test_plans();
+      if (wants("keep")) test_keeps();
       if (wants("rows")) test_rows();
       if (wants("activate")) test_activations();
       check_launches();

@@ -26,6 +26,7 @@ SECONDS = 300  # a mutant may run for ever
 OPERATORS = {
     "gate.cu": ["gate"],
     "plan.cu": ["plan"],
+    "keep.cu": ["keep"],
     "activate.cu": ["activate"],
     "rows.cuh": ["rows", "activate"],
     "vec.cuh": [],
@@ -197,6 +198,19 @@ PLAN = [
     Mutant("plan.cu", "mine.y < threshold.num_equal)", "mine.y <= threshold.num_equal)"),
     Mutant("plan.cu", "if (w < warp) mine.x", "if (w <= warp) mine.x"),
     Mutant("plan.cu", "min(mine.y, threshold.num_equal)", "mine.y"),
+]
+
+KEEP = [
+    Mutant("keep.cu", "if (token >= num_tokens) return;", ""),
+    Mutant("keep.cu", "blockDim.x + threadIdx.x", "blockDim.x + threadIdx.x + 1"),
+    Mutant("keep.cu", "if (load(slots + i) < 0) continue;", ""),
+    Mutant("keep.cu", "if (load(slots + i) >= 0) {", "{"),
+    Mutant("keep.cu", "divisor = sum < least ? least : sum;", "divisor = sum;"),
+    Mutant("keep.cu", "sum < least ? T{0} : dot / divisor", "dot / divisor"),
+    Mutant("keep.cu", "load(grad + i) - shared", "load(grad + i)"),
+    Mutant("keep.cu", "/ divisor * scale", "/ divisor"),
+    Mutant("keep.cu", "if (renormalise) {", "if (true) {"),
+    Mutant("keep.cu", "divide_up(call.num_tokens, kThreads)", "call.num_tokens / kThreads"),
 ]
 
 ROWS = [
@@ -371,7 +385,7 @@ def main() -> None:
     words = parser.parse_args().words
     mutants = [
         m
-        for m in [*GATE, *PLAN, *ROWS, *ACTIVATE, *SHARED]
+        for m in [*GATE, *PLAN, *KEEP, *ROWS, *ACTIVATE, *SHARED]
         if all(word in str(m) for word in words)
     ]
     if not mutants:

@@ -1,0 +1,73 @@
+// Keep: the weights of routes that have a row, and the gradient.
+//
+//   kept[t, k] = weights[t, k]                    where slots[t, k] >= 0, else 0
+//   out[t, k]  = scale * kept[t, k] / max(sum over k of kept[t, k], least)
+//
+// A thread takes a token: what it reads is small beside a launch.
+
+#include "vec.cuh"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// grad: null for the weights, else the gradient of what they give.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void keep_kernel(
+    const T* __restrict__ grad, const T* __restrict__ weights, const int32_t* __restrict__ slots,
+    int64_t num_tokens, int64_t top_k, bool renormalise, T least, T scale, T* __restrict__ out) {
+  const int64_t token = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (token >= num_tokens) return;
+  const int64_t first = token * top_k, last = first + top_k;
+  T divisor = 1, shared = 0;
+  if (renormalise) {
+    T sum = 0, dot = 0;
+    for (int64_t i = first; i < last; ++i) {
+      if (load(slots + i) < 0) continue;
+      const T weight = load(weights + i);
+      sum += weight;
+      if (grad) dot += load(grad + i) * weight;
+    }
+    // NaN stays. Below the least the divisor is a constant.
+    divisor = sum < least ? least : sum;
+    shared = sum < least ? T{0} : dot / divisor;
+  }
+  for (int64_t i = first; i < last; ++i) {
+    T value = 0;
+    if (load(slots + i) >= 0) {
+      value = (grad ? load(grad + i) - shared : load(weights + i)) / divisor * scale;
+    }
+    store(out + i, value);
+  }
+}
+
+template <typename T>
+void launch_keep(const char* name, const void* grad, const Keep& call, void* out,
+                 CUstream_st* stream) {
+  launch(name, keep_kernel<T>, divide_up(call.num_tokens, kThreads), kThreads, 0, stream,
+         static_cast<const T*>(grad), static_cast<const T*>(call.weights), call.slots,
+         call.num_tokens, call.top_k, call.renormalise, static_cast<T>(call.least),
+         static_cast<T>(call.scale), static_cast<T*>(out));
+}
+
+void visit_keep(const char* name, const void* grad, const Keep& call, void* out,
+                CUstream_st* stream) {
+  if (call.dtype == Dtype::kFloat64) {
+    launch_keep<double>(name, grad, call, out, stream);
+  } else {
+    launch_keep<float>(name, grad, call, out, stream);
+  }
+}
+
+}  // namespace
+
+void keep(const Keep& call, void* kept, CUstream_st* stream) {
+  visit_keep("keep", nullptr, call, kept, stream);
+}
+
+void keep_backward(const Keep& call, const void* grad, void* grad_weights, CUstream_st* stream) {
+  visit_keep("keep_backward", grad, call, grad_weights, stream);
+}
+
+}  // namespace moe_ext::cuda
