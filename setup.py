@@ -46,24 +46,25 @@ def extensions() -> dict:
             "run: pip install --no-build-isolation ."
         )
 
-    def extension(name: str, sources: list[str], link: list[str]) -> CppExtension:
+    def extension(name: str, sources: list[str], flags: list[str], link: list[str]) -> CppExtension:
         return CppExtension(
             name,
             sources,
             depends=build.headers(ROOT),
-            extra_compile_args={"cxx": build.compile_flags(), "nvcc": build.cuda_flags()},
+            extra_compile_args={"cxx": flags, "nvcc": build.cuda_flags()},
             extra_link_args=link,
             py_limited_api=LIMITED_API,
         )
 
-    modules = [extension("moe_ext._C", build.sources(ROOT), [])]
+    modules = [extension("moe_ext._C", build.sources(ROOT), build.compile_flags(), [])]
     toolkit = failure = None
     try:
         toolkit, note = build.choose_toolkit()
         if toolkit:
             build.prepare_cuda(toolkit)
             link = build.cuda_link_flags(toolkit)
-            modules.append(extension("moe_ext._C_cuda", build.cuda_sources(ROOT), link))
+            flags = build.cuda_binding_flags(toolkit)
+            modules.append(extension("moe_ext._C_cuda", build.cuda_sources(ROOT), flags, link))
     except RuntimeError as error:
         failure = f"moe_ext: {error}"
 

@@ -16,6 +16,14 @@
 #include "args.h"
 #include "cuda/launchers.h"
 
+#if defined(MOE_EXT_ARCHITECTURES)
+#define MOE_EXT_TEXT(...) #__VA_ARGS__
+#define MOE_EXT_TEXT_OF(...) MOE_EXT_TEXT(__VA_ARGS__)
+// moe_ext/doctor.py reads it in the library's bytes.
+__attribute__((used)) static const char architectures[] =
+    "moe_ext built for compute capability " MOE_EXT_TEXT_OF(MOE_EXT_ARCHITECTURES);
+#endif
+
 namespace moe_ext {
 namespace {
 

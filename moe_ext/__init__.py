@@ -4,7 +4,7 @@ import importlib
 
 from torch.utils import _pytree as pytree
 
-from . import build, convert, losses, ops, selection
+from . import build, convert, losses, ops, profiling, selection, stats
 from .experts import Experts, ModuleExperts, SharedExperts
 from .explanation import explain
 from .feed_forward import feed_forward
@@ -50,9 +50,11 @@ __all__ = [
     "make_plan",
     "ops",
     "parallel",
+    "profiling",
     "route",
     "route_dot",
     "selection",
+    "stats",
 ]
 
 

@@ -1,6 +1,7 @@
 """`python -m moe_ext <command>`."""
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,40 @@ def demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def plot(arguments: argparse.Namespace) -> int:
+    from .sinks import read_json_lines
+
+    try:
+        readings = list(read_json_lines(arguments.run_file))
+    except (OSError, ValueError) as error:
+        print(f"moe_ext plot: {error}", file=sys.stderr)
+        return 2
+    if not readings:
+        print(f"moe_ext plot: {arguments.run_file} holds no reading", file=sys.stderr)
+        return 2
+    step, last = readings[-1]
+    print(f"step {step}\n{last}")
+    if arguments.text:
+        return 0
+    try:
+        from .plot import plot_run
+    except ImportError as error:
+        print(f"moe_ext plot: {error}; pip install 'moe_ext[demo]', or --text", file=sys.stderr)
+        return 1
+    out = arguments.out or arguments.run_file.parent
+    out.mkdir(parents=True, exist_ok=True)
+    print("\n".join(map(str, plot_run(readings, out))))
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    report = examine()
+    print(json.dumps(report.as_dict(), indent=1) if arguments.json else report)
+    return 0 if report.is_well else 1
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -47,6 +82,16 @@ def main() -> int:
     )
     parse.add_argument("--out", type=Path, default=Path("demo-out"), help="folder (demo-out)")
     parse.set_defaults(run=demo)
+    parse = commands.add_parser("plot", help="pictures and a table of what stats wrote down")
+    parse.add_argument("run_file", type=Path, metavar="run.jsonl", help="of sinks.JsonLines")
+    parse.add_argument("--out", type=Path, help="folder of the pictures (that of run.jsonl)")
+    parse.add_argument("--text", action="store_true", help="no pictures, only the table")
+    parse.set_defaults(run=plot)
+    parse = commands.add_parser(
+        "doctor", help="what is built and used here, whether it is right, and how to mend it"
+    )
+    parse.add_argument("--json", action="store_true", help="for programs")
+    parse.set_defaults(run=doctor)
     arguments = parser.parse_args()
     return arguments.run(arguments)
 

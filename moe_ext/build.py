@@ -151,6 +151,14 @@ def compile_flags() -> list[str]:
     return ["-O3", "-g0", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
 
 
+def cuda_binding_flags(toolkit: Toolkit) -> list[str]:
+    """Flags for the C++ file of the CUDA library. Its bytes tell `doctor` which cards it is for."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(toolkit)
+    wanted = re.split(r"[; ]+", wanted.strip())
+    # A shell would take a semicolon for its own.
+    return [*compile_flags(), f"-DMOE_EXT_ARCHITECTURES={','.join(wanted)}"]
+
+
 def cuda_flags() -> list[str]:
     """Flags for every CUDA file. A torch without CUDA does not tell ninja which headers nvcc read:
     with their digest here, a change of one is a change of the command, and compiles again."""
@@ -231,7 +239,8 @@ def jit(verbose: bool = False) -> Path:
     loads = [{"name": "_C", "sources": sources(), "extra_cflags": compile_flags()}]
     toolkit = choose_toolkit()[0] if torch.version.cuda else None
     if toolkit:
-        cuda = {"name": "_C_cuda", "sources": cuda_sources(), "extra_cflags": compile_flags()}
+        cuda = {"name": "_C_cuda", "sources": cuda_sources()}
+        cuda |= {"extra_cflags": cuda_binding_flags(toolkit)}
         cuda |= {"extra_cuda_cflags": cuda_flags(), "extra_ldflags": cuda_link_flags(toolkit)}
         loads.append(cuda)
     files = [*sources(), *cuda_sources(), *headers()]

@@ -12,6 +12,7 @@ import sysconfig
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from . import GroupedExperts, MOELayer, TopKGate
-from .plot import plot_curves, plot_load
+from .plot import plot_curves, plot_run
+from .sinks import JsonLines, Sink, read_json_lines
+from .stats import track
 from .torchrun import ALONE, Processes
+
+STATS = "stats.jsonl"
 
 
 @dataclass(frozen=True)
@@ -172,38 +177,6 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
-class LoadCount:
-    """What the MoE layers' experts were asked for and what they dropped, over many forwards."""
-
-    def __init__(self, load: Tensor | int = 0, dropped: Tensor | int = 0) -> None:
-        self.load, self.dropped = load, dropped
-
-    def add(self, model: ByteModel, num_tokens: int) -> None:
-        layers = model.moe_layers()
-        if not layers:
-            return
-        load = torch.stack([layer.exp_counts for layer in layers]).cpu()
-        capacity = layers[0].gate.capacity(num_tokens)
-        self.load = self.load + load
-        self.dropped = self.dropped + (load - capacity).clamp(min=0)
-
-    def of_all(self, processes: Processes) -> "LoadCount":
-        """The sum over the processes."""
-        if not isinstance(self.load, int):
-            self.load = processes.total(self.load.clone())
-            self.dropped = processes.total(self.dropped.clone())
-        return self
-
-    def shares(self) -> list[list[float]]:
-        """Layer by expert, of the layer's routes."""
-        if isinstance(self.load, int):
-            return []
-        return (self.load / self.load.sum(dim=1, keepdim=True)).tolist()
-
-    def drop_rate(self) -> float:
-        return 0.0 if isinstance(self.load, int) else float(self.dropped.sum() / self.load.sum())
-
-
 @torch.no_grad()
 def evaluate(
     model: ByteModel,
@@ -211,19 +184,18 @@ def evaluate(
     config: Config,
     device: torch.device,
     processes: Processes = ALONE,
-) -> tuple[float, LoadCount]:
-    """Held-out bits per byte over evenly spaced windows, and the experts' load there."""
+) -> float:
+    """Held-out bits per byte over evenly spaced windows."""
     model.eval()
     last = len(corpus.heldout) - config.context - 1
     starts = torch.linspace(0, last, config.eval_windows, dtype=torch.float64).long()
-    nats, count = 0.0, LoadCount()
+    nats = 0.0
     for chunk in map(processes.share, starts.split(config.batch)):
         inputs, targets = windows(corpus.heldout, chunk, config.context)
         nats += loss_of(model, inputs.to(device), targets.to(device)).item() * len(chunk)
-        count.add(model, inputs.numel())
     model.train()
     nats = float(processes.total(torch.tensor(nats, dtype=torch.float64)))
-    return nats / config.eval_windows / math.log(2), count.of_all(processes)
+    return nats / config.eval_windows / math.log(2)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -243,13 +215,18 @@ def train(
     result: dict,
     save,
     processes: Processes = ALONE,
+    sink: Sink | None = None,
 ):
-    """Train one model; fills `result` as it goes and calls `save` after every evaluation."""
+    """Train one model; fills `result` as it goes and calls `save` after every evaluation.
+
+    sink: takes what the experts were asked for between two evaluations
+    """
     torch.manual_seed(config.seed)
     model = ByteModel(config, is_moe=name == "moe").to(device)
     result["parameters"] = sum(p.numel() for p in model.parameters())
     result["active_parameters"] = active_parameters(model)
     wrapped = processes.wrap(model, model.moe_layers())
+    stats = track(model, detailed=True) if model.moe_layers() else None
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -258,10 +235,12 @@ def train(
         betas=(0.9, 0.95),
     )
     batches = torch.Generator().manual_seed(config.seed)
-    result["bits_per_byte_before"], _ = evaluate(model, corpus, config, device, processes)
+    result["bits_per_byte_before"] = evaluate(model, corpus, config, device, processes)
     result["curve"] = [(0, result["bits_per_byte_before"])]
     result["train_curve"] = []
-    seconds, count, recent = 0.0, LoadCount(), []
+    seconds, recent = 0.0, []
+    if stats:
+        stats.reset()
     save()
 
     bar = tqdm(
@@ -285,14 +264,13 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()
-        mean = processes.total(loss.detach()) / processes.size
-        recent.append(mean.item() / math.log(2))
+        of_all = processes.total(loss.detach()) / processes.size
+        recent.append(of_all.item() / math.log(2))
         seconds += time.perf_counter() - begin
-        count.add(model, inputs.numel())
 
         done = step + 1
         if done % config.eval_every == 0 or done == config.steps:
-            bits, heldout_count = evaluate(model, corpus, config, device, processes)
+            bits = evaluate(model, corpus, config, device, processes)
             result["curve"].append((done, bits))
             # A mean over the last steps stands at their middle.
             result["train_curve"].append((done - len(recent) / 2, sum(recent) / len(recent)))
@@ -300,11 +278,14 @@ def train(
             result["bits_per_byte_after"] = bits
             result["tokens_per_second"] = done * config.batch * config.context / seconds
             result["seconds"] = seconds
-            if model.moe_layers():
-                result["load"] = heldout_count.shares()
-                result["drop_rate_heldout"] = heldout_count.drop_rate()
-                so_far = LoadCount(count.load, count.dropped).of_all(processes)
-                result["drop_rate_train"] = so_far.drop_rate()
+            if stats:
+                reading = stats.read(group=processes.group)
+                heldout = reading.eval.values()
+                result["load"] = [layer.shares.tolist() for layer in heldout]
+                result["drop_rate_heldout"] = mean(layer.dropped for layer in heldout)
+                result["drop_rate_train"] = mean(layer.dropped for layer in reading.train.values())
+                if sink is not None:
+                    sink(reading, done)
             bar.set_postfix_str(f"held-out {bits:.3f} bits/byte")
             save()
 
@@ -329,7 +310,7 @@ def report(results: dict) -> str:
         lines.append(f"layer {i} load  " + " ".join(f"{100 * s:4.1f}%" for s in shares))
     if "drop_rate_train" in moe:
         lines.append(
-            f"dropped routes: {100 * moe['drop_rate_train']:.2f}% in training, "
+            f"dropped routes: {100 * moe['drop_rate_train']:.2f}% in the last steps of training, "
             f"{100 * moe['drop_rate_heldout']:.2f}% held out"
         )
     return "\n".join(lines)
@@ -342,18 +323,22 @@ def draw(results: dict, out: Path) -> None:
     curves |= {f"{name}, training": r["train_curve"] for name, r in trained.items()}
     if curves:
         plot_curves(curves, out / "loss.png", ylabel="bits per byte")
-    if load := results["models"].get("moe", {}).get("load"):
-        plot_load(load, out / "load.png")
+    lines = out / STATS
+    if lines.exists():
+        plot_run(list(read_json_lines(lines)), out)
 
 
 def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> dict:
-    """Train both models, write loss.png, load.png and result.json to `out`, print the figures.
+    """Train both models, write result.json, stats.jsonl and pictures to `out`, print the figures.
 
     Interrupted, it keeps what it has, draws it, and raises KeyboardInterrupt again.
     """
     out.mkdir(parents=True, exist_ok=True)
     processes = Processes.of_torchrun(torch.device(device))
     is_first = processes.rank == 0
+    lines = JsonLines(out / STATS)
+    if is_first:
+        lines.path.unlink(missing_ok=True)
     corpus = load_corpus(config)
     results: dict = {
         "config": asdict(config),
@@ -385,11 +370,12 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
                 result,
                 lambda: is_first and write_json(out / "result.json", results),
                 processes,
+                lines if is_first else None,
             )
     finally:
         if is_first:
             draw(results, out)
         processes.end()
     say(report(results))
-    say(f"wrote {out / 'loss.png'}, {out / 'load.png'} and {out / 'result.json'}")
+    say(f"wrote {', '.join(path.name for path in sorted(out.iterdir()))} to {out}")
     return results

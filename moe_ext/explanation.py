@@ -64,14 +64,17 @@ def explain(layer: nn.Module, *args, **kwargs) -> Explanation:
     value. `print(moe_ext.explain(layer, hidden))` shows it.
     """
     trace = _Trace()
-    # What a layer keeps of its last call is not of this one.
-    kept = [(m, m.l_aux, m.exp_counts) for m in layer.modules() if isinstance(m, MOELayer)]
+    # What a layer keeps of its last call is not of this one, which nobody else is to see.
+    layers = [module for module in layer.modules() if isinstance(module, MOELayer)]
+    kept = [(m, m.l_aux, m.exp_counts, m.observer) for m in layers]
     try:
+        for module in layers:
+            module.observer = None
         with torch.no_grad(), trace:
             layer(*args, **kwargs)
     finally:
-        for module, l_aux, exp_counts in kept:
-            module.l_aux, module.exp_counts = l_aux, exp_counts
+        for module, *was in kept:
+            module.l_aux, module.exp_counts, module.observer = was
     return Explanation(trace.calls, dict(trace.others), trace.reads)
 
 

@@ -19,6 +19,8 @@ from . import contracts
 from .feed_forward import dispatch_mm, feed_forward
 from .functional import combine, grouped_mm
 from .plan import Plan, make_plan
+from .sinks import Sink
+from .stats import Stats, track
 
 NAME = "moe_ext"
 MINIMUM = (5, 7)
@@ -51,6 +53,9 @@ def experts_forward(
     if layout.is_expert_parallel:
         experts = experts.masked_fill(experts >= self.num_experts, -1)
     plan = make_plan(experts, self.num_experts, order="token")
+    observer = getattr(self, "observer", None)
+    if observer is not None:
+        observer(plan, None, None, None)
     tokens = hidden_states.to(layout.up.dtype)
     weights = top_k_weights.to(contracts.accumulate_dtype(tokens.dtype))
     return layout.routed(tokens, plan, weights).to(hidden_states.dtype)
@@ -176,6 +181,52 @@ def check(model: nn.Module) -> int:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return len(found)
+
+
+class StatsCallback(transformers.TrainerCallback):
+    """Counts a model's experts while a Trainer trains it (moe_ext.stats), and says so at every log:
+
+        Trainer(model, ..., callbacks=[moe_ext.hf.StatsCallback(JsonLines("run.jsonl"))])
+
+    sinks: called with every reading and its step, in the main process alone
+    per_layer: log the numbers of every layer, not only their mean and the worst
+    detailed: as of stats.track
+    group: the processes to sum over; the default is all that torch.distributed knows of
+
+    The numbers are added to the Trainer's logs and its log history. What logs them itself, as
+    TensorBoard's callback, comes before this one in a Trainer: for those there are sinks.
+    """
+
+    def __init__(
+        self, *sinks: Sink, per_layer: bool = False, detailed: bool = False, group=None
+    ) -> None:
+        self.sinks = sinks
+        self.per_layer = per_layer
+        self.detailed = detailed
+        self.group = group
+        self.stats: Stats | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self.stats = track(model, detailed=self.detailed)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.stats is None:
+            return
+        group = self.group
+        if group is None and torch.distributed.is_initialized():
+            group = torch.distributed.group.WORLD
+        reading = self.stats.read(group=group)
+        numbers = reading.scalars(per_layer=self.per_layer)
+        if logs is not None:
+            logs.update(numbers)
+        if state.log_history:
+            state.log_history[-1].update(numbers)
+        if state.is_world_process_zero:
+            for sink in self.sinks:
+                sink(reading, state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.stats.stop()
 
 
 moe.ExpertsInterface.register(NAME, experts_forward)

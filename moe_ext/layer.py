@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from . import options, route_forms
 from .experts import DeepSpeedExperts, Experts, routed
 from .plan import Plan
 from .process_group import GroupAttribute
+from .routing import Routing
 from .timers import Timers
 from .topk_gate import TopKGate
 
@@ -47,12 +49,14 @@ def _routes_itself(gate: nn.Module) -> bool:
 
 def _route(
     gate: nn.Module, tokens: Tensor, used_token: Tensor | None, experts: Tensor | None
-) -> tuple[Plan, Tensor, Aux]:
+) -> tuple[Plan, Tensor, Aux, Routing | None]:
+    """With a gate written for DeepSpeed there is no Routing."""
     if _routes_itself(gate):
         recorded = () if experts is None else (experts,)
         routing = gate.route(tokens, used_token, *recorded)
         plan = routing.plan
-        return plan, routing.weights, Aux(routing.l_aux, plan.load.to(torch.int64), plan.experts)
+        aux = Aux(routing.l_aux, plan.load.to(torch.int64), plan.experts)
+        return plan, routing.weights, aux, routing
     if experts is not None:
         raise RuntimeError(
             f"MOELayer: experts must be None with a gate of type {type(gate).__name__}, which has "
@@ -61,7 +65,7 @@ def _route(
     knows_sparse = "sparse_routes" in inspect.signature(gate.forward).parameters
     result = gate(tokens, used_token, **({"sparse_routes": True} if knows_sparse else {}))
     plan, weights, l_aux, exp_counts = route_forms.plan_of(result, tokens)
-    return plan, weights, Aux(l_aux, exp_counts, plan.experts)
+    return plan, weights, Aux(l_aux, exp_counts, plan.experts), None
 
 
 class MOELayer(nn.Module):
@@ -82,12 +86,15 @@ class MOELayer(nn.Module):
     `layer(hidden, used_token=None)` returns a tensor like hidden and leaves `l_aux` and
     `exp_counts` of that call as attributes. Under checkpointing (use_reentrant=False), export and
     compile + checkpoint use `forward_with_aux`, which returns them. Copies and pickles hold None
-    for them. Gate and experts may be replaced by others of as many experts. With
+    for them. `observer(plan, aux, routing, used_token)`, where there is one, is told of every call,
+    and that of stats.track counts it; routing is None with a gate written for DeepSpeed. Gate and
+    experts may be replaced by others of as many experts. With
     `wall_clock_breakdown` set, `time_moe` is the time of all calls in milliseconds; torch.compile
     does not take that. Raises ValueError where gate and experts do not fit.
     """
 
     ep_group = GroupAttribute()
+    observer: Callable[[Plan, Aux | None, Routing | None, Tensor | None], None] | None = None
 
     def __init__(
         self,
@@ -180,17 +187,21 @@ class MOELayer(nn.Module):
                 f"MOELayer: with ep_size = {self.ep_size} its process group must be set first, by "
                 "MoE.set_deepspeed_parallelism() or _set_ep_group(group)"
             )
-        plan, weights, aux = _route(self.gate, tokens, used_token, experts)
+        plan, weights, aux, routing = _route(self.gate, tokens, used_token, experts)
         if plan.num_experts != self.num_experts:
             raise RuntimeError(
                 f"MOELayer: gate must choose among E = {self.num_experts} experts, "
                 f"got {plan.num_experts}"
             )
+        if self.observer is not None:
+            self.observer(plan, aux, routing, used_token)
         out = routed(self.experts, tokens, plan, weights)
         return out.to(hidden.dtype).view(hidden.shape), aux
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "l_aux": None, "exp_counts": None}
+        state = {**super().__getstate__(), "l_aux": None, "exp_counts": None}
+        state.pop("observer", None)
+        return state
 
 
 def _num_experts(experts: nn.Module) -> int:

@@ -32,6 +32,10 @@ class Processes(NamedTuple):
         groups = parallel.make_groups(world, device_type=device.type)
         return cls(dist.get_rank(), world, groups)
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.groups is None else dist.group.WORLD
+
     def share(self, starts: Tensor) -> Tensor:
         """This process's part of a batch."""
         if len(starts) % self.size:

@@ -23,9 +23,11 @@ NOT_OF_OPERATORS = {
     "test_deepep.py",
     "test_deepspeed.py",
     "test_demo.py",
+    "test_doctor.py",
     "test_explain.py",
     "test_foreign.py",
     "test_hf_experts.py",
+    "test_hf_stats.py",
     "test_huggingface.py",
     "test_losses.py",
     "test_migration.py",
@@ -33,6 +35,9 @@ NOT_OF_OPERATORS = {
     "test_parallel_faults.py",
     "test_parallel_modules.py",
     "test_parallel_training.py",
+    "test_profiling.py",
+    "test_sinks.py",
+    "test_stats.py",
     "test_toolkit.py",
 }
 

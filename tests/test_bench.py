@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moe_ext import reference
 
@@ -25,6 +26,10 @@ def load(name: str):
 @pytest.fixture(autouse=True)
 def _benches(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
+    yield
+    # fairscale's layer wants one.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -86,20 +86,6 @@ def test_two_processes_reach_the_loss_of_one(tmp_path):
         assert b["bits_per_byte_after"] < 0.7 * b["bits_per_byte_before"]
 
 
-def test_drop_rate_counts_dropped_routes():
-    config = replace(SMALL, capacity_factor=0.3)
-    model = demo.ByteModel(config, is_moe=True)
-    model(torch.randint(256, (8, config.context)))
-    count = demo.LoadCount()
-    count.add(model, 8 * config.context)
-    dropped = 0
-    for layer in model.moe_layers():
-        C = layer.gate.capacity(8 * config.context)
-        dropped += sum(max(0, n - C) for n in layer.exp_counts.tolist())
-    assert dropped > 0
-    assert count.drop_rate() == pytest.approx(dropped / (8 * config.context * 2 * config.layers))
-
-
 @pytest.mark.parametrize("wrong", [["--device", "nonsense"], ["--steps", "0"], ["--out", __file__]])
 def test_wrong_arguments_end_in_one_line(wrong, tmp_path):
     run = subprocess.run(

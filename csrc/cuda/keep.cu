@@ -14,7 +14,7 @@ constexpr int kThreads = 256;
 
 // grad: null for the weights, else the gradient of what they give.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void keep_kernel(
+__global__ __launch_bounds__(kThreads) void keep_weights_kernel(
     const T* __restrict__ grad, const T* __restrict__ weights, const int32_t* __restrict__ slots,
     int64_t num_tokens, int64_t top_k, bool renormalise, T least, T scale, T* __restrict__ out) {
   const int64_t token = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -45,7 +45,7 @@ __global__ __launch_bounds__(kThreads) void keep_kernel(
 template <typename T>
 void launch_keep(const char* name, const void* grad, const Keep& call, void* out,
                  CUstream_st* stream) {
-  launch(name, keep_kernel<T>, divide_up(call.num_tokens, kThreads), kThreads, 0, stream,
+  launch(name, keep_weights_kernel<T>, divide_up(call.num_tokens, kThreads), kThreads, 0, stream,
          static_cast<const T*>(grad), static_cast<const T*>(call.weights), call.slots,
          call.num_tokens, call.top_k, call.renormalise, static_cast<T>(call.least),
          static_cast<T>(call.scale), static_cast<T*>(out));

@@ -1,0 +1,97 @@
+"""Where readings of `stats` go: lines of JSON, or TensorBoard. Any function of a reading and a step
+is another; for Weights and Biases that is
+
+    lambda reading, step: wandb.log(reading.scalars(), step=step)
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from .stats import MODES, LayerStats, Reading
+
+Sink = Callable[[Reading, int], None]
+
+# Of LayerStats, what is a list in a line; pairs are a list of lists.
+_TENSORS = {
+    "load": torch.int64,
+    "kept": torch.int64,
+    "importance": torch.float64,
+    "pairs": torch.int64,
+}
+
+
+class JsonLines:
+    """A file with a line for every layer and mode of every reading, as `read_json_lines` reads it.
+
+    path: is appended to; its folder must be there
+
+    A line is written at once and whole: an interrupted run leaves what it had written.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def __call__(self, reading: Reading, step: int) -> None:
+        lines = []
+        for mode in MODES:
+            for name, layer in getattr(reading, mode).items():
+                line = {"step": step, "mode": mode, "layer": name, **layer._asdict()}
+                for key in _TENSORS:
+                    line[key] = None if line[key] is None else line[key].tolist()
+                lines.append(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
+        with self.path.open("a") as file:
+            file.write("".join(lines))
+
+
+def read_json_lines(path: Path | str) -> Iterator[tuple[int, Reading]]:
+    """The readings in a file that JsonLines wrote, with their steps, in the file's order.
+
+    Raises ValueError, which names the line, where one is not understood; a last one that was cut
+    off is left out.
+    """
+    lines = Path(path).read_text().splitlines(keepends=True)
+    step, reading = None, Reading({}, {})
+    for number, text in enumerate(lines, start=1):
+        if not text.endswith("\n"):
+            break
+        try:
+            line = json.loads(text)
+            here, mode, name = (line.pop(key) for key in ("step", "mode", "layer"))
+            layers = {"train": reading.train, "eval": reading.eval}[mode]
+            tensors = {
+                key: torch.tensor(line[key], dtype=dtype)
+                for key, dtype in _TENSORS.items()
+                if key in line
+            }
+            layer = LayerStats(**line | tensors)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not a line of moe_ext's stats: {error}"
+            ) from error
+        if step is not None and (here != step or name in layers):
+            yield step, reading
+            reading = Reading({}, {})
+            layers = getattr(reading, mode)
+        step = here
+        layers[name] = layer
+    if step is not None:
+        yield step, reading
+
+
+class TensorBoard:
+    """Numbers to a torch.utils.tensorboard.SummaryWriter, or anything with its add_scalar.
+
+    writer: the writer
+    per_layer: those of every layer, not only their mean and the worst
+    """
+
+    def __init__(self, writer, *, per_layer: bool = False) -> None:
+        self.writer = writer
+        self.per_layer = per_layer
+
+    def __call__(self, reading: Reading, step: int) -> None:
+        for name, value in reading.scalars(per_layer=self.per_layer).items():
+            self.writer.add_scalar(name, value, step)

@@ -1,0 +1,377 @@
+"""What a model's experts are asked for, counted on the device:
+
+    stats = moe_ext.stats.track(model)
+    ...                                  # train; nothing waits for the device
+    print(stats.read())                  # one copy to the host, and a new count begins
+
+A reading says for every layer which experts are idle, how uneven their load is and how much was
+dropped; detailed ones also how sure the router is. sinks.py writes readings down, plot.py draws
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import losses
+from .heatmap import text_heatmap
+from .layer import Aux, MOELayer
+from .plan import Plan
+from .routing import Routing
+
+MODES = ("train", "eval")
+# Pairs of a token's choices are counted one by one.
+MOST_CHOICES = 32
+
+
+def track(model: nn.Module, *, detailed: bool = False) -> Stats:
+    """Count what the experts of a model are asked for, from now on.
+
+    model: a MOELayer, or a module with some in it; the experts of transformers' models with
+        experts_implementation="moe_ext" count too, without what only their router knows. A layer
+        has one `Stats`: a later one takes its place.
+    detailed: also the router's entropy, its z-loss, how far it is followed, and which experts
+        are chosen together: some passes over [T, E] and [T, K, K]
+
+    Training and evaluation are counted apart, by the layer's mode. Tokens that used_token takes out
+    count for nothing; a transformers model does not tell its experts which tokens are padding. What
+    checkpointing computes again is counted once. Calls inside of torch.func's transforms and of
+    torch.export are not counted, nor those of copies of a layer. Raises ValueError for a model
+    without such layers.
+    """
+    return Stats(model, detailed)
+
+
+class Stats:
+    """The counters of a model, from `track`. A context manager that stops counting at its end."""
+
+    def __init__(self, model: nn.Module, detailed: bool) -> None:
+        self._layers = dict(_layers(model))
+        if not self._layers:
+            raise ValueError(
+                f"stats.track: {type(model).__name__} has no MOELayer, nor experts of transformers "
+                'with experts_implementation="moe_ext"'
+            )
+        self._counters = {name: _Counters(m, detailed) for name, m in self._layers.items()}
+        for name, module in self._layers.items():
+            module.observer = self._counters[name]
+
+    def __enter__(self) -> Stats:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Count no more; what was counted can still be read."""
+        for name, module in self._layers.items():
+            if module.observer is self._counters[name]:
+                module.observer = None
+
+    def reset(self) -> None:
+        """Begin a new count."""
+        for counters in self._counters.values():
+            counters.reset()
+
+    @torch.no_grad()
+    def read(self, *, reset: bool = True, group: dist.ProcessGroup | None = None) -> Reading:
+        """What was counted since the last reset: one copy to the host.
+
+        reset: begin a new count
+        group: the sum over all its processes, all of which call this; a process group, or
+            dist.group.WORLD. With experts on several processes every process counts the routes of
+            its own tokens.
+        """
+        of_layers = [(name, c, mode) for name, c in self._counters.items() for mode in MODES]
+        packed = [counters.packed(mode) for _, counters, mode in of_layers]
+        # Layers may be on several devices.
+        total = torch.cat([p.to(packed[0].device) for p in packed])
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        parts = total.cpu().split([len(p) for p in packed])
+        if reset:
+            self.reset()
+        reading = Reading({}, {})
+        for (name, counters, mode), part in zip(of_layers, parts, strict=True):
+            layer = counters.unpacked(part)
+            if layer.calls:
+                getattr(reading, mode)[name] = layer
+        return reading
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a model by name; experts of transformers that are not in a MOELayer."""
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        is_experts = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+        is_ours = getattr(config, "_experts_implementation", None) == "moe_ext"
+        if isinstance(module, MOELayer) or (is_experts and is_ours):
+            yield name or type(module).__name__, module
+
+
+class _Counters:
+    """Sums of one layer, in training and in evaluation; called with what the layer decided.
+
+        counts  int64    calls, tokens | load [E] | kept [E] | followed | pairs [E, E]
+        sums    float64  l_aux | entropy, squares | importance [E]
+
+    What is behind the second bar of each is for detailed ones alone. Each is changed at one place
+    of a call: two views of a tensor that both change are not safe in torch.compile.
+    """
+
+    def __init__(self, module: nn.Module, detailed: bool) -> None:
+        self.module = module
+        self.detailed = detailed
+        self.num_experts = E = module.num_experts
+        first = next((p for p in module.parameters()), None)
+        device = torch.device("cpu") if first is None else first.device
+        real = torch.float32 if device.type == "mps" else torch.float64
+        lengths = (2 + 2 * E + (1 + E * E) * detailed, 1 + (2 + E) * detailed)
+        # In-place sums of a tensor that was made in inference mode could not be made outside.
+        with torch.inference_mode(False):
+            self.one = torch.ones(1, dtype=torch.int64, device=device)
+            self.counts, self.sums = (
+                {mode: torch.zeros(length, dtype=dtype, device=device) for mode in MODES}
+                for length, dtype in zip(lengths, (torch.int64, real), strict=True)
+            )
+
+    def __call__(
+        self, plan: Plan, aux: Aux | None, routing: Routing | None, used_token: Tensor | None
+    ) -> None:
+        if not self._is_counted():
+            return
+        if self.one.device != plan.load.device:
+            self._move(plan.load.device)
+        mode = "train" if self.module.training else "eval"
+        used = None if used_token is None else used_token.reshape(-1) != 0
+        with torch.no_grad():
+            self._count(self.counts[mode], plan, aux, routing, used)
+            if aux is not None:
+                self._sum(self.sums[mode], aux, routing, used)
+
+    def _is_counted(self) -> bool:
+        if torch.compiler.is_compiling():
+            return not torch.compiler.is_exporting()
+        # A backward runs what is checkpointed again.
+        is_again = torch._C._current_graph_task_id() != -1
+        return not is_again and torch._C._functorch.peek_interpreter_stack() is None
+
+    def _move(self, device: torch.device) -> None:
+        self.one = self.one.to(device)
+        for tensors in (self.counts, self.sums):
+            for mode in MODES:
+                tensors[mode] = tensors[mode].to(device)
+
+    def _count(
+        self,
+        counts: Tensor,
+        plan: Plan,
+        aux: Aux | None,
+        routing: Routing | None,
+        used: Tensor | None,
+    ) -> None:
+        T = plan.slots.shape[0]
+        tokens = torch.full_like(self.one, T) if used is None else used.sum().reshape(1)
+        load = plan.load if aux is None else aux.exp_counts.to(counts.device)
+        kept = load if plan.capacity is None else plan.kept()
+        pieces = [self.one, tokens, load, kept]
+        if self.detailed:
+            pieces += [_followed(plan, routing).reshape(1), _pairs(plan).flatten()]
+        counts.add_(torch.cat(pieces))
+
+    def _sum(self, sums: Tensor, aux: Aux, routing: Routing | None, used: Tensor | None) -> None:
+        if not self.detailed:
+            sums.add_(aux.l_aux)
+            return
+        pieces = [aux.l_aux.reshape(1).to(sums.dtype), sums.new_zeros(2 + self.num_experts)]
+        if routing is not None:
+            # A token that is taken out may hold anything, NaN too.
+            probs = losses.shares(_of_used(routing.probs, used))
+            squares = routing.logits.logsumexp(dim=-1, keepdim=True).square()
+            of_tokens = torch.special.entr(probs), _of_used(squares, used)
+            pieces[1:] = [part.sum(dtype=sums.dtype).reshape(1) for part in of_tokens]
+            pieces.append(probs.sum(dim=0, dtype=sums.dtype))
+        sums.add_(torch.cat(pieces))
+
+    def packed(self, mode: str) -> Tensor:
+        """Counts and sums one after the other; integers are exact up to 2 ** 53."""
+        sums = self.sums[mode]
+        return torch.cat([self.counts[mode].to(sums.dtype), sums])
+
+    def reset(self) -> None:
+        for tensors in (self.counts, self.sums):
+            for mode in MODES:
+                tensors[mode].zero_()
+
+    def unpacked(self, packed: Tensor) -> LayerStats:
+        """packed: of a mode, on the host"""
+        E, num_counts = self.num_experts, len(self.counts["train"])
+        counts, sums = packed[:num_counts].long(), packed[num_counts:].double()
+        calls, tokens = counts[:2].tolist()
+        load, kept = counts[2 : 2 + 2 * E].view(2, E)
+        stats = LayerStats(tokens, calls, load, kept, _ratio(sums[0], calls))
+        if not self.detailed:
+            return stats
+        followed, pairs = counts[2 + 2 * E], counts[3 + 2 * E :].view(E, E)
+        stats = stats._replace(pairs=pairs if pairs.any() else None)
+        entropy, squares, importance = sums[1], sums[2], sums[3:]
+        # Every token has a share of one: without any, there was no router to look at.
+        if not importance.sum() > 0:
+            return stats
+        return stats._replace(
+            importance=importance / tokens,
+            router_entropy=_ratio(entropy, tokens * math.log(max(E, 2))),
+            z_loss=_ratio(squares, tokens),
+            agreement=_ratio(followed, int(load.sum())),
+        )
+
+
+def _followed(plan: Plan, routing: Routing | None) -> Tensor:
+    """Choices that are among the best K by the logits. []"""
+    K = plan.slots.shape[1]
+    if routing is None or K > MOST_CHOICES:
+        return plan.load.new_zeros(())
+    best = routing.logits.topk(K, dim=-1).indices
+    return (plan.experts.unsqueeze(-1) == best.unsqueeze(-2)).sum()
+
+
+def _pairs(plan: Plan) -> Tensor:
+    """How many tokens chose both experts. [E, E]"""
+    K, E = plan.slots.shape[1], plan.num_experts
+    if K > MOST_CHOICES:
+        return plan.load.new_zeros(E, E)
+    one, other = plan.experts.unsqueeze(2), plan.experts.unsqueeze(1)
+    pairs = torch.where((one >= 0) & (other >= 0), one * E + other, -1)
+    return losses.expert_load(pairs.flatten(1), E * E).view(E, E)
+
+
+def _of_used(values: Tensor, used: Tensor | None) -> Tensor:
+    """Zero for tokens that are taken out. values: [T, ...]"""
+    return values if used is None else torch.where(used.unsqueeze(-1), values, 0)
+
+
+def _ratio(total: Tensor, count: float) -> float:
+    return float(total) / count if count else 0.0
+
+
+class LayerStats(NamedTuple):
+    """One layer in one mode, between two readings. Tensors are on the host.
+
+    tokens: that were routed, calls: of the layer
+    load: [E] int64, routes that asked for an expert; kept: [E] int64, those that got a row
+    l_aux: mean over the calls, not scaled; 0 where the layer does not know its gate
+
+    Of detailed ones, None otherwise or where the layer does not know its router:
+
+    importance: [E] mean score of every expert, 1 / E if even
+    router_entropy: mean entropy of a token's scores over log E: 1 knows nothing, 0 is sure
+    z_loss: mean of logsumexp(logits) ** 2
+    agreement: share of choices that are among the router's own best K by its logits: less than 1
+        with noise, a selection bias, groups, or a recorded choice
+    pairs: [E, E] int64, tokens that chose both experts; the diagonal is of one. None also for
+        more than 32 choices per token.
+    """
+
+    tokens: int
+    calls: int
+    load: Tensor
+    kept: Tensor
+    l_aux: float
+    importance: Tensor | None = None
+    router_entropy: float | None = None
+    z_loss: float | None = None
+    agreement: float | None = None
+    pairs: Tensor | None = None
+
+    @property
+    def shares(self) -> Tensor:
+        """[E] float64, of the layer's routes; 1 / E if even."""
+        return self.load.double() / max(int(self.load.sum()), 1)
+
+    @property
+    def dropped(self) -> float:
+        """Share of routes without a row."""
+        asked = int(self.load.sum())
+        return 1 - int(self.kept.sum()) / asked if asked else 0.0
+
+    @property
+    def max_over_mean(self) -> float:
+        """The largest load over the mean: 1 if even, E if one expert has all."""
+        return float(self.shares.max() * len(self.load))
+
+    @property
+    def cv(self) -> float:
+        """The load's coefficient of variation: 0 if even."""
+        return float(self.shares.std(correction=0) * len(self.load))
+
+    @property
+    def load_entropy(self) -> float:
+        """The entropy of the shares over log E: 1 if even, 0 if one expert has all."""
+        return float(torch.special.entr(self.shares).sum()) / math.log(max(len(self.load), 2))
+
+    @property
+    def dead(self) -> list[int]:
+        """Experts that no token asked for."""
+        return (self.load == 0).nonzero().flatten().tolist()
+
+    def scalars(self) -> dict[str, float]:
+        """What is one number, by name."""
+        names = ("max_over_mean", "cv", "load_entropy", "dropped", "l_aux")
+        values = {name: getattr(self, name) for name in names} | {"dead": float(len(self.dead))}
+        detailed = ("router_entropy", "z_loss", "agreement")
+        known = {name: getattr(self, name) for name in detailed}
+        return values | {name: value for name, value in known.items() if value is not None}
+
+
+class Reading(NamedTuple):
+    """What `Stats.read` gives: layers by name, in the order of the model, in training and in
+    evaluation. A layer that was not called is left out. Printed as a table and a heat-map."""
+
+    train: dict[str, LayerStats]
+    eval: dict[str, LayerStats]
+
+    def scalars(self, *, per_layer: bool = False) -> dict[str, float]:
+        """Numbers by name, as `wandb.log` takes them.
+
+        per_layer: "train/moe/<layer>/<what>" for every layer; otherwise the mean over the layers
+            and the worst of them, as many numbers however many layers there are
+        """
+        values = {}
+        for mode, layers in zip(self._fields, self, strict=True):
+            found = {name: layer.scalars() for name, layer in layers.items()}
+            if per_layer:
+                for name, numbers in found.items():
+                    values |= {f"{mode}/moe/{name}/{what}": n for what, n in numbers.items()}
+                continue
+            for what in dict.fromkeys(what for numbers in found.values() for what in numbers):
+                all_of_it = [numbers[what] for numbers in found.values() if what in numbers]
+                values[f"{mode}/moe/{what}"] = sum(all_of_it) / len(all_of_it)
+                if what in ("max_over_mean", "dropped", "dead"):
+                    values[f"{mode}/moe/{what}_worst"] = max(all_of_it)
+        return values
+
+    def __str__(self) -> str:
+        tables = [
+            _table(mode, layers) for mode, layers in zip(self._fields, self, strict=True) if layers
+        ]
+        return "\n\n".join(tables) or "no layer was called"
+
+
+def _table(mode: str, layers: dict[str, LayerStats]) -> str:
+    width = max(len(mode), *map(len, layers))
+    lines = [f"{mode:{width}}  max/mean     cv  dropped  idle experts"]
+    for name, layer in layers.items():
+        dead = layer.dead
+        listed = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if dead[8:] else "")
+        lines.append(
+            f"{name:{width}}  {layer.max_over_mean:8.2f} {layer.cv:6.2f} {layer.dropped:8.1%}  "
+            f"{listed or 'none'}"
+        )
+    shares = {name: layer.shares.tolist() for name, layer in layers.items()}
+    return "\n".join([*lines, text_heatmap(shares)])

@@ -1,0 +1,185 @@
+"""What doctor finds, and what it says against each known failure."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_ext
+from moe_ext import build, doctor, ops
+
+LIBRARY = Path(moe_ext.__file__).parent
+
+
+def python(*arguments, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_every_operator_is_tried():
+    report = doctor.examine()
+    assert [operator.name for operator in report.operators[: len(ops.NAMES)]] == list(ops.NAMES)
+    for operator in report.operators:
+        assert operator.failure == ""
+        assert operator.error <= doctor.TOLERANCE
+        assert operator.backend == ops.backend(operator.name, operator.device)
+    text = str(report)
+    assert str(ops.registry.library) in text
+    assert torch.__version__ in text
+
+
+def test_the_command():
+    done = python("-m", "moe_ext", "doctor")
+    report = json.loads(python("-m", "moe_ext", "doctor", "--json").stdout)
+    assert {operator["name"] for operator in report["operators"]} == set(ops.NAMES)
+    assert done.returncode == bool(report["problems"])
+    if not report["problems"]:
+        assert done.stdout.endswith("all is well\n")
+
+
+def test_a_wrong_result_is_found(monkeypatch):
+    right = moe_ext.reference.combine
+
+    def wrong(*args):
+        out = right(*args)
+        out[0] *= 1.01
+        return out
+
+    monkeypatch.setattr(doctor.reference, "combine", wrong)
+    report = doctor.examine()
+    (problem,) = report.problems
+    assert problem.what.startswith("the self-test of combine on cpu gave an error of")
+    assert "doctor --json" in problem.cure
+    assert not report.is_well
+
+
+def test_an_operator_that_fails_is_told_with_its_error(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("combine: no such thing")
+
+    monkeypatch.setattr(doctor.reference, "combine", fails)
+    report = doctor.examine()
+    assert "RuntimeError: combine: no such thing" in str(report)
+    assert len(report.problems) == 1
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The package alone, with a library that is none."""
+    copy = tmp_path / "moe_ext"
+    copy.mkdir()
+    for path in LIBRARY.rglob("*.py"):
+        target = copy / path.relative_to(LIBRARY)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(path.read_text())
+    return tmp_path
+
+
+def report_of(tree: Path, **environment) -> dict:
+    done = python("-W", "ignore", "-m", "moe_ext", "doctor", "--json", cwd=tree, **environment)
+    assert done.returncode == 1, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_without_a_library(tree):
+    report = report_of(tree)
+    assert report["versions"]["moe_ext"].endswith(str(tree / "moe_ext"))
+    assert {operator["backend"] for operator in report["operators"]} == {"reference"}
+    (problem,) = report["problems"]
+    assert "no compiled library was built" in problem["what"]
+    assert problem["cure"] == doctor.AGAIN
+    (problem,) = report_of(tree, CXX="no-such-compiler")["problems"]
+    assert problem["cure"].startswith("install a C++ compiler or set CXX; then pip install")
+
+
+def test_a_library_that_cannot_be_loaded_is_told_verbatim(tree):
+    (tree / "moe_ext" / "_C.abi3.so").write_bytes(b"\x7fELF, but not for long")
+    report = report_of(tree)
+    assert "_C.abi3.so could not be loaded" in report["libraries"]["_C"]
+    assert "file too short" in report["libraries"]["_C"]
+    assert "file too short" in report["problems"][0]["what"]
+
+
+# What a torch with CUDA would say, on a machine without one.
+
+
+@pytest.fixture
+def torch_for_cuda(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ops.registry, "cuda_library", None)
+    monkeypatch.setattr(ops.registry, "cuda_load_error", "no CUDA kernels were built")
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
+
+
+def cures(report: doctor.Report) -> dict[str, str]:
+    return {problem.what: problem.cure for problem in report.problems}
+
+
+def test_no_gpu_and_no_kernels(torch_for_cuda, monkeypatch):
+    monkeypatch.setattr(build, "find_toolkit", lambda: None)
+    found = cures(doctor.examine())
+    assert next(iter(found)) == "torch is for CUDA 13.0 and finds no GPU it can use"
+    cure = found["operators on cuda run as plain PyTorch: no CUDA kernels were built"]
+    assert cure.startswith("no CUDA toolkit found: CPU kernels only; set CUDA_HOME, or pip install")
+
+
+def test_a_toolkit_of_another_major_version(torch_for_cuda, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "find_toolkit", lambda: build.Toolkit(tmp_path, tmp_path, (12, 4)))
+    cure = list(cures(doctor.examine()).values())[-1]
+    assert f"the toolkit at {tmp_path} is CUDA 12.4; set CUDA_HOME" in cure
+
+
+def test_kernels_left_out_on_purpose(torch_for_cuda, monkeypatch):
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    assert list(cures(doctor.examine()).values())[-1].startswith("unset FORCE_CUDA, then pip")
+
+
+@pytest.mark.parametrize("built_for", ["7.5,8.0+PTX,9.0+PTX", "7.5,8.0"])
+def test_a_card_that_the_kernels_are_not_for(torch_for_cuda, monkeypatch, tmp_path, built_for):
+    library = tmp_path / "_C_cuda.abi3.so"
+    text = f"moe_ext built for compute capability {built_for}"
+    library.write_bytes(b"\x7fELF\0" + text.encode() + b"\0\xff")
+    monkeypatch.setattr(ops.registry, "cuda_library", library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a card")
+    problems: list = []
+    said = doctor._libraries(problems)
+    assert said["_C_cuda"] == f"{library}, for {built_for}"
+    if "9.0+PTX" in built_for:
+        assert problems == []
+    else:
+        assert problems[0].what.startswith(
+            "card 0 has compute capability 12.0, the kernels are for"
+        )
+        assert problems[0].cure.startswith('TORCH_CUDA_ARCH_LIST="12.0" pip install')
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "is_served"),
+    [
+        ("9.0", (9, 0), True),
+        ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("9.0+PTX", (8, 9), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a+PTX", (10, 3), False),
+        ("7.5,8.0+PTX,9.0", (12, 0), True),
+        ("Hopper", (9, 0), True),
+    ],
+)
+def test_who_is_served(built_for, capability, is_served):
+    assert doctor.serves(built_for, capability) is is_served

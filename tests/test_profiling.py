@@ -1,0 +1,60 @@
+"""Names of a layer's parts in profiles."""
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import profile
+
+from moe_ext import GroupedExperts, MOELayer, TopKGate, profiling
+
+
+def model_of() -> nn.Sequential:
+    return nn.Sequential(*(MOELayer(TopKGate(16, 4, 2), GroupedExperts(4, 16, 8)) for _ in "ab"))
+
+
+def names_in(profiled) -> list[str]:
+    return [event.name for event in profiled.events()]
+
+
+def test_ranges_name_the_layers_and_their_parts():
+    model, x = model_of(), torch.randn(6, 16)
+    with profile() as profiled, profiling.ranges(model):
+        model(x)
+    names = names_in(profiled)
+    assert names.count("moe_ext.layer 0") == names.count("moe_ext.layer 1") == 1
+    assert names.count("moe_ext.gate") == names.count("moe_ext.experts") == 2
+    assert names.index("moe_ext.layer 0") < names.index("moe_ext.gate")
+    inside = {event.name: event.cpu_parent for event in profiled.events()}
+    assert inside["moe_ext.gate"].name.startswith("moe_ext.layer")
+    assert inside["moe_ext::combine"] is not None
+
+
+def test_nothing_is_left_of_them():
+    model, x = model_of(), torch.randn(6, 16)
+    before = [set(vars(module)) for module in model.modules()]
+    with pytest.raises(ZeroDivisionError), profiling.ranges(model):
+        raise ZeroDivisionError
+    assert [set(vars(module)) for module in model.modules()] == before
+    with profile() as profiled:
+        model(x)
+    names = names_in(profiled)
+    assert "moe_ext::gate" in names
+    assert not [name for name in names if name.startswith("moe_ext.")]
+    torch.compile(model, backend="eager", fullgraph=True)(x)
+
+
+def test_a_part_that_two_layers_share_is_marked_once():
+    first = MOELayer(TopKGate(16, 4, 2), GroupedExperts(4, 16, 8))
+    model = nn.Sequential(first, MOELayer(first.gate, first.experts))
+    with profile() as profiled, profiling.ranges(model):
+        model(torch.randn(6, 16))
+    assert names_in(profiled).count("moe_ext.gate") == 2
+    assert "route" not in vars(first.gate)
+
+
+def test_a_model_without_layers():
+    with (
+        pytest.raises(ValueError, match=r"profiling.ranges: Linear has no MOELayer"),
+        profiling.ranges(nn.Linear(2, 2)),
+    ):
+        pass

@@ -1,0 +1,166 @@
+"""Readings written down and read again, and the pictures and the table made of them."""
+
+import json
+import subprocess
+import sys
+
+import matplotlib
+import pytest
+import torch
+from torch import nn
+
+from moe_ext import GroupedExperts, MOELayer, TopKGate, stats
+from moe_ext.sinks import JsonLines, TensorBoard, read_json_lines
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Five readings of two layers, in training and in evaluation, and the file of them."""
+    torch.manual_seed(0)
+    layers = [
+        MOELayer(TopKGate(16, 8, 2, capacity_factor=0.9), GroupedExperts(8, 16, 8)) for _ in "ab"
+    ]
+    model = nn.Sequential(*layers)
+    counting = stats.track(model, detailed=True)
+    sink = JsonLines(tmp_path_factory.mktemp("run") / "run.jsonl")
+    readings = []
+    for step in range(0, 50, 10):
+        model.train()(torch.randn(40, 16))
+        model.eval()(torch.randn(20, 16))
+        readings.append((step, counting.read()))
+        sink(readings[-1][1], step)
+    return readings, sink.path
+
+
+def same(one: stats.LayerStats, other: stats.LayerStats) -> bool:
+    for a, b in zip(one, other, strict=True):
+        if isinstance(a, torch.Tensor) and not torch.equal(a.double(), b.double()):
+            return False
+        if not isinstance(a, torch.Tensor) and a != b:
+            return False
+    return True
+
+
+def test_what_is_read_is_what_was_written(run):
+    readings, path = run
+    again = list(read_json_lines(path))
+    assert [step for step, _ in again] == [0, 10, 20, 30, 40]
+    for (_, one), (_, other) in zip(readings, again, strict=True):
+        for mode in stats.MODES:
+            before, after = getattr(one, mode), getattr(other, mode)
+            assert list(before) == list(after) == ["0", "1"]
+            assert all(same(before[name], after[name]) for name in before)
+
+
+def test_equal_steps_are_readings_in_a_row(run, tmp_path):
+    readings, _ = run
+    sink = JsonLines(tmp_path / "run.jsonl")
+    for _, reading in readings[:3]:
+        sink(reading, 7)
+    assert [step for step, _ in read_json_lines(sink.path)] == [7, 7, 7]
+
+
+def test_a_line_that_was_cut_off_is_left_out(run, tmp_path):
+    text = run[1].read_text()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(text[:-20])
+    *_, (step, last) = read_json_lines(cut)
+    assert step == 40
+    assert (list(last.train), list(last.eval)) == (["0", "1"], ["0"])
+
+
+@pytest.mark.parametrize(
+    "line", ["nonsense", "{}", '{"step": 1, "mode": "x", "layer": "a"}', "[1]"]
+)
+def test_another_line_is_named(run, tmp_path, line):
+    path = tmp_path / "other.jsonl"
+    path.write_text(run[1].read_text().splitlines(keepends=True)[0] + line + "\n")
+    with pytest.raises(ValueError, match=r"other.jsonl, line 2: not a line of moe_ext's stats"):
+        list(read_json_lines(path))
+
+
+def test_tensorboard(run):
+    class Writer:
+        seen: dict = {}  # noqa: RUF012
+
+        def add_scalar(self, name, value, step):
+            self.seen[name, step] = value
+
+    step, reading = run[0][2]
+    writer = Writer()
+    TensorBoard(writer, per_layer=True)(reading, step)
+    assert writer.seen["train/moe/1/cv", 20] == reading.train["1"].cv
+    TensorBoard(writer)(reading, step)
+    worst = max(layer.max_over_mean for layer in reading.eval.values())
+    assert writer.seen["eval/moe/max_over_mean_worst", 20] == worst
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "moe_ext", "plot", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+def test_the_command_draws_and_tells(run, tmp_path):
+    readings, path = run
+    done = command(path, "--out", tmp_path / "new" / "folder")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"step 40\n{readings[-1][1]}\n")
+    names = ["load.png", "sorted.png", "over-time.png", "pairs.png"]
+    files = [tmp_path / "new" / "folder" / name for name in names]
+    assert done.stdout.splitlines()[-4:] == list(map(str, files))
+    for file in files:
+        assert file.read_bytes().startswith(PNG)
+
+
+def test_the_command_without_pictures(run, tmp_path):
+    done = command(run[1], "--text", "--out", tmp_path)
+    assert done.returncode == 0
+    assert "a bar for an expert" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", [None, "", "nonsense\n"])
+def test_the_command_and_a_wrong_file(tmp_path, text):
+    path = tmp_path / "run.jsonl"
+    if text is not None:
+        path.write_text(text)
+    done = command(path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("moe_ext plot: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_a_heat_map_shows(tmp_path, monkeypatch):
+    """The numbers of the shares, and one scale for all pictures: from nothing to twice even."""
+    from moe_ext import plot
+
+    drawn = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
+    plot.plot_load({"a": [0.5, 0.25, 0.25, 0], "b": [0.25] * 4}, tmp_path)
+    axes = drawn[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["50%", "25%", "25%", "idle"] + ["25%"] * 4
+    assert axes.images[0].get_clim() == (0, 0.5)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    matplotlib.pyplot.close(drawn[0])
+
+
+def test_what_is_chosen_together():
+    """Independent choices attract nobody; a pair that always goes together does."""
+    from moe_ext.plot import co_routing
+
+    pairs = torch.full((4, 4), 10).fill_diagonal_(30)
+    off = ~torch.eye(4, dtype=torch.bool)
+    torch.testing.assert_close(co_routing(pairs)[off], torch.ones(12).double())
+    always = torch.block_diag(torch.full((2, 2), 9), torch.full((2, 2), 9))
+    lift = co_routing(always)
+    assert (lift[0, 1], lift[0, 2]) == (lift[1, 0], 0)
+    assert lift[0, 1] > 2
+    assert lift.diagonal().isnan().all()
+
+
+def test_lines_are_json_for_others(run):
+    lines = [json.loads(line) for line in run[1].read_text().splitlines()]
+    assert len(lines) == 5 * 2 * 2
+    assert {"step", "mode", "layer", "load", "kept", "tokens", "l_aux"} <= set(lines[0])
