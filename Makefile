@@ -1,5 +1,5 @@
-# make test, make peers, make demo, make lint: need Python >= 3.10, a C++ compiler and make, nothing
-# else.
+# make test, make peers, make demo, make lint, make types, make docs: need Python >= 3.10, a C++
+# compiler and make, nothing else.
 # make cusim: also a CUDA toolkit's headers. make cuda: a CUDA toolkit. make gpu: also a GPU.
 #
 # TORCH is what pip installs, as for a GPU whose driver or toolkit is for an older CUDA:
@@ -26,7 +26,7 @@ SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 # Of what is timed beside others': two shapes in float32, one in bfloat16, on one thread and two.
 BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.3
 
-.PHONY: test peers demo bench bench-full lint format abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
+.PHONY: test peers demo bench bench-full lint format types docs wheel abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
 	$(ORDERS:%=cusim-%)
 
 test: $(VENV)/installed
@@ -41,21 +41,21 @@ peers: $(VENV)/peers
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
 
-# Ours beside other libraries, up to a quarter of an hour on a machine with nothing else to do; writes
+# Ours beside other libraries, in less than ten minutes on a machine with nothing else to do; writes
 # bench/results, the tables of README.md and docs/performance.md and its pictures.
 bench: $(VENV)/peers
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype float32 --shape gshard "qwen3, half" \
 		--name peers-float32
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
-	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.5
-	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.5 --new-memory --point balanced \
-		--name layer-float32-new-memory
+	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.5 --longest 1
+	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.5 --longest 1 --new-memory \
+		--point balanced --name layer-float32-new-memory
 	$(BIN)/python bench/bench_growth.py
 	$(BIN)/python bench/limits.py
 	$(BIN)/python bench/report.py
 
-# Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: not
-# timed as a whole yet.
+# Also every shape, 16-bit types, peers that take seconds, experts alone, several processes, and what
+# counting costs: less than an hour.
 bench-full: bench
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype float32 --memory kept --longest 30
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype bfloat16 --memory kept --longest 30
@@ -63,6 +63,7 @@ bench-full: bench
 	$(BIN)/python bench/bench_experts.py
 	$(BIN)/python bench/bench_experts.py --dtype bfloat16
 	$(BIN)/python bench/bench_parallel.py
+	$(BIN)/python bench/bench_stats.py
 	$(BIN)/python bench/report.py
 
 lint: $(VENV)/linters
@@ -75,8 +76,20 @@ format: $(VENV)/linters
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-# The wheel built here, audited and then tested beside the oldest torch that it is for.
-abi: $(VENV)/installed
+# Types, in the package alone.
+types: $(VENV)/installed $(VENV)/linters
+	$(BIN)/mypy moe_ext
+
+# The pages, to build/site; a link or a name that is not there is an error.
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --strict --site-dir build/site
+
+# Wheels of the CPU library and, with a CUDA toolkit, of both; what they ask of torch is audited.
+wheel: $(VENV)/installed
+	sh tests/wheel.sh
+
+# The wheel, tested beside the oldest torch that it is for and beside the newest.
+abi: wheel
 	PYTHON=$(PYTHON) sh tests/abi.sh
 
 # The CUDA kernels run on the CPU: every kernel under every sanitizer, and the operator tests on them
@@ -141,6 +154,10 @@ $(VENV)/peers: $(VENV)/installed pyproject.toml
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[peers]"
 	touch $@
 
+$(VENV)/docs: $(VENV)/installed pyproject.toml
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
+	touch $@
+
 $(VENV)/linters: $(VENV)/python pyproject.toml
-	$(BIN)/pip install --quiet "ruff>=0.9" "clang-format>=19"
+	$(BIN)/pip install --quiet "ruff>=0.9" "clang-format>=19" "mypy>=1.15"
 	touch $@

@@ -66,17 +66,19 @@ FIRST = next(iter(POINTS))
 
 
 def weights_and_tokens(point: Point, dtype: torch.dtype) -> tuple[peers.Weights, Tensor]:
-    """The tokens' first number is 1, and the router's first column what an expert draws."""
+    """A token's first E numbers are its logits: the experts' ranks, drawn by what each draws, which
+    every dtype holds exactly. No rounding then sends a token to another expert."""
     T, H, ffn, E, _, _ = point
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator) / math.sqrt(size[-1])
 
-    router = normal(E, H)
-    router[:, 0] = point.shares().log()
+    router = torch.eye(E, H)
     tokens = normal(T, H) * math.sqrt(H)
-    tokens[:, 0] = 1
+    gumbel = -torch.rand(T, E, generator=generator).log().neg().log()
+    ranks = (point.shares().log() + gumbel).argsort(dim=-1).argsort(dim=-1)
+    tokens[:, :E] = (ranks - E // 2) / 4
     weights = peers.Weights(router, normal(E, 2 * ffn, H), normal(E, H, ffn))
     return peers.Weights(*(w.to(dtype) for w in weights)), tokens.to(dtype)
 

@@ -35,7 +35,7 @@ def give_back_large() -> None:
     """From here on every block of 8 MiB that is freed goes back, and smaller ones are reused. glibc
     does so untold, but for the size, which it learns, and for what it can serve from the holes that
     earlier blocks have left: where `give_back` came first there are none."""
-    _set({_M_MMAP_THRESHOLD: _LARGE, _M_TRIM_THRESHOLD: _LARGE})
+    _set({_M_MMAP_THRESHOLD: _LARGE, _M_TRIM_THRESHOLD: -1})
 
 
 def _set(options: dict[int, int]) -> None:

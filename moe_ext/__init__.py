@@ -1,6 +1,7 @@
 """Mixture-of-experts layers for PyTorch: gate, plan, dispatch and combine as operators."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from torch.utils import _pytree as pytree
 
@@ -15,6 +16,10 @@ from .plan import Plan, make_plan
 from .routers import CosineRouter
 from .routing import Routing, route
 from .topk_gate import TopKGate
+
+if TYPE_CHECKING:
+    from . import parallel
+    from .parallel import ExpertParallel
 
 __version__ = "0.1.0"
 

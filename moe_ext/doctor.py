@@ -2,6 +2,7 @@
 `python -m moe_ext doctor`.
 """
 
+import math
 import os
 import platform
 import re
@@ -17,7 +18,9 @@ from . import build, contracts, ops, reference
 
 # What _C_cuda holds in its bytes, see csrc/cuda_ops.cpp.
 ARCHITECTURES = re.compile(rb"moe_ext built for compute capability ([0-9a-zA-Z.+,]*)")
-AGAIN = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps moe_ext"
+# A tree is installed by its folder. A wheel that pip finds is of the CPU: others are built here.
+SOURCE = f"-e {build.ROOT}" if (build.ROOT / "setup.py").exists() else "--no-binary moe_ext moe_ext"
+AGAIN = f"pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps {SOURCE}"
 TOLERANCE = 1e-4  # of float32 results, beside their largest number
 
 
@@ -78,12 +81,13 @@ class Report(NamedTuple):
 
 
 def examine() -> Report:
-    """Look at this process's installation and run every operator once, on every device that has
-    kernels or could have."""
+    """Look at this process's installation and run every operator once, on the CPU and on the
+    accelerator where there is one."""
     problems: list[Problem] = []
-    versions = _versions(problems)
+    versions = _versions()
     libraries = _libraries(problems)
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     operators = [_operator(name, device) for device in devices for name in ops.NAMES]
     for o in operators:
         if o.failure or not o.error <= TOLERANCE:
@@ -98,7 +102,7 @@ def examine() -> Report:
     return Report(versions, libraries, operators, problems)
 
 
-def _versions(problems: list[Problem]) -> dict[str, str]:
+def _versions() -> dict[str, str]:
     from . import __version__
 
     toolkit = build.find_toolkit()
@@ -115,21 +119,17 @@ def _versions(problems: list[Problem]) -> dict[str, str]:
         found["CUDA toolkit"] = f"{'.'.join(map(str, toolkit.version))}, {toolkit.root}"
     if torch.version.cuda is None:
         return found
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(i)
-            name = torch.cuda.get_device_name(i)
-            found[f"card {i}"] = f"{name}, compute capability {major}.{minor}"
-        return found
-    found["card"] = "none that torch can use"
-    problems.append(
-        Problem(
-            f"torch is for CUDA {torch.version.cuda} and finds no GPU it can use",
-            "see that nvidia-smi lists one and that its driver is for this CUDA or a later one; "
-            "without a GPU a torch for the CPU is enough",
-        )
-    )
+    # torch's usual build has CUDA: without a GPU nothing is amiss.
+    found["card"] = "none that torch can use; see what nvidia-smi says if there is one"
+    for i in range(_num_cards()):
+        major, minor = torch.cuda.get_device_capability(i)
+        name = torch.cuda.get_device_name(i)
+        found["card" if i == 0 else f"card {i}"] = f"{name}, compute capability {major}.{minor}"
     return found
+
+
+def _num_cards() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _compiler() -> str:
@@ -154,12 +154,13 @@ def _libraries(problems: list[Problem]) -> dict[str, str]:
         return found
     found["_C_cuda"] = str(registry.cuda_library or registry.cuda_load_error)
     if registry.cuda_library is None:
-        problems.append(Problem(*_without_kernels()))
+        if _num_cards():
+            problems.append(Problem(*_without_kernels()))
         return found
     built = ARCHITECTURES.search(registry.cuda_library.read_bytes())
     built_for = built.group(1).decode() if built else "compute capabilities it does not tell"
     found["_C_cuda"] += f", for {built_for}"
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for i in range(_num_cards()):
         capability = torch.cuda.get_device_capability(i)
         if built and not serves(built_for, capability):
             name = ".".join(map(str, capability))
@@ -205,7 +206,8 @@ def _operator(name: str, device: str) -> Operator:
     backend = ops.backend(name, device)
     why = ""
     if backend == "reference":
-        why = (ops.registry.load_error if device == "cpu" else ops.registry.cuda_load_error) or ""
+        errors = {"cpu": ops.registry.load_error, "cuda": ops.registry.cuda_load_error}
+        why = errors.get(device, f"there are no kernels for {device}") or ""
     elif backend == "torch":
         why = "products of experts are torch's own here; explain(layer, x) says which"
     try:
@@ -222,7 +224,9 @@ def _error(name: str, device: str) -> float:
     # A plan has no numbers to round.
     right = getattr(reference, name)(*(args if name == "plan" else map(_exact, args)))
     pairs = zip(_as_tuple(got), _as_tuple(right), strict=True)
-    return max(_difference(one.cpu(), other.cpu()) for one, other in pairs)
+    errors = [_difference(one.cpu(), other.cpu()) for one, other in pairs]
+    # max passes over a NaN.
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def _exact(argument):
@@ -238,9 +242,9 @@ def _as_tuple(result) -> tuple[Tensor, ...]:
 
 def _difference(got: Tensor, right: Tensor) -> float:
     if got.shape != right.shape:
-        return float("inf")
+        return math.inf
     if not right.is_floating_point():
-        return 0.0 if torch.equal(got, right) else float("inf")
+        return 0.0 if torch.equal(got, right) else math.inf
     return float((got.double() - right).abs().max() / right.abs().max())
 
 

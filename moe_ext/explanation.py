@@ -65,16 +65,18 @@ def explain(layer: nn.Module, *args, **kwargs) -> Explanation:
     """
     trace = _Trace()
     # What a layer keeps of its last call is not of this one, which nobody else is to see.
-    layers = [module for module in layer.modules() if isinstance(module, MOELayer)]
-    kept = [(m, m.l_aux, m.exp_counts, m.observer) for m in layers]
+    kept = [(m, m.l_aux, m.exp_counts) for m in layer.modules() if isinstance(m, MOELayer)]
+    observed = [(m, m.observer) for m in layer.modules() if vars(m).get("observer") is not None]
     try:
-        for module in layers:
+        for module, _ in observed:
             module.observer = None
         with torch.no_grad(), trace:
             layer(*args, **kwargs)
     finally:
-        for module, *was in kept:
-            module.l_aux, module.exp_counts, module.observer = was
+        for module, l_aux, exp_counts in kept:
+            module.l_aux, module.exp_counts = l_aux, exp_counts
+        for module, observer in observed:
+            module.observer = observer
     return Explanation(trace.calls, dict(trace.others), trace.reads)
 
 

@@ -191,7 +191,8 @@ class StatsCallback(transformers.TrainerCallback):
     sinks: called with every reading and its step, in the main process alone
     per_layer: log the numbers of every layer, not only their mean and the worst
     detailed: as of stats.track
-    group: the processes to sum over; the default is all that torch.distributed knows of
+    group: the processes to sum over; the default is all that torch.distributed knows of, and none
+        where transformers divides the experts: then every process counts those that it has
 
     The numbers are added to the Trainer's logs and its log history. What logs them itself, as
     TensorBoard's callback, comes before this one in a Trainer: for those there are sinks.
@@ -213,7 +214,7 @@ class StatsCallback(transformers.TrainerCallback):
         if self.stats is None:
             return
         group = self.group
-        if group is None and torch.distributed.is_initialized():
+        if group is None and torch.distributed.is_initialized() and not self.stats.is_divided:
             group = torch.distributed.group.WORLD
         reading = self.stats.read(group=group)
         numbers = reading.scalars(per_layer=self.per_layer)

@@ -39,6 +39,10 @@ class Aux(NamedTuple):
     experts: Tensor
 
 
+# Of a call: where routes go, what the layer says of it, the gate's own decision, used_token.
+Observer = Callable[[Plan, Aux | None, Routing | None, Tensor | None], None]
+
+
 def _routes_itself(gate: nn.Module) -> bool:
     """Whether a gate has `route`, and means it: a TopKGate with a forward of its own is used by
     that, as DeepSpeed's layer would."""
@@ -94,7 +98,6 @@ class MOELayer(nn.Module):
     """
 
     ep_group = GroupAttribute()
-    observer: Callable[[Plan, Aux | None, Routing | None, Tensor | None], None] | None = None
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class MOELayer(nn.Module):
         self.time_salltoall = 0.0
         self.l_aux: Tensor | None = None
         self.exp_counts: Tensor | None = None
+        self.observer: Observer | None = None
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
         size = 1 if ep_group is None else ep_group.size()
@@ -199,9 +203,7 @@ class MOELayer(nn.Module):
         return out.to(hidden.dtype).view(hidden.shape), aux
 
     def __getstate__(self) -> dict:
-        state = {**super().__getstate__(), "l_aux": None, "exp_counts": None}
-        state.pop("observer", None)
-        return state
+        return {**super().__getstate__(), "l_aux": None, "exp_counts": None, "observer": None}
 
 
 def _num_experts(experts: nn.Module) -> int:

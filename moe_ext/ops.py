@@ -181,7 +181,8 @@ class Registry:
         if self.library is None:
             warnings.warn(
                 f"moe_ext runs on its plain-PyTorch reference, a slower one: {self.load_error}; "
-                f"{cure}, or in a source tree call moe_ext.build.jit()",
+                f"{cure}; in a source tree pip install -e ., or call moe_ext.build.jit(), or run "
+                "elsewhere",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -1,14 +1,12 @@
 """Pictures, with matplotlib, as PNG files; their colours are told apart by colour-blind readers."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 from .stats import LayerStats, Reading
 
@@ -21,9 +19,14 @@ DOTS_PER_INCH = 130
 MOST_NUMBERS, MOST_NAMES = 16, 40
 
 
-def _save(figure, path: Path) -> None:
+def _figure(width: float, height: float):
+    # Not by pyplot, which a notebook has for itself.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=DOTS_PER_INCH)
-    plt.close(figure)
 
 
 def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path, ylabel: str) -> None:
@@ -31,7 +34,7 @@ def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path, ylabel
 
     The first half of the lines is solid, the second dotted.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = _figure(7, 4.2)
     for i, (name, points) in enumerate(curves.items()):
         if points:
             steps, values = zip(*points, strict=True)
@@ -46,62 +49,55 @@ def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path, ylabel
 
 
 def plot_load(shares: dict[str, Sequence[float]], path: Path) -> None:
-    """A heat-map of layer by expert. shares: by layer, of its routes, [E] each; 1 / E is even."""
-    load = [list(row) for row in shares.values()]
-    layers, experts = len(load), len(load[0])
-    even = 1 / experts
+    """A heat-map of layer by expert, on a scale from nothing to twice the even share.
+
+    shares: by layer, of its routes, [E] each, where E may differ
+    """
+    layers, experts = len(shares), max(map(len, shares.values()))
     width = 0.7 * experts if experts <= MOST_NUMBERS else min(0.12 * experts, 14)
     height = 0.6 * layers if layers <= MOST_NUMBERS else min(0.25 * layers, 12)
-    figure, axes = plt.subplots(figsize=(2.6 + width, 1.6 + height), layout="constrained")
-    image = axes.imshow(
-        load, cmap=SCALE, vmin=0, vmax=2 * even, aspect="auto", interpolation="none"
-    )
+    figure, axes = _figure(2.6 + width, 1.6 + height)
+    over_even = [
+        [share * len(row) for share in row] + [math.nan] * (experts - len(row))
+        for row in shares.values()
+    ]
+    _heat_map(figure, axes, over_even)
     if experts <= MOST_NUMBERS:
-        for layer, row in enumerate(load):
+        for layer, row in enumerate(shares.values()):
             for expert, share in enumerate(row):
-                colour = "white" if share < even else "black"
+                colour = "white" if share * len(row) < 1 else "black"
                 label = "idle" if share == 0 else f"{100 * share:.0f}%"
                 axes.text(expert, layer, label, ha="center", va="center", color=colour)
-    _name_layers(axes, list(shares))
-    if experts <= MOST_NUMBERS:
         axes.set_xticks(range(experts))
+    every = -(-layers // MOST_NAMES)
+    axes.set_yticks(range(0, layers, every), list(shares)[::every])
+    axes.set_ylabel("layer")
     axes.set_xlabel("expert")
-    axes.set_title(f"share of routes; even is {100 * even:.1f}%")
-    _explain_shares(figure, image, even)
+    axes.set_title("share of the layer's routes")
     _save(figure, path)
 
 
-def _explain_shares(figure, image, even: float) -> None:
+def _heat_map(figure: Figure, axes, over_even: list[list[float]]) -> None:
+    axes.set_facecolor("0.85")
+    image = axes.imshow(over_even, cmap=SCALE, vmin=0, vmax=2, aspect="auto", interpolation="none")
     bar = figure.colorbar(image, extend="max")
-    bar.set_ticks([0, even, 2 * even], labels=["0", "even", "twice even"])
-
-
-def _name_layers(axes, names: list[str]) -> None:
-    every = -(-len(names) // MOST_NAMES)
-    axes.set_yticks(range(0, len(names), every), names[::every])
-    axes.set_ylabel("layer")
+    bar.set_ticks([0, 1, 2], labels=["0", "even", "twice even"])
 
 
 def plot_over_time(
     steps: Sequence[int], shares: Sequence[Sequence[float]], path: Path, name: str
 ) -> None:
     """A layer's load by step and expert. shares: [steps][E]; equal steps are readings in a row."""
-    table = torch.tensor([list(row) for row in shares], dtype=torch.float64).t()
-    experts, count = table.shape
-    even = 1 / experts
-    height = min(1.6 + 0.22 * experts, 9)
-    figure, axes = plt.subplots(figsize=(7.5, max(height, 3)), layout="constrained")
-    image = axes.imshow(
-        table.tolist(), cmap=SCALE, vmin=0, vmax=2 * even, aspect="auto", interpolation="none"
-    )
+    experts, count = len(shares[0]), len(shares)
+    figure, axes = _figure(7.5, min(max(1.6 + 0.22 * experts, 3), 9))
+    _heat_map(figure, axes, [[row[e] * experts for row in shares] for e in range(experts)])
     marks = sorted({round(i * (count - 1) / 6) for i in range(7)})
     axes.set_xticks(marks, [str(steps[i]) for i in marks])
     if experts <= MOST_NUMBERS:
         axes.set_yticks(range(experts))
     axes.set_xlabel("step")
     axes.set_ylabel("expert")
-    axes.set_title(f"{name}: share of routes; even is {100 * even:.1f}%")
-    _explain_shares(figure, image, even)
+    axes.set_title(f"{name}: share of its routes")
     _save(figure, path)
 
 
@@ -113,7 +109,7 @@ def plot_sorted(shares: dict[str, Sequence[float]], path: Path) -> None:
     named = sorted(uneven, key=lambda name: uneven[name])
     if len(named) > len(COLOURS):
         named = [named[0], named[-1]]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = _figure(7, 4.2)
     for name, row in shares.items():
         values = [share * len(row) for share in sorted(row, reverse=True)]
         ranks = [(i + 0.5) / len(row) for i in range(len(row))]
@@ -133,12 +129,12 @@ def plot_sorted(shares: dict[str, Sequence[float]], path: Path) -> None:
 
 
 def plot_pairs(layer: LayerStats, path: Path, name: str) -> None:
-    """Which experts a token chooses together, over what it would be if its choices were drawn by
-    load alone: above 1 the two attract each other. layer: a detailed one"""
+    """Which experts a token chooses together, over what chance would give experts of such loads:
+    above 1 the two attract each other. layer: a detailed one"""
     lift = co_routing(layer.pairs)
     experts = len(lift)
     size = 2.2 + min(max(0.3 * experts, 2.5), 8)
-    figure, axes = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    figure, axes = _figure(size + 1, size)
     axes.set_facecolor("0.85")
     # Blue and red differ in brightness from the middle alike.
     image = axes.imshow(lift.tolist(), cmap="RdBu_r", vmin=0, vmax=2, interpolation="none")
@@ -152,14 +148,18 @@ def plot_pairs(layer: LayerStats, path: Path, name: str) -> None:
     _save(figure, path)
 
 
-def co_routing(pairs: Tensor) -> Tensor:
-    """How often two experts are chosen together, over the mean that pairs would have if each drew
-    by its load. [E, E], NaN on the diagonal and where an expert is idle."""
+def co_routing(pairs: Tensor, rounds: int = 100) -> Tensor:
+    """How often two experts are chosen together, over what it would be if pairs were drawn by a
+    propensity of each expert that explains its load. [E, E], NaN on the diagonal and where an
+    expert is idle."""
     together = pairs.double().clone().fill_diagonal_(0)
     load = together.sum(dim=1)
-    expected = load.unsqueeze(0) * load.unsqueeze(1)
+    propensity = load / load.sum().sqrt().clamp(min=1)
+    for _ in range(rounds):  # until propensity[i] * sum of the others' is load[i]
+        fitted = load / (propensity.sum() - propensity).clamp(min=1e-300)
+        propensity = (propensity * fitted).sqrt()
+    expected = propensity.unsqueeze(0) * propensity.unsqueeze(1)
     expected.fill_diagonal_(0)
-    expected *= together.sum() / expected.sum()
     return torch.where(expected > 0, together / expected, torch.nan)
 
 
@@ -184,7 +184,8 @@ def plot_run(readings: Sequence[tuple[int, Reading]], folder: Path) -> list[Path
     if len(history) > 1:
         paths.append(folder / "over-time.png")
         plot_over_time(*zip(*history, strict=True), paths[-1], worst)
-    if last[worst].pairs is not None and len(last[worst].load) > 1:
+    pairs = last[worst].pairs
+    if pairs is not None and pairs.sum() > pairs.trace():  # with one choice there are none
         paths.append(folder / "pairs.png")
         plot_pairs(last[worst], paths[-1], worst)
     return paths

@@ -29,7 +29,7 @@ def ranges(model: nn.Module) -> Iterator[None]:
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, MOELayer)]
     if not layers:
         raise ValueError(f"profiling.ranges: {type(model).__name__} has no MOELayer")
-    marked: list[tuple[nn.Module, str]] = []
+    marked: dict[tuple[nn.Module, str], object] = {}
     try:
         for name, layer in layers:
             _mark(marked, layer, "_forward", f"moe_ext.layer {name}".rstrip())
@@ -39,15 +39,18 @@ def ranges(model: nn.Module) -> Iterator[None]:
                 _mark(marked, layer.experts, "routed", "moe_ext.experts")
         yield
     finally:
-        for module, method in marked:
-            vars(module).pop(method, None)
+        for (module, method), before in marked.items():
+            vars(module).pop(method)
+            if before is not None:
+                setattr(module, method, before)
 
 
-def _mark(marked: list, module: nn.Module, method: str, label: str) -> None:
-    """Put a marked method before that of the class. A module in two layers is marked once."""
+def _mark(marked: dict, module: nn.Module, method: str, label: str) -> None:
+    """Put a marked method before the module's own, which may be one of the instance: FSDP's
+    register_fsdp_forward_method leaves such. A module in two layers is marked once."""
     if (module, method) not in marked:
+        marked[module, method] = vars(module).get(method)
         setattr(module, method, _in_range(getattr(module, method), label))
-        marked.append((module, method))
 
 
 def _in_range(function: Callable, label: str) -> Callable:

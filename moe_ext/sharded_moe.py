@@ -1,8 +1,8 @@
 """DeepSpeed's `deepspeed.moe.sharded_moe`: its names, arguments and results.
 
 For code that was written for it; the masks [S, E, C] are quadratic in the tokens, and `MOELayer`
-makes none. S tokens, E experts, C capacity, M the model's width. README.md says where results
-differ from DeepSpeed's and why.
+makes none. S tokens, E experts, C capacity, M the model's width. docs/deepspeed.md says where
+results differ from DeepSpeed's and why.
 """
 
 from __future__ import annotations

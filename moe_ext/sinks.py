@@ -5,8 +5,10 @@ is another; for Weights and Biases that is
 """
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -26,9 +28,9 @@ _TENSORS = {
 class JsonLines:
     """A file with a line for every layer and mode of every reading, as `read_json_lines` reads it.
 
-    path: is appended to; its folder must be there
+    path: is appended to, after its last whole line; its folder must be there
 
-    A line is written at once and whole: an interrupted run leaves what it had written.
+    An interrupted run leaves what it had written.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -42,8 +44,22 @@ class JsonLines:
                 for key in _TENSORS:
                     line[key] = None if line[key] is None else line[key].tolist()
                 lines.append(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
-        with self.path.open("a") as file:
-            file.write("".join(lines))
+        with self.path.open("a+b") as file:
+            file.truncate(_end_of_last_line(file))
+            file.write("".join(lines).encode())
+
+
+def _end_of_last_line(file: BinaryIO, step: int = 1 << 16) -> int:
+    """Behind the last newline: a run that was killed may have left a part of a line."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        begin = max(0, end - step)
+        file.seek(begin)
+        found = file.read(end - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
 
 
 def read_json_lines(path: Path | str) -> Iterator[tuple[int, Reading]]:
@@ -52,7 +68,11 @@ def read_json_lines(path: Path | str) -> Iterator[tuple[int, Reading]]:
     Raises ValueError, which names the line, where one is not understood; a last one that was cut
     off is left out.
     """
-    lines = Path(path).read_text().splitlines(keepends=True)
+    with Path(path).open() as lines:
+        yield from _readings(path, lines)
+
+
+def _readings(path: Path | str, lines: Iterable[str]) -> Iterator[tuple[int, Reading]]:
     step, reading = None, Reading({}, {})
     for number, text in enumerate(lines, start=1):
         if not text.endswith("\n"):

@@ -40,10 +40,10 @@ def track(model: nn.Module, *, detailed: bool = False) -> Stats:
         are chosen together: some passes over [T, E] and [T, K, K]
 
     Training and evaluation are counted apart, by the layer's mode. Tokens that used_token takes out
-    count for nothing; a transformers model does not tell its experts which tokens are padding. What
-    checkpointing computes again is counted once. Calls inside of torch.func's transforms and of
-    torch.export are not counted, nor those of copies of a layer. Raises ValueError for a model
-    without such layers.
+    count for nothing, but in l_aux, which is the gate's; a transformers model does not tell its
+    experts which tokens are padding. What checkpointing computes again is counted once. Calls
+    inside of torch.func's transforms and of torch.export are not counted, nor those of copies of a
+    layer. Raises ValueError for a model without such layers.
     """
     return Stats(model, detailed)
 
@@ -68,6 +68,12 @@ class Stats:
     def __exit__(self, *error) -> None:
         self.stop()
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether transformers has given this process a part of the experts: ids of another process
+        are others' experts."""
+        return any(getattr(m, "_is_expert_parallel", False) for m in self._layers.values())
+
     def stop(self) -> None:
         """Count no more; what was counted can still be read."""
         for name, module in self._layers.items():
@@ -85,9 +91,17 @@ class Stats:
 
         reset: begin a new count
         group: the sum over all its processes, all of which call this; a process group, or
-            dist.group.WORLD. With experts on several processes every process counts the routes of
-            its own tokens.
+            dist.group.WORLD. With ExpertParallel every process counts the routes of its own tokens,
+            to all experts.
+
+        Raises ValueError for a group where transformers divides the experts: each process knows its
+        own alone.
         """
+        if group is not None and self.is_divided:
+            raise ValueError(
+                "Stats.read: group must be None where transformers divides the experts, whose "
+                "processes count different ones"
+            )
         of_layers = [(name, c, mode) for name, c in self._counters.items() for mode in MODES]
         packed = [counters.packed(mode) for _, counters, mode in of_layers]
         # Layers may be on several devices.
@@ -106,13 +120,26 @@ class Stats:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of a model by name; experts of transformers that are not in a MOELayer."""
+    """The layers of a model by name."""
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
+        # As moe_ext.hf.experts_modules has it, which needs transformers.
         is_experts = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
         is_ours = getattr(config, "_experts_implementation", None) == "moe_ext"
         if isinstance(module, MOELayer) or (is_experts and is_ours):
             yield name or type(module).__name__, module
+
+
+def _add_once(total: Tensor, new: Tensor) -> None:
+    # A backward runs what is checkpointed again.
+    if torch._C._current_graph_task_id() == -1:
+        total.add_(new)
+
+
+# What is compiled may be checkpointed too: whether it runs again is asked while it runs.
+_add_once_compiled = torch.library.custom_op(
+    "moe_ext::add_once", _add_once, mutates_args=("total",)
+)
 
 
 class _Counters:
@@ -131,76 +158,76 @@ class _Counters:
         self.num_experts = E = module.num_experts
         first = next((p for p in module.parameters()), None)
         device = torch.device("cpu") if first is None else first.device
+        self.lengths = (2 + 2 * E + (1 + E * E) * detailed, 1 + (2 + E) * detailed)
+        self._place(device)
+
+    def _place(self, device: torch.device) -> None:
+        """Zeros on a device."""
         real = torch.float32 if device.type == "mps" else torch.float64
-        lengths = (2 + 2 * E + (1 + E * E) * detailed, 1 + (2 + E) * detailed)
         # In-place sums of a tensor that was made in inference mode could not be made outside.
         with torch.inference_mode(False):
             self.one = torch.ones(1, dtype=torch.int64, device=device)
             self.counts, self.sums = (
                 {mode: torch.zeros(length, dtype=dtype, device=device) for mode in MODES}
-                for length, dtype in zip(lengths, (torch.int64, real), strict=True)
+                for length, dtype in zip(self.lengths, (torch.int64, real), strict=True)
             )
+        if device.type == "cuda":
+            # CUDA graphs of torch.compile take no input that changes, but at a fixed address.
+            for tensor in (*self.counts.values(), *self.sums.values()):
+                torch._dynamo.mark_static_address(tensor)
+
+    def _move(self, device: torch.device) -> None:
+        before = self.counts, self.sums
+        self._place(device)
+        if any(tensor.is_meta for tensor in before[0].values()):
+            return  # nothing was counted
+        for old, new in zip(before, (self.counts, self.sums), strict=True):
+            for mode in MODES:
+                new[mode].copy_(old[mode])
 
     def __call__(
         self, plan: Plan, aux: Aux | None, routing: Routing | None, used_token: Tensor | None
     ) -> None:
-        if not self._is_counted():
+        if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
             return
         if self.one.device != plan.load.device:
             self._move(plan.load.device)
         mode = "train" if self.module.training else "eval"
         used = None if used_token is None else used_token.reshape(-1) != 0
+        add = _add_once_compiled if torch.compiler.is_compiling() else _add_once
         with torch.no_grad():
-            self._count(self.counts[mode], plan, aux, routing, used)
+            add(self.counts[mode], self._count(plan, aux, routing, used))
             if aux is not None:
-                self._sum(self.sums[mode], aux, routing, used)
-
-    def _is_counted(self) -> bool:
-        if torch.compiler.is_compiling():
-            return not torch.compiler.is_exporting()
-        # A backward runs what is checkpointed again.
-        is_again = torch._C._current_graph_task_id() != -1
-        return not is_again and torch._C._functorch.peek_interpreter_stack() is None
-
-    def _move(self, device: torch.device) -> None:
-        self.one = self.one.to(device)
-        for tensors in (self.counts, self.sums):
-            for mode in MODES:
-                tensors[mode] = tensors[mode].to(device)
+                add(self.sums[mode], self._sum(aux, routing, used))
 
     def _count(
-        self,
-        counts: Tensor,
-        plan: Plan,
-        aux: Aux | None,
-        routing: Routing | None,
-        used: Tensor | None,
-    ) -> None:
+        self, plan: Plan, aux: Aux | None, routing: Routing | None, used: Tensor | None
+    ) -> Tensor:
         T = plan.slots.shape[0]
         tokens = torch.full_like(self.one, T) if used is None else used.sum().reshape(1)
-        load = plan.load if aux is None else aux.exp_counts.to(counts.device)
+        load = plan.load if aux is None else aux.exp_counts.to(plan.load.device)
         kept = load if plan.capacity is None else plan.kept()
         pieces = [self.one, tokens, load, kept]
         if self.detailed:
             pieces += [_followed(plan, routing).reshape(1), _pairs(plan).flatten()]
-        counts.add_(torch.cat(pieces))
+        return torch.cat(pieces)
 
-    def _sum(self, sums: Tensor, aux: Aux, routing: Routing | None, used: Tensor | None) -> None:
-        if not self.detailed:
-            sums.add_(aux.l_aux)
-            return
-        pieces = [aux.l_aux.reshape(1).to(sums.dtype), sums.new_zeros(2 + self.num_experts)]
-        if routing is not None:
+    def _sum(self, aux: Aux, routing: Routing | None, used: Tensor | None) -> Tensor:
+        dtype = self.sums["train"].dtype
+        pieces = [aux.l_aux.reshape(1).to(self.one.device, dtype)]
+        if self.detailed and routing is None:
+            pieces.append(pieces[0].new_zeros(2 + self.num_experts))
+        elif self.detailed:
             # A token that is taken out may hold anything, NaN too.
             probs = losses.shares(_of_used(routing.probs, used))
             squares = routing.logits.logsumexp(dim=-1, keepdim=True).square()
             of_tokens = torch.special.entr(probs), _of_used(squares, used)
-            pieces[1:] = [part.sum(dtype=sums.dtype).reshape(1) for part in of_tokens]
-            pieces.append(probs.sum(dim=0, dtype=sums.dtype))
-        sums.add_(torch.cat(pieces))
+            pieces += [part.sum(dtype=dtype).reshape(1) for part in of_tokens]
+            pieces.append(probs.sum(dim=0, dtype=dtype))
+        return torch.cat(pieces)
 
     def packed(self, mode: str) -> Tensor:
-        """Counts and sums one after the other; integers are exact up to 2 ** 53."""
+        """Counts and sums in a row; integers are exact up to 2 ** 53, in float32 up to 2 ** 24."""
         sums = self.sums[mode]
         return torch.cat([self.counts[mode].to(sums.dtype), sums])
 
@@ -222,7 +249,7 @@ class _Counters:
         stats = stats._replace(pairs=pairs if pairs.any() else None)
         entropy, squares, importance = sums[1], sums[2], sums[3:]
         # Every token has a share of one: without any, there was no router to look at.
-        if not importance.sum() > 0:
+        if importance.sum() == 0:
             return stats
         return stats._replace(
             importance=importance / tokens,
@@ -233,12 +260,14 @@ class _Counters:
 
 
 def _followed(plan: Plan, routing: Routing | None) -> Tensor:
-    """Choices that are among the best K by the logits. []"""
-    K = plan.slots.shape[1]
-    if routing is None or K > MOST_CHOICES:
+    """Choices that are among the best K by the logits, which equal ones all are. []"""
+    if routing is None:
         return plan.load.new_zeros(())
-    best = routing.logits.topk(K, dim=-1).indices
-    return (plan.experts.unsqueeze(-1) == best.unsqueeze(-2)).sum()
+    E = plan.num_experts
+    last = routing.logits.topk(plan.slots.shape[1], dim=-1).values[:, -1:]
+    chosen = routing.logits.gather(-1, plan.experts.clamp(0, E - 1).long())
+    is_worse = chosen < last
+    return (_are_ids(plan.experts, E) & ~is_worse).sum()
 
 
 def _pairs(plan: Plan) -> Tensor:
@@ -246,9 +275,14 @@ def _pairs(plan: Plan) -> Tensor:
     K, E = plan.slots.shape[1], plan.num_experts
     if K > MOST_CHOICES:
         return plan.load.new_zeros(E, E)
-    one, other = plan.experts.unsqueeze(2), plan.experts.unsqueeze(1)
+    ids = torch.where(_are_ids(plan.experts, E), plan.experts, -1)
+    one, other = ids.unsqueeze(2), ids.unsqueeze(1)
     pairs = torch.where((one >= 0) & (other >= 0), one * E + other, -1)
     return losses.expert_load(pairs.flatten(1), E * E).view(E, E)
+
+
+def _are_ids(experts: Tensor, num_experts: int) -> Tensor:
+    return (experts >= 0) & (experts < num_experts)
 
 
 def _of_used(values: Tensor, used: Tensor | None) -> Tensor:
@@ -272,8 +306,8 @@ class LayerStats(NamedTuple):
     importance: [E] mean score of every expert, 1 / E if even
     router_entropy: mean entropy of a token's scores over log E: 1 knows nothing, 0 is sure
     z_loss: mean of logsumexp(logits) ** 2
-    agreement: share of choices that are among the router's own best K by its logits: less than 1
-        with noise, a selection bias, groups, or a recorded choice
+    agreement: share of choices that are among the best K by the router's logits: less than 1 with
+        RSample, a sampled second expert, a selection bias, groups, Sinkhorn or a recorded choice
     pairs: [E, E] int64, tokens that chose both experts; the diagonal is of one. None also for
         more than 32 choices per token.
     """

@@ -46,30 +46,38 @@ def test_the_command():
         assert done.stdout.endswith("all is well\n")
 
 
-def test_a_wrong_result_is_found(monkeypatch):
-    right = moe_ext.reference.combine
-
-    def wrong(*args):
-        out = right(*args)
-        out[0] *= 1.01
-        return out
-
-    monkeypatch.setattr(doctor.reference, "combine", wrong)
+def changed(monkeypatch, name: str, change) -> list[doctor.Problem]:
+    """What doctor says on the CPU where the reference of an operator gives something else."""
+    right = getattr(moe_ext.reference, name)
+    monkeypatch.setattr(doctor.reference, name, lambda *args: change(right(*args)))
     report = doctor.examine()
-    (problem,) = report.problems
+    assert not report.is_well
+    return [problem for problem in report.problems if "on cpu" in problem.what]
+
+
+def test_a_wrong_result_is_found(monkeypatch):
+    (problem,) = changed(monkeypatch, "combine", lambda out: 1.01 * out)
     assert problem.what.startswith("the self-test of combine on cpu gave an error of")
     assert "doctor --json" in problem.cure
-    assert not report.is_well
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_nan_is_found_in_any_output(monkeypatch, which):
+    def change(outputs):
+        outputs = list(outputs)
+        outputs[which] = torch.full_like(outputs[which], torch.nan)
+        return outputs
+
+    (problem,) = changed(monkeypatch, "activate_backward", change)
+    assert problem.what == "the self-test of activate_backward on cpu gave an error of inf"
 
 
 def test_an_operator_that_fails_is_told_with_its_error(monkeypatch):
-    def fails(*args):
+    def fails(out):
         raise RuntimeError("combine: no such thing")
 
-    monkeypatch.setattr(doctor.reference, "combine", fails)
-    report = doctor.examine()
-    assert "RuntimeError: combine: no such thing" in str(report)
-    assert len(report.problems) == 1
+    (problem,) = changed(monkeypatch, "combine", fails)
+    assert "RuntimeError: combine: no such thing" in problem.what
 
 
 @pytest.fixture
@@ -93,11 +101,13 @@ def report_of(tree: Path, **environment) -> dict:
 def test_without_a_library(tree):
     report = report_of(tree)
     assert report["versions"]["moe_ext"].endswith(str(tree / "moe_ext"))
-    assert {operator["backend"] for operator in report["operators"]} == {"reference"}
-    (problem,) = report["problems"]
+    on_cpu = [operator for operator in report["operators"] if operator["device"] == "cpu"]
+    assert {operator["backend"] for operator in on_cpu} == {"reference"}
+    problem = report["problems"][0]
     assert "no compiled library was built" in problem["what"]
-    assert problem["cure"] == doctor.AGAIN
-    (problem,) = report_of(tree, CXX="no-such-compiler")["problems"]
+    assert problem["cure"].startswith("pip install --no-build-isolation")
+    assert problem["cure"].endswith(" moe_ext")
+    problem = report_of(tree, CXX="no-such-compiler")["problems"][0]
     assert problem["cure"].startswith("install a C++ compiler or set CXX; then pip install")
 
 
@@ -113,56 +123,59 @@ def test_a_library_that_cannot_be_loaded_is_told_verbatim(tree):
 
 
 @pytest.fixture
-def torch_for_cuda(monkeypatch):
+def card(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_num_cards", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a card")
     monkeypatch.setattr(ops.registry, "cuda_library", None)
     monkeypatch.setattr(ops.registry, "cuda_load_error", "no CUDA kernels were built")
     monkeypatch.delenv("FORCE_CUDA", raising=False)
 
 
-def cures(report: doctor.Report) -> dict[str, str]:
-    return {problem.what: problem.cure for problem in report.problems}
+def libraries() -> tuple[dict[str, str], list[doctor.Problem]]:
+    problems: list[doctor.Problem] = []
+    return doctor._libraries(problems), problems
 
 
-def test_no_gpu_and_no_kernels(torch_for_cuda, monkeypatch):
+def test_without_a_card_nothing_is_amiss(card, monkeypatch):
+    monkeypatch.setattr(doctor, "_num_cards", lambda: 0)
+    said, problems = libraries()
+    assert said["_C_cuda"] == "no CUDA kernels were built"
+    assert [p for p in problems if "cuda" in p.what] == []
+    assert doctor._versions()["card"].startswith("none that torch can use")
+
+
+def test_a_card_and_no_kernels(card, monkeypatch):
     monkeypatch.setattr(build, "find_toolkit", lambda: None)
-    found = cures(doctor.examine())
-    assert next(iter(found)) == "torch is for CUDA 13.0 and finds no GPU it can use"
-    cure = found["operators on cuda run as plain PyTorch: no CUDA kernels were built"]
-    assert cure.startswith("no CUDA toolkit found: CPU kernels only; set CUDA_HOME, or pip install")
+    problem = libraries()[1][-1]
+    assert problem.what == "operators on cuda run as plain PyTorch: no CUDA kernels were built"
+    assert problem.cure.startswith("no CUDA toolkit found: CPU kernels only; set CUDA_HOME, or pip")
+    assert doctor._versions()["card"] == "a card, compute capability 12.0"
 
 
-def test_a_toolkit_of_another_major_version(torch_for_cuda, monkeypatch, tmp_path):
+def test_a_toolkit_of_another_major_version(card, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "find_toolkit", lambda: build.Toolkit(tmp_path, tmp_path, (12, 4)))
-    cure = list(cures(doctor.examine()).values())[-1]
-    assert f"the toolkit at {tmp_path} is CUDA 12.4; set CUDA_HOME" in cure
+    assert f"the toolkit at {tmp_path} is CUDA 12.4; set CUDA_HOME" in libraries()[1][-1].cure
 
 
-def test_kernels_left_out_on_purpose(torch_for_cuda, monkeypatch):
+def test_kernels_left_out_on_purpose(card, monkeypatch):
     monkeypatch.setenv("FORCE_CUDA", "0")
-    assert list(cures(doctor.examine()).values())[-1].startswith("unset FORCE_CUDA, then pip")
+    assert libraries()[1][-1].cure.startswith("unset FORCE_CUDA, then pip")
 
 
 @pytest.mark.parametrize("built_for", ["7.5,8.0+PTX,9.0+PTX", "7.5,8.0"])
-def test_a_card_that_the_kernels_are_not_for(torch_for_cuda, monkeypatch, tmp_path, built_for):
+def test_a_card_that_the_kernels_are_not_for(card, monkeypatch, tmp_path, built_for):
     library = tmp_path / "_C_cuda.abi3.so"
     text = f"moe_ext built for compute capability {built_for}"
     library.write_bytes(b"\x7fELF\0" + text.encode() + b"\0\xff")
     monkeypatch.setattr(ops.registry, "cuda_library", library)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (12, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a card")
-    problems: list = []
-    said = doctor._libraries(problems)
+    said, problems = libraries()
     assert said["_C_cuda"] == f"{library}, for {built_for}"
     if "9.0+PTX" in built_for:
         assert problems == []
     else:
-        assert problems[0].what.startswith(
-            "card 0 has compute capability 12.0, the kernels are for"
-        )
+        assert problems[0].what.startswith("card 0 has compute capability 12.0, the kernels are")
         assert problems[0].cure.startswith('TORCH_CUDA_ARCH_LIST="12.0" pip install')
 
 

@@ -52,6 +52,28 @@ def test_a_part_that_two_layers_share_is_marked_once():
     assert "route" not in vars(first.gate)
 
 
+def test_what_a_module_has_of_its_own_comes_back():
+    """FSDP's register_fsdp_forward_method leaves such a method; another context does too."""
+    model = model_of()
+    gate, x = model[0].gate, torch.randn(6, 16)
+    calls = []
+    plain = gate.route
+
+    def own(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    gate.route = own
+    with profiling.ranges(model):
+        with profiling.ranges(model):
+            model(x)
+        with profile() as profiled:
+            model(x)
+    assert names_in(profiled).count("moe_ext.layer 0") == 1
+    assert vars(gate)["route"] is own
+    assert len(calls) == 2
+
+
 def test_a_model_without_layers():
     with (
         pytest.raises(ValueError, match=r"profiling.ranges: Linear has no MOELayer"),

@@ -4,12 +4,11 @@ import json
 import subprocess
 import sys
 
-import matplotlib
 import pytest
 import torch
 from torch import nn
 
-from moe_ext import GroupedExperts, MOELayer, TopKGate, stats
+from moe_ext import GroupedExperts, MOELayer, TopKGate, plot, stats
 from moe_ext.sinks import JsonLines, TensorBoard, read_json_lines
 
 PNG = b"\x89PNG"
@@ -69,6 +68,18 @@ def test_a_line_that_was_cut_off_is_left_out(run, tmp_path):
     *_, (step, last) = read_json_lines(cut)
     assert step == 40
     assert (list(last.train), list(last.eval)) == (["0", "1"], ["0"])
+
+
+@pytest.mark.parametrize("left", ["", "{", '{"step": 50, "mode"'])
+def test_a_run_goes_on_behind_a_line_that_was_cut_off(run, tmp_path, left):
+    readings, path = run
+    sink = JsonLines(tmp_path / "run.jsonl")
+    sink.path.write_text(path.read_text() + left)
+    sink(readings[0][1], 60)
+    assert [step for step, _ in read_json_lines(sink.path)] == [0, 10, 20, 30, 40, 60]
+    sink.path.write_text(left)
+    sink(readings[0][1], 60)
+    assert [step for step, _ in read_json_lines(sink.path)] == [60]
 
 
 @pytest.mark.parametrize(
@@ -134,30 +145,41 @@ def test_the_command_and_a_wrong_file(tmp_path, text):
 
 def test_what_a_heat_map_shows(tmp_path, monkeypatch):
     """The numbers of the shares, and one scale for all pictures: from nothing to twice even."""
-    from moe_ext import plot
-
     drawn = []
     monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
-    plot.plot_load({"a": [0.5, 0.25, 0.25, 0], "b": [0.25] * 4}, tmp_path)
+    plot.plot_load({"a": [0.5, 0.25, 0.25, 0], "b": [0.5, 0.5]}, tmp_path)
     axes = drawn[0].axes[0]
-    assert [text.get_text() for text in axes.texts] == ["50%", "25%", "25%", "idle"] + ["25%"] * 4
-    assert axes.images[0].get_clim() == (0, 0.5)
+    assert [text.get_text() for text in axes.texts] == ["50%", "25%", "25%", "idle", "50%", "50%"]
+    assert axes.images[0].get_clim() == (0, 2)
+    table = axes.images[0].get_array()
+    assert table[0].tolist() == [2, 1, 1, 0]
+    assert table[1].filled(-1).tolist() == [1, 1, -1, -1]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
-    matplotlib.pyplot.close(drawn[0])
 
 
 def test_what_is_chosen_together():
-    """Independent choices attract nobody; a pair that always goes together does."""
-    from moe_ext.plot import co_routing
-
-    pairs = torch.full((4, 4), 10).fill_diagonal_(30)
-    off = ~torch.eye(4, dtype=torch.bool)
-    torch.testing.assert_close(co_routing(pairs)[off], torch.ones(12).double())
+    """Choices without a liking for each other are at 1, whatever the loads; a pair that always goes
+    together is above."""
+    for load in ([1.0, 1, 1, 1], [5.0, 2, 2, 1]):
+        chances = torch.tensor(load, dtype=torch.float64)
+        pairs = 1e6 * torch.outer(chances, chances)
+        lift = plot.co_routing(pairs)
+        off = ~torch.eye(4, dtype=torch.bool)
+        torch.testing.assert_close(lift[off], torch.ones(12).double(), rtol=1e-4, atol=0)
+        assert lift.diagonal().isnan().all()
     always = torch.block_diag(torch.full((2, 2), 9), torch.full((2, 2), 9))
-    lift = co_routing(always)
-    assert (lift[0, 1], lift[0, 2]) == (lift[1, 0], 0)
-    assert lift[0, 1] > 2
-    assert lift.diagonal().isnan().all()
+    lift = plot.co_routing(always)
+    assert lift[0, 1] == lift[1, 0] > 2
+    assert lift[0, 2] == 0
+    idle = plot.co_routing(torch.tensor([[4, 4, 0], [4, 4, 0], [0, 0, 0]]))
+    assert idle[2].isnan().all()
+
+
+def test_layers_of_one_choice_have_no_pairs(run, tmp_path):
+    load = torch.tensor([3, 1])
+    layer = stats.LayerStats(4, 1, load, load, 1.0, pairs=torch.diag(load))
+    paths = plot.plot_run([(1, stats.Reading({"a": layer}, {}))], tmp_path)
+    assert [path.name for path in paths] == ["load.png", "sorted.png"]
 
 
 def test_lines_are_json_for_others(run):

@@ -182,6 +182,51 @@ def test_compiled(inputs, wrap, detailed):
         assert read.z_loss == pytest.approx(expected.z_loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_compiled_and_then_checkpointed_is_counted_once(inputs, use_reentrant):
+    layer = layer_of()
+    counting = stats.track(layer)
+    x = inputs[0].requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        checkpoint(compiled, x, use_reentrant=use_reentrant).sum().backward()
+    assert counting.read().train["MOELayer"].calls == 3
+
+
+def test_a_nan_is_seen(inputs):
+    """Where training diverges the numbers say so."""
+    layer = layer_of()
+    counting = stats.track(layer, detailed=True)
+    layer(torch.full((T, H), torch.nan))
+    read = counting.read().train["MOELayer"]
+    assert math.isnan(read.router_entropy)
+    assert math.isnan(read.z_loss)
+    assert int(read.load.sum()) == 2 * T
+
+
+def test_equal_logits_are_followed():
+    """Which of them topk takes is not defined."""
+    layer = layer_of(k=3, drop_tokens=False)
+    nn.init.zeros_(layer.gate.wg.weight)
+    counting = stats.track(layer, detailed=True)
+    layer(torch.randn(T, H))
+    assert counting.read().train["MOELayer"].agreement == 1
+
+
+def test_expert_choice(inputs):
+    """Every expert is every token's choice: there are no pairs to speak of where they are many."""
+    experts = 40
+    gate = TopKGate(H, experts, experts, drop_policy="probs", renormalise="never")
+    layer = MOELayer(gate, GroupedExperts(experts, H, 8))
+    counting = stats.track(layer, detailed=True)
+    layer(inputs[0])
+    read = counting.read().train["MOELayer"]
+    assert read.load.tolist() == [T] * experts
+    assert read.agreement == 1
+    assert read.pairs is None
+
+
 def test_outputs_and_gradients_are_the_same(inputs):
     layer = layer_of(capacity_factor=0.7)
     x = inputs[0].requires_grad_()
@@ -262,13 +307,27 @@ def test_inference_mode(inputs):
     assert counting.read().eval["MOELayer"].calls == 2
 
 
-def test_moves_with_the_layer(inputs):
+def test_a_layer_made_on_meta(inputs):
+    layer = layer_of().to("meta")
+    counting = stats.track(layer)
+    layer.to_empty(device="cpu")
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    with torch.inference_mode():
+        layer(inputs[0])
+    layer(inputs[0]).sum().backward()
+    assert counting.read().train["MOELayer"].calls == 2
+
+
+def test_counts_move_with_the_layer(inputs, monkeypatch):
     layer = layer_of()
     counting = stats.track(layer)
     layer(inputs[0])
-    layer.to("meta")
-    layer(inputs[0].to("meta"))
-    assert counting._counters["MOELayer"].one.device.type == "meta"
+    counters = counting._counters["MOELayer"]
+    before = counters.counts["train"].clone()
+    counters._move(torch.device("cpu"))
+    assert torch.equal(counters.counts["train"], before)
 
 
 def test_no_value_is_read_back_before_reading(inputs):

@@ -1,0 +1,106 @@
+"""Experts on several processes, everything else sharded by FSDP2.
+
+    torchrun --nproc-per-node 2 examples/fsdp2_ep.py --steps 100
+
+Two processes hold four of eight experts each, and half of all other parameters; tokens travel to
+their experts. Run with python alone it is one process, and prints the same losses but for rounding:
+the balance is that of the whole batch. On CPUs it runs over gloo, on GPUs over NCCL (not tried).
+"""
+
+import argparse
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import moe_ext
+from moe_ext import parallel
+from moe_ext.losses import load_balance_loss
+
+WIDTH, EXPERTS, BATCH = 64, 8, 256
+
+
+def balance_of_all(routing: moe_ext.Routing) -> Tensor:
+    """Of the tokens of all processes; this process's part of it."""
+    T, K = routing.weights.shape
+    load = routing.plan.load
+    return load_balance_loss(routing.importance, load, T, K, group=dist.group.WORLD)
+
+
+class Block(nn.Module):
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        gate = moe_ext.TopKGate(
+            WIDTH,
+            EXPERTS,
+            k=2,
+            drop_tokens=False,
+            renormalise="before",
+            top2_2nd_expert_sampling=False,
+            aux_loss=balance_of_all,
+        )
+        # The same experts are made everywhere, and each process keeps its part.
+        experts = moe_ext.GroupedExperts(EXPERTS, WIDTH, 2 * WIDTH)
+        self.moe = moe_ext.MOELayer(gate, moe_ext.ExpertParallel.of(experts, group))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + F.gelu(self.mix(hidden))
+        return hidden + self.moe(self.norm(hidden))
+
+
+def batch(step: int, rank: int, size: int) -> tuple[Tensor, Tensor]:
+    """This process's part of a batch that is the same for any number of them."""
+    draws = torch.Generator().manual_seed(step)
+    tokens = torch.randn(BATCH, WIDTH, generator=draws)
+    wanted = tokens.roll(1, dims=-1).sin() * 2
+    return tokens[rank::size], wanted[rank::size]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=100)
+    steps = parser.parse_args().steps
+    has_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = torch.device("cuda" if torch.cuda.is_available() and has_gpus else "cpu")
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+        os.environ.setdefault("MASTER_PORT", "29511")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    torch.manual_seed(0)
+    groups = parallel.make_groups(ep=size, device_type=device.type)
+    model = nn.Sequential(Block(groups.ep), Block(groups.ep)).to(device)
+    stats = moe_ext.stats.track(model)
+    parallel.fully_shard(model, groups)
+    experts = [p for p in model.parameters() if not getattr(p, "allreduce", True)]
+    others = [p for p in model.parameters() if getattr(p, "allreduce", True)]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": experts}], lr=3e-3)
+    for step in tqdm(range(steps), unit="step", disable=rank > 0):
+        tokens, wanted = (part.to(device) for part in batch(step, rank, size))
+        loss = F.mse_loss(model(tokens), wanted)
+        l_aux = sum(block.moe.l_aux for block in model)
+        optimizer.zero_grad()
+        (loss + 0.01 * l_aux).backward()
+        parallel.clip_grad_norm_(model, groups, 1.0)
+        optimizer.step()
+        if step in (0, steps - 1):
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            if rank == 0:
+                tqdm.write(f"step {step}: loss {mean.item() / size:.4f}")
+    reading = stats.read(group=dist.group.WORLD)
+    if rank == 0:
+        print(f"{size} processes\n{reading}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

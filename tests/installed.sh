@@ -1,0 +1,18 @@
+#!/bin/sh
+# The tests on the moe_ext that is installed beside a python, away from the tree, or its package would
+# be found instead:
+#
+#   sh tests/installed.sh <the tree> <python>
+set -eu
+root=$1
+python=$2
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp -r "$root/examples" "$work"
+mkdir "$work/tests"
+cp "$root"/tests/*.py "$work/tests"
+cd "$work/tests"
+"$python" -c 'import torch, moe_ext; print(torch.__version__, moe_ext.ops.registry.library)'
+"$python" -m moe_ext doctor || echo "doctor found something"
+rm test_bench*.py test_build.py test_demo.py test_docs.py test_toolkit.py # of the tree
+"$python" -m pytest -p no:cacheprovider .

@@ -1,0 +1,73 @@
+"""What the pages say that can be checked."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_drawing_is_of_this_plan():
+    experts = torch.tensor([[2, 0], [0, 1], [2, 1], [2, 0]], dtype=torch.int32)
+    plan = moe_ext.make_plan(experts, 3, 2)
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    for t, (ids, slots) in enumerate(zip(experts.tolist(), plan.slots.tolist(), strict=True)):
+        row = rf"t{t} +{ids[0]} {ids[1]} +t{t} +{slots[0]} +{slots[1]} "
+        assert re.search(row, text), row
+    for row, route in enumerate(plan.sources.tolist()):
+        assert f"row {row}  route {route} (t{route // 2}, k{route % 2})" in text
+    for e, offset in enumerate(plan.offsets.tolist()[:3]):
+        assert f"e{e} from {offset}\n" in text
+    assert f"load  {' '.join(map(str, plan.load.tolist()))} " in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_and_files_that_are_named_are_there(page):
+    text = page.read_text()
+    last = None
+    for name, function in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::(\w+))?`", text):
+        if not name and not function:
+            continue
+        last = name or last
+        path = ROOT / "tests" / last
+        assert path.exists(), last
+        assert not function or f"def {function}(" in path.read_text(), (last, function)
+    for name in re.findall(r"`((?:examples|bench|csrc|tests|moe_ext)/[\w/]+\.\w+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def python_blocks(page: Path) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_is_code(page):
+    compile(python_blocks(page), page.name, "exec")
+
+
+def test_the_first_layer_runs():
+    for page in (ROOT / "README.md", ROOT / "docs" / "index.md"):
+        first = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[1]
+        done = subprocess.run([sys.executable, "-c", first], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_on_the_api_page():
+    text = (ROOT / "docs" / "api.md").read_text()
+    for name in moe_ext.__all__:
+        what = getattr(moe_ext, name)
+        if type(what).__name__ == "module" and name in ("build", "ops"):
+            continue
+        assert f"::: moe_ext.{name}\n" in text, name
+
+
+def test_every_public_name_has_a_docstring():
+    for name in moe_ext.__all__:
+        assert (getattr(moe_ext, name).__doc__ or "").strip(), name
