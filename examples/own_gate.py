@@ -75,9 +75,8 @@ def main() -> None:
             tqdm.write(f"step {step}: loss {loss.item():.4f}")
     reading = stats.read().train["MOELayer"]
     routes = int(reading.load.sum()) / reading.tokens
-    print(
-        f"{routes:.2f} experts for a token over all steps, temperature {gate.log_temperature.exp().item():.2f}"
-    )
+    temperature = gate.log_temperature.exp().item()
+    print(f"{routes:.2f} experts for a token over all steps, temperature {temperature:.2f}")
 
 
 if __name__ == "__main__":

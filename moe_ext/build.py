@@ -153,8 +153,8 @@ def compile_flags() -> list[str]:
 
 def cuda_binding_flags(toolkit: Toolkit) -> list[str]:
     """Flags for the C++ file of the CUDA library. Its bytes tell `doctor` which cards it is for."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(toolkit)
-    wanted = re.split(r"[; ]+", wanted.strip())
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(toolkit)
+    wanted = re.split(r"[; ]+", listed.strip())
     # A shell would take a semicolon for its own.
     return [*compile_flags(), f"-DMOE_EXT_ARCHITECTURES={','.join(wanted)}"]
 

@@ -37,8 +37,8 @@ class PerExpert:
 
     def inspect(self, names: Collection[str]) -> tuple[int, bool]:
         """Of names that match the pattern: the number of experts, and whether they have a gate."""
-        experts = (int(re.fullmatch(self.pattern, name)["expert"]) for name in names)
-        return 1 + max(experts), self.gate is not None
+        matches = (re.fullmatch(self.pattern, name) for name in names)
+        return 1 + max(int(match["expert"]) for match in matches if match), self.gate is not None
 
     def sources(self, stacked: str, num_experts: int) -> list[str]:
         """The names of what a tensor of GroupedExperts is made of, in order."""
@@ -159,7 +159,7 @@ def from_grouped(state: StateDict, layout: Layout, prefix: str = "") -> dict[str
     Raises ValueError where it is not, and where only one of `state` and `layout` has a gate.
     """
     layout = replace(layout, parent=prefix + layout.parent)
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in to_grouped(state, GROUPED).items():
         group = layout.sources(name, tensor.shape[0])
         result |= zip(group, layout.split(name, tensor, len(group)), strict=True)
@@ -196,7 +196,8 @@ def convert_state_dict(state: StateDict, source: Layout, target: Layout) -> dict
     to_grouped and from_grouped.
     """
     pattern = re.compile(rf"(?P<place>(?:.*\.)?experts\.){source.pattern}")
-    result, modules = {}, {}
+    result: dict[str, Tensor] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if match := pattern.fullmatch(name):
             modules.setdefault(match["place"], {})[name] = tensor

@@ -134,9 +134,11 @@ def active_parameters(model: ByteModel) -> int:
     """Parameters that one byte meets: of the experts its k, and not the gate's."""
     total = sum(p.numel() for p in model.parameters())
     for layer in model.moe_layers():
+        gate = layer.gate
+        assert isinstance(gate, TopKGate)
         experts = sum(p.numel() for p in layer.experts.parameters())
-        total -= experts - experts // layer.gate.num_experts * layer.gate.k
-        total -= layer.gate.wg.weight.numel()
+        total -= experts - experts // gate.num_experts * gate.k
+        total -= sum(p.numel() for p in gate.parameters())
     return total
 
 
@@ -354,6 +356,11 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
         },
         "models": {},
     }
+
+    def save() -> None:
+        if is_first:
+            write_json(out / "result.json", results)
+
     say = print if is_first else lambda text: None
     say(
         f"{corpus.train_files} files, {len(corpus.train) / 1e6:.1f} MB to train on, "
@@ -361,14 +368,15 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
     )
     try:
         for name in ("moe", "dense"):
-            result = results["models"][name] = {}
+            result: dict = {}
+            results["models"][name] = result
             train(
                 name,
                 corpus,
                 config,
                 torch.device(device),
                 result,
-                lambda: is_first and write_json(out / "result.json", results),
+                save,
                 processes,
                 lines if is_first else None,
             )

@@ -90,7 +90,7 @@ def examine() -> Report:
     devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     operators = [_operator(name, device) for device in devices for name in ops.NAMES]
     for o in operators:
-        if o.failure or not o.error <= TOLERANCE:
+        if o.failure or o.error is None or not o.error <= TOLERANCE:
             found = o.failure or f"an error of {o.error:.1e}"
             problems.append(
                 Problem(

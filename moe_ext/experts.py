@@ -154,8 +154,8 @@ class ExpertParameters(nn.Module):
 
     def mark(self) -> None:
         for parameter in self.parameters():
-            parameter.allreduce = False
-            parameter.group_name = self.expert_group_name
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
 
     # Copies and moved parameters are new ones, without marks.
 
@@ -234,15 +234,17 @@ def _padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tens
     In a plan without capacity C is the largest load, which is read back from the device: one
     synchronisation per call.
     """
-    if plan.capacity is None:
+    capacity = plan.capacity
+    if capacity is None:
         if tokens.is_meta or torch.compiler.is_exporting():
             raise RuntimeError(
                 "MOELayer: without dropping, experts on [1, E, C, H] need the largest load on the "
                 "host, which torch.export and the meta device cannot; use GroupedExperts"
             )
-        plan = make_plan(plan.experts, plan.num_experts, int(plan.load.max()))
+        capacity = int(plan.load.max())
+        plan = make_plan(plan.experts, plan.num_experts, capacity)
     rows = dispatch(tokens, plan)
-    shape = (1, plan.num_experts, plan.capacity, tokens.shape[1])
+    shape = (1, plan.num_experts, capacity, tokens.shape[1])
     out = experts(rows.view(shape))
     if _shape(out) not in (list(shape), list(shape[1:])):
         raise RuntimeError(

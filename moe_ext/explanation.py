@@ -69,7 +69,7 @@ def explain(layer: nn.Module, *args, **kwargs) -> Explanation:
     observed = [(m, m.observer) for m in layer.modules() if vars(m).get("observer") is not None]
     try:
         for module, _ in observed:
-            module.observer = None
+            module.observer = None  # type: ignore[assignment]
         with torch.no_grad(), trace:
             layer(*args, **kwargs)
     finally:

@@ -1,6 +1,6 @@
 """The operators as functions of tensors and plans, differentiable as often as wanted."""
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -124,7 +124,19 @@ def has_autocast(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+@overload
+def autocast(
+    rows: Tensor, weights: Tensor, bias: Tensor | None, /
+) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+
+@overload
+def autocast(
+    rows: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, /
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+
+
+def autocast(*tensors):
     """The operands of a product, cast as torch.mm casts its own under autocast."""
     first = tensors[0]
     if not has_autocast(first.device) or first.dtype == torch.float64:

@@ -89,12 +89,16 @@ class GateBackward(Operator):
         given = [i for i, tensor in enumerate(differentiable) if tensor is not None]
 
         def gate_backward(*tensors):
-            full = [None] * 4
+            full: list = [None] * 4
             for i, tensor in zip(given, tensors, strict=True):
                 full[i] = tensor
-            return reference.gate_backward(*full, experts, ctx.scoring, ctx.renormalise, ctx.scale)
+            of_weights, of_probs, of_importance, probs = full
+            rule = ctx.scoring, ctx.renormalise, ctx.scale
+            return reference.gate_backward(
+                of_weights, of_probs, of_importance, probs, experts, *rule
+            )
 
-        _, vjp = torch.func.vjp(gate_backward, *(differentiable[i] for i in given))
+        vjp = torch.func.vjp(gate_backward, *(differentiable[i] for i in given))[1]
         grads: list[Tensor | None] = [None] * 8
         for i, tensor in zip(given, vjp(grad), strict=True):
             grads[i] = tensor
@@ -135,7 +139,7 @@ class KeepBackward(Operator):
             rule = ctx.renormalise, ctx.least, ctx.scale
             return reference.keep_backward(grad, weights, slots, *rule)
 
-        _, vjp = torch.func.vjp(keep_backward, grad, weights)
+        vjp = torch.func.vjp(keep_backward, grad, weights)[1]
         return *vjp(grad_grad), None, None, None, None
 
 
@@ -343,7 +347,7 @@ class ActivateBackward(Operator):
                 grad, inner, slots, sources, weights, ctx.activation
             )
 
-        _, vjp = torch.func.vjp(activate_backward, grad, inner, weights)
+        vjp = torch.func.vjp(activate_backward, grad, inner, weights)[1]
         grad_grad, grad_inner, grad_weights = vjp(grads)
         return grad_grad, grad_inner, None, None, grad_weights, None
 

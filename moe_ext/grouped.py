@@ -18,7 +18,7 @@ from . import contracts, reference
 NATIVE_MAJORS = (9, 10)
 
 
-def choose(rows: Tensor, widths: tuple[int, int], capacity: int | None) -> tuple[str, str]:
+def choose(rows: Tensor, widths: tuple[int, ...], capacity: int | None) -> tuple[str, str]:
     """The path of a product of `rows`, and why it is not an earlier one of the list.
 
     widths: of both operands' rows or of a weight, N and M
@@ -33,7 +33,7 @@ def choose(rows: Tensor, widths: tuple[int, int], capacity: int | None) -> tuple
     return "loop", f"{why}, and a plan without capacity has no batches"
 
 
-def _why_not_native(rows: Tensor, widths: tuple[int, int]) -> str | None:
+def _why_not_native(rows: Tensor, widths: tuple[int, ...]) -> str | None:
     if rows.device.type != "cuda":
         return f"torch has no grouped_mm of its own on {rows.device.type}"
     major, minor = torch.cuda.get_device_capability(rows.device)

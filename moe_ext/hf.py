@@ -8,7 +8,8 @@ transformers has it for experts of its own; `check(model)` says at once whether 
 can be computed, which a forward would say when it comes to it. Needs transformers >= 5.7.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,18 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMU
     raise ImportError(f"moe_ext.hf needs transformers >= 5.7, found {transformers.__version__}")
 
 
+class ExpertsModule(Protocol):
+    """What is used of an experts module; all but num_experts only where its flags say so."""
+
+    num_experts: int
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+
+    def _apply_gate(self, gate_up_out: Tensor) -> Tensor: ...
+
+
 def experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """An experts module's forward, as transformers calls it.
 
@@ -67,7 +78,7 @@ class Layout:
     Raises ValueError where the module asks for something that is not understood.
     """
 
-    def __init__(self, module: nn.Module, is_only_checked: bool = False) -> None:
+    def __init__(self, module: ExpertsModule, is_only_checked: bool = False) -> None:
         self.module = module
         self.is_only_checked = is_only_checked
         self.has_gate = self._flag("has_gate", True)
@@ -92,7 +103,7 @@ class Layout:
             rows = self.module.post_expert_norm(rows)
         return combine(rows, plan, weights)
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         raise ValueError(
             f'experts_implementation="{NAME}": {type(self.module).__name__} {why}; '
             'use another, as "eager"'
@@ -177,7 +188,7 @@ def check(model: nn.Module) -> int:
         )
     for name, module in found:
         try:
-            Layout(module, is_only_checked=True)
+            Layout(cast(ExpertsModule, module), is_only_checked=True)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return len(found)
@@ -227,6 +238,7 @@ class StatsCallback(transformers.TrainerCallback):
                 sink(reading, state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        assert self.stats is not None
         self.stats.stop()
 
 

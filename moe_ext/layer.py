@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,11 @@ class Aux(NamedTuple):
 Observer = Callable[[Plan, Aux | None, Routing | None, Tensor | None], None]
 
 
-def _routes_itself(gate: nn.Module) -> bool:
+class _Router(Protocol):
+    def route(self, tokens: Tensor, used_token: Tensor | None, *recorded: Tensor) -> Routing: ...
+
+
+def _routes_itself(gate: nn.Module) -> TypeGuard[_Router]:
     """Whether a gate has `route`, and means it: a TopKGate with a forward of its own is used by
     that, as DeepSpeed's layer would."""
     if isinstance(gate, TopKGate) and type(gate).route is TopKGate.route:
@@ -125,8 +129,9 @@ class MOELayer(nn.Module):
         # Of exchanges between processes: they run beside other work and have no time of their own.
         self.time_falltoall = 0.0
         self.time_salltoall = 0.0
-        self.l_aux: Tensor | None = None
-        self.exp_counts: Tensor | None = None
+        # None before the first call, which `Tensor | None` would have every reader rule out.
+        self.l_aux: Tensor | Any = None
+        self.exp_counts: Tensor | Any = None
         self.observer: Observer | None = None
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
@@ -135,10 +140,11 @@ class MOELayer(nn.Module):
             raise RuntimeError(
                 f"MOELayer: ep_group must have ep_size = {self.ep_size} processes, got {size}"
             )
-        if hasattr(self.gate, "_set_ep_group"):
-            self.gate._set_ep_group(ep_group)
+        set_group = getattr(self.gate, "_set_ep_group", None)
+        if set_group is not None:
+            set_group(ep_group)
         self.ep_group = ep_group
-        if size > 1:
+        if ep_group is not None and size > 1:
             from .parallel import ExpertParallel
 
             self.experts = ExpertParallel(
@@ -347,7 +353,8 @@ class MoE(nn.Module):
         if groups is None:
             neighbours_share = not use_data_before_expert_parallel_
             groups = make_groups(self.ep_size, neighbours_share=neighbours_share)
-        self.deepspeed_moe._set_ep_group(groups.ep)
+        # make_groups(ep_size) gives no mesh, which is of two levels.
+        self.deepspeed_moe._set_ep_group(cast(dist.ProcessGroup, groups.ep))
 
     def forward(
         self,

@@ -156,12 +156,13 @@ def widens(rows):
 class Registry:
     """The registrations of this process: the compiled libraries, if any, and the reference."""
 
+    _python: torch.library.Library
+
     def __init__(self) -> None:
         self.library: Path | None = None
         self.load_error: str | None = None
         self.cuda_library: Path | None = None
         self.cuda_load_error: str | None = None
-        self._python: torch.library.Library | None = None
         self._gradients: dict[str, type[torch.autograd.Function]] = {}
 
     def load_installed(self) -> None:

@@ -2,6 +2,7 @@
 
 import operator
 from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def used_token(owner: str, mask: Tensor, num_tokens: int) -> None:
         )
 
 
-def integer(owner: str, name: str, value: int, minimum: int) -> int:
+def integer(owner: str, name: str, value: Any, minimum: int) -> int:
     """An argument of a constructor as an int. Raises ValueError where it is none, or too small."""
     try:
         value = operator.index(value)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -12,8 +13,9 @@ from .stats import LayerStats, Reading
 
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7")
-# From few to many: its brightness rises evenly.
-SCALE = "cividis"
+# From few to many: its brightness rises evenly. An idle expert has a colour that is not in it.
+SCALE = colormaps["cividis"].with_extremes(under=COLOURS[1], bad="0.85")
+LEAST = 1e-12
 DOTS_PER_INCH = 130
 # Numbers are written into a heat-map of so many columns, and names beside so many rows.
 MOST_NUMBERS, MOST_NAMES = 16, 40
@@ -78,16 +80,20 @@ def plot_load(shares: dict[str, Sequence[float]], path: Path) -> None:
 
 
 def _heat_map(figure: Figure, axes, over_even: list[list[float]]) -> None:
-    axes.set_facecolor("0.85")
-    image = axes.imshow(over_even, cmap=SCALE, vmin=0, vmax=2, aspect="auto", interpolation="none")
-    bar = figure.colorbar(image, extend="max")
-    bar.set_ticks([0, 1, 2], labels=["0", "even", "twice even"])
+    image = axes.imshow(
+        over_even, cmap=SCALE, vmin=LEAST, vmax=2, aspect="auto", interpolation="none"
+    )
+    bar = figure.colorbar(image, extend="both")
+    bar.set_ticks([LEAST, 1, 2], labels=["idle", "even", "twice even"])
 
 
 def plot_over_time(
     steps: Sequence[int], shares: Sequence[Sequence[float]], path: Path, name: str
 ) -> None:
-    """A layer's load by step and expert. shares: [steps][E]; equal steps are readings in a row."""
+    """A layer's load by step and expert.
+
+    shares: by step, [E] each; equal steps are readings in a row
+    """
     experts, count = len(shares[0]), len(shares)
     figure, axes = _figure(7.5, min(max(1.6 + 0.22 * experts, 3), 9))
     _heat_map(figure, axes, [[row[e] * experts for row in shares] for e in range(experts)])
@@ -131,6 +137,7 @@ def plot_sorted(shares: dict[str, Sequence[float]], path: Path) -> None:
 def plot_pairs(layer: LayerStats, path: Path, name: str) -> None:
     """Which experts a token chooses together, over what chance would give experts of such loads:
     above 1 the two attract each other. layer: a detailed one"""
+    assert layer.pairs is not None
     lift = co_routing(layer.pairs)
     experts = len(lift)
     size = 2.2 + min(max(0.3 * experts, 2.5), 8)
@@ -183,7 +190,8 @@ def plot_run(readings: Sequence[tuple[int, Reading]], folder: Path) -> list[Path
     history = [(step, layers[worst].shares.tolist()) for step, layers in of_mode if worst in layers]
     if len(history) > 1:
         paths.append(folder / "over-time.png")
-        plot_over_time(*zip(*history, strict=True), paths[-1], worst)
+        steps, over_time = zip(*history, strict=True)
+        plot_over_time(steps, over_time, paths[-1], worst)
     pairs = last[worst].pairs
     if pairs is not None and pairs.sum() > pairs.trace():  # with one choice there are none
         paths.append(folder / "pairs.png")

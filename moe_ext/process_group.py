@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group as resolve
 
@@ -12,7 +14,13 @@ class GroupAttribute:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = f"_{name}_name"
 
-    def __get__(self, module, owner: type | None = None) -> dist.ProcessGroup | None:
+    @overload
+    def __get__(self, module: None, owner: type) -> GroupAttribute: ...
+
+    @overload
+    def __get__(self, module: object, owner: type | None = None) -> dist.ProcessGroup | None: ...
+
+    def __get__(self, module, owner=None):
         if module is None:
             return self
         name = module.__dict__.get(self.name)

@@ -10,6 +10,7 @@ int32.
 """
 
 import math
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -308,7 +309,13 @@ def grouped_outer(
 
 
 def _active(inner: Tensor, activation: str) -> Tensor:
-    function = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}[activation]
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "swiglu": F.silu,
+        "geglu": F.gelu,
+        "gelu": F.gelu,
+        "relu": F.relu,
+    }
+    function = functions[activation]
     if activation not in contracts.GATED:
         return function(inner)
     gate, up = inner.chunk(2, dim=-1)

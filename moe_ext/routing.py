@@ -1,7 +1,7 @@
 """From logits to a routing: who goes where, with what weight, and who is dropped."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class Routing(NamedTuple):
     plan: Plan
     probs: Tensor
     importance: Tensor
-    l_aux: Tensor | None
+    # `Tensor | None` would have every reader rule out what only aux_loss sees.
+    l_aux: Tensor | Any
     logits: Tensor
 
     def as_hf_tuple(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,11 +82,19 @@ def route(
     )
     is_after = renormalise == "after" and not is_before
     scale_before, scale_after = (1.0, scale) if is_after else (scale, 1.0)
-    gate_options = {"scoring": scoring, "renormalise": is_before, "scale": scale_before}
     if experts is None:
-        choice = gate(logits, k, choice_scores=choice_scores, **gate_options)
+        choice = gate(
+            logits,
+            k,
+            choice_scores=choice_scores,
+            scoring=scoring,
+            renormalise=is_before,
+            scale=scale_before,
+        )
     else:
-        choice = _weigh(logits, k, experts, **gate_options)
+        choice = _weigh(
+            logits, k, experts, scoring=scoring, renormalise=is_before, scale=scale_before
+        )
     experts = choice.experts
     if used_token is not None:
         options.used_token("route", used_token, logits.shape[0])

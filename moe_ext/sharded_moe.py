@@ -153,7 +153,8 @@ def top1gating(
     sparse_routes, use_tutel: give the seven of routes instead (see `route_forms`)
     """
     if isinstance(ep_group, bool):
-        ep_group, use_tutel = None, ep_group
+        use_tutel = ep_group
+        ep_group = None
     logits = _wide(logits, "top1gating")
     noisy = noisy_gate_policy == "RSample"
     scores = logits.detach() + selection.gumbel(logits) if noisy else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .heatmap import text_heatmap
-from .layer import Aux, MOELayer
+from .layer import Aux, MOELayer, Observer
 from .plan import Plan
 from .routing import Routing
 
@@ -119,7 +119,17 @@ class Stats:
         return reading
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+class _Layer(Protocol):
+    """A MOELayer, or an experts module of transformers."""
+
+    num_experts: int
+    training: bool
+    observer: Observer | None
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, _Layer]]:
     """The layers of a model by name."""
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
@@ -127,7 +137,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         is_experts = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
         is_ours = getattr(config, "_experts_implementation", None) == "moe_ext"
         if isinstance(module, MOELayer) or (is_experts and is_ours):
-            yield name or type(module).__name__, module
+            yield name or type(module).__name__, cast(_Layer, module)
 
 
 def _add_once(total: Tensor, new: Tensor) -> None:
@@ -152,7 +162,7 @@ class _Counters:
     of a call: two views of a tensor that both change are not safe in torch.compile.
     """
 
-    def __init__(self, module: nn.Module, detailed: bool) -> None:
+    def __init__(self, module: _Layer, detailed: bool) -> None:
         self.module = module
         self.detailed = detailed
         self.num_experts = E = module.num_experts
@@ -215,9 +225,11 @@ class _Counters:
     def _sum(self, aux: Aux, routing: Routing | None, used: Tensor | None) -> Tensor:
         dtype = self.sums["train"].dtype
         pieces = [aux.l_aux.reshape(1).to(self.one.device, dtype)]
-        if self.detailed and routing is None:
+        if not self.detailed:
+            return torch.cat(pieces)
+        if routing is None:
             pieces.append(pieces[0].new_zeros(2 + self.num_experts))
-        elif self.detailed:
+        else:
             # A token that is taken out may hold anything, NaN too.
             probs = losses.shares(_of_used(routing.probs, used))
             squares = routing.logits.logsumexp(dim=-1, keepdim=True).square()
@@ -376,7 +388,7 @@ class Reading(NamedTuple):
         per_layer: "train/moe/<layer>/<what>" for every layer; otherwise the mean over the layers
             and the worst of them, as many numbers however many layers there are
         """
-        values = {}
+        values: dict[str, float] = {}
         for mode, layers in zip(self._fields, self, strict=True):
             found = {name: layer.scalars() for name, layer in layers.items()}
             if per_layer:

@@ -141,12 +141,12 @@ class TopKGate(nn.Module):
             noise_scale=(0 if noise_scale is None else noise_scale, 0, 1e6),
         )
         selection.check_groups("TopKGate", num_experts, k, num_groups, groups_per_token)
-        for name, value, kind, wanted in (
-            ("ep_group", ep_group, dist.ProcessGroup, "a process group"),
-            ("router", router, nn.Module, "a module"),
-            ("aux_loss", aux_loss, Callable, "a function of a Routing"),
+        for name, value, fits, wanted in (
+            ("ep_group", ep_group, isinstance(ep_group, dist.ProcessGroup), "a process group"),
+            ("router", router, isinstance(router, nn.Module), "a module"),
+            ("aux_loss", aux_loss, callable(aux_loss), "a function of a Routing"),
         ):
-            if value is not None and not isinstance(value, kind):
+            if value is not None and not fits:
                 raise ValueError(f"TopKGate: {name} must be None or {wanted}, got {value!r}")
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
@@ -185,8 +185,9 @@ class TopKGate(nn.Module):
 
     def reset_parameters(self) -> None:
         for module in self.wg.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
@@ -206,8 +207,9 @@ class TopKGate(nn.Module):
         """As of every module, but expert_bias stays float32: steps of 0.001 are lost in 16 bits."""
         bias = self.expert_bias
         super()._apply(fn, recurse)
-        if bias is not None and self.expert_bias.dtype != torch.float32:
-            self.expert_bias = bias.to(self.expert_bias.device)
+        moved = self.expert_bias
+        if bias is not None and moved is not None and moved.dtype != torch.float32:
+            self.expert_bias = bias.to(moved.device)
         return self
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
@@ -301,7 +303,8 @@ class TopKGate(nn.Module):
         policy = self.noisy_gate_policy if self.training or self.noise_in_eval else None
         if self.noise_scale is not None:
             return policy, self.noise_scale
-        return policy, 1 / self.num_experts if policy == "Gaussian" else NOISE_SCALES[policy]
+        scale = NOISE_SCALES[policy]
+        return policy, 1 / self.num_experts if scale is None else scale
 
     def _draws(self) -> bool:
         """Whether random token selection and the second expert's sampling act in this mode."""

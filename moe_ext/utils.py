@@ -36,10 +36,12 @@ def split_params_grads_into_shared_and_expert_params(
     group: list[nn.Parameter],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(shared gradients, experts' gradients) of the parameters that have one."""
-    shared, expert = split_params_into_shared_and_expert_params(
-        [p for p in group if p.grad is not None]
-    )
-    return [p.grad.to(p.dtype) for p in shared], [p.grad.to(p.dtype) for p in expert]
+    shared, expert = split_params_into_shared_and_expert_params(group)
+    return _grads(shared), _grads(expert)
+
+
+def _grads(params: list[nn.Parameter]) -> list[Tensor]:
+    return [p.grad.to(p.dtype) for p in params if p.grad is not None]
 
 
 def split_params_into_different_moe_groups_for_optimizer(
@@ -67,7 +69,8 @@ def split_params_into_different_moe_groups_for_optimizer(
         kept.append({**group, "params": shared})
         by_name: dict[str, list[nn.Parameter]] = {}
         for param in expert:
-            by_name.setdefault(param.group_name, []).append(param)
+            of_group = by_name.setdefault(param.group_name, [])  # type: ignore[attr-defined]
+            of_group.append(param)
         for name, params in by_name.items():
             for part in _parts(params, max_group_size):
                 moved.append({**group, "name": name, "moe": True, "params": part})

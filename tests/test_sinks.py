@@ -150,7 +150,7 @@ def test_what_a_heat_map_shows(tmp_path, monkeypatch):
     plot.plot_load({"a": [0.5, 0.25, 0.25, 0], "b": [0.5, 0.5]}, tmp_path)
     axes = drawn[0].axes[0]
     assert [text.get_text() for text in axes.texts] == ["50%", "25%", "25%", "idle", "50%", "50%"]
-    assert axes.images[0].get_clim() == (0, 2)
+    assert axes.images[0].get_clim() == (plot.LEAST, 2)
     table = axes.images[0].get_array()
     assert table[0].tolist() == [2, 1, 1, 0]
     assert table[1].filled(-1).tolist() == [1, 1, -1, -1]

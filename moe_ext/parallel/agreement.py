@@ -1,5 +1,7 @@
 """Whether processes were made for each other."""
 
+from collections.abc import Callable
+
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -11,13 +13,15 @@ DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)},
 
 def agree(exchange: Exchange, device: torch.device, **fields: int | bool | torch.dtype) -> None:
     """Raises RuntimeError in every process of the exchange where a field is not the same in all."""
-    numbers = [DTYPES.index(x) if x in DTYPES else int(x) for x in fields.values()]
+    numbers = [DTYPES.index(x) if isinstance(x, torch.dtype) else int(x) for x in fields.values()]
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
     # Selective checkpointing must not see what a recomputation does not repeat.
     with _disable_current_modes():
         of_all = exchange.counts(mine.expand(exchange.size, -1)).tolist()
     for i, (name, value) in enumerate(fields.items()):
-        kind = DTYPES.__getitem__ if value in DTYPES else type(value)
+        kind: Callable[[int], object] = (
+            DTYPES.__getitem__ if isinstance(value, torch.dtype) else type(value)
+        )
         first, *others = (kind(numbers[i]) for numbers in of_all)
         for rank, other in enumerate(others, start=1):
             if other != first:

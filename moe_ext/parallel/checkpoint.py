@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -99,7 +100,7 @@ def _converted(
 
 
 def _as_global(entry: _Entry, groups: Groups, value: Tensor) -> Tensor:
-    local = value.to_local() if entry.is_sharded else value
+    local = cast(DTensor, value).to_local() if entry.is_sharded else value
     shape = (entry.num_experts, *value.shape[1:])
     # Of one copy there are no shards: not all of torch can put those together.
     is_sharded = entry.is_sharded and groups.dp.size() > 1
@@ -121,5 +122,5 @@ def _dtensor(local: Tensor, mesh: DeviceMesh, placements: list, shape: tuple[int
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)
     return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=shape, stride=tuple(strides)
+        local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
     )

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterator
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -28,16 +29,17 @@ def divide(experts: nn.Module, rank: int, size: int) -> nn.Module:
     # What the others have is not copied.
     memo: dict = {}
     for path in lists:
-        modules = experts.get_submodule(path)
+        modules = cast(nn.ModuleList, experts.get_submodule(path))
         memo[id(modules)] = nn.ModuleList(copy.deepcopy(module) for module in modules[mine])
     for tensor in _stacked(experts, lists, num_experts):
         part = tensor.detach()[mine].clone()
         if isinstance(tensor, nn.Parameter):
             part = nn.Parameter(part, tensor.requires_grad)
         memo[id(tensor)] = part
-    part = copy.deepcopy(experts, memo)
-    part.num_experts = mine.stop - mine.start
-    return part
+    divided = copy.deepcopy(experts, memo)
+    # A module's attribute, to torch's stubs, is a tensor or a module.
+    divided.num_experts = mine.stop - mine.start  # type: ignore[assignment]
+    return divided
 
 
 def _stacked(experts: nn.Module, lists: tuple[str, ...], num_experts: int) -> Iterator[Tensor]:

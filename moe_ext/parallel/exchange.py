@@ -178,6 +178,7 @@ class Exchange:
     """
 
     group = GroupAttribute()
+    _steps: tuple[_Turn | _Hop, ...]
 
     def __init__(self, group: dist.ProcessGroup | DeviceMesh) -> None:
         # By their names, so that modules which hold them can be copied.

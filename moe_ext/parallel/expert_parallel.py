@@ -65,6 +65,8 @@ class ExpertParallel(ExpertParameters, Experts):
     """
 
     tensor_group = GroupAttribute()
+    local: nn.Module
+    _have_agreed: bool
 
     def __init__(
         self,
@@ -158,14 +160,16 @@ class ExpertParallel(ExpertParameters, Experts):
     @property
     def size(self) -> int:
         """Processes that share the experts."""
-        return self.exchange.size * (self.local.size if self._is_nested() else 1)
+        local = self.local
+        return self.exchange.size * (local.size if isinstance(local, ExpertParallel) else 1)
 
     @property
     def rank(self) -> int:
         """This process among them."""
-        if not self._is_nested():
+        local = self.local
+        if not isinstance(local, ExpertParallel):
             return self.exchange.rank
-        return self.exchange.rank * self.local.size + self.local.rank
+        return self.exchange.rank * local.size + local.rank
 
     @property
     def num_local_experts(self) -> int:
@@ -173,10 +177,8 @@ class ExpertParallel(ExpertParameters, Experts):
 
     def experts_here(self) -> nn.Module:
         """As they were given."""
-        return self.local.experts_here() if self._is_nested() else self.local
-
-    def _is_nested(self) -> bool:
-        return isinstance(self.local, ExpertParallel)
+        local = self.local
+        return local.experts_here() if isinstance(local, ExpertParallel) else local
 
     def extra_repr(self) -> str:
         return (
@@ -190,8 +192,9 @@ class ExpertParallel(ExpertParameters, Experts):
         return super().train(mode)
 
     def reset_parameters(self) -> None:
-        if hasattr(self.local, "reset_parameters"):
-            self.local.reset_parameters()
+        reset = getattr(self.local, "reset_parameters", None)
+        if reset is not None:
+            reset()
 
     # Names and layouts are the experts' own matter.
 
@@ -210,7 +213,8 @@ class ExpertParallel(ExpertParameters, Experts):
         """`work` is done while rows travel."""
         return self(tokens, plan, weights, work)
 
-    def forward(
+    # As every module's, of arguments of its own; `routed` is what experts have in common.
+    def forward(  # type: ignore[override]
         self,
         tokens: Tensor,
         plan: Plan,
@@ -247,7 +251,7 @@ class ExpertParallel(ExpertParameters, Experts):
                 tokens_require_grad=tokens.requires_grad,
                 weights_require_grad=weights.requires_grad,
                 drops_tokens=plan.capacity is not None,
-                capacity=plan.capacity if self._sends_equal_parts(plan) else 0,
+                capacity=(plan.capacity or 0) if self._sends_equal_parts(plan) else 0,
             )
             self._have_agreed = True
         if self.deepep is not None:

@@ -80,6 +80,7 @@ def make_groups(
 def _set_timeout(group: dist.ProcessGroup, device_type: str, timeout: timedelta | None) -> None:
     device = torch.device(device_type)
     if timeout is None:
+        assert dist.group.WORLD is not None
         timeout = dist.group.WORLD._get_backend(device).options._timeout
     group._get_backend(device)._set_default_timeout(timeout)
 
@@ -148,8 +149,10 @@ def _reduce(
     def reduce(parameter: nn.Parameter) -> None:
         if not parallel.require_backward_grad_sync:
             return
-        parameter.grad /= dist.get_world_size(copies)
-        work = dist.all_reduce(parameter.grad, group=copies, async_op=True)
+        grad = parameter.grad
+        assert grad is not None
+        grad /= dist.get_world_size(copies)
+        work = dist.all_reduce(grad, group=copies, async_op=True)
         # At the end of this backward.
         torch.autograd.Variable._execution_engine.queue_callback(work.wait)
 
@@ -172,7 +175,8 @@ def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
         module.average = True
         fsdp.fully_shard(module, mesh=groups.mesh["dp"], **options)
         module.mark()
-    return fsdp.fully_shard(model, mesh=groups.world(), **options)
+    fsdp.fully_shard(model, mesh=groups.world(), **options)
+    return model
 
 
 @torch.no_grad()

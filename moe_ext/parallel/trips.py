@@ -13,7 +13,7 @@ from ..functional import dispatch
 from ..losses import expert_load
 from ..plan import Plan, make_plan
 from .agreement import same_capacity
-from .exchange import Exchange, Path, Travelling, back, finish, start
+from .exchange import Exchange, Move, Path, Travelling, back, finish, start
 
 
 class Trip(NamedTuple):
@@ -28,6 +28,9 @@ class Trip(NamedTuple):
     arrive: Callable[..., tuple[Tensor, Plan, Tensor]]
 
 
+_Departed = tuple[Path, Callable[..., tuple[Tensor, Plan, Tensor]], list[Travelling]]
+
+
 def travel(
     trips: Iterable[Trip], run: Callable[..., Tensor], work: Callable[[], Tensor] | None
 ) -> tuple[list[Tensor], Tensor | None]:
@@ -35,7 +38,7 @@ def travel(
     leaving, result = [], None
     departed = map(_depart, trips)
     # One ahead; what has left is not kept.
-    coming = next(departed)
+    coming: _Departed | None = next(departed)
     if work is not None:
         result = work()
     while coming is not None:
@@ -45,7 +48,7 @@ def travel(
     return [finish(rows) for rows in leaving], result
 
 
-def _depart(trip: Trip) -> tuple[Path, Callable, list[Travelling]]:
+def _depart(trip: Trip) -> _Departed:
     return trip.path, trip.arrive, [start(tensor, trip.path) for tensor in trip.out]
 
 
@@ -147,5 +150,6 @@ def _first_of_each(ranks: Tensor) -> Tensor:
 
 def _without_empty_rows(plan: Plan, path: Path) -> Plan:
     # All rows of a plan without gaps that routes own come first.
-    sent = path[0].send if hasattr(path[0], "send") else path[0].sizes
+    first = path[0]
+    sent = first.send if isinstance(first, Move) else first.sizes
     return plan._replace(sources=plan.sources[: sum(sent)])
