@@ -145,6 +145,8 @@ def why_not(
     rows = point.tokens * point.top_k
     if peer.name == "fairscale" and (point.top_k != 2 or point.tokens % point.num_experts):
         return "is for K = 2 and T a multiple of E"
+    if peer.name == "fairscale" and dtype != torch.float32:
+        return "its gate is for float32"
     needs = 0
     if peer.name == "Hugging Face batched_mm":  # a weight for every row, and its gradient
         needs = 2 * 3 * rows * point.hidden * point.ffn * dtype.itemsize
