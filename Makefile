@@ -24,7 +24,7 @@ SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 	tests/test_gate.py tests/test_plan.py tests/test_keep.py tests/test_rows.py tests/test_launches.py
 
 # Of what is timed beside others': two shapes in float32, one in bfloat16, on one thread and two.
-BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.3
+BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.2
 
 .PHONY: test peers demo bench bench-full lint format types docs wheel abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
 	$(ORDERS:%=cusim-%)
@@ -47,15 +47,16 @@ bench: $(VENV)/peers
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype float32 --shape gshard "qwen3, half" \
 		--name peers-float32
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
-	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.5 --longest 1
-	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.5 --longest 1 --new-memory \
+	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.3 --longest 1
+	$(BIN)/python bench/bench_layer.py --threads 2 --seconds 0.3 --longest 1 --new-memory \
 		--point balanced --name layer-float32-new-memory
 	$(BIN)/python bench/bench_growth.py
 	$(BIN)/python bench/limits.py
+	$(BIN)/python bench/bench_stats.py --seconds 1
 	$(BIN)/python bench/report.py
 
-# Also every shape, 16-bit types, peers that take seconds, experts alone, several processes, and what
-# counting costs: less than an hour.
+# Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: less
+# than an hour.
 bench-full: bench
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype float32 --memory kept --longest 30
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype bfloat16 --memory kept --longest 30
@@ -63,7 +64,6 @@ bench-full: bench
 	$(BIN)/python bench/bench_experts.py
 	$(BIN)/python bench/bench_experts.py --dtype bfloat16
 	$(BIN)/python bench/bench_parallel.py
-	$(BIN)/python bench/bench_stats.py
 	$(BIN)/python bench/report.py
 
 lint: $(VENV)/linters

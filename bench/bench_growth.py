@@ -28,6 +28,7 @@ MOST_BYTES = 6 << 30
 LAYERS = {peer.name: peer for peer in (peers.OURS, *peers.LAYERS)}
 BESIDE = ("moe_ext", "DeepSpeed", "DeepSpeed dense")
 OPERATORS = ("gate", "plan", "dispatch", "combine")
+EXPERTS = (8, 32, 128, 512)
 
 
 def token_counts(most: int) -> list[int]:
@@ -60,8 +61,14 @@ def step_of(name: str, num_tokens: int, num_experts: int) -> Callable[[], None]:
     return step
 
 
+def costs_of(name: str, sizes: list[tuple[int, int]], budget: float) -> list[tuple[float, int]]:
+    """Seconds and bytes of one step for each (number of tokens, number of experts). The largest
+    comes first: what it freed is room for the others."""
+    costs = {size: cost_of(name, *size, budget) for size in tqdm(sorted(sizes)[::-1], leave=False)}
+    return [costs[size] for size in sizes]
+
+
 def cost_of(name: str, num_tokens: int, num_experts: int, budget: float) -> tuple[float, int]:
-    """Seconds and bytes of one step."""
     step = step_of(name, num_tokens, num_experts)
     seconds = spreads(compare({name: clock(step, [()])}, budget, rounds=1))[name].median
     memory.trim()
@@ -70,19 +77,24 @@ def cost_of(name: str, num_tokens: int, num_experts: int, budget: float) -> tupl
     return seconds, memory.peak() - before
 
 
-def operator_seconds(num_tokens: int, budget: float) -> dict[str, float]:
-    logits, tokens = torch.randn(num_tokens, E), torch.randn(num_tokens, H)
-    choice = moe_ext.gate(logits, K)
-    plan = moe_ext.make_plan(choice.experts, E)
-    rows = moe_ext.dispatch(tokens, plan)
-    functions = {
-        "gate": lambda: moe_ext.gate(logits, K),
-        "plan": lambda: moe_ext.make_plan(choice.experts, E),
-        "dispatch": lambda: moe_ext.dispatch(tokens, plan),
-        "combine": lambda: moe_ext.combine(rows, plan, choice.weights),
-    }
-    timers = {name: clock(function, [()]) for name, function in functions.items()}
-    return {name: s.median for name, s in spreads(compare(timers, budget)).items()}
+def operator_seconds(counts: list[int], budget: float) -> dict[str, list[float]]:
+    """By operator, for each number of tokens."""
+    seconds: dict[str, list[float]] = {name: [] for name in OPERATORS}
+    for num_tokens in tqdm(counts, desc="operators", leave=False):
+        logits, tokens = torch.randn(num_tokens, E), torch.randn(num_tokens, H)
+        choice = moe_ext.gate(logits, K)
+        plan = moe_ext.make_plan(choice.experts, E)
+        rows = moe_ext.dispatch(tokens, plan)
+        calls = {
+            "gate": (moe_ext.gate, (logits, K)),
+            "plan": (moe_ext.make_plan, (choice.experts, E)),
+            "dispatch": (moe_ext.dispatch, (tokens, plan)),
+            "combine": (moe_ext.combine, (rows, plan, choice.weights)),
+        }
+        timers = {name: clock(function, [args]) for name, (function, args) in calls.items()}
+        for name, spread in spreads(compare(timers, budget)).items():
+            seconds[name].append(spread.median)
+    return seconds
 
 
 def fits(name: str, num_tokens: int) -> bool:
@@ -120,22 +132,18 @@ def main(arguments: list[str] | None = None) -> None:
     names = [name for name in BESIDE if LAYERS[name].missing(torch.device("cpu")) is None]
     report["absent"] = [name for name in BESIDE if name not in names]
 
-    def cost(name: str, num_tokens: int, num_experts: int) -> tuple[float, int]:
-        args = name, num_tokens, num_experts, options.seconds
-        return memory.in_new_process(cost_of, *args, start=memory.keep_freed)
+    def apart(function: Callable, *args):
+        return memory.in_new_process(function, *args, options.seconds, start=memory.keep_freed)
 
-    for count in (bar := tqdm(counts, unit="size", leave=False)):
-        bar.set_postfix(tokens=count)
-        of_operators = memory.in_new_process(
-            operator_seconds, count, options.seconds, start=memory.keep_freed
-        )
-        for name, value in of_operators.items():
-            seconds.setdefault(name, []).append(value)
-        for name in names:
-            if fits(name, count):
-                of_step, bytes_of_step = cost(name, count, E)
-                seconds.setdefault(f"layer, {name}", []).append(of_step)
-                grown.setdefault(name, []).append(bytes_of_step)
+    seconds |= apart(operator_seconds, counts)
+    of_experts: dict[str, list[tuple[float, int]]] = {}
+    for name in tqdm(names, leave=False):
+        here = [(count, E) for count in counts if fits(name, count)]
+        beside = [(4096, num_experts) for num_experts in EXPERTS]
+        costs = apart(costs_of, name, here + beside)
+        seconds[f"layer, {name}"] = [of_step for of_step, _ in costs[: len(here)]]
+        grown[name] = [bytes_of_step for _, bytes_of_step in costs[: len(here)]]
+        of_experts[name] = costs[len(here) :]
     for name, values in seconds.items():
         report["slope"][name] = slope(counts[: len(values)], values)
         last, tokens = values[-1], counts[len(values) - 1]
@@ -147,10 +155,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"memory of {name:14} slope {report['slope_bytes'][name]:.2f}, "
             f"{values[-1] / 2**20:.0f} MiB at T = {tokens}"
         )
-    for num_experts in (8, 32, 128, 512):
-        of_experts = {name: cost(name, 4096, num_experts)[0] for name in names}
-        report["of_experts"][num_experts] = of_experts
-        cells = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in of_experts.items())
+    for i, num_experts in enumerate(EXPERTS):
+        of_names = {name: costs[i][0] for name, costs in of_experts.items()}
+        report["of_experts"][num_experts] = of_names
+        cells = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in of_names.items())
         print(f"T = 4096, E = {num_experts}: {cells}")
     is_part = options.most < 1_000_000
     keep(report, None if is_part else "growth", options.out)

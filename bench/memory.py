@@ -24,6 +24,7 @@ _SMALL, _LARGE = 128 << 10, 8 << 20
 def keep_freed() -> None:
     """From here on this process reuses what it freed."""
     _set({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+    _make_room()
 
 
 def give_back() -> None:
@@ -36,6 +37,14 @@ def give_back_large() -> None:
     does so untold, but for the size, which it learns, and for what it can serve from the holes that
     earlier blocks have left: where `give_back` came first there are none."""
     _set({_M_MMAP_THRESHOLD: _LARGE, _M_TRIM_THRESHOLD: -1})
+    _make_room()
+
+
+def _make_room() -> None:
+    """Free memory whose pages have been used. glibc seldom gives an aligned block the place of one
+    that was freed: without room it may take new pages for every one from where its memory ends."""
+    used = [b"\1" * (_LARGE // 2) for _ in range(32)]
+    del used
 
 
 def _set(options: dict[int, int]) -> None:

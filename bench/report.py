@@ -3,8 +3,8 @@
     python bench/report.py [bench/results/<machine>]
 
 Reads the result files of a machine, this one by default, prints their tables and writes them into
-README.md and docs/performance.md between <!-- bench: name --> and <!-- end -->, with three pictures
-beside the latter.
+README.md, docs/performance.md and docs/watching.md between <!-- bench: name --> and <!-- end -->,
+with three pictures beside the second.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from timing import RESULTS, machine, slug
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ROOT / "README.md", ROOT / "docs" / "performance.md"
+PAGES = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "watching.md"
 OURS = "moe_ext"
 # Okabe and Ito's, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
@@ -115,6 +115,21 @@ def growth_table(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def stats_table(found: dict[str, dict]) -> str:
+    report = found["stats"]
+    lines = ["| a step of | threads | ms | brief | detailed |", "|---|---|---|---|---|"]
+    for point in report["points"]:
+        costs = [point["ratio"][tier]["median"] - 1 for tier in ("brief", "detailed")]
+        lines.append(
+            "| T{T} H{H} F{F} E{E} K{K} ".format(**point)
+            + f"| {point['threads']} | {point['seconds']['None']['median'] * 1e3:.1f} "
+            + "".join(f"| {cost:+.1%} " for cost in costs)
+            + "|"
+        )
+    lines += ["", f"{report['date']}, {report['machine']}, torch {report['torch']}."]
+    return "\n".join(lines)
+
+
 def limits_table(found: dict[str, dict]) -> str:
     limits = found["limits"]
     lines = [f"| {limits['mebibytes']} MiB, one thread | ms |", "|---|---|"]
@@ -152,6 +167,7 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
         "layers": layers_table(found),
         "growth": growth_table(found),
         "limits": limits_table(found),
+        "stats": stats_table(found),
     }
 
 
@@ -254,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=here)
     options = parser.parse_args(arguments)
     found = results(options.folder)
-    missing = {"peers-float32", "layer-float32", "growth", "limits"} - set(found)
+    missing = {"peers-float32", "layer-float32", "growth", "limits", "stats"} - set(found)
     if missing:
         sys.exit(f"{options.folder} has no {', '.join(sorted(missing))}: run `make bench`")
     texts = tables(found)

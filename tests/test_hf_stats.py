@@ -28,6 +28,18 @@ def test_experts_of_transformers_count():
         assert (layer.tokens, layer.dropped) == (33, 0)
 
 
+def test_divided_experts_are_not_summed_up():
+    """Ids of one process are not those of another."""
+    model = model_of("mixtral", experts_implementation="moe_ext")
+    counting = stats.track(model)
+    assert not counting.is_divided
+    for _, module in moe_ext.hf.experts_modules(model):
+        module._is_expert_parallel = True
+    assert counting.is_divided
+    with pytest.raises(ValueError, match=r"Stats.read: group must be None where transformers"):
+        counting.read(group=object())
+
+
 def test_another_implementation_is_told():
     with pytest.raises(ValueError, match='with experts_implementation="moe_ext"'):
         stats.track(model_of("mixtral", experts_implementation="eager"))
