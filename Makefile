@@ -23,7 +23,7 @@ SANITIZER = $(shell $(BIN)/python moe_ext/build.py toolkit | cut -d';' -f1)/bin/
 SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 	tests/test_gate.py tests/test_plan.py tests/test_keep.py tests/test_rows.py tests/test_launches.py
 
-# Of what is timed beside others': two shapes in float32, one in bfloat16, on one thread and two.
+# Of what is timed beside others': on one thread and two, in two states of memory.
 BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.2
 
 .PHONY: test peers demo bench bench-full lint format types docs wheel abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
@@ -41,23 +41,23 @@ peers: $(VENV)/peers
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
 
-# Ours beside other libraries, in less than ten minutes on a machine with nothing else to do; writes
-# bench/results, the tables of README.md and docs/performance.md and its pictures.
+# Ours beside other libraries in float32, in less than ten minutes on a machine with nothing else to
+# do; writes bench/results, the tables of README.md and docs, and the pictures of docs/performance.md.
 bench: $(VENV)/peers
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype float32 --shape gshard "qwen3, half" \
 		--name peers-float32
-	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
 	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.3 --longest 1
 	$(BIN)/python bench/bench_layer.py --threads 2 --seconds 0.3 --longest 1 --new-memory \
 		--point balanced --name layer-float32-new-memory
 	$(BIN)/python bench/bench_growth.py
 	$(BIN)/python bench/limits.py
-	$(BIN)/python bench/bench_stats.py --seconds 1
+	$(BIN)/python bench/bench_stats.py --seconds 0.5
 	$(BIN)/python bench/report.py
 
 # Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: less
 # than an hour.
 bench-full: bench
+	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype float32 --memory kept --longest 30
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype bfloat16 --memory kept --longest 30
 	$(BIN)/python bench/bench_layer.py --dtype bfloat16 --longest 30

@@ -2,9 +2,9 @@
 
     python bench/bench_layer.py [--dtype bfloat16] [--point NAME ...] [--threads 1 2]
 
-Every layer's output and its gradients are checked against float64 before its time counts. A point
-has a process of its own, which keeps the memory that is freed in it (memory.py), for all alike;
-with --new-memory large blocks are given back. "bound" is of the experts' matrix products alone
+Every layer's output and its gradients are checked against float64 before its time counts. The
+process keeps the memory that is freed in it (memory.py), for all alike; with --new-memory large
+blocks are given back. "bound" is of the experts' matrix products alone
 (gemm_bound.py). Peers that are missing, too slow or too large for memory are named. Prints a table
 and, where all was run, writes bench/results/<machine>/layer-<dtype>.json.
 """
@@ -207,6 +207,22 @@ def measure(
     }
 
 
+def measure_all(
+    chosen: list[tuple[str, int]], dtype: torch.dtype, options: argparse.Namespace
+) -> list[dict]:
+    """For every (point, threads)."""
+    results = []
+    keeps = not options.new_memory
+    for label, threads in (bar := tqdm(chosen, unit="point", leave=False)):
+        bar.set_postfix_str(label)
+        point = POINTS[label]
+        (memory.keep_freed if keeps else memory.give_back)()
+        found = measure(point, dtype, threads, options.seconds, options.longest, keeps)
+        results.append({"point": label, **point._asdict(), **found})
+        bar.write(lines(label, point, found))
+    return results
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -237,15 +253,8 @@ def main(arguments: list[str] | None = None) -> None:
         for name in options.point or POINTS
         for threads in (options.threads if options.point or name == FIRST else options.threads[-1:])
     ]
-    for label, threads in (bar := tqdm(chosen, unit="point", leave=False)):
-        bar.set_postfix_str(label)
-        point = POINTS[label]
-        keeps = not options.new_memory
-        args = point, dtype, threads, options.seconds, options.longest, keeps
-        start = memory.keep_freed if keeps else memory.give_back
-        result = memory.in_new_process(measure, *args, start=start)
-        report["points"].append({"point": label, **point._asdict(), **result})
-        bar.write(lines(label, point, result))
+    # In one process: to load the other libraries takes longer than to time them.
+    report["points"] = memory.in_new_process(measure_all, chosen, dtype, options)
     suffix = "-new-memory" if options.new_memory else ""
     whole = None if options.point else f"layer-{options.dtype}{suffix}"
     keep(report, options.name or whole, options.out)

@@ -198,17 +198,17 @@ def copy_speed(device: torch.device, budget: float) -> dict:
     return {"seconds": seconds, "gigabytes_per_second": 2 * source.nbytes / seconds / 1e9}
 
 
-def measure(
-    options: argparse.Namespace, label: str, threads: int, state: str | None = None
-) -> dict:
-    """All operators of one shape."""
+def measure(options: argparse.Namespace, label: str, state: str | None = None) -> list[dict]:
+    """All operators of one shape, a result for each number of threads."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    torch.set_num_threads(threads)
     shape = SHAPES[label]
     shape = shape._replace(tokens=options.tokens or shape.tokens)
-    copy = copy_speed(device, options.seconds)
-    result = {"shape": label, **shape._asdict(), "threads": threads, "memory": state, "copy": copy}
-    result["ops"] = []
+    results = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        copy = copy_speed(device, options.seconds)
+        head = {"shape": label, **shape._asdict(), "threads": threads, "memory": state}
+        results.append(head | {"copy": copy, "ops": []})
     o = operands(shape, dtype, device)
     for title, case in cases(o, dtype):
         if options.op and title not in options.op:
@@ -217,42 +217,49 @@ def measure(
             memory.give_back()
         num_bytes = check(case)
         functions, excluded = peers_of(title, case, o, options.longest)
-        ours = getattr(torch.ops.moe_ext, case.op)
-        sets = copies_of(case.args, device)
-        alone = {"moe_ext": timer_alone(ours, sets, device)}
-        timers = {"moe_ext": timer(ours, [case.args], device)} if functions else {}
-        timers |= {name: timer(f, [()], device) for name, f in functions.items()}
-        if state in ("new", "huge"):
-            memory.give_back_large()
-        of_ours = spreads(compare(alone, options.seconds))["moe_ext"]
-        taken = compare(timers, options.seconds) if functions else {}
-        speed = num_bytes / of_ours.median / 1e9
-        result["ops"].append(
-            {
-                "op": title,
-                "backend": ops.backend(case.op, device.type),
-                "sets": len(sets),
-                "bytes": num_bytes,
-                "gigabytes_per_second": speed,
-                "of_copy": speed / copy["gigabytes_per_second"],
-                "alone": of_ours._asdict(),
-                "seconds": {name: s._asdict() for name, s in spreads(taken).items()},
-                "ratio": {
-                    name: ratio(taken["moe_ext"], taken[name])._asdict() for name in functions
-                },
-                "excluded": excluded,
-            }
-        )
-    return result
+        for result in results:
+            torch.set_num_threads(result["threads"])
+            line = {"op": title, "bytes": num_bytes, "excluded": excluded}
+            line |= timed(case, functions, device, options.seconds, state)
+            speed = num_bytes / line["alone"]["median"] / 1e9
+            line["gigabytes_per_second"] = speed
+            line["of_copy"] = speed / result["copy"]["gigabytes_per_second"]
+            result["ops"].append(line)
+    return results
 
 
-def measure_in(options: argparse.Namespace, label: str, threads: int, state: str | None) -> dict:
+def timed(
+    case: Case,
+    functions: dict[str, Callable],
+    device: torch.device,
+    budget: float,
+    state: str | None,
+) -> dict:
+    """An operator alone, on operands that no cache holds, and beside the others."""
+    ours = getattr(torch.ops.moe_ext, case.op)
+    sets = copies_of(case.args, device)
+    alone = {"moe_ext": timer_alone(ours, sets, device)}
+    timers = {"moe_ext": timer(ours, [case.args], device)} if functions else {}
+    timers |= {name: timer(f, [()], device) for name, f in functions.items()}
+    if state in ("new", "huge"):
+        memory.give_back_large()
+    of_ours = spreads(compare(alone, budget))["moe_ext"]
+    taken = compare(timers, budget) if functions else {}
+    return {
+        "backend": ops.backend(case.op, device.type),
+        "sets": len(sets),
+        "alone": of_ours._asdict(),
+        "seconds": {name: s._asdict() for name, s in spreads(taken).items()},
+        "ratio": {name: ratio(taken["moe_ext"], taken[name])._asdict() for name in functions},
+    }
+
+
+def measure_in(options: argparse.Namespace, label: str, state: str | None) -> list[dict]:
     if state is None:
-        return measure(options, label, threads)
+        return measure(options, label)
     huge = {"THP_MEM_ALLOC_ENABLE": "1"} if state == "huge" else {}
-    args = options, label, threads, state
     start = memory.keep_freed if state == "kept" else memory.give_back
-    return memory.in_new_process(measure, *args, start=start, environment=huge)
+    return memory.in_new_process(measure, options, label, state, start=start, environment=huge)
 
 
 def lines(result: dict) -> str:
@@ -309,13 +316,13 @@ def main(arguments: list[str] | None = None) -> None:
         "complete": False,
         "shapes": [],
     }
-    chosen = list(itertools.product(options.shape, options.threads, options.memory))
+    chosen = list(itertools.product(options.shape, options.memory))
     try:
-        for label, threads, state in (bar := tqdm(chosen, unit="shape", leave=False)):
+        for label, state in (bar := tqdm(chosen, unit="shape", leave=False)):
             bar.set_postfix_str(label)
-            result = measure_in(options, label, threads, state)
-            report["shapes"].append(result)
-            bar.write(lines(result))
+            for result in measure_in(options, label, state):
+                report["shapes"].append(result)
+                bar.write(lines(result))
         report["complete"] = True
     finally:
         # What was stopped does not take the place of a whole.

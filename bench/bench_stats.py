@@ -1,18 +1,20 @@
-"""What counting costs: a layer's step, forward and backward, with moe_ext.stats and without.
+"""What counting costs: how long moe_ext.stats takes for a call, beside the layer's step.
 
     python bench/bench_stats.py [--device cuda]
 
-Prints a table and writes bench/results/<machine>/stats.json.
+The step is forward and backward without it. Counting is timed by itself, as its share is less than
+steps differ among themselves. Prints a table and writes bench/results/<machine>/stats.json.
 """
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import memory
 import torch
-from timing import compare, keep, positive, ratio, setting, spreads, timer
+from timing import compare, keep, positive, setting, spreads, timer
 from tqdm import tqdm
 
 import moe_ext
@@ -22,13 +24,12 @@ POINTS = {"small": (512, 256, 256, 8, 2), "layer": (4096, 512, 256, 32, 4)}
 TIERS = {"brief": False, "detailed": True}
 
 
-def step_of(point: str, tier: str | None, device: torch.device) -> Callable[[], None]:
+def functions_of(point: str, device: torch.device) -> dict[str, Callable[[], None]]:
+    """A step of the layer, and what each tier does in it."""
     T, H, F, E, K = POINTS[point]
     torch.manual_seed(0)
     gate = moe_ext.TopKGate(H, E, K, capacity_factor=1.25, top2_2nd_expert_sampling=False)
     layer = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(E, H, F)).to(device)
-    if tier is not None:
-        moe_ext.stats.track(layer, detailed=TIERS[tier])
     hidden = torch.randn(T, H, device=device, requires_grad=True)
 
     def step() -> None:
@@ -36,21 +37,29 @@ def step_of(point: str, tier: str | None, device: torch.device) -> Callable[[], 
         layer.zero_grad(set_to_none=True)
         hidden.grad = None
 
-    return step
+    functions = {"step": step}
+    seen: list[tuple] = []
+    layer.observer = lambda *call: seen.append(call)
+    step()
+    layer.observer = None
+    for tier, detailed in TIERS.items():
+        moe_ext.stats.track(layer, detailed=detailed)
+        functions[tier] = functools.partial(layer.observer, *seen[0])
+        layer.observer = None
+    return functions
 
 
 def measure(point: str, threads: int, device: torch.device, seconds: float) -> dict:
     torch.set_num_threads(threads)
-    names: list[str | None] = [None, *TIERS]
-    steps = {str(tier): step_of(point, tier, device) for tier in names}
-    taken = compare({n: timer(step, [()], device) for n, step in steps.items()}, seconds)
-    ratios = {tier: ratio(taken["None"], taken[tier])._asdict() for tier in TIERS}
+    functions = functions_of(point, device)
+    timers = {name: timer(function, [()], device) for name, function in functions.items()}
+    taken = spreads(compare(timers, seconds))
     return {
         "point": point,
         **dict(zip("THFEK", POINTS[point], strict=True)),
         "threads": threads,
-        "seconds": {name: s._asdict() for name, s in spreads(taken).items()},
-        "ratio": ratios,
+        "seconds": {name: spread._asdict() for name, spread in taken.items()},
+        "share": {tier: taken[tier].median / taken["step"].median for tier in TIERS},
     }
 
 
@@ -72,10 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
                 measure, point, threads, device, options.seconds, start=memory.keep_freed
             )
             report["points"].append(found)
-            step = found["seconds"]["None"]["median"]
-            costs = ", ".join(
-                f"{tier} {100 * (found['ratio'][tier]['median'] - 1):+.2f} %" for tier in TIERS
-            )
+            step = found["seconds"]["step"]["median"]
+            costs = ", ".join(f"{tier} {found['share'][tier]:.2%}" for tier in TIERS)
             tqdm.write(f"{point}, {threads} threads: {step * 1e3:.2f} ms; {costs}")
         report["complete"] = True
     finally:

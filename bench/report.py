@@ -119,12 +119,14 @@ def stats_table(found: dict[str, dict]) -> str:
     report = found["stats"]
     lines = ["| a step of | threads | ms | brief | detailed |", "|---|---|---|---|---|"]
     for point in report["points"]:
-        costs = [point["ratio"][tier]["median"] - 1 for tier in ("brief", "detailed")]
+        costs = [
+            f"{point['seconds'][tier]['median'] * 1e6:.0f} us, {point['share'][tier]:.2%}"
+            for tier in ("brief", "detailed")
+        ]
         lines.append(
             "| T{T} H{H} F{F} E{E} K{K} ".format(**point)
-            + f"| {point['threads']} | {point['seconds']['None']['median'] * 1e3:.1f} "
-            + "".join(f"| {cost:+.1%} " for cost in costs)
-            + "|"
+            + f"| {point['threads']} | {point['seconds']['step']['median'] * 1e3:.1f} "
+            + f"| {' | '.join(costs)} |"
         )
     lines += ["", f"{report['date']}, {report['machine']}, torch {report['torch']}."]
     return "\n".join(lines)
