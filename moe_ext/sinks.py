@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import torch
 
-from .stats import MODES, LayerStats, Reading
+from .reading import MODES, LayerStats, Reading
 
 Sink = Callable[[Reading, int], None]
 

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import losses
-from .heatmap import text_heatmap
 from .layer import Aux, MOELayer, Observer
 from .plan import Plan
+from .reading import MODES, LayerStats, Reading
 from .routing import Routing
 
-MODES = ("train", "eval")
 # Pairs of a token's choices are counted one by one.
 MOST_CHOICES = 32
 
@@ -304,120 +303,3 @@ def _of_used(values: Tensor, used: Tensor | None) -> Tensor:
 
 def _ratio(total: Tensor, count: float) -> float:
     return float(total) / count if count else 0.0
-
-
-class LayerStats(NamedTuple):
-    """One layer in one mode, between two readings. Tensors are on the host.
-
-    tokens: that were routed, calls: of the layer
-    load: [E] int64, routes that asked for an expert; kept: [E] int64, those that got a row
-    l_aux: mean over the calls, not scaled; 0 where the layer does not know its gate
-
-    Of detailed ones, None otherwise or where the layer does not know its router:
-
-    importance: [E] mean score of every expert, 1 / E if even
-    router_entropy: mean entropy of a token's scores over log E: 1 knows nothing, 0 is sure
-    z_loss: mean of logsumexp(logits) ** 2
-    agreement: share of choices that are among the best K by the router's logits: less than 1 with
-        RSample, a sampled second expert, a selection bias, groups, Sinkhorn or a recorded choice
-    pairs: [E, E] int64, tokens that chose both experts; the diagonal is of one. None also for
-        more than 32 choices per token.
-    """
-
-    tokens: int
-    calls: int
-    load: Tensor
-    kept: Tensor
-    l_aux: float
-    importance: Tensor | None = None
-    router_entropy: float | None = None
-    z_loss: float | None = None
-    agreement: float | None = None
-    pairs: Tensor | None = None
-
-    @property
-    def shares(self) -> Tensor:
-        """[E] float64, of the layer's routes; 1 / E if even."""
-        return self.load.double() / max(int(self.load.sum()), 1)
-
-    @property
-    def dropped(self) -> float:
-        """Share of routes without a row."""
-        asked = int(self.load.sum())
-        return 1 - int(self.kept.sum()) / asked if asked else 0.0
-
-    @property
-    def max_over_mean(self) -> float:
-        """The largest load over the mean: 1 if even, E if one expert has all."""
-        return float(self.shares.max() * len(self.load))
-
-    @property
-    def cv(self) -> float:
-        """The load's coefficient of variation: 0 if even."""
-        return float(self.shares.std(correction=0) * len(self.load))
-
-    @property
-    def load_entropy(self) -> float:
-        """The entropy of the shares over log E: 1 if even, 0 if one expert has all."""
-        return float(torch.special.entr(self.shares).sum()) / math.log(max(len(self.load), 2))
-
-    @property
-    def dead(self) -> list[int]:
-        """Experts that no token asked for."""
-        return (self.load == 0).nonzero().flatten().tolist()
-
-    def scalars(self) -> dict[str, float]:
-        """What is one number, by name."""
-        names = ("max_over_mean", "cv", "load_entropy", "dropped", "l_aux")
-        values = {name: getattr(self, name) for name in names} | {"dead": float(len(self.dead))}
-        detailed = ("router_entropy", "z_loss", "agreement")
-        known = {name: getattr(self, name) for name in detailed}
-        return values | {name: value for name, value in known.items() if value is not None}
-
-
-class Reading(NamedTuple):
-    """What `Stats.read` gives: layers by name, in the order of the model, in training and in
-    evaluation. A layer that was not called is left out. Printed as a table and a heat-map."""
-
-    train: dict[str, LayerStats]
-    eval: dict[str, LayerStats]
-
-    def scalars(self, *, per_layer: bool = False) -> dict[str, float]:
-        """Numbers by name, as `wandb.log` takes them.
-
-        per_layer: "train/moe/<layer>/<what>" for every layer; otherwise the mean over the layers
-            and the worst of them, as many numbers however many layers there are
-        """
-        values: dict[str, float] = {}
-        for mode, layers in zip(self._fields, self, strict=True):
-            found = {name: layer.scalars() for name, layer in layers.items()}
-            if per_layer:
-                for name, numbers in found.items():
-                    values |= {f"{mode}/moe/{name}/{what}": n for what, n in numbers.items()}
-                continue
-            for what in dict.fromkeys(what for numbers in found.values() for what in numbers):
-                all_of_it = [numbers[what] for numbers in found.values() if what in numbers]
-                values[f"{mode}/moe/{what}"] = sum(all_of_it) / len(all_of_it)
-                if what in ("max_over_mean", "dropped", "dead"):
-                    values[f"{mode}/moe/{what}_worst"] = max(all_of_it)
-        return values
-
-    def __str__(self) -> str:
-        tables = [
-            _table(mode, layers) for mode, layers in zip(self._fields, self, strict=True) if layers
-        ]
-        return "\n\n".join(tables) or "no layer was called"
-
-
-def _table(mode: str, layers: dict[str, LayerStats]) -> str:
-    width = max(len(mode), *map(len, layers))
-    lines = [f"{mode:{width}}  max/mean     cv  dropped  idle experts"]
-    for name, layer in layers.items():
-        dead = layer.dead
-        listed = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if dead[8:] else "")
-        lines.append(
-            f"{name:{width}}  {layer.max_over_mean:8.2f} {layer.cv:6.2f} {layer.dropped:8.1%}  "
-            f"{listed or 'none'}"
-        )
-    shares = {name: layer.shares.tolist() for name, layer in layers.items()}
-    return "\n".join([*lines, text_heatmap(shares)])
