@@ -21,7 +21,9 @@ def demo(arguments: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError, OSError) as error:
         print(f"moe_ext demo: {error}", file=sys.stderr)
         return 2
-    config = replace(demo.Config(), steps=arguments.steps, seed=arguments.seed)
+    # A short run is looked at more than once too.
+    every = min(demo.Config.eval_every, -(-arguments.steps // 3))
+    config = replace(demo.Config(), steps=arguments.steps, seed=arguments.seed, eval_every=every)
     try:
         demo.run(config, arguments.device, arguments.out)
     except KeyboardInterrupt:

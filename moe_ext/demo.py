@@ -385,5 +385,6 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
             draw(results, out)
         processes.end()
     say(report(results))
+    say(f"python -m moe_ext plot {lines.path}    tells more of the experts")
     say(f"wrote {', '.join(path.name for path in sorted(out.iterdir()))} to {out}")
     return results

@@ -2,12 +2,16 @@
 `python -m moe_ext doctor`.
 """
 
+import importlib.metadata
+import json
 import math
 import os
 import platform
 import re
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +22,24 @@ from . import build, contracts, ops, reference
 
 # What _C_cuda holds in its bytes, see csrc/cuda_ops.cpp.
 ARCHITECTURES = re.compile(rb"moe_ext built for compute capability ([0-9a-zA-Z.+,]*)")
-# A tree is installed by its folder. A wheel that pip finds is of the CPU: others are built here.
-SOURCE = f"-e {build.ROOT}" if (build.ROOT / "setup.py").exists() else "--no-binary moe_ext moe_ext"
-AGAIN = f"pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps {SOURCE}"
+
+
+def _source() -> str:
+    """What pip is to install again: the folder of the sources, where that is known."""
+    if (build.ROOT / "setup.py").exists():
+        return f"-e {build.ROOT}"
+    try:
+        text = importlib.metadata.distribution("moe_ext").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    url = urllib.parse.urlsplit(json.loads(text)["url"]) if text else None
+    if url is not None and url.scheme == "file":
+        return urllib.request.url2pathname(url.path)
+    # A wheel that pip finds is of the CPU.
+    return "--no-binary moe_ext moe_ext"
+
+
+AGAIN = f"pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps {_source()}"
 TOLERANCE = 1e-4  # of float32 results, beside their largest number
 
 

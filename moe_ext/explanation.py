@@ -45,9 +45,12 @@ class Explanation(NamedTuple):
     synchronisations: int
 
     def __str__(self) -> str:
-        rows = [(c.operator, c.operands, c.backend + (c.how and f": {c.how}")) for c in self.calls]
+        rows = [("operator", "operands", "runs")] if self.calls else []
+        rows += [(c.operator, c.operands, c.backend + (c.how and f": {c.how}")) for c in self.calls]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
+        if not self.calls:
+            lines.append("no operator of moe_ext ran")
         waits = self.synchronisations + sum(call.synchronisations for call in self.calls)
         names = (f"{name} {n}" for name, n in Counter(self.others).most_common())
         lines.append(f"other operators: {', '.join(names) or 'none'}")

@@ -176,7 +176,8 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check(model: nn.Module) -> int:
-    """How many experts modules of a model are computed by moe_ext.
+    """How many experts modules a model has, all of which moe_ext can compute, whichever
+    implementation is set.
 
     Raises ValueError where the model has none, or one that is not understood.
     """

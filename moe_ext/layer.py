@@ -62,6 +62,11 @@ def _route(
     if _routes_itself(gate):
         recorded = () if experts is None else (experts,)
         routing = gate.route(tokens, used_token, *recorded)
+        if not isinstance(routing, Routing):
+            raise RuntimeError(
+                f"MOELayer: {type(gate).__name__}.route must return a moe_ext.Routing, "
+                f"got {type(routing).__name__}"
+            )
         plan = routing.plan
         aux = Aux(routing.l_aux, plan.load.to(torch.int64), plan.experts)
         return plan, routing.weights, aux, routing
@@ -234,6 +239,8 @@ def _check_fit(gate: nn.Module, experts: nn.Module, ep_size: int, num_local_expe
         raise ValueError(f"MOELayer: gate must be a gate's module, got {type(gate).__name__}")
     if not isinstance(experts, nn.Module) or isinstance(experts, TopKGate):
         raise ValueError(f"MOELayer: experts must be a module, got {type(experts).__name__}")
+    if hasattr(gate, "route") and not hasattr(gate, "num_experts"):
+        raise ValueError(f"MOELayer: {type(gate).__name__} has route, but no num_experts")
     options.integer("MOELayer", "ep_size", ep_size, 1)
     if ep_size > 1 and _num_local_experts(experts, num_local_experts) < num_local_experts:
         raise ValueError(

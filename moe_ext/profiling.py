@@ -28,7 +28,10 @@ def ranges(model: nn.Module) -> Iterator[None]:
     """
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, MOELayer)]
     if not layers:
-        raise ValueError(f"profiling.ranges: {type(model).__name__} has no MOELayer")
+        raise ValueError(
+            f"profiling.ranges: {type(model).__name__} has no MOELayer; the operators have their "
+            "names in profiles without it"
+        )
     marked: dict[tuple[nn.Module, str], object] = {}
     try:
         for name, layer in layers:

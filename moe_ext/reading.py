@@ -11,6 +11,7 @@ from torch import Tensor
 from .heatmap import text_heatmap
 
 MODES = ("train", "eval")
+SCARCE = 0.1  # of the even share
 
 
 class LayerStats(NamedTuple):
@@ -73,6 +74,11 @@ class LayerStats(NamedTuple):
         """Experts that no token asked for."""
         return (self.load == 0).nonzero().flatten().tolist()
 
+    @property
+    def scarce(self) -> list[int]:
+        """Experts with less than a tenth of the even share, idle ones too."""
+        return (self.shares * len(self.load) < SCARCE).nonzero().flatten().tolist()
+
     def scalars(self) -> dict[str, float]:
         """What is one number, by name."""
         names = ("max_over_mean", "cv", "load_entropy", "dropped", "l_aux")
@@ -113,18 +119,19 @@ class Reading(NamedTuple):
         tables = [
             _table(mode, layers) for mode, layers in zip(self._fields, self, strict=True) if layers
         ]
-        return "\n\n".join(tables) or "no layer was called"
+        return "\n\n".join(tables) or "nothing was counted since the last reading"
 
 
 def _table(mode: str, layers: dict[str, LayerStats]) -> str:
     width = max(len(mode), *map(len, layers))
-    lines = [f"{mode:{width}}  max/mean     cv  dropped  idle experts"]
+    lines = [f"{mode:{width}}  max/mean     cv  dropped  scarce  idle experts"]
     for name, layer in layers.items():
         dead = layer.dead
         listed = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if dead[8:] else "")
         lines.append(
-            f"{name:{width}}  {layer.max_over_mean:8.2f} {layer.cv:6.2f} {layer.dropped:8.1%}  "
+            f"{name:{width}}  {layer.max_over_mean:8.2f} {layer.cv:6.2f} {layer.dropped:8.1%} "
+            f"{len(layer.scarce):7}  "
             f"{listed or 'none'}"
         )
     shares = {name: layer.shares.tolist() for name, layer in layers.items()}
-    return "\n".join([*lines, text_heatmap(shares)])
+    return "\n".join([*lines, f"{text_heatmap(shares)}; scarce: below a tenth of even"])

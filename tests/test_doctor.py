@@ -106,7 +106,6 @@ def test_without_a_library(tree):
     problem = report["problems"][0]
     assert "no compiled library was built" in problem["what"]
     assert problem["cure"].startswith("pip install --no-build-isolation")
-    assert problem["cure"].endswith(" moe_ext")
     problem = report_of(tree, CXX="no-such-compiler")["problems"][0]
     assert problem["cure"].startswith("install a C++ compiler or set CXX; then pip install")
 
@@ -117,6 +116,27 @@ def test_a_library_that_cannot_be_loaded_is_told_verbatim(tree):
     assert "_C.abi3.so could not be loaded" in report["libraries"]["_C"]
     assert "file too short" in report["libraries"]["_C"]
     assert "file too short" in report["problems"][0]["what"]
+
+
+@pytest.mark.parametrize(
+    ("direct_url", "source"),
+    [
+        ('{"url": "file:///some/where%20else", "dir_info": {}}', "/some/where else"),
+        ('{"url": "https://some.where/moe_ext.zip"}', "--no-binary moe_ext moe_ext"),
+        (None, "--no-binary moe_ext moe_ext"),
+    ],
+)
+def test_what_is_installed_again(monkeypatch, tmp_path, direct_url, source):
+    class Distribution:
+        def read_text(self, name):
+            assert name == "direct_url.json"
+            return direct_url
+
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor.importlib.metadata, "distribution", lambda name: Distribution())
+    assert doctor._source() == source
+    (tmp_path / "setup.py").touch()
+    assert doctor._source() == f"-e {tmp_path}"
 
 
 # What a torch with CUDA would say, on a machine without one.

@@ -210,3 +210,26 @@ def test_padded_experts_need_the_host_only_without_dropping():
     dropless = MoE(H, nn.Linear(H, H), E, drop_tokens=False).to("meta")
     with pytest.raises(RuntimeError, match="the largest load on the host"):
         dropless(x.to("meta"))
+
+
+@pytest.mark.parametrize("returned", [None, (1, 2)])
+def test_a_gate_whose_route_returns_something_else(returned):
+    class Gate(nn.Module):
+        num_experts = 2
+
+        def route(self, tokens, used_token):
+            return returned
+
+    layer = MOELayer(Gate(), GroupedExperts(2, 4, 4))
+    got = type(returned).__name__
+    with pytest.raises(RuntimeError, match=f"Gate.route must return a moe_ext.Routing, got {got}"):
+        layer(torch.randn(3, 4))
+
+
+def test_a_gate_with_route_needs_its_number():
+    class Gate(nn.Module):
+        def route(self, tokens, used_token):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="MOELayer: Gate has route, but no num_experts"):
+        MOELayer(Gate(), GroupedExperts(2, 4, 4))

@@ -128,7 +128,9 @@ def test_what_is_said_of_a_load():
     assert layer.load_entropy == pytest.approx(
         -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
     )
-    assert layer.dead == [2, 3]
+    assert layer.dead == layer.scarce == [2, 3]
+    few = stats.LayerStats(9, 1, torch.tensor([100, 100, 100, 5]), load, 1.0)
+    assert (few.dead, few.scarce) == ([], [3])
     even = stats.LayerStats(4, 1, torch.ones(4).long(), torch.ones(4).long(), 1.0)
     assert (even.max_over_mean, even.cv, even.dead, even.dropped) == (1, 0, [], 0)
     assert even.load_entropy == pytest.approx(1)
@@ -353,7 +355,7 @@ def test_the_table():
     assert "5, 6, 7" in text
     assert "layers.0  █" in text
     assert "···" in text
-    assert str(stats.Reading({}, {})) == "no layer was called"
+    assert str(stats.Reading({}, {})) == "nothing was counted since the last reading"
 
 
 def _sums(rank: int) -> stats.LayerStats:
