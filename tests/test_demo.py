@@ -106,7 +106,7 @@ def test_ctrl_c_leaves_what_was_written(tmp_path):
         # What runs in the background of a shell is told to ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     result = tmp_path / "result.json"
     while not (result.exists() and "bits_per_byte_after" in result.read_text()):
         assert process.poll() is None, process.stderr.read()
