@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import contracts, losses, options
 from .functional import Choice, gate, keep
+from .gradients import Keep
 from .plan import Plan, make_plan
 
 DROP_POLICIES = ("random", "position", "probs")
@@ -130,11 +131,10 @@ def _weigh(
         experts = torch.where(experts < E, experts, -1)
     choice = gate(logits, 1, scoring=scoring)
     chosen = choice.probs.gather(-1, _indices(experts, E))
-    weights = torch.where(experts >= 0, chosen, 0)
-    if renormalise:
-        tiny = torch.finfo(weights.dtype).tiny
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=tiny)
-    return choice._replace(weights=weights * scale, experts=experts)
+    # A choice of -1 has no weight, as a route without a row has none.
+    tiny = torch.finfo(chosen.dtype).tiny
+    weights = Keep.call(chosen, experts, renormalise, tiny, scale)
+    return choice._replace(weights=weights, experts=experts)
 
 
 def _priority(
