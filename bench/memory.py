@@ -40,15 +40,17 @@ def give_back_large() -> None:
     _make_room()
 
 
-_kept: list[bytes] = []
+_between: list[bytes] = []
 
 
 def _make_room(pieces: int = 32) -> None:
-    """Free memory whose pages have been used, in pieces that are too small for large blocks. glibc
-    seldom gives an aligned block the place of one that was freed: without room it may take new
-    pages for every one from where its memory ends."""
+    """Free memory whose pages have been used, in pieces that are too small for large blocks, made
+    once. glibc seldom gives an aligned block the place of one that was freed: without room it may
+    take new pages for every one from where its memory ends."""
+    if _between:
+        return
     used = [b"\1" * (_LARGE // 2) for _ in range(2 * pieces)]
-    _kept.extend(used[1::2])  # what lies between is not joined
+    _between.extend(used[1::2])  # by which they are not joined
 
 
 def _set(options: dict[int, int]) -> None:
