@@ -41,8 +41,8 @@ peers: $(VENV)/peers
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
 
-# Ours beside other libraries in float32, in less than ten minutes on a machine with nothing else to
-# do; writes bench/results, the tables of README.md and docs, and the pictures of docs/performance.md.
+# Ours beside other libraries in float32, in up to a quarter of an hour on a machine with nothing else
+# to do; writes bench/results, the tables of README.md and docs, the pictures of docs/performance.md.
 bench: $(VENV)/peers
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype float32 --shape gshard "qwen3, half" \
 		--name peers-float32
@@ -54,8 +54,8 @@ bench: $(VENV)/peers
 	$(BIN)/python bench/bench_stats.py --seconds 0.5
 	$(BIN)/python bench/report.py
 
-# Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: less
-# than an hour.
+# Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: not
+# timed as a whole yet.
 bench-full: bench
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype float32 --memory kept --longest 30
