@@ -24,7 +24,7 @@ SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 	tests/test_gate.py tests/test_plan.py tests/test_keep.py tests/test_rows.py tests/test_launches.py
 
 # Of what is timed beside others': on one thread and two, in two states of memory.
-BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.2
+BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.5
 
 .PHONY: test peers demo bench bench-full lint format types docs wheel abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
 	$(ORDERS:%=cusim-%)

@@ -258,6 +258,7 @@ def timed(
     timers |= {name: timer(f, [()], device) for name, f in functions.items()}
     if state in ("new", "huge"):
         memory.give_back_large()
+        memory.fetch()
     of_ours = spreads(compare(alone, budget))["moe_ext"]
     taken = compare(timers, budget) if functions else {}
     return {
