@@ -41,8 +41,8 @@ peers: $(VENV)/peers
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
 
-# Ours beside other libraries in float32, in up to a quarter of an hour on a machine with nothing else
-# to do; writes bench/results, the tables of README.md and docs, the pictures of docs/performance.md.
+# Ours beside other libraries in float32: eight minutes on two cores with nothing else to do. Writes
+# bench/results, the tables of README.md and docs, the pictures of docs/performance.md.
 bench: $(VENV)/peers
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype float32 --shape gshard "qwen3, half" \
 		--name peers-float32
