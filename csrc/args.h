@@ -56,7 +56,7 @@ inline GateArgs gate_args(const Tensor& logits, const OptionalTensor& choice_sco
   check.int32_size("T * K", T * k);
   if (choice_scores) {
     check.shape("choice_scores", *choice_scores, {{"T", T}, {"E", E}});
-    check.dtype("choice_scores", *choice_scores, logits.scalar_type());
+    check.same_dtype("choice_scores", *choice_scores, "logits", logits);
     check.same_device("choice_scores", *choice_scores, "logits", logits);
   }
   const Tensor dense_logits = dense(logits);
@@ -101,7 +101,7 @@ inline GateBackwardArgs gate_backward_args(const OptionalTensor& grad_weights,
                               std::initializer_list<Dim> dims) {
     if (!grad) return;
     check.shape(name, *grad, dims);
-    check.dtype(name, *grad, probs.scalar_type());
+    check.same_dtype(name, *grad, "probs", probs);
     check.same_device(name, *grad, "probs", probs);
   };
   check_grad("grad_weights", grad_weights, {{"T", T}, {"K", K}});
@@ -200,7 +200,7 @@ inline KeepBackwardArgs keep_backward_args(const Tensor& grad, const Tensor& wei
   const Check check("keep_backward");
   const KeepArgs forward = keep_args(weights, slots, renormalise, least, scale, "keep_backward");
   check.shape("grad", grad, {{"T", forward.num_tokens}, {"K", forward.top_k}});
-  check.dtype("grad", grad, weights.scalar_type());
+  check.same_dtype("grad", grad, "weights", weights);
   check.same_device("grad", grad, "weights", weights);
   return {dense(grad), forward};
 }
@@ -275,7 +275,7 @@ inline RouteDotArgs route_dot_args(const Tensor& tokens, const Tensor& rows, con
   check.shape("tokens", tokens, {{"T", kAny}, {"H", kAny}});
   check.floating("tokens", tokens);
   check.shape("rows", rows, {{"R", kAny}, {"H", tokens.size(1)}});
-  check.dtype("rows", rows, tokens.scalar_type());
+  check.same_dtype("rows", rows, "tokens", tokens);
   check.same_device("rows", rows, "tokens", tokens);
   check_routes(check, "tokens", tokens, slots, tokens.size(0), sources, rows.size(0), std::nullopt);
   return {dense(tokens),  dense(rows),   dense(slots), dense(sources),
@@ -298,7 +298,7 @@ inline DispatchDotArgs dispatch_dot_args(const Tensor& tokens, const Tensor& row
   check.shape("tokens", tokens, {{"T", kAny}, {"H", kAny}});
   check.floating("tokens", tokens);
   check.shape("rows", rows, {{"R", kAny}, {"H", tokens.size(1)}});
-  check.dtype("rows", rows, tokens.scalar_type());
+  check.same_dtype("rows", rows, "tokens", tokens);
   check.same_device("rows", rows, "tokens", tokens);
   check_routes(check, "tokens", tokens, slots, tokens.size(0), sources, rows.size(0), weights);
   return {dense(tokens),  dense(rows),   dense(slots), dense(sources), dense(weights),
@@ -357,7 +357,7 @@ inline ActivateBackwardArgs activate_backward_args(const Tensor& grad, const Ten
   const ActivateArgs forward =
       activate_args(inner, slots, sources, weights, activation, "activate_backward");
   check.shape("grad", grad, {{"R", forward.num_rows}, {"F", forward.width}});
-  check.dtype("grad", grad, inner.scalar_type());
+  check.same_dtype("grad", grad, "inner", inner);
   check.same_device("grad", grad, "inner", inner);
   return {dense(grad), forward};
 }
@@ -404,11 +404,11 @@ inline GroupedMMArgs grouped_mm_args(const Tensor& rows, const Tensor& weights,
   check.shape("rows", rows, {{"R", kAny}, {"M", kAny}});
   check.floating("rows", rows);
   check.shape("weights", weights, {{"E", kAny}, {"N", kAny}, {"M", rows.size(1)}});
-  check.dtype("weights", weights, rows.scalar_type());
+  check.same_dtype("weights", weights, "rows", rows);
   check.same_device("weights", weights, "rows", rows);
   if (bias) {
     check.shape("bias", *bias, {{"E", weights.size(0)}, {"N", weights.size(1)}});
-    check.dtype("bias", *bias, rows.scalar_type());
+    check.same_dtype("bias", *bias, "rows", rows);
     check.same_device("bias", *bias, "rows", rows);
   }
   const Groups groups = check_groups(check, "rows", rows, offsets, load, weights.size(0));
@@ -430,7 +430,7 @@ inline GroupedOuterArgs grouped_outer_args(const Tensor& left, const Tensor& rig
   check.shape("left", left, {{"R", kAny}, {"N", kAny}});
   check.floating("left", left);
   check.shape("right", right, {{"R", left.size(0)}, {"M", kAny}});
-  check.dtype("right", right, left.scalar_type());
+  check.same_dtype("right", right, "left", left);
   check.same_device("right", right, "left", left);
   const Groups groups = check_groups(check, "left", left, offsets, load, kAny);
   check_capacity(check, capacity, left.size(0), groups.num_experts);

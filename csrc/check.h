@@ -95,6 +95,13 @@ class Check {
     fail(name, " must be ", dtype_name(expected), ", got ", dtype_name(tensor.scalar_type()));
   }
 
+  void same_dtype(const char* name, const Tensor& tensor, const char* other_name,
+                  const Tensor& other) const {
+    if (tensor.scalar_type() == other.scalar_type()) return;
+    fail(name, " must be ", dtype_name(other.scalar_type()), " like ", other_name, ", got ",
+         dtype_name(tensor.scalar_type()));
+  }
+
   void floating(const char* name, const Tensor& tensor) const {
     switch (tensor.scalar_type()) {
       case ScalarType::Float:

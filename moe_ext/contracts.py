@@ -61,6 +61,13 @@ class Check:
         if tensor.dtype != expected:
             self.fail(f"{name} must be {_dtype_name(expected)}, got {_dtype_name(tensor.dtype)}")
 
+    def same_dtype(self, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+        if tensor.dtype != other.dtype:
+            self.fail(
+                f"{name} must be {_dtype_name(other.dtype)} like {other_name}, "
+                f"got {_dtype_name(tensor.dtype)}"
+            )
+
     def floating(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype not in FLOATING:
             self.fail(
@@ -100,7 +107,7 @@ def gate(
     check.int32_size("T * K", T * k)
     if choice_scores is not None:
         check.shape("choice_scores", choice_scores, [("T", T), ("E", E)])
-        check.dtype("choice_scores", choice_scores, logits.dtype)
+        check.same_dtype("choice_scores", choice_scores, "logits", logits)
         check.same_device("choice_scores", choice_scores, "logits", logits)
     check.one_of("scoring", scoring, SCORINGS)
 
@@ -131,7 +138,7 @@ def gate_backward(
     for name, grad, dims in grads:
         if grad is not None:
             check.shape(name, grad, dims)
-            check.dtype(name, grad, probs.dtype)
+            check.same_dtype(name, grad, "probs", probs)
             check.same_device(name, grad, "probs", probs)
     check.one_of("scoring", scoring, SCORINGS)
 
@@ -196,7 +203,7 @@ def keep_backward(
     keep(weights, slots, renormalise, least, scale, op)
     check = Check(op)
     check.shape("grad", grad, [("T", weights.shape[0]), ("K", weights.shape[1])])
-    check.dtype("grad", grad, weights.dtype)
+    check.same_dtype("grad", grad, "weights", weights)
     check.same_device("grad", grad, "weights", weights)
 
 
@@ -304,7 +311,7 @@ def _tokens_and_rows(
     check.shape("tokens", tokens, [("T", None), ("H", None)])
     check.floating("tokens", tokens)
     check.shape("rows", rows, [("R", None), ("H", tokens.shape[1])])
-    check.dtype("rows", rows, tokens.dtype)
+    check.same_dtype("rows", rows, "tokens", tokens)
     check.same_device("rows", rows, "tokens", tokens)
     _routes(check, "tokens", tokens, slots, tokens.shape[0], sources, rows.shape[0], weights)
 
@@ -351,11 +358,11 @@ def grouped_mm(
     check.shape("rows", rows, [("R", None), ("M", None)])
     check.floating("rows", rows)
     check.shape("weights", weights, [("E", None), ("N", None), ("M", rows.shape[1])])
-    check.dtype("weights", weights, rows.dtype)
+    check.same_dtype("weights", weights, "rows", rows)
     check.same_device("weights", weights, "rows", rows)
     if bias is not None:
         check.shape("bias", bias, [("E", weights.shape[0]), ("N", weights.shape[1])])
-        check.dtype("bias", bias, rows.dtype)
+        check.same_dtype("bias", bias, "rows", rows)
         check.same_device("bias", bias, "rows", rows)
     _groups(check, "rows", rows, offsets, load, weights.shape[0])
     _capacity(check, capacity, rows.shape[0], load.shape[0])
@@ -368,7 +375,7 @@ def grouped_outer(
     check.shape("left", left, [("R", None), ("N", None)])
     check.floating("left", left)
     check.shape("right", right, [("R", left.shape[0]), ("M", None)])
-    check.dtype("right", right, left.dtype)
+    check.same_dtype("right", right, "left", left)
     check.same_device("right", right, "left", left)
     _groups(check, "left", left, offsets, load, None)
     _capacity(check, capacity, left.shape[0], load.shape[0])
@@ -403,7 +410,7 @@ def activate_backward(
     F = activate(inner, slots, sources, weights, activation, op)
     check = Check(op)
     check.shape("grad", grad, [("R", inner.shape[0]), ("F", F)])
-    check.dtype("grad", grad, inner.dtype)
+    check.same_dtype("grad", grad, "inner", inner)
     check.same_device("grad", grad, "inner", inner)
 
 

@@ -288,7 +288,10 @@ def train(
                 result["drop_rate_train"] = mean(layer.dropped for layer in reading.train.values())
                 if sink is not None:
                     sink(reading, done)
-            bar.set_postfix_str(f"held-out {bits:.3f} bits/byte")
+            reached = f"held-out {bits:.3f} bits/byte"
+            bar.set_postfix_str(reached)
+            if bar.disable and processes.rank == 0:  # a log, not a terminal
+                print(f"{name}: step {done} of {config.steps}, {reached}", flush=True)
             save()
 
 
@@ -308,8 +311,6 @@ def report(results: dict) -> str:
         )
     lines.insert(0, "held-out bits per byte, before and after training")
     moe = results["models"].get("moe", {})
-    for i, shares in enumerate(moe.get("load", [])):
-        lines.append(f"layer {i} load  " + " ".join(f"{100 * s:4.1f}%" for s in shares))
     if "drop_rate_train" in moe:
         lines.append(
             f"dropped routes: {100 * moe['drop_rate_train']:.2f}% in the last steps of training, "
@@ -385,6 +386,9 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
             draw(results, out)
         processes.end()
     say(report(results))
+    if is_first:
+        for _, reading in list(read_json_lines(lines.path))[-1:]:
+            print(reading)
     say(f"python -m moe_ext plot {lines.path}    tells more of the experts")
     say(f"wrote {', '.join(path.name for path in sorted(out.iterdir()))} to {out}")
     return results

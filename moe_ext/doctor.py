@@ -225,8 +225,7 @@ def _operator(name: str, device: str) -> Operator:
     backend = ops.backend(name, device)
     why = ""
     if backend == "reference":
-        errors = {"cpu": ops.registry.load_error, "cuda": ops.registry.cuda_load_error}
-        why = errors.get(device, f"there are no kernels for {device}") or ""
+        why = ops.why_reference(device)
     elif backend == "torch":
         why = "products of experts are torch's own here; explain(layer, x) says which"
     try:

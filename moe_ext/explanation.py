@@ -1,6 +1,9 @@
 """What runs in a call of a layer, and why nothing faster."""
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -9,10 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import grouped, ops, reference
 from .layer import MOELayer
+from .watching import entry, named_layers, replaced
 
-# What reads a tensor's values back to the host.
-_READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
+# What reads a tensor's values back to the host, or how many there are.
+_READS = {
+    *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive"),
+}
 _HOST = "cpu"
+# What a MOELayer keeps of its last call.
+_KEPT = "l_aux", "exp_counts"
 
 
 class Call(NamedTuple):
@@ -23,6 +32,7 @@ class Call(NamedTuple):
     backend: as of `ops.backend`
     how: the path that was taken, and why none before it; "" where there is nothing to say
     synchronisations: how often the host waited for the device in it
+    layer: the name of the layer that called it, "" outside of layers
     """
 
     operator: str
@@ -30,6 +40,7 @@ class Call(NamedTuple):
     backend: str
     how: str
     synchronisations: int
+    layer: str = ""
 
 
 class Explanation(NamedTuple):
@@ -38,60 +49,146 @@ class Explanation(NamedTuple):
     calls: operators of moe_ext, in order
     others: how often each other operator ran, those inside the calls left out
     synchronisations: how often the host waited for the device outside of the calls
+    notes: of layers whose experts run one after the other
+    is_away: whether anything ran on another device than the CPU
     """
 
     calls: list[Call]
     others: dict[str, int]
     synchronisations: int
+    notes: list[str]
+    is_away: bool
 
     def __str__(self) -> str:
-        rows = [("operator", "operands", "runs")] if self.calls else []
-        rows += [(c.operator, c.operands, c.backend + (c.how and f": {c.how}")) for c in self.calls]
-        widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
-        lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
-        if not self.calls:
-            lines.append("no operator of moe_ext ran")
-        waits = self.synchronisations + sum(call.synchronisations for call in self.calls)
+        lines = list(_table(self.calls))
         names = (f"{name} {n}" for name, n in Counter(self.others).most_common())
         lines.append(f"other operators: {', '.join(names) or 'none'}")
-        lines.append(f"the host waits for the device: {f'{waits} times' if waits else 'never'}")
-        return "\n".join(lines)
+        waits = self.synchronisations + sum(call.synchronisations for call in self.calls)
+        often = "it is the host" if not self.is_away else f"{waits} times" if waits else "never"
+        lines.append(f"the host waits for the device: {often}")
+        return "\n".join([*lines, *self.notes])
 
 
-def explain(layer: nn.Module, *args, **kwargs) -> Explanation:
-    """Call `layer(*args, **kwargs)` once, without gradients, and say what ran.
+def _table(calls: list[Call]) -> Iterator[str]:
+    """The calls of every layer; neighbours that call the same are one."""
+    if not calls:
+        yield "no operator of moe_ext ran"
+        return
+    of_layers = [
+        (name, [(c.operator, c.operands, c.backend + (c.how and f": {c.how}")) for c in group])
+        for name, group in groupby(calls, key=lambda call: call.layer)
+    ]
+    head = ("operator", "operands", "runs")
+    rows = [head, *(row for _, group in of_layers for row in group)]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
 
-    layer: a MOELayer, or any module with one in it
+    def line(row: tuple[str, str, str]) -> str:
+        return f"  {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}"
 
-    What is said is what was seen: operators, and on another device than the CPU every read of a
-    value. `print(moe_ext.explain(layer, hidden))` shows it.
+    yield line(head)
+    for group, alike in groupby(of_layers, key=lambda of_layer: of_layer[1]):
+        first, *others = [name for name, _ in alike]
+        more = f" to {others[-1]}, {1 + len(others)} alike" if others else ""
+        yield f"{first or 'outside of layers'}{more}:"
+        yield from map(line, group)
+
+
+def explain(layer: nn.Module, /, *args, **kwargs) -> Explanation:
+    """Call `layer(*args, **kwargs)` once, eagerly and without gradients, and say what ran.
+
+    layer: a MOELayer, or any module, as one of transformers with experts_implementation="moe_ext"
+
+    What is said is what was seen: operators, and on another device than the CPU those that read
+    values back. Random generators and what layers keep of a call are afterwards as before it.
+    `print(moe_ext.explain(layer, hidden))` shows it.
     """
     trace = _Trace()
-    # What a layer keeps of its last call is not of this one, which nobody else is to see.
-    kept = [(m, m.l_aux, m.exp_counts) for m in layer.modules() if isinstance(m, MOELayer)]
-    observed = [(m, m.observer) for m in layer.modules() if vars(m).get("observer") is not None]
-    try:
-        for module, _ in observed:
-            module.observer = None  # type: ignore[assignment]
-        with torch.no_grad(), trace:
-            layer(*args, **kwargs)
-    finally:
-        for module, l_aux, exp_counts in kept:
-            module.l_aux, module.exp_counts = l_aux, exp_counts
-        for module, observer in observed:
-            module.observer = observer
-    return Explanation(trace.calls, dict(trace.others), trace.reads)
+    layers = list(named_layers(layer))
+    with (
+        torch.no_grad(),
+        # What is compiled would run unseen, or never be compiled again.
+        torch.compiler.set_stance("force_eager"),
+        _drawn_again(layer),
+        replaced(_watched(layers, trace)),
+        trace,
+    ):
+        layer(*args, **kwargs)
+    notes = [note for name, module in layers for note in _notes(name, module)]
+    return Explanation(trace.calls, dict(trace.others), trace.reads, notes, trace.is_away)
+
+
+def _drawn_again(module: nn.Module) -> AbstractContextManager[None]:
+    """What is drawn inside is drawn again afterwards."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.random.fork_rng([])
+    kind = accelerator.type
+    devices = {p.device.index for p in module.parameters() if p.device.type == kind}
+    here = torch.accelerator.current_device_index()
+    return torch.random.fork_rng(devices | {here}, device_type=kind)
+
+
+def _watched(layers: list, trace: "_Trace") -> Iterator[tuple[nn.Module, str, object]]:
+    for name, module in layers:
+        method = entry(module)
+        yield module, method, _named(getattr(module, method), name, trace)
+        # Nobody else is told of this call, which leaves nothing.
+        yield module, "observer", None
+        if isinstance(module, MOELayer):
+            yield from ((module, kept, getattr(module, kept)) for kept in _KEPT)
+            for part in module.modules():
+                if hasattr(part, "wall_clock_breakdown"):
+                    yield part, "wall_clock_breakdown", False
+                agreed = getattr(part, "_agreed", None)
+                if isinstance(agreed, set):  # an ExpertParallel's, which compares calls
+                    yield part, "_agreed", set(agreed)
+
+
+def _named(function: Callable, name: str, trace: "_Trace") -> Callable:
+    def named(*args, **kwargs):
+        outer, trace.layer = trace.layer, name
+        try:
+            return function(*args, **kwargs)
+        finally:
+            trace.layer = outer
+
+    return named
+
+
+def _notes(name: str, layer: nn.Module) -> Iterator[str]:
+    if not isinstance(layer, MOELayer):
+        return
+    for module in layer.experts.modules():
+        # The experts of an ExpertParallel are no submodule of it.
+        here = getattr(module, "experts_here", None)
+        experts = here() if callable(here) else module
+        for attribute in getattr(experts, "expert_lists", ()):
+            count = len(getattr(experts, attribute))
+            if count > 1:
+                yield (
+                    f"{name}: {type(experts).__name__} runs {count} experts one after the other; "
+                    "GroupedExperts runs feed-forward ones together"
+                )
 
 
 class _Trace(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.others: Counter[str] = Counter()
         self.reads = 0
+        self.is_away = False
+        self.layer = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not isinstance(func, torch._ops.OpOverload):  # as torch.cond, whose branch is not seen
+            self.others[func.name()] += 1
+            return func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
+        devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
+        self.is_away |= not devices <= {_HOST, "meta"}
         if func.namespace == "moe_ext":
             return self._called(name, func, args)
         self.others[name] += 1
@@ -100,7 +197,7 @@ class _Trace(TorchDispatchMode):
         return result
 
     def _called(self, name: str, func, args: tuple):
-        call = _call(name, args)
+        call = _call(name, args)._replace(layer=self.layer)
         # What is made of other operators is called without the dispatcher, to see them.
         made = {"torch": grouped.OPERATORS.get(name), "reference": getattr(reference, name)}
         if call.backend not in made:
@@ -117,11 +214,15 @@ def _waits(name: str, args: tuple, result) -> bool:
     """Whether the host waited for a device: for a value, or for a copy of a tensor."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     is_away = [tensor.device.type != _HOST for tensor in tensors]
-    if name in _READS:
+    if name in _READS or (name == "index" and _has_mask(args[1])):
         return is_away[0]
     if name == "copy_":
         return is_away == [False, True]
     return name == "_to_copy" and is_away[0] and result.device.type == _HOST
+
+
+def _has_mask(indices: list[Tensor | None]) -> bool:
+    return any(index is not None and index.dtype == torch.bool for index in indices)
 
 
 def _call(name: str, args: tuple) -> Call:
@@ -135,7 +236,7 @@ def _call(name: str, args: tuple) -> Call:
 def _how(name: str, args: tuple, backend: str) -> str:
     first = args[0]
     if backend == "reference":
-        return _why_reference(first.device.type)
+        return ops.why_reference(first.device)
     if name not in grouped.OPERATORS:
         return ""
     if backend == "torch":
@@ -147,11 +248,3 @@ def _how(name: str, args: tuple, backend: str) -> str:
         dtype = str(first.dtype).removeprefix("torch.")
         return f"in float32, as this CPU's torch has no {dtype} instructions"
     return ""
-
-
-def _why_reference(device: str) -> str:
-    if device == "cpu":
-        return ops.registry.load_error or ""
-    if device == "cuda":
-        return ops.registry.cuda_load_error or ""
-    return f"there are no kernels for {device}"

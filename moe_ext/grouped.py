@@ -86,16 +86,22 @@ def _padded(matrix: Tensor, dim: int) -> Tensor:
     )
 
 
+def _is_readable(weights: Tensor) -> bool:
+    """By torch's grouped_mm: dense one way or the other, everything at multiples of 16 bytes."""
+    strides = [stride * weights.element_size() for stride in weights.stride() if stride != 1]
+    is_aligned = weights.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+    return is_aligned and 1 in weights.stride()[1:]
+
+
 def _native_mm(rows, weights, bias, offsets, load, capacity):
     R, (_, N, M) = rows.shape[0], weights.shape
     if 0 in (R, N, M):
         return reference.grouped_mm(rows, weights, bias, offsets, load, capacity)
     expert, owned = _owners(offsets, load, R)
     rows = torch.where(owned, rows, 0)
-    # torch takes rows and stacks that are dense one way or the other.
     rows, weights = _padded(rows, 1).contiguous(), _padded(_padded(weights, 1), 2)
-    if 1 not in weights.stride()[1:]:
-        weights = weights.contiguous()
+    if not _is_readable(weights):
+        weights = weights.clone(memory_format=torch.contiguous_format)
     out = F.grouped_mm(rows, weights.transpose(1, 2), offs=offsets[1:])[:, :N]
     if bias is not None:
         out = out + bias[expert]
@@ -108,7 +114,7 @@ def _native_outer(left, right, offsets, load, capacity):
         return left.new_zeros(load.shape[0], N, M)
     _, owned = _owners(offsets, load, left.shape[0])
     left, right = torch.where(owned, left, 0), torch.where(owned, right, 0)
-    left, right = _padded(left, 1), _padded(right, 1)
+    left, right = _padded(left, 1).contiguous(), _padded(right, 1).contiguous()
     out = F.grouped_mm(left.t(), right, offs=offsets[1:])[:, :N, :M]
     return torch.where((offsets.diff() > 0)[:, None, None], out, 0)
 

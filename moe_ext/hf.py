@@ -22,6 +22,7 @@ from .functional import combine, grouped_mm
 from .plan import Plan, make_plan
 from .sinks import Sink
 from .stats import Stats, track
+from .watching import is_of_transformers
 
 NAME = "moe_ext"
 MINIMUM = (5, 7)
@@ -169,9 +170,7 @@ def _plain_function(act_fn):
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a model whose experts transformers lets others compute, with their names."""
     for name, module in model.named_modules():
-        if "_is_expert_parallel" in vars(module) or (
-            hasattr(module, "has_gate") and hasattr(module, "is_transposed")
-        ):
+        if is_of_transformers(module):
             yield name, module
 
 

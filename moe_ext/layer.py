@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -55,10 +55,25 @@ def _routes_itself(gate: nn.Module) -> TypeGuard[_Router]:
     return hasattr(gate, "route") and hasattr(gate, "num_experts")
 
 
+def _takes_recorded(gate: nn.Module) -> bool:
+    if not _routes_itself(gate):
+        return False
+    try:
+        inspect.signature(gate.route).bind(None, None, None)
+    except TypeError:
+        return False
+    return True
+
+
 def _route(
     gate: nn.Module, tokens: Tensor, used_token: Tensor | None, experts: Tensor | None
 ) -> tuple[Plan, Tensor, Aux, Routing | None]:
     """With a gate written for DeepSpeed there is no Routing."""
+    if experts is not None and not _takes_recorded(gate):
+        raise RuntimeError(
+            f"MOELayer: experts must be None with a gate of type {type(gate).__name__}, which has "
+            "no route(tokens, used_token, experts)"
+        )
     if _routes_itself(gate):
         recorded = () if experts is None else (experts,)
         routing = gate.route(tokens, used_token, *recorded)
@@ -70,11 +85,6 @@ def _route(
         plan = routing.plan
         aux = Aux(routing.l_aux, plan.load.to(torch.int64), plan.experts)
         return plan, routing.weights, aux, routing
-    if experts is not None:
-        raise RuntimeError(
-            f"MOELayer: experts must be None with a gate of type {type(gate).__name__}, which has "
-            "no route(tokens, used_token, experts)"
-        )
     knows_sparse = "sparse_routes" in inspect.signature(gate.forward).parameters
     result = gate(tokens, used_token, **({"sparse_routes": True} if knows_sparse else {}))
     plan, weights, l_aux, exp_counts = route_forms.plan_of(result, tokens)
@@ -84,7 +94,8 @@ def _route(
 class MOELayer(nn.Module):
     """Mixture of experts under DeepSpeed's name and arguments.
 
-    gate: a TopKGate, or a module with its `num_experts` and `route(tokens, used_token)`;
+    gate: a TopKGate, or a module with its `num_experts` and `route(tokens, used_token)`, which
+        for recorded choices takes a third, `experts`;
         or a gate written for DeepSpeed: `gate(tokens, used_token)` returns (l_aux,
         combine_weights [T, E, C], dispatch_mask [T, E, C], exp_counts [E]) or, where it knows
         `sparse_routes`, its seven of routes
@@ -196,7 +207,7 @@ class MOELayer(nn.Module):
     def _forward(
         self, hidden: Tensor, used_token: Tensor | None, experts: Tensor | None
     ) -> tuple[Tensor, Aux]:
-        tokens = hidden.reshape(-1, hidden.shape[-1])
+        tokens = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
         if self.ep_size > 1 and self.ep_group is None:
             raise RuntimeError(
                 f"MOELayer: with ep_size = {self.ep_size} its process group must be set first, by "
@@ -352,6 +363,8 @@ class MoE(nn.Module):
             it
         groups: those of another layer, or of `parallel.make_groups(ep_size)`; None makes groups of
             this layer's own
+
+        Raises ValueError for groups of two levels, which ExpertParallel takes.
         """
         if self.ep_size == 1:
             return
@@ -360,8 +373,12 @@ class MoE(nn.Module):
         if groups is None:
             neighbours_share = not use_data_before_expert_parallel_
             groups = make_groups(self.ep_size, neighbours_share=neighbours_share)
-        # make_groups(ep_size) gives no mesh, which is of two levels.
-        self.deepspeed_moe._set_ep_group(cast(dist.ProcessGroup, groups.ep))
+        if not isinstance(groups.ep, dist.ProcessGroup):
+            raise ValueError(
+                "MoE.set_deepspeed_parallelism: groups must be of one level, as of "
+                "make_groups(ep_size), got two: nodes and places; ExpertParallel takes those"
+            )
+        self.deepspeed_moe._set_ep_group(groups.ep)
 
     def forward(
         self,

@@ -310,5 +310,12 @@ def backend(name: str, device: torch.device | str) -> str:
     return "torch" if name in grouped.OPERATORS and kind != "cpu" else "reference"
 
 
+def why_reference(device: torch.device | str) -> str:
+    """Why no compiled kernel runs on a device, "" where one does."""
+    kind = torch.device(device).type
+    errors = {"cpu": registry.load_error, "cuda": registry.cuda_load_error}
+    return errors.get(kind, f"there are no kernels for {kind}") or ""
+
+
 registry = Registry()
 registry.load_installed()

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .reading import LayerStats, Reading
+from .reading import Reading
 
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7")
@@ -51,7 +51,7 @@ def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path, ylabel
 
 
 def plot_load(shares: dict[str, Sequence[float]], path: Path) -> None:
-    """A heat-map of layer by expert, on a scale from nothing to twice the even share.
+    """A heat-map of layer by expert, on a scale up to twice the even share.
 
     shares: by layer, of its routes, [E] each, where E may differ
     """
@@ -68,7 +68,7 @@ def plot_load(shares: dict[str, Sequence[float]], path: Path) -> None:
         for layer, row in enumerate(shares.values()):
             for expert, share in enumerate(row):
                 colour = "white" if share * len(row) < 1 else "black"
-                label = "idle" if share == 0 else f"{100 * share:.0f}%"
+                label = f"{100 * share:.0f}%" if share > 0.005 else "<1%" if share else "idle"
                 axes.text(expert, layer, label, ha="center", va="center", color=colour)
         axes.set_xticks(range(experts))
     every = -(-layers // MOST_NAMES)
@@ -84,14 +84,17 @@ def _heat_map(figure: Figure, axes, over_even: list[list[float]]) -> None:
         over_even, cmap=SCALE, vmin=LEAST, vmax=2, aspect="auto", interpolation="none"
     )
     bar = figure.colorbar(image, extend="both")
-    bar.set_ticks([LEAST, 1, 2], labels=["idle", "even", "twice even"])
+    bar.set_ticks([LEAST, 1, 2], labels=["few", "even", "twice even"])
+    # The tip below the scale has the colour of none at all.
+    bar.ax.text(0.5, -0.06, "idle", transform=bar.ax.transAxes, ha="center", va="top")
 
 
 def plot_over_time(
-    steps: Sequence[int], shares: Sequence[Sequence[float]], path: Path, name: str
+    steps: Sequence[int], shares: Sequence[Sequence[float]], path: Path, layer: str
 ) -> None:
     """A layer's load by step and expert.
 
+    layer: what to call it
     shares: by step, [E] each; equal steps are readings in a row
     """
     experts, count = len(shares[0]), len(shares)
@@ -103,7 +106,7 @@ def plot_over_time(
         axes.set_yticks(range(experts))
     axes.set_xlabel("step")
     axes.set_ylabel("expert")
-    axes.set_title(f"{name}: share of its routes")
+    axes.set_title(f"{layer}: share of its routes")
     _save(figure, path)
 
 
@@ -129,16 +132,19 @@ def plot_sorted(shares: dict[str, Sequence[float]], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("experts, busiest first (share of all)")
     axes.set_ylabel("load over the even share")
+    axes.set_title("load of every layer's experts")
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
 
 
-def plot_pairs(layer: LayerStats, path: Path, name: str) -> None:
+def plot_pairs(pairs: Tensor, path: Path, layer: str) -> None:
     """Which experts a token chooses together, over what chance would give experts of such loads:
-    above 1 the two attract each other. layer: a detailed one"""
-    assert layer.pairs is not None
-    lift = co_routing(layer.pairs)
+    above 1 the two attract each other.
+
+    pairs: as of LayerStats, layer: what to call it
+    """
+    lift = co_routing(pairs)
     experts = len(lift)
     size = 2.2 + min(max(0.3 * experts, 2.5), 8)
     figure, axes = _figure(size + 1, size)
@@ -148,9 +154,9 @@ def plot_pairs(layer: LayerStats, path: Path, name: str) -> None:
     if experts <= MOST_NUMBERS:
         axes.set_xticks(range(experts))
         axes.set_yticks(range(experts))
-    axes.set_xlabel("expert")
+    axes.set_xlabel("expert (grey: itself, or idle)")
     axes.set_ylabel("expert")
-    axes.set_title(f"{name}: chosen together, 1 as if by chance")
+    axes.set_title(f"{layer}: chosen together, 1 as if by chance")
     figure.colorbar(image, extend="max", shrink=0.8)
     _save(figure, path)
 
@@ -184,16 +190,23 @@ def plot_run(readings: Sequence[tuple[int, Reading]], folder: Path) -> list[Path
     last = of_mode[-1][1]
     shares = {name: layer.shares.tolist() for name, layer in last.items()}
     worst = max(last, key=lambda name: last[name].max_over_mean)
+    title = f"layer {worst}" + (", the least even" if len(last) > 1 else "")
     paths = [folder / "load.png", folder / "sorted.png"]
     plot_load(shares, paths[0])
     plot_sorted(shares, paths[1])
-    history = [(step, layers[worst].shares.tolist()) for step, layers in of_mode if worst in layers]
+    # A file may hold several runs, of other layers.
+    experts = len(last[worst].load)
+    history = [
+        (step, layers[worst].shares.tolist())
+        for step, layers in of_mode
+        if worst in layers and len(layers[worst].load) == experts
+    ]
     if len(history) > 1:
         paths.append(folder / "over-time.png")
         steps, over_time = zip(*history, strict=True)
-        plot_over_time(steps, over_time, paths[-1], worst)
+        plot_over_time(steps, over_time, paths[-1], title)
     pairs = last[worst].pairs
     if pairs is not None and pairs.sum() > pairs.trace():  # with one choice there are none
         paths.append(folder / "pairs.png")
-        plot_pairs(last[worst], paths[-1], worst)
+        plot_pairs(pairs, paths[-1], title)
     return paths

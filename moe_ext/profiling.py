@@ -8,7 +8,7 @@ layer called it and what for.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import wraps
 
 import torch
@@ -16,44 +16,41 @@ from torch import nn
 
 from .experts import Experts
 from .layer import MOELayer
+from .watching import entry, named_layers, replaced
 
 
-@contextmanager
-def ranges(model: nn.Module) -> Iterator[None]:
-    """Mark every call of a MOELayer in the model while the context lasts: "moe_ext.layer <name>",
-    and in it "moe_ext.gate" and "moe_ext.experts", for torch.profiler and, with a GPU, as NVTX
-    ranges for Nsight Systems. Elsewhere there is nothing of it: no cost, and no graph break.
+def ranges(model: nn.Module) -> AbstractContextManager[None]:
+    """Mark every call of a layer in the model while the context lasts: "moe_ext.layer <name>", and
+    in a MOELayer's "moe_ext.gate" and "moe_ext.experts", for torch.profiler and, with a GPU, as
+    NVTX ranges for Nsight Systems. Elsewhere there is nothing of it: no cost, and no graph break.
+    Copy, pickle and save the model outside of it: a copy would call this model's parts.
 
-    Raises ValueError for a model without MOELayer.
+    model: a MOELayer, or a module with some in it, or with the experts of transformers' models with
+        experts_implementation="moe_ext"
+
+    Raises ValueError for a model without such layers.
     """
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, MOELayer)]
-    if not layers:
+    if not any(named_layers(model)):
         raise ValueError(
-            f"profiling.ranges: {type(model).__name__} has no MOELayer; the operators have their "
-            "names in profiles without it"
+            f"profiling.ranges: {type(model).__name__} has no MOELayer, nor experts of "
+            'transformers with experts_implementation="moe_ext"; the operators have their names in '
+            "profiles without it"
         )
-    marked: dict[tuple[nn.Module, str], object] = {}
-    try:
-        for name, layer in layers:
-            _mark(marked, layer, "_forward", f"moe_ext.layer {name}".rstrip())
+    return replaced(
+        (module, method, _in_range(getattr(module, method), label))
+        for module, method, label in _labelled(model)
+    )
+
+
+def _labelled(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Methods, and what their ranges are called."""
+    for name, layer in named_layers(model):
+        yield layer, entry(layer), f"moe_ext.layer {name}"
+        if isinstance(layer, MOELayer):
             if hasattr(layer.gate, "route"):
-                _mark(marked, layer.gate, "route", "moe_ext.gate")
+                yield layer.gate, "route", "moe_ext.gate"
             if isinstance(layer.experts, Experts):
-                _mark(marked, layer.experts, "routed", "moe_ext.experts")
-        yield
-    finally:
-        for (module, method), before in marked.items():
-            vars(module).pop(method)
-            if before is not None:
-                setattr(module, method, before)
-
-
-def _mark(marked: dict, module: nn.Module, method: str, label: str) -> None:
-    """Put a marked method before the module's own, which may be one of the instance: FSDP's
-    register_fsdp_forward_method leaves such. A module in two layers is marked once."""
-    if (module, method) not in marked:
-        marked[module, method] = vars(module).get(method)
-        setattr(module, method, _in_range(getattr(module, method), label))
+                yield layer.experts, "routed", "moe_ext.experts"
 
 
 def _in_range(function: Callable, label: str) -> Callable:

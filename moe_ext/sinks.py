@@ -5,6 +5,7 @@ is another; for Weights and Biases that is
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ _TENSORS = {
     "importance": torch.float64,
     "pairs": torch.int64,
 }
+
+_FLOATS = "l_aux", "router_entropy", "z_loss", "agreement"
 
 
 class JsonLines:
@@ -43,10 +46,16 @@ class JsonLines:
                 line = {"step": step, "mode": mode, "layer": name, **layer._asdict()}
                 for key in _TENSORS:
                     line[key] = None if line[key] is None else line[key].tolist()
-                lines.append(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
+                known = {key: _json(value) for key, value in line.items() if value is not None}
+                lines.append(json.dumps(known, allow_nan=False) + "\n")
         with self.path.open("a+b") as file:
             file.truncate(_end_of_last_line(file))
             file.write("".join(lines).encode())
+
+
+def _json(value):
+    """JSON has no number for NaN and infinities."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _end_of_last_line(file: BinaryIO, step: int = 1 << 16) -> int:
@@ -86,12 +95,14 @@ def _readings(path: Path | str, lines: Iterable[str]) -> Iterator[tuple[int, Rea
                 for key, dtype in _TENSORS.items()
                 if key in line
             }
-            layer = LayerStats(**line | tensors)
+            numbers = {key: float(line[key]) for key in _FLOATS if key in line}
+            layer = LayerStats(**line | tensors | numbers)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}, line {number}: not a line of moe_ext's stats: {error}"
             ) from error
-        if step is not None and (here != step or name in layers):
+        is_past = mode == MODES[0] and reading.eval  # which comes first in every reading
+        if step is not None and (here != step or name in layers or is_past):
             yield step, reading
             reading = Reading({}, {})
             layers = getattr(reading, mode)

@@ -12,18 +12,17 @@ them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import losses
-from .layer import Aux, MOELayer, Observer
+from .layer import Aux
 from .plan import Plan
 from .reading import MODES, LayerStats, Reading
 from .routing import Routing
+from .watching import Layer, named_layers
 
 # Pairs of a token's choices are counted one by one.
 MOST_CHOICES = 32
@@ -51,7 +50,7 @@ class Stats:
     """The counters of a model, from `track`. A context manager that stops counting at its end."""
 
     def __init__(self, model: nn.Module, detailed: bool) -> None:
-        self._layers = dict(_layers(model))
+        self._layers = dict(named_layers(model))
         if not self._layers:
             raise ValueError(
                 f"stats.track: {type(model).__name__} has no MOELayer, nor experts of transformers "
@@ -118,27 +117,6 @@ class Stats:
         return reading
 
 
-class _Layer(Protocol):
-    """A MOELayer, or an experts module of transformers."""
-
-    num_experts: int
-    training: bool
-    observer: Observer | None
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, _Layer]]:
-    """The layers of a model by name."""
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        # As moe_ext.hf.experts_modules has it, which needs transformers.
-        is_experts = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
-        is_ours = getattr(config, "_experts_implementation", None) == "moe_ext"
-        if isinstance(module, MOELayer) or (is_experts and is_ours):
-            yield name or type(module).__name__, cast(_Layer, module)
-
-
 def _add_once(total: Tensor, new: Tensor) -> None:
     # A backward runs what is checkpointed again.
     if torch._C._current_graph_task_id() == -1:
@@ -161,7 +139,7 @@ class _Counters:
     of a call: two views of a tensor that both change are not safe in torch.compile.
     """
 
-    def __init__(self, module: _Layer, detailed: bool) -> None:
+    def __init__(self, module: Layer, detailed: bool) -> None:
         self.module = module
         self.detailed = detailed
         self.num_experts = E = module.num_experts
@@ -169,6 +147,12 @@ class _Counters:
         device = torch.device("cpu") if first is None else first.device
         self.lengths = (2 + 2 * E + (1 + E * E) * detailed, 1 + (2 + E) * detailed)
         self._place(device)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of a layer is not counted."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
     def _place(self, device: torch.device) -> None:
         """Zeros on a device."""

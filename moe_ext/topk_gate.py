@@ -68,8 +68,9 @@ class TopKGate(nn.Module):
         as DeepSpeed's is.
     router: a module that maps [T, H] to logits [T, E]; None is an nn.Linear without bias
 
-    All but the last two may be changed later, as attributes. With `wall_clock_breakdown` set,
-    `gate_time` is the time of all calls in milliseconds; torch.compile does not take that.
+    All but model_dim, num_experts, selection_bias and router may be changed later, as attributes.
+    With `wall_clock_breakdown` set, `gate_time` is the time of all calls in milliseconds;
+    torch.compile does not take that.
 
     Everything is computed in float32, in float64 where the input or a weight is float64, under
     autocast too; a router's other weights are cast per call. Raises ValueError where an argument is

@@ -5,6 +5,7 @@ every test of device "cpu" is one of theirs.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from moe_ext import ops
+
+# For deterministic algorithms on a GPU; read at the first product there.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Of what is built, installed and drawn, or of layers alone; many start processes of their own.
 NOT_OF_OPERATORS = {

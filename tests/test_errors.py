@@ -89,7 +89,11 @@ SHAPE_AND_TYPE = [
         {"choice_scores": LOGITS[:32]},
         "choice_scores must be [T, E] with T = 33, E = 8, got [32, 8]",
     ),
-    ("gate", {"choice_scores": LOGITS.double()}, "choice_scores must be float32, got float64"),
+    (
+        "gate",
+        {"choice_scores": LOGITS.double()},
+        "choice_scores must be float32 like logits, got float64",
+    ),
     (
         "gate",
         {"scoring": "tanh"},
@@ -108,7 +112,11 @@ SHAPE_AND_TYPE = [
         {"grad_importance": W},
         "grad_importance must be [E] with E = 8, got [33, 2]",
     ),
-    ("gate_backward", {"grad_probs": PROBS.double()}, "grad_probs must be float32, got float64"),
+    (
+        "gate_backward",
+        {"grad_probs": PROBS.double()},
+        "grad_probs must be float32 like probs, got float64",
+    ),
     ("keep", {"weights": W.half()}, "weights must be float32, got float16"),
     ("keep", {"slots": PLAN.slots[:9]}, "slots must be [T, K] with T = 33, K = 2, got [9, 2]"),
     ("keep", {"slots": PLAN.slots.long()}, "slots must be int32, got int64"),
@@ -118,7 +126,7 @@ SHAPE_AND_TYPE = [
         {"grad": W[:, :1]},
         "grad must be [T, K] with T = 33, K = 2, got [33, 1]",
     ),
-    ("keep_backward", {"grad": W.double()}, "grad must be float32, got float64"),
+    ("keep_backward", {"grad": W.double()}, "grad must be float32 like weights, got float64"),
     (
         "gate_backward",
         {"scoring": ""},
@@ -163,17 +171,17 @@ SHAPE_AND_TYPE = [
         "weights must be float32, got float64",
     ),
     ("route_dot", {"rows": ROWS[:, :3]}, "rows must be [R, H] with H = 4, got [66, 3]"),
-    ("route_dot", {"rows": ROWS.double()}, "rows must be float32, got float64"),
+    ("route_dot", {"rows": ROWS.double()}, "rows must be float32 like tokens, got float64"),
     ("route_dot", {"tokens": X[:5]}, "slots must be [T, K] with T = 5, got [33, 2]"),
     ("route_dot", {"rows": ROWS[:-1]}, f"sources must be [R] with R = {R - 1}, got [{R}]"),
-    ("dispatch_dot", {"rows": ROWS.double()}, "rows must be float32, got float64"),
+    ("dispatch_dot", {"rows": ROWS.double()}, "rows must be float32 like tokens, got float64"),
     ("dispatch_dot", {"tokens": X[:5]}, "slots must be [T, K] with T = 5, got [33, 2]"),
     ("dispatch_dot", {"weights": W.double()}, "weights must be float32, got float64"),
     ("grouped_mm", {"rows": ROWS[0]}, "rows must be [R, M], got [4]"),
     ("grouped_mm", {"weights": STACK[0]}, "weights must be [E, N, M] with M = 4, got [3, 4]"),
-    ("grouped_mm", {"weights": STACK.half()}, "weights must be float32, got float16"),
+    ("grouped_mm", {"weights": STACK.half()}, "weights must be float32 like rows, got float16"),
     ("grouped_mm", {"bias": STACK[:7, :, 0]}, "bias must be [E, N] with E = 8, N = 3, got [7, 3]"),
-    ("grouped_mm", {"bias": STACK[:, :, 0].half()}, "bias must be float32, got float16"),
+    ("grouped_mm", {"bias": STACK[:, :, 0].half()}, "bias must be float32 like rows, got float16"),
     ("grouped_mm", {"capacity": 9}, "capacity must be R / E with R = 66, E = 8, got 9"),
     ("grouped_outer", {"capacity": 9}, "capacity must be R / E with R = 66, E = 8, got 9"),
     ("activate", {"inner": ROWS[0]}, "inner must be [R, G], got [4]"),
@@ -186,13 +194,17 @@ SHAPE_AND_TYPE = [
     ),
     ("activate", {"weights": W.half()}, "weights must be float32, got float16"),
     ("activate_backward", {"grad": ROWS}, "grad must be [R, F] with R = 66, F = 2, got [66, 4]"),
-    ("activate_backward", {"grad": ROWS[:, :2].half()}, "grad must be float32, got float16"),
+    (
+        "activate_backward",
+        {"grad": ROWS[:, :2].half()},
+        "grad must be float32 like inner, got float16",
+    ),
     ("activate_backward", {"weights": W.double()}, "weights must be float32, got float64"),
     ("grouped_mm", {"load": PLAN.load[:7]}, "load must be [E] with E = 8, got [7]"),
     ("grouped_mm", {"offsets": PLAN.load}, "offsets must be [E+1] with E+1 = 9, got [8]"),
     ("grouped_mm", {"offsets": PLAN.offsets.long()}, "offsets must be int32, got int64"),
     ("grouped_outer", {"right": ROWS[1:]}, "right must be [R, M] with R = 66, got [65, 4]"),
-    ("grouped_outer", {"right": ROWS.bfloat16()}, "right must be float32, got bfloat16"),
+    ("grouped_outer", {"right": ROWS.bfloat16()}, "right must be float32 like left, got bfloat16"),
     ("grouped_outer", {"load": PLAN.load.long()}, "load must be int32, got int64"),
 ]
 
@@ -434,7 +446,7 @@ def test_layer_input():
     with pytest.raises(RuntimeError, match="gate must choose among E = 8 experts, got 5"):
         layer(torch.randn(3, H))
     layer.gate = TopKGate(H, E)
-    with pytest.raises(RuntimeError, match="grouped_mm: weights must be bfloat16, got float32"):
+    with pytest.raises(RuntimeError, match="grouped_mm: weights must be bfloat16 like rows, got"):
         layer(torch.randn(3, H).bfloat16())
 
 

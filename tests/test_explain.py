@@ -26,7 +26,71 @@ def test_names_every_operator_in_order():
     assert found.synchronisations == 0
     text = str(found)
     assert "grouped_mm  float32 [30, 16] [4, 16, 16] [5] [4]" in text
-    assert "the host waits for the device: never" in text
+    assert "MOELayer:\n" in text
+    assert text.endswith("the host waits for the device: it is the host")
+
+
+def test_names_layers_and_those_alike_once():
+    model = torch.nn.Sequential(*(layer_of() for _ in range(3)), layer_of(drop_tokens=False))
+    found = moe_ext.explain(model, torch.randn(5, H))
+    names = list(dict.fromkeys(call.layer for call in found.calls))
+    assert names == ["0", "1", "2", "3"]
+    lines = str(found).splitlines()
+    assert [line for line in lines if line.endswith(":")] == ["0 to 2, 3 alike:", "3:"]
+
+
+def test_says_that_experts_run_one_after_the_other():
+    one = moe_ext.ModuleExperts(torch.nn.Linear(H, H), E)
+    shared = moe_ext.SharedExperts(one, torch.nn.Linear(H, H))
+    found = moe_ext.explain(layer_of(shared), torch.randn(5, H))
+    expected = "MOELayer: ModuleExperts runs 4 experts one after the other"
+    assert [note.split(";")[0] for note in found.notes] == [expected]
+    assert str(found).splitlines()[-1] == found.notes[0]
+    assert moe_ext.explain(layer_of(), torch.randn(5, H)).notes == []
+
+
+def test_of_a_compiled_model():
+    """It is seen as it is, and is compiled afterwards as before."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    layer, x = layer_of().eval(), torch.randn(5, H)
+    model = torch.compile(layer, backend=backend, fullgraph=True)
+    assert moe_ext.explain(model, x).calls
+    assert not compiled
+    expected = layer(x)
+    torch.testing.assert_close(model(x), expected)
+    assert len(compiled) == 1
+    moe_ext.explain(model, x)
+    model(x)
+    assert len(compiled) == 1
+
+
+def test_of_a_model_with_a_higher_order_operator():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer_of()
+
+        def forward(self, layer):  # a name that explain has too
+            def double(x):
+                return x * 2
+
+            return self.layer(torch.cond(layer.sum() > 0, double, torch.neg, (layer,)))
+
+    found = moe_ext.explain(Model(), layer=torch.randn(5, H))
+    assert found.calls[0].layer == "layer"
+    assert found.others["cond"] == 1
+
+
+def test_of_a_part_of_a_layer():
+    experts = GroupedExperts(E, H, 8)
+    plan = moe_ext.make_plan(torch.zeros(5, 1, dtype=torch.int32), E)
+    text = str(moe_ext.explain(experts, torch.randn(5, H), plan))
+    assert "outside of layers:" in text
 
 
 def test_says_where_16_bit_products_are_float32_ones():
@@ -67,19 +131,33 @@ def test_leaves_the_layer_as_it_was():
     layer(torch.randn(5, H))
     kept = layer.l_aux, layer.exp_counts
     assert kept[0].requires_grad
-    moe_ext.explain(layer, torch.randn(5, H))
+    told = []
+    layer.observer = observer = lambda *call: told.append(call)
+    layer.wall_clock_breakdown = layer.gate.wall_clock_breakdown = True
+    attributes, x = set(vars(layer)), torch.randn(5, H)
+    drawn = torch.random.get_rng_state()
+    moe_ext.explain(layer, x)
     assert layer.l_aux is kept[0]
     assert layer.exp_counts is kept[1]
+    assert layer.observer is observer
+    assert not told
+    assert layer.time_moe == layer.gate.gate_time == 0
+    assert set(vars(layer)) == attributes
+    assert torch.equal(torch.random.get_rng_state(), drawn)
 
 
 def test_counts_what_is_read_back(monkeypatch):
     """Of another device; here of the CPU, as if it were none."""
     layer = moe_ext.MoE(H, torch.nn.Linear(H, H), E, k=2, drop_tokens=False)
-    assert moe_ext.explain(layer, torch.randn(5, H)).synchronisations == 0
+    found = moe_ext.explain(layer, torch.randn(5, H))
+    assert found.synchronisations == 0
+    assert "the host waits for the device: it is the host" in str(found)
+    assert "DeepSpeedExperts runs 4 experts one after the other" in str(found)
     monkeypatch.setattr("moe_ext.explanation._HOST", "elsewhere")
     found = moe_ext.explain(layer, torch.randn(5, H))
     assert found.synchronisations == 1  # the largest load
     assert "the host waits for the device: 1 times" in str(found)
+    assert found.is_away
     assert found.others["addmm"] == E
 
 

@@ -67,6 +67,15 @@ def test_a_gate_of_ones_own():
     assert gate.seen is used
     with pytest.raises(RuntimeError, match="experts must be None with a gate of type Gate"):
         layer(x, experts=plan.experts)
+
+    class Own(nn.Module):
+        num_experts = E
+
+        def route(self, tokens, used_token=None):
+            return moe_ext.route(tokens[:, :E], 1)
+
+    with pytest.raises(RuntimeError, match="experts must be None with a gate of type Own"):
+        MOELayer(Own(), experts)(x, experts=plan.experts)
     short = MOELayer(Gate(lambda r: (r[0], r[1].bfloat16(), r[2], r[3])), experts)
     assert relative_error(short(x), out) < 1e-6
 

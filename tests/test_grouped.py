@@ -154,12 +154,18 @@ def test_autocast_casts_as_mm_does(device):
     assert torch.equal(out, moe_ext.grouped_mm(x.bfloat16(), w.bfloat16(), plan, bias.bfloat16()))
     with (
         torch.autocast(device.type, dtype=torch.bfloat16),
-        pytest.raises(RuntimeError, match="weights must be bfloat16, got float64"),
+        pytest.raises(RuntimeError, match="weights must be bfloat16 like rows, got float64"),
     ):
         moe_ext.grouped_mm(x, w.double(), plan)
 
 
 # What torch's own products are made to give, where no kernel of ours is compiled.
+
+
+def _from_odd_address(tensor: torch.Tensor) -> torch.Tensor:
+    """As a parameter in a flat buffer, behind one of an odd size."""
+    flat = tensor.new_empty(tensor.numel() + 1)[1:]
+    return flat.copy_(tensor.flatten()).view(tensor.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -185,13 +191,17 @@ def test_torchs_products(device, T, K, E, H, path, dtype):
             (x, w[:, :1], bias[:, :1]),
             (x[:, :1], w[:, :, :1], None),
             (expanded, w, None),
+            (x, _from_odd_address(w), None),
+            (x, torch.cat([w, w[..., :1]], dim=-1)[..., :M], None),
+            (x.t().contiguous().t(), w, None),
         ):
             out = grouped.MM[path](rows, weights, b, *groups(plan))
             exact = reference.grouped_mm(rows, weights, b, *groups(plan))
             assert out.dtype == dtype
             assert (out[~owned(plan)] == 0).all()
             assert relative_error(out, exact) < tolerance
-        for left, right in ((g, x), (g, x[:, :1]), (g[:, :1], x)):
+        turned = g.t().contiguous().t()
+        for left, right in ((g, x), (g, x[:, :1]), (g[:, :1], x), (turned, x)):
             outer = grouped.OUTER[path](left, right, *groups(plan))
             exact = reference.grouped_outer(left, right, *groups(plan))
             assert relative_error(outer, exact) < tolerance * (R + 1) ** 0.5
@@ -202,11 +212,13 @@ def test_torchs_products_check_their_arguments(monkeypatch, path):
     monkeypatch.setattr(grouped, "choose", lambda *args: (path, ""))
     plan = moe_ext.make_plan(random_experts(8, 1, 2), 2, 4)
     x, w = torch.randn(8, 8), torch.randn(2, 8, 8)
-    with pytest.raises(RuntimeError, match="grouped_mm: bias must be float32, got float64"):
+    with pytest.raises(
+        RuntimeError, match="grouped_mm: bias must be float32 like rows, got float64"
+    ):
         grouped.grouped_mm(x, w, torch.randn(2, 8).double(), *groups(plan))
     with pytest.raises(RuntimeError, match=r"grouped_mm: bias must be \[E, N\] with E = 2, N = 8"):
         grouped.grouped_mm(x, w, torch.randn(2, 1), *groups(plan))
-    with pytest.raises(RuntimeError, match="grouped_outer: right must be float32"):
+    with pytest.raises(RuntimeError, match="grouped_outer: right must be float32 like left"):
         grouped.grouped_outer(x, x.double(), *groups(plan))
 
 

@@ -1,4 +1,4 @@
-"""stats of transformers' models, and the callback of their Trainer."""
+"""What watches transformers' models: stats, explain, ranges, and the callback of their Trainer."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import transformers
 from test_hf_experts import SIZES, model_of, tokens_of
 
 import moe_ext.hf
-from moe_ext import stats
+from moe_ext import profiling, stats
 from moe_ext.sinks import JsonLines, read_json_lines
 
 
@@ -43,6 +43,20 @@ def test_divided_experts_are_not_summed_up():
 def test_another_implementation_is_told():
     with pytest.raises(ValueError, match='with experts_implementation="moe_ext"'):
         stats.track(model_of("mixtral", experts_implementation="eager"))
+
+
+def test_explain_and_ranges_name_their_experts():
+    model, tokens = model_of("mixtral", experts_implementation="moe_ext"), tokens_of()
+    names = [name for name, _ in moe_ext.hf.experts_modules(model)]
+    attributes = [set(vars(module)) for module in model.modules()]
+    found = moe_ext.explain(model, tokens)
+    assert list(dict.fromkeys(call.layer for call in found.calls)) == names
+    assert f"{names[0]} to {names[1]}, 2 alike:" in str(found)
+    with torch.profiler.profile() as profiled, profiling.ranges(model):
+        model(tokens)
+    ranges = [event.name for event in profiled.events() if event.name.startswith("moe_ext.")]
+    assert ranges == [f"moe_ext.layer {name}" for name in names]
+    assert [set(vars(module)) for module in model.modules()] == attributes
 
 
 def test_the_callback(tmp_path):

@@ -146,6 +146,12 @@ def test_no_token(k, options):
     assert all((p.grad == 0).all() for p in layer.parameters())
 
 
+def test_no_column():
+    layer = MOELayer(TopKGate(0, E, 2), GroupedExperts(E, 0, FFN))
+    assert layer(torch.ones(2, 3, 0)).shape == (2, 3, 0)
+    assert layer.exp_counts.sum() == 12
+
+
 def test_one_expert():
     layer = MOELayer(
         TopKGate(H, 1, dtype=torch.float64, drop_tokens=False),

@@ -13,6 +13,7 @@ from moe_ext import (
     ExpertParallel,
     GroupedExperts,
     ModuleExperts,
+    MoE,
     MOELayer,
     Plan,
     SharedExperts,
@@ -118,6 +119,37 @@ def _of_four(rank: int, options: dict) -> str:
 def test_disagreement_in_two_levels(options):
     for message in on_processes(4, _of_four, options):
         assert "same k, got 1 in the group's process 0 and 2 in its process 1" in message
+
+
+def _deepspeeds_layer_in_two_levels(rank: int) -> str:
+    moe = MoE(H, nn.Linear(H, H), E, ep_size=4)
+    try:
+        moe.set_deepspeed_parallelism(groups=make_groups((2, 2)))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_deepspeeds_layer_in_two_levels():
+    for message in on_processes(4, _deepspeeds_layer_in_two_levels):
+        assert "MoE.set_deepspeed_parallelism: groups must be of one level" in message
+
+
+def _differs_after_evaluation(rank: int) -> str:
+    layer = layer_of()
+    with torch.no_grad():
+        layer(torch.randn(T, H))
+    try:
+        layer(torch.randn(T, H, requires_grad=rank == 0))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_what_needs_gradients_is_compared_after_an_evaluation_too():
+    expected = "same tokens_require_grad, got True in the group's process 0 and False in its"
+    for message in on_processes(2, _differs_after_evaluation):
+        assert expected in message
 
 
 def _one_has_no_gradient(rank: int) -> str:

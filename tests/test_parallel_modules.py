@@ -19,7 +19,17 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils import checkpoint
 
-from moe_ext import ExpertParallel, Experts, GroupedExperts, MOELayer, TopKGate, convert, parallel
+from moe_ext import (
+    ExpertParallel,
+    Experts,
+    GroupedExperts,
+    ModuleExperts,
+    MOELayer,
+    TopKGate,
+    convert,
+    explain,
+    parallel,
+)
 from moe_ext.parallel import make_groups
 
 H, E = 10, 8
@@ -314,3 +324,17 @@ def _step(rank: int, case: Case):
     layer.experts = ExpertParallel.of(layer.experts, make_groups((2, 2)).ep, **case.options)
     out, grad = step(layer, case, rank)
     return out, grad, *gradients(layer.experts).values()
+
+
+def _explained(rank: int) -> tuple:
+    gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False)
+    layer = MOELayer(gate, ExpertParallel.of(ModuleExperts(nn.Linear(H, H), E), dist.group.WORLD))
+    found = explain(layer, torch.randn(3, H))
+    return found.notes, layer.experts._agreed
+
+
+def test_explain_sees_experts_and_leaves_nothing():
+    for notes, agreed in on_processes(2, _explained):
+        expected = f"MOELayer: ModuleExperts runs {E // 2} experts one after the other"
+        assert [note.split(";")[0] for note in notes] == [expected]
+        assert agreed == set()

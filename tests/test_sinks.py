@@ -1,6 +1,7 @@
 """Readings written down and read again, and the pictures and the table made of them."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -59,6 +60,33 @@ def test_equal_steps_are_readings_in_a_row(run, tmp_path):
     for _, reading in readings[:3]:
         sink(reading, 7)
     assert [step for step, _ in read_json_lines(sink.path)] == [7, 7, 7]
+
+
+def test_readings_of_one_step_are_not_mixed(run, tmp_path):
+    """A reading without training, and behind it one with it."""
+    reading = run[0][1][1]
+    sink = JsonLines(tmp_path / "run.jsonl")
+    sink(reading._replace(train={}), 7)
+    sink(reading, 7)
+    first, second = (read for _, read in read_json_lines(sink.path))
+    assert (list(first.train), list(first.eval)) == ([], ["0", "1"])
+    assert (list(second.train), list(second.eval)) == (["0", "1"], ["0", "1"])
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_json_has_no_number_for(tmp_path, number):
+    load = torch.tensor([3, 1])
+    layer = stats.LayerStats(4, 1, load, load, number, z_loss=-number)
+    sink = JsonLines(tmp_path / "run.jsonl")
+    sink(stats.Reading({"a": layer}, {}), 1)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads(sink.path.read_text(), parse_constant=refuse)
+    ((_, read),) = read_json_lines(sink.path)
+    assert str(read.train["a"].l_aux) == str(number)
+    assert str(read.train["a"].z_loss) == str(-number)
 
 
 def test_a_line_that_was_cut_off_is_left_out(run, tmp_path):
@@ -180,6 +208,16 @@ def test_layers_of_one_choice_have_no_pairs(run, tmp_path):
     layer = stats.LayerStats(4, 1, load, load, 1.0, pairs=torch.diag(load))
     paths = plot.plot_run([(1, stats.Reading({"a": layer}, {}))], tmp_path)
     assert [path.name for path in paths] == ["load.png", "sorted.png"]
+
+
+def test_a_file_of_two_runs_with_other_experts(tmp_path):
+    def reading(*load):
+        counts = torch.tensor(load)
+        return stats.Reading({"a": stats.LayerStats(4, 1, counts, counts, 1.0)}, {})
+
+    runs = [(1, reading(2, 2)), (2, reading(3, 1)), (1, reading(1, 1, 2)), (2, reading(0, 1, 3))]
+    paths = plot.plot_run(runs, tmp_path)
+    assert [path.name for path in paths] == ["load.png", "sorted.png", "over-time.png"]
 
 
 def test_lines_are_json_for_others(run):

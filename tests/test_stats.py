@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -257,6 +258,15 @@ def test_who_is_not_counted(inputs):
     exported = torch.export.export(layer, (inputs[0],), strict=True)
     exported.module()(inputs[0])
     assert counting.read() == stats.Reading({}, {})
+
+
+def test_copies_of_modules_without_a_getstate_have_no_counters():
+    """As those of transformers."""
+    module = nn.Linear(2, 2)
+    module.num_experts = 2
+    module.observer = stats._Counters(module, detailed=False)
+    assert copy.deepcopy(module).observer is None
+    assert pickle.loads(pickle.dumps(module)).observer is None
 
 
 def test_a_later_one_takes_the_place(inputs):

@@ -60,13 +60,14 @@ class ExpertParallel(ExpertParameters, Experts):
     process exchanges nothing.
 
     All processes make the same calls, and the same backwards: one without tokens too. In the first
-    call they compare what they were made with, and where they disagree all raise RuntimeError,
-    naming the field (not in compiled code). Raises ValueError for arguments that do not fit.
+    call, with gradients and without, they compare what they were made with, and where they disagree
+    all raise RuntimeError, naming the field (not in compiled code). Raises ValueError for arguments
+    that do not fit.
     """
 
     tensor_group = GroupAttribute()
     local: nn.Module
-    _have_agreed: bool
+    _agreed: set[bool]
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class ExpertParallel(ExpertParameters, Experts):
             experts = ExpertParallel(
                 experts, places, dedup=True, num_local_experts=num_local_experts
             )
-            experts._have_agreed = True
+            experts._agreed = {True, False}
             num_local_experts, group = experts.num_experts, nodes
         try:
             exchange = Exchange(group)
@@ -127,7 +128,7 @@ class ExpertParallel(ExpertParameters, Experts):
         self.average = average
         self.tensor_group = tensor_group
         self.deepep = deepep
-        self._have_agreed = False
+        self._agreed = set()  # the modes of autograd in which processes have compared
         for member in (*experts._parameters, *experts._buffers, *experts._modules):
             if hasattr(ExpertParallel, member):
                 raise ValueError(f"{name}: experts must not have a member called {member!r}")
@@ -235,7 +236,7 @@ class ExpertParallel(ExpertParameters, Experts):
             return self._routed_here(tokens, plan, weights), done
         # Data-parallel wrappers may cast what they pass on.
         weights = weights.to(accumulate_dtype(tokens.dtype))
-        if not self._have_agreed and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() not in self._agreed:
             agree(
                 *(self._everyone, tokens.device),
                 num_experts=self.num_experts,
@@ -253,7 +254,7 @@ class ExpertParallel(ExpertParameters, Experts):
                 drops_tokens=plan.capacity is not None,
                 capacity=(plan.capacity or 0) if self._sends_equal_parts(plan) else 0,
             )
-            self._have_agreed = True
+            self._agreed.add(torch.is_grad_enabled())
         if self.deepep is not None:
             return self._by_deepep(tokens, plan, weights, work)
         if self._sends_equal_parts(plan):
