@@ -20,7 +20,7 @@ namespace moe_ext::cuda {
 namespace {
 
 constexpr int64_t kMaxThreads = 1 << 17;  // of gate_kernel: about what the largest cards hold
-constexpr int kSumColumns = 32, kSumParts = 32;
+constexpr int kSumColumns = 8, kSumParts = 128;  // a sector wide, and few sums after each other
 
 template <typename T, int kLanes_, int kValues_>
 struct Layout {
@@ -261,12 +261,12 @@ __global__ __launch_bounds__(kSumColumns* kSumParts) void importance_kernel(
       sum += load(block_sums + b * int64_t{num_experts} + e);
     }
   }
-  parts[part * kSumColumns + column] = sum;
-  __syncthreads();
-  if (part > 0 || e >= num_experts) return;
-  sum = 0;
-  for (int p = 0; p < kSumParts; ++p) sum += parts[p * kSumColumns + column];
-  store(importance + e, sum);
+  parts[threadIdx.x] = sum;
+  for (int half = kSumParts / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (part < half) parts[threadIdx.x] += parts[threadIdx.x + half * kSumColumns];
+  }
+  if (part == 0 && e < num_experts) store(importance + e, parts[column]);
 }
 
 template <typename T, int kLanes, int kValues>

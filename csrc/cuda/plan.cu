@@ -23,7 +23,7 @@ constexpr int kAhead = 4;                // places that a thread reads at once
 constexpr int kCountsAhead = 16;         // and counts
 constexpr int64_t kRowsPerBlock = 4096;  // to look through for empty ones, beside one chunk
 constexpr int kKeepThreads = 512;
-constexpr int kCachedKeys = 4096;  // of an expert's group, kept in shared memory by keep()
+constexpr int kKeysAhead = 4;  // that a thread reads at once
 
 // The order in which routes ask for rows. route = t * K + k.
 struct Queue {
@@ -236,7 +236,8 @@ __global__ __launch_bounds__(kThreads, 4) void place_kernel(
 
 // In the order of the priorities: NaN below every number.
 __device__ inline unsigned priority_key(float priority) {
-  return std::isnan(priority) ? 0 : ordered_bits(priority);
+  const unsigned bits = ordered_bits(priority);
+  return std::isnan(priority) ? 0 : bits;
 }
 
 // Of the keys of an expert's group: the `kept`-th largest, and how many equal to it are kept.
@@ -265,15 +266,37 @@ __device__ Threshold find_digit(const int* counts, int wanted) {
           wanted - __shfl_sync(kAllLanes, before, owner)};
 }
 
+// body(i, value of i) for every i below size, kKeepThreads of them at a time and in order; the
+// whole block is in it together, where i may be size or above.
+template <typename Read, typename Body>
+__device__ void for_each_key(int64_t size, const Read& read, const Body& body) {
+  for (int64_t first = 0; first < size; first += kKeysAhead * kKeepThreads) {
+    decltype(read(first)) values[kKeysAhead];
+    // Without a branch, beyond the end the last once more: all are on their way at once.
+#pragma unroll
+    for (int j = 0; j < kKeysAhead; ++j) {
+      values[j] = read(min(first + j * kKeepThreads + threadIdx.x, size - 1));
+    }
+#pragma unroll
+    for (int j = 0; j < kKeysAhead; ++j) {
+      const int64_t begin = first + j * kKeepThreads;
+      if (begin < size) body(begin + threadIdx.x, values[j]);
+    }
+  }
+}
+
 // Block e lets expert e keep the `capacity` routes of largest priority; equal ones go by the queue.
-// group [N], starts [E+1], load [E]: a dropless plan's sources, offsets and load.
+// group [N], starts [E+1], load [E]: a dropless plan's sources, offsets and load; keys [N]:
+// scratch.
 __global__ __launch_bounds__(kKeepThreads) void keep_kernel(
     const float* __restrict__ priority, const int32_t* __restrict__ all_groups,
     const int32_t* __restrict__ starts, const int32_t* __restrict__ all_load, int64_t capacity,
-    int32_t* __restrict__ slots, int32_t* __restrict__ sources, int32_t* __restrict__ offsets) {
+    unsigned* all_keys, int32_t* __restrict__ slots, int32_t* __restrict__ sources,
+    int32_t* __restrict__ offsets) {
   constexpr int kKeepWarps = kKeepThreads / kWarp;
   const int e = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int32_t* group = all_groups + load(starts + e);
+  unsigned* keys = all_keys + load(starts + e);
   const int size = load(all_load + e);
   const int kept = static_cast<int>(min(int64_t{size}, capacity));
   const int64_t offset = e * capacity;
@@ -286,13 +309,18 @@ __global__ __launch_bounds__(kKeepThreads) void keep_kernel(
   }
 
   SharedMemory shared;
-  unsigned* cached = shared.take<unsigned>(kCachedKeys);
   int* counts = shared.take<int>(kDigits);
   Threshold* found = shared.take<Threshold>(1);
   int2* of_warps = shared.take<int2>(kKeepWarps);
-  const auto read_key = [&](int64_t i) { return priority_key(load(priority + load(group + i))); };
-  const auto key_at = [&](int64_t i) { return i < kCachedKeys ? cached[i] : read_key(i); };
-  for (int i = threadIdx.x; i < min(size, kCachedKeys); i += kKeepThreads) cached[i] = read_key(i);
+
+  // Each is looked at up to five times: side by side, not where its route is.
+  for_each_key(
+      size, [&](int64_t i) { return load(priority + load(group + i)); },
+      [&](int64_t i, float value) {
+        if (i < size) store(keys + i, priority_key(value));
+      });
+  __syncthreads();
+  const auto key_at = [&](int64_t i) { return load(keys + i); };
 
   // Digit by digit from the top, among the keys that share the digits found so far.
   Threshold threshold{0, kept};
@@ -300,15 +328,13 @@ __global__ __launch_bounds__(kKeepThreads) void keep_kernel(
     for (int shift = 24; shift >= 0; shift -= 8) {
       for (int d = threadIdx.x; d < kDigits; d += kKeepThreads) counts[d] = 0;
       __syncthreads();
-      for (int64_t first = 0; first < size; first += kKeepThreads) {
-        const int64_t i = first + threadIdx.x;
-        const unsigned key = i < size ? key_at(i) : 0;
+      for_each_key(size, key_at, [&](int64_t i, unsigned key) {
         const bool counted = i < size && (key ^ threshold.key) >> shift < kDigits;
         const int digit = counted ? static_cast<int>(key >> shift & (kDigits - 1)) : -1;
         // Keys share their top digit more often than not: one atomic for all lanes that do.
         const unsigned same = __match_any_sync(kAllLanes, digit);
         if (counted && __ffs(same) - 1 == lane) atomicAdd(&counts[digit], __popc(same));
-      }
+      });
       __syncthreads();
       if (warp == 0) {
         const Threshold digit = find_digit(counts, threshold.num_equal);
@@ -322,9 +348,8 @@ __global__ __launch_bounds__(kKeepThreads) void keep_kernel(
 
   // In the order of the queue: how many above the threshold, and how many equal to it, came before.
   int2 before{0, 0};
-  for (int64_t first = 0; first < size; first += kKeepThreads) {
-    const int64_t i = first + threadIdx.x;
-    const unsigned key = i < size ? key_at(i) : 0;
+  for_each_key(size, key_at, [&](int64_t i, unsigned key) {
+    const int32_t route = i < size ? load(group + i) : 0;
     const bool above = i < size && kept > 0 && (keep_all || key > threshold.key);
     const bool equal = i < size && kept > 0 && !keep_all && key == threshold.key;
     const unsigned above_lanes = __ballot_sync(kAllLanes, above);
@@ -338,13 +363,12 @@ __global__ __launch_bounds__(kKeepThreads) void keep_kernel(
       before.x += of_warps[w].x, before.y += of_warps[w].y;
     }
     __syncthreads();
-    if (i >= size) continue;
+    if (i >= size) return;
     const bool keeps = above || (equal && mine.y < threshold.num_equal);
     const int64_t slot = offset + mine.x + min(mine.y, threshold.num_equal);
-    const int32_t route = load(group + i);
     store(slots + route, keeps ? static_cast<int32_t>(slot) : -1);
     if (keeps) store(sources + slot, route);
-  }
+  });
 }
 
 void sort_queue(const Plan& call, const Room& room, int64_t num_rows, int32_t* sources,
@@ -379,7 +403,8 @@ int64_t counts_size(int64_t num_routes, int64_t num_experts) {
 }  // namespace
 
 int64_t plan_scratch(int64_t num_routes, int64_t num_experts, bool with_priority) {
-  return counts_size(num_routes, num_experts) + (with_priority ? num_routes + num_experts + 1 : 0);
+  const int64_t grouped = with_priority ? 2 * num_routes + num_experts + 1 : 0;
+  return counts_size(num_routes, num_experts) + grouped;
 }
 
 void plan(const Plan& call, CUstream_st* stream) {
@@ -390,11 +415,12 @@ void plan(const Plan& call, CUstream_st* stream) {
   const int64_t N = call.num_tokens * call.top_k;
   int32_t* group = call.scratch + counts_size(N, call.num_experts);
   int32_t* starts = group + N;
+  unsigned* keys = reinterpret_cast<unsigned*>(starts + call.num_experts + 1);
   sort_queue(call, {-1, 1}, N, group, starts, stream);
-  const std::size_t shared = shared_bytes<unsigned>(kCachedKeys) + shared_bytes<int>(kDigits) +
-                             shared_bytes<Threshold>(1) + shared_bytes<int2>(kKeepThreads / kWarp);
+  const std::size_t shared = shared_bytes<int>(kDigits) + shared_bytes<Threshold>(1) +
+                             shared_bytes<int2>(kKeepThreads / kWarp);
   launch("plan_keep", keep_kernel, call.num_experts, kKeepThreads, shared, stream, call.priority,
-         group, starts, call.load, call.capacity, call.slots, call.sources, call.offsets);
+         group, starts, call.load, call.capacity, keys, call.slots, call.sources, call.offsets);
 }
 
 }  // namespace moe_ext::cuda

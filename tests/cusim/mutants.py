@@ -61,7 +61,7 @@ class Mutant(NamedTuple):
 
 GATE = [
     Mutant("gate.cu", BARRIER, "", after="/ divisor * scale);"),
-    Mutant("gate.cu", BARRIER, "", after="parts[part * kSumColumns + column] = sum;"),
+    Mutant("gate.cu", BARRIER, "", after="half > 0; half /= 2) {"),
     Mutant("gate.cu", "active = token < num_tokens", "active = token <= num_tokens", "Sum* sums"),
     Mutant("gate.cu", "if (first + j >= num_experts)", "if (first + j > num_experts)"),
     Mutant("gate.cu", "if (first + j < num_experts) store", "if (first + j <= num_experts) store"),
@@ -99,6 +99,7 @@ GATE = [
     Mutant("gate.cu", "g < L::kRows; ++g", "g < L::kRows - 1; ++g"),
     Mutant("gate.cu", "if (part > 0 || e >= num_experts) return;", "if (part > 0) return;"),
     Mutant("gate.cu", "b += kSumParts", "b += kSumParts + 1"),
+    Mutant("gate.cu", "half > 0; half /= 2", "half > 1; half /= 2"),
     Mutant(
         "gate.cu",
         "first += int64_t{gridDim.x} * L::kRows",
@@ -167,7 +168,7 @@ PLAN = [
         "e < E; e += kThreads) store(all_offsets",
     ),
     Mutant("plan.cu", "if (blockIdx.x > 0) return;", ""),
-    Mutant("plan.cu", "std::isnan(priority) ? 0 : ordered_bits", "ordered_bits"),
+    Mutant("plan.cu", "std::isnan(priority) ? 0 : bits", "bits"),
     Mutant(
         "plan.cu",
         "before < wanted && before + sum >= wanted",
@@ -193,7 +194,15 @@ PLAN = [
         equivalent="what it counts too has digit 0, where the search from the top ends anyway",
     ),
     Mutant("plan.cu", "threshold.key | digit.key << shift", "digit.key << shift"),
-    Mutant("plan.cu", "i < kCachedKeys ? cached[i]", "i <= kCachedKeys ? cached[i]"),
+    Mutant("plan.cu", "threadIdx.x, size - 1)", "threadIdx.x, size - 2)"),
+    Mutant(
+        "plan.cu", "body(begin + threadIdx.x, values[j])", "body(begin + threadIdx.x, values[0])"
+    ),
+    Mutant(
+        "plan.cu", "store(keys + i, priority_key(value))", "store(keys + i, priority_key(-value))"
+    ),
+    Mutant("plan.cu", BARRIER, "", after="store(keys + i, priority_key(value));"),
+    Mutant("plan.cu", "2 * num_routes + num_experts + 1", "num_routes + num_experts + 1"),
     Mutant("plan.cu", "(keep_all || key > threshold.key)", "(keep_all || key >= threshold.key)"),
     Mutant("plan.cu", "mine.y < threshold.num_equal)", "mine.y <= threshold.num_equal)"),
     Mutant("plan.cu", "if (w < warp) mine.x", "if (w <= warp) mine.x"),
