@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
 
@@ -207,7 +208,7 @@ class MOELayer(nn.Module):
     def _forward(
         self, hidden: Tensor, used_token: Tensor | None, experts: Tensor | None
     ) -> tuple[Tensor, Aux]:
-        tokens = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+        tokens = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
         if self.ep_size > 1 and self.ep_group is None:
             raise RuntimeError(
                 f"MOELayer: with ep_size = {self.ep_size} its process group must be set first, by "

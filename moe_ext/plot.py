@@ -156,7 +156,7 @@ def plot_pairs(pairs: Tensor, path: Path, layer: str) -> None:
         axes.set_yticks(range(experts))
     axes.set_xlabel("expert (grey: itself, or idle)")
     axes.set_ylabel("expert")
-    axes.set_title(f"{layer}: chosen together, 1 as if by chance")
+    axes.set_title(f"{layer}\nchosen together, 1 as if by chance")
     figure.colorbar(image, extend="max", shrink=0.8)
     _save(figure, path)
 
