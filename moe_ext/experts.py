@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import options
 from .functional import combine, dispatch
+from .ops import is_exporting
 from .plan import Plan, make_plan
 
 
@@ -70,7 +71,7 @@ class ModuleExperts(Experts):
         self.experts = nn.ModuleList(copy.deepcopy(module) for _ in range(num_experts))
 
     def forward(self, rows: Tensor, plan: Plan) -> Tensor:
-        if rows.is_meta or torch.compiler.is_exporting():
+        if rows.is_meta or is_exporting():
             raise RuntimeError(
                 "ModuleExperts: the bounds of the experts are read back from the device, which "
                 "torch.export and the meta device cannot; use GroupedExperts"
@@ -236,7 +237,7 @@ def _padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tens
     """
     capacity = plan.capacity
     if capacity is None:
-        if tokens.is_meta or torch.compiler.is_exporting():
+        if tokens.is_meta or is_exporting():
             raise RuntimeError(
                 "MOELayer: without dropping, experts on [1, E, C, H] need the largest load on the "
                 "host, which torch.export and the meta device cannot; use GroupedExperts"

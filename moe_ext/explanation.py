@@ -64,7 +64,13 @@ class Explanation(NamedTuple):
         names = (f"{name} {n}" for name, n in Counter(self.others).most_common())
         lines.append(f"other operators: {', '.join(names) or 'none'}")
         waits = self.synchronisations + sum(call.synchronisations for call in self.calls)
-        often = "it is the host" if not self.is_away else f"{waits} times" if waits else "never"
+        often = (
+            "never, all ran on the CPU"
+            if not self.is_away
+            else f"{waits} times"
+            if waits
+            else "never"
+        )
         lines.append(f"the host waits for the device: {often}")
         return "\n".join([*lines, *self.notes])
 

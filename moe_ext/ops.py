@@ -38,6 +38,13 @@ QUESTIONS = ("widens",)  # of a tensor that is not looked into
 
 _FAKES: dict[str, Callable] = {}
 
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces; torch.compiler's own says so of torch.compile too in 2.10."""
+    return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
+
 
 def _fake(function: Callable) -> Callable:
     _FAKES[function.__name__] = function

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .layer import Aux
+from .ops import is_exporting
 from .plan import Plan
 from .reading import MODES, LayerStats, Reading
 from .routing import Routing
@@ -181,7 +182,7 @@ class _Counters:
     def __call__(
         self, plan: Plan, aux: Aux | None, routing: Routing | None, used_token: Tensor | None
     ) -> None:
-        if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+        if is_exporting() or torch._C._are_functorch_transforms_active():
             return
         if self.one.device != plan.load.device:
             self._move(plan.load.device)

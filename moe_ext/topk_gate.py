@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import contracts, options, reference, route_forms, selection
 from .capacity import expert_capacity
 from .functional import has_autocast
+from .ops import is_exporting
 from .process_group import GroupAttribute
 from .routers import logits_of
 from .routing import DROP_POLICIES, RENORMALISE, Routing, route
@@ -222,7 +223,7 @@ class TopKGate(nn.Module):
         """Rows an expert may have for this many tokens, in the present mode; None without limit."""
         if not self.drop_tokens:
             return None
-        if torch.compiler.is_exporting() and isinstance(num_tokens, torch.SymInt):
+        if is_exporting() and isinstance(num_tokens, torch.SymInt):
             raise RuntimeError(
                 "TopKGate: torch.export with a capacity needs a fixed number of tokens; "
                 "drop_tokens=False exports with any"

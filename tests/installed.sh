@@ -6,6 +6,8 @@
 set -eu
 root=$1
 python=$2
+# callgrind's own process is whatever python is first.
+export PATH="$(dirname "$python"):$PATH"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r "$root/examples" "$work"

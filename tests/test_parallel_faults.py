@@ -191,6 +191,7 @@ def _one_dies(rank: int):
     layer = layer_of(drop_tokens=False)
     layer(torch.randn(T, H))
     if rank == 1:
+        time.sleep(1)  # what it has sent arrives
         os._exit(3)
     begin = time.monotonic()
     try:
