@@ -97,8 +97,8 @@ def cases(o: peers.Operands, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     expert keeps its largest weights, at capacity factor 1."""
     T, E, K = len(o.tokens), o.plan.num_experts, o.top_k
 
-    def case(op: str, args: tuple, tolerance: float) -> tuple[str, Case]:
-        return op, Case(op, args, lambda: getattr(reference, op)(*as_double(args)), tolerance)
+    def case(op: str, args: tuple, tolerance: float, exact=in_double) -> tuple[str, Case]:
+        return op, Case(op, args, lambda: exact(op, *args), tolerance)
 
     single = 1e-5
     rounded = max(single, 2 * torch.finfo(dtype).eps)
@@ -113,19 +113,22 @@ def cases(o: peers.Operands, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     yield case("keep_backward", (grads[0], weights, slots, True, 1e-9, 1.0), single)
     yield case("dispatch", (o.tokens, slots, sources, None), 0.0)
     yield case("combine", (o.rows, slots, sources, weights), rounded)
-    for op, args, tolerance in (
-        ("route_dot", (o.tokens, o.rows, slots, sources), single),
-        ("dispatch_dot", (o.tokens, o.rows, slots, sources, weights), rounded),
-    ):
-        yield op, Case(op, args, lambda op=op, args=args: exact_dots(op, *args), tolerance)
+    both = o.tokens, o.rows, slots, sources
+    yield case("route_dot", both, single, by_columns)
+    yield case("dispatch_dot", (*both, weights), rounded, by_columns)
     args = (experts, weights, E, math.ceil(T * K / E), "choice", 1)
     yield "plan, priority", Case("plan", args, lambda: reference.plan(*args), 0.0)
 
 
-def exact_dots(op: str, tokens: Tensor, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The reference in float64, some columns at a time: it gathers a row for every route."""
+def in_double(op: str, *args) -> tuple[Tensor, ...]:
+    """The reference in float64."""
+    return as_tuple(getattr(reference, op)(*as_double(args)))
+
+
+def by_columns(op: str, tokens: Tensor, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The same of dots, some columns at a time: the reference gathers a row for every route."""
     columns = zip(tokens.split(1024, dim=1), rows.split(1024, dim=1), strict=True)
-    parts = [as_tuple(getattr(reference, op)(*as_double((*both, *others)))) for both in columns]
+    parts = [in_double(op, *both, *others) for both in columns]
     *dispatched, dots = zip(*parts, strict=True)
     return (*(torch.cat(part, dim=1) for part in dispatched), sum(dots))
 
