@@ -173,7 +173,9 @@ def peers_of(
 ) -> tuple[dict[str, Callable], dict]:
     """The others' functions, checked; and those that are missing or too slow, and why."""
     functions, excluded = {}, {}
-    tolerance = max(case.tolerance, 3 * torch.finfo(o.tokens.dtype).eps)
+    # Others round a weight, its product and every sum to the rows' dtype, half an eps each, and
+    # terms may be larger than what is left of them.
+    tolerance = max(case.tolerance, (o.top_k + 2) * torch.finfo(o.tokens.dtype).eps)
     mask = len(o.tokens) * o.plan.num_experts * int(o.plan.load.max())
     products = 2 * mask * o.tokens.shape[1]
     for peer in peers.OPERATORS.get(title, []):

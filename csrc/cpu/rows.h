@@ -53,7 +53,7 @@ class RowWriter {
   }
 
  private:
-  static constexpr int64_t kCached = int64_t{96} << 20;
+  static constexpr int64_t kCached = int64_t{48} << 20;
 
   static void stream(const char* from, char* to, int64_t bytes) {
 #if defined(__SSE2__)
