@@ -124,6 +124,15 @@ class SharedExperts(Experts):
         return getattr(self.experts, "hidden_size", None)
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        # As a call of the module: hooks, FSDP and compile() see it.
+        return self(tokens, plan, weights)
+
+    # As every module's, of arguments of its own; `routed` is what experts have in common.
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, plan: Plan, weights: Tensor
+    ) -> Tensor:
+        """The weighted sum of every token's experts, and the shared output. tokens [T, H], weights
+        [T, K] -> [T, H]."""
         out, of_shared = self.experts.routed_beside(
             lambda: self._of_shared(tokens), tokens, plan, weights
         )
@@ -153,12 +162,16 @@ class ExpertParameters(nn.Module):
 
     expert_group_name: str | None
 
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.register_load_state_dict_post_hook(_mark_again)
+
     def mark(self) -> None:
         for parameter in self.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
 
-    # Copies and moved parameters are new ones, without marks.
+    # Copies, moved and assigned parameters are new ones, without marks.
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -168,6 +181,10 @@ class ExpertParameters(nn.Module):
         super()._apply(fn, recurse)
         self.mark()
         return self
+
+
+def _mark_again(module: ExpertParameters, keys) -> None:
+    module.mark()
 
 
 class DeepSpeedExperts(ExpertParameters):
@@ -226,7 +243,18 @@ def routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> T
     """`Experts.routed`, also of a module that is none."""
     if isinstance(experts, Experts):
         return experts.routed(tokens, plan, weights)
+    refuse_wrapped("experts", experts, "routed")
     return _padded_routed(experts, tokens, plan, weights)
+
+
+def refuse_wrapped(part: str, module: nn.Module, method: str) -> None:
+    """Raises for a module that passes on another's method, as torch.compile(module) and
+    checkpoint_wrapper do: the layer would go around it."""
+    if hasattr(module, method) and not hasattr(type(module), method) and method not in vars(module):
+        raise RuntimeError(
+            f"MOELayer: {part} must not be wrapped alone, got {type(module).__name__}; wrap the "
+            f"layer, or compile in place: layer.{part}.compile()"
+        )
 
 
 def _padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import overload
 
+import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group as resolve
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+# torch.compile cannot look into it.
+@torch.compiler.assume_constant_result
+def resolve(name) -> dist.ProcessGroup:
+    return _resolve_process_group(name)
 
 
 class GroupAttribute:

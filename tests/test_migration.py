@@ -70,6 +70,17 @@ def test_state_dict_keys():
     }
 
 
+def test_assigned_parameters_are_experts():
+    moe = MoE(H, nn.Linear(H, H), 2)
+    state = moe.state_dict()
+    with torch.device("meta"):
+        moe = MoE(H, nn.Linear(H, H), 2)
+    moe.load_state_dict(state, assign=True)
+    marked = {name for name, p in moe.named_parameters() if utils.is_moe_param(p)}
+    assert marked == {name for name in state if "deepspeed_experts" in name}
+    pickle.loads(pickle.dumps(moe))
+
+
 def test_every_option_of_the_gate_reaches_it():
     moe = MoE(H, nn.Linear(H, H), E, k=2, scoring="sigmoid", selection_bias=True, scale=2.5)
     gate = moe.deepspeed_moe.gate

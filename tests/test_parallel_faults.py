@@ -2,6 +2,7 @@
 
 import os
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -187,9 +188,16 @@ def test_nan_stays_in_its_token(options):
     assert not any(found.any() for found in second)
 
 
-def _one_dies(rank: int):
+def _met() -> MOELayer:
+    """A layer whose processes have met; from now on nobody waits long."""
     layer = layer_of(drop_tokens=False)
     layer(torch.randn(T, H))
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
+    return layer
+
+
+def _one_dies(rank: int):
+    layer = _met()
     if rank == 1:
         time.sleep(1)  # what it has sent arrives
         os._exit(3)
@@ -203,11 +211,10 @@ def _one_dies(rank: int):
 
 
 def _one_stays_away(rank: int):
-    layer = layer_of(drop_tokens=False)
-    layer(torch.randn(T, H))
+    layer = _met()
     begin = time.monotonic()
     if rank == 1:
-        time.sleep(9)
+        time.sleep(30)
         return "away", 0.0
     try:
         layer(torch.randn(T, H))
@@ -219,7 +226,7 @@ def _one_stays_away(rank: int):
 @pytest.mark.parametrize("function", [_one_dies, _one_stays_away])
 def test_a_lost_process_is_no_hang(function):
     """One that is gone, or does not call, ends the others' calls within the group's timeout."""
-    pool = Processes(2, seconds=4)
+    pool = Processes(2)
     try:
         for pipe in pool.pipes:
             pipe.send((function, ()))
@@ -227,7 +234,7 @@ def test_a_lost_process_is_no_hang(function):
         assert not failed, answer
         message, seconds = answer
         assert message != "no error"
-        assert seconds < 8
+        assert seconds < 15
     finally:
         pool.close()
 

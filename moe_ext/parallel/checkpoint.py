@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from .division import is_in, lists_of, shifted
 from .groups import Groups, experts_of
@@ -88,7 +88,10 @@ def _converted(
         match = _OPTIMIZER.fullmatch(key)
         for begin, end in ((0, len(key)), match.span(1) if match else (0, 0)):
             if entry := entries.get(_unwrapped(key[begin:end])):
-                key = key[: end - len(entry.old)] + entry.new + key[end:]
+                old, new = entry.old, entry.new
+                if not key[begin:end].endswith(old):  # a name without what wrappers inside add
+                    old, new = _unwrapped(old), _unwrapped(new)
+                key = key[: end - len(old)] + new + key[end:]
                 if entry.is_stacked and isinstance(value, Tensor) and value.dim() > 0:
                     value = convert(entry, groups, value)
                 has_any = True
@@ -100,11 +103,14 @@ def _converted(
 
 
 def _as_global(entry: _Entry, groups: Groups, value: Tensor) -> Tensor:
-    local = cast(DTensor, value).to_local() if entry.is_sharded else value
+    local: Tensor = value
+    placement: Placement = Replicate()
+    if isinstance(value, DTensor):
+        local = value.to_local()
+        # Of one copy there are no shards: not all of torch can put those together.
+        placement = value.placements[-1] if groups.dp.size() > 1 else placement
     shape = (entry.num_experts, *value.shape[1:])
-    # Of one copy there are no shards: not all of torch can put those together.
-    is_sharded = entry.is_sharded and groups.dp.size() > 1
-    placements = [Shard(0)] * (groups.mesh.ndim - 1) + [Shard(0) if is_sharded else Replicate()]
+    placements = [Shard(0)] * (groups.mesh.ndim - 1) + [placement]
     return _dtensor(local, groups.mesh, placements, shape)
 
 
@@ -114,7 +120,9 @@ def _as_local(entry: _Entry, groups: Groups, value: Tensor) -> Tensor:
     if not entry.is_sharded:
         return value.to_local()
     number = entry.num_experts * groups.dp.size() // groups.mesh.size()
-    return _dtensor(value.to_local(), groups.mesh["dp"], [Shard(0)], (number, *value.shape[1:]))
+    placement = value.placements[-1]
+    placements = [placement if isinstance(placement, Shard) else Shard(0)]
+    return _dtensor(value.to_local(), groups.mesh["dp"], placements, (number, *value.shape[1:]))
 
 
 def _dtensor(local: Tensor, mesh: DeviceMesh, placements: list, shape: tuple[int, ...]) -> DTensor:

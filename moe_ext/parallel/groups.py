@@ -119,19 +119,20 @@ def data_parallel(model: nn.Module, groups: Groups, **options) -> DistributedDat
     over its copies, each of which has the gradients of all tokens sent to it. `no_sync` holds for
     both. options: DistributedDataParallel's
     """
-    if not any(p.requires_grad and getattr(p, "allreduce", True) for p in model.parameters()):
-        raise ValueError(
-            "data_parallel: DistributedDataParallel needs a parameter to reduce, but only experts' "
-            "require gradients; use fully_shard"
-        )
     experts = experts_of(model)
     names = [
         f"{path}.{name}" if path else name
         for path, e in experts.items()
         for name, _ in (*e.named_parameters(), *e.named_buffers())
     ]
+    if not any(p.requires_grad and name not in names for name, p in model.named_parameters()):
+        raise ValueError(
+            "data_parallel: DistributedDataParallel needs a parameter to reduce, but only experts' "
+            "require gradients; use fully_shard"
+        )
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     parallel = DistributedDataParallel(model, **options)
+    parallel.register_forward_pre_hook(_decide)
     for module in experts.values():
         module.average = True
         for tensor in (*module.parameters(), *module.buffers()):
@@ -142,12 +143,18 @@ def data_parallel(model: nn.Module, groups: Groups, **options) -> DistributedDat
     return parallel
 
 
+def _decide(parallel: nn.Module, args: tuple) -> None:
+    """As DistributedDataParallel does, a forward decides whether its backward reduces."""
+    if torch.is_grad_enabled():
+        parallel.reduces_experts = parallel.require_backward_grad_sync
+
+
 def _reduce(
     parameter: nn.Parameter, parallel: DistributedDataParallel, copies: dist.ProcessGroup
 ) -> None:
     @parameter.register_post_accumulate_grad_hook
     def reduce(parameter: nn.Parameter) -> None:
-        if not parallel.require_backward_grad_sync:
+        if not parallel.reduces_experts:
             return
         grad = parameter.grad
         assert grad is not None
@@ -176,6 +183,9 @@ def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
         fsdp.fully_shard(module, mesh=groups.mesh["dp"], **options)
         module.mark()
     fsdp.fully_shard(model, mesh=groups.world(), **options)
+    # A layer's other way in.
+    if hasattr(model, "forward_with_aux"):
+        fsdp.register_fsdp_forward_method(model, "forward_with_aux")
     return model
 
 

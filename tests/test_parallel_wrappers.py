@@ -1,0 +1,156 @@
+"""What torch wraps around models whose experts are divided: each sees them as they are."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import on_processes
+from test_parallel_training import E, H, T, batch, divided, loss_of, model_of
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import Shard
+
+from moe_ext import ExpertParallel, GroupedExperts, MoE, MOELayer, TopKGate, parallel
+from moe_ext.parallel import make_groups
+
+
+def _with_checkpointed_experts(rank: int):
+    groups = make_groups(2)
+    model = divided("modules", groups.ep)
+    plain = parallel.global_state(model, groups, model.state_dict())
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, nn.Sequential))
+    here = model.state_dict()
+    state = parallel.global_state(model, groups, here)
+    back = parallel.local_state(model, groups, state)
+    return plain.keys() == state.keys(), here.keys() == back.keys()
+
+
+def test_names_of_checkpointed_experts():
+    assert on_processes(2, _with_checkpointed_experts) == [(True, True)] * 2
+
+
+def by_columns(parameter: nn.Parameter) -> Shard | None:
+    return Shard(2) if parameter.dim() == 3 else None
+
+
+def _sharded_by_columns(rank: int):
+    groups = make_groups(2)
+    model = divided("grouped", groups.ep)
+    parallel.fully_shard(model, groups, shard_placement_fn=by_columns)
+    before = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    state = parallel.global_state(model, groups, model.state_dict())
+    whole = {name: value.full_tensor() for name, value in state.items()}
+    model.load_state_dict(parallel.local_state(model, groups, state))
+    after = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    return whole, all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_shards_of_another_dimension():
+    expected = model_of("grouped").state_dict()
+    for whole, is_same in on_processes(4, _sharded_by_columns):
+        assert is_same
+        torch.testing.assert_close(whole, dict(expected), rtol=0, atol=0)
+
+
+def _decided_in_the_forward(rank: int, syncs_in_forward: bool):
+    groups = make_groups(2)
+    model = divided("grouped", groups.ep)
+    ddp = parallel.data_parallel(model, groups)
+    ddp.require_backward_grad_sync = syncs_in_forward
+    loss = loss_of(ddp, model[1], batch(rank, 0))
+    ddp.require_backward_grad_sync = not syncs_in_forward
+    loss.backward()
+    grads = [model[0].weight.grad, model[1].experts.down_proj.grad]
+    mine = [grad.clone() for grad in grads]
+    for grad in grads:
+        dist.broadcast(grad, group=groups.dp, group_src=0)
+    return [torch.equal(a, b) for a, b in zip(mine, grads, strict=True)]
+
+
+@pytest.mark.parametrize("syncs_in_forward", [True, False])
+def test_a_forward_decides_whether_its_backward_reduces(syncs_in_forward):
+    """Of all parameters alike, as DistributedDataParallel does of its own."""
+    found = on_processes(4, _decided_in_the_forward, syncs_in_forward)
+    assert found[-1] == [syncs_in_forward] * 2
+
+
+def _other_way_in(rank: int):
+    groups = make_groups(2)
+    layer = divided("grouped", groups.ep)[1]
+    x = batch(rank, 0)
+    expected = layer.forward_with_aux(x)[0].detach()
+    parallel.fully_shard(layer, groups)
+    return torch.equal(layer.forward_with_aux(x)[0].detach(), expected)
+
+
+def test_a_sharded_layer_called_by_forward_with_aux():
+    assert on_processes(2, _other_way_in) == [True, True]
+
+
+def _experts_alone(rank: int):
+    moe = MoE(H, nn.Linear(H, H), E)
+    moe.deepspeed_moe.gate.requires_grad_(False)
+    groups = make_groups(2)
+    ddp = parallel.data_parallel(moe, groups)
+    ddp(torch.randn(T, H) * (1 + rank))[0].sum().backward()
+    (grad, *_) = (p.grad for p in moe.deepspeed_moe.experts.parameters())
+    total = grad.clone()
+    dist.all_reduce(total)
+    return torch.allclose(total, 2 * grad)
+
+
+def test_experts_that_are_not_divided_are_reduced_by_ddp():
+    assert on_processes(2, _experts_alone) == [True, True]
+
+
+def _overflowed(rank: int):
+    """In the experts of one process."""
+    groups = make_groups(2)
+    model = divided("grouped", groups.ep)
+    parallel.data_parallel(model, groups)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = ShardedGradScaler(device="cpu", init_scale=8.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.scale(loss_of(model, model[1], batch(rank, 0))).backward()
+    if rank == 0:
+        model[1].experts.down_proj.grad[0, 0, 0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale(), all(map(torch.equal, before, model.parameters()))
+
+
+def test_an_overflow_in_one_process_skips_the_step_of_all():
+    assert on_processes(2, _overflowed) == [(4.0, True)] * 2
+
+
+def _compiled(rank: int):
+    moe = MoE(H, nn.Linear(H, H), E, ep_size=2, use_rts=False)
+    moe.set_deepspeed_parallelism()
+    x = batch(rank, 0).float()
+    expected = moe(x)[0]
+    return torch.equal(torch.compile(moe, fullgraph=True, backend="aot_eager")(x)[0], expected)
+
+
+def test_deepspeeds_layer_compiles_whole():
+    assert on_processes(2, _compiled) == [True, True]
+
+
+def _compiled_with_shared_tokens(rank: int):
+    gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
+    torch.manual_seed(1)
+    experts = ExpertParallel.of(
+        GroupedExperts(E, H, 6), mesh.get_group("ep"), tensor_group=mesh.get_group("tp")
+    )
+    layer, x = MOELayer(gate, experts), batch(rank // 2, 0).float()
+    for parameter in layer.gate.parameters():
+        dist.broadcast(parameter.detach(), 0)
+    expected = layer(x)
+    return torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_layers_with_shared_tokens_compile_whole():
+    assert on_processes(4, _compiled_with_shared_tokens) == [True] * 4
