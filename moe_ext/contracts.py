@@ -46,6 +46,8 @@ class Check:
         raise RuntimeError(f"{self.op}: {text}")
 
     def shape(self, name: str, tensor: Tensor, dims: Dims) -> None:
+        if not isinstance(tensor, Tensor):
+            self.fail(f"{name} must be a tensor, got {type(tensor).__name__}")
         fits = tensor.dim() == len(dims) and all(
             size is None or actual == size
             for actual, (_, size) in zip(tensor.shape, dims, strict=True)

@@ -8,6 +8,8 @@ No row that a route does not own is let into a product: what such rows hold may 
 NaN in one row of a 16-bit product has been seen to spoil its neighbours (oneDNN with AMX).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -139,4 +141,4 @@ def _batched_outer(left, right, offsets, load, capacity):
 MM = {"native": _native_mm, "batched": _batched_mm, "loop": reference.grouped_mm}
 OUTER = {"native": _native_outer, "batched": _batched_outer, "loop": reference.grouped_outer}
 
-OPERATORS = {"grouped_mm": grouped_mm, "grouped_outer": grouped_outer}
+OPERATORS: dict[str, Callable] = {"grouped_mm": grouped_mm, "grouped_outer": grouped_outer}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import options, route_forms
-from .experts import DeepSpeedExperts, Experts, routed
+from .experts import DeepSpeedExperts, Experts, refuse_wrapped, routed
 from .plan import Plan
 from .process_group import GroupAttribute
 from .routing import Routing
@@ -53,6 +53,7 @@ def _routes_itself(gate: nn.Module) -> TypeGuard[_Router]:
     that, as DeepSpeed's layer would."""
     if isinstance(gate, TopKGate) and type(gate).route is TopKGate.route:
         return type(gate).forward is TopKGate.forward
+    refuse_wrapped("gate", gate, "route")
     return hasattr(gate, "route") and hasattr(gate, "num_experts")
 
 
@@ -180,7 +181,8 @@ class MOELayer(nn.Module):
     ) -> Tensor:
         """hidden: [..., H] -> the same shape and dtype.
 
-        used_token: a value for every token of hidden; a token with 0 (or False) gives zeros
+        used_token: a value for every token of hidden; one with 0 (or False) has no route: its
+            routed output is zero
         experts: [T, K] int32, a recorded choice (`Aux.experts`) to make again
         """
         out, aux = self.forward_with_aux(hidden, used_token, experts=experts)
@@ -415,4 +417,5 @@ class MoE(nn.Module):
         residual = self.mlp(hidden_states)
         residual = residual[0] if isinstance(residual, tuple) else residual
         shares = F.softmax(self.coefficient(hidden_states), dim=-1)
-        return output * shares[..., 0:1] + residual * shares[..., 1:]
+        # Under autocast the softmax is float32.
+        return (output * shares[..., 0:1] + residual * shares[..., 1:]).to(hidden_states.dtype)

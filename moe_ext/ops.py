@@ -10,6 +10,7 @@ autograd.Functions (gradients.py), which also stand behind the raw operators: a 
 torch.export, which calls those, can be trained. torch.func does not reach through them.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -250,7 +251,7 @@ class Registry:
             if self.library is None:
                 self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
             kernel = grouped.OPERATORS.get(name) or getattr(reference, name)
-            self._python.impl(name, kernel, "CompositeExplicitAutograd")
+            self._python.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
             torch.library.register_fake(f"moe_ext::{name}", _FAKES[name], lib=self._python)
         self.register_gradients(self._gradients)
 
@@ -265,6 +266,21 @@ def _schema(name: str) -> torch.FunctionSchema:
     """The schema of an operator, by the reference's signature."""
     signature = torch.library.infer_schema(getattr(reference, name), mutates_args=())
     return torch._C.parse_schema(f"moe_ext::{name}{signature}")
+
+
+def _without_autocast(kernel: Callable) -> Callable:
+    """The products inside take the operands' dtype: a backward may run where autocast is on and its
+    forward's was off."""
+
+    @functools.wraps(kernel)
+    def plain(*args):
+        device_type = args[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            return kernel(*args)
+        with torch.autocast(device_type, enabled=False):
+            return kernel(*args)
+
+    return plain
 
 
 def _differentiable(name: str, function: type[torch.autograd.Function]) -> Callable:

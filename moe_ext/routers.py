@@ -63,10 +63,17 @@ class CosineRouter(nn.Module):
 
 def logits_of(router: nn.Module, tokens: Tensor) -> Tensor:
     """What a router gives, with its weights in the dtype of the tokens."""
-    state = dict(router.named_parameters()) | dict(router.named_buffers())
+    buffers = dict(router.named_buffers())
     other = {
         name: value.to(tokens.dtype)
-        for name, value in state.items()
+        for name, value in (*router.named_parameters(), *buffers.items())
         if value.is_floating_point() and value.dtype != tokens.dtype
     }
-    return functional_call(router, other, (tokens,)) if other else router(tokens)
+    if not other:
+        return router(tokens)
+    logits = functional_call(router, other, (tokens,))
+    if router.training:  # as a BatchNorm's, which change
+        with torch.no_grad():
+            for name in buffers.keys() & other.keys():
+                buffers[name].copy_(other[name])
+    return logits

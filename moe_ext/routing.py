@@ -73,6 +73,7 @@ def route(
     check = contracts.Check("route")
     check.one_of("renormalise", renormalise, RENORMALISE)
     check.one_of("drop_policy", drop_policy, DROP_POLICIES)
+    check.shape("logits", logits, [("T", None), ("E", None)])
     if not isinstance(k, int):
         check.fail(f"k must be an integer, got {k!r}")
     can_drop = not (capacity is None and used_token is None and experts is None)

@@ -55,7 +55,14 @@ class JsonLines:
 
 def _json(value):
     """JSON has no number for NaN and infinities."""
+    if isinstance(value, list):
+        return [_json(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value: list) -> list:
+    """What `_json` wrote."""
+    return [float(one) if isinstance(one, str) else one for one in value]
 
 
 def _end_of_last_line(file: BinaryIO, step: int = 1 << 16) -> int:
@@ -91,7 +98,7 @@ def _readings(path: Path | str, lines: Iterable[str]) -> Iterator[tuple[int, Rea
             here, mode, name = (line.pop(key) for key in ("step", "mode", "layer"))
             layers = {"train": reading.train, "eval": reading.eval}[mode]
             tensors = {
-                key: torch.tensor(line[key], dtype=dtype)
+                key: torch.tensor(_numbers(line[key]), dtype=dtype)
                 for key, dtype in _TENSORS.items()
                 if key in line
             }

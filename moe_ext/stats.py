@@ -208,7 +208,9 @@ class _Counters:
 
     def _sum(self, aux: Aux, routing: Routing | None, used: Tensor | None) -> Tensor:
         dtype = self.sums["train"].dtype
-        pieces = [aux.l_aux.reshape(1).to(self.one.device, dtype)]
+        # A gate of one's own may have no loss, or a plain number.
+        l_aux = torch.as_tensor(0.0 if aux.l_aux is None else aux.l_aux)
+        pieces = [l_aux.reshape(1).to(self.one.device, dtype)]
         if not self.detailed:
             return torch.cat(pieces)
         if routing is None:

@@ -23,17 +23,17 @@ SIZES = [
 ]
 
 
-def random_experts(T: int, K: int, E: int, device: torch.device | str = "cpu") -> Tensor:
+def random_experts(T: int, K: int, E: int, device: torch.device | None = None) -> Tensor:
     """Distinct ids per token. [T, K] int32."""
     return torch.rand(T, E, device=device).argsort(dim=-1)[:, :K].to(torch.int32)
 
 
-def skewed_experts(T: int, K: int, E: int, device: torch.device | str = "cpu") -> Tensor:
+def skewed_experts(T: int, K: int, E: int, device: torch.device | None = None) -> Tensor:
     """Every token's first choice is expert 0, and experts from K on have none."""
     return torch.arange(K, dtype=torch.int32, device=device).repeat(T, 1)
 
 
-def masked_experts(T: int, K: int, E: int, device: torch.device | str = "cpu") -> Tensor:
+def masked_experts(T: int, K: int, E: int, device: torch.device | None = None) -> Tensor:
     """A third of the choices are -1."""
     experts = random_experts(T, K, E, device)
     return torch.where(torch.rand(T, K, device=device) < 1 / 3, -1, experts)
@@ -42,7 +42,7 @@ def masked_experts(T: int, K: int, E: int, device: torch.device | str = "cpu") -
 ROUTINGS = [random_experts, skewed_experts, masked_experts]
 
 
-def plans(T: int, K: int, E: int, device: torch.device | str = "cpu") -> list[Plan]:
+def plans(T: int, K: int, E: int, device: torch.device | None = None) -> list[Plan]:
     """Dropless, aligned, and with a capacity of nothing, of half of what comes, and of more."""
     half = max(1, T * K // (2 * E))
     made = []
@@ -53,12 +53,12 @@ def plans(T: int, K: int, E: int, device: torch.device | str = "cpu") -> list[Pl
     return made
 
 
-def values(*size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+def values(*size: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Normal numbers of size 1."""
     return torch.randn(*size, device=device, dtype=torch.float64).to(dtype)
 
 
-def weights_for(dtype: torch.dtype, *size: int, device: torch.device | str = "cpu") -> Tensor:
+def weights_for(dtype: torch.dtype, *size: int, device: torch.device | None = None) -> Tensor:
     """Weights as they stand beside rows of this dtype."""
     return torch.rand(*size, device=device, dtype=contracts.accumulate_dtype(dtype))
 

@@ -22,11 +22,15 @@ def gate_for(k=3, **options) -> TopKGate:
         "drop_tokens": "capacity_factor" in options,
         "dtype": torch.float64,
     } | options
-    return TopKGate(H, E, k, **options)
+    with torch.device("cpu"):
+        gate = TopKGate(H, E, k, **options)
+    return gate.to(torch.get_default_device())
 
 
 def tokens(number=T) -> torch.Tensor:
-    return torch.randn(number, H, dtype=torch.float64)
+    """The same on every device."""
+    drawn = torch.randn(number, H, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def chosen(routing) -> torch.Tensor:

@@ -471,6 +471,13 @@ def test_experts_of_the_wrong_shape(function):
         MOELayer(gate, ModuleExperts(Returns(function), E))(x)
 
 
+def test_lists_for_tensors():
+    with pytest.raises(RuntimeError, match="route: experts must be a tensor, got list"):
+        moe_ext.route(torch.randn(2, 3), 1, experts=[[0], [1]])
+    with pytest.raises(RuntimeError, match="route: logits must be a tensor, got list"):
+        moe_ext.route([[0.5, 1.0]], 1)
+
+
 def test_module_experts_cannot_be_exported():
     layer = MOELayer(TopKGate(H, E), ModuleExperts(torch.nn.Linear(H, H), E)).eval()
     with pytest.raises(

@@ -262,7 +262,7 @@ def test_autocast():
     plan = moe_ext.make_plan(random_experts(5, 2, E), E)
     for recompute in (True, False):
         experts.recompute = recompute
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
             out = experts.routed(tokens, plan, weights)
         assert out.dtype == torch.bfloat16
         out.float().sum().backward()
@@ -283,6 +283,14 @@ def test_shared_experts(gated):
     x = torch.randn(7, H, dtype=torch.float64)
     of_shared = shared(x) * (torch.sigmoid(gate(x)) if gated else 1)
     torch.testing.assert_close(layer(x), alone(x) + of_shared)
+
+
+def test_shared_experts_are_called_as_a_module():
+    shared = SharedExperts(GroupedExperts(E, H, FFN), nn.Linear(H, H))
+    plan, seen = moe_ext.make_plan(random_experts(5, 2, E), E), []
+    shared.register_forward_hook(lambda module, args, out: seen.append(out))
+    out = shared.routed(torch.randn(5, H), plan, torch.rand(5, 2))
+    assert seen[0] is out
 
 
 def test_shared_experts_check_their_parts():

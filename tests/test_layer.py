@@ -3,15 +3,17 @@
 import copy
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from cases import gate_for, relative_error
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe_ext import Experts, GroupedExperts, ModuleExperts, MOELayer, TopKGate
+from moe_ext import Experts, GroupedExperts, ModuleExperts, MoE, MOELayer, TopKGate
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -354,3 +356,24 @@ def test_the_layer_builds_no_mask():
         out, aux = layer.forward_with_aux(torch.randn(T, H))
         (out.sum() + aux.l_aux).backward()
     assert largest <= (2 * T + E) * 2 * FFN
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), checkpoint_wrapper])
+@pytest.mark.parametrize("part", ["gate", "experts"])
+def test_a_part_that_is_wrapped_alone_is_refused(wrap, part):
+    """The layer would go around what wraps it."""
+    layer = MOELayer(TopKGate(8, 4), GroupedExperts(4, 8, 5))
+    setattr(layer, part, wrap(getattr(layer, part)))
+    name = type(getattr(layer, part)).__name__
+    with pytest.raises(RuntimeError, match=rf"{part} must not be wrapped alone, got {name}"):
+        layer(torch.randn(6, 8))
+    layer = MOELayer(TopKGate(8, 4), GroupedExperts(4, 8, 5))
+    getattr(layer, part).compile(backend="eager")
+    wrap(layer)(torch.randn(6, 8))
+
+
+def test_residual_under_autocast():
+    moe = MoE(8, nn.Linear(8, 8), 4, use_residual=True)
+    hidden = torch.randn(6, 8).bfloat16()
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
+        assert moe(hidden)[0].dtype == torch.bfloat16

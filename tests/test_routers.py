@@ -87,11 +87,15 @@ def test_routers_of_other_dtypes(options):
 
 
 @pytest.mark.parametrize(
-    ("router", "got"),
-    [(nn.Linear(H, E + 1), r"\[60, 13\]"), (nn.LSTM(H, E), "tuple"), (nn.Flatten(0), r"\[600\]")],
+    ("make_router", "got"),
+    [
+        (lambda: nn.Linear(H, E + 1), r"\[60, 13\]"),
+        (lambda: nn.LSTM(H, E), "tuple"),
+        (lambda: nn.Flatten(0), r"\[600\]"),
+    ],
 )
-def test_routers_that_return_something_else(router, got):
-    gate = TopKGate(H, E, router=router)
+def test_routers_that_return_something_else(make_router, got):
+    gate = TopKGate(H, E, router=make_router())
     with pytest.raises(RuntimeError, match=rf"router must return \[T, E\] = \[60, 12\], got {got}"):
         gate.route(torch.randn(T, H))
 
@@ -106,3 +110,17 @@ def test_a_zero_token_has_no_large_gradient():
     (layer(x).sum() + layer.l_aux).backward()
     assert x.grad[5].norm() < 1e3
     assert x.grad[4].norm() > 0
+
+
+def test_buffers_of_a_router_in_16_bit_change():
+    """As those of a BatchNorm, whose numbers are computed wider."""
+    norm = nn.BatchNorm1d(H)
+    gate = TopKGate(H, E, 2, router=nn.Sequential(norm, nn.Linear(H, E))).bfloat16()
+    x = 3 + torch.randn(T, H).bfloat16()
+    gate.route(x)
+    expected = 0.1 * x.float().mean(0)
+    assert norm.running_mean.dtype == torch.bfloat16
+    assert relative_error(norm.running_mean, expected) < 0.01
+    before = norm.running_mean.clone()
+    gate.eval().route(x)
+    assert torch.equal(norm.running_mean, before)

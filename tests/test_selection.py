@@ -83,7 +83,7 @@ def _renormalised(weights):
 
 def test_updates_of_the_bias_balance_the_load():
     gate = gate_for(2, scoring="sigmoid", selection_bias=True)
-    x = tokens(600) + 2 * torch.randn(H, dtype=torch.float64)
+    x = tokens(600) + 2 * tokens(1)
     before = gate.route(x).plan.load
     assert before.max() > 3 * 100
     for _ in range(400):
@@ -168,7 +168,7 @@ def test_a_group_holds_its_experts_of_no_score_too():
 
 def test_sinkhorn_balances_the_choice():
     gate = gate_for(1, balancing="sinkhorn")
-    x = tokens(600) + torch.randn(H, dtype=torch.float64)
+    x = tokens(600) + tokens(1)
     plain = gate.eval().route(x)
     balanced = gate.train().route(x)
     assert plain.plan.load.max() > 3 * 50
