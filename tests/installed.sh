@@ -15,6 +15,10 @@ mkdir "$work/tests"
 cp "$root"/tests/*.py "$work/tests"
 cd "$work/tests"
 "$python" -c 'import torch, moe_ext; print(torch.__version__, moe_ext.ops.registry.library)'
+# Without a GPU a library that cannot be loaded is no problem to doctor.
+if [ "${FORCE_CUDA:-0}" = 1 ]; then
+    "$python" -c 'from moe_ext.ops import registry; assert registry.cuda_library, registry.cuda_load_error'
+fi
 "$python" -m moe_ext doctor || echo "doctor found something"
 rm test_bench*.py test_build.py test_demo.py test_docs.py test_toolkit.py # of the tree
 "$python" -m pytest -p no:cacheprovider .

@@ -1,10 +1,12 @@
 """The bench runs, checks what it times, and keeps what it has when it is stopped."""
 
+import ctypes
 import importlib
 import importlib.util
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +84,24 @@ def test_states_of_memory(bench_ops, tmp_path, state):
     bench_ops.main([*SMALL, *options, "--out", str(out)])
     (shape,) = json.loads(out.read_text())["shapes"]
     assert (shape["memory"], shape["threads"]) == (state, 1)
+
+
+def what_is_in_force(*_) -> tuple[str | None, bool]:
+    """Whether torch asks for huge pages, and whether a block that is freed is there at once."""
+    block = ctypes.create_string_buffer(64 << 20)
+    ctypes.memset(block, 1, len(block))
+    before = load("memory")._resident("VmRSS")
+    del block
+    is_kept = before - load("memory")._resident("VmRSS") < 32 << 20
+    return os.environ.get("THP_MEM_ALLOC_ENABLE"), is_kept
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"), [("new", (None, False)), ("huge", ("1", False)), ("kept", (None, True))]
+)
+def test_a_state_of_memory_is_in_force(bench_ops, monkeypatch, state, expected):
+    monkeypatch.setattr(bench_ops, "measure", what_is_in_force)
+    assert bench_ops.measure_in(None, "", state) == expected
 
 
 def test_a_part_is_not_kept_as_the_whole(bench_ops, tmp_path, monkeypatch):
@@ -174,9 +194,9 @@ def test_growth(tmp_path, monkeypatch):
     assert (counts[0], counts[-1]) == (1000, 1_000_000)
     assert math.isclose(growth.slope(counts, [3e-6 * t for t in counts]), 1.0)
     assert math.isclose(growth.slope(counts, [1e-9 * t**2 for t in counts]), 2.0)
-    seconds, grown = growth.cost_of("moe_ext", 2000, 4, 0.0)
+    seconds, grown = growth.cost_of("moe_ext", 20_000, 4, 0.0)
     assert seconds > 0
-    rows = 2 * 2000 * 64 * 4
+    rows = 2 * 20_000 * 64 * 4
     assert rows < grown < 100 * rows
 
 

@@ -135,7 +135,7 @@ def test_work_goes_to_the_current_stream_and_is_not_awaited(cuda, op):
     with torch.cuda.stream(stream):
         call(*late)  # from now on there is memory for this stream
         stream.synchronize()
-        torch.cuda._sleep(200_000_000)
+        torch.cuda._sleep(1_000_000_000)
         for to, operand in zip(late, operands, strict=True):
             to.copy_(operand)
         out = call(*late)

@@ -48,7 +48,7 @@ def test_writes_what_it_says_and_repeats(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "held-out bits per byte" in printed
     assert "dropped routes" in printed
-    assert printed.count("idle experts") == 4  # of training and held out, twice
+    assert printed.count("idle or scarce experts") == 4  # of training and held out, twice
     assert f"moe: step {SMALL.steps} of {SMALL.steps}, held-out" in printed
     for name in ("loss.png", "load.png"):
         assert (tmp_path / "a" / name).read_bytes().startswith(PNG)

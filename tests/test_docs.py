@@ -59,6 +59,25 @@ def test_the_first_layer_runs():
         assert done.returncode == 0, done.stderr
 
 
+def test_faster_experts_give_the_same():
+    class Expert(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+
+        def forward(self, x):
+            return self.down(torch.nn.functional.gelu(self.up(x)))
+
+    moe, hidden = moe_ext.MoE(8, Expert(), 4), torch.randn(20, 8)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    moe.eval()
+    before = moe(hidden)[0]
+    text = (ROOT / "docs" / "deepspeed.md").read_text().split("## Faster experts")[1]
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {"moe": moe})
+    torch.testing.assert_close(moe(hidden)[0], before)
+
+
 def test_every_public_name_is_on_the_api_page():
     text = (ROOT / "docs" / "api.md").read_text()
     for name in moe_ext.__all__:

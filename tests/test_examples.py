@@ -12,6 +12,8 @@ import pytest
 from moe_ext.sinks import read_json_lines
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# One process on a GPU and two on the CPU, which torchrun gives one thread, would not be alike.
+ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -25,7 +27,7 @@ def run(name: str, *arguments, launcher: tuple[str, ...] = (), cwd: Path | None 
     done = subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / name), *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "MASTER_PORT": str(free_port())},
+        env={**os.environ, **ALONE, "MASTER_PORT": str(free_port())},
         capture_output=True,
         text=True,
         timeout=300,
@@ -74,8 +76,8 @@ def test_fsdp2_and_experts_on_two_processes():
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
     assert losses[0][1] < losses[0][0]
     # What both processes' tokens asked for.
-    tables = [said[said.index("processes\n") :] for said in (one, two)]
-    assert tables[0] == tables[1]
+    tables = [numbers(r"\d+\.\d+", said[said.index("processes\n") :]) for said in (one, two)]
+    assert tables[1] == pytest.approx(tables[0], abs=0.02)
 
 
 def test_train_moe():

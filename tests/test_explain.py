@@ -1,9 +1,11 @@
 """What explain says of a call."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import moe_ext
@@ -93,6 +95,12 @@ def test_of_a_part_of_a_layer():
     assert "outside of layers:" in text
 
 
+def test_of_no_module():
+    for watch in (moe_ext.explain, moe_ext.stats.track, moe_ext.profiling.ranges):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
+            watch(lambda x: x)
+
+
 def test_says_where_16_bit_products_are_float32_ones():
     layer = layer_of().bfloat16()
     x = torch.randn(5, H).bfloat16()
@@ -101,6 +109,9 @@ def test_says_where_16_bit_products_are_float32_ones():
     assert how == {expected if torch.ops.moe_ext.widens(x) else ""}
 
 
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="ONEDNN_MAX_CPU_ISA is for x86"
+)
 def test_without_bfloat16_instructions():
     """In a process whose products are told to do without."""
     code = (

@@ -45,6 +45,15 @@ def test_another_implementation_is_told():
         stats.track(model_of("mixtral", experts_implementation="eager"))
 
 
+def test_explain_tells_of_another_implementation():
+    model = model_of("mixtral", experts_implementation="eager")
+    (note,) = moe_ext.explain(model, tokens_of()).notes
+    assert note.startswith("2 experts modules of transformers have")
+    assert "experts_implementation='eager'" in note
+    model.set_experts_implementation("moe_ext")
+    assert moe_ext.explain(model, tokens_of()).notes == []
+
+
 def test_explain_and_ranges_name_their_experts():
     model, tokens = model_of("mixtral", experts_implementation="moe_ext"), tokens_of()
     names = [name for name, _ in moe_ext.hf.experts_modules(model)]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.profiler import profile
 
-from moe_ext import GroupedExperts, MOELayer, TopKGate, profiling
+from moe_ext import GroupedExperts, MoE, MOELayer, TopKGate, profiling
 
 
 def model_of() -> nn.Sequential:
@@ -27,6 +27,14 @@ def test_ranges_name_the_layers_and_their_parts():
     inside = {event.name: event.cpu_parent for event in profiled.events()}
     assert inside["moe_ext.gate"].name.startswith("moe_ext.layer")
     assert inside["moe_ext::combine"] is not None
+
+
+def test_experts_written_for_deepspeed_are_named():
+    moe = MoE(16, nn.Linear(16, 16), 4)
+    with profile() as profiled, profiling.ranges(moe):
+        moe(torch.randn(6, 16))
+    inside = [e.cpu_parent.name for e in profiled.events() if e.name == "aten::linear"]
+    assert inside.count("moe_ext.experts") == 4
 
 
 def test_nothing_is_left_of_them():

@@ -76,7 +76,8 @@ def test_readings_of_one_step_are_not_mixed(run, tmp_path):
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_what_json_has_no_number_for(tmp_path, number):
     load = torch.tensor([3, 1])
-    layer = stats.LayerStats(4, 1, load, load, number, z_loss=-number)
+    importance = torch.tensor([0.5, number], dtype=torch.float64)
+    layer = stats.LayerStats(4, 1, load, load, number, importance, z_loss=-number)
     sink = JsonLines(tmp_path / "run.jsonl")
     sink(stats.Reading({"a": layer}, {}), 1)
 
@@ -87,6 +88,7 @@ def test_what_json_has_no_number_for(tmp_path, number):
     ((_, read),) = read_json_lines(sink.path)
     assert str(read.train["a"].l_aux) == str(number)
     assert str(read.train["a"].z_loss) == str(-number)
+    assert str(read.train["a"].importance) == str(layer.importance)
 
 
 def test_a_line_that_was_cut_off_is_left_out(run, tmp_path):
@@ -175,7 +177,7 @@ def test_what_a_heat_map_shows(tmp_path, monkeypatch):
     """The numbers of the shares, and one scale for all pictures: from nothing to twice even."""
     drawn = []
     monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
-    plot.plot_load({"a": [0.5, 0.25, 0.25, 0], "b": [0.5, 0.5]}, tmp_path)
+    plot.plot_load({"a": [0.5, 0.25, 0.25, 0], "b": [0.5, 0.5]}, tmp_path, "training")
     axes = drawn[0].axes[0]
     assert [text.get_text() for text in axes.texts] == ["50%", "25%", "25%", "idle", "50%", "50%"]
     assert axes.images[0].get_clim() == (plot.LEAST, 2)
@@ -195,12 +197,35 @@ def test_what_is_chosen_together():
         off = ~torch.eye(4, dtype=torch.bool)
         torch.testing.assert_close(lift[off], torch.ones(12).double(), rtol=1e-4, atol=0)
         assert lift.diagonal().isnan().all()
-    always = torch.block_diag(torch.full((2, 2), 9), torch.full((2, 2), 9))
+    always = torch.block_diag(torch.full((2, 2), 90), torch.full((2, 2), 90))
     lift = plot.co_routing(always)
     assert lift[0, 1] == lift[1, 0] > 2
     assert lift[0, 2] == 0
-    idle = plot.co_routing(torch.tensor([[4, 4, 0], [4, 4, 0], [0, 0, 0]]))
+    idle = plot.co_routing(torch.tensor([[40, 40, 0], [40, 40, 0], [0, 0, 0]]))
     assert idle[2].isnan().all()
+    assert idle[0, 1] == pytest.approx(1)
+
+
+def test_few_pairs_are_no_pattern():
+    """Chance alone gives two experts of few tokens far more or far less than their part."""
+    few = torch.full((8, 8), plot.FEW_PAIRS - 1)
+    assert plot.co_routing(few).isnan().all()
+    assert not plot.co_routing(2 * few).fill_diagonal_(1).isnan().any()
+
+
+def test_the_layer_that_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "plot_over_time", lambda *args: drawn.append(args[-1]))
+    even, uneven = (
+        stats.LayerStats(4, 1, counts, counts, 1.0)
+        for counts in (torch.tensor([2, 2]), torch.tensor([1, 3]))
+    )
+    readings = [(step, stats.Reading({"a": even, "b": uneven}, {})) for step in (1, 2)]
+    plot.plot_run(readings, tmp_path)
+    plot.plot_run(readings, tmp_path, "a")
+    assert drawn == ["layer b, the least even\ntraining", "layer a\ntraining"]
+    with pytest.raises(ValueError, match="layer must be a or b, got c"):
+        plot.plot_run(readings, tmp_path, "c")
 
 
 def test_layers_of_one_choice_have_no_pairs(run, tmp_path):

@@ -6,7 +6,8 @@ set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin="$root/.venv/bin"
 cd "$root"
-rm -rf dist/cpu dist/cuda dist/unpacked
+# A file that is no longer there would still be in setuptools' copy.
+rm -rf dist/cpu dist/cuda dist/unpacked build/lib* build/bdist*
 wheel() {
     FORCE_CUDA=$1 "$bin/pip" wheel --quiet --no-build-isolation --no-deps --wheel-dir "dist/$2" .
     "$bin/python" -m zipfile -e dist/"$2"/*.whl "dist/unpacked/$2"
