@@ -13,7 +13,7 @@ def demo(arguments: argparse.Namespace) -> int:
     try:
         from . import demo
     except ImportError as error:
-        print(f"moe_ext demo: {error}; pip install 'moe_ext[demo]'", file=sys.stderr)
+        print(f"moe_ext demo: {error}; pip install tqdm matplotlib", file=sys.stderr)
         return 1
     try:
         torch.empty(0, device=arguments.device)
@@ -50,11 +50,15 @@ def plot(arguments: argparse.Namespace) -> int:
     try:
         from .plot import plot_run
     except ImportError as error:
-        print(f"moe_ext plot: {error}; pip install 'moe_ext[demo]', or --text", file=sys.stderr)
+        print(f"moe_ext plot: {error}; pip install matplotlib, or --text", file=sys.stderr)
         return 1
     out = arguments.out or arguments.run_file.parent
     out.mkdir(parents=True, exist_ok=True)
-    print("\n".join(map(str, plot_run(readings, out))))
+    try:
+        print("\n".join(map(str, plot_run(readings, out, arguments.layer))))
+    except ValueError as error:
+        print(f"moe_ext plot: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -87,6 +91,7 @@ def main() -> int:
     parse = commands.add_parser("plot", help="pictures and a table of what stats wrote down")
     parse.add_argument("run_file", type=Path, metavar="run.jsonl", help="of sinks.JsonLines")
     parse.add_argument("--out", type=Path, help="folder of the pictures (that of run.jsonl)")
+    parse.add_argument("--layer", help="whose course and pairs to draw (the least even)")
     parse.add_argument("--text", action="store_true", help="no pictures, only the table")
     parse.set_defaults(run=plot)
     parse = commands.add_parser(

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from . import GroupedExperts, MOELayer, TopKGate
+from .doctor import crowded
 from .plot import plot_curves, plot_run
 from .sinks import JsonLines, Sink, read_json_lines
 from .stats import track
@@ -303,13 +304,18 @@ def write_json(path: Path, data: dict) -> None:
 
 
 def report(results: dict) -> str:
-    lines = [f"{'':8}{'before':>9}{'after':>9}{'tokens/s':>11}{'active':>10}{'total':>10}"]
+    lines = [
+        "held-out bits per byte, before and after training; parameters, those that a byte meets "
+        "and all",
+        f"{'':8}{'before':>9}{'after':>9}{'tokens/s':>11}{'active':>10}{'total':>10}",
+    ]
     for name, r in results["models"].items():
         lines.append(
             f"{name:8}{r['bits_per_byte_before']:9.3f}{r['bits_per_byte_after']:9.3f}"
             f"{r['tokens_per_second']:11.0f}{r['active_parameters']:10}{r['parameters']:10}"
         )
-    lines.insert(0, "held-out bits per byte, before and after training")
+    if results["config"]["steps"] < Config.steps:
+        lines.append(f"to compare the two, train {Config.steps} steps: experts learn later")
     moe = results["models"].get("moe", {})
     if "drop_rate_train" in moe:
         lines.append(
@@ -363,6 +369,8 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
             write_json(out / "result.json", results)
 
     say = print if is_first else lambda text: None
+    if load := crowded():
+        say(f"load {load}")
     say(
         f"{corpus.train_files} files, {len(corpus.train) / 1e6:.1f} MB to train on, "
         f"{corpus.heldout_files} files, {len(corpus.heldout) / 1e6:.1f} MB held out"

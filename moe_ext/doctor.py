@@ -89,10 +89,11 @@ class Report(NamedTuple):
         facts = {**self.versions, **self.libraries}
         width = max(map(len, facts))
         lines = [f"{name:{width}}  {value}" for name, value in facts.items()]
-        lines += ["", f"{'operator':18}{'device':8}{'runs':11}{'error':9}why nothing faster"]
+        head = f"{'operator':18}{'device':8}{'runs':11}{'largest error':15}why nothing faster"
+        lines += ["", head]
         for o in self.operators:
             error = o.failure or f"{o.error:.1e}"
-            lines.append(f"{o.name:18}{o.device:8}{o.backend:11}{error:9}{o.why}".rstrip())
+            lines.append(f"{o.name:18}{o.device:8}{o.backend:11}{error:15}{o.why}".rstrip())
         lines.append("")
         for problem in self.problems:
             lines += [f"amiss: {problem.what}", f"  mend: {problem.cure}"]
@@ -136,6 +137,8 @@ def _versions() -> dict[str, str]:
     }
     if toolkit:
         found["CUDA toolkit"] = f"{'.'.join(map(str, toolkit.version))}, {toolkit.root}"
+    if load := crowded():
+        found["load"] = load
     if torch.version.cuda is None:
         return found
     # torch's usual build has CUDA: without a GPU nothing is amiss.
@@ -145,6 +148,19 @@ def _versions() -> dict[str, str]:
         name = torch.cuda.get_device_name(i)
         found["card" if i == 0 else f"card {i}"] = f"{name}, compute capability {major}.{minor}"
     return found
+
+
+def crowded() -> str:
+    """What other work on this machine's CPUs means for torch's threads; "" without such work."""
+    if torch.get_num_threads() == 1 or not hasattr(os, "getloadavg"):
+        return ""
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cpus:
+        return ""
+    return (
+        f"{load:.1f} on {cpus} CPUs in the last minute; beside other work threads wait for each "
+        "other, and OMP_NUM_THREADS=1 is faster"
+    )
 
 
 def _num_cards() -> int:

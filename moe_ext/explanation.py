@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import grouped, ops, reference
 from .layer import MOELayer
-from .watching import entry, named_layers, replaced
+from .watching import entry, is_of_transformers, named_layers, replaced
 
 # What reads a tensor's values back to the host, or how many there are.
 _READS = {
@@ -49,7 +49,7 @@ class Explanation(NamedTuple):
     calls: operators of moe_ext, in order
     others: how often each other operator ran, those inside the calls left out
     synchronisations: how often the host waited for the device outside of the calls
-    notes: of layers whose experts run one after the other
+    notes: of layers whose experts run one after the other, or by other code than ours
     is_away: whether anything ran on another device than the CPU
     """
 
@@ -120,6 +120,7 @@ def explain(layer: nn.Module, /, *args, **kwargs) -> Explanation:
     ):
         layer(*args, **kwargs)
     notes = [note for name, module in layers for note in _notes(name, module)]
+    notes += _by_others(layer)
     return Explanation(trace.calls, dict(trace.others), trace.reads, notes, trace.is_away)
 
 
@@ -173,8 +174,23 @@ def _notes(name: str, layer: nn.Module) -> Iterator[str]:
             if count > 1:
                 yield (
                     f"{name}: {type(experts).__name__} runs {count} experts one after the other; "
-                    "GroupedExperts runs feed-forward ones together"
+                    "GroupedExperts runs feed-forward ones together (weights: moe_ext.convert)"
                 )
+
+
+def _by_others(model: nn.Module) -> Iterator[str]:
+    """Of experts in a model of transformers that moe_ext could compute, and does not."""
+    implementations = Counter(
+        getattr(getattr(module, "config", None), "_experts_implementation", None)
+        for module in model.modules()
+        if is_of_transformers(module)
+    )
+    for name, count in implementations.items():
+        if name != "moe_ext":
+            yield (
+                f"{count} experts modules of transformers have experts_implementation={name!r}: "
+                'import moe_ext.hf; model.set_experts_implementation("moe_ext")'
+            )
 
 
 class _Trace(TorchDispatchMode):

@@ -19,6 +19,8 @@ LEAST = 1e-12
 DOTS_PER_INCH = 130
 # Numbers are written into a heat-map of so many columns, and names beside so many rows.
 MOST_NUMBERS, MOST_NAMES = 16, 40
+# Of so many pairs that chance would give, one standard deviation is a third.
+FEW_PAIRS = 9
 
 
 def _figure(width: float, height: float):
@@ -50,10 +52,11 @@ def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path, ylabel
     _save(figure, path)
 
 
-def plot_load(shares: dict[str, Sequence[float]], path: Path) -> None:
+def plot_load(shares: dict[str, Sequence[float]], path: Path, when: str) -> None:
     """A heat-map of layer by expert, on a scale up to twice the even share.
 
     shares: by layer, of its routes, [E] each, where E may differ
+    when: what to call the time that they are of
     """
     layers, experts = len(shares), max(map(len, shares.values()))
     width = 0.7 * experts if experts <= MOST_NUMBERS else min(0.12 * experts, 14)
@@ -75,7 +78,7 @@ def plot_load(shares: dict[str, Sequence[float]], path: Path) -> None:
     axes.set_yticks(range(0, layers, every), list(shares)[::every])
     axes.set_ylabel("layer")
     axes.set_xlabel("expert")
-    axes.set_title("share of the layer's routes")
+    axes.set_title(f"share of the layer's routes, {when}")
     _save(figure, path)
 
 
@@ -110,7 +113,7 @@ def plot_over_time(
     _save(figure, path)
 
 
-def plot_sorted(shares: dict[str, Sequence[float]], path: Path) -> None:
+def plot_sorted(shares: dict[str, Sequence[float]], path: Path, when: str) -> None:
     """Every layer's load from the busiest expert down, over the even share: flat at 1 is even, and
     where a line ends at zero experts are idle. Up to six layers have colours and names; of more,
     the least and the most even."""
@@ -132,7 +135,7 @@ def plot_sorted(shares: dict[str, Sequence[float]], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("experts, busiest first (share of all)")
     axes.set_ylabel("load over the even share")
-    axes.set_title("load of every layer's experts")
+    axes.set_title(f"load of every layer's experts, {when}")
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -154,17 +157,18 @@ def plot_pairs(pairs: Tensor, path: Path, layer: str) -> None:
     if experts <= MOST_NUMBERS:
         axes.set_xticks(range(experts))
         axes.set_yticks(range(experts))
-    axes.set_xlabel("expert (grey: itself, or idle)")
+    axes.set_xlabel("expert (grey: itself, or too few tokens to tell)")
     axes.set_ylabel("expert")
-    axes.set_title(f"{layer}\nchosen together, 1 as if by chance")
-    figure.colorbar(image, extend="max", shrink=0.8)
+    axes.set_title(f"{layer}\nexperts chosen together")
+    bar = figure.colorbar(image, extend="max", shrink=0.8)
+    bar.set_ticks([0, 1, 2], labels=["never", "as by\nchance", "twice\nthat"])
     _save(figure, path)
 
 
 def co_routing(pairs: Tensor, rounds: int = 100) -> Tensor:
     """How often two experts are chosen together, over what it would be if pairs were drawn by a
-    propensity of each expert that explains its load. [E, E], NaN on the diagonal and where an
-    expert is idle."""
+    propensity of each expert that explains its load. [E, E], NaN on the diagonal and where that
+    would be fewer than FEW_PAIRS, whose chances are too wide to tell."""
     together = pairs.double().clone().fill_diagonal_(0)
     load = together.sum(dim=1)
     propensity = load / load.sum().sqrt().clamp(min=1)
@@ -173,40 +177,51 @@ def co_routing(pairs: Tensor, rounds: int = 100) -> Tensor:
         propensity = (propensity * fitted).sqrt()
     expected = propensity.unsqueeze(0) * propensity.unsqueeze(1)
     expected.fill_diagonal_(0)
-    return torch.where(expected > 0, together / expected, torch.nan)
+    return torch.where(expected >= FEW_PAIRS, together / expected, torch.nan)
 
 
-def plot_run(readings: Sequence[tuple[int, Reading]], folder: Path) -> list[Path]:
+def plot_run(
+    readings: Sequence[tuple[int, Reading]], folder: Path, layer: str | None = None
+) -> list[Path]:
     """All pictures of a run, from readings with their steps; returns the files.
 
-    load.png, sorted.png: of the last reading; over-time.png: of its least even layer; pairs.png: of
-    that layer, from detailed readings. Training, where there is any, else evaluation.
+    load.png, sorted.png: of the last reading; over-time.png: of one layer; pairs.png: of that
+    layer, from detailed readings. Training, where there is any, else evaluation.
+
+    layer: its name; None takes the least even one of the last reading
+
+    Raises ValueError for a layer that is not in the last reading, and where there is none.
     """
     mode = "train" if any(reading.train for _, reading in readings) else "eval"
     of_mode = [(step, getattr(reading, mode)) for step, reading in readings]
     of_mode = [(step, layers) for step, layers in of_mode if layers]
     if not of_mode:
         raise ValueError("plot_run: no layer was called in any reading")
-    last = of_mode[-1][1]
-    shares = {name: layer.shares.tolist() for name, layer in last.items()}
+    last_step, last = of_mode[-1]
     worst = max(last, key=lambda name: last[name].max_over_mean)
-    title = f"layer {worst}" + (", the least even" if len(last) > 1 else "")
+    chosen = worst if layer is None else layer
+    if chosen not in last:
+        raise ValueError(f"plot_run: layer must be {' or '.join(last)}, got {chosen}")
+    during = {"train": "training", "eval": "evaluation"}[mode]
+    when = f"{during} to step {last_step}"
+    title = f"layer {chosen}" + (", the least even" if chosen == worst and len(last) > 1 else "")
     paths = [folder / "load.png", folder / "sorted.png"]
-    plot_load(shares, paths[0])
-    plot_sorted(shares, paths[1])
+    shares = {name: of_layer.shares.tolist() for name, of_layer in last.items()}
+    plot_load(shares, paths[0], when)
+    plot_sorted(shares, paths[1], when)
     # A file may hold several runs, of other layers.
-    experts = len(last[worst].load)
+    experts = len(last[chosen].load)
     history = [
-        (step, layers[worst].shares.tolist())
+        (step, layers[chosen].shares.tolist())
         for step, layers in of_mode
-        if worst in layers and len(layers[worst].load) == experts
+        if chosen in layers and len(layers[chosen].load) == experts
     ]
     if len(history) > 1:
         paths.append(folder / "over-time.png")
         steps, over_time = zip(*history, strict=True)
-        plot_over_time(steps, over_time, paths[-1], title)
-    pairs = last[worst].pairs
+        plot_over_time(steps, over_time, paths[-1], f"{title}\n{during}")
+    pairs = last[chosen].pairs
     if pairs is not None and pairs.sum() > pairs.trace():  # with one choice there are none
         paths.append(folder / "pairs.png")
-        plot_pairs(pairs, paths[-1], title)
+        plot_pairs(pairs, paths[-1], f"{title}\n{when}")
     return paths

@@ -49,8 +49,8 @@ def _labelled(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
         if isinstance(layer, MOELayer):
             if hasattr(layer.gate, "route"):
                 yield layer.gate, "route", "moe_ext.gate"
-            if isinstance(layer.experts, Experts):
-                yield layer.experts, "routed", "moe_ext.experts"
+            method = "routed" if isinstance(layer.experts, Experts) else "forward"
+            yield layer.experts, method, "moe_ext.experts"
 
 
 def _in_range(function: Callable, label: str) -> Callable:

@@ -124,14 +124,23 @@ class Reading(NamedTuple):
 
 def _table(mode: str, layers: dict[str, LayerStats]) -> str:
     width = max(len(mode), *map(len, layers))
-    lines = [f"{mode:{width}}  max/mean     cv  dropped  scarce  idle experts"]
+    lines = [f"{mode:{width}}  max/mean     cv  dropped  idle or scarce experts"]
     for name, layer in layers.items():
-        dead = layer.dead
-        listed = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if dead[8:] else "")
         lines.append(
-            f"{name:{width}}  {layer.max_over_mean:8.2f} {layer.cv:6.2f} {layer.dropped:8.1%} "
-            f"{len(layer.scarce):7}  "
-            f"{listed or 'none'}"
+            f"{name:{width}}  {layer.max_over_mean:8.2f} {layer.cv:6.2f} {layer.dropped:8.1%}  "
+            f"{_neglected(layer)}"
         )
     shares = {name: layer.shares.tolist() for name, layer in layers.items()}
     return "\n".join([*lines, f"{text_heatmap(shares)}; scarce: below a tenth of even"])
+
+
+def _neglected(layer: LayerStats) -> str:
+    dead = layer.dead
+    scarce = [expert for expert in layer.scarce if expert not in dead]
+    kinds = (("idle", dead), ("scarce", scarce))
+    return "; ".join(f"{kind}: {_listed(ids)}" for kind, ids in kinds if ids) or "none"
+
+
+def _listed(ids: list[int], most: int = 8) -> str:
+    more = f" and {len(ids) - most} more" if ids[most:] else ""
+    return ", ".join(map(str, ids[:most])) + more

@@ -20,7 +20,10 @@ class Layer(nn.Module):
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """The layers of a model by name; a model that is one has its type's."""
+    """The layers of a model by name; a model that is one has its type's. Raises TypeError for what
+    is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"moe_ext: model must be an nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         is_ours = getattr(config, "_experts_implementation", None) == "moe_ext"
