@@ -305,8 +305,7 @@ def write_json(path: Path, data: dict) -> None:
 
 def report(results: dict) -> str:
     lines = [
-        "held-out bits per byte, before and after training; parameters, those that a byte meets "
-        "and all",
+        "held-out bits per byte, before and after training; parameters used per byte, and all",
         f"{'':8}{'before':>9}{'after':>9}{'tokens/s':>11}{'active':>10}{'total':>10}",
     ]
     for name, r in results["models"].items():
@@ -314,8 +313,11 @@ def report(results: dict) -> str:
             f"{name:8}{r['bits_per_byte_before']:9.3f}{r['bits_per_byte_after']:9.3f}"
             f"{r['tokens_per_second']:11.0f}{r['active_parameters']:10}{r['parameters']:10}"
         )
-    if results["config"]["steps"] < Config.steps:
-        lines.append(f"to compare the two, train {Config.steps} steps: experts learn later")
+    if results["config"]["steps"] < Config.steps // 2:
+        lines.append(
+            f"{results['config']['steps']} steps are too few to compare the two models; "
+            f"the default is {Config.steps}"
+        )
     moe = results["models"].get("moe", {})
     if "drop_rate_train" in moe:
         lines.append(

@@ -152,15 +152,24 @@ def _versions() -> dict[str, str]:
 
 def crowded() -> str:
     """What other work on this machine's CPUs means for torch's threads; "" without such work."""
-    if torch.get_num_threads() == 1 or not hasattr(os, "getloadavg"):
-        return ""
-    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
-    if load <= cpus:
+    threads, cpus = torch.get_num_threads(), os.cpu_count() or 1
+    load, others = _work()
+    # What has just ended, as a build before this, is in the mean of a minute still.
+    if threads == 1 or load <= cpus or threads + others <= cpus:
         return ""
     return (
         f"{load:.1f} on {cpus} CPUs in the last minute; beside other work threads wait for each "
         "other, and OMP_NUM_THREADS=1 is faster"
     )
+
+
+def _work() -> tuple[float, int]:
+    """How many threads ran in the last minute, and how many others than this run now."""
+    try:
+        load, *_, counts, _ = Path("/proc/loadavg").read_text().split()
+    except OSError:
+        return 0.0, 0
+    return float(load), int(counts.split("/")[0]) - 1
 
 
 def _num_cards() -> int:

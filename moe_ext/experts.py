@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import options
+from .contracts import accumulate_dtype
 from .functional import combine, dispatch
 from .ops import is_exporting
 from .plan import Plan, make_plan
@@ -133,6 +134,8 @@ class SharedExperts(Experts):
     ) -> Tensor:
         """The weighted sum of every token's experts, and the shared output. tokens [T, H], weights
         [T, K] -> [T, H]."""
+        # Data-parallel wrappers may cast what they pass on.
+        weights = weights.to(accumulate_dtype(tokens.dtype))
         out, of_shared = self.experts.routed_beside(
             lambda: self._of_shared(tokens), tokens, plan, weights
         )
@@ -243,17 +246,19 @@ def routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> T
     """`Experts.routed`, also of a module that is none."""
     if isinstance(experts, Experts):
         return experts.routed(tokens, plan, weights)
-    refuse_wrapped("experts", experts, "routed")
+    refuse_wrapped("experts", experts, "wrap the layer, or call layer.experts.compile()")
     return _padded_routed(experts, tokens, plan, weights)
 
 
-def refuse_wrapped(part: str, module: nn.Module, method: str) -> None:
-    """Raises for a module that passes on another's method, as torch.compile(module) and
-    checkpoint_wrapper do: the layer would go around it."""
-    if hasattr(module, method) and not hasattr(type(module), method) and method not in vars(module):
+# Where torch.compile(module) and checkpoint_wrapper keep the module, whose attributes they pass on.
+_WRAPPED = "_orig_mod", "_checkpoint_wrapped_module"
+
+
+def refuse_wrapped(part: str, module: nn.Module, instead: str) -> None:
+    """Raises for a part that is wrapped alone: the layer would go around what wraps it."""
+    if any(name in module._modules for name in _WRAPPED):
         raise RuntimeError(
-            f"MOELayer: {part} must not be wrapped alone, got {type(module).__name__}; wrap the "
-            f"layer, or compile in place: layer.{part}.compile()"
+            f"MOELayer: {part} must not be wrapped alone, got {type(module).__name__}; {instead}"
         )
 
 

@@ -179,7 +179,7 @@ def _notes(name: str, layer: nn.Module) -> Iterator[str]:
 
 
 def _by_others(model: nn.Module) -> Iterator[str]:
-    """Of experts in a model of transformers that moe_ext could compute, and does not."""
+    """Of experts in a model of transformers that others compute, as moe_ext might."""
     implementations = Counter(
         getattr(getattr(module, "config", None), "_experts_implementation", None)
         for module in model.modules()
@@ -189,7 +189,7 @@ def _by_others(model: nn.Module) -> Iterator[str]:
         if name != "moe_ext":
             yield (
                 f"{count} experts modules of transformers have experts_implementation={name!r}: "
-                'import moe_ext.hf; model.set_experts_implementation("moe_ext")'
+                'where moe_ext.hf.check(model) passes, model.set_experts_implementation("moe_ext")'
             )
 
 

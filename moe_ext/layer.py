@@ -53,7 +53,7 @@ def _routes_itself(gate: nn.Module) -> TypeGuard[_Router]:
     that, as DeepSpeed's layer would."""
     if isinstance(gate, TopKGate) and type(gate).route is TopKGate.route:
         return type(gate).forward is TopKGate.forward
-    refuse_wrapped("gate", gate, "route")
+    refuse_wrapped("gate", gate, "wrap the layer")
     return hasattr(gate, "route") and hasattr(gate, "num_experts")
 
 
@@ -185,7 +185,8 @@ class MOELayer(nn.Module):
             routed output is zero
         experts: [T, K] int32, a recorded choice (`Aux.experts`) to make again
         """
-        out, aux = self.forward_with_aux(hidden, used_token, experts=experts)
+        # Not the instance's, which FSDP makes another way into the layer.
+        out, aux = type(self).forward_with_aux(self, hidden, used_token, experts=experts)
         self.l_aux, self.exp_counts = aux.l_aux, aux.exp_counts
         return out
 

@@ -203,7 +203,7 @@ def plot_run(
     if chosen not in last:
         raise ValueError(f"plot_run: layer must be {' or '.join(last)}, got {chosen}")
     during = {"train": "training", "eval": "evaluation"}[mode]
-    when = f"{during} to step {last_step}"
+    when = f"{during}, reading of step {last_step}"
     title = f"layer {chosen}" + (", the least even" if chosen == worst and len(last) > 1 else "")
     paths = [folder / "load.png", folder / "sorted.png"]
     shares = {name: of_layer.shares.tolist() for name, of_layer in last.items()}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import overload
 
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 
-# torch.compile cannot look into it.
-@torch.compiler.assume_constant_result
 def resolve(name) -> dist.ProcessGroup:
     return _resolve_process_group(name)
+
+
+# torch.compile cannot look into it: torch.compiler.assume_constant_result, which would load all of
+# torch._dynamo with the package.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class GroupAttribute:

@@ -75,5 +75,6 @@ def logits_of(router: nn.Module, tokens: Tensor) -> Tensor:
     if router.training:  # as a BatchNorm's, which change
         with torch.no_grad():
             for name in buffers.keys() & other.keys():
-                buffers[name].copy_(other[name])
+                if buffers[name].itemsize < other[name].itemsize:
+                    buffers[name].copy_(other[name])
     return logits

@@ -47,16 +47,18 @@ def test_the_command():
         assert done.stdout.endswith("all is well\n")
 
 
-def test_other_work_is_told(monkeypatch):
-    """Of threads that wait for each other; one thread waits for none."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr("os.getloadavg", lambda: (1e3, 0.0, 0.0))
-    assert "OMP_NUM_THREADS=1" in doctor.examine().versions["load"]
-    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 1e3, 1e3))
-    assert "load" not in doctor.examine().versions
-    monkeypatch.setattr("os.getloadavg", lambda: (1e3, 0.0, 0.0))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert "load" not in doctor.examine().versions
+@pytest.mark.parametrize(
+    ("threads", "load", "others", "is_told"),
+    [(2, 1e3, 99, True), (2, 0.5, 99, False), (2, 1e3, 0, False), (1, 1e3, 99, False)],
+    ids=["busy", "for a moment", "no longer", "one thread"],
+)
+def test_other_work_is_told(monkeypatch, threads, load, others, is_told):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert min(doctor._work()) >= 0
+    monkeypatch.setattr(doctor, "_work", lambda: (load, others))
+    told = doctor.examine().versions.get("load", "")
+    assert ("OMP_NUM_THREADS=1" in told) == is_told
 
 
 def changed(monkeypatch, name: str, change) -> list[doctor.Problem]:

@@ -367,9 +367,35 @@ def test_a_part_that_is_wrapped_alone_is_refused(wrap, part):
     name = type(getattr(layer, part)).__name__
     with pytest.raises(RuntimeError, match=rf"{part} must not be wrapped alone, got {name}"):
         layer(torch.randn(6, 8))
-    layer = MOELayer(TopKGate(8, 4), GroupedExperts(4, 8, 5))
-    getattr(layer, part).compile(backend="eager")
-    wrap(layer)(torch.randn(6, 8))
+
+
+def test_experts_compiled_in_place_are_used():
+    layer, compiled = MOELayer(TopKGate(8, 4), GroupedExperts(4, 8, 5)), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    layer.experts.compile(backend=backend)
+    layer(torch.randn(6, 8))
+    assert len(compiled) == 1
+
+
+def test_a_part_of_the_name_of_a_method():
+    """As an own attribute of experts written for DeepSpeed."""
+
+    class Own(nn.Module):
+        num_experts = 4
+
+        def __init__(self):
+            super().__init__()
+            self.routed = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.routed(x)
+
+    layer = MOELayer(TopKGate(8, 4), Own())
+    assert layer(torch.randn(6, 8)).shape == (6, 8)
 
 
 def test_residual_under_autocast():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import on_processes
+from test_parallel import CountCollectives
 from test_parallel_training import E, H, T, batch, divided, loss_of, model_of
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -90,6 +91,21 @@ def test_a_sharded_layer_called_by_forward_with_aux():
     assert on_processes(2, _other_way_in) == [True, True]
 
 
+def _gathers(rank: int, reshard: bool):
+    groups = make_groups(2)
+    layer = divided("grouped", groups.ep)[1]
+    parallel.fully_shard(layer, groups, reshard_after_forward=reshard)
+    with CountCollectives() as counted:
+        layer(batch(rank, 0)).sum().backward()
+    return sum("allgather" in name for name in counted.names)
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_a_sharded_layer_is_gathered_as_it_is_told(reshard):
+    """Once, or again for the backward."""
+    assert on_processes(2, _gathers, reshard) == [1 + reshard] * 2
+
+
 def _experts_alone(rank: int):
     moe = MoE(H, nn.Linear(H, H), E)
     moe.deepspeed_moe.gate.requires_grad_(False)
@@ -112,6 +128,7 @@ def _overflowed(rank: int):
     model = divided("grouped", groups.ep)
     parallel.data_parallel(model, groups)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    assert dist.get_world_size(groups.dp) == 1
     scaler = ShardedGradScaler(device="cpu", init_scale=8.0)
     before = [p.detach().clone() for p in model.parameters()]
     scaler.scale(loss_of(model, model[1], batch(rank, 0))).backward()

@@ -120,8 +120,11 @@ def _as_local(entry: _Entry, groups: Groups, value: Tensor) -> Tensor:
     if not entry.is_sharded:
         return value.to_local()
     number = entry.num_experts * groups.dp.size() // groups.mesh.size()
-    placement = value.placements[-1]
-    placements = [placement if isinstance(placement, Shard) else Shard(0)]
+    placements = list(value.placements[-1:])
+    if placements == [Replicate()]:
+        if groups.dp.size() > 1:  # of a full state dict
+            return value.to_local()
+        placements = [Shard(0)]
     return _dtensor(value.to_local(), groups.mesh["dp"], placements, (number, *value.shape[1:]))
 
 

@@ -132,6 +132,7 @@ def data_parallel(model: nn.Module, groups: Groups, **options) -> DistributedDat
         )
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     parallel = DistributedDataParallel(model, **options)
+    parallel.reduces_experts = True  # type: ignore[assignment]
     parallel.register_forward_pre_hook(_decide)
     for module in experts.values():
         module.average = True
