@@ -54,8 +54,8 @@ bench: $(VENV)/peers
 	$(BIN)/python bench/bench_stats.py --seconds 0.5
 	$(BIN)/python bench/report.py
 
-# Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: not
-# timed as a whole yet.
+# Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: fifty
+# minutes, and 20 GB of memory.
 bench-full: bench
 	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype float32 --memory kept --longest 30
