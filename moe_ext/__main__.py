@@ -37,6 +37,9 @@ def plot(arguments: argparse.Namespace) -> int:
 
     try:
         readings = list(read_json_lines(arguments.run_file))
+    except UnicodeDecodeError:
+        print(f"moe_ext plot: {arguments.run_file} is no file of JsonLines", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"moe_ext plot: {error}", file=sys.stderr)
         return 2
@@ -44,6 +47,13 @@ def plot(arguments: argparse.Namespace) -> int:
         print(f"moe_ext plot: {arguments.run_file} holds no reading", file=sys.stderr)
         return 2
     step, last = readings[-1]
+    names = list(last.train or last.eval)
+    if arguments.layer not in (None, *names):
+        print(
+            f"moe_ext plot: --layer must be {' or '.join(names)}, got {arguments.layer}",
+            file=sys.stderr,
+        )
+        return 2
     print(f"step {step}\n{last}")
     if arguments.text:
         return 0
@@ -78,6 +88,13 @@ def positive(text: str) -> int:
 
 
 def main() -> int:
+    if not hasattr(sys.modules["moe_ext"], "__version__"):
+        print(
+            f"moe_ext: Python takes the folder {Path('moe_ext').resolve()} for the package, as it "
+            "stands in the folder where Python runs: run it in another one",
+            file=sys.stderr,
+        )
+        return 2
     parser = argparse.ArgumentParser(prog="python -m moe_ext")
     commands = parser.add_subparsers(dest="command", required=True)
     parse = commands.add_parser("demo", help="train a small MoE language model beside a dense one")

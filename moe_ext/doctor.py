@@ -97,7 +97,10 @@ class Report(NamedTuple):
         lines.append("")
         for problem in self.problems:
             lines += [f"amiss: {problem.what}", f"  mend: {problem.cure}"]
-        return "\n".join(lines if self.problems else [*lines, "all is well"])
+        if not self.problems:
+            load = self.versions.get("load")
+            lines.append(f"all is well, but for other work: load {load}" if load else "all is well")
+        return "\n".join(lines)
 
 
 def examine() -> Report:
@@ -159,7 +162,7 @@ def crowded() -> str:
         return ""
     return (
         f"{load:.1f} on {cpus} CPUs in the last minute; beside other work threads wait for each "
-        "other, and OMP_NUM_THREADS=1 is faster"
+        "other: start Python with OMP_NUM_THREADS=1, often ten times faster then"
     )
 
 

@@ -60,7 +60,7 @@ class Explanation(NamedTuple):
     is_away: bool
 
     def __str__(self) -> str:
-        lines = list(_table(self.calls))
+        lines = [*_table(self.calls), *self.notes]
         names = (f"{name} {n}" for name, n in Counter(self.others).most_common())
         lines.append(f"other operators: {', '.join(names) or 'none'}")
         waits = self.synchronisations + sum(call.synchronisations for call in self.calls)
@@ -72,7 +72,7 @@ class Explanation(NamedTuple):
             else "never"
         )
         lines.append(f"the host waits for the device: {often}")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join(lines)
 
 
 def _table(calls: list[Call]) -> Iterator[str]:
@@ -121,6 +121,8 @@ def explain(layer: nn.Module, /, *args, **kwargs) -> Explanation:
         layer(*args, **kwargs)
     notes = [note for name, module in layers for note in _notes(name, module)]
     notes += _by_others(layer)
+    if not layers and not notes:
+        notes.append(f"{type(layer).__name__} has no MOELayer, nor experts of transformers")
     return Explanation(trace.calls, dict(trace.others), trace.reads, notes, trace.is_away)
 
 

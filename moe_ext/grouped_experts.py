@@ -97,6 +97,11 @@ class GroupedExperts(Experts):
         [T, H], and it is the weighted sum of their experts that comes out."""
         up, up_bias = self._parameters_of(self._up_name)
         down, down_bias = self._parameters_of("down_proj")
+        if rows.dtype != up.dtype and not torch.is_autocast_enabled(rows.device.type):
+            raise RuntimeError(
+                f"GroupedExperts: tokens are {rows.dtype}, the weights {up.dtype}; convert one of "
+                "the two with .to(dtype), or use torch.autocast"
+            )
         if weights is not None:
             # Data-parallel wrappers may cast what they pass on.
             weights = weights.to(contracts.accumulate_dtype(rows.dtype))

@@ -270,6 +270,14 @@ def test_autocast():
         assert all(p.grad.dtype == torch.float32 for p in experts.parameters())
 
 
+def test_tokens_of_another_dtype_are_named():
+    experts = GroupedExperts(E, H, FFN)
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    expected = r"tokens are torch\.bfloat16, the weights torch\.float32; convert one of the two"
+    with pytest.raises(RuntimeError, match=expected):
+        experts.routed(torch.randn(5, H).bfloat16(), plan, torch.rand(5, 2))
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_shared_experts(gated):
     routed = GroupedExperts(E, H, FFN, dtype=torch.float64)

@@ -173,6 +173,15 @@ def test_the_command_and_a_wrong_file(tmp_path, text):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_the_command_and_a_wrong_layer_or_picture(run, tmp_path):
+    done = command(run[1], "--layer", "ffn", "--text")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "moe_ext plot: --layer must be 0 or 1, got ffn\n"
+    path = tmp_path / "load.png"
+    path.write_bytes(PNG)
+    assert command(path).stderr == f"moe_ext plot: {path} is no file of JsonLines\n"
+
+
 def test_what_a_heat_map_shows(tmp_path, monkeypatch):
     """The numbers of the shares, and one scale for all pictures: from nothing to twice even."""
     drawn = []
