@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import moe_ext
-from moe_ext import ops, reference
+from moe_ext import contracts, ops, reference
 
 # A mask's products at this speed tell whether it is worth waiting for them.
 MOST_BYTES, SPEED = 2 << 30, 1e11
@@ -54,7 +54,7 @@ SHAPES = {
 
 TITLES = [
     *("gate", "gate_backward", "plan", "keep", "keep_backward", "dispatch", "combine"),
-    *("route_dot", "dispatch_dot", "plan, priority"),
+    *("route_dot", "dispatch_dot", "activate, swiglu", "activate, gelu", "plan, priority"),
 ]
 
 
@@ -116,6 +116,10 @@ def cases(o: peers.Operands, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     both = o.tokens, o.rows, slots, sources
     yield case("route_dot", both, single, by_columns)
     yield case("dispatch_dot", (*both, weights), rounded, by_columns)
+    for activation in ("swiglu", "gelu"):
+        args = (o.rows, slots, sources, None, activation)
+        _, made = case("activate", args, rounded, activated_by_columns)
+        yield f"activate, {activation}", made
     args = (experts, weights, E, math.ceil(T * K / E), "choice", 1)
     yield "plan, priority", Case("plan", args, lambda: reference.plan(*args), 0.0)
 
@@ -131,6 +135,14 @@ def by_columns(op: str, tokens: Tensor, rows: Tensor, *others: Tensor) -> tuple[
     parts = [in_double(op, *both, *others) for both in columns]
     *dispatched, dots = zip(*parts, strict=True)
     return (*(torch.cat(part, dim=1) for part in dispatched), sum(dots))
+
+
+def activated_by_columns(op: str, inner: Tensor, *others) -> tuple[Tensor, ...]:
+    """The same of activate, whose gates are the first half of the columns."""
+    halves = inner.chunk(2, dim=1) if others[-1] in contracts.GATED else (inner,)
+    columns = zip(*(half.split(1024, dim=1) for half in halves), strict=True)
+    parts = (in_double(op, torch.cat(part, dim=1), *others) for part in columns)
+    return (torch.cat([made for (made,) in parts], dim=1),)
 
 
 def compare_results(what: str, got: tuple, exact: tuple, tolerance: float) -> None:

@@ -87,6 +87,15 @@ def _index_add(o: Operands) -> Callable:
     return lambda: (torch.zeros_like(o.tokens).index_add_(0, index, o.rows * weights),)
 
 
+def _swiglu(o: Operands) -> Callable:
+    gate, up = o.rows.chunk(2, dim=1)
+    return lambda: (F.silu(gate) * up,)
+
+
+def _gelu(o: Operands) -> Callable:
+    return lambda: (F.gelu(o.rows),)
+
+
 class _DeepSpeedRoutes:
     """Slots [K, T] in a buffer [E, C] whose C is the largest load, as its gate makes them."""
 
@@ -234,6 +243,8 @@ OPERATORS = {
         Peer("DeepSpeed dense", "deepspeed", _deepspeed_decode_dense),
         Peer("moe-ops", "moe-ops", _moe_ops_unpermute, gpu_only=True),
     ],
+    "activate, swiglu": [Peer("torch", None, _swiglu)],
+    "activate, gelu": [Peer("torch", None, _gelu)],
 }
 
 

@@ -73,12 +73,16 @@ def operators_table(found: dict[str, dict]) -> str:
 
 def layers_table(found: dict[str, dict]) -> str:
     lines = []
-    for name, state in (("layer-float32", "reused"), ("layer-float32-new-memory", "new")):
+    for name, state in (
+        ("layer-float32", "reused"),
+        ("layer-float32-new-memory", "new"),
+        ("layer-bfloat16", "reused"),
+    ):
         if name not in found:
             continue
-        points = found[name]["points"]
+        points, dtype = found[name]["points"], found[name]["dtype"]
         names = list(dict.fromkeys(peer for point in points for peer in point["ratio"]))
-        lines.append(f"| float32, {state} memory | threads | ms | of bound | {' | '.join(names)} |")
+        lines.append(f"| {dtype}, {state} memory | threads | ms | of bound | {' | '.join(names)} |")
         lines.append("|---|---|---|---|" + "---|" * len(names))
         for point in points:
             shape = "T{tokens} H{hidden} F{ffn} E{num_experts} K{top_k}".format(**point)

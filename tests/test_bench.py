@@ -61,6 +61,7 @@ def test_every_operator_is_timed(bench_ops, tmp_path):
     assert by_op["dispatch"]["bytes"] == 40 * 4096 * 2 * 3 + 40 * 2 * (4 + 4)
     assert {"embedding_bag", "index_add_"} <= set(by_op["combine"]["ratio"])
     assert {"torch", "torch.argsort"} <= {*by_op["gate"]["ratio"], *by_op["plan"]["ratio"]}
+    assert all(set(by_op[f"activate, {name}"]["ratio"]) == {"torch"} for name in ("gelu", "swiglu"))
 
 
 def test_peers_that_are_missing_are_named(bench_ops, tmp_path, monkeypatch):
