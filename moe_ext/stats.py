@@ -208,8 +208,10 @@ class _Counters:
 
     def _sum(self, aux: Aux, routing: Routing | None, used: Tensor | None) -> Tensor:
         dtype = self.sums["train"].dtype
-        # A gate of one's own may have no loss, or a plain number.
-        l_aux = torch.as_tensor(0.0 if aux.l_aux is None else aux.l_aux)
+        l_aux = aux.l_aux
+        if not isinstance(l_aux, Tensor):
+            # A gate of one's own may have no loss, or a plain number, which is not copied there.
+            l_aux = self.one.new_full((), l_aux or 0.0, dtype=dtype)
         pieces = [l_aux.reshape(1).to(self.one.device, dtype)]
         if not self.detailed:
             return torch.cat(pieces)
