@@ -148,9 +148,9 @@ def _watched(layers: list, trace: "_Trace") -> Iterator[tuple[nn.Module, str, ob
             for part in module.modules():
                 if hasattr(part, "wall_clock_breakdown"):
                     yield part, "wall_clock_breakdown", False
-                agreed = getattr(part, "_agreed", None)
-                if isinstance(agreed, set):  # an ExpertParallel's, which compares calls
-                    yield part, "_agreed", set(agreed)
+                met = getattr(part, "_met", None)
+                if isinstance(met, set):  # an ExpertParallel's, whose first calls differ
+                    yield part, "_met", set(met)
 
 
 def _named(function: Callable, name: str, trace: "_Trace") -> Callable:

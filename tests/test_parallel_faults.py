@@ -1,8 +1,10 @@
 """What goes wrong between processes ends in an error that says what, in every one of them."""
 
 import os
+import re
 import time
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -78,10 +80,10 @@ def _disagreement(rank: int, *sides: tuple[dict, int]) -> str:
         ),
     ],
 )
-def test_disagreement(mine, theirs, text):
-    places = "in the group's process 0", "in its process 1"
+def test_options_that_differ_are_named_on_all_ranks(mine, theirs, text):
+    places = "on rank 0 of the group", "on rank 1"
     for message in on_processes(2, _disagreement, (mine, T), (theirs, T)):
-        assert f"all processes must have the same {text.format(*places)}" in message
+        assert f"all ranks must have the same {text.format(*places)}" in message
 
 
 def test_different_numbers_of_tokens_and_a_capacity():
@@ -100,7 +102,7 @@ def _later(rank: int) -> str:
 
 
 def test_a_capacity_that_differs_later():
-    expected = "same capacity, got 3 in the group's process 0 and 5 in its process 1; with uneven"
+    expected = "same capacity, got 3 on rank 0 of the group and 5 on rank 1; with uneven"
     for message in on_processes(2, _later):
         assert expected in message
 
@@ -119,7 +121,7 @@ def _of_four(rank: int, options: dict) -> str:
 @pytest.mark.parametrize("options", [{}, {"dedup": True}])
 def test_disagreement_in_two_levels(options):
     for message in on_processes(4, _of_four, options):
-        assert "same k, got 1 in the group's process 0 and 2 in its process 1" in message
+        assert "same k, got 1 on rank 0 of the group and 2 on rank 1" in message
 
 
 def _deepspeeds_layer_in_two_levels(rank: int) -> str:
@@ -148,7 +150,7 @@ def _differs_after_evaluation(rank: int) -> str:
 
 
 def test_what_needs_gradients_is_compared_after_an_evaluation_too():
-    expected = "same tokens_require_grad, got True in the group's process 0 and False in its"
+    expected = "same tokens_require_grad, got True on rank 0 of the group and False on"
     for message in on_processes(2, _differs_after_evaluation):
         assert expected in message
 
@@ -164,7 +166,7 @@ def _one_has_no_gradient(rank: int) -> str:
 
 def test_gradients_in_some_processes_only():
     for message in on_processes(2, _one_has_no_gradient):
-        assert "the same tokens_require_grad, got True in" in message
+        assert "the same tokens_require_grad, got True on" in message
 
 
 def _nan(rank: int, options: dict):
@@ -320,3 +322,126 @@ def _foreign(rank: int) -> str:
 def test_a_plan_of_other_experts():
     for message in on_processes(2, _foreign):
         assert message == "ExpertParallel: plan must be of E = 4 experts, got 6"
+
+
+# What rank 1 alone runs in place of `second(first(x))`.
+
+
+def _swapped(first, second, x):
+    return first(second(x))
+
+
+def _without_second(first, second, x):
+    return first(x)
+
+
+def _given_up(first, second, x):
+    first(x)
+    raise MemoryError
+
+
+def _failing(first, second, x):
+    """While the other ranks wait for what its experts give."""
+    with mock.patch.object(second.experts.local, "routed", side_effect=MemoryError):
+        return second(first(x))
+
+
+def _out_of_step(rank: int, program, options: dict, num_experts: int, trains: bool):
+    """The first error of an exchange on this rank; whether rows of a rank that failed are NaN; and
+    whether all ranks go on from there like ranks that never failed."""
+    first, second = layer_of(**options), layer_of(num_experts=num_experts, **options)
+
+    def step(program):
+        x = torch.linspace(-1, 1, T * H).view(T, H).requires_grad_(trains)
+        with torch.set_grad_enabled(trains):
+            out = program(first, second, x)
+        if trains:
+            out.sum().backward()
+        return out.detach()
+
+    def in_order(first, second, x):
+        return second(first(x))
+
+    expected, error, has_nan = step(in_order), "no error", False
+    for _ in range(3):
+        try:
+            has_nan |= bool(step(program if rank == 1 else in_order).isnan().any())
+        except MemoryError:
+            pass
+        except RuntimeError as raised:
+            error = str(raised)
+            break
+    return error, has_nan, torch.equal(step(in_order), expected)
+
+
+@pytest.mark.parametrize(
+    ("program", "trains", "place"),
+    [
+        (_swapped, False, ("forward of layer", "forward of layer")),
+        (_swapped, True, ("forward of layer", "forward of layer")),
+        (_without_second, False, ("forward of layer", "forward of layer")),
+        (_without_second, True, ("forward of layer", "backward of layer")),
+        (_given_up, False, ("forward of layer", "forward of layer")),
+        (_given_up, True, ("forward of layer", "forward of layer")),
+    ],
+)
+@pytest.mark.parametrize("num_experts", [E, 80])
+@pytest.mark.parametrize("options", [{}, {"drop_tokens": False}], ids=["capacity", "dropless"])
+def test_ranks_out_of_step_raise_alike_and_may_go_on(program, trains, place, num_experts, options):
+    """Whatever meets, rows and counts of other layers, other sizes, a forward and a backward."""
+    arguments = program, options, num_experts, trains
+    (first, *_, first_goes_on), (second, *_, goes_on) = on_processes(2, _out_of_step, *arguments)
+    assert first == second
+    assert first.startswith("ExpertParallel: all ranks must make the same calls in the same order")
+    mine, theirs = re.search(
+        r"got the (.*) \d+ on rank 0 .* the (.*) \d+ on rank 1", first
+    ).groups()
+    assert (mine, theirs) == place
+    assert first_goes_on
+    assert goes_on
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("options", [{}, {"drop_tokens": False, "options": {"overlap": 2}}])
+def test_experts_that_fail_on_one_rank_end_all_ranks_calls(options, trains):
+    """The others get NaN from them at once, and an error in the next exchange."""
+    (first, has_nan, first_goes_on), (second, _, goes_on) = on_processes(
+        2, _out_of_step, _failing, options, E, trains
+    )
+    assert has_nan or trains
+    assert first == second
+    assert "experts raised an exception in the last call on rank 1 of the group" in first
+    assert first_goes_on
+    assert goes_on
+
+
+def _failing_backward(rank: int):
+    """Of the experts on rank 1, while rank 0 waits for its gradients."""
+
+    def fail(grad):
+        raise MemoryError
+
+    layer = layer_of()
+    x = torch.randn(T, H, requires_grad=True)
+    if rank == 0:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
+    else:
+        layer.experts.local.down_proj.register_hook(fail)
+    for _ in range(2):
+        try:
+            layer(x).sum().backward()
+        except MemoryError:
+            continue
+        except RuntimeError as error:
+            return str(error)
+    return "no error"
+
+
+def test_a_backward_that_fails_on_one_rank_is_no_message_to_others():
+    pool = Processes(2)
+    try:
+        waits, failed = pool.run(_failing_backward)
+    finally:
+        pool.close()
+    assert "ExpertParallel: an exception ended a backward on this rank" in failed
+    assert waits != "no error"

@@ -330,11 +330,11 @@ def _explained(rank: int) -> tuple:
     gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False)
     layer = MOELayer(gate, ExpertParallel.of(ModuleExperts(nn.Linear(H, H), E), dist.group.WORLD))
     found = explain(layer, torch.randn(3, H))
-    return found.notes, layer.experts._agreed
+    return found.notes, layer.experts._met
 
 
 def test_explain_sees_experts_and_leaves_nothing():
-    for notes, agreed in on_processes(2, _explained):
+    for notes, met in on_processes(2, _explained):
         expected = f"MOELayer: ModuleExperts runs {E // 2} experts one after the other"
         assert [note.split(";")[0] for note in notes] == [expected]
-        assert agreed == set()
+        assert met == set()

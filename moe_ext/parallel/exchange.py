@@ -25,8 +25,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import _disable_current_modes
 
-from ..process_group import GroupAttribute
+from ..process_group import GroupAttribute, resolve
+from .consistency import BLOCK, NUM_WORDS, Call, check, check_on_host, record_of
 
 collectives = torch.ops._c10d_functional
 _DENSE = torch.contiguous_format
@@ -207,6 +209,11 @@ class Exchange:
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self._steps = (_Hop(group.group_name, self.size),)
 
+    @property
+    def first_group(self) -> dist.ProcessGroup:
+        """The group of the first move."""
+        return next(resolve(step.group) for step in self._steps if isinstance(step, _Hop))
+
     def equal(self, rows: int) -> Path:
         """The path of as many rows from every process to every process."""
         path: list[Move | Swap] = []
@@ -218,28 +225,41 @@ class Exchange:
                 path.append(Move(step.group, sizes, sizes))
         return tuple(path)
 
-    def counts(self, counts: Tensor) -> Tensor:
-        """What every process says to every other. [size, ...] integers -> the same shape."""
-        return self._trace(counts)[-1][1]
+    def counts(self, call: Call, counts: Tensor, is_named: bool = False) -> Tensor:
+        """Open an exchange: what every rank says to every other.
 
-    def counted(self, counts: Tensor) -> tuple[list[Path], Tensor, list[list[int]]]:
-        """Paths of rows that only their sender has counted.
+        counts: [size, n] integers
+        is_named: an error names what differs on a GPU too, for which the host waits
+
+        Returns [size, n] int64. Raises RuntimeError where a rank makes another call.
+        """
+        opened = self._open(call, counts.unsqueeze(2))
+        if is_named:
+            # Selective checkpointing must not see what a recomputation does not repeat.
+            with _disable_current_modes():
+                check_on_host(opened.words.tolist())
+        check(opened.sent, opened.words)
+        return opened.trace[-1][1].squeeze(2)
+
+    def counted(self, call: Call, counts: Tensor) -> tuple[list[Path], Tensor, list[list[int]]]:
+        """Open an exchange of rows that only their sender has counted.
 
         counts: [size, n, m] integers; [:, i, 0] are the rows of the i-th of n paths
         Returns the paths, what the others have counted, and the sums of that over them [n][m]. The
-        host waits for the device, once.
+        host waits for the device, once. Raises RuntimeError where a rank makes another call.
         """
         n, m = counts.shape[1:]
-        trace = self._trace(counts)
-        received = trace[-1][1]
-        sizes = []
-        for step, (before, after) in zip(self._steps, trace, strict=True):
+        opened = self._open(call, counts)
+        received = opened.trace[-1][1]
+        sizes = [opened.words]
+        for step, (before, after) in zip(self._steps, opened.trace, strict=True):
             if isinstance(step, _Turn):
                 sizes += [before[..., 0]]
             else:
                 sizes += [x[..., 0].view(step.size, -1, n).sum(dim=1) for x in (before, after)]
         flat = torch.cat([x.reshape(-1) for x in (*sizes, received.sum(dim=0))]).tolist()
         numbers = iter(flat)
+        check_on_host([[next(numbers) for _ in range(NUM_WORDS)] for _ in range(self.size)])
 
         def take(length: int) -> list[list[int]]:
             table = [[next(numbers) for _ in range(n)] for _ in range(length)]
@@ -255,18 +275,73 @@ class Exchange:
         sums = [[next(numbers) for _ in range(m)] for _ in range(n)]
         return [tuple(path) for path in zip(*steps, strict=True)], received, sums
 
-    def _trace(self, counts: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """One block of numbers for every process, before and after every step."""
+    def _open(self, call: Call, counts: Tensor) -> _Opened:
+        """Send the call and, in blocks of one size for every layer, as many counts as they hold."""
+        flat = counts.reshape(self.size, -1).to(torch.int64)
+        words = [flat.new_full((self.size, 1), word) for word in call.words()]
+        room = BLOCK - NUM_WORDS
+        first, rest = flat[:, :room], flat[:, room:]
+        unused = flat.new_zeros(self.size, room - first.shape[1])
+        trace = self._trace(torch.cat([*words, first, unused], dim=1))
+        sent, received = (x[:, :NUM_WORDS] for x in (trace[0][0], trace[-1][1]))
+        trace = [tuple(x[:, NUM_WORDS : NUM_WORDS + first.shape[1]] for x in xs) for xs in trace]
+        if rest.shape[1]:
+            # Of a size that the call decides.
+            check(sent, received)
+            pairs = zip(trace, self._trace(rest), strict=True)
+            trace = [tuple(torch.cat(xs, dim=1) for xs in zip(*xs, strict=True)) for xs in pairs]
+        shaped = [tuple(x.reshape(counts.shape) for x in xs) for xs in trace]
+        return _Opened(sent, received, shaped)
+
+    def _trace(self, blocks: Tensor) -> list[tuple[Tensor, ...]]:
+        """One block of numbers for every rank, before and after every step. blocks: [size, n]"""
         trace = []
         for step in self._steps:
-            before = counts
+            before = blocks
             if isinstance(step, _Turn):
-                pairs = counts.unflatten(0, (step.rows, step.columns))
-                counts = pairs.transpose(0, 1).flatten(0, 1)
+                pairs = blocks.unflatten(0, (step.rows, step.columns))
+                blocks = pairs.transpose(0, 1).flatten(0, 1)
             else:
                 sizes = [self.size // step.size] * step.size
-                flat = counts.reshape(self.size, -1)
-                moved = _all_to_all(flat, Move(step.group, sizes, sizes))
-                counts = collectives.wait_tensor(moved).view(counts.shape)
-            trace.append((before, counts))
+                blocks = collectives.wait_tensor(
+                    _all_to_all(blocks, Move(step.group, sizes, sizes))
+                )
+            trace.append((before, blocks))
         return trace
+
+
+class _Opened(NamedTuple):
+    """sent, words: [size, NUM_WORDS], the calls to and from every rank
+    trace: the counts, before and after every step
+    """
+
+    sent: Tensor
+    words: Tensor
+    trace: list[tuple[Tensor, ...]]
+
+
+def opens_backward(rows: list[Tensor], exchange: Exchange, call: Call) -> list[Tensor]:
+    """The same rows, whose backward begins with the exchange of its call."""
+    return list(_OpensBackward.apply(*rows, exchange, call))
+
+
+class _OpensBackward(Function):
+    @staticmethod
+    def forward(*args):
+        return tuple(tensor.view_as(tensor) for tensor in args[:-2])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *_, ctx.exchange, ctx.call = inputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        exchange, call = ctx.exchange, ctx.call._replace(is_backward=True)
+        # A count that depends on the gradient: a compiled graph would send the message in its
+        # forward too.
+        count = grads[0][:1].isnan().sum()
+        exchange.counts(call, count.expand(exchange.size, 1))
+        if not torch.compiler.is_compiling():  # which has no double backward
+            record_of(exchange.first_group).begin_backward()
+            grads = _OpensBackward.apply(*grads, exchange, ctx.call)
+        return *grads, None, None

@@ -18,10 +18,10 @@ from ..experts import ExpertParameters, Experts, SharedExperts, routed
 from ..functional import combine, dispatch
 from ..plan import Plan, make_plan
 from ..process_group import GroupAttribute
-from .agreement import agree
+from .consistency import DTYPES, Call, Record, record_of
 from .deepep import Journey
 from .division import divide
-from .exchange import Exchange
+from .exchange import Exchange, opens_backward
 from .trips import once_per_process, once_per_route, rooms_of_experts, travel
 
 
@@ -59,15 +59,18 @@ class ExpertParallel(ExpertParameters, Experts):
     call (two with dedup in two levels), where torch.compile breaks its graph. A group of one
     process exchanges nothing.
 
-    All processes make the same calls, and the same backwards: one without tokens too. In the first
-    call, with gradients and without, they compare what they were made with, and where they disagree
-    all raise RuntimeError, naming the field (not in compiled code). Raises ValueError for arguments
-    that do not fit.
+    All ranks make the same ExpertParallels on a group in the same order, then the same calls, and
+    the same backwards: one without tokens too. Every exchange opens with a check of that: where
+    ranks differ in the layer they call, its options or what they call it with, all raise
+    RuntimeError, naming what differs (on a GPU only in the first call, with gradients and without;
+    in compiled code unnamed). Where experts raise an exception on one rank, the others get NaN from
+    them, and all raise in the next call. Raises ValueError for arguments that do not fit.
     """
 
     tensor_group = GroupAttribute()
     local: nn.Module
-    _agreed: set[bool]
+    number: int  # the layer's, on its group
+    _met: set[bool]  # the modes of autograd in which ranks have compared on the host
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class ExpertParallel(ExpertParameters, Experts):
             experts = ExpertParallel(
                 experts, places, dedup=True, num_local_experts=num_local_experts
             )
-            experts._agreed = {True, False}
+            experts._met = {True, False}
             num_local_experts, group = experts.num_experts, nodes
         try:
             exchange = Exchange(group)
@@ -128,7 +131,8 @@ class ExpertParallel(ExpertParameters, Experts):
         self.average = average
         self.tensor_group = tensor_group
         self.deepep = deepep
-        self._agreed = set()  # the modes of autograd in which processes have compared
+        self.number = next(self._record().layers)
+        self._met = set()
         for member in (*experts._parameters, *experts._buffers, *experts._modules):
             if hasattr(ExpertParallel, member):
                 raise ValueError(f"{name}: experts must not have a member called {member!r}")
@@ -138,6 +142,12 @@ class ExpertParallel(ExpertParameters, Experts):
         for members in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[members] = experts.__dict__[members]
         self.mark()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        # A copy is a layer of its own. A pickle may be read before there are groups.
+        if dist.is_initialized():
+            self.number = next(self._record().layers)
 
     @classmethod
     def of(cls, experts: nn.Module, group: dist.ProcessGroup | DeviceMesh, **kwargs):
@@ -236,49 +246,62 @@ class ExpertParallel(ExpertParameters, Experts):
             return self._routed_here(tokens, plan, weights), done
         # Data-parallel wrappers may cast what they pass on.
         weights = weights.to(accumulate_dtype(tokens.dtype))
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled() not in self._agreed:
-            agree(
-                *(self._everyone, tokens.device),
-                num_experts=self.num_experts,
-                hidden_size=tokens.shape[1],
-                dtype=tokens.dtype,
-                k=plan.slots.shape[1],
-                dedup=self.dedup,
-                overlap=self.overlap,
-                uneven_tokens=self.uneven_tokens,
-                average=self.average,
-                deepep=self.deepep is not None,
-                tensor_parallel_size=self._sharers(),
-                tokens_require_grad=tokens.requires_grad,
-                weights_require_grad=weights.requires_grad,
-                drops_tokens=plan.capacity is not None,
-                capacity=(plan.capacity or 0) if self._sends_equal_parts(plan) else 0,
-            )
-            self._agreed.add(torch.is_grad_enabled())
+        call = self._call(tokens, plan, weights)
+        is_named = not torch.compiler.is_compiling() and call.grad_enabled not in self._met
+        if is_named:
+            self._met.add(call.grad_enabled)
+        if self.deepep is not None or self._everyone is not self.exchange:
+            none = plan.load.new_empty(self._everyone.size, 0)
+            self._everyone.counts(call, none, is_named)
         if self.deepep is not None:
             return self._by_deepep(tokens, plan, weights, work)
         if self._sends_equal_parts(plan):
-            return self._equal(tokens, plan, weights, work)
-        return self._counted(tokens, plan, weights, work)
+            return self._equal(call, is_named, tokens, plan, weights, work)
+        return self._counted(call, tokens, plan, weights, work)
+
+    def _call(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Call:
+        is_enabled = torch.is_grad_enabled()
+        return Call(
+            layer=self.number,
+            has_failed=not torch.compiler.is_compiling() and self._record().begin_forward(),
+            is_backward=False,
+            dedup=self.dedup,
+            uneven_tokens=self.uneven_tokens,
+            average=self.average,
+            deepep=self.deepep is not None,
+            drops_tokens=plan.capacity is not None,
+            grad_enabled=is_enabled,
+            tokens_require_grad=is_enabled and tokens.requires_grad,
+            weights_require_grad=is_enabled and weights.requires_grad,
+            dtype=DTYPES.index(tokens.dtype),
+            overlap=self.overlap,
+            tensor_parallel_size=self._sharers(),
+            num_experts=self.num_experts,
+            hidden_size=tokens.shape[1],
+            k=plan.slots.shape[1],
+            capacity=(plan.capacity or 0) if self._sends_equal_parts(plan) else 0,
+        )
 
     def _sends_equal_parts(self, plan: Plan) -> bool:
         return plan.capacity is not None and not self.uneven_tokens and not self.dedup
 
-    def _equal(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
+    def _equal(
+        self, call: Call, is_named: bool, tokens, plan, weights, work
+    ) -> tuple[Tensor, Tensor | None]:
         """Every expert's room [C, H] goes to its process, empty rows too."""
         E, H = plan.num_experts, tokens.shape[1]
         rooms = self._my_share(dispatch(tokens, plan).view(E, plan.capacity, H), 1)
         before = 0 if self.tensor_group is None else self.tensor_group.rank() * rooms.shape[1]
         kept = (plan.kept() - before).clamp(0, rooms.shape[1])
-        trips = rooms_of_experts(self.exchange, rooms, kept, self.overlap)
-        parts, result = travel(trips, self._routed_here, work)
+        trips = rooms_of_experts(self.exchange, call, rooms, kept, is_named)
+        parts, result = self._travel(call, trips, work)
         rooms = _joined([part.view(E, -1, H) for part in parts], 1)
         rooms = mappings.gather_tokens(rooms, 1, self.tensor_group)[:, : plan.capacity]
         return combine(rooms.reshape(E * plan.capacity, H), plan, weights), result
 
     # Sizes that differ in every call: compiled, each would be a program of its own.
     @torch.compiler.disable
-    def _counted(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
+    def _counted(self, call: Call, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
         """Rows that routes own, and no others."""
         num_tokens = tokens.shape[0]
         experts = self._my_share(torch.where(plan.slots >= 0, plan.experts, -1), 0, -1)
@@ -286,14 +309,24 @@ class ExpertParallel(ExpertParameters, Experts):
         split = [x.tensor_split(self.overlap) for x in (tokens, experts, weights)]
         parts = list(zip(*split, strict=True))
         pack = once_per_process if self.dedup else once_per_route
-        trips, plans = pack(self.exchange, self.num_experts, parts)
-        backs, result = travel(trips, self._routed_here, work)
+        trips, plans = pack(self.exchange, call, parts)
+        backs, result = self._travel(call, trips, work)
         outs = [
             combine(rows, plan, None if self.dedup else weights)
             for rows, plan, (_, _, weights) in zip(backs, plans, parts, strict=True)
         ]
         out = mappings.gather_tokens(_joined(outs, 0), 0, self.tensor_group)
         return out[:num_tokens], result
+
+    def _travel(self, call: Call, trips, work) -> tuple[list[Tensor], Tensor | None]:
+        backs, result, failure = travel(trips, self._routed_here, work)
+        if failure is not None:
+            self._record().has_failed = True
+            raise failure
+        return opens_backward(backs, self._everyone, call), result
+
+    def _record(self) -> Record:
+        return record_of(self._everyone.first_group)
 
     def _by_deepep(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
         experts = torch.where(plan.slots >= 0, plan.experts, -1)

@@ -12,7 +12,7 @@ from ..contracts import accumulate_dtype
 from ..functional import dispatch
 from ..losses import expert_load
 from ..plan import Plan, make_plan
-from .agreement import same_capacity
+from .consistency import Call
 from .exchange import Exchange, Move, Path, Travelling, back, finish, start
 
 
@@ -33,37 +33,63 @@ _Departed = tuple[Path, Callable[..., tuple[Tensor, Plan, Tensor]], list[Travell
 
 def travel(
     trips: Iterable[Trip], run: Callable[..., Tensor], work: Callable[[], Tensor] | None
-) -> tuple[list[Tensor], Tensor | None]:
-    """Every part to its experts and back. The next one travels while the experts work."""
+) -> tuple[list[Tensor], Tensor | None, Exception | None]:
+    """Every part to its experts and back. The next one travels while the experts work.
+
+    Returns the rows that came back, what `work` gives, and the exception that `run` or `work`
+    raised. After one all rows travel still, NaN in place of what `run` would give: another rank
+    that waits for them would take the next message for rows.
+    """
+    attempt = _Attempt()
     leaving, result = [], None
     departed = map(_depart, trips)
     # One ahead; what has left is not kept.
     coming: _Departed | None = next(departed)
     if work is not None:
-        result = work()
+        result = attempt(work)
     while coming is not None:
         (path, arrive, arriving), coming = coming, next(departed, None)
-        rows = run(*arrive(*map(finish, arriving)))
+        arrived = list(map(finish, arriving))
+        rows = attempt(lambda arrive=arrive, arrived=arrived: run(*arrive(*arrived)))
+        if rows is None:
+            rows = arrived[0].new_full(arrived[0].shape, torch.nan)
         leaving.append(start(rows, back(path)))
-    return [finish(rows) for rows in leaving], result
+    return [finish(rows) for rows in leaving], result, attempt.failure
+
+
+class _Attempt:
+    """Calls functions until one raises an exception, which it keeps."""
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+
+    def __call__(self, function: Callable[[], Tensor]) -> Tensor | None:
+        if torch.compiler.is_compiling():
+            return function()
+        if self.failure is None:
+            try:
+                return function()
+            except Exception as error:
+                self.failure = error
+        return None
 
 
 def _depart(trip: Trip) -> _Departed:
     return trip.path, trip.arrive, [start(tensor, trip.path) for tensor in trip.out]
 
 
-def rooms_of_experts(exchange: Exchange, rooms: Tensor, kept: Tensor, overlap: int) -> list[Trip]:
+def rooms_of_experts(
+    exchange: Exchange, call: Call, rooms: Tensor, kept: Tensor, is_named: bool
+) -> list[Trip]:
     """Every expert's room goes to its process, empty rows too.
 
     rooms: [E, C, H], of which kept [E] rows of each expert are filled
     """
     E, _, H = rooms.shape
     W, L = exchange.size, E // exchange.size
-    room = kept.new_full((W, 1), rooms.shape[1])
-    load, rooms_there = exchange.counts(torch.cat([kept.view(W, L), room], dim=1)).split([L, 1], 1)
-    same_capacity(rooms_there.flatten(), rooms.shape[1], exchange.rank)
+    load = exchange.counts(call, kept.view(W, L), is_named)
     trips, done = [], 0
-    for part in rooms.tensor_split(overlap, dim=1):
+    for part in rooms.tensor_split(call.overlap, dim=1):
         C = part.shape[1]
         ids = _ids_of_rooms((load - done).clamp(0, C), C)
 
@@ -76,16 +102,16 @@ def rooms_of_experts(exchange: Exchange, rooms: Tensor, kept: Tensor, overlap: i
 
 
 def once_per_route(
-    exchange: Exchange, num_experts: int, parts: list
+    exchange: Exchange, call: Call, parts: list
 ) -> tuple[Iterator[Trip], list[Plan]]:
     """parts: tokens [T, H], experts [T, K] and weights [T, K] of each. Every route has a row of
     its own. Also the plans of the rows that go out.
     """
-    W, L = exchange.size, num_experts // exchange.size
-    plans = [make_plan(ids, num_experts, order="token") for _, ids, _ in parts]
+    W, L = exchange.size, call.num_experts // exchange.size
+    plans = [make_plan(ids, call.num_experts, order="token") for _, ids, _ in parts]
     loads = torch.stack([plan.load.view(W, L) for plan in plans], dim=1)
     counts = torch.cat([loads.sum(dim=2, keepdim=True, dtype=loads.dtype), loads], dim=2)
-    paths, received, sums = exchange.counted(counts)
+    paths, received, sums = exchange.counted(call, counts)
     plans = [_without_empty_rows(*pair) for pair in zip(plans, paths, strict=True)]
     local = torch.arange(L, dtype=torch.int32, device=counts.device).repeat(W)
 
@@ -102,16 +128,16 @@ def once_per_route(
 
 
 def once_per_process(
-    exchange: Exchange, num_experts: int, parts: list
+    exchange: Exchange, call: Call, parts: list
 ) -> tuple[Iterator[Trip], list[Plan]]:
     """The same, where a token goes once to a process, with its ids and weights."""
-    W, L = exchange.size, num_experts // exchange.size
+    W, L = exchange.size, call.num_experts // exchange.size
     owners = [torch.where(ids >= 0, ids // L, -1) for _, ids, _ in parts]
     plans = [make_plan(_first_of_each(ranks), W, order="token") for ranks in owners]
     rows = torch.stack([plan.load for plan in plans], dim=1)
     routes = torch.stack([expert_load(ranks, W) for ranks in owners], dim=1)
     counts = torch.stack([rows.to(routes.dtype), routes], dim=2)
-    paths, _, sums = exchange.counted(counts)
+    paths, _, sums = exchange.counted(call, counts)
     plans = [_without_empty_rows(*pair) for pair in zip(plans, paths, strict=True)]
 
     def trip(i: int) -> Trip:

@@ -1,0 +1,197 @@
+"""Check that ranks make the same call of the same layer.
+
+An exchange opens with one message of a fixed size, forward and backward: the words of a `Call`,
+then counts. A collective that meets another layer's, or a backward that meets a forward, thus
+receives what it can read, and every rank raises the same error before any rows are sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import NamedTuple, NoReturn, get_type_hints
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BLOCK = 32  # int64 numbers in the opening message for each rank
+DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
+
+
+class Record:
+    """What a rank remembers of a group as long as that lives.
+
+    layers: gives every layer a number, in the order in which the rank makes them
+    has_failed: whether experts raised an exception in the last call here, and the other ranks do
+        not know yet
+    backwards: how many of layers have begun and not ended
+    """
+
+    def __init__(self) -> None:
+        self.layers = itertools.count()
+        self.has_failed = False
+        self.backwards = 0
+
+    def begin_forward(self) -> bool:
+        """Returns has_failed, which the call tells the other ranks.
+
+        Raises RuntimeError after a backward that ended in an exception on this rank.
+        """
+        # Inside a backward, as that of a checkpoint, others may be under way.
+        if self.backwards and torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(
+                "ExpertParallel: an exception ended a backward on this rank, and other ranks may "
+                "still wait for its gradients. Restart all ranks, or make the groups and layers "
+                "anew on all of them"
+            )
+        has_failed, self.has_failed = self.has_failed, False
+        return has_failed
+
+    def begin_backward(self) -> None:
+        self.backwards += 1
+        # Called when the whole backward has ended, and never after an exception.
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self.backwards -= 1
+
+
+_records: weakref.WeakKeyDictionary[dist.ProcessGroup, Record] = weakref.WeakKeyDictionary()
+
+
+def record_of(group: dist.ProcessGroup) -> Record:
+    return _records.setdefault(group, Record())
+
+
+class Call(NamedTuple):
+    """What all ranks of a group must have in common in one exchange.
+
+    layer: its number on the group, as of its Record
+    has_failed: as of the group's Record
+    is_backward: whether the exchange is the backward's
+    dtype: as an index of DTYPES
+    capacity: rows per expert, 0 where ranks may differ in it
+
+    The rest has the names of ExpertParallel's arguments and of the tensors it was called with.
+    """
+
+    layer: int
+    has_failed: bool
+    is_backward: bool
+    dedup: bool
+    uneven_tokens: bool
+    average: bool
+    deepep: bool
+    drops_tokens: bool
+    grad_enabled: bool
+    tokens_require_grad: bool
+    weights_require_grad: bool
+    dtype: int
+    overlap: int
+    tensor_parallel_size: int
+    num_experts: int
+    hidden_size: int
+    k: int
+    capacity: int
+
+    def words(self) -> list[int]:
+        """The fields, packed into int64 numbers."""
+        words = []
+        for fields in _WORDS:
+            word = 0
+            for name, bits in fields:
+                word = word * 2**bits + getattr(self, name)
+            words.append(word)
+        return words
+
+    @classmethod
+    def of_words(cls, words: list[int]) -> Call:
+        values: dict[str, int] = {}
+        for fields, word in zip(_WORDS, words, strict=True):
+            for name, bits in reversed(fields):
+                word, values[name] = divmod(word, 2**bits)
+        return cls(**values)
+
+
+_FLAGS = {name for name, kind in get_type_hints(Call).items() if kind is bool}
+
+
+def _packed() -> list[list[tuple[str, int]]]:
+    """The fields of every word and their bits, at most 62 in a word."""
+    few = {"layer": 20, "dtype": 8, "overlap": 8, "tensor_parallel_size": 12}
+    words: list[list[tuple[str, int]]] = [[]]
+    for name in Call._fields:
+        bits = 1 if name in _FLAGS else few.get(name, 31)
+        if sum(bits for _, bits in words[-1]) + bits > 62:
+            words.append([])
+        words[-1].append((name, bits))
+    return words
+
+
+_WORDS = _packed()
+NUM_WORDS = len(_WORDS)
+
+
+def check(sent: Tensor, received: Tensor) -> None:
+    """Raises RuntimeError where a rank makes another call.
+
+    sent, received: [ranks, NUM_WORDS], to and from every rank
+
+    The error names what differs where the host can see it: in eager code on the CPU. On a GPU and
+    in compiled code the device's own assertion fails, for which nothing waits.
+    """
+    is_same = (sent == received).all()
+    message = "ExpertParallel: all ranks must make the same calls with the same options"
+    if torch.compiler.is_compiling():
+        torch._assert_async(is_same, message)
+        return
+    try:
+        torch._assert_async(is_same, message)
+    except RuntimeError:
+        check_on_host(received.tolist())
+
+
+def check_on_host(received: list[list[int]]) -> None:
+    """`check`, with the words of all ranks, this one among them, on the host."""
+    calls = list(map(Call.of_words, received))
+    first = calls[0]
+    for rank, call in enumerate(calls):
+        if call.has_failed:
+            raise RuntimeError(
+                f"ExpertParallel: experts raised an exception in the last call on rank {rank} of "
+                "the group, and the other ranks got NaN from them. Give up such a batch on all "
+                "ranks"
+            )
+    for rank, call in enumerate(calls):
+        if _place(call) != _place(first):
+            raise RuntimeError(
+                "ExpertParallel: all ranks must make the same calls in the same order, got the "
+                f"{_place(first)} on rank 0 of the group and the {_place(call)} on rank {rank}. "
+                "Layers are numbered in the order in which a rank makes them, which must be the "
+                "same on all ranks; a rank that skips a layer or gives up a batch must not do so "
+                "alone"
+            )
+    for name in Call._fields:
+        for rank, call in enumerate(calls):
+            if getattr(call, name) != getattr(first, name):
+                _fail(name, _value(first, name), rank, _value(call, name))
+
+
+def _place(call: Call) -> str:
+    return f"{'backward' if call.is_backward else 'forward'} of layer {call.layer}"
+
+
+def _value(call: Call, name: str) -> object:
+    value = getattr(call, name)
+    if name == "dtype":
+        return DTYPES[value]
+    return bool(value) if name in _FLAGS else value
+
+
+def _fail(name: str, first: object, rank: int, other: object) -> NoReturn:
+    hint = "; with uneven_tokens=True it may differ" if name == "capacity" else ""
+    raise RuntimeError(
+        f"ExpertParallel: all ranks must have the same {name}, got {first} on rank 0 of the group "
+        f"and {other} on rank {rank}{hint}"
+    )
