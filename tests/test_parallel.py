@@ -387,3 +387,46 @@ def _compiled(rank: int, case: Case):
 )
 def test_compiled(case):
     assert_like_one_process(case, _compiled)
+
+
+def _recompiled(rank: int, options: dict, gate: dict) -> list[bool]:
+    """Whether calls of more sizes than torch.compile makes programs for give what eager ones give,
+    their gradients too, where every rank has sizes of its own."""
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False, **gate)
+    experts = ExpertParallel.of(GroupedExperts(E, H, F), dist.group.WORLD, **options)
+    layer = MOELayer(gate, experts).double()
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="eager", dynamic=False)
+    same = []
+    for call in range(5):
+        # Rank 0 runs eagerly from the third size on; rank 1 has one size.
+        x = torch.randn(3 + (call if rank == 0 else 0), H, dtype=torch.float64)
+        found = []
+        for run in (compiled, eager):
+            tokens = x.clone().requires_grad_()
+            out = run(tokens)
+            (grad,) = torch.autograd.grad(out.square().sum(), tokens)
+            found.append((out, grad))
+        same.append(all(map(torch.equal, *found)))
+    return same
+
+
+@pytest.mark.parametrize(
+    ("options", "gate"),
+    [
+        ({}, {"drop_tokens": False}),
+        ({"uneven_tokens": True}, {"capacity_factor": 1.0}),
+        # As many rows per expert for every number of tokens.
+        ({}, {"min_capacity": 16}),
+    ],
+    ids=["dropless", "uneven", "capacity"],
+)
+def test_a_rank_may_leave_compiled_code_alone(options, gate):
+    assert on_processes(2, _with_few_programs, options, gate) == [[True] * 5] * 2
+
+
+def _with_few_programs(rank: int, *args) -> list[bool]:
+    with torch._dynamo.config.patch(recompile_limit=2):
+        return _recompiled(rank, *args)

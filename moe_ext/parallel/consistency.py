@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import NamedTuple, NoReturn, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -107,7 +107,7 @@ class Call(NamedTuple):
 
     @classmethod
     def of_words(cls, words: list[int]) -> Call:
-        values: dict[str, int] = {}
+        values: dict[str, Any] = {}
         for fields, word in zip(_WORDS, words, strict=True):
             for name, bits in reversed(fields):
                 word, values[name] = divmod(word, 2**bits)

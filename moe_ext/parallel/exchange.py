@@ -295,7 +295,7 @@ class Exchange:
 
     def _trace(self, blocks: Tensor) -> list[tuple[Tensor, ...]]:
         """One block of numbers for every rank, before and after every step. blocks: [size, n]"""
-        trace = []
+        trace: list[tuple[Tensor, ...]] = []
         for step in self._steps:
             before = blocks
             if isinstance(step, _Turn):

@@ -50,11 +50,15 @@ def travel(
     while coming is not None:
         (path, arrive, arriving), coming = coming, next(departed, None)
         arrived = list(map(finish, arriving))
-        rows = attempt(lambda arrive=arrive, arrived=arrived: run(*arrive(*arrived)))
+        rows = attempt(_at_experts, run, arrive, arrived)
         if rows is None:
             rows = arrived[0].new_full(arrived[0].shape, torch.nan)
         leaving.append(start(rows, back(path)))
     return [finish(rows) for rows in leaving], result, attempt.failure
+
+
+def _at_experts(run: Callable[..., Tensor], arrive: Callable, arrived: list[Tensor]) -> Tensor:
+    return run(*arrive(*arrived))
 
 
 class _Attempt:
@@ -63,12 +67,12 @@ class _Attempt:
     def __init__(self) -> None:
         self.failure: Exception | None = None
 
-    def __call__(self, function: Callable[[], Tensor]) -> Tensor | None:
+    def __call__(self, function: Callable[..., Tensor], *args) -> Tensor | None:
         if torch.compiler.is_compiling():
-            return function()
+            return function(*args)
         if self.failure is None:
             try:
-                return function()
+                return function(*args)
             except Exception as error:
                 self.failure = error
         return None
