@@ -161,18 +161,24 @@ class SharedExperts(Experts):
 
 class ExpertParameters(nn.Module):
     """Every parameter carries `allreduce = False` and `group_name`, that of the processes which
-    share the experts, in DeepSpeed's way."""
+    share the experts, in DeepSpeed's way.
+
+    marked: names of the parameters that do
+    """
 
     expert_group_name: str | None
+    marked: set[str]
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.register_load_state_dict_post_hook(_mark_again)
 
     def mark(self) -> None:
-        for parameter in self.parameters():
+        self.marked = set()
+        for name, parameter in self.named_parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+            self.marked.add(name)
 
     # Copies, moved and assigned parameters are new ones, without marks.
 

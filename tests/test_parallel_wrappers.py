@@ -3,16 +3,21 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from processes import on_processes
 from test_parallel import CountCollectives
 from test_parallel_training import E, H, T, batch, divided, loss_of, model_of
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from moe_ext import ExpertParallel, GroupedExperts, MoE, MOELayer, TopKGate, parallel
 from moe_ext.parallel import make_groups
@@ -171,3 +176,120 @@ def _compiled_with_shared_tokens(rank: int):
 
 def test_layers_with_shared_tokens_compile_whole():
     assert on_processes(4, _compiled_with_shared_tokens) == [True] * 4
+
+
+def _error_of(function) -> str:
+    try:
+        function()
+    except (RuntimeError, CheckpointException) as error:
+        return str(error)
+    return "no error"
+
+
+def _plain(rank: int, kind: str, wrap: str, compiles: bool) -> str:
+    torch._dynamo.reset()
+    model = divided(kind, make_groups(2).ep)
+    if compiles:
+        gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
+        model[1] = MOELayer(gate, model[1].experts).double()
+        model[1].compile(backend="eager")
+    wrapped = fsdp.fully_shard(model) if wrap == "fsdp" else DistributedDataParallel(model)
+    return _error_of(lambda: wrapped(batch(rank, 0)))
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("wrap", "instead"), [("ddp", "parallel.data_parallel"), ("fsdp", "parallel.fully_shard")]
+)
+@pytest.mark.parametrize("kind", ["grouped", "modules"])
+def test_wrappers_that_know_no_division_are_refused(kind, wrap, instead, compiles):
+    """They would mix the experts of different ranks."""
+    if kind == "modules" and compiles:
+        pytest.skip("its forward is not traced")
+    for error in on_processes(2, _plain, kind, wrap, compiles):
+        assert f"wrap it by moe_ext.{instead}(model, groups)" in error
+
+
+def _sharded_alone(rank: int) -> str:
+    model = divided("grouped", make_groups(2).ep)
+    fsdp.fully_shard(model[1].experts)
+    fsdp.fully_shard(model)
+    return _error_of(lambda: model(batch(rank, 0)))
+
+
+def test_experts_sharded_among_ranks_with_other_experts_are_refused():
+    for error in on_processes(2, _sharded_alone):
+        assert "parallel.fully_shard(model, groups)" in error
+
+
+def _replaced(rank: int) -> tuple[str, str]:
+    layer = divided("grouped", make_groups(2).ep)[1]
+    layer.experts.down_proj = nn.Parameter(layer.experts.down_proj.detach().clone())
+    before = _error_of(lambda: layer(batch(rank, 0)))
+    layer.experts.mark()
+    return before, _error_of(lambda: layer(batch(rank, 0)))
+
+
+def test_experts_take_other_parameters_that_are_marked():
+    for before, after in on_processes(2, _replaced):
+        assert "call experts.mark()" in before
+        assert after == "no error"
+
+
+def _adapted(rank: int) -> str:
+    """Parameters that were added are no reason to refuse the others."""
+    layer = divided("modules", make_groups(2).ep)[1]
+    for expert in layer.experts.experts:
+        expert[0].adapter = nn.Parameter(torch.zeros(1))
+    return _error_of(lambda: layer(batch(rank, 0)))
+
+
+def test_experts_may_have_adapters():
+    assert on_processes(2, _adapted) == ["no error"] * 2
+
+
+def _saved_plainly(rank: int, kind: str, folder: str, is_sharded: bool) -> list[str]:
+    groups = make_groups(2)
+    model = divided(kind, groups.ep)
+    if is_sharded:
+        parallel.fully_shard(model, groups)
+    whole = parallel.global_state(model, groups, model.state_dict())
+    dcp.save(whole, checkpoint_id=folder)
+    return [
+        _error_of(lambda: dcp.save(model.state_dict(), checkpoint_id=f"{folder}/plain")),
+        _error_of(lambda: dcp.save(get_model_state_dict(model), checkpoint_id=f"{folder}/plain")),
+        _error_of(lambda: dcp.load(model.state_dict(), checkpoint_id=folder)),
+    ]
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("kind", ["grouped", "modules"])
+def test_checkpoints_of_one_ranks_experts_are_refused(kind, is_sharded, tmp_path):
+    """torch.distributed.checkpoint would write one rank's experts as those of all."""
+    world = 4 if is_sharded else 2
+    for errors in on_processes(world, _saved_plainly, kind, str(tmp_path), is_sharded):
+        *saves, load = errors
+        for error in saves:
+            assert "moe_ext.parallel.global_state(model, groups, state)" in error
+        assert "moe_ext.parallel.global_state" in load or "Size mismatch between saved" in load
+
+
+def _saved_by_rank(rank: int, folder: str) -> tuple[bool, str, bool]:
+    model = divided("modules", make_groups(2).ep)
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    dist.barrier()
+    mine = torch.load(f"{folder}/{rank}.pt", weights_only=True)
+    model.load_state_dict(mine)
+    is_same = all(map(torch.equal, mine.values(), model.state_dict().values()))
+    others = torch.load(f"{folder}/{1 - rank}.pt", weights_only=True)
+    are_plain = all(type(value) is torch.Tensor and not vars(value) for value in mine.values())
+    return is_same, _error_of(lambda: model.load_state_dict(others)), are_plain
+
+
+def test_a_file_per_rank_loads_into_its_rank_alone(tmp_path):
+    for rank, (is_same, error, are_plain) in enumerate(
+        on_processes(2, _saved_by_rank, str(tmp_path))
+    ):
+        assert is_same
+        assert f"holds the experts of rank {1 - rank} of 2, and this is rank {rank} of 2" in error
+        assert are_plain

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from .division import is_in, lists_of, shifted
 from .groups import Groups, experts_of
+from .misuse import unmarked
 
 
 def global_state(model: nn.Module, groups: Groups, state: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def _converted(
                 if not key[begin:end].endswith(old):  # a name without what wrappers inside add
                     old, new = _unwrapped(old), _unwrapped(new)
                 key = key[: end - len(old)] + new + key[end:]
+                value = unmarked(value)
                 if entry.is_stacked and isinstance(value, Tensor) and value.dim() > 0:
                     value = convert(entry, groups, value)
                 has_any = True

@@ -156,8 +156,9 @@ def check_on_host(received: list[list[int]]) -> None:
     """`check`, with the words of all ranks, this one among them, on the host."""
     calls = list(map(Call.of_words, received))
     first = calls[0]
-    for rank, call in enumerate(calls):
-        if call.has_failed:
+    failed = [rank for rank, call in enumerate(calls) if call.has_failed]
+    for rank in failed:
+        if len(failed) < len(calls):  # where all failed, all have given up the batch
             raise RuntimeError(
                 f"ExpertParallel: experts raised an exception in the last call on rank {rank} of "
                 "the group, and the other ranks got NaN from them. Give up such a batch on all "

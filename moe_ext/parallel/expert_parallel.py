@@ -22,6 +22,13 @@ from .consistency import DTYPES, Call, Record, record_of
 from .deepep import Journey
 from .division import divide
 from .exchange import Exchange, opens_backward
+from .misuse import (
+    mark_state,
+    refuse_state,
+    refuse_wrappers,
+    refuse_wrappers_when_compiled,
+    remember,
+)
 from .trips import once_per_process, once_per_route, rooms_of_experts, travel
 
 
@@ -142,9 +149,12 @@ class ExpertParallel(ExpertParameters, Experts):
         for members in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[members] = experts.__dict__[members]
         self.mark()
+        self.register_state_dict_post_hook(mark_state)
+        remember(self)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        remember(self)
         # A copy is a layer of its own. A pickle may be read before there are groups.
         if dist.is_initialized():
             self.number = next(self._record().layers)
@@ -212,8 +222,9 @@ class ExpertParallel(ExpertParameters, Experts):
     def _save_to_state_dict(self, *args) -> None:
         self.local._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, *args) -> None:
-        self.local._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        refuse_state(self, local_metadata)
+        self.local._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         return self(tokens, plan, weights)[0]
@@ -248,7 +259,10 @@ class ExpertParallel(ExpertParameters, Experts):
         weights = weights.to(accumulate_dtype(tokens.dtype))
         call = self._call(tokens, plan, weights)
         is_named = not torch.compiler.is_compiling() and call.grad_enabled not in self._met
-        if is_named:
+        if torch.compiler.is_compiling():
+            refuse_wrappers_when_compiled(self)
+        elif is_named:
+            refuse_wrappers(self)
             self._met.add(call.grad_enabled)
         if self.deepep is not None or self._everyone is not self.exchange:
             none = plan.load.new_empty(self._everyone.size, 0)

@@ -1,0 +1,138 @@
+"""Refuse wrappers and checkpoints that take one rank's experts for copies of another's.
+
+Divided experts have the same names and shapes on every rank. What knows nothing of their division
+broadcasts, averages, shards or saves them as if they were the same parameters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from .expert_parallel import ExpertParallel
+
+_members: weakref.WeakValueDictionary[int, ExpertParallel] = weakref.WeakValueDictionary()
+
+
+def refuse_wrappers(experts: ExpertParallel) -> None:
+    """Raises RuntimeError inside a forward of plain DistributedDataParallel or fully_shard."""
+    _refuse_ddp(experts)
+    _refuse_fsdp(experts)
+
+
+def refuse_wrappers_when_compiled(experts: ExpertParallel) -> None:
+    """`refuse_wrappers` from compiled code: it runs once, while torch.compile traces."""
+    _refuse_by_id(id(experts))
+
+
+def remember(experts: ExpertParallel) -> None:
+    _members[id(experts)] = experts
+
+
+def _refuse_by_id(key: int) -> bool:
+    refuse_wrappers(_members[key])
+    return True
+
+
+# As of torch.compiler.assume_constant_result, which would load all of torch._dynamo.
+_refuse_by_id._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _refuse_ddp(experts: ExpertParallel) -> None:
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None:
+        return
+    mine = {id(parameter) for parameter in experts.parameters()}
+    for name, parameter in ddp.module.named_parameters():
+        if id(parameter) in mine and name not in ddp.parameters_to_ignore:
+            raise RuntimeError(
+                f"ExpertParallel: DistributedDataParallel has copied {name} of rank 0's experts "
+                "over other experts on the other ranks, and would average their gradients. Build "
+                "the model anew and wrap it by moe_ext.parallel.data_parallel(model, groups)"
+            )
+
+
+def _refuse_fsdp(experts: ExpertParallel) -> None:
+    if isinstance(experts, FSDPModule):
+        if not experts.average:
+            raise RuntimeError(
+                "ExpertParallel: fully_shard must shard experts over the ranks that hold the same "
+                "ones and average their gradients over all ranks. Build the model anew and wrap it "
+                "by moe_ext.parallel.fully_shard(model, groups)"
+            )
+        return
+    parameters = dict(experts.named_parameters())
+    for name in experts.marked & parameters.keys():
+        # FSDP computes with parameters of its own making.
+        if not hasattr(parameters[name], "group_name"):
+            raise RuntimeError(
+                f"ExpertParallel: {name} of the experts was replaced by another parameter. Plain "
+                "fully_shard does so and mixes the experts of different ranks: build the model "
+                "anew and wrap it by moe_ext.parallel.fully_shard(model, groups). If you replaced "
+                "it yourself, call experts.mark()"
+            )
+
+
+RANK = "expert_parallel_rank"  # in a state dict's metadata: [rank, size]
+
+
+def mark_state(
+    experts: ExpertParallel, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """A state-dict hook: tensors of experts say that they are a part.
+
+    torch.distributed.checkpoint asks a tensor how to write and to read it, and would take a plain
+    one for the same on all ranks. A state dict's metadata remembers the rank it is of.
+    """
+    if experts.size == 1:
+        return
+    metadata[RANK] = [experts.rank, experts.size]
+    for key, value in state.items():
+        # Parameters, as keep_vars gives them, outlive the state dict.
+        if not key.startswith(prefix) or isinstance(value, nn.Parameter):
+            continue
+        if isinstance(value, Tensor):
+            value.__create_write_items__ = _refuse_checkpoint  # type: ignore[attr-defined]
+            value.__create_chunk_list__ = _refuse_checkpoint  # type: ignore[attr-defined]
+            if type(value) is Tensor:
+                value.__getstate__ = _no_attributes  # type: ignore[attr-defined]
+
+
+def unmarked(value: Any) -> Any:
+    """The same tensor without the marks of `mark_state`."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def refuse_state(experts: ExpertParallel, metadata: dict[str, Any]) -> None:
+    """Raises RuntimeError for a state dict of another rank's experts."""
+    here = [experts.rank, experts.size]
+    if metadata.get(RANK, here) != here:
+        rank, size = metadata[RANK]
+        raise RuntimeError(
+            f"ExpertParallel: the state dict holds the experts of rank {rank} of {size}, and this "
+            f"is rank {here[0]} of {here[1]}. Load each rank's own, or save and load with "
+            "moe_ext.parallel.global_state and local_state"
+        )
+
+
+def _refuse_checkpoint(name: str = "a parameter", *args) -> NoReturn:
+    raise RuntimeError(
+        f"ExpertParallel: {name} holds experts of one rank alone, and torch.distributed.checkpoint "
+        "would take it for the same on all ranks. Pass it "
+        "moe_ext.parallel.global_state(model, groups, state)"
+    )
+
+
+def _no_attributes() -> dict:
+    """What torch.save stores beside a tensor's values."""
+    return {}
+
+
+# A sharded tensor's attributes are saved with it.
+torch.serialization.add_safe_globals([_refuse_checkpoint])
