@@ -1,6 +1,6 @@
-"""State dicts of processes that share experts, as parts of all experts' state dict.
+"""State dicts of ranks that share experts, as parts of all experts' state dict.
 
-torch.distributed.checkpoint writes and reads those: the same files whatever the number of processes
+torch.distributed.checkpoint writes and reads those: the same files whatever the number of ranks
 that share, one among them.
 
     state = get_model_state_dict(model)
@@ -27,19 +27,32 @@ from .misuse import unmarked
 
 
 def global_state(model: nn.Module, groups: Groups, state: dict[str, Any]) -> dict[str, Any]:
-    """This process's part of all experts' state.
+    """Turn this rank's state dict into its part of all experts' state.
 
-    state: {name: value} of the model, or of its optimizer in the flat form of
-        torch.distributed.checkpoint.state_dict.get_optimizer_state_dict. Names of a wrapped model
-        are with or without what its wrapper adds.
+    Args:
+        model: the model, wrapped or not
+        groups: as of `make_groups`
+        state: {name: value} of the model, or of its optimizer in the flat form of
+            torch.distributed.checkpoint.state_dict.get_optimizer_state_dict. Names of a wrapped
+            model are with or without what its wrapper adds.
 
-    Raises ValueError where the state has none of the experts' names.
+    Raises:
+        ValueError: the state has none of the experts' names
     """
     return _converted(state, _entries(model, here=True), groups, _as_global)
 
 
 def local_state(model: nn.Module, groups: Groups, state: dict[str, Any]) -> dict[str, Any]:
-    """What `global_state` was made of: for load_state_dict, set_optimizer_state_dict."""
+    """The inverse of `global_state`: for load_state_dict, set_optimizer_state_dict.
+
+    Args:
+        model: the model, wrapped or not
+        groups: as of `make_groups`
+        state: as `global_state` returned it, loaded since
+
+    Raises:
+        ValueError: the state has none of the experts' names
+    """
     return _converted(state, _entries(model, here=False), groups, _as_local)
 
 

@@ -33,45 +33,49 @@ from .trips import once_per_process, once_per_route, rooms_of_experts, travel
 
 
 class ExpertParallel(ExpertParameters, Experts):
-    """Experts of which every process of a group has its part: expert parallelism.
+    """Experts of which every rank of a group holds a part: expert parallelism.
 
-    experts: the experts here, as many in every process. Their ids among all follow the group's
-        order: those of the first process come first. `ExpertParallel.of` takes all experts and
-        keeps this process's part.
-    group: a process group; or a mesh of one dimension; or one of two, nodes and places in a node:
-        then rows travel between nodes together, and are sorted out inside
-    dedup: send a token once to a process that has several of its experts, and weigh there. Fewer
-        bytes; what is summed is the same, in another order. In two levels a token goes once to a
-        node, and there once to a process: experts divided among nodes, which divide theirs.
-    overlap: so many parts, of which one travels while the experts work on another
-    uneven_tokens: processes may have different numbers of tokens, or none, with a capacity too.
-        Without a capacity they always may.
-    average: gradients of the experts' parameters are those of the mean of the processes' losses, as
-        data-parallel wrappers have all others, not of the sum. `parallel.data_parallel` and
-        `parallel.fully_shard` set it.
-    tensor_group: processes that hold the same tokens and routes (tensor parallelism): each sends
-        its share, and all get the sum
-    deepep: a `deep_ep.ElasticBuffer` of the group: tokens travel by its kernels, in bfloat16 on
-        NVIDIA GPUs. Not run with DeepEP itself yet, only with a stand-in for its buffer.
-    num_local_experts: of `experts` that are no moe_ext.Experts, as of MOELayer
-    ep_group_name: what parameters carry as `group_name`, beside `allreduce = False`, for
-        DeepSpeed's optimizers
+    Args:
+        experts: the experts here, as many on every rank. Their ids among all follow the group's
+            order: those of the first rank come first. `ExpertParallel.of` takes all experts and
+            keeps this rank's part.
+        group: a process group; or a mesh of one dimension; or one of two, nodes and places in a
+            node: then rows travel between nodes together, and are sorted out inside
+        dedup: send a token once to a rank that has several of its experts, and weigh there. Fewer
+            bytes; what is summed is the same, in another order. In two levels a token goes once to
+            a node, and there once to a rank: experts divided among nodes, which divide theirs.
+        overlap: so many parts, of which one travels while the experts work on another
+        uneven_tokens: ranks may have different numbers of tokens, or none, with a capacity too.
+            Without a capacity they always may.
+        average: gradients of the experts' parameters are those of the mean of the ranks' losses,
+            as data-parallel wrappers have all others, not of the sum. `parallel.data_parallel` and
+            `parallel.fully_shard` set it.
+        tensor_group: ranks that hold the same tokens and routes (tensor parallelism): each sends
+            its share, and all get the sum
+        deepep: a `deep_ep.ElasticBuffer` of the group: tokens travel by its kernels, in bfloat16
+            on NVIDIA GPUs. Not run with DeepEP itself yet, only with a stand-in for its buffer.
+        num_local_experts: of `experts` that are no moe_ext.Experts, as of MOELayer
+        ep_group_name: what parameters carry as `group_name`, beside `allreduce = False`, for
+            DeepSpeed's optimizers
 
-    Parameters, buffers and submodules are those of `experts`, under their own names: a process's
-    state dict has the names of all experts' in one process. `moe_ext.parallel` has what reduces
-    their gradients and saves them.
+    Parameters, buffers and submodules are those of `experts`, under their own names: a rank's
+    state dict has the names that all experts have in one process. `moe_ext.parallel` has what
+    reduces their gradients and saves them.
 
-    With a capacity, equal on all processes, an exchange is of equal parts, known beforehand; it
+    With a capacity, equal on all ranks, an exchange is of equal parts, known beforehand; it
     compiles whole. Otherwise rows are counted first, which the host reads: one synchronisation per
-    call (two with dedup in two levels), where torch.compile breaks its graph. A group of one
-    process exchanges nothing.
+    call (two with dedup in two levels), where torch.compile breaks its graph. A group of one rank
+    exchanges nothing.
 
     All ranks make the same ExpertParallels on a group in the same order, then the same calls, and
-    the same backwards: one without tokens too. Every exchange opens with a check of that: where
-    ranks differ in the layer they call, its options or what they call it with, all raise
-    RuntimeError, naming what differs (on a GPU only in the first call, with gradients and without;
-    in compiled code unnamed). Where experts raise an exception on one rank, the others get NaN from
-    them, and all raise in the next call. Raises ValueError for arguments that do not fit.
+    the same backwards: one without tokens too. Every exchange opens with a check of that.
+
+    Raises:
+        ValueError: arguments that do not fit
+        RuntimeError: in a call, on all ranks, where they differ in the layer they call, its options
+            or what they call it with. It names what differs; on a GPU only in the first call, with
+            gradients and without, and not in compiled code. Where experts raise an exception on
+            one rank, the others get NaN from them, and all raise in the next call.
     """
 
     tensor_group = GroupAttribute()
@@ -161,10 +165,16 @@ class ExpertParallel(ExpertParameters, Experts):
 
     @classmethod
     def of(cls, experts: nn.Module, group: dist.ProcessGroup | DeviceMesh, **kwargs):
-        """This process's part of all experts, which every process holds alike: GroupedExperts,
-        ModuleExperts, or others with stacked parameters [E, ...] or a ModuleList of E experts.
+        """Keep this rank's part of all experts.
 
-        Raises ValueError where they do not divide evenly.
+        Args:
+            experts: all of them, alike on every rank: GroupedExperts, ModuleExperts, or others with
+                stacked parameters [E, ...] or a ModuleList of E experts
+            group: as of ExpertParallel
+            **kwargs: other arguments of ExpertParallel
+
+        Raises:
+            ValueError: experts that do not divide evenly
         """
         exchange = Exchange(group)
         return cls(divide(experts, exchange.rank, exchange.size), group, **kwargs)
@@ -175,18 +185,18 @@ class ExpertParallel(ExpertParameters, Experts):
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """That of the exchange; None where it is in two levels."""
+        """The group of the exchange; None for an exchange in two levels."""
         return self.exchange.group
 
     @property
     def size(self) -> int:
-        """Processes that share the experts."""
+        """How many ranks share the experts."""
         local = self.local
         return self.exchange.size * (local.size if isinstance(local, ExpertParallel) else 1)
 
     @property
     def rank(self) -> int:
-        """This process among them."""
+        """This rank's place among them."""
         local = self.local
         if not isinstance(local, ExpertParallel):
             return self.exchange.rank
@@ -197,7 +207,7 @@ class ExpertParallel(ExpertParameters, Experts):
         return self.num_experts // self.size
 
     def experts_here(self) -> nn.Module:
-        """As they were given."""
+        """The experts of this rank, as they were given."""
         local = self.local
         return local.experts_here() if isinstance(local, ExpertParallel) else local
 
@@ -232,7 +242,14 @@ class ExpertParallel(ExpertParameters, Experts):
     def routed_beside(
         self, work: Callable[[], Tensor], tokens: Tensor, plan: Plan, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`work` is done while rows travel."""
+        """`routed`, and the result of `work`, which runs while rows travel.
+
+        Args:
+            work: a function that needs nothing of the experts
+            tokens: [T, H]
+            plan: of all experts
+            weights: [T, K]
+        """
         return self(tokens, plan, weights, work)
 
     # As every module's, of arguments of its own; `routed` is what experts have in common.
@@ -245,7 +262,14 @@ class ExpertParallel(ExpertParameters, Experts):
     ) -> tuple[Tensor, Tensor | None]:
         """The weighted sum of every token's experts, wherever they are, and what `work` gives.
 
-        tokens: [T, H], weights: [T, K], plan: of all experts -> [T, H]
+        Args:
+            tokens: [T, H]
+            plan: of all experts
+            weights: [T, K]
+            work: a function that needs nothing of the experts, called while rows travel
+
+        Returns:
+            ([T, H], the result of `work` or None)
         """
         if plan.num_experts != self.num_experts:
             raise RuntimeError(

@@ -18,11 +18,12 @@ from .expert_parallel import ExpertParallel
 
 
 class Groups(NamedTuple):
-    """Every process, once for what it has of the experts and once for what it copies.
+    """The process groups of a run: who shares the experts, and who holds copies of them.
 
-    mesh: all processes, with a dimension "dp" last, and "ep" before it (or "nodes" and "places")
-    ep: for ExpertParallel: the processes that share all experts, this one among them
-    dp: processes with the same experts as this one: over these, experts' gradients are reduced
+    Attributes:
+        mesh: all ranks, with a dimension "dp" last, and "ep" before it (or "nodes" and "places")
+        ep: for ExpertParallel: the ranks that share all experts, this one among them
+        dp: ranks with the same experts as this one: over these, experts' gradients are reduced
     """
 
     mesh: DeviceMesh
@@ -30,7 +31,7 @@ class Groups(NamedTuple):
     dp: dist.ProcessGroup
 
     def world(self) -> DeviceMesh:
-        """All processes in one dimension: over these, everything else is reduced."""
+        """All ranks in one dimension: over these, everything else is reduced."""
         return DeviceMesh(self.mesh.device_type, torch.arange(dist.get_world_size()))
 
 
@@ -42,16 +43,18 @@ def make_groups(
     device_type: str | None = None,
     timeout: timedelta | None = None,
 ) -> Groups:
-    """Groups of all processes: `ep` share the experts, `dp` times.
+    """Make the groups of all ranks: `ep` share the experts, `dp` times. All ranks call it.
 
-    ep: how many; or (nodes, places in a node), for rows that travel in two levels where both are
-        more than one
-    dp: how many copies of every expert; None is as many as there are processes for
-    neighbours_share: processes of consecutive ranks share the experts; otherwise they are copies
-    device_type: of the groups' tensors; None is the accelerator's, or "cpu" under gloo
-    timeout: how long a process waits for another of its groups; None is the world's
+    Args:
+        ep: how many; or (nodes, places in a node), for rows that travel in two levels where both
+            are more than one
+        dp: how many copies of every expert; None is as many as there are ranks for
+        neighbours_share: consecutive ranks share the experts; otherwise they hold copies
+        device_type: of the groups' tensors; None is the accelerator's, or "cpu" under gloo
+        timeout: how long a rank waits for another of its groups; None is the world's
 
-    Called by all processes. Raises ValueError where the numbers are not those of the processes.
+    Raises:
+        ValueError: ep * dp is not the number of ranks, or torch.distributed is not initialised
     """
     if not dist.is_initialized():
         raise ValueError("make_groups: torch.distributed is not initialised")
@@ -91,11 +94,14 @@ def _accelerator() -> str:
 
 
 def rank_load(load: Tensor, group: dist.ProcessGroup | DeviceMesh) -> Tensor:
-    """How many routes each process's experts were asked for, by the tokens of all of them.
+    """Count the routes that each rank's experts were asked for, by the tokens of all ranks.
 
-    load: [E] integers, of this process's tokens
-    group: whose processes share the experts
-    Returns [size of the group] int64, the same on all.
+    Args:
+        load: [E] integers, of this rank's tokens
+        group: whose ranks share the experts
+
+    Returns:
+        [size of the group] int64, the same on all ranks
     """
     total = load.to(torch.int64, copy=True)
     for one in _groups_of(group):
@@ -113,11 +119,19 @@ def experts_of(model: nn.Module) -> dict[str, ExpertParallel]:
 
 
 def data_parallel(model: nn.Module, groups: Groups, **options) -> DistributedDataParallel:
-    """DistributedDataParallel for a model with ExpertParallel parts.
+    """Wrap a model with ExpertParallel parts in DistributedDataParallel.
 
-    All processes' gradients are averaged, as by DistributedDataParallel: of an expert's parameter
+    All ranks' gradients are averaged, as by DistributedDataParallel: of an expert's parameter
     over its copies, each of which has the gradients of all tokens sent to it. `no_sync` holds for
-    both. options: DistributedDataParallel's
+    both.
+
+    Args:
+        model: the model
+        groups: as of `make_groups`
+        **options: DistributedDataParallel's
+
+    Raises:
+        ValueError: only experts' parameters require gradients
     """
     experts = experts_of(model)
     names = [
@@ -166,15 +180,20 @@ def _reduce(
 
 
 def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
-    """FSDP2 for a model with ExpertParallel parts: each of these among its copies, the rest of the
-    model among all processes. Gradients are averaged over all processes.
+    """Shard a model with ExpertParallel parts by FSDP2: each of these among its copies, the rest of
+    the model among all ranks. Gradients are averaged over all ranks.
+
+    Args:
+        model: the model, or a block of it; blocks come before the whole
+        groups: as of `make_groups`
+        **options: torch.distributed.fsdp.fully_shard's, but for the mesh. With a lower precision
+            routes' weights are rounded to it.
+
+    Returns:
+        model
 
     Give an optimizer the experts' parameters in a group of their own: it handles a group's DTensors
-    together, and those of two meshes cannot be.
-
-    options: torch.distributed.fsdp.fully_shard's, but for the mesh. Blocks of the model are sharded
-    before it, by this function too. With a lower precision routes' weights are rounded to it. A
-    gate that is sharded by itself needs
+    together, and those of two meshes cannot be. A gate that is sharded by itself needs
     `torch.distributed.fsdp.register_fsdp_forward_method(gate, "route")`.
     """
     for module in experts_of(model).values():
@@ -192,8 +211,17 @@ def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
 
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module, groups: Groups, max_norm: float) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_ over all processes' parameters: of shared ones once, of
-    experts every one. Returns the norm [] before, float64, the same in all processes."""
+    """Clip gradients by their norm over all ranks' parameters: of shared ones once, of experts
+    every one.
+
+    Args:
+        model: the model, wrapped or not
+        groups: as of `make_groups`
+        max_norm: as of torch.nn.utils.clip_grad_norm_
+
+    Returns:
+        the norm [] before, float64, the same on all ranks
+    """
     of_experts = {id(p) for module in experts_of(model).values() for p in module.parameters()}
     shared: list[nn.Parameter] = []
     mine: list[nn.Parameter] = []
