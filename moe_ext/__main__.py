@@ -88,13 +88,6 @@ def positive(text: str) -> int:
 
 
 def main() -> int:
-    if not hasattr(sys.modules["moe_ext"], "__version__"):
-        print(
-            f"moe_ext: Python takes the folder {Path('moe_ext').resolve()} for the package, as it "
-            "stands in the folder where Python runs: run it in another one",
-            file=sys.stderr,
-        )
-        return 2
     parser = argparse.ArgumentParser(prog="python -m moe_ext")
     commands = parser.add_subparsers(dest="command", required=True)
     parse = commands.add_parser("demo", help="train a small MoE language model beside a dense one")

@@ -205,6 +205,37 @@ def test_setup_without_a_compiler_says_so():
     assert run.stdout.strip().endswith(moe_ext.__version__)
 
 
+def test_an_editable_install_is_found_from_anywhere(tmp_path):
+    """Also from the folder that holds the clone, and by tools that read .pth files alone."""
+    clone, site = tmp_path / "moe_ext", tmp_path / "site"
+    shutil.copytree(
+        ROOT / "moe_ext", clone / "moe_ext", ignore=shutil.ignore_patterns("_C*", "__pycache__")
+    )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+
+    def python(*arguments: str, cwd: Path) -> str:
+        run = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=cwd,
+            env={**os.environ, "CXX": "no-such-compiler", "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    python("-c", "from setuptools.build_meta import build_editable as b; b('..')", cwd=clone)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, site, "zip")
+    assert [path.read_text().strip() for path in site.glob("*.pth")] == [str(clone)]
+    find = f"""
+import importlib.util, site
+site.addsitedir({str(site)!r})
+print(importlib.util.find_spec("moe_ext").origin)"""
+    assert Path(python("-S", "-c", find, cwd=tmp_path).strip()) == clone / "moe_ext/__init__.py"
+
+
 def test_the_source_distribution_is_whole(tmp_path):
     for env in ({}, {"CXX": "no-such-compiler"}):
         subprocess.run(

@@ -1,6 +1,5 @@
 """What doctor finds, and what it says against each known failure."""
 
-import importlib
 import json
 import os
 import re
@@ -60,14 +59,6 @@ def test_other_work_is_told(monkeypatch, threads, load, others, is_told):
     monkeypatch.setattr(doctor, "_work", lambda: (load, others))
     told = doctor.examine().versions.get("load", "")
     assert ("OMP_NUM_THREADS=1" in told) == is_told
-
-
-def test_a_folder_that_is_taken_for_the_package(monkeypatch, capsys):
-    """As a clone's is, from the folder that holds it: it has none of what __init__ imports."""
-    command = importlib.import_module("moe_ext.__main__")
-    monkeypatch.delattr(moe_ext, "__version__")
-    assert command.main() == 2
-    assert f"takes the folder {Path.cwd() / 'moe_ext'} for the package" in capsys.readouterr().err
 
 
 def changed(monkeypatch, name: str, change) -> list[doctor.Problem]:
