@@ -139,7 +139,7 @@ $(VENV)/python:
 
 # torch first: the library is built against the torch it is tested with.
 $(VENV)/torch: $(VENV)/python pyproject.toml
-	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet "setuptools>=77,<82" wheel ninja
 	$(BIN)/pip install --quiet $(TORCH)
 	touch $@
 

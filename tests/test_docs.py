@@ -52,6 +52,12 @@ def test_code_is_code(page):
     compile(python_blocks(page), page.name, "exec")
 
 
+def test_one_setuptools_is_asked_for_everywhere():
+    pages = [ROOT / "pyproject.toml", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    asked = [re.findall(r'"(setuptools[<>=][^"]*)"', page.read_text()) for page in pages]
+    assert {one for some in asked for one in some} == {"setuptools>=77,<82"}
+
+
 def test_the_first_layer_runs():
     for page in (ROOT / "README.md", ROOT / "docs" / "index.md"):
         first = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[1]
