@@ -1,8 +1,9 @@
 """Builds `moe_ext._C`, the CPU library, and `moe_ext._C_cuda`, the CUDA kernels.
 
-The second where a CUDA toolkit is found and torch has CUDA, or with FORCE_CUDA=1; never with
-FORCE_CUDA=0. CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they do to torch. Everything
-else is in pyproject.toml.
+The second where torch has CUDA and a toolkit of its major version is found. FORCE_CUDA=1 builds
+them beside a torch without CUDA too, and fails without a toolkit; FORCE_CUDA=0 leaves them out.
+CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they do to torch. Everything else is in
+pyproject.toml.
 """
 
 import importlib.util
@@ -29,13 +30,14 @@ def say(text: str) -> None:
     print(f"moe_ext: {text}", file=sys.stderr)
 
 
+# What is left out, said again when all else has been.
+last_words: list[str] = []
+
+
 def extensions() -> dict:
     build = load_build()
     if build.find_compiler() is None:
-        say(
-            "no C++ compiler found (set CXX to name one); installing without compiled kernels, on "
-            "the plain-PyTorch reference"
-        )
+        last_words.append(f"the package runs on its slower reference: {build.NO_COMPILER}")
         return {}
     try:
         import torch
@@ -57,23 +59,23 @@ def extensions() -> dict:
         )
 
     modules = [extension("moe_ext._C", build.sources(ROOT), build.compile_flags(), [])]
-    toolkit = failure = None
-    try:
-        toolkit, note = build.choose_toolkit()
-        if toolkit:
-            build.prepare_cuda(toolkit)
-            link = build.cuda_link_flags(toolkit)
-            flags = build.cuda_binding_flags(toolkit)
-            modules.append(extension("moe_ext._C_cuda", build.cuda_sources(ROOT), flags, link))
-    except RuntimeError as error:
-        failure = f"moe_ext: {error}"
+    choice = build.choose_toolkit()
+    toolkit = choice.toolkit
+    if toolkit:
+        build.prepare_cuda(toolkit)
+        link = build.cuda_link_flags(toolkit)
+        flags = build.cuda_binding_flags(toolkit)
+        modules.append(extension("moe_ext._C_cuda", build.cuda_sources(ROOT), flags, link))
 
     class Build(BuildExtension):
         def run(self):
-            if failure:
-                sys.exit(failure)
-            say(note)
+            try:
+                build.require_toolkit()
+            except RuntimeError as error:
+                sys.exit(f"moe_ext: {error}")
+            say(str(choice))
             if toolkit is None:
+                last_words.append(str(choice))
                 # One built before would be packed, and loaded beside a library that it is not for.
                 target = Path(self.get_ext_fullpath("moe_ext._C")).parent
                 for folder in (target, Path(self.build_lib) / "moe_ext"):
@@ -90,3 +92,5 @@ def extensions() -> dict:
 
 options = {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {}
 setup(options=options, **extensions())
+for text in last_words:
+    say(text)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from .doctor import examine
 
     report = examine()
-    print(json.dumps(report.as_dict(), indent=1) if arguments.json else report)
+    print(json.dumps(report.as_dict(), indent=1, allow_nan=False) if arguments.json else report)
     return 0 if report.is_well else 1
 
 
@@ -105,12 +106,19 @@ def main() -> int:
     parse.add_argument("--text", action="store_true", help="no pictures, only the table")
     parse.set_defaults(run=plot)
     parse = commands.add_parser(
-        "doctor", help="what is built and used here, whether it is right, and how to mend it"
+        "doctor", help="check the installation: what is built, what runs, how to fix it"
     )
-    parse.add_argument("--json", action="store_true", help="for programs")
+    parse.add_argument("--json", action="store_true", help="fields for programs")
     parse.set_defaults(run=doctor)
     arguments = parser.parse_args()
-    return arguments.run(arguments)
+    try:
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has read enough, as head does; Python writes what it holds when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as of a program that SIGPIPE ends
+    return code
 
 
 if __name__ == "__main__":

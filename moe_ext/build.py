@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The oldest torch whose stable ABI the library asks for: it runs on this one and every later one.
 TARGET = "0x020a000000000000"  # 2.10
 
+
+NO_COMPILER = "no working C++ compiler found; install one, or set CXX to one"
 
 # Where toolkits are installed.
 USUAL_PLACES = ("/usr/local/cuda", "/opt/cuda")
@@ -42,12 +45,15 @@ class Toolkit(NamedTuple):
     version: tuple[int, int]
 
     @property
-    def libraries(self) -> Path:
-        """The folder of its static runtime library. Raises RuntimeError where it has none."""
-        for name in _LIBRARIES:
-            if (self.root / name / "libcudart_static.a").exists():
-                return self.root / name
-        raise RuntimeError(f"the CUDA toolkit at {self.root} has no libcudart_static.a")
+    def name(self) -> str:
+        """Its version, as 13.0."""
+        return ".".join(map(str, self.version))
+
+    @property
+    def libraries(self) -> Path | None:
+        """The folder of its static runtime library, None where it has none."""
+        folders = (self.root / name for name in _LIBRARIES)
+        return next((f for f in folders if (f / "libcudart_static.a").exists()), None)
 
 
 def _toolkit_candidates() -> Iterator[Path]:
@@ -69,8 +75,10 @@ def _toolkit_candidates() -> Iterator[Path]:
     yield from sorted(site.glob("nvidia/cu*"), reverse=True)
 
 
-def find_toolkit() -> Toolkit | None:
+def find_toolkit(major: int | None = None) -> Toolkit | None:
     """The CUDA toolkit: CUDA_HOME, nvcc on PATH, the usual places, PyPI's; None if there is none.
+
+    major: passes over toolkits of other CUDA major versions
 
     torch takes the folder above any nvcc on PATH for one; here it has to have the headers too.
     """
@@ -84,41 +92,69 @@ def find_toolkit() -> Toolkit | None:
         version = re.search(r"#define CUDART_VERSION\s+(\d+)", header)
         if version:
             number = int(version.group(1))
-            return Toolkit(root, headers[0], (number // 1000, number % 1000 // 10))
+            toolkit = Toolkit(root, headers[0], (number // 1000, number % 1000 // 10))
+            if major in (None, toolkit.version[0]):
+                return toolkit
     return None
 
 
-def choose_toolkit() -> tuple[Toolkit | None, str]:
-    """The toolkit to build the CUDA kernels with, or None, and a line that says why.
+class ToolkitChoice(NamedTuple):
+    """The toolkit to build the CUDA kernels with, or None; why; and how to get another choice.
+
+    why, fix: phrases without a full stop; fix is "" where there is nothing to do
+    """
+
+    toolkit: Toolkit | None
+    why: str
+    fix: str
+
+    def __str__(self) -> str:
+        if self.toolkit:
+            return f"CUDA kernels with {self.why}"
+        return f"{self.why}: CPU kernels only" + (f"; {self.fix}" if self.fix else "")
+
+
+def choose_toolkit() -> ToolkitChoice:
+    """The toolkit to build the CUDA kernels with: the first of the CUDA major version of torch.
 
     FORCE_CUDA=1 asks for the kernels beside a torch without CUDA too, FORCE_CUDA=0 forbids them.
-    Raises RuntimeError where they are asked for, or torch has CUDA, and the toolkit is none for it.
     """
     import torch
 
-    force = os.environ.get("FORCE_CUDA", "")
+    force, wanted = os.environ.get("FORCE_CUDA", ""), torch.version.cuda
     if force == "0":
-        return None, "FORCE_CUDA=0: CPU kernels only"
-    name = f"torch {torch.__version__}"
-    if torch.version.cuda is None and force != "1":
-        return None, f"{name} has no CUDA: CPU kernels only (FORCE_CUDA=1 builds both)"
+        return ToolkitChoice(None, "FORCE_CUDA=0", "unset FORCE_CUDA to build both")
+    if wanted is None and force != "1":
+        why = f"torch {torch.__version__} has no CUDA"
+        return ToolkitChoice(None, why, "set FORCE_CUDA=1 to build both")
     if sys.platform == "win32":
-        return None, "the CUDA kernels are built on Linux: CPU kernels only"
-    toolkit = find_toolkit()
-    if toolkit is None:
-        cure = "set CUDA_HOME, or pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]"
-        cure += f"=={torch.version.cuda}.*'" if torch.version.cuda else "'"
-        if force == "1":
-            raise RuntimeError(f"FORCE_CUDA=1, but no CUDA toolkit found; {cure}")
-        return None, f"no CUDA toolkit found: CPU kernels only; {cure}, and --no-build-isolation"
-    version = ".".join(map(str, toolkit.version))
-    if torch.version.cuda and int(torch.version.cuda.split(".")[0]) != toolkit.version[0]:
-        raise RuntimeError(
-            f"{name} is for CUDA {torch.version.cuda}, the toolkit at {toolkit.root} is CUDA "
-            f"{version}; set CUDA_HOME to one of torch's major version, build beside the torch in "
-            "use with --no-build-isolation, or set FORCE_CUDA=0 for CPU kernels only"
-        )
-    return toolkit, f"CUDA kernels with the toolkit at {toolkit.root}, CUDA {version}"
+        return ToolkitChoice(None, "the CUDA kernels are built on Linux", "")
+    major = int(wanted.split(".")[0]) if wanted else None
+    toolkit = find_toolkit(major)
+    if toolkit and toolkit.libraries:
+        return ToolkitChoice(toolkit, f"the toolkit at {toolkit.root}, CUDA {toolkit.name}", "")
+    if toolkit:
+        why = f"the CUDA toolkit at {toolkit.root} has no libcudart_static.a"
+        return ToolkitChoice(None, why, "install its runtime's development files (cudart)")
+    fix = f"set CUDA_HOME to a toolkit{f' of CUDA {major}' if major else ''}"
+    if major is None or major >= 13:  # PyPI has no nvcc of an older one
+        release = f"=={wanted}.*" if wanted else ""
+        fix += f" or pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]{release}'"
+    fix += ", and build with --no-build-isolation"
+    other = find_toolkit()
+    if other is None:
+        return ToolkitChoice(None, "no CUDA toolkit found", fix)
+    why = f"torch {torch.__version__} is for CUDA {wanted}, the toolkit at {other.root} is CUDA "
+    fix = f"install a torch for CUDA {other.version[0]}, or {fix}"
+    return ToolkitChoice(None, why + other.name, fix)
+
+
+def require_toolkit() -> ToolkitChoice:
+    """`choose_toolkit`; raises RuntimeError where FORCE_CUDA=1 asks for one and there is none."""
+    choice = choose_toolkit()
+    if choice.toolkit is None and os.environ.get("FORCE_CUDA") == "1":
+        raise RuntimeError(f"FORCE_CUDA=1, but {choice.why}; {choice.fix}")
+    return choice
 
 
 def _relative(root: Path, paths: list[Path]) -> list[str]:
@@ -202,9 +238,19 @@ def make_stub(folder: Path) -> None:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that torch.utils.cpp_extension would call, or None."""
+    """The C++ compiler that torch.utils.cpp_extension would call; None where there is none, or one
+    that does not compile."""
     name = os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
-    return shutil.which(name.split()[0])
+    command = name.split()
+    path = shutil.which(command[0])
+    if path is None or sys.platform == "win32":
+        return path
+    check = [*command, "-x", "c++", "-fsyntax-only", "-"]
+    try:
+        run = subprocess.run(check, input=b"#include <vector>\n", capture_output=True)
+    except OSError:  # no program
+        return None
+    return path if run.returncode == 0 else None
 
 
 def _tree_key(root: Path, torch_version: str, files: list[str], flags: list[str]) -> str:
@@ -218,35 +264,43 @@ def _tree_key(root: Path, torch_version: str, files: list[str], flags: list[str]
 def jit(verbose: bool = False) -> Path:
     """Build the working tree's csrc and use it from now on; returns the CPU library's path.
 
-    For a source tree whose package has no compiled library. Where torch has CUDA and a toolkit is
-    found, the CUDA kernels are built too. The libraries are kept under torch's extension folder
-    (TORCH_EXTENSIONS_DIR), by torch version and source, and built again when one of them changes.
-    They are built in a folder of their own that is renamed when done: an interrupted build leaves
-    nothing that a later one would wait for.
+    For a source tree whose package has no compiled library. Where torch has CUDA the CUDA kernels
+    are built too; without a toolkit for this torch a RuntimeWarning says so, and with FORCE_CUDA=1
+    it is an error. The libraries are kept under torch's extension folder (TORCH_EXTENSIONS_DIR), by
+    torch version and source, and built again when one of them changes. They are built in a folder
+    of their own that is renamed when done: an interrupted build leaves nothing that a later one
+    would wait for. A second call returns the path of what the first one loaded.
 
-    Raises RuntimeError where a compiled library is loaded already, where the sources are not there
-    (an installed package has none), where there is no compiler, or where torch has CUDA and the
-    toolkit is none for it (`choose_toolkit`).
+    Raises RuntimeError where the library in use was built from other sources, or not by `jit`;
+    where the sources are not there (an installed package has none); where there is no compiler; or
+    where FORCE_CUDA=1 and there is no toolkit for this torch.
     """
     import torch
     from torch.utils import cpp_extension
 
     from .ops import registry
 
-    if registry.library is not None:
-        raise RuntimeError(f"moe_ext.build.jit: {registry.library} is already loaded")
     _check_tree("jit")
     loads = [{"name": "_C", "sources": sources(), "extra_cflags": compile_flags()}]
-    toolkit = choose_toolkit()[0] if torch.version.cuda else None
+    choice = require_toolkit() if torch.version.cuda else None
+    toolkit = choice.toolkit if choice else None
     if toolkit:
         cuda = {"name": "_C_cuda", "sources": cuda_sources()}
         cuda |= {"extra_cflags": cuda_binding_flags(toolkit)}
         cuda |= {"extra_cuda_cflags": cuda_flags(), "extra_ldflags": cuda_link_flags(toolkit)}
         loads.append(cuda)
-    files = [*sources(), *cuda_sources(), *headers()]
-    folder = _build_once(files, loads, toolkit, verbose)
+    folder = _folder([*sources(), *cuda_sources(), *headers()], loads, toolkit)
     library = folder / f"_C{cpp_extension.LIB_EXT}"
-    registry.load(library)
+    if registry.library is None:
+        if choice and toolkit is None and os.environ.get("FORCE_CUDA") != "0":
+            warnings.warn(f"moe_ext.build.jit: {choice}", RuntimeWarning, stacklevel=2)
+        _build_once(folder, loads, toolkit, verbose)
+        registry.load(library)
+    elif registry.library != library:
+        raise RuntimeError(
+            f"moe_ext.build.jit: {registry.library} is already loaded, and a process can load one; "
+            "use these sources in a new process, without that file if it is the package's own"
+        )
     return library
 
 
@@ -272,29 +326,32 @@ def jit_dev(verbose: bool = False) -> Path:
         "extra_cflags": [*flags, "-isystem", str(toolkit.include)],
     }
     files = [*kernels, *others, "tests/cusim/cusim.h", "tests/cusim/fiber.h", *headers()]
-    folder = _build_once(files, [module], None, verbose)
+    folder = _folder(files, [module], None)
+    _build_once(folder, [module], None, verbose)
     return folder / f"moe_ext_dev{cpp_extension.LIB_EXT}"
 
 
 def _check_tree(function: str) -> None:
     if not (ROOT / "csrc" / "ops.cpp").exists():
         raise RuntimeError(f"moe_ext.build.{function}: no source tree, {ROOT / 'csrc'} is missing")
-    if find_compiler() is None:
-        raise RuntimeError(f"moe_ext.build.{function}: no C++ compiler; install one or set CXX")
 
 
-def _build_once(
-    files: list[str], loads: list[dict], toolkit: Toolkit | None, verbose: bool
-) -> Path:
-    """The folder with the libraries of these cpp_extension.load calls, built if need be."""
+def _folder(files: list[str], loads: list[dict], toolkit: Toolkit | None) -> Path:
+    """Where the libraries of these cpp_extension.load calls are kept."""
     import torch
     from torch.utils import cpp_extension
 
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     flags = [repr(loads), str(toolkit), os.environ.get("TORCH_CUDA_ARCH_LIST", "")]
-    folder = cache / "moe_ext" / _tree_key(ROOT, torch.__version__, files, flags)
+    return cache / "moe_ext" / _tree_key(ROOT, torch.__version__, files, flags)
+
+
+def _build_once(folder: Path, loads: list[dict], toolkit: Toolkit | None, verbose: bool) -> None:
+    """Build the libraries of these cpp_extension.load calls into `folder`, if it is not there."""
     if folder.exists():
-        return folder
+        return
+    if find_compiler() is None:
+        raise RuntimeError(f"moe_ext.build: {NO_COMPILER}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix="building-"))
     try:
@@ -307,7 +364,6 @@ def _build_once(
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return folder
 
 
 def _compile(load: dict, folder: Path, toolkit: Toolkit | None, verbose: bool) -> None:
@@ -326,15 +382,15 @@ def _compile(load: dict, folder: Path, toolkit: Toolkit | None, verbose: bool) -
         "is_python_module": False,
         "verbose": verbose,
     }
+    prepare = f"build.prepare_cuda(build.{toolkit!r})" if toolkit else ""
     code = f"""
-import importlib.util, pathlib
+import importlib.util
+from pathlib import PosixPath
 from torch.utils import cpp_extension
 spec = importlib.util.spec_from_file_location("build", {str(Path(__file__).resolve())!r})
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
-toolkit = build.find_toolkit() if {toolkit is not None} else None
-if toolkit:
-    build.prepare_cuda(toolkit)
+{prepare}
 cpp_extension.load(**{arguments!r})
 """
     # A virtual environment that is not activated has its ninja beside its python.

@@ -1,5 +1,5 @@
-"""What is built and used here, whether it computes what it should, and how to mend what is amiss:
-`python -m moe_ext doctor`.
+"""Check the installation, `python -m moe_ext doctor`: what is built, which code runs, whether its
+results are right, and how to fix each problem.
 """
 
 import importlib.metadata
@@ -44,10 +44,10 @@ TOLERANCE = 1e-4  # of float32 results, beside their largest number
 
 
 class Problem(NamedTuple):
-    """What is amiss, and what mends it."""
+    """A problem of the installation, and the command or change that fixes it."""
 
-    what: str
-    cure: str
+    problem: str
+    fix: str
 
 
 class Operator(NamedTuple):
@@ -64,12 +64,24 @@ class Operator(NamedTuple):
     error: float | None
     failure: str
 
+    @property
+    def is_right(self) -> bool:
+        return self.error is not None and self.error <= TOLERANCE
+
+    def as_dict(self) -> dict:
+        error = self.error if self.error is not None and math.isfinite(self.error) else None
+        return {**self._asdict(), "error": error, "ok": self.is_right}
+
 
 class Report(NamedTuple):
-    """What `examine` finds. Printed for people; `as_dict` is for programs."""
+    """What `examine` finds. Printed for people; `as_dict` is for programs.
 
-    versions: dict[str, str]
-    libraries: dict[str, str]
+    facts: versions, paths and hardware; a field by name, None for what is not there
+    libraries: path, or the error, of the libraries _C and _C_cuda
+    """
+
+    facts: dict
+    libraries: dict[str, dict]
     operators: list[Operator]
     problems: list[Problem]
 
@@ -78,17 +90,19 @@ class Report(NamedTuple):
         return not self.problems
 
     def as_dict(self) -> dict:
+        """As numbers, strings, lists and dicts; an error that is not finite is None."""
         return {
-            "versions": self.versions,
+            "ok": self.is_well,
+            **self.facts,
             "libraries": self.libraries,
-            "operators": [operator._asdict() for operator in self.operators],
+            "operators": [operator.as_dict() for operator in self.operators],
             "problems": [problem._asdict() for problem in self.problems],
         }
 
     def __str__(self) -> str:
-        facts = {**self.versions, **self.libraries}
-        width = max(map(len, facts))
-        lines = [f"{name:{width}}  {value}" for name, value in facts.items()]
+        table = {**_table(self.facts), **{k: _library(v) for k, v in self.libraries.items()}}
+        width = max(map(len, table))
+        lines = [f"{name:{width}}  {value}" for name, value in table.items()]
         head = f"{'operator':18}{'device':8}{'runs':11}{'largest error':15}why nothing faster"
         lines += ["", head]
         for o in self.operators:
@@ -96,24 +110,52 @@ class Report(NamedTuple):
             lines.append(f"{o.name:18}{o.device:8}{o.backend:11}{error:15}{o.why}".rstrip())
         lines.append("")
         for problem in self.problems:
-            lines += [f"amiss: {problem.what}", f"  mend: {problem.cure}"]
-        if not self.problems:
-            load = self.versions.get("load")
-            lines.append(f"all is well, but for other work: load {load}" if load else "all is well")
+            lines += [f"problem: {problem.problem}", f"    fix: {problem.fix}"]
+        busy = _busy(self.facts["cpu"])
+        if self.is_well:
+            lines.append(f"OK (CPU is busy: load {busy})" if busy else "OK")
+        elif busy:
+            lines.append(f"CPU is busy: load {busy}")
         return "\n".join(lines)
+
+
+def _table(facts: dict) -> dict[str, str]:
+    """The facts as lines for people."""
+    cpu, compiler, toolkit = facts["cpu"], facts["compiler"], facts["toolkit"]
+    cuda = facts["torch"]["cuda"]
+    table = {
+        "moe_ext": "{version}, {path}".format(**facts["moe_ext"]),
+        "python": "{version}, {path}".format(**facts["python"]),
+        "platform": facts["platform"],
+        "torch": f"{facts['torch']['version']}, {f'for CUDA {cuda}' if cuda else 'without CUDA'}",
+        "CPU": f"{cpu['capability']}, {cpu['cores']} cores, number of threads {cpu['threads']}",
+        "compiler": "{path}, {version}".format(**compiler) if compiler else "none that works",
+        "CUDA toolkit": "{cuda}, {path}".format(**toolkit) if toolkit else "none found",
+    }
+    if cuda and not facts["cards"]:
+        table["card"] = "none that torch can use; see what nvidia-smi says if there is one"
+    for i, card in enumerate(facts["cards"]):
+        text = f"{card['name']}, compute capability {card['compute_capability']}"
+        table[f"card {i}" if i else "card"] = text
+    return table
+
+
+def _library(library: dict) -> str:
+    built_for = library.get("built_for")
+    text = library["path"] or library["error"]
+    return f"{text}, for {','.join(built_for)}" if built_for else text
 
 
 def examine() -> Report:
     """Look at this process's installation and run every operator once, on the CPU and on the
     accelerator where there is one."""
     problems: list[Problem] = []
-    versions = _versions()
     libraries = _libraries(problems)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     operators = [_operator(name, device) for device in devices for name in ops.NAMES]
     for o in operators:
-        if o.failure or o.error is None or not o.error <= TOLERANCE:
+        if not o.is_right:
             found = o.failure or f"an error of {o.error:.1e}"
             problems.append(
                 Problem(
@@ -122,47 +164,53 @@ def examine() -> Report:
                     "`python -m moe_ext doctor --json` prints",
                 )
             )
-    return Report(versions, libraries, operators, problems)
+    return Report(_facts(), libraries, operators, problems)
 
 
-def _versions() -> dict[str, str]:
+def _facts() -> dict:
     from . import __version__
 
-    toolkit = build.find_toolkit()
-    found = {
-        "moe_ext": f"{__version__}, {Path(__file__).parent}",
-        "python": f"{platform.python_version()}, {sys.executable}",
-        "system": platform.platform(),
-        "torch": f"{torch.__version__}, for CUDA {torch.version.cuda or 'none'}",
-        "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+    toolkit = build.choose_toolkit().toolkit or build.find_toolkit()
+    return {
+        "moe_ext": {"version": __version__, "path": str(Path(__file__).parent)},
+        "python": {"version": platform.python_version(), "path": sys.executable},
+        "platform": platform.platform(),
+        "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
+        "cpu": _cpu(),
         "compiler": _compiler(),
-        "CUDA toolkit": "none found",
+        "toolkit": {"cuda": toolkit.name, "path": str(toolkit.root)} if toolkit else None,
+        "cards": [
+            {"name": torch.cuda.get_device_name(i), "compute_capability": _capability_name(i)}
+            for i in range(_num_cards())
+        ],
     }
-    if toolkit:
-        found["CUDA toolkit"] = f"{'.'.join(map(str, toolkit.version))}, {toolkit.root}"
-    if load := crowded():
-        found["load"] = load
-    if torch.version.cuda is None:
-        return found
-    # torch's usual build has CUDA: without a GPU nothing is amiss.
-    found["card"] = "none that torch can use; see what nvidia-smi says if there is one"
-    for i in range(_num_cards()):
-        major, minor = torch.cuda.get_device_capability(i)
-        name = torch.cuda.get_device_name(i)
-        found["card" if i == 0 else f"card {i}"] = f"{name}, compute capability {major}.{minor}"
-    return found
+
+
+def _cpu() -> dict:
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    load, others = _work()
+    return {
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "cores": cores,
+        "load": load,
+        # A build, as the one before this, brings the load a little over the cores, and when it has
+        # ended it is in the mean of a minute still.
+        "is_busy": threads > 1 and load >= 1.5 * cores and threads + others > cores,
+    }
 
 
 def crowded() -> str:
     """What other work on this machine's CPUs means for torch's threads; "" without such work."""
-    threads, cpus = torch.get_num_threads(), os.cpu_count() or 1
-    load, others = _work()
-    # What has just ended, as a build before this, is in the mean of a minute still.
-    if threads == 1 or load <= cpus or threads + others <= cpus:
+    return _busy(_cpu())
+
+
+def _busy(cpu: dict) -> str:
+    if not cpu["is_busy"]:
         return ""
     return (
-        f"{load:.1f} on {cpus} CPUs in the last minute; beside other work threads wait for each "
-        "other: start Python with OMP_NUM_THREADS=1, often ten times faster then"
+        f"{cpu['load']:.1f} on {cpu['cores']} cores in the last minute; beside other work torch's "
+        "threads wait for each other: start Python with OMP_NUM_THREADS=1, often ten times faster"
     )
 
 
@@ -179,63 +227,73 @@ def _num_cards() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _compiler() -> str:
+def _capability_name(card: int) -> str:
+    return ".".join(map(str, torch.cuda.get_device_capability(card)))
+
+
+def _compiler() -> dict | None:
     path = build.find_compiler()
     if path is None:
-        return "none found; set CXX, or install one"
+        return None
     run = subprocess.run([path, "--version"], capture_output=True, text=True)
-    first = run.stdout.splitlines()[0] if run.stdout else "says no version"
-    return f"{path}, {first}"
+    return {"path": path, "version": run.stdout.splitlines()[0] if run.stdout else "unknown"}
 
 
-def _libraries(problems: list[Problem]) -> dict[str, str]:
+def _libraries(problems: list[Problem]) -> dict[str, dict]:
     registry = ops.registry
-    found = {"_C": str(registry.library or registry.load_error)}
+    found: dict[str, dict] = {
+        "_C": {"path": _text(registry.library), "error": registry.load_error},
+        "_C_cuda": {
+            "path": _text(registry.cuda_library),
+            "error": registry.cuda_load_error,
+            "built_for": None,
+        },
+    }
     if registry.library is None:
-        cure = (
-            AGAIN if build.find_compiler() else f"install a C++ compiler or set CXX; then {AGAIN}"
-        )
-        problems.append(Problem(f"the CPU library is not used: {registry.load_error}", cure))
-    if torch.version.cuda is None:
-        found["_C_cuda"] = str(registry.cuda_load_error or "not looked for without _C")
-        return found
-    found["_C_cuda"] = str(registry.cuda_library or registry.cuda_load_error)
-    if registry.cuda_library is None:
-        if _num_cards():
-            problems.append(Problem(*_without_kernels()))
-        return found
-    built = ARCHITECTURES.search(registry.cuda_library.read_bytes())
-    built_for = built.group(1).decode() if built else "compute capabilities it does not tell"
-    found["_C_cuda"] += f", for {built_for}"
-    for i in range(_num_cards()):
-        capability = torch.cuda.get_device_capability(i)
-        if built and not serves(built_for, capability):
-            name = ".".join(map(str, capability))
-            problems.append(
-                Problem(
-                    f"card {i} has compute capability {name}, the kernels are for {built_for}",
-                    f'TORCH_CUDA_ARCH_LIST="{name}" {AGAIN}',
-                )
-            )
+        found["_C_cuda"]["error"] = "not looked for without _C"
+        has_compiler = build.find_compiler() is not None
+        fix = AGAIN if has_compiler else f"install a C++ compiler or set CXX to one; then {AGAIN}"
+        problems.append(Problem(f"the CPU library is not used: {registry.load_error}", fix))
+    elif registry.cuda_library is None and _num_cards():
+        problems.append(_without_kernels())
+    if registry.cuda_library is not None:
+        built_for = _built_for(registry.cuda_library)
+        found["_C_cuda"]["built_for"] = built_for
+        problems += [p for p in (_unserved(i, built_for) for i in range(_num_cards())) if p]
     return found
 
 
-def _without_kernels() -> tuple[str, str]:
-    """What is amiss where torch has CUDA and there are no kernels, and what mends it."""
-    what = f"operators on cuda run as plain PyTorch: {ops.registry.cuda_load_error}"
-    if os.environ.get("FORCE_CUDA") == "0":
-        return what, f"unset FORCE_CUDA, then {AGAIN}"
-    try:
-        toolkit, note = build.choose_toolkit()
-    except RuntimeError as error:
-        return what, f"{error}; then {AGAIN}"
-    return what, AGAIN if toolkit else f"{note}; then {AGAIN}"
+def _text(path: Path | None) -> str | None:
+    return str(path) if path else None
 
 
-def serves(built_for: str, capability: tuple[int, int]) -> bool:
+def _built_for(library: Path) -> list[str]:
+    """The TORCH_CUDA_ARCH_LIST of a library's kernels; empty where it does not tell."""
+    built = ARCHITECTURES.search(library.read_bytes())
+    return built.group(1).decode().split(",") if built else []
+
+
+def _unserved(card: int, built_for: list[str]) -> Problem | None:
+    if not built_for or serves(built_for, torch.cuda.get_device_capability(card)):
+        return None
+    name = _capability_name(card)
+    return Problem(
+        f"card {card} has compute capability {name}, the kernels are for {','.join(built_for)}",
+        f'TORCH_CUDA_ARCH_LIST="{name}" {AGAIN}',
+    )
+
+
+def _without_kernels() -> Problem:
+    """torch has CUDA and there are no kernels."""
+    choice = build.choose_toolkit()
+    fix = f"{choice.fix}; then {AGAIN}" if choice.fix else AGAIN
+    return Problem(f"operators on cuda run as plain PyTorch: {ops.registry.cuda_load_error}", fix)
+
+
+def serves(built_for: list[str], capability: tuple[int, int]) -> bool:
     """Whether kernels for a TORCH_CUDA_ARCH_LIST run on a card: machine code on its major version
     from its minor one on, PTX on all later ones."""
-    for item in built_for.split(","):
+    for item in built_for:
         number, _, ptx = item.partition("+")
         specific = number[-1:] in ("a", "f")
         major, _, minor = number.rstrip("af").partition(".")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
-from . import contracts, grouped, reference
+from . import build, contracts, grouped, reference
 
 NAMES = (
     "gate",
@@ -229,7 +229,9 @@ class Registry:
         if torch.version.cuda is None:
             self.cuda_load_error = "this torch has no CUDA"
         elif not path.exists():
-            self.cuda_load_error = "no CUDA kernels were built with this package"
+            choice = build.choose_toolkit()
+            why = "" if choice.toolkit else f"; on this machine: {choice.why}"
+            self.cuda_load_error = f"no CUDA kernels were built with this package{why}"
         else:
             try:
                 torch.ops.load_library(str(path))
@@ -238,19 +240,13 @@ class Registry:
                 self.cuda_load_error = (
                     f"{path.name} could not be loaded: {error.__cause__ or error}"
                 )
-                warnings.warn(
-                    f"moe_ext runs on its plain-PyTorch reference on cuda: {self.cuda_load_error}; "
-                    "build it again against this torch",
-                    RuntimeWarning,
-                    stacklevel=5,
-                )
 
     def _register_python(self) -> None:
         self._python = torch.library.Library("moe_ext", "FRAGMENT")
         for name in (*NAMES, *QUESTIONS):
             if self.library is None:
                 self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
-            kernel = grouped.OPERATORS.get(name) or getattr(reference, name)
+            kernel = grouped.OPERATORS.get(name) or _loud_on_cuda(getattr(reference, name))
             self._python.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
             torch.library.register_fake(f"moe_ext::{name}", _FAKES[name], lib=self._python)
         self.register_gradients(self._gradients)
@@ -266,6 +262,23 @@ def _schema(name: str) -> torch.FunctionSchema:
     """The schema of an operator, by the reference's signature."""
     signature = torch.library.infer_schema(getattr(reference, name), mutates_args=())
     return torch._C.parse_schema(f"moe_ext::{name}{signature}")
+
+
+def _loud_on_cuda(kernel: Callable) -> Callable:
+    """The reference stands in on cuda where kernels could run: Python shows a warning once."""
+
+    @functools.wraps(kernel)
+    def loud(*args):
+        if registry.cuda_load_error and any(getattr(arg, "is_cuda", False) for arg in args):
+            warnings.warn(
+                "moe_ext runs on its plain-PyTorch reference on cuda, a slower one: "
+                f"{registry.cuda_load_error}; `python -m moe_ext doctor` says how to fix it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return kernel(*args)
+
+    return loud
 
 
 def _without_autocast(kernel: Callable) -> Callable:
@@ -336,7 +349,7 @@ def backend(name: str, device: torch.device | str) -> str:
 def why_reference(device: torch.device | str) -> str:
     """Why no compiled kernel runs on a device, "" where one does."""
     kind = torch.device(device).type
-    errors = {"cpu": registry.load_error, "cuda": registry.cuda_load_error}
+    errors = {"cpu": registry.load_error, "cuda": registry.cuda_load_error or registry.load_error}
     return errors.get(kind, f"there are no kernels for {kind}") or ""
 
 

@@ -161,13 +161,20 @@ def test_jit_builds_the_tree_once(tree, tmp_path):
     assert probe(tree, before, **cache)["library"] == str(library)
     assert library.stat().st_mtime_ns == built
 
-    twice = (
-        before + "\ntry: moe_ext.build.jit()\nexcept RuntimeError as e: assert str(path) in str(e)"
-    )
-    probe(tree, twice + "\nelse: raise AssertionError", **cache)
-
+    # A second call gives what is loaded; of other sources no second library can be.
     source = tree / "csrc" / "ops.cpp"
     text = source.read_text()
+    twice = f"""{before}
+assert moe_ext.build.jit() == path
+open({str(source)!r}, "a").write("// changed")
+try: moe_ext.build.jit()
+except RuntimeError as e: assert f"{{path}} is already loaded" in str(e)
+else: raise AssertionError"""
+    try:
+        probe(tree, twice, **cache)
+    finally:
+        source.write_text(text)
+
     source.write_text(text + "#error broken\n")
     broken = (
         "try: moe_ext.build.jit()\n"
@@ -180,28 +187,41 @@ def test_jit_builds_the_tree_once(tree, tmp_path):
         source.write_text(text)
 
 
-def test_jit_says_what_is_in_the_way(monkeypatch):
+def test_jit_says_what_is_in_the_way(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     with pytest.raises(RuntimeError, match="is already loaded"):
         build.jit()
     monkeypatch.setattr(ops.registry, "library", None)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises(RuntimeError, match="no working C\\+\\+ compiler"):
+            build.jit()
+    # Before it builds for the CPU alone it says so, where torch has CUDA.
+    monkeypatch.setattr(torch.version, "cuda", "99.1")
+    with (
+        pytest.warns(RuntimeWarning, match="CPU kernels only; .*CUDA 99"),
+        pytest.raises(RuntimeError, match="no working C\\+\\+ compiler"),
+    ):
+        build.jit()
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(RuntimeError, match=r"FORCE_CUDA=1, but .*CUDA 99"):
         build.jit()
     monkeypatch.setattr(build, "ROOT", Path("/nowhere"))
     with pytest.raises(RuntimeError, match="no source tree"):
         build.jit()
 
 
-def test_setup_without_a_compiler_says_so():
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_setup_without_a_working_compiler_says_so(compiler):
     run = subprocess.run(
         [sys.executable, "setup.py", "--version"],
         cwd=ROOT,
-        env={**os.environ, "CXX": "no-such-compiler"},
+        env={**os.environ, "CXX": compiler},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert "no C++ compiler found" in run.stderr
+    assert "no working C++ compiler found" in run.stderr.splitlines()[-1]
     assert run.stdout.strip().endswith(moe_ext.__version__)
 
 

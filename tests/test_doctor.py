@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 import moe_ext
 from moe_ext import build, doctor, ops
+from moe_ext.__main__ import main
+from moe_ext.sinks import JsonLines
 
 LIBRARY = Path(moe_ext.__file__).parent
 
@@ -43,22 +46,60 @@ def test_the_command():
     report = json.loads(python("-m", "moe_ext", "doctor", "--json").stdout)
     assert {operator["name"] for operator in report["operators"]} == set(ops.NAMES)
     assert done.returncode == bool(report["problems"])
-    if not report["problems"]:
-        assert done.stdout.splitlines()[-1].startswith("all is well")
+    assert report["ok"] == (not report["problems"])
+    if report["ok"]:
+        assert re.match(r"OK( \(CPU is busy: load .*\))?$", done.stdout.splitlines()[-1])
+
+
+def test_a_number_that_json_lacks_is_null():
+    wrong = doctor.Operator("gate", "cpu", "compiled", "", float("inf"), "")
+    assert json.dumps(wrong.as_dict(), allow_nan=False)
+    assert (wrong.as_dict()["error"], wrong.as_dict()["ok"]) == (None, False)
+
+
+@pytest.mark.parametrize("command", ["doctor", "plot"])
+def test_a_reader_that_has_read_enough_is_no_error(monkeypatch, tmp_path, command):
+    """As `head -1` is."""
+    run_file = tmp_path / "run.jsonl"
+    layer = moe_ext.MOELayer(moe_ext.TopKGate(8, 4), moe_ext.GroupedExperts(4, 8, 6))
+    stats = moe_ext.stats.track(layer)
+    layer(torch.randn(3, 8))
+    JsonLines(run_file)(stats.read(), step=1)
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = {"doctor": ["doctor"], "plot": ["plot", "--text", str(run_file)]}
+    with open(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        monkeypatch.setattr(sys, "argv", ["moe_ext", *arguments[command]])
+        assert main() == 128 + signal.SIGPIPE
+        assert not gone.closed
 
 
 @pytest.mark.parametrize(
     ("threads", "load", "others", "is_told"),
-    [(2, 1e3, 99, True), (2, 0.5, 99, False), (2, 1e3, 0, False), (1, 1e3, 99, False)],
-    ids=["busy", "for a moment", "no longer", "one thread"],
+    [
+        (2, 3.1, 99, True),
+        (2, 2.9, 99, False),
+        (2, 0.5, 99, False),
+        (2, 1e3, 0, False),
+        (1, 1e3, 99, False),
+    ],
+    ids=["busy", "a build of its own", "for a moment", "no longer", "one thread"],
 )
-def test_other_work_is_told(monkeypatch, threads, load, others, is_told):
+def test_other_work_is_told_once(monkeypatch, threads, load, others, is_told):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert min(doctor._work()) >= 0
     monkeypatch.setattr(doctor, "_work", lambda: (load, others))
-    told = doctor.examine().versions.get("load", "")
-    assert ("OMP_NUM_THREADS=1" in told) == is_told
+    report = doctor.examine()
+    assert report.facts["cpu"]["load"] == load
+    assert report.facts["cpu"]["is_busy"] == is_told
+    assert str(report).count("OMP_NUM_THREADS=1") == str(report).count("load") == is_told
+
+
+def libraries() -> tuple[dict[str, dict], list[doctor.Problem]]:
+    problems: list[doctor.Problem] = []
+    return doctor._libraries(problems), problems
 
 
 def changed(monkeypatch, name: str, change) -> list[doctor.Problem]:
@@ -67,13 +108,13 @@ def changed(monkeypatch, name: str, change) -> list[doctor.Problem]:
     monkeypatch.setattr(doctor.reference, name, lambda *args: change(right(*args)))
     report = doctor.examine()
     assert not report.is_well
-    return [problem for problem in report.problems if "on cpu" in problem.what]
+    return [problem for problem in report.problems if "on cpu" in problem.problem]
 
 
 def test_a_wrong_result_is_found(monkeypatch):
     (problem,) = changed(monkeypatch, "combine", lambda out: 1.01 * out)
-    assert problem.what.startswith("the self-test of combine on cpu gave an error of")
-    assert "doctor --json" in problem.cure
+    assert problem.problem.startswith("the self-test of combine on cpu gave an error of")
+    assert "doctor --json" in problem.fix
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -84,7 +125,7 @@ def test_a_nan_is_found_in_any_output(monkeypatch, which):
         return outputs
 
     (problem,) = changed(monkeypatch, "activate_backward", change)
-    assert problem.what == "the self-test of activate_backward on cpu gave an error of inf"
+    assert problem.problem == "the self-test of activate_backward on cpu gave an error of inf"
 
 
 def test_an_operator_that_fails_is_told_with_its_error(monkeypatch):
@@ -92,7 +133,7 @@ def test_an_operator_that_fails_is_told_with_its_error(monkeypatch):
         raise RuntimeError("combine: no such thing")
 
     (problem,) = changed(monkeypatch, "combine", fails)
-    assert "RuntimeError: combine: no such thing" in problem.what
+    assert "RuntimeError: combine: no such thing" in problem.problem
 
 
 @pytest.fixture
@@ -115,14 +156,21 @@ def report_of(tree: Path, **environment) -> dict:
 
 def test_without_a_library(tree):
     report = report_of(tree)
-    assert report["versions"]["moe_ext"].endswith(str(tree / "moe_ext"))
+    assert report["moe_ext"] == {"version": moe_ext.__version__, "path": str(tree / "moe_ext")}
     on_cpu = [operator for operator in report["operators"] if operator["device"] == "cpu"]
     assert {operator["backend"] for operator in on_cpu} == {"reference"}
     problem = report["problems"][0]
-    assert "no compiled library was built" in problem["what"]
-    assert problem["cure"].startswith("pip install --no-build-isolation")
-    problem = report_of(tree, CXX="no-such-compiler")["problems"][0]
-    assert problem["cure"].startswith("install a C++ compiler or set CXX; then pip install")
+    assert "no compiled library was built" in problem["problem"]
+    assert problem["fix"].startswith("pip install --no-build-isolation")
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_a_compiler_that_fails_is_as_one_that_is_missing(monkeypatch, compiler):
+    monkeypatch.setattr(ops.registry, "library", None)
+    monkeypatch.setenv("CXX", compiler)
+    (problem,) = libraries()[1]
+    assert problem.fix == f"install a C++ compiler or set CXX to one; then {doctor.AGAIN}"
+    assert doctor._facts()["compiler"] is None
 
 
 def test_a_library_that_cannot_be_loaded_is_told_verbatim(tree):
@@ -130,8 +178,8 @@ def test_a_library_that_cannot_be_loaded_is_told_verbatim(tree):
     report = report_of(tree)
     # The reason is the loader's own.
     expected = r"_C.abi3.so could not be loaded: .*(file too short|invalid ELF|not a mach-o)"
-    assert re.search(expected, report["libraries"]["_C"])
-    assert re.search(expected, report["problems"][0]["what"])
+    assert re.search(expected, report["libraries"]["_C"]["error"])
+    assert re.search(expected, report["problems"][0]["problem"])
 
 
 @pytest.mark.parametrize(
@@ -169,35 +217,42 @@ def card(monkeypatch):
     monkeypatch.delenv("FORCE_CUDA", raising=False)
 
 
-def libraries() -> tuple[dict[str, str], list[doctor.Problem]]:
-    problems: list[doctor.Problem] = []
-    return doctor._libraries(problems), problems
-
-
-def test_without_a_card_nothing_is_amiss(card, monkeypatch):
+def test_without_a_card_there_is_no_problem(card, monkeypatch):
     monkeypatch.setattr(doctor, "_num_cards", lambda: 0)
     said, problems = libraries()
-    assert said["_C_cuda"] == "no CUDA kernels were built"
-    assert [p for p in problems if "cuda" in p.what] == []
-    assert doctor._versions()["card"].startswith("none that torch can use")
+    assert said["_C_cuda"]["error"] == "no CUDA kernels were built"
+    assert [p for p in problems if "cuda" in p.problem] == []
+    assert doctor._table(doctor._facts())["card"].startswith("none that torch can use")
 
 
 def test_a_card_and_no_kernels(card, monkeypatch):
-    monkeypatch.setattr(build, "find_toolkit", lambda: None)
+    monkeypatch.setattr(build, "find_toolkit", lambda major=None: None)
     problem = libraries()[1][-1]
-    assert problem.what == "operators on cuda run as plain PyTorch: no CUDA kernels were built"
-    assert problem.cure.startswith("no CUDA toolkit found: CPU kernels only; set CUDA_HOME, or pip")
-    assert doctor._versions()["card"] == "a card, compute capability 12.0"
+    assert problem.problem == "operators on cuda run as plain PyTorch: no CUDA kernels were built"
+    assert problem.fix.startswith("set CUDA_HOME to a toolkit of CUDA 13 or pip install")
+    assert f"; then {doctor.AGAIN}" in problem.fix
+    facts = doctor._facts()
+    assert facts["cards"] == [{"name": "a card", "compute_capability": "12.0"}]
+    assert doctor._table(facts)["card"] == "a card, compute capability 12.0"
 
 
 def test_a_toolkit_of_another_major_version(card, monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "find_toolkit", lambda: build.Toolkit(tmp_path, tmp_path, (12, 4)))
-    assert f"the toolkit at {tmp_path} is CUDA 12.4; set CUDA_HOME" in libraries()[1][-1].cure
+    toolkit = build.Toolkit(tmp_path, tmp_path, (12, 4))
+    monkeypatch.setattr(
+        build, "find_toolkit", lambda major=None: toolkit if major in (None, 12) else None
+    )
+    registry = ops.Registry()
+    registry._load_cuda(tmp_path / "_C.abi3.so")
+    why = f"torch {torch.__version__} is for CUDA 13.0, the toolkit at {tmp_path} is CUDA 12.4"
+    expected = f"no CUDA kernels were built with this package; on this machine: {why}"
+    assert registry.cuda_load_error == expected
+    assert libraries()[1][-1].fix.startswith("install a torch for CUDA 12, or set CUDA_HOME to a")
+    assert doctor._facts()["toolkit"] == {"cuda": "12.4", "path": str(tmp_path)}
 
 
 def test_kernels_left_out_on_purpose(card, monkeypatch):
     monkeypatch.setenv("FORCE_CUDA", "0")
-    assert libraries()[1][-1].cure.startswith("unset FORCE_CUDA, then pip")
+    assert libraries()[1][-1].fix.startswith("unset FORCE_CUDA to build both; then pip")
 
 
 @pytest.mark.parametrize("built_for", ["7.5,8.0+PTX,9.0+PTX", "7.5,8.0"])
@@ -207,12 +262,14 @@ def test_a_card_that_the_kernels_are_not_for(card, monkeypatch, tmp_path, built_
     library.write_bytes(b"\x7fELF\0" + text.encode() + b"\0\xff")
     monkeypatch.setattr(ops.registry, "cuda_library", library)
     said, problems = libraries()
-    assert said["_C_cuda"] == f"{library}, for {built_for}"
+    assert said["_C_cuda"]["path"] == str(library)
+    assert said["_C_cuda"]["built_for"] == built_for.split(",")
+    assert doctor._library(said["_C_cuda"]) == f"{library}, for {built_for}"
     if "9.0+PTX" in built_for:
         assert problems == []
     else:
-        assert problems[0].what.startswith("card 0 has compute capability 12.0, the kernels are")
-        assert problems[0].cure.startswith('TORCH_CUDA_ARCH_LIST="12.0" pip install')
+        assert problems[0].problem.startswith("card 0 has compute capability 12.0, the kernels are")
+        assert problems[0].fix.startswith('TORCH_CUDA_ARCH_LIST="12.0" pip install')
 
 
 @pytest.mark.parametrize(
@@ -231,4 +288,4 @@ def test_a_card_that_the_kernels_are_not_for(card, monkeypatch, tmp_path, built_
     ],
 )
 def test_who_is_served(built_for, capability, is_served):
-    assert doctor.serves(built_for, capability) is is_served
+    assert doctor.serves(built_for.split(","), capability) is is_served

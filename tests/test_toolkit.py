@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moe_ext import build
+from moe_ext import build, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,34 +71,77 @@ def test_an_nvcc_that_is_a_script_or_a_link(nothing, monkeypatch):
     assert build.find_toolkit().root == root
 
 
-def test_when_the_kernels_are_built(nothing, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(build, "find_toolkit", lambda: None)
-    assert build.choose_toolkit()[0] is None
-    assert "has no CUDA: CPU kernels only (FORCE_CUDA=1 builds both)" in build.choose_toolkit()[1]
-    monkeypatch.setenv("FORCE_CUDA", "1")
-    with pytest.raises(
-        RuntimeError, match="FORCE_CUDA=1, but no CUDA toolkit found; set CUDA_HOME"
-    ):
-        build.choose_toolkit()
-
+@pytest.fixture
+def toolkit(nothing, monkeypatch):
+    """The toolkit of CUDA 13.0 in CUDA_HOME."""
     root = fake_toolkit(nothing / "toolkit")
-    toolkit = build.Toolkit(root, root / "include", (13, 0))
-    monkeypatch.setattr(build, "find_toolkit", lambda: toolkit)
-    assert build.choose_toolkit()[0] == toolkit
-    monkeypatch.delenv("FORCE_CUDA")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert build.choose_toolkit()[0] == toolkit
-    monkeypatch.setenv("FORCE_CUDA", "0")
-    assert build.choose_toolkit() == (None, "FORCE_CUDA=0: CPU kernels only")
-    monkeypatch.delenv("FORCE_CUDA")
+    monkeypatch.setenv("CUDA_HOME", str(root))
+    return build.Toolkit(root, root / "include", (13, 0))
 
+
+def test_a_torch_without_cuda_gets_kernels_on_demand_alone(toolkit, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    name = f"torch {torch.__version__}"
+    expected = f"{name} has no CUDA: CPU kernels only; set FORCE_CUDA=1 to build both"
+    assert str(build.choose_toolkit()) == expected
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    assert build.require_toolkit().toolkit == toolkit
+    monkeypatch.delenv("CUDA_HOME")
+    with pytest.raises(
+        RuntimeError, match="FORCE_CUDA=1, but no CUDA toolkit found; set CUDA_HOME to a toolkit or"
+    ):
+        build.require_toolkit()
+
+
+def test_a_torch_with_cuda_gets_kernels_unless_forbidden(toolkit, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert build.choose_toolkit().toolkit == toolkit
+    where = f"the toolkit at {toolkit.root}, CUDA 13.0"
+    assert str(build.choose_toolkit()) == f"CUDA kernels with {where}"
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    expected = "FORCE_CUDA=0: CPU kernels only; unset FORCE_CUDA to build both"
+    assert str(build.require_toolkit()) == expected
+
+
+def test_a_toolkit_of_another_major_version_is_not_used(toolkit, nothing, monkeypatch):
+    """Kernels are left out, with FORCE_CUDA=1 it is an error; the next place may have the right
+    one."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    with pytest.raises(RuntimeError, match=r"is for CUDA 12\.8, the toolkit at .* is CUDA 13\.0"):
-        build.choose_toolkit()
-    (root / "lib64" / "libcudart_static.a").unlink()
-    with pytest.raises(RuntimeError, match=r"has no libcudart_static\.a"):
-        build.cuda_link_flags(toolkit)
+    what = f"torch {torch.__version__} is for CUDA 12.8, the toolkit at {toolkit.root} is CUDA 13.0"
+    fix = "install a torch for CUDA 13, or set CUDA_HOME to a toolkit of CUDA 12, and build with"
+    said = str(build.require_toolkit())
+    assert said == f"{what}: CPU kernels only; {fix} --no-build-isolation"
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(RuntimeError) as caught:
+        build.require_toolkit()
+    assert str(caught.value) == f"FORCE_CUDA=1, but {what}; {fix} --no-build-isolation"
+    usual = fake_toolkit(nothing / "usual", 12040)
+    assert build.require_toolkit().toolkit == build.Toolkit(usual, usual / "include", (12, 4))
+
+
+def test_a_toolkit_without_its_runtime_is_not_used(toolkit, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (toolkit.root / "lib64" / "libcudart_static.a").unlink()
+    said = (
+        f"the CUDA toolkit at {toolkit.root} has no libcudart_static.a: CPU kernels only; install"
+    )
+    assert str(build.choose_toolkit()).startswith(said)
+
+
+def test_the_reference_on_cuda_says_that_it_runs(monkeypatch):
+    """As where the toolkit was none for this torch; without a reason it is silent."""
+    on_cuda, on_cpu = SimpleNamespace(is_cuda=True), torch.zeros(1)
+    kernel = ops._loud_on_cuda(lambda *args: len(args))
+    monkeypatch.setattr(ops.registry, "cuda_load_error", "no CUDA kernels were built")
+    with pytest.warns(
+        RuntimeWarning, match="on cuda, a slower one: no CUDA kernels were built; `pyt"
+    ):
+        assert kernel(None, on_cuda) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernel(None, on_cpu) == 2
+        monkeypatch.setattr(ops.registry, "cuda_load_error", None)
+        assert kernel(None, on_cuda) == 2
 
 
 def test_architectures():
@@ -128,21 +173,38 @@ def setup(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProces
 def test_kernels_of_an_earlier_build_do_not_stay(tree):
     stale = tree / "moe_ext" / "_C_cuda.abi3.so"
     stale.touch()
-    # The compiler is one that fails: what matters comes before it.
-    run = setup(tree, "build_ext", "--inplace", FORCE_CUDA="0", CXX="false")
+    # A compiler that compiles nothing of ours: what matters comes before it.
+    compiler = tree / "compiler"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\n[ "$last" = - ]\n')
+    compiler.chmod(0o755)
+    run = setup(tree, "build_ext", "--inplace", FORCE_CUDA="0", CXX=str(compiler))
     assert "moe_ext: FORCE_CUDA=0: CPU kernels only" in run.stderr
     assert not stale.exists()
 
 
-def test_a_toolkit_that_cannot_be_used_stops_only_the_build(tree, tmp_path_factory):
-    empty = tmp_path_factory.mktemp("toolkit")
-    major = int((torch.version.cuda or "13").split(".")[0])
-    (fake_toolkit(empty, 1000 * major) / "lib64" / "libcudart_static.a").unlink()
-    env = {"FORCE_CUDA": "1", "CUDA_HOME": str(empty)}
-    assert setup(tree, "--version", **env).returncode == 0
-    run = setup(tree, "build_ext", "--inplace", **env)
-    assert run.returncode != 0
-    assert f"moe_ext: the CUDA toolkit at {empty} has no libcudart_static.a" in run.stderr
+@pytest.mark.parametrize("force", ["", "1"])
+def test_a_toolkit_that_is_none_for_torch_stops_only_a_forced_build(tree, force):
+    """Else the last line says what was left out."""
+    toolkit = fake_toolkit(tree / "toolkit")
+    code = """
+import runpy, sys, torch
+from torch.utils.cpp_extension import BuildExtension
+torch.version.cuda = "99.1"
+BuildExtension.run = lambda self: print("compiled", file=sys.stderr)
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tree,
+        env={**os.environ, "FORCE_CUDA": force, "CUDA_HOME": str(toolkit)},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode != 0) == (force == "1"), run.stderr
+    assert ("\ncompiled\n" in run.stderr) == (force != "1")
+    expected = f"is for CUDA 99.1, the toolkit at {toolkit} is CUDA 13.0"
+    assert expected in run.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(build.find_toolkit() is None, reason="there are no CUDA headers")

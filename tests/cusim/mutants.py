@@ -357,7 +357,7 @@ def copy_tree() -> None:
 
 
 def notice(build: str, operators: list[str]) -> str | None:
-    """What the build of that name says of the tree as it is: None where all is well."""
+    """What the build of that name says of the tree as it is: None where it passes."""
     target = f"kernel_tests{build}"
     made = subprocess.run(
         ["cmake", "--build", str(COPY / "build"), "--target", target],
