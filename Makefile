@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh \
 	tests/cusim/*.h tests/cusim/*.cpp tests/cusim/*.cu)
+PUBLIC := $(wildcard moe_ext/include/*.h examples/cpp/*.cpp)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -69,12 +70,12 @@ bench-full: bench
 lint: $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(PUBLIC)
 
 format: $(VENV)/linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(PUBLIC)
 
 # Types, in the package alone.
 types: $(VENV)/installed $(VENV)/linters

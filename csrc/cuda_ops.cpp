@@ -24,6 +24,11 @@ __attribute__((used)) static const char architectures[] =
     "moe_ext built for compute capability " MOE_EXT_TEXT_OF(MOE_EXT_ARCHITECTURES);
 #endif
 
+#if !defined(MOE_EXT_EMULATED)
+// As moe_ext_library in ops.cpp.
+extern "C" __attribute__((visibility("default"))) void moe_ext_cuda_library() {}
+#endif
+
 namespace moe_ext {
 namespace {
 

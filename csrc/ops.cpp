@@ -6,6 +6,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+// Does nothing. A C++ program that calls it, as moe_ext.h does, is linked with this library.
+extern "C" __attribute__((visibility("default"))) void moe_ext_library() {}
+
 STABLE_TORCH_LIBRARY(moe_ext, m) {
   // logits, choice_scores [T, E] -> weights [T, K], experts [T, K], probs [T, E], importance [E]
   m.def(

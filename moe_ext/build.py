@@ -253,6 +253,14 @@ def find_compiler() -> str | None:
     return path if run.returncode == 0 else None
 
 
+def cmake_prefix_path() -> str:
+    """CMAKE_PREFIX_PATH for a C++ program's find_package(moe_ext): the folders where CMake finds
+    this package and torch."""
+    import torch.utils
+
+    return f"{ROOT};{torch.utils.cmake_prefix_path}"
+
+
 def _tree_key(root: Path, torch_version: str, files: list[str], flags: list[str]) -> str:
     digest = hashlib.sha256()
     for name in files:

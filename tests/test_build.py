@@ -16,6 +16,7 @@ import moe_ext
 from moe_ext import build, ops, reference
 
 ROOT = Path(__file__).resolve().parent.parent
+CPP = ROOT / "examples" / "cpp"
 
 # A layer forward and backward, and where it ran.
 PROBE = """
@@ -281,23 +282,78 @@ def test_the_source_distribution_is_whole(tmp_path):
         assert not any(name.endswith((".so", ".pyc")) for name in names)
 
 
+def cmake(*command: str) -> None:
+    program = shutil.which(
+        "cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    assert program, "cmake is in the extra `test`"
+    done = subprocess.run([program, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_cpp(source: Path, binary: Path, prefix: str) -> subprocess.CompletedProcess:
+    """Build the example's CMake project in `source` and run its program."""
+    shutil.copy(CPP / "CMakeLists.txt", source)
+    cmake("-S", str(source), "-B", str(binary), f"-DCMAKE_PREFIX_PATH={prefix}")
+    cmake("--build", str(binary))
+    return subprocess.run([binary / "layer"], capture_output=True, text=True)
+
+
+def test_the_cpp_example_gives_the_numbers_of_python(tmp_path):
+    """Against the package as it is installed; what asks for a gradient is refused."""
+    shutil.copy(CPP / "layer.cpp", tmp_path / "example.cpp")
+    (tmp_path / "layer.cpp").write_text("""
+#define main example_main
+#include "example.cpp"
+#undef main
+int main() {
+  example_main();
+  const at::Tensor tokens = at::ones({2, 3}).requires_grad_(), ids = at::zeros({2, 1}, at::kInt);
+  const auto plan = moe_ext::make_plan(ids, 2, 1);
+  try {
+    moe_ext::dispatch(tokens, plan);
+  } catch (const c10::NotImplementedError& error) {
+    std::cerr << error.what_without_backtrace();
+  }
+  const at::NoGradGuard guard;
+  const at::Tensor rows = moe_ext::dispatch(tokens, plan);
+  std::cout << moe_ext::route_dot(tokens, rows, plan) << "\\n";
+  std::cout << moe_ext::keep(at::ones({2, 1}), plan) << "\\n";
+}
+""")
+    run = run_cpp(tmp_path, tmp_path / "build", build.cmake_prefix_path())
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == (
+        "moe_ext::dispatch has no gradient in a program without Python; call it under "
+        "c10::InferenceMode or at::NoGradGuard"
+    )
+    torch.manual_seed(0)
+    tokens, router = torch.randn(16, 32), torch.randn(4, 32)
+    up, down = torch.randn(4, 128, 32), torch.randn(4, 32, 64)
+    weights, experts, *_ = moe_ext.gate(tokens @ router.T, 2, renormalise=True)
+    gate, value = torch.einsum("th,efh->tef", tokens, up).chunk(2, dim=-1)
+    dense = torch.einsum("tef,ehf->teh", torch.nn.functional.silu(gate) * value, down)
+    chosen = dense.gather(1, experts.long()[..., None].expand(-1, -1, 32))
+    expected = (weights[..., None] * chosen).sum((1, 2))
+    numbers = list(map(float, re.findall(r"^ *(-?[\d.]+)$", run.stdout, re.MULTILINE)))
+    torch.testing.assert_close(torch.tensor(numbers[:16]), expected, rtol=1e-4, atol=1e-2)
+    assert numbers[16:] == [3, 0, 1, 0]
+
+
+def test_the_cpp_page_holds_the_example():
+    page = (ROOT / "docs" / "cpp.md").read_text()
+    for name, language in (("CMakeLists.txt", "cmake"), ("layer.cpp", "cpp")):
+        assert f"```{language}\n{(CPP / name).read_text()}```" in page
+
+
 @pytest.mark.parametrize("registers", [16, 32])
 def test_cmake_builds_the_same_library(tmp_path, registers):
     """And on CPUs with less: narrower registers, no instructions for 16 bits."""
-    cmake = shutil.which(
-        "cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
-    assert cmake, "cmake is in the extra `test`"
-
-    def run(*command):
-        done = subprocess.run([cmake, *command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    run(
+    cmake(
         *("-S", str(ROOT), "-B", str(tmp_path), f"-DPython3_EXECUTABLE={sys.executable}"),
         f"-DCMAKE_CXX_FLAGS=-DMOE_EXT_WIDEN_16BIT -DMOE_EXT_REGISTERS={registers}",
     )
-    run("--build", str(tmp_path), "--parallel", "2")
+    cmake("--build", str(tmp_path), "--parallel", "2")
     (library,) = tmp_path.glob("libmoe_ext.*")
     # The library without the package; 16-bit products are float32 ones, rounded once.
     code = f"""
@@ -351,3 +407,22 @@ for dtype in (torch.bfloat16, torch.float16):
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip() == "[[1, 0], [2, 3]]"
+    if registers == 32:
+        check_installation(tmp_path)
+
+
+def check_installation(built: Path) -> None:
+    """A program that finds what `cmake --install` made is linked with the library."""
+    cmake("--install", str(built), "--prefix", str(built / "installed"))
+    source = built / "program"
+    source.mkdir()
+    (source / "layer.cpp").write_text("""
+#if !__has_include(<moe_ext.h>)
+#error no moe_ext.h
+#endif
+extern "C" void moe_ext_library();
+int main() { moe_ext_library(); }
+""")
+    prefix = f"{built / 'installed'};{torch.utils.cmake_prefix_path}"
+    run = run_cpp(source, built / "program-built", prefix)
+    assert run.returncode == 0, run.stderr
