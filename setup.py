@@ -33,6 +33,8 @@ def say(text: str) -> None:
 # What is left out, said again when all else has been.
 last_words: list[str] = []
 
+ISOLATION = "pip's --no-build-isolation builds for the torch that is installed"
+
 
 def extensions() -> dict:
     build = load_build()
@@ -72,10 +74,11 @@ def extensions() -> dict:
             try:
                 build.require_toolkit()
             except RuntimeError as error:
-                sys.exit(f"moe_ext: {error}")
-            say(str(choice))
+                sys.exit(f"moe_ext: {error}; {ISOLATION}")
+            note = str(choice) if toolkit else f"{choice}; {ISOLATION}"
+            say(note)
             if toolkit is None:
-                last_words.append(str(choice))
+                last_words.append(note)
                 # One built before would be packed, and loaded beside a library that it is not for.
                 target = Path(self.get_ext_fullpath("moe_ext._C")).parent
                 for folder in (target, Path(self.build_lib) / "moe_ext"):

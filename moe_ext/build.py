@@ -140,7 +140,6 @@ def choose_toolkit() -> ToolkitChoice:
     if major is None or major >= 13:  # PyPI has no nvcc of an older one
         release = f"=={wanted}.*" if wanted else ""
         fix += f" or pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]{release}'"
-    fix += ", and build with --no-build-isolation"
     other = find_toolkit()
     if other is None:
         return ToolkitChoice(None, "no CUDA toolkit found", fix)

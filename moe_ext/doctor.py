@@ -77,7 +77,8 @@ class Report(NamedTuple):
     """What `examine` finds. Printed for people; `as_dict` is for programs.
 
     facts: versions, paths and hardware; a field by name, None for what is not there
-    libraries: path, or the error, of the libraries _C and _C_cuda
+    libraries: path, or the error, of the libraries _C and _C_cuda; fix of _C_cuda: how a torch with
+        CUDA gets the kernels that it lacks, a problem on a machine with a GPU alone
     """
 
     facts: dict
@@ -111,6 +112,11 @@ class Report(NamedTuple):
         lines.append("")
         for problem in self.problems:
             lines += [f"problem: {problem.problem}", f"    fix: {problem.fix}"]
+        if self.libraries["_C_cuda"]["fix"] and not self.facts["cards"]:
+            lines += [
+                "note: no CUDA kernels are used; they matter on a machine with a GPU",
+                f" fix: {self.libraries['_C_cuda']['fix']}",
+            ]
         busy = _busy(self.facts["cpu"])
         if self.is_well:
             lines.append(f"OK (CPU is busy: load {busy})" if busy else "OK")
@@ -246,6 +252,7 @@ def _libraries(problems: list[Problem]) -> dict[str, dict]:
         "_C_cuda": {
             "path": _text(registry.cuda_library),
             "error": registry.cuda_load_error,
+            "fix": None,
             "built_for": None,
         },
     }
@@ -254,8 +261,10 @@ def _libraries(problems: list[Problem]) -> dict[str, dict]:
         has_compiler = build.find_compiler() is not None
         fix = AGAIN if has_compiler else f"install a C++ compiler or set CXX to one; then {AGAIN}"
         problems.append(Problem(f"the CPU library is not used: {registry.load_error}", fix))
-    elif registry.cuda_library is None and _num_cards():
-        problems.append(_without_kernels())
+    elif registry.cuda_library is None and torch.version.cuda is not None:
+        problem = _without_kernels()
+        found["_C_cuda"]["fix"] = problem.fix
+        problems += [problem] if _num_cards() else []
     if registry.cuda_library is not None:
         built_for = _built_for(registry.cuda_library)
         found["_C_cuda"]["built_for"] = built_for

@@ -222,6 +222,10 @@ def test_without_a_card_there_is_no_problem(card, monkeypatch):
     said, problems = libraries()
     assert said["_C_cuda"]["error"] == "no CUDA kernels were built"
     assert [p for p in problems if "cuda" in p.problem] == []
+    # What a build for a machine with a GPU would take is told all the same.
+    assert said["_C_cuda"]["fix"].endswith(doctor.AGAIN)
+    text = str(doctor.examine())
+    assert f"a machine with a GPU\n fix: {said['_C_cuda']['fix']}\nOK" in text
     assert doctor._table(doctor._facts())["card"].startswith("none that torch can use")
 
 
