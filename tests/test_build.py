@@ -340,6 +340,12 @@ int main() {
     assert numbers[16:] == [3, 0, 1, 0]
 
 
+def test_the_cpp_header_has_every_public_operator():
+    header = Path(moe_ext.__file__).with_name("include") / "moe_ext.h"
+    found = set(re.findall(r'find\("moe_ext::(\w+)"\)', header.read_text()))
+    assert found == {name for name in ops.NAMES if name in moe_ext.__all__} | {"plan"}
+
+
 def test_the_cpp_page_holds_the_example():
     page = (ROOT / "docs" / "cpp.md").read_text()
     for name, language in (("CMakeLists.txt", "cmake"), ("layer.cpp", "cpp")):
