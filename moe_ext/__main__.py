@@ -115,7 +115,7 @@ def main() -> int:
         code = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Who reads has read enough, as head does; Python writes what it holds when it ends.
+        # The reader closed the pipe, as head does. Python writes the rest when it ends: to nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as of a program that SIGPIPE ends
     return code
