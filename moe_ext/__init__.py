@@ -69,3 +69,7 @@ def __getattr__(name: str):
         parallel = importlib.import_module(".parallel", __name__)
         return parallel if name == "parallel" else parallel.ExpertParallel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

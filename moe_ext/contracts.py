@@ -5,15 +5,18 @@ backend and at compile time as in the compiled kernels.
 """
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from . import options
+
 INT32_MAX = 2**31 - 1
-SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
-ORDERS = ("choice", "token")
-GATED = ("swiglu", "geglu")
-ACTIVATIONS = (*GATED, "gelu", "relu")
+SCORINGS = get_args(options.Scoring)
+ORDERS = get_args(options.Order)
+GATED = get_args(options.GatedActivation)
+ACTIVATIONS = get_args(options.Activation)
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Dims = Sequence[tuple[str, int | None]]

@@ -11,6 +11,8 @@ A route's weight needs no saved output either: with y = down @ a,
 the row's gradient times its activation, which the backward has both.
 """
 
+from typing import get_args
+
 from torch import Tensor
 
 from . import contracts, ops
@@ -27,9 +29,10 @@ from .gradients import (
     outer_like,
     sum_of_groups,
 )
+from .options import Activation, Weigh
 from .plan import Plan
 
-WEIGH = ("after", "before")
+WEIGH = get_args(Weigh)
 
 
 class _Inner(Operator):
@@ -154,11 +157,11 @@ def feed_forward(
     weights: Tensor,
     up: Tensor,
     down: Tensor,
-    activation: str,
+    activation: Activation,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     *,
-    weigh: str = "after",
+    weigh: Weigh = "after",
     recompute: bool = True,
 ) -> Tensor:
     """The weighted sum of every token's experts, each a feed-forward network.

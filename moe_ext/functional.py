@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import contracts
 from .gradients import Activate, Combine, Dispatch, Gate, GroupedMM, Keep, RouteDot
+from .options import Activation, Scoring
 from .plan import Plan
 
 
@@ -30,7 +31,7 @@ def gate(
     k: int,
     *,
     choice_scores: Tensor | None = None,
-    scoring: str = "softmax",
+    scoring: Scoring = "softmax",
     renormalise: bool = False,
     scale: float = 1.0,
 ) -> Choice:
@@ -166,7 +167,9 @@ def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = 
     return GroupedMM.call(rows, weights, bias, plan.offsets, plan.load, plan.capacity)
 
 
-def activate(inner: Tensor, plan: Plan, activation: str, weights: Tensor | None = None) -> Tensor:
+def activate(
+    inner: Tensor, plan: Plan, activation: Activation, weights: Tensor | None = None
+) -> Tensor:
     """What an expert does between its two products.
 
     inner: [R, 2F], the gate's columns first, for "swiglu" and "geglu"; [R, F] for "gelu" and "relu"

@@ -9,6 +9,7 @@ from . import contracts, convert, options
 from .experts import Experts
 from .feed_forward import WEIGH, feed_forward
 from .functional import activate, grouped_mm
+from .options import Activation, Weigh
 from .plan import Plan
 
 
@@ -36,10 +37,10 @@ class GroupedExperts(Experts):
         num_experts: int,
         hidden_size: int,
         ffn_size: int,
-        activation: str = "swiglu",
+        activation: Activation = "swiglu",
         bias: bool = False,
         *,
-        weigh: str = "after",
+        weigh: Weigh = "after",
         recompute: bool = True,
         device=None,
         dtype=None,

@@ -9,7 +9,7 @@ can be computed, which a forward would say when it comes to it. Needs transforme
 """
 
 from collections.abc import Callable, Iterator
-from typing import NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from . import contracts
 from .feed_forward import dispatch_mm, feed_forward
 from .functional import combine, grouped_mm
+from .options import Activation
 from .plan import Plan, make_plan
 from .sinks import Sink
 from .stats import Stats, track
@@ -136,7 +137,7 @@ class Layout:
             )
         return tensor
 
-    def _activation(self) -> str | None:
+    def _activation(self) -> Activation | None:
         """The name of what the module does between its products; None where only it can do that."""
         own_gate = type(self.module)._apply_gate if self.has_gate else moe._default_apply_gate
         if own_gate is not moe._default_apply_gate or "_apply_gate" in vars(self.module):
@@ -146,8 +147,12 @@ class Layout:
         function = _plain_function(getattr(self.module, "act_fn", None))
         if function is None and not callable(getattr(self.module, "act_fn", None)):
             self._refuse("must have act_fn")
-        names = {F.silu: "swiglu", F.gelu: "geglu"} if self.has_gate else {F.gelu: "gelu"}
-        return names.get(function, "relu" if function is F.relu and not self.has_gate else None)
+        names: dict[Any, Activation] = (
+            {F.silu: "swiglu", F.gelu: "geglu"}
+            if self.has_gate
+            else {F.gelu: "gelu", F.relu: "relu"}
+        )
+        return names.get(function)
 
 
 # Only these very classes: a subclass may compute something else.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from . import options, route_forms
 from .experts import DeepSpeedExperts, Experts, refuse_wrapped, routed
+from .options import NoisePolicy
 from .plan import Plan
 from .process_group import GroupAttribute
 from .routing import Routing
@@ -311,7 +312,7 @@ class MoE(nn.Module):
         eval_capacity_factor: float = 1.0,
         min_capacity: int = 4,
         use_residual: bool = False,
-        noisy_gate_policy: str | None = None,
+        noisy_gate_policy: NoisePolicy | None = None,
         drop_tokens: bool = True,
         use_rts: bool = True,
         use_tutel: bool = False,

@@ -1,10 +1,42 @@
-"""What constructors and layers ask of their options, and how they say what is wrong."""
+"""The names that options take, and argument validation helpers."""
 
 import operator
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
+
+# Checks at run time read the names with typing.get_args: a name is written here and nowhere else.
+
+Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+"""How a gate makes scores of logits."""
+
+Renormalise = Literal["never", "before", "after"]
+"""When a token's weights are divided by their sum: relative to dropping."""
+
+DropPolicy = Literal["random", "position", "probs"]
+"""Who is dropped where an expert has no room."""
+
+Order = Literal["choice", "token"]
+"""How routes queue for an expert."""
+
+GroupScore = Literal["max", "top2_sum"]
+"""How much a group of experts is worth to a token."""
+
+Balancing = Literal["sinkhorn", "forced"]
+"""How a choice is balanced without a loss."""
+
+NoisePolicy = Literal["None", "Jitter", "RSample", "Gaussian"]
+"""Where a gate adds noise. "None" is DeepSpeed's name for None."""
+
+GatedActivation = Literal["swiglu", "geglu"]
+"""Activations that multiply a gate and an input, each of width F."""
+
+Activation = Literal[GatedActivation, "gelu", "relu"]
+"""What an expert does between its two products."""
+
+Weigh = Literal["after", "before"]
+"""Where a route's weight is a factor: of the expert's output, or of its activation."""
 
 
 def names(owner: str, **options: tuple) -> None:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .options import Order
+
 
 class Plan(NamedTuple):
     """A row for every kept route. A pytree; integers only, no gradient.
@@ -40,7 +42,7 @@ def make_plan(
     capacity: int | None = None,
     *,
     priority: Tensor | None = None,
-    order: str = "choice",
+    order: Order = "choice",
     align: int = 1,
 ) -> Plan:
     """Place the routes of `experts`.

@@ -1,7 +1,7 @@
 """From logits to a routing: who goes where, with what weight, and who is dropped."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -9,10 +9,11 @@ from torch import Tensor
 from . import contracts, losses, options
 from .functional import Choice, gate, keep
 from .gradients import Keep
+from .options import DropPolicy, Order, Renormalise, Scoring
 from .plan import Plan, make_plan
 
-DROP_POLICIES = ("random", "position", "probs")
-RENORMALISE = ("never", "before", "after")
+DROP_POLICIES = get_args(DropPolicy)
+RENORMALISE = get_args(Renormalise)
 
 
 class Routing(NamedTuple):
@@ -46,12 +47,12 @@ def route(
     choice_scores: Tensor | None = None,
     experts: Tensor | None = None,
     used_token: Tensor | None = None,
-    scoring: str = "softmax",
-    renormalise: str = "never",
+    scoring: Scoring = "softmax",
+    renormalise: Renormalise = "never",
     scale: float = 1.0,
     capacity: int | None = None,
-    drop_policy: str = "position",
-    order: str = "choice",
+    drop_policy: DropPolicy = "position",
+    order: Order = "choice",
     aux_loss: Callable[[Routing], Tensor] | None = None,
 ) -> Routing:
     """Choose k experts for every token, give the routes their rows, weigh what is kept.
@@ -120,7 +121,7 @@ def route(
 
 
 def _weigh(
-    logits: Tensor, k: int, experts: Tensor, *, scoring: str, renormalise: bool, scale: float
+    logits: Tensor, k: int, experts: Tensor, *, scoring: Scoring, renormalise: bool, scale: float
 ) -> Choice:
     """`gate` where the choice is made already."""
     T, E = logits.shape

@@ -5,14 +5,16 @@ flows through a choice, so none has one.
 """
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from . import options
 from .capacity import float32
+from .options import GroupScore
 
-GROUP_SCORES = ("max", "top2_sum")
+GROUP_SCORES = get_args(GroupScore)
 
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
@@ -36,7 +38,9 @@ def keep_first(scores: Tensor, drawn: Tensor) -> Tensor:
     return drawn.scatter(-1, scores.argmax(dim=-1, keepdim=True), torch.nan)
 
 
-def group_mask(scores: Tensor, num_groups: int, groups_per_token: int, group_score: str) -> Tensor:
+def group_mask(
+    scores: Tensor, num_groups: int, groups_per_token: int, group_score: GroupScore
+) -> Tensor:
     """The experts in the best groups of every token. [T, E] -> [T, E] bool.
 
     num_groups: neighbouring experts form groups of E / num_groups

@@ -18,6 +18,7 @@ from .experts import DeepSpeedExperts as Experts
 from .layer import MOE_TIMER, MOELayer
 from .losses import load_balance_loss
 from .mappings import drop_tokens, gather_tokens
+from .options import DropPolicy, NoisePolicy
 from .route_forms import form
 from .routing import Routing, route
 from .topk_gate import TOPK_GATE_TIMER, TopKGate
@@ -135,7 +136,7 @@ def top1gating(
     capacity_factor: float,
     min_capacity: int,
     used_token: Tensor | None = None,
-    noisy_gate_policy: str | None = None,
+    noisy_gate_policy: NoisePolicy | None = None,
     drop_tokens: bool = True,
     use_rts: bool = True,
     ep_group: dist.ProcessGroup | bool | None = None,
@@ -204,7 +205,7 @@ def topkgating(
     min_capacity: int,
     drop_tokens: bool = True,
     ep_group: dist.ProcessGroup | None = None,
-    drop_policy: str = "probs",
+    drop_policy: DropPolicy = "probs",
     sparse_routes: bool = False,
 ) -> tuple:
     """k experts for every token, which queue token after token: as `top1gating`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -13,15 +14,30 @@ from . import contracts, options, reference, route_forms, selection
 from .capacity import expert_capacity
 from .functional import has_autocast
 from .ops import is_exporting
+from .options import (
+    Balancing,
+    DropPolicy,
+    GroupScore,
+    NoisePolicy,
+    Order,
+    Renormalise,
+    Scoring,
+)
 from .process_group import GroupAttribute
 from .routers import logits_of
 from .routing import DROP_POLICIES, RENORMALISE, Routing, route
 from .timers import Timers
 
 # What a None noise_scale is; of "Gaussian" it is 1 / E, as in Tutel.
-NOISE_SCALES = {None: 0.0, "None": 0.0, "Jitter": 1e-2, "RSample": 1.0, "Gaussian": None}
+NOISE_SCALES: dict[NoisePolicy | None, float | None] = {
+    None: 0.0,
+    "None": 0.0,
+    "Jitter": 1e-2,
+    "RSample": 1.0,
+    "Gaussian": None,
+}
 TOPK_GATE_TIMER = "topk_gate"
-BALANCING = (None, "sinkhorn", "forced")
+BALANCING = (None, *get_args(Balancing))
 
 
 class TopKGate(nn.Module):
@@ -88,22 +104,22 @@ class TopKGate(nn.Module):
         capacity_factor: float = 1.0,
         eval_capacity_factor: float = 1.0,
         min_capacity: int = 8,
-        noisy_gate_policy: str | None = None,
+        noisy_gate_policy: NoisePolicy | None = None,
         drop_tokens: bool = True,
         use_rts: bool = True,
         ep_group: dist.ProcessGroup | None = None,
         top2_2nd_expert_sampling: bool = True,
         *,
-        drop_policy: str | None = None,
-        order: str | None = None,
-        scoring: str = "softmax",
-        renormalise: str | None = None,
+        drop_policy: DropPolicy | None = None,
+        order: Order | None = None,
+        scoring: Scoring = "softmax",
+        renormalise: Renormalise | None = None,
         scale: float = 1.0,
         num_groups: int = 1,
         groups_per_token: int = 1,
-        group_score: str = "max",
+        group_score: GroupScore = "max",
         selection_bias: bool = False,
-        balancing: str | None = None,
+        balancing: Balancing | None = None,
         noise_scale: float | None = None,
         noise_in_eval: bool = False,
         sampling_in_eval: bool = False,
@@ -300,7 +316,7 @@ class TopKGate(nn.Module):
             dist.all_reduce(load, group=group)
         self.expert_bias += rate * torch.sign(load.sum() - self.num_experts * load)
 
-    def _noise(self) -> tuple[str | None, float]:
+    def _noise(self) -> tuple[NoisePolicy | None, float]:
         """The noise that acts in the present mode, and its size."""
         policy = self.noisy_gate_policy if self.training or self.noise_in_eval else None
         if self.noise_scale is not None:
@@ -312,7 +328,7 @@ class TopKGate(nn.Module):
         """Whether random token selection and the second expert's sampling act in this mode."""
         return self.training or self.sampling_in_eval
 
-    def _dropping(self) -> tuple[str, str]:
+    def _dropping(self) -> tuple[DropPolicy, Order]:
         """drop_policy and order in the present mode, DeepSpeed's where they are None."""
         policy, order = self.drop_policy, self.order
         if policy is None:

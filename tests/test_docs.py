@@ -93,6 +93,12 @@ def test_every_public_name_is_on_the_api_page():
         assert f"::: moe_ext.{name}\n" in text, name
 
 
+def test_dir_lists_the_public_names_and_no_others():
+    names = {name for name in dir(moe_ext) if not name.startswith("__")}
+    assert names == set(moe_ext.__all__)
+    assert "__version__" in dir(moe_ext)
+
+
 def test_every_public_name_has_a_docstring():
     for name in moe_ext.__all__:
         assert (getattr(moe_ext, name).__doc__ or "").strip(), name
