@@ -29,7 +29,14 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
         self.proj = nn.Linear(WIDTH, WIDTH, bias=False)
-        gate = moe_ext.TopKGate(WIDTH, EXPERTS, k=2, drop_tokens=False, renormalise="before")
+        gate = moe_ext.TopKGate(
+            WIDTH,
+            EXPERTS,
+            k=2,
+            drop_tokens=False,
+            renormalise="before",
+            top2_2nd_expert_sampling=False,
+        )
         self.moe = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(EXPERTS, WIDTH, 2 * WIDTH))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -57,9 +64,6 @@ class GPT(nn.Module):
             hidden = block(hidden)
         return self.head(self.norm(hidden))
 
-    def l_aux(self) -> Tensor:
-        return sum(block.moe.l_aux for block in self.blocks)
-
 
 def python_sources(limit: int = 4_000_000) -> Tensor:
     """Bytes of the standard library. [limit] int64."""
@@ -78,7 +82,7 @@ def train(model: GPT, text: Tensor, steps: int, batch: int) -> None:
         logits = model(sample[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), sample[:, 1:].flatten())
         optimizer.zero_grad()
-        (loss + 0.01 * model.l_aux()).backward()
+        (loss + 0.01 * moe_ext.total_l_aux(model)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -11,7 +11,7 @@ from .explanation import explain
 from .feed_forward import feed_forward
 from .functional import Choice, activate, combine, dispatch, gate, grouped_mm, keep, route_dot
 from .grouped_experts import GroupedExperts
-from .layer import Aux, MoE, MOELayer
+from .layer import Aux, MoE, MOELayer, total_l_aux
 from .plan import Plan, make_plan
 from .routers import CosineRouter
 from .routing import Routing, route
@@ -60,6 +60,7 @@ __all__ = [
     "route_dot",
     "selection",
     "stats",
+    "total_l_aux",
 ]
 
 

@@ -67,7 +67,21 @@ class ModuleExperts(Experts):
 
     expert_lists = ("experts",)
 
-    def __init__(self, module: nn.Module, num_experts: int) -> None:
+    def __init__(self, module: nn.Module, num_experts: int | None = None) -> None:
+        if isinstance(module, nn.ModuleList):
+            super().__init__(_number_of(module, num_experts))
+            self.experts = nn.ModuleList(module)
+            return
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                "ModuleExperts: module must be an nn.Module, or an nn.ModuleList of one per "
+                f"expert, got {type(module).__name__}"
+            )
+        if num_experts is None:
+            raise ValueError(
+                "ModuleExperts: num_experts must be given beside one module, which is copied; "
+                "a module per expert is an nn.ModuleList"
+            )
         super().__init__(num_experts)
         self.experts = nn.ModuleList(copy.deepcopy(module) for _ in range(num_experts))
 
@@ -92,6 +106,29 @@ class ModuleExperts(Experts):
             done = end
         pieces.append(out.new_zeros(rows.shape[0] - done, rows.shape[1]))
         return torch.cat(pieces)
+
+
+def _number_of(modules: nn.ModuleList, num_experts: int | None) -> int:
+    """How many experts a list holds. Raises ValueError where it cannot be the experts."""
+    if len(modules) == 0:
+        raise ValueError("ModuleExperts: module must hold one module or more, got an empty list")
+    if num_experts not in (None, len(modules)):
+        raise ValueError(
+            f"ModuleExperts: num_experts must be {len(modules)}, the length of the ModuleList, or "
+            f"None, got {num_experts!r}"
+        )
+    first: dict[int, int] = {}
+    for e, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"ModuleExperts: expert {e} must be an nn.Module, got {type(module).__name__}"
+            )
+        if (other := first.setdefault(id(module), e)) != e:
+            raise ValueError(
+                f"ModuleExperts: experts must be different modules, but {other} and {e} are the "
+                "same object, and would stay equal; make a new module for each"
+            )
+    return len(modules)
 
 
 class SharedExperts(Experts):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from . import options, route_forms
@@ -92,6 +95,42 @@ def _route(
     result = gate(tokens, used_token, **({"sparse_routes": True} if knows_sparse else {}))
     plan, weights, l_aux, exp_counts = route_forms.plan_of(result, tokens)
     return plan, weights, Aux(l_aux, exp_counts, plan.experts), None
+
+
+class _LostGradient(Function):
+    """The same value, without a way back to what it was computed from."""
+
+    @staticmethod
+    def forward(ctx, l_aux: Tensor) -> Tensor:
+        return l_aux.view_as(l_aux)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> None:
+        warnings.warn(
+            "MOELayer: the gradient of l_aux is lost, so the loss does not balance the router. The "
+            "layer ran without gradients, as in checkpoint(use_reentrant=True). Set "
+            "use_reentrant=False, or return l_aux from the checkpointed function",
+            stacklevel=2,
+        )
+
+
+def _warning_of_lost_gradient(l_aux: Tensor | Any) -> Tensor | Any:
+    """l_aux of a call without gradients. Inside an autograd.Function, as checkpoint makes of the
+    call with use_reentrant=True, it warns when a gradient reaches it.
+
+    A Function that returns l_aux gives it a gradient: then it does not warn.
+    """
+    if not isinstance(l_aux, Tensor) or not l_aux.is_floating_point() or l_aux.is_inference():
+        return l_aux
+    if torch._C._are_functorch_transforms_active():
+        return l_aux
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
+            with torch.enable_grad():
+                return _LostGradient.apply(l_aux.detach().requires_grad_())
+    return l_aux
 
 
 class MOELayer(nn.Module):
@@ -189,6 +228,8 @@ class MOELayer(nn.Module):
         # Not the instance's, which FSDP makes another way into the layer.
         out, aux = type(self).forward_with_aux(self, hidden, used_token, experts=experts)
         self.l_aux, self.exp_counts = aux.l_aux, aux.exp_counts
+        if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.l_aux = _warning_of_lost_gradient(aux.l_aux)
         return out
 
     def forward_with_aux(
@@ -233,13 +274,51 @@ class MOELayer(nn.Module):
         return {**super().__getstate__(), "l_aux": None, "exp_counts": None, "observer": None}
 
 
+def total_l_aux(model: nn.Module) -> Tensor:
+    """The sum of the auxiliary losses that the layers of a model left in their last call.
+
+        loss = loss + 0.01 * moe_ext.total_l_aux(model)
+
+    A layer that was not called yet, or whose gate has no loss, adds nothing. A layer in several
+    places of the model counts once, with its last call.
+
+    Args:
+        model: a MOELayer, or a module with MOELayers or MoEs in it, wrapped or not
+
+    Returns:
+        [], not scaled, on the device of the last layer that was called; differentiable where the
+        layers ran with gradients
+
+    Raises:
+        ValueError: the model has no MOELayer
+        RuntimeError: no MOELayer of the model was called yet
+    """
+    layers = [module for module in model.modules() if isinstance(module, MOELayer)]
+    name = type(model).__name__
+    if not layers:
+        raise ValueError(f"total_l_aux: model must have a MOELayer in it, {name} has none")
+    called = [layer for layer in layers if layer.exp_counts is not None]
+    if not called:
+        raise RuntimeError(
+            f"total_l_aux: no MOELayer of {name} was called yet; call the model first. "
+            "forward_with_aux leaves nothing: add the l_aux that it returns"
+        )
+    device = called[-1].exp_counts.device
+    total = torch.zeros((), device=device)
+    for layer in called:
+        if layer.l_aux is not None:
+            total = total + torch.as_tensor(layer.l_aux, device=device)
+    return total
+
+
 def _num_experts(experts: nn.Module) -> int:
     for name in ("num_experts", "num_local_experts"):
         if isinstance(getattr(experts, name, None), int):
             return getattr(experts, name)
     raise ValueError(
-        "MOELayer: num_local_experts must be given where experts are no moe_ext.Experts, got "
-        f"{type(experts).__name__}; copies of one expert are moe_ext.ModuleExperts"
+        "MOELayer: num_local_experts must be given where experts are not moe_ext.Experts, got "
+        f"{type(experts).__name__}; moe_ext.ModuleExperts takes an nn.ModuleList of one module per "
+        "expert, or one module to copy"
     )
 
 
@@ -249,14 +328,31 @@ def _num_local_experts(experts: nn.Module, num_experts: int) -> int:
     return getattr(experts, "num_local_experts", num_experts) if is_own else num_experts
 
 
+def _check_gate(gate: nn.Module) -> None:
+    name = type(gate).__name__
+    if not isinstance(gate, nn.Module) or isinstance(gate, Experts):
+        raise ValueError(f"MOELayer: gate must be an nn.Module with route(), got {name}")
+    if hasattr(gate, "route"):
+        if not hasattr(gate, "num_experts"):
+            raise ValueError(f"MOELayer: {name} has route, but no num_experts")
+        return
+    try:
+        inspect.signature(gate.forward).bind(None, None)
+    except TypeError:
+        raise ValueError(
+            "MOELayer: gate must have route(tokens, used_token), or DeepSpeed's forward(tokens, "
+            f"used_token), got {name}; to make logits with it use TopKGate(model_dim, num_experts, "
+            "router=gate)"
+        ) from None
+    except ValueError:  # a signature that Python does not know
+        pass
+
+
 def _check_fit(gate: nn.Module, experts: nn.Module, ep_size: int, num_local_experts: int) -> int:
     """Returns the number of all experts."""
-    if not isinstance(gate, nn.Module) or isinstance(gate, Experts):
-        raise ValueError(f"MOELayer: gate must be a gate's module, got {type(gate).__name__}")
+    _check_gate(gate)
     if not isinstance(experts, nn.Module) or isinstance(experts, TopKGate):
         raise ValueError(f"MOELayer: experts must be a module, got {type(experts).__name__}")
-    if hasattr(gate, "route") and not hasattr(gate, "num_experts"):
-        raise ValueError(f"MOELayer: {type(gate).__name__} has route, but no num_experts")
     options.integer("MOELayer", "ep_size", ep_size, 1)
     if ep_size > 1 and _num_local_experts(experts, num_local_experts) < num_local_experts:
         raise ValueError(

@@ -13,11 +13,24 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe_ext import Experts, GroupedExperts, ModuleExperts, MoE, MOELayer, TopKGate
+from moe_ext import (
+    CosineRouter,
+    Experts,
+    GroupedExperts,
+    ModuleExperts,
+    MoE,
+    MOELayer,
+    TopKGate,
+    route,
+    total_l_aux,
+)
+from moe_ext.parallel.division import divide
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 E, H, FFN = 6, 10, 12
+
+compile_eagerly = partial(torch.compile, backend="eager")
 
 
 def layer_for(k: int, dtype=torch.float64, activation="swiglu", bias=False, **options) -> MOELayer:
@@ -116,6 +129,51 @@ def test_module_experts_equal_grouped_ones(options):
     assert all(q.grad is not None for q in modules.parameters())
 
 
+def test_modules_given_one_by_one_are_the_experts():
+    given = nn.ModuleList(nn.Sequential(nn.Linear(H, 2 + e), nn.Linear(2 + e, H)) for e in range(E))
+    experts = ModuleExperts(given.double())
+    assert experts.num_experts == ModuleExperts(given, E).num_experts == E
+    assert all(mine is its for mine, its in zip(experts.experts, given, strict=True))
+    assert set(experts.state_dict()) == {f"experts.{name}" for name in given.state_dict()}
+    layer, x = MOELayer(gate_for(2, drop_tokens=False), experts), torch.randn(9, H).double()
+    routing = layer.gate.route(x)
+    outputs = torch.stack([expert(x) for expert in given], dim=1)
+    chosen = outputs.gather(1, routing.plan.experts.long().unsqueeze(-1).expand(-1, -1, H))
+    expected = (routing.weights.unsqueeze(-1) * chosen).sum(1)
+    assert relative_error(layer(x), expected) < 1e-12
+
+
+def test_modules_given_one_by_one_are_divided_among_processes():
+    given = nn.ModuleList(nn.Linear(H, H) for _ in range(E))
+    part = divide(ModuleExperts(given), 1, 2)
+    assert part.num_experts == E // 2
+    for mine, its in zip(part.experts, given[E // 2 :], strict=True):
+        assert torch.equal(mine.weight, its.weight)
+
+
+def test_module_experts_name_what_is_wrong_with_their_modules():
+    one = nn.Linear(H, H)
+    for make, message in (
+        (lambda: ModuleExperts(nn.ModuleList()), "must hold one module or more, got an empty"),
+        (lambda: ModuleExperts(nn.ModuleList([one]), 2), "num_experts must be 1, the length of"),
+        (lambda: ModuleExperts(nn.ModuleList([one, None])), "expert 1 must be an nn.Module, got N"),
+        (lambda: ModuleExperts(nn.ModuleList([one] * 2)), "0 and 1 are the same object"),
+        (lambda: ModuleExperts([one]), "or an nn.ModuleList of one per expert, got list"),
+        (lambda: ModuleExperts(one), "num_experts must be given beside one module"),
+        (lambda: MOELayer(gate_for(2), nn.ModuleList([one])), "ModuleExperts takes an nn.Modul"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+@pytest.mark.parametrize("router", [nn.Linear(H, E), CosineRouter(H, E), nn.Sequential()])
+def test_a_router_in_the_place_of_a_gate_is_refused(router):
+    experts = GroupedExperts(E, H, FFN)
+    with pytest.raises(ValueError, match=rf"got {type(router).__name__}; .*router=gate"):
+        MOELayer(router, experts)
+    MOELayer(TopKGate(H, E, router=router), experts)
+
+
 def test_module_experts_take_the_first_of_a_tuple():
     class Pair(nn.Module):
         def forward(self, rows):
@@ -211,6 +269,66 @@ def test_layer_under_autocast():
     assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
+class First(nn.Module):
+    """The output of a module that returns more."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)[0]
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, checkpoint_wrapper, compile_eagerly])
+def test_total_l_aux_is_the_sum_over_the_layers(wrap):
+    shared, idle = layer_for(2), layer_for(2)
+    moe = MoE(H, nn.Linear(H, H), E, k=3).double()
+    model = wrap(nn.Sequential(shared, nn.Sequential(shared, layer_for(1)), First(moe)))
+    x = torch.randn(40, H, dtype=torch.float64)
+    model(x)
+    layers = {m for m in model.modules() if isinstance(m, MOELayer)}
+    assert len(layers) == 3
+    total = total_l_aux(nn.ModuleList([model, idle]))
+    expected = sum(layer.l_aux for layer in layers)
+    torch.testing.assert_close(total, expected)
+    weights = [layer.gate.wg.weight for layer in layers]
+    grads = torch.autograd.grad(total, weights, retain_graph=True)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, weights))
+    torch._dynamo.reset()
+
+
+def test_total_l_aux_without_a_loss():
+    class NoLoss(nn.Module):
+        num_experts = E
+
+        def route(self, tokens, used_token):
+            return route(tokens[:, :E], 1)._replace(l_aux=self.l_aux)
+
+    layer, x = MOELayer(NoLoss(), GroupedExperts(E, H, FFN)), torch.randn(5, H)
+    with pytest.raises(RuntimeError, match="no MOELayer of MOELayer was called yet; call the"):
+        total_l_aux(layer)
+    for l_aux, total in ((None, 0.0), (2.5, 2.5), (torch.tensor(3), 3.0)):
+        layer.gate.l_aux = l_aux
+        layer(x)
+        assert total_l_aux(layer) == total
+    with torch.no_grad():
+        layer(x)
+    assert not total_l_aux(layer).requires_grad
+    with pytest.raises(ValueError, match="model must have a MOELayer in it, Linear has none"):
+        total_l_aux(nn.Linear(H, H))
+
+
+def test_total_l_aux_in_compiled_code():
+    layer, x = layer_for(2), torch.randn(40, H, dtype=torch.float64)
+
+    def loss(x):
+        return layer(x).sum() + 0.01 * total_l_aux(layer)
+
+    assert torch.equal(compile_eagerly(loss, fullgraph=True)(x), loss(x))
+    torch._dynamo.reset()
+
+
 def test_l_aux_reaches_the_router_and_nothing_else():
     layer = layer_for(2)
     layer(torch.randn(30, H, dtype=torch.float64))
@@ -301,6 +419,50 @@ def test_checkpointing(options):
         assert all(torch.equal(a, b) for a, b in zip(plain, run(other), strict=True))
 
 
+def test_a_gradient_of_l_aux_that_reentrant_checkpointing_loses_is_warned_of():
+    layer, x = layer_for(2), torch.randn(40, H, dtype=torch.float64, requires_grad=True)
+    reentrant = partial(checkpoint, use_reentrant=True)
+    for way in (reentrant, partial(reentrant, reentrant)):
+        out = way(layer, x)
+        with pytest.warns(UserWarning, match="the gradient of l_aux is lost"):
+            (out.sum() + layer.l_aux).backward()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_l_aux_that_is_returned_from_a_checkpoint_has_its_gradient(use_reentrant):
+    layer, moe = layer_for(2), MoE(H, nn.Linear(H, H), E, k=3).double()
+
+    def of_layer(x):
+        out = layer(x)
+        return out, layer.l_aux
+
+    def of_moe(x):
+        return moe(x)[:2]
+
+    def gradient(of, x, gate):
+        gate.zero_grad()
+        out, l_aux = of(x)
+        (out.sum() + 3 * l_aux).backward()
+        return gate.wg.weight.grad
+
+    for of, gate in ((of_layer, layer.gate), (of_moe, moe.deepspeed_moe.gate)):
+        x = torch.randn(40, H, dtype=torch.float64, requires_grad=True)
+        plain = gradient(of, x, gate)
+        apply = partial(checkpoint, of, use_reentrant=use_reentrant)
+        assert torch.equal(gradient(apply, x, gate), plain)
+
+
+@pytest.mark.filterwarnings("error")
+def test_l_aux_of_a_call_without_gradients_has_none():
+    layer, x = layer_for(2), torch.randn(40, H, dtype=torch.float64, requires_grad=True)
+    for mode in (torch.no_grad, torch.inference_mode):
+        for training in (True, False):
+            with mode():
+                layer.train(training)(x)
+            assert not layer.l_aux.requires_grad
+
+
 def test_gradient_of_a_gradient():
     layer = layer_for(2, capacity_factor=0.7)
     x = torch.randn(20, H, dtype=torch.float64, requires_grad=True)
@@ -358,7 +520,7 @@ def test_the_layer_builds_no_mask():
     assert largest <= (2 * T + E) * 2 * FFN
 
 
-@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), checkpoint_wrapper])
+@pytest.mark.parametrize("wrap", [compile_eagerly, checkpoint_wrapper])
 @pytest.mark.parametrize("part", ["gate", "experts"])
 def test_a_part_that_is_wrapped_alone_is_refused(wrap, part):
     """The layer would go around what wraps it."""
