@@ -11,14 +11,17 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import functools
+import importlib
 import inspect
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from processes import on_processes
 from torch import Tensor, nn
 
 pytest.importorskip("deepspeed", reason="needs the extra peers")
@@ -493,6 +496,73 @@ def test_a_training_script_with_its_imports_changed(tmp_path):
     assert len(theirs) == 5
     assert torch.allclose(ours, theirs, rtol=0, atol=2e-3)
     assert theirs[-1, 0] < 3.5
+
+
+class WithLoss(nn.Module):
+    """A layer that returns a loss, as DeepSpeed's engine trains it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(8, 8), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(self.first(x))
+        out = out[0] if isinstance(out, tuple) else out
+        return out.square().mean() + 0.01 * moe_ext.total_l_aux(self)
+
+
+def _under_the_engine(rank: int, kind: str, *, stage: int = 0, has_groups: bool = False):
+    """The losses of four steps, or the text of the error."""
+    import deepspeed
+    from deepspeed.utils import groups
+
+    # What the backend compiles is for speed.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.manual_seed(0)
+    if kind == "MoE":
+        layer: nn.Module = moe_ext.MoE(8, nn.Linear(8, 8), 4)
+    else:
+        gate = moe_ext.TopKGate(8, 4, 2, drop_tokens=False, top2_2nd_expert_sampling=False)
+        layer = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(4, 8, 8))
+    model = WithLoss(layer)
+    if has_groups:
+        deepspeed.init_distributed()
+        groups._create_expert_and_data_parallel(1)
+    config = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-2}},
+        "zero_optimization": {"stage": stage},
+    }
+    x, losses = torch.randn(4, 8), []
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=config
+        )
+        for _ in range(4):
+            loss = engine(x)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    except (AssertionError, KeyError) as error:
+        return f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
+    return losses
+
+
+def test_what_the_engine_says_to_our_moe_is_in_the_troubleshooting():
+    text = (Path(__file__).parent.parent / "docs" / "troubleshooting.md").read_text()
+    for has_groups in (False, True):
+        (message,) = on_processes(1, partial(_under_the_engine, has_groups=has_groups), "MoE")
+        assert f"`{message}`" in text, message
+
+
+def test_the_engine_trains_our_layer():
+    found = [
+        on_processes(1, partial(_under_the_engine, stage=stage), "MOELayer")[0]
+        for stage in (0, 1, 2)
+    ]
+    assert found[0][-1] < found[0][0]
+    assert found[0] == found[1] == found[2]
 
 
 def test_optimizer_groups():
