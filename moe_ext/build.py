@@ -278,9 +278,13 @@ def jit(verbose: bool = False) -> Path:
     of their own that is renamed when done: an interrupted build leaves nothing that a later one
     would wait for. A second call returns the path of what the first one loaded.
 
-    Raises RuntimeError where the library in use was built from other sources, or not by `jit`;
-    where the sources are not there (an installed package has none); where there is no compiler; or
-    where FORCE_CUDA=1 and there is no toolkit for this torch.
+    Args:
+        verbose: show the compilers' output
+
+    Raises:
+        RuntimeError: the library in use was built from other sources, or not by `jit`; the sources
+            are not there (an installed package has none); there is no compiler; or FORCE_CUDA=1
+            and there is no toolkit for this torch
     """
     import torch
     from torch.utils import cpp_extension

@@ -17,8 +17,11 @@ from torch import Tensor
 class PerExpert:
     """Linear layers of every expert e: {parent}{e}.{up}.weight, with biases {parent}{e}.{up}.bias.
 
-    up, down, gate: names of the layers, weights [F, H], [H, F], [F, H]; gate None: without one
-    parent: what stands before the number of the expert
+    Args:
+        up: the name of the layer with weight [F, H]
+        down: of that with weight [H, F]
+        gate: of that with weight [F, H]; None where there is none
+        parent: what stands before the number of the expert
     """
 
     up: str
@@ -32,16 +35,30 @@ class PerExpert:
         return re.escape(self.parent) + r"(?P<expert>[0-9]+)\..+"
 
     def has(self, name: str, prefix: str) -> bool:
-        """Whether a name under a prefix is one of the layout's."""
+        """Whether a name under a prefix is one of the layout's.
+
+        Args:
+            name: of a tensor in a state dict
+            prefix: what stands before the layout's names
+        """
         return re.fullmatch(re.escape(prefix) + self.pattern, name) is not None
 
     def inspect(self, names: Collection[str]) -> tuple[int, bool]:
-        """Of names that match the pattern: the number of experts, and whether they have a gate."""
+        """Of names that match the pattern: the number of experts, and whether they have a gate.
+
+        Args:
+            names: of tensors in a state dict
+        """
         matches = (re.fullmatch(self.pattern, name) for name in names)
         return 1 + max(int(match["expert"]) for match in matches if match), self.gate is not None
 
     def sources(self, stacked: str, num_experts: int) -> list[str]:
-        """The names of what a tensor of GroupedExperts is made of, in order."""
+        """The names of what a tensor of GroupedExperts is made of, in order.
+
+        Args:
+            stacked: the tensor's name in GroupedExperts
+            num_experts: E
+        """
         up = {"up_proj": [self.up]} if self.gate is None else {"gate_up_proj": [self.gate, self.up]}
         layers = (up | {"down_proj": [self.down]}).get(stacked.removesuffix("_bias"))
         if layers is None:
@@ -62,9 +79,10 @@ class PerExpert:
 class Stacked:
     """One tensor for all experts, with GroupedExperts' names.
 
-    transposed: weights are [E, H, 2F] (without a gate [E, H, F]) and [E, F, H]
-    interleaved: gate and up alternate, in the bias too; otherwise all of the gate comes first
-    parent: what stands before the names
+    Args:
+        transposed: weights are [E, H, 2F] (without a gate [E, H, F]) and [E, F, H]
+        interleaved: gate and up alternate, in the bias too; otherwise all of the gate comes first
+        parent: what stands before the names
     """
 
     transposed: bool = False
@@ -113,7 +131,10 @@ NEMOTRON = PerExpert(up="up_proj", down="down_proj")
 def deepspeed(expert: PerExpert) -> PerExpert:
     """The layout of DeepSpeed's Experts, whose modules have the layers of `expert`.
 
-    With an nn.Sequential of Linear, ReLU, Linear: deepspeed(PerExpert(up="0", down="2")).
+    With an nn.Sequential of Linear, ReLU, Linear it is deepspeed(PerExpert(up="0", down="2")).
+
+    Args:
+        expert: the layers of one module
     """
     return replace(expert, parent=f"deepspeed_experts.{expert.parent}")
 
@@ -121,15 +142,19 @@ def deepspeed(expert: PerExpert) -> PerExpert:
 def to_grouped(state: StateDict, layout: Layout, prefix: str = "") -> dict[str, Tensor]:
     """The state dict of a GroupedExperts from one experts module in `layout`.
 
-    state: may hold more, such as a whole model's state dict
-    prefix: what stands before the layout's names, such as "model.layers.0.mlp.experts."
+    Args:
+        state: may hold more, such as a whole model's state dict
+        layout: of the experts in it
+        prefix: what stands before the layout's names, such as "model.layers.0.mlp.experts."
 
-    Returns GroupedExperts' names without the prefix; dtype and device stay. Every tensor is
-    contiguous; one that is the same in both layouts is the given object.
+    Returns:
+        GroupedExperts' names without the prefix; dtype and device stay. Every tensor is contiguous;
+        one that is the same in both layouts is the given object.
 
-    Raises ValueError where no expert is found, tensors are missing (an expert's, or a bias that
-    another has), an expert holds something else (such as the scales of quantised weights), or
-    shapes, dtypes or devices do not fit each other.
+    Raises:
+        ValueError: no expert is found, tensors are missing (an expert's, or a bias that another
+            has), an expert holds something else (such as the scales of quantised weights), or
+            shapes, dtypes or devices do not fit each other
     """
     layout = replace(layout, parent=prefix + layout.parent)
     pattern = re.compile(layout.pattern)
@@ -154,9 +179,14 @@ def to_grouped(state: StateDict, layout: Layout, prefix: str = "") -> dict[str, 
 def from_grouped(state: StateDict, layout: Layout, prefix: str = "") -> dict[str, Tensor]:
     """The inverse of to_grouped: one experts module in `layout`, its names with the prefix.
 
-    state: that of a GroupedExperts
+    Args:
+        state: that of a GroupedExperts
+        layout: of the result
+        prefix: what stands before the layout's names
 
-    Raises ValueError where it is not, and where only one of `state` and `layout` has a gate.
+    Raises:
+        ValueError: the state is that of something else, or only one of `state` and `layout` has a
+            gate
     """
     layout = replace(layout, parent=prefix + layout.parent)
     result: dict[str, Tensor] = {}
@@ -170,6 +200,10 @@ def detect(state: StateDict, prefix: str = "") -> Layout | None:
     """The known layout that expert 0 under the prefix has, or None.
 
     GPT_OSS has the names of GROUPED: it is told by its shapes and biases.
+
+    Args:
+        state: may hold more, such as a whole model's state dict
+        prefix: what stands before the layout's names
     """
     for layout in (MIXTRAL, QWEN, NEMOTRON):
         for known in (layout, deepspeed(layout)):
@@ -192,8 +226,14 @@ def convert_state_dict(state: StateDict, source: Layout, target: Layout) -> dict
     Experts are looked for in modules called "experts", whose place in the model stays. All other
     entries are passed on, the same objects.
 
-    Raises ValueError where there are none, where a name of the target is taken, and like
-    to_grouped and from_grouped.
+    Args:
+        state: a model's
+        source: the layout that its experts have
+        target: the layout that they get
+
+    Raises:
+        ValueError: there are no experts, a name of the target is taken, or what to_grouped and
+            from_grouped raise
     """
     pattern = re.compile(rf"(?P<place>(?:.*\.)?experts\.){source.pattern}")
     result: dict[str, Tensor] = {}

@@ -44,7 +44,12 @@ TOLERANCE = 1e-4  # of float32 results, beside their largest number
 
 
 class Problem(NamedTuple):
-    """A problem of the installation, and the command or change that fixes it."""
+    """A problem of the installation, and what fixes it.
+
+    Attributes:
+        problem: what is wrong
+        fix: a command or change
+    """
 
     problem: str
     fix: str
@@ -53,8 +58,13 @@ class Problem(NamedTuple):
 class Operator(NamedTuple):
     """What runs an operator on a device.
 
-    backend: as of `ops.backend`; why: why nothing faster, "" where nothing is
-    error: the largest of the self-test, over the largest number; None where it raised `failure`
+    Attributes:
+        name: of the operator
+        device: its type
+        backend: as of `ops.backend`
+        why: why nothing faster, "" where nothing is
+        error: the largest of the self-test, over the largest number; None where it raised `failure`
+        failure: what the self-test raised, or ""
     """
 
     name: str
@@ -76,9 +86,13 @@ class Operator(NamedTuple):
 class Report(NamedTuple):
     """What `examine` finds. Printed for people; `as_dict` is for programs.
 
-    facts: versions, paths and hardware; a field by name, None for what is not there
-    libraries: path, or the error, of the libraries _C and _C_cuda; fix of _C_cuda: how a torch with
-        CUDA gets the kernels that it lacks, a problem on a machine with a GPU alone
+    Attributes:
+
+        facts: versions, paths and hardware; a field by name, None for what is not there
+        libraries: path, or the error, of the libraries _C and _C_cuda; fix of _C_cuda: how a torch
+            with CUDA gets the kernels that it lacks, a problem on a machine with a GPU alone
+        operators: one for every operator and device
+        problems: what `examine` found wrong
     """
 
     facts: dict

@@ -17,10 +17,11 @@ class Experts(nn.Module):
     """Base class. A simple expert defines `forward(rows, plan) -> rows`; one that gathers inside
     its GEMM, saves less or exchanges tokens between processes overrides `routed`.
 
-    num_experts: E
-
     A subclass whose experts are modules in an nn.ModuleList names it in `expert_lists`; all other
     parameters are stacked, [E, ...]. ExpertParallel divides by that.
+
+    Args:
+        num_experts: E
     """
 
     expert_lists: tuple[str, ...] = ()
@@ -30,7 +31,16 @@ class Experts(nn.Module):
         self.num_experts = options.integer(type(self).__name__, "num_experts", num_experts, 1)
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-        """The weighted sum of every token's experts. tokens [T, H], weights [T, K] -> [T, H]."""
+        """The weighted sum of every token's experts.
+
+        Args:
+            tokens: [T, H]
+            plan: of the same T tokens
+            weights: [T, K]
+
+        Returns:
+            [T, H]
+        """
         rows = dispatch(tokens, plan)
         out = self(rows, plan)
         if _shape(out) != list(rows.shape):
@@ -44,25 +54,48 @@ class Experts(nn.Module):
         self, work: Callable[[], Tensor], tokens: Tensor, plan: Plan, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`routed`, and what `work` gives, which needs nothing of it: experts that wait for other
-        processes do it meanwhile."""
+        processes do it meanwhile.
+
+        Args:
+            work: a function of nothing
+            tokens: as of `routed`
+            plan: as of `routed`
+            weights: as of `routed`
+
+        Returns:
+            (the output of `routed`, the output of `work`)
+        """
         done = work()
         return self.routed(tokens, plan, weights), done
 
     def forward(self, rows: Tensor, plan: Plan) -> Tensor:
-        """Every row through its expert. rows [R, H] -> [R, H]; what empty rows give is not used."""
+        """Every row through its expert.
+
+        Args:
+            rows: [R, H]
+            plan: with the same R rows
+
+        Returns:
+            [R, H]; what empty rows give is not used
+        """
         raise NotImplementedError(f"{type(self).__name__} must define forward(rows, plan) -> rows")
 
 
 class ModuleExperts(Experts):
-    """Copies of any module as experts, run one after the other on their own rows.
+    """Any modules as experts, run one after the other on their own rows.
 
-    module: maps [rows, H] to [rows, H], or to a tuple that begins with it; it is called for every
-        expert, with no row too
-    num_experts: E
+    The bounds of the experts are read back from the device: one synchronisation per call. There
+    torch.compile breaks its graph (under checkpointing all of it runs eagerly), and torch.export
+    and the meta device raise: use GroupedExperts.
 
-    All copies start with the module's weights. The bounds of the experts are read back from the
-    device: one synchronisation per call. There torch.compile breaks its graph (under checkpointing
-    all of it runs eagerly), and torch.export and the meta device raise: use GroupedExperts.
+    Args:
+        module: an nn.ModuleList of one module per expert, which are used as they are; or one
+            module, of which every expert is a copy. A module maps [rows, H] to [rows, H], or to a
+            tuple that begins with it, and is called with no row too.
+        num_experts: E; for an nn.ModuleList its length, or None
+
+    Raises:
+        ValueError: module is neither, or num_experts does not fit
     """
 
     expert_lists = ("experts",)
@@ -134,12 +167,16 @@ def _number_of(modules: nn.ModuleList, num_experts: int | None) -> int:
 class SharedExperts(Experts):
     """Experts, and beside them a network that every token goes through (arXiv 2401.06066).
 
-    experts: Experts, of the routed tokens
-    shared: a module that maps [T, H] to the same shape
-    gate: a module that maps [T, H] to [T, 1]; its sigmoid weighs the shared output, as in Qwen2-MoE
+    A token without a route, masked ones too, has the shared output alone.
 
-    A token without a route, masked ones too, has the shared output alone. Raises ValueError for
-    another kind of part.
+    Args:
+        experts: Experts, of the routed tokens
+        shared: a module that maps [T, H] to the same shape
+        gate: a module that maps [T, H] to [T, 1]; its sigmoid weighs the shared output, as in
+            Qwen2-MoE
+
+    Raises:
+        ValueError: a part is of another kind
     """
 
     def __init__(self, experts: Experts, shared: nn.Module, gate: nn.Module | None = None) -> None:
@@ -169,8 +206,16 @@ class SharedExperts(Experts):
     def forward(  # type: ignore[override]
         self, tokens: Tensor, plan: Plan, weights: Tensor
     ) -> Tensor:
-        """The weighted sum of every token's experts, and the shared output. tokens [T, H], weights
-        [T, K] -> [T, H]."""
+        """The weighted sum of every token's experts, and the shared output.
+
+        Args:
+            tokens: [T, H]
+            plan: of the same T tokens
+            weights: [T, K]
+
+        Returns:
+            [T, H]
+        """
         # Data-parallel wrappers may cast what they pass on.
         weights = weights.to(accumulate_dtype(tokens.dtype))
         out, of_shared = self.experts.routed_beside(

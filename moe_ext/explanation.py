@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,13 @@ _KEPT = "l_aux", "exp_counts"
 class Call(NamedTuple):
     """One operator of moe_ext in a call.
 
-    operator: its name
-    operands: shapes of its tensors, and the dtype of the first
-    backend: as of `ops.backend`
-    how: the path that was taken, and why none before it; "" where there is nothing to say
-    synchronisations: how often the host waited for the device in it
-    layer: the name of the layer that called it, "" outside of layers
+    Attributes:
+        operator: its name
+        operands: shapes of its tensors, and the dtype of the first
+        backend: as of `ops.backend`
+        how: the path that was taken, and why none before it; "" where there is nothing to say
+        synchronisations: how often the host waited for the device in it
+        layer: the name of the layer that called it, "" outside of layers
     """
 
     operator: str
@@ -46,11 +47,12 @@ class Call(NamedTuple):
 class Explanation(NamedTuple):
     """What `explain` found. Printed as a table.
 
-    calls: operators of moe_ext, in order
-    others: how often each other operator ran, those inside the calls left out
-    synchronisations: how often the host waited for the device outside of the calls
-    notes: of layers whose experts run one after the other, or by other code than ours
-    is_away: whether anything ran on another device than the CPU
+    Attributes:
+        calls: operators of moe_ext, in order
+        others: how often each other operator ran, those inside the calls left out
+        synchronisations: how often the host waited for the device outside of the calls
+        notes: of layers whose experts run one after the other, or by other code than ours
+        is_away: whether anything ran on another device than the CPU
     """
 
     calls: list[Call]
@@ -99,14 +101,18 @@ def _table(calls: list[Call]) -> Iterator[str]:
         yield from map(line, group)
 
 
-def explain(layer: nn.Module, /, *args, **kwargs) -> Explanation:
+def explain(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Explanation:
     """Call `layer(*args, **kwargs)` once, eagerly and without gradients, and say what ran.
-
-    layer: a MOELayer, or any module, as one of transformers with experts_implementation="moe_ext"
 
     What is said is what was seen: operators, and on another device than the CPU those that read
     values back. Random generators and what layers keep of a call are afterwards as before it.
     `print(moe_ext.explain(layer, hidden))` shows it.
+
+    Args:
+        layer: a MOELayer, or any module, as one of transformers with
+            experts_implementation="moe_ext"
+        *args: of the call
+        **kwargs: of the call
     """
     trace = _Trace()
     layers = list(named_layers(layer))

@@ -166,21 +166,27 @@ def feed_forward(
 ) -> Tensor:
     """The weighted sum of every token's experts, each a feed-forward network.
 
-    tokens: [T, H]
-    plan: of the same T tokens
-    weights: [T, K] float32 (float64 for float64 tokens)
-    up: [E, G, H] of the tokens' dtype, G = 2F for an activation with a gate, else F
-    down: [E, H, F]
-    activation: as of `activate`
-    up_bias: [E, G], down_bias: [E, H]
-    weigh: "after", a route's weight is a factor of its output, or "before", of its activation: the
-        same but for rounding
-    recompute: save for the backward tokens, weights, the pre-activation [R, G] and the plan alone,
-        dispatch and activate again there. Otherwise everything between is saved too.
+    Under autocast tokens and parameters are cast, as by torch.mm.
 
-    Returns [T, H]: combine(grouped_mm(activate(grouped_mm(dispatch(tokens), up)), down), weights).
-    Under autocast tokens and parameters are cast, as by torch.mm. Raises RuntimeError where an
-    argument breaks this contract.
+    Args:
+        tokens: [T, H]
+        plan: of the same T tokens
+        weights: [T, K] float32 (float64 for float64 tokens)
+        up: [E, G, H] of the tokens' dtype, G = 2F for an activation with a gate, else F
+        down: [E, H, F]
+        activation: as of `activate`
+        up_bias: [E, G]
+        down_bias: [E, H]
+        weigh: "after", a route's weight is a factor of its output, or "before", of its activation:
+            the same but for rounding
+        recompute: save for the backward tokens, weights, the pre-activation [R, G] and the plan
+            alone, dispatch and activate again there. Otherwise everything between is saved too.
+
+    Returns:
+        [T, H], combine(grouped_mm(activate(grouped_mm(dispatch(tokens), up)), down), weights)
+
+    Raises:
+        RuntimeError: an argument breaks this contract
     """
     contracts.feed_forward(tokens, plan.num_experts, up, down, activation, up_bias, down_bias)
     if weigh not in WEIGH:

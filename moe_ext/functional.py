@@ -14,10 +14,11 @@ from .plan import Plan
 class Choice(NamedTuple):
     """What `gate` gives.
 
-    weights: [T, K] float32 (float64 for float64 logits), differentiable
-    experts: [T, K] int32, distinct within a token
-    probs: [T, E] like weights, the score of every expert, differentiable
-    importance: [E] like weights, column sums of probs, differentiable
+    Attributes:
+        weights: [T, K] float32 (float64 for float64 logits), differentiable
+        experts: [T, K] int32, distinct within a token
+        probs: [T, E] like weights, the score of every expert, differentiable
+        importance: [E] like weights, column sums of probs, differentiable
     """
 
     weights: Tensor
@@ -37,22 +38,28 @@ def gate(
 ) -> Choice:
     """Choose k experts for every token and weigh them.
 
-    logits: [T, E] float32, float64, bfloat16 or float16; the gate computes in float32, in float64
-        for float64 logits
-    k: choices per token, 1..E
-    choice_scores: [T, E] like logits, what the choice is made on (noise, a bias, groups masked by
-        -inf); the logits where None. No gradient flows through the choice.
-    scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
-    renormalise: divide a token's weights by their sum, or by the smallest normal number where the
-        sum is below it; with softmax this is the softmax over the chosen logits, unless the chosen
-        probabilities vanish beside those of experts that were not chosen
-    scale: factor on the weights
+    NaN ranks above +inf and equal scores go to the lower id, so ids are distinct and in range
+    whatever comes. A NaN logit makes all its token's probabilities NaN with softmax, else that of
+    its expert, and the sums over them; no other token's.
 
-    Returns Choice(weights [T, K], experts [T, K] int32, probs [T, E], importance [E]), the choices
-    of a token from the highest score down. NaN ranks above +inf and equal scores go to the lower
-    id, so ids are distinct and in range whatever comes. A NaN logit makes all its token's
-    probabilities NaN with softmax, else that of its expert, and the sums over them; no other
-    token's. Raises RuntimeError where an argument breaks this contract.
+    Args:
+        logits: [T, E] float32, float64, bfloat16 or float16; the gate computes in float32, in
+            float64 for float64 logits
+        k: choices per token, 1..E
+        choice_scores: [T, E] like logits, what the choice is made on (noise, a bias, groups masked
+            by -inf); the logits where None. No gradient flows through the choice.
+        scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
+        renormalise: divide a token's weights by their sum, or by the smallest normal number where
+            the sum is below it; with softmax this is the softmax over the chosen logits, unless the
+            chosen probabilities vanish beside those of experts that were not chosen
+        scale: factor on the weights
+
+    Returns:
+        Choice(weights [T, K], experts [T, K] int32, probs [T, E], importance [E]), the choices of a
+        token from the highest score down
+
+    Raises:
+        RuntimeError: an argument breaks this contract
     """
     return Choice(*Gate.call(logits, choice_scores, k, scoring, renormalise, scale))
 
@@ -67,14 +74,19 @@ def keep(
 ) -> Tensor:
     """The weights of routes that the plan has a row for; of those it drops, zero.
 
-    weights: [T, K] float32 or float64
-    plan: of the same T tokens and K choices
-    renormalise: divide a token's kept weights by their sum
-    least: what they are divided by where their sum is below it; None is the smallest normal number
-    scale: factor on all
+    Args:
+        weights: [T, K] float32 or float64
+        plan: of the same T tokens and K choices
+        renormalise: divide a token's kept weights by their sum
+        least: what they are divided by where their sum is below it; None is the smallest normal
+            number
+        scale: factor on all
 
-    Returns [T, K]; zero for a dropped route, whatever stands beside it, NaN too. Raises
-    RuntimeError where an argument breaks this contract.
+    Returns:
+        [T, K]; zero for a dropped route, whatever stands beside it, NaN too
+
+    Raises:
+        RuntimeError: an argument breaks this contract
     """
     if least is None:
         least = torch.finfo(weights.dtype).tiny if weights.is_floating_point() else 0.0
@@ -84,12 +96,16 @@ def keep(
 def dispatch(tokens: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     """Copy every token into the rows its routes were given; rows without a route are zero.
 
-    tokens: [T, H] float32, float64, bfloat16 or float16
-    plan: of the same T tokens
-    weights: [T, K] float32 (float64 for float64 tokens), a factor for every copy
+    Args:
+        tokens: [T, H] float32, float64, bfloat16 or float16
+        plan: of the same T tokens
+        weights: [T, K] float32 (float64 for float64 tokens), a factor for every copy
 
-    Returns rows [R, H] in the tokens' dtype: rows[plan.slots[t, k]] = weights[t, k] * tokens[t].
-    Raises RuntimeError where an argument breaks this contract.
+    Returns:
+        rows [R, H] in the tokens' dtype, rows[plan.slots[t, k]] = weights[t, k] * tokens[t]
+
+    Raises:
+        RuntimeError: an argument breaks this contract
     """
     return Dispatch.call(tokens, plan.slots, plan.sources, weights)
 
@@ -97,13 +113,18 @@ def dispatch(tokens: Tensor, plan: Plan, weights: Tensor | None = None) -> Tenso
 def combine(rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     """Sum every token's rows.
 
-    rows: [R, H] float32, float64, bfloat16 or float16
-    plan: with the same R rows
-    weights: [T, K] float32 (float64 for float64 rows), a factor for every row
+    Args:
+        rows: [R, H] float32, float64, bfloat16 or float16
+        plan: with the same R rows
+        weights: [T, K] float32 (float64 for float64 rows), a factor for every row
 
-    Returns tokens [T, H] in the rows' dtype: the sum over k, in order, of
-    weights[t, k] * rows[plan.slots[t, k]], accumulated in the weights' dtype and rounded once; a
-    dropped route adds nothing. Raises RuntimeError where an argument breaks this contract.
+    Returns:
+        tokens [T, H] in the rows' dtype, the sum over k, in order, of
+        weights[t, k] * rows[plan.slots[t, k]], accumulated in the weights' dtype and rounded once;
+        a dropped route adds nothing
+
+    Raises:
+        RuntimeError: an argument breaks this contract
     """
     return Combine.call(rows, plan.slots, plan.sources, weights)
 
@@ -111,11 +132,17 @@ def combine(rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
 def route_dot(tokens: Tensor, rows: Tensor, plan: Plan) -> Tensor:
     """The product of every token with each of its rows.
 
-    tokens: [T, H], rows: [R, H] of one dtype
-    plan: of the same T tokens and R rows
+    Args:
+        tokens: [T, H]
+        rows: [R, H] of the tokens' dtype
+        plan: of the same T tokens and R rows
 
-    Returns [T, K] float32 (float64 for float64 rows): <tokens[t], rows[plan.slots[t, k]]>, 0 for a
-    dropped route. Raises RuntimeError where an argument breaks this contract.
+    Returns:
+        [T, K] float32 (float64 for float64 rows), the inner product of tokens[t] and
+        rows[plan.slots[t, k]]; 0 for a dropped route
+
+    Raises:
+        RuntimeError: an argument breaks this contract
     """
     return RouteDot.call(tokens, rows, plan.slots, plan.sources)
 
@@ -153,13 +180,20 @@ def autocast(*tensors):
 def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:
     """Multiply every row by its expert's weight.
 
-    rows: [R, M], weights: [E, N, M], bias: [E, N] of one dtype; weights that are a view of
-        [E, M, N] are multiplied as they lie
-    plan: with the same R rows and E experts
+    Rows that no route owns are not read, come out zero and receive zero. Under autocast operands
+    are cast, as by torch.mm.
 
-    Returns [R, N]: weights[e] @ rows[r] + bias[e] for the rows of e that a route owns. All others
-    are not read, come out zero and receive zero. Under autocast operands are cast, as by torch.mm.
-    Raises RuntimeError where an argument breaks this contract.
+    Args:
+        rows: [R, M]
+        weights: [E, N, M] of the rows' dtype; a view of [E, M, N] is multiplied without a copy
+        plan: with the same R rows and E experts
+        bias: [E, N] of the rows' dtype
+
+    Returns:
+        [R, N], weights[e] @ rows[r] + bias[e] for the rows of e that a route owns
+
+    Raises:
+        RuntimeError: an argument breaks this contract
     """
     check = contracts.Check("grouped_mm")
     check.shape("rows", rows, [("R", plan.sources.shape[0]), ("M", None)])
@@ -172,13 +206,19 @@ def activate(
 ) -> Tensor:
     """What an expert does between its two products.
 
-    inner: [R, 2F], the gate's columns first, for "swiglu" and "geglu"; [R, F] for "gelu" and "relu"
-    plan: with the same R rows
-    activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
-    weights: [T, K] float32 (float64 for float64 rows), a factor for the row of every route
+    Rows without a route are not read, come out zero and receive zero.
 
-    Returns [R, F] in inner's dtype, computed in the weights' dtype and rounded once. Rows without a
-    route are not read, come out zero and receive zero. Raises RuntimeError where an argument breaks
-    this contract.
+    Args:
+        inner: [R, 2F], the gate's columns first, for "swiglu" and "geglu"; [R, F] for "gelu" and
+            "relu"
+        plan: with the same R rows
+        activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
+        weights: [T, K] float32 (float64 for float64 rows), a factor for the row of every route
+
+    Returns:
+        [R, F] in inner's dtype, computed in the weights' dtype and rounded once
+
+    Raises:
+        RuntimeError: an argument breaks this contract
     """
     return Activate.call(inner, plan.slots, plan.sources, weights, activation)

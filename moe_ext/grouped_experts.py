@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from . import contracts, convert, options
 from .experts import Experts
@@ -16,20 +17,27 @@ from .plan import Plan
 class GroupedExperts(Experts):
     """Feed-forward experts with stacked weights, in Hugging Face's layout.
 
-    num_experts: E, hidden_size: H, ffn_size: F
-    activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
-    bias: a bias on both products
-    weigh: "after", a route's weight is a factor of its output, or "before", of its activation: the
-        same but for rounding
-    recompute: save for the backward tokens and pre-activations alone, dispatch and activate again
-        there. No product is repeated. Without it everything between is saved too.
+    The parameters are gate_up_proj [E, 2F, H], gate first (up_proj [E, F, H] without a gate), and
+    down_proj [E, H, F]; with bias gate_up_proj_bias [E, 2F] (up_proj_bias [E, F]) and
+    down_proj_bias [E, H]. Every expert starts like an nn.Linear of its size. load_state_dict takes
+    weights kept expert by expert too, under the names of Mixtral, Qwen, DeepSeek or Nemotron
+    (convert.py). A subclass with a forward of its own is used by that: dispatch, forward, combine.
 
-    Parameters: gate_up_proj [E, 2F, H], gate first (up_proj [E, F, H] without a gate), down_proj
-    [E, H, F]; with bias gate_up_proj_bias [E, 2F] (up_proj_bias [E, F]) and down_proj_bias [E, H].
-    A subclass with a forward of its own is used by that: dispatch, forward, combine.
-    Every expert starts like an nn.Linear of its size. load_state_dict takes weights kept expert by
-    expert too, under the names of Mixtral, Qwen, DeepSeek or Nemotron (convert.py). Raises
-    ValueError for another activation.
+    Args:
+        num_experts: E
+        hidden_size: H
+        ffn_size: F
+        activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
+        bias: a bias on both products
+        weigh: "after", a route's weight is a factor of its output, or "before", of its activation:
+            the same but for rounding
+        recompute: save for the backward tokens and pre-activations alone, dispatch and activate
+            again there. No product is repeated. Without it everything between is saved too.
+        device: of the parameters
+        dtype: of the parameters
+
+    Raises:
+        ValueError: an argument is out of range
     """
 
     def __init__(
@@ -42,8 +50,8 @@ class GroupedExperts(Experts):
         *,
         weigh: Weigh = "after",
         recompute: bool = True,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_experts)
         options.names(
@@ -94,8 +102,16 @@ class GroupedExperts(Experts):
         return self(tokens, plan, weights)
 
     def forward(self, rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
-        """Every row through its expert, [R, H] -> [R, H]; with weights [T, K] `rows` are tokens
-        [T, H], and it is the weighted sum of their experts that comes out."""
+        """Every row through its expert; with weights, every token through its experts.
+
+        Args:
+            rows: [R, H]; with weights tokens [T, H]
+            plan: of the same rows or tokens
+            weights: [T, K]
+
+        Returns:
+            [R, H]; with weights [T, H], the weighted sum of every token's experts
+        """
         up, up_bias = self._parameters_of(self._up_name)
         down, down_bias = self._parameters_of("down_proj")
         if rows.dtype != up.dtype and not torch.is_autocast_enabled(rows.device.type):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -52,14 +53,19 @@ class ExpertsModule(Protocol):
 def experts_forward(
     self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """An experts module's forward, as transformers calls it.
+    """An experts module's forward, as transformers calls it on a module under
+    `use_experts_implementation`, whose flags say how its parameters lie.
 
-    self: a module under `use_experts_implementation`, whose flags say how its parameters lie
-    hidden_states: [T, H]
-    top_k_index: [T, K] ids; under expert parallelism `num_experts` marks another process's
-    top_k_weights: [T, K]
+    Args:
+        hidden_states: [T, H]
+        top_k_index: [T, K] ids; under expert parallelism `num_experts` marks another process's
+        top_k_weights: [T, K]
 
-    Returns [T, H] in hidden_states' dtype. Raises ValueError for a module that is not understood.
+    Returns:
+        [T, H] in hidden_states' dtype
+
+    Raises:
+        ValueError: the module is not understood
     """
     layout = Layout(self)
     experts = top_k_index.to(torch.int32)
@@ -173,7 +179,11 @@ def _plain_function(act_fn):
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model whose experts transformers lets others compute, with their names."""
+    """The modules of a model whose experts transformers lets others compute, with their names.
+
+    Args:
+        model: any module
+    """
     for name, module in model.named_modules():
         if is_of_transformers(module):
             yield name, module
@@ -183,7 +193,11 @@ def check(model: nn.Module) -> int:
     """How many experts modules a model has, all of which moe_ext can compute, whichever
     implementation is set.
 
-    Raises ValueError where the model has none, or one that is not understood.
+    Args:
+        model: a model of transformers
+
+    Raises:
+        ValueError: the model has no experts module, or one that is not understood
     """
     found = list(experts_modules(model))
     if not found:
@@ -204,18 +218,23 @@ class StatsCallback(transformers.TrainerCallback):
 
         Trainer(model, ..., callbacks=[moe_ext.hf.StatsCallback(JsonLines("run.jsonl"))])
 
-    sinks: called with every reading and its step, in the main process alone
-    per_layer: log the numbers of every layer, not only their mean and the worst
-    detailed: as of stats.track
-    group: the processes to sum over; the default is all that torch.distributed knows of, and none
-        where transformers divides the experts: then every process counts those that it has
-
     The numbers are added to the Trainer's logs and its log history. What logs them itself, as
     TensorBoard's callback, comes before this one in a Trainer: for those there are sinks.
+
+    Args:
+        *sinks: called with every reading and its step, in the main process alone
+        per_layer: log the numbers of every layer, not only their mean and the worst
+        detailed: as of stats.track
+        group: the processes to sum over; the default is all that torch.distributed knows of, and
+            none where transformers divides the experts: then every process counts those that it has
     """
 
     def __init__(
-        self, *sinks: Sink, per_layer: bool = False, detailed: bool = False, group=None
+        self,
+        *sinks: Sink,
+        per_layer: bool = False,
+        detailed: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.sinks = sinks
         self.per_layer = per_layer

@@ -33,10 +33,11 @@ MOE_TIMER = "moe"
 class Aux(NamedTuple):
     """What a layer says beside its output. A pytree.
 
-    l_aux: [] auxiliary loss, not scaled
-    exp_counts: [E] int64, routes that asked for an expert, before dropping
-    experts: [T, K] int32, the choice, -1 where there is none; `layer(hidden, experts=...)` makes it
-        again
+    Attributes:
+        l_aux: [] auxiliary loss, not scaled
+        exp_counts: [E] int64, routes that asked for an expert, before dropping
+        experts: [T, K] int32, the choice, -1 where there is none; `layer(hidden, experts=...)`
+            makes it again
     """
 
     l_aux: Tensor
@@ -134,29 +135,35 @@ def _warning_of_lost_gradient(l_aux: Tensor | Any) -> Tensor | Any:
 
 
 class MOELayer(nn.Module):
-    """Mixture of experts under DeepSpeed's name and arguments.
-
-    gate: a TopKGate, or a module with its `num_experts` and `route(tokens, used_token)`, which
-        for recorded choices takes a third, `experts`;
-        or a gate written for DeepSpeed: `gate(tokens, used_token)` returns (l_aux,
-        combine_weights [T, E, C], dispatch_mask [T, E, C], exp_counts [E]) or, where it knows
-        `sparse_routes`, its seven of routes
-    experts: Experts of as many; or a module written for DeepSpeed, that maps
-        [1, num_local_experts, C, H] to the same shape. Without dropping C is the largest load then,
-        which is read back from the device.
-    ep_group_name, ep_size, num_local_experts: for DeepSpeed's callers, whose `experts` are this
-        process's part of ep_size parts: `_set_ep_group` makes an ExpertParallel of them. Others
-        give one as experts.
-    use_tutel: taken for DeepSpeed's callers; Tutel is not used
+    """Mixture of experts under DeepSpeed's name and arguments: a gate, and experts.
 
     `layer(hidden, used_token=None)` returns a tensor like hidden and leaves `l_aux` and
-    `exp_counts` of that call as attributes. Under checkpointing (use_reentrant=False), export and
-    compile + checkpoint use `forward_with_aux`, which returns them. Copies and pickles hold None
-    for them. `observer(plan, aux, routing, used_token)`, where there is one, is told of every call,
-    and that of stats.track counts it; routing is None with a gate written for DeepSpeed. Gate and
-    experts may be replaced by others of as many experts. With
-    `wall_clock_breakdown` set, `time_moe` is the time of all calls in milliseconds; torch.compile
-    does not take that. Raises ValueError where gate and experts do not fit.
+    `exp_counts` of that call as attributes; `total_l_aux(model)` sums those of a model. Under
+    checkpointing (use_reentrant=False), export and compile + checkpoint use `forward_with_aux`,
+    which returns them. In checkpoint(use_reentrant=True) the attribute `l_aux` has no gradient: a
+    loss that takes it warns. Copies and pickles hold None for both.
+
+    `observer(plan, aux, routing, used_token)`, where there is one, is told of every call, and that
+    of stats.track counts it; routing is None with a gate written for DeepSpeed. Gate and experts
+    may be replaced by others of as many experts. With `wall_clock_breakdown` set, `time_moe` is the
+    time of all calls in milliseconds; torch.compile does not take that.
+
+    Args:
+        gate: a TopKGate, or a module with its `num_experts` and `route(tokens, used_token)`, which
+            for recorded choices takes a third, `experts`; or a gate written for DeepSpeed, whose
+            `gate(tokens, used_token)` returns (l_aux, combine_weights [T, E, C], dispatch_mask
+            [T, E, C], exp_counts [E]) or, where it knows `sparse_routes`, its seven of routes
+        experts: Experts of as many; or a module written for DeepSpeed, that maps
+            [1, num_local_experts, C, H] to the same shape. Without dropping C is the largest load
+            then, which is read back from the device.
+        ep_group_name: for DeepSpeed's callers, whose `experts` are one of ep_size parts, this
+            process's: `_set_ep_group` makes an ExpertParallel of them. Others give one as experts.
+        ep_size: for DeepSpeed's callers, parts that the experts have
+        num_local_experts: experts in this process, where `experts` does not say it
+        use_tutel: taken for DeepSpeed's callers; Tutel is not used
+
+    Raises:
+        ValueError: gate and experts do not fit
     """
 
     ep_group = GroupAttribute()
@@ -219,11 +226,16 @@ class MOELayer(nn.Module):
         *,
         experts: Tensor | None = None,
     ) -> Tensor:
-        """hidden: [..., H] -> the same shape and dtype.
+        """Every token through its experts.
 
-        used_token: a value for every token of hidden; one with 0 (or False) has no route: its
-            routed output is zero
-        experts: [T, K] int32, a recorded choice (`Aux.experts`) to make again
+        Args:
+            hidden: [..., H]
+            used_token: a value for every token of hidden; one with 0 (or False) has no route: its
+                routed output is zero
+            experts: [T, K] int32, a recorded choice (`Aux.experts`) to make again
+
+        Returns:
+            hidden's shape and dtype
         """
         # Not the instance's, which FSDP makes another way into the layer.
         out, aux = type(self).forward_with_aux(self, hidden, used_token, experts=experts)
@@ -239,7 +251,16 @@ class MOELayer(nn.Module):
         *,
         experts: Tensor | None = None,
     ) -> tuple[Tensor, Aux]:
-        """`forward` without side effects: (out, Aux(l_aux, exp_counts, experts))."""
+        """`forward` without side effects.
+
+        Args:
+            hidden: as of `forward`
+            used_token: as of `forward`
+            experts: as of `forward`
+
+        Returns:
+            (out, Aux(l_aux, exp_counts, experts))
+        """
         if not isinstance(hidden, Tensor) or hidden.dim() == 0:
             got = "[]" if isinstance(hidden, Tensor) else type(hidden).__name__
             raise RuntimeError(f"MOELayer: hidden must be [..., H], got {got}")
@@ -275,12 +296,11 @@ class MOELayer(nn.Module):
 
 
 def total_l_aux(model: nn.Module) -> Tensor:
-    """The sum of the auxiliary losses that the layers of a model left in their last call.
+    """Sum the auxiliary losses that the layers of a model left in their last call.
 
-        loss = loss + 0.01 * moe_ext.total_l_aux(model)
-
-    A layer that was not called yet, or whose gate has no loss, adds nothing. A layer in several
-    places of the model counts once, with its last call.
+    `loss + 0.01 * total_l_aux(model)` keeps the routers of a model balanced. A layer that was not
+    called yet, or whose gate has no loss, adds nothing. A layer in several places of the model
+    counts once, with its last call.
 
     Args:
         model: a MOELayer, or a module with MOELayers or MoEs in it, wrapped or not
@@ -380,21 +400,32 @@ def _check_fit(gate: nn.Module, experts: nn.Module, ep_size: int, num_local_expe
 class MoE(nn.Module):
     """The layer with its gate and copies of one expert: DeepSpeed's `deepspeed.moe.layer.MoE`.
 
-    hidden_size: H
-    expert: a module that maps [..., H] to the same shape, or to a tuple that begins with it; every
-        expert starts as a copy of it
-    num_experts: E
-    ep_size: processes that share the experts, a divisor of E; `set_deepspeed_parallelism` makes
-        their group
-    k, capacity_factor, eval_capacity_factor, min_capacity, noisy_gate_policy, drop_tokens, use_rts,
-        top2_2nd_expert_sampling: the gate's, as of TopKGate; min_capacity is 4 here
-    use_residual: add `expert` itself on every token, the two weighed by a softmax over
-        `coefficient` (Residual MoE, arXiv 2201.05596)
-    use_tutel, enable_expert_tensor_parallelism: taken for DeepSpeed's callers
-    gate_options: any other option of TopKGate, by keyword
+    `moe(hidden, used_token=None)` returns (out like hidden, l_aux, exp_counts). DeepSpeed's engine
+    does not know this class: a model that has one cannot be given to `deepspeed.initialize`.
 
-    `moe(hidden, used_token=None)` returns (out like hidden, l_aux, exp_counts). Raises ValueError
-    where an argument is out of range.
+    Args:
+        hidden_size: H
+        expert: a module that maps [..., H] to the same shape, or to a tuple that begins with it;
+            every expert starts as a copy of it
+        num_experts: E
+        ep_size: processes that share the experts, a divisor of E; `set_deepspeed_parallelism` makes
+            their group
+        k: as of TopKGate
+        capacity_factor: as of TopKGate
+        eval_capacity_factor: as of TopKGate
+        min_capacity: as of TopKGate, but 4 unless set
+        use_residual: add `expert` itself on every token, the two weighed by a softmax over
+            `coefficient` (Residual MoE, arXiv 2201.05596)
+        noisy_gate_policy: as of TopKGate
+        drop_tokens: as of TopKGate
+        use_rts: as of TopKGate
+        use_tutel: taken for DeepSpeed's callers
+        enable_expert_tensor_parallelism: taken for DeepSpeed's callers
+        top2_2nd_expert_sampling: as of TopKGate
+        **gate_options: any other option of TopKGate
+
+    Raises:
+        ValueError: an argument is out of range
     """
 
     def __init__(
@@ -414,7 +445,7 @@ class MoE(nn.Module):
         use_tutel: bool = False,
         enable_expert_tensor_parallelism: bool = False,
         top2_2nd_expert_sampling: bool = True,
-        **gate_options,
+        **gate_options: Any,
     ) -> None:
         super().__init__()
         options.integer("MoE", "num_experts", num_experts, 1)
@@ -458,14 +489,16 @@ class MoE(nn.Module):
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, *, groups: Groups | None = None
     ) -> None:
-        """Divides the experts among processes; all processes call it.
+        """Divide the experts among processes; all processes call it.
 
-        use_data_before_expert_parallel_: consecutive ranks hold copies, as DeepSpeed's option has
-            it
-        groups: those of another layer, or of `parallel.make_groups(ep_size)`; None makes groups of
-            this layer's own
+        Args:
+            use_data_before_expert_parallel_: consecutive ranks hold copies, as DeepSpeed's option
+                has it
+            groups: those of another layer, or of `parallel.make_groups(ep_size)`; None makes groups
+                of this layer's own
 
-        Raises ValueError for groups of two levels, which ExpertParallel takes.
+        Raises:
+            ValueError: the groups have two levels, which ExpertParallel takes
         """
         if self.ep_size == 1:
             return
@@ -488,9 +521,15 @@ class MoE(nn.Module):
         *,
         experts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states: [..., H] -> (the same shape and dtype, l_aux [], exp_counts [E] int64).
+        """Every token through its experts.
 
-        used_token, experts: as of MOELayer
+        Args:
+            hidden_states: [..., H]
+            used_token: as of MOELayer
+            experts: as of MOELayer
+
+        Returns:
+            (out like hidden_states, l_aux [], exp_counts [E] int64)
         """
         layer = self.deepspeed_moe
         output = layer(hidden_states, used_token, experts=experts)
@@ -503,7 +542,16 @@ class MoE(nn.Module):
         *,
         experts: Tensor | None = None,
     ) -> tuple[Tensor, Aux]:
-        """`forward` without side effects: (out, Aux(l_aux, exp_counts, experts))."""
+        """`forward` without side effects.
+
+        Args:
+            hidden_states: [..., H]
+            used_token: as of MOELayer
+            experts: as of MOELayer
+
+        Returns:
+            (out, Aux(l_aux, exp_counts, experts))
+        """
         output, aux = self.deepspeed_moe.forward_with_aux(
             hidden_states, used_token, experts=experts
         )

@@ -13,7 +13,15 @@ from torch import Tensor
 
 
 def expert_load(experts: Tensor, num_experts: int) -> Tensor:
-    """How often every expert was chosen. experts [..., T, K], -1 for none -> [..., E] int64."""
+    """How often every expert was chosen.
+
+    Args:
+        experts: [..., T, K] ids, -1 for none
+        num_experts: E
+
+    Returns:
+        [..., E] int64
+    """
     # Bin 0 takes the choices that are none.
     bins = experts.flatten(-2).long() + 1
     load = torch.zeros(*bins.shape[:-1], num_experts + 1, dtype=torch.int64, device=bins.device)
@@ -21,7 +29,11 @@ def expert_load(experts: Tensor, num_experts: int) -> Tensor:
 
 
 def shares(probs: Tensor) -> Tensor:
-    """Every token's scores over their sum: of scores that do not sum to one, as sigmoids."""
+    """Every token's scores over their sum: of scores that do not sum to one, as sigmoids.
+
+    Args:
+        probs: [..., E]
+    """
     return probs / probs.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
 
 
@@ -36,17 +48,19 @@ def load_balance_loss(
 ) -> Tensor:
     """E / choices * sum over e of importance[e] / T * load[e] / T; 1 where both are even.
 
-    importance: [..., E] sums of the tokens' probabilities, differentiable; leading dimensions, as
-        sequences, are averaged
-    load: [..., E] how often an expert was chosen, counting `choices` choices of every token
-    num_tokens: T
-    load_tokens: tokens that `load` counts, where it is not these: of a whole accumulated batch
-    group: count the load of all its processes. A process's loss is then its part of the global
-        batch's: the mean over the processes is the loss of the tokens of all, however many each
-        has, and the mean of the gradients, as DistributedDataParallel takes it, its gradient.
-
     The loss of Switch Transformers (arXiv 2101.03961, eq. 4) for choices = 1, of the global batch
     as in arXiv 2501.11873.
+
+    Args:
+        importance: [..., E] sums of the tokens' probabilities, differentiable; leading dimensions,
+            as sequences, are averaged
+        load: [..., E] how often an expert was chosen, counting `choices` choices of every token
+        num_tokens: T
+        choices: of every token, as many as `load` counts
+        load_tokens: tokens that `load` counts, where it is not these: of a whole accumulated batch
+        group: count the load of all its processes. A process's loss is then its part of the global
+            batch's: the mean over the processes is the loss of the tokens of all, however many each
+            has, and the mean of the gradients, as DistributedDataParallel takes it, its gradient.
     """
     if importance.shape != load.shape:
         raise RuntimeError(
@@ -85,11 +99,13 @@ def _at_least_one(count: int | Tensor) -> int | Tensor:
 def sequence_balance_loss(probs: Tensor, experts: Tensor, num_sequences: int) -> Tensor:
     """The load-balance loss within every sequence, averaged over the sequences.
 
-    probs: [T, E] or [B, S, E], experts: [T, K] or [B, S, K] int32, -1 for none; tokens lie sequence
-        after sequence. For scores that do not sum to one give `shares(probs)`.
-    num_sequences: B, a divisor of T
-
     DeepSeek-V3's complementary loss (arXiv 2412.19437, eq. 17-20) without its factor alpha.
+
+    Args:
+        probs: [T, E] or [B, S, E], sequence after sequence. For scores that do not sum to one give
+            `shares(probs)`.
+        experts: [T, K] or [B, S, K] int32, -1 for none
+        num_sequences: B, a divisor of T
     """
     E, K = probs.shape[-1], experts.shape[-1]
     tokens = probs.numel() // E
@@ -105,7 +121,8 @@ def sequence_balance_loss(probs: Tensor, experts: Tensor, num_sequences: int) ->
 def z_loss(logits: Tensor) -> Tensor:
     """The mean over tokens of logsumexp(logits) ** 2 (ST-MoE, arXiv 2202.08906, eq. 5).
 
-    logits: [..., E]
+    Args:
+        logits: [..., E]
     """
     sums = logits.logsumexp(dim=-1)
     return sums.square().sum() / max(sums.numel(), 1)
@@ -114,7 +131,8 @@ def z_loss(logits: Tensor) -> Tensor:
 def importance_loss(importance: Tensor) -> Tensor:
     """The squared coefficient of variation of the importance (arXiv 1701.06538, eq. 7); 0 if even.
 
-    importance: [E] sums of the tokens' probabilities
+    Args:
+        importance: [E] sums of the tokens' probabilities
     """
     if importance.dim() != 1:
         raise RuntimeError(f"importance_loss: importance must be [E], got {list(importance.shape)}")

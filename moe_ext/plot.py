@@ -37,6 +37,11 @@ def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path, ylabel
     """A line for every named list of (step, value); the legend gives the last values.
 
     The first half of the lines is solid, the second dotted.
+
+    Args:
+        curves: points (step, value) by name
+        path: of the PNG file
+        ylabel: of the vertical axis
     """
     figure, axes = _figure(7, 4.2)
     for i, (name, points) in enumerate(curves.items()):
@@ -55,8 +60,10 @@ def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path, ylabel
 def plot_load(shares: dict[str, Sequence[float]], path: Path, when: str) -> None:
     """A heat-map of layer by expert, on a scale up to twice the even share.
 
-    shares: by layer, of its routes, [E] each, where E may differ
-    when: what to call the time that they are of
+    Args:
+        shares: by layer, of its routes, [E] each, where E may differ
+        path: of the PNG file
+        when: what to call the time that they are of
     """
     layers, experts = len(shares), max(map(len, shares.values()))
     width = 0.7 * experts if experts <= MOST_NUMBERS else min(0.12 * experts, 14)
@@ -97,8 +104,11 @@ def plot_over_time(
 ) -> None:
     """A layer's load by step and expert.
 
-    layer: what to call it
-    shares: by step, [E] each; equal steps are readings in a row
+    Args:
+        steps: of the readings
+        shares: by step, [E] each; equal steps are readings in a row
+        path: of the PNG file
+        layer: what to call it
     """
     experts, count = len(shares[0]), len(shares)
     figure, axes = _figure(7.5, min(max(1.6 + 0.22 * experts, 3), 9))
@@ -114,9 +124,16 @@ def plot_over_time(
 
 
 def plot_sorted(shares: dict[str, Sequence[float]], path: Path, when: str) -> None:
-    """Every layer's load from the busiest expert down, over the even share: flat at 1 is even, and
-    where a line ends at zero experts are idle. Up to six layers have colours and names; of more,
-    the least and the most even."""
+    """Every layer's load from the busiest expert down, over the even share.
+
+    Flat at 1 is even, and where a line ends at zero experts are idle. Up to six layers have colours
+    and names; of more, the least and the most even.
+
+    Args:
+        shares: by layer, of its routes, [E] each, where E may differ
+        path: of the PNG file
+        when: what to call the time that they are of
+    """
     uneven = {name: max(row) * len(row) for name, row in shares.items()}
     named = sorted(uneven, key=lambda name: uneven[name])
     if len(named) > len(COLOURS):
@@ -145,7 +162,10 @@ def plot_pairs(pairs: Tensor, path: Path, layer: str) -> None:
     """Which experts a token chooses together, over what chance would give experts of such loads:
     above 1 the two attract each other.
 
-    pairs: as of LayerStats, layer: what to call it
+    Args:
+        pairs: as of LayerStats
+        path: of the PNG file
+        layer: what to call it
     """
     lift = co_routing(pairs)
     experts = len(lift)
@@ -167,8 +187,15 @@ def plot_pairs(pairs: Tensor, path: Path, layer: str) -> None:
 
 def co_routing(pairs: Tensor, rounds: int = 100) -> Tensor:
     """How often two experts are chosen together, over what it would be if pairs were drawn by a
-    propensity of each expert that explains its load. [E, E], NaN on the diagonal and where that
-    would be fewer than FEW_PAIRS, whose chances are too wide to tell."""
+    propensity of each expert that explains its load.
+
+    Args:
+        pairs: as of LayerStats
+        rounds: of the fit of the propensities
+
+    Returns:
+        [E, E], NaN on the diagonal and where chance would give fewer than FEW_PAIRS
+    """
     together = pairs.double().clone().fill_diagonal_(0)
     load = together.sum(dim=1)
     propensity = load / load.sum().sqrt().clamp(min=1)
@@ -183,14 +210,21 @@ def co_routing(pairs: Tensor, rounds: int = 100) -> Tensor:
 def plot_run(
     readings: Sequence[tuple[int, Reading]], folder: Path, layer: str | None = None
 ) -> list[Path]:
-    """All pictures of a run, from readings with their steps; returns the files.
+    """Draw all pictures of a run.
 
-    load.png, sorted.png: of the last reading; over-time.png: of one layer; pairs.png: of that
-    layer, from detailed readings. Training, where there is any, else evaluation.
+    load.png and sorted.png are of the last reading, over-time.png is of one layer, and pairs.png of
+    that layer, from detailed readings. Training, where there is any, else evaluation.
 
-    layer: its name; None takes the least even one of the last reading
+    Args:
+        readings: with their steps
+        folder: for the files
+        layer: the name of the one layer; None takes the least even one of the last reading
 
-    Raises ValueError for a layer that is not in the last reading, and where there is none.
+    Returns:
+        the files
+
+    Raises:
+        ValueError: the layer is not in the last reading, or there is none
     """
     mode = "train" if any(reading.train for _, reading in readings) else "eval"
     of_mode = [(step, getattr(reading, mode)) for step, reading in readings]

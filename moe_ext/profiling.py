@@ -20,15 +20,19 @@ from .watching import entry, named_layers, replaced
 
 
 def ranges(model: nn.Module) -> AbstractContextManager[None]:
-    """Mark every call of a layer in the model while the context lasts: "moe_ext.layer <name>", and
-    in a MOELayer's "moe_ext.gate" and "moe_ext.experts", for torch.profiler and, with a GPU, as
-    NVTX ranges for Nsight Systems. Elsewhere there is nothing of it: no cost, and no graph break.
-    Copy, pickle and save the model outside of it: a copy would call this model's parts.
+    """Mark every call of a layer in the model while the context lasts.
 
-    model: a MOELayer, or a module with some in it, or with the experts of transformers' models with
-        experts_implementation="moe_ext"
+    The ranges are `moe_ext.layer <name>`, and in a MOELayer's `moe_ext.gate` and `moe_ext.experts`,
+    for torch.profiler and, with a GPU, as NVTX ranges for Nsight Systems. Elsewhere there is
+    nothing of it: no cost, and no graph break. Copy, pickle and save the model outside of it: a
+    copy would call this model's parts.
 
-    Raises ValueError for a model without such layers.
+    Args:
+        model: a MOELayer, or a module with some in it, or with the experts of transformers' models
+            with experts_implementation="moe_ext"
+
+    Raises:
+        ValueError: the model has no such layer
     """
     if not any(named_layers(model)):
         raise ValueError(

@@ -17,19 +17,23 @@ SCARCE = 0.1  # of the even share
 class LayerStats(NamedTuple):
     """One layer in one mode, between two readings. Tensors are on the host.
 
-    tokens: that were routed, calls: of the layer
-    load: [E] int64, routes that asked for an expert; kept: [E] int64, those that got a row
-    l_aux: mean over the calls, not scaled; 0 where the layer does not know its gate
+    From importance on the attributes are None unless they were counted, with detailed=True, and
+    where the layer does not know its router.
 
-    Of detailed ones, None otherwise or where the layer does not know its router:
-
-    importance: [E] mean score of every expert, 1 / E if even
-    router_entropy: mean entropy of a token's scores over log E: 1 knows nothing, 0 is sure
-    z_loss: mean of logsumexp(logits) ** 2
-    agreement: share of choices that are among the best K by the router's logits: less than 1 with
-        RSample, a sampled second expert, a selection bias, groups, Sinkhorn or a recorded choice
-    pairs: [E, E] int64, tokens that chose both experts; the diagonal is of one. None also for
-        more than 32 choices per token.
+    Attributes:
+        tokens: routed tokens
+        calls: forward calls
+        load: [E] int64, routes that asked for an expert
+        kept: [E] int64, those that got a row
+        l_aux: mean over the calls, not scaled; 0 where the layer does not know its gate
+        importance: [E] mean score of every expert, 1 / E if even
+        router_entropy: mean entropy of a token's scores over log E: 1 = uniform, 0 = one-hot
+        z_loss: mean of logsumexp(logits) ** 2
+        agreement: share of choices that are among the best K by the router's logits: less than 1
+            with RSample, a sampled second expert, a selection bias, groups, Sinkhorn or a recorded
+            choice
+        pairs: [E, E] int64, tokens that chose both experts; the diagonal is of one. None also for
+            more than 32 choices per token.
     """
 
     tokens: int
@@ -89,8 +93,13 @@ class LayerStats(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What `Stats.read` gives: layers by name, in the order of the model, in training and in
-    evaluation. A layer that was not called is left out. Printed as a table and a heat-map."""
+    """What `Stats.read` gives. Printed as a table and a heat-map.
+
+    Attributes:
+        train: layers by name, in the order of the model, in training. One that was not called is
+            left out.
+        eval: the same in evaluation
+    """
 
     train: dict[str, LayerStats]
     eval: dict[str, LayerStats]
@@ -98,8 +107,9 @@ class Reading(NamedTuple):
     def scalars(self, *, per_layer: bool = False) -> dict[str, float]:
         """Numbers by name, as `wandb.log` takes them.
 
-        per_layer: "train/moe/<layer>/<what>" for every layer; otherwise the mean over the layers
-            and the worst of them, as many numbers however many layers there are
+        Args:
+            per_layer: `train/moe/<layer>/<what>` for every layer; otherwise the mean over the
+                layers and the worst of them, as many numbers however many layers there are
         """
         values: dict[str, float] = {}
         for mode, layers in zip(self._fields, self, strict=True):

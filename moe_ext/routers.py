@@ -10,19 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.types import Device
 
 from . import options
 
 
 class CosineRouter(nn.Module):
     """The cosine between a projected token and every expert's direction, over a learned temperature
-    (X-MoE, arXiv 2204.09179).
+    (X-MoE, arXiv 2204.09179). A router for `TopKGate(router=...)`.
 
-    model_dim: H, num_experts: E
-    proj_dim: width P in which token and expert meet
-    temperature: what the cosines are divided by at first. It is learned, and never below 0.01.
+    It has the parameters proj.weight [P, H], directions [E, P] and log_scale [1], which is
+    log(1 / temperature).
 
-    Parameters: proj.weight [P, H], directions [E, P], log_scale [1], log(1 / temperature).
+    Args:
+        model_dim: H
+        num_experts: E
+        proj_dim: width P in which token and expert meet
+        temperature: what the cosines are divided by at first. It is learned, and never below 0.01.
+        device: of the parameters
+        dtype: of the parameters
+
+    Raises:
+        ValueError: an argument is out of range
     """
 
     def __init__(
@@ -32,8 +41,8 @@ class CosineRouter(nn.Module):
         proj_dim: int = 256,
         temperature: float = 0.5,
         *,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         H = options.integer("CosineRouter", "model_dim", model_dim, 0)

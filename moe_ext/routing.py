@@ -19,11 +19,13 @@ RENORMALISE = get_args(Renormalise)
 class Routing(NamedTuple):
     """What a gate decides for T tokens. A pytree.
 
-    weights: [T, K] float32 (float64 for float64 tokens), 0 where the route was dropped
-    plan: where every route goes
-    probs: [T, E], importance: [E], the scores of all experts and their column sums
-    l_aux: [] auxiliary loss, not scaled; None before it is computed
-    logits: [T, E] that the scores are of
+    Attributes:
+        weights: [T, K] float32 (float64 for float64 tokens), 0 where the route was dropped
+        plan: where every route goes
+        probs: [T, E], the scores of all experts
+        importance: [E], their column sums
+        l_aux: [] auxiliary loss, not scaled; None before it is computed
+        logits: [T, E] that the scores are of
     """
 
     weights: Tensor
@@ -57,19 +59,25 @@ def route(
 ) -> Routing:
     """Choose k experts for every token, give the routes their rows, weigh what is kept.
 
-    logits, choice_scores, scoring, scale: as of `gate`
-    experts: [T, K] int32, K = k, the choice where it is made already: a recorded one, or a forced
-        one. -1 is no choice; choice_scores then decide nothing.
-    used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
-    renormalise: divide a token's weights by their sum "before" or "after" dropping, or "never"
-    capacity: rows per expert; None drops nothing
-    drop_policy: who is dropped. "position", the last to queue; "probs", the smallest score;
-        "random", by one torch.rand(T, E)
-    order: how routes queue, "choice" (all first choices, then all second ones) or "token"
-    aux_loss: gives l_aux from the routing, whose own l_aux is None then; None is the load-balance
-        loss, of first choices for k <= 2 and of all for more, over all T tokens
+    Args:
+        logits: [T, E], as of `gate`
+        k: choices per token, 1..E
+        choice_scores: [T, E] like logits, what the choice is made on; the logits where None
+        experts: [T, K] int32, K = k, the choice where it is made already: a recorded one, or a
+            forced one. -1 is no choice; choice_scores then decide nothing.
+        used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
+        scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
+        renormalise: divide a token's weights by their sum "before" or "after" dropping, or "never"
+        scale: factor on the weights
+        capacity: rows per expert; None drops nothing
+        drop_policy: who is dropped. "position", the last to queue; "probs", the smallest score;
+            "random", by one torch.rand(T, E)
+        order: how routes queue, "choice" (all first choices, then all second ones) or "token"
+        aux_loss: gives l_aux from the routing, whose own l_aux is None then; None is the
+            load-balance loss, of first choices for k <= 2 and of all for more, over all T tokens
 
-    Raises RuntimeError where an argument breaks this contract.
+    Raises:
+        RuntimeError: an argument breaks this contract
     """
     check = contracts.Check("route")
     check.one_of("renormalise", renormalise, RENORMALISE)

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -31,9 +31,10 @@ _FLOATS = "l_aux", "router_entropy", "z_loss", "agreement"
 class JsonLines:
     """A file with a line for every layer and mode of every reading, as `read_json_lines` reads it.
 
-    path: is appended to, after its last whole line; its folder must be there
-
     An interrupted run leaves what it had written.
+
+    Args:
+        path: is appended to, after its last whole line; its folder must be there
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -81,8 +82,13 @@ def _end_of_last_line(file: BinaryIO, step: int = 1 << 16) -> int:
 def read_json_lines(path: Path | str) -> Iterator[tuple[int, Reading]]:
     """The readings in a file that JsonLines wrote, with their steps, in the file's order.
 
-    Raises ValueError, which names the line, where one is not understood; a last one that was cut
-    off is left out.
+    A last line that was cut off is left out.
+
+    Args:
+        path: of the file
+
+    Raises:
+        ValueError: a line, which it names, is not understood
     """
     with Path(path).open() as lines:
         yield from _readings(path, lines)
@@ -122,11 +128,12 @@ def _readings(path: Path | str, lines: Iterable[str]) -> Iterator[tuple[int, Rea
 class TensorBoard:
     """Numbers to a torch.utils.tensorboard.SummaryWriter, or anything with its add_scalar.
 
-    writer: the writer
-    per_layer: those of every layer, not only their mean and the worst
+    Args:
+        writer: the writer
+        per_layer: those of every layer, not only their mean and the worst
     """
 
-    def __init__(self, writer, *, per_layer: bool = False) -> None:
+    def __init__(self, writer: Any, *, per_layer: bool = False) -> None:
         self.writer = writer
         self.per_layer = per_layer
 

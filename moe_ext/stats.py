@@ -32,23 +32,32 @@ MOST_CHOICES = 32
 def track(model: nn.Module, *, detailed: bool = False) -> Stats:
     """Count what the experts of a model are asked for, from now on.
 
-    model: a MOELayer, or a module with some in it; the experts of transformers' models with
-        experts_implementation="moe_ext" count too, without what only their router knows. A layer
-        has one `Stats`: a later one takes its place.
-    detailed: also the router's entropy, its z-loss, how far it is followed, and which experts
-        are chosen together: some passes over [T, E] and [T, K, K]
-
     Training and evaluation are counted apart, by the layer's mode. Tokens that used_token takes out
     count for nothing, but in l_aux, which is the gate's; a transformers model does not tell its
     experts which tokens are padding. What checkpointing computes again is counted once. Calls
     inside of torch.func's transforms and of torch.export are not counted, nor those of copies of a
-    layer. Raises ValueError for a model without such layers.
+    layer.
+
+    Args:
+        model: a MOELayer, or a module with some in it; the experts of transformers' models with
+            experts_implementation="moe_ext" count too, without what only their router knows. A
+            layer has one `Stats`: a later one takes its place.
+        detailed: also the router's entropy, its z-loss, how far it is followed, and which experts
+            are chosen together: some passes over [T, E] and [T, K, K]
+
+    Raises:
+        ValueError: the model has no such layer
     """
     return Stats(model, detailed)
 
 
 class Stats:
-    """The counters of a model, from `track`. A context manager that stops counting at its end."""
+    """The counters of a model, from `track`. A context manager that stops counting at its end.
+
+    Args:
+        model: as of `track`
+        detailed: as of `track`
+    """
 
     def __init__(self, model: nn.Module, detailed: bool) -> None:
         self._layers = dict(named_layers(model))
@@ -88,13 +97,15 @@ class Stats:
     def read(self, *, reset: bool = True, group: dist.ProcessGroup | None = None) -> Reading:
         """What was counted since the last reset: one copy to the host.
 
-        reset: begin a new count
-        group: the sum over all its processes, all of which call this; a process group, or
-            dist.group.WORLD. With ExpertParallel every process counts the routes of its own tokens,
-            to all experts.
+        Args:
+            reset: begin a new count
+            group: the sum over all its processes, all of which call this; a process group, or
+                dist.group.WORLD. With ExpertParallel every process counts the routes of its own
+                tokens, to all experts.
 
-        Raises ValueError for a group where transformers divides the experts: each process knows its
-        own alone.
+        Raises:
+            ValueError: a group was given where transformers divides the experts, of which each
+                process knows its own alone
         """
         if group is not None and self.is_divided:
             raise ValueError(

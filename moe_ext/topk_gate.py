@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.types import Device
 
 from . import contracts, options, reference, route_forms, selection
 from .capacity import expert_capacity
@@ -43,55 +44,89 @@ BALANCING = (None, *get_args(Balancing))
 class TopKGate(nn.Module):
     """A router with top-k choice, under DeepSpeed's name and arguments; and every other rule.
 
-    model_dim: H
-    num_experts: E
-    k: choices per token, 1..E
-    capacity_factor, eval_capacity_factor: an expert takes
-        max(ceil(T / E * k * factor), min_capacity) routes, in training and in evaluation
-    noisy_gate_policy: "Jitter" multiplies the router's input by a uniform number in
-        1 ± noise_scale; "RSample" adds Gumbel noise times noise_scale to what the choice is made
-        on; "Gaussian" adds normal noise of deviation noise_scale to the logits, thus to the weights
-        too. In training only.
-    drop_tokens: False drops nothing: an expert takes what comes
-    use_rts: in training, k = 1 drops at random (random token selection)
-    ep_group: where it has several processes, `forward` gives all the same C without dropping
-    top2_2nd_expert_sampling: in training with k = 2, the second choice is made on scores with
-        Gumbel noise
-
-    The rest is by keyword.
-
-    drop_policy: who is dropped. "random"; "position", the last to queue; "probs", the smallest
-        score. None is DeepSpeed's choice: "random" for k = 1 with use_rts, "probs" for k > 2, else
-        "position". In evaluation "random" is "position".
-    order: how routes queue, "choice" (all first choices, then all second ones) or "token". None is
-        DeepSpeed's: "token" for the policy "probs", else "choice".
-    scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
-    renormalise: divide a token's weights by their sum "before" or "after" dropping, or "never".
-        None is DeepSpeed's: "never" for k = 1, else "after". With softmax and "before" the weights
-        are the softmax over the chosen logits.
-    scale: factor on the weights
-    num_groups, groups_per_token, group_score: a token chooses within its best groups (see
-        `selection.group_mask`); one group is no limit
-    selection_bias: a buffer expert_bias [E] is added to the scores that the choice is made on, and
-        to nothing else; `update_bias` balances the load by it
-    balancing: "sinkhorn" chooses on `selection.sinkhorn` of the logits, in training; "forced"
-        gives every expert as many routes of all tokens, whatever the router says, for benchmarks
-    noise_scale: see noisy_gate_policy; None is 0.01, 1 or 1 / E
-    noise_in_eval: noisy_gate_policy in evaluation too
-    sampling_in_eval: random token selection and the second expert's sampling in evaluation too, as
-        DeepSpeed has it
-    aux_loss: gives l_aux [] from a Routing. None is the load-balance loss: of first choices for
-        k <= 2 and of all for more, a mean over all T tokens, those that used_token takes out too,
-        as DeepSpeed's is.
-    router: a module that maps [T, H] to logits [T, E]; None is an nn.Linear without bias
-
-    All but model_dim, num_experts, selection_bias and router may be changed later, as attributes.
-    With `wall_clock_breakdown` set, `gate_time` is the time of all calls in milliseconds;
-    torch.compile does not take that.
-
     Everything is computed in float32, in float64 where the input or a weight is float64, under
-    autocast too; a router's other weights are cast per call. Raises ValueError where an argument is
-    out of range.
+    autocast too; a router's other weights are cast per call. All arguments but model_dim,
+    num_experts, selection_bias and router may be changed later, as attributes. With
+    `wall_clock_breakdown` set, `gate_time` is the time of all calls in milliseconds; torch.compile
+    does not take that.
+
+    Args:
+        model_dim: H
+        num_experts: E
+        k: choices per token, 1..E
+        capacity_factor: in training an expert takes
+            max(ceil(T / E * k * capacity_factor), min_capacity) routes
+        eval_capacity_factor: the same in evaluation
+        min_capacity: routes that an expert takes at least
+        noisy_gate_policy: "Jitter" multiplies the router's input by a uniform number in
+            1 ± noise_scale; "RSample" adds Gumbel noise times noise_scale to what the choice is
+            made on; "Gaussian" adds normal noise of deviation noise_scale to the logits, thus to
+            the weights too. In training only.
+        drop_tokens: False drops nothing: an expert takes what comes. With True a token's output
+            depends on the other tokens of its batch, which may take its place.
+        use_rts: in training, k = 1 drops at random (random token selection)
+        ep_group: where it has several processes, `forward` gives all the same C without dropping
+        top2_2nd_expert_sampling: in training with k = 2, the second choice is made on scores with
+            Gumbel noise
+        drop_policy: who is dropped. "random"; "position", the last to queue; "probs", the smallest
+            score. None is DeepSpeed's choice: "random" for k = 1 with use_rts, "probs" for k > 2,
+            else "position". In evaluation "random" is "position".
+        order: how routes queue, "choice" (all first choices, then all second ones) or "token". None
+            is DeepSpeed's: "token" for the policy "probs", else "choice".
+        scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
+        renormalise: divide a token's weights by their sum "before" or "after" dropping, or "never".
+            None is DeepSpeed's: "never" for k = 1, else "after". With softmax and "before" the
+            weights are the softmax over the chosen logits.
+        scale: factor on the weights
+        num_groups: a token chooses within its best groups (see `selection.group_mask`); one group
+            is no limit
+        groups_per_token: how many groups a token may use
+        group_score: how groups are compared, "max" or "top2_sum"
+        selection_bias: a buffer expert_bias [E] is added to the scores that the choice is made on,
+            and to nothing else; `update_bias` balances the load by it
+        balancing: "sinkhorn" chooses on `selection.sinkhorn` of the logits, in training; "forced"
+            gives every expert as many routes of all tokens, whatever the router says, for
+            benchmarks
+        noise_scale: see noisy_gate_policy; None is 0.01, 1 or 1 / E
+        noise_in_eval: noisy_gate_policy in evaluation too
+        sampling_in_eval: random token selection and the second expert's sampling in evaluation too,
+            as DeepSpeed has it
+        aux_loss: gives l_aux [] from a Routing. None is the load-balance loss: of first choices for
+            k <= 2 and of all for more, a mean over all T tokens, those that used_token takes out
+            too, as DeepSpeed's is.
+        router: a module that maps [T, H] to logits [T, E]; None is an nn.Linear without bias
+        device: of the parameters
+        dtype: of the parameters
+
+    Raises:
+        ValueError: an argument is out of range
+
+    Examples:
+        A gate that drops nothing, and what it decides for five tokens:
+
+        >>> import torch, moe_ext
+        >>> gate = moe_ext.TopKGate(
+        ...     model_dim=16, num_experts=4, k=2, drop_tokens=False, renormalise="before"
+        ... )
+        >>> routing = gate.eval().route(torch.randn(5, 16))
+        >>> routing.weights.shape, routing.plan.experts.shape, routing.plan.load.sum().item()
+        (torch.Size([5, 2]), torch.Size([5, 2]), 10)
+
+        In a layer:
+
+        >>> layer = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(4, hidden_size=16, ffn_size=32))
+        >>> out = layer(torch.randn(3, 7, 16))
+        >>> out.shape, layer.l_aux.shape
+        (torch.Size([3, 7, 16]), torch.Size([]))
+
+        DeepSeek-V3's rule:
+
+        >>> gate = moe_ext.TopKGate(
+        ...     16, 32, k=8, scoring="sigmoid", renormalise="before", scale=2.5, drop_tokens=False,
+        ...     selection_bias=True, num_groups=8, groups_per_token=4, group_score="top2_sum",
+        ... )
+        >>> gate.route(torch.randn(5, 16)).weights.sum(-1).detach()
+        tensor([2.5000, 2.5000, 2.5000, 2.5000, 2.5000])
     """
 
     ep_group = GroupAttribute()
@@ -125,8 +160,8 @@ class TopKGate(nn.Module):
         sampling_in_eval: bool = False,
         aux_loss: Callable[[Routing], Tensor] | None = None,
         router: nn.Module | None = None,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.model_dim = options.integer("TopKGate", "model_dim", model_dim, 0)
@@ -236,7 +271,14 @@ class TopKGate(nn.Module):
         self.ep_group = ep_group
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Rows an expert may have for this many tokens, in the present mode; None without limit."""
+        """Rows an expert may have, in the present mode of training or evaluation.
+
+        Args:
+            num_tokens: T
+
+        Returns:
+            how many; None without limit
+        """
         if not self.drop_tokens:
             return None
         if is_exporting() and isinstance(num_tokens, torch.SymInt):
@@ -255,11 +297,14 @@ class TopKGate(nn.Module):
     ) -> Routing:
         """Decide for every token.
 
-        tokens: [T, H]
-        used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
-        experts: [T, K] int32, a recorded choice to make again (`routing.plan.experts`); -1 is none
+        Args:
+            tokens: [T, H]
+            used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
+            experts: [T, K] int32, a recorded choice to make again (`routing.plan.experts`); -1 is
+                none
 
-        Raises RuntimeError where an argument breaks this contract.
+        Raises:
+            RuntimeError: an argument breaks this contract
         """
         if tokens.dim() != 2 or tokens.shape[1] != self.model_dim:
             raise RuntimeError(
@@ -284,10 +329,18 @@ class TopKGate(nn.Module):
     ) -> tuple:
         """DeepSpeed's forms of `route`, for its callers; the layer does not use them.
 
-        input: [T, H]. Returns (l_aux, combine_weights [T, E, C], dispatch_mask [T, E, C],
-        exp_counts [E] int64), or a tuple of seven with `sparse_routes` or `use_tutel` (see
-        `route_forms`). exp_counts counts all choices before dropping, on the input's device. Where
-        nothing is dropped C is the largest load, which is read back from the device.
+        exp_counts counts all choices before dropping, on the input's device. Where nothing is
+        dropped C is the largest load, which is read back from the device.
+
+        Args:
+            input: [T, H]
+            used_token: as of `route`
+            sparse_routes: a tuple of seven, of routes (see `route_forms`)
+            use_tutel: the same as lists
+
+        Returns:
+            (l_aux, combine_weights [T, E, C], dispatch_mask [T, E, C], exp_counts [E] int64), or a
+            tuple of seven
         """
         routing = self.route(input, used_token)
         return route_forms.form(routing, sparse_routes, use_tutel, self.ep_group)
@@ -299,8 +352,13 @@ class TopKGate(nn.Module):
         """Balance without a loss (arXiv 2408.15664): raise expert_bias by rate where the load is
         below its mean, lower it where it is above.
 
-        load: [E] integers, routes since the last update: a sum of `layer.exp_counts`
-        group: count the load of all its processes
+        Args:
+            load: [E] integers, routes since the last update: a sum of `layer.exp_counts`
+            rate: the step of the bias
+            group: count the load of all its processes
+
+        Raises:
+            RuntimeError: the gate has no selection_bias, or the load is not [E] integers
         """
         if self.expert_bias is None:
             raise RuntimeError("TopKGate: update_bias needs selection_bias=True")

@@ -1,8 +1,12 @@
 """What the pages say that can be checked."""
 
+import doctest
+import importlib
+import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,13 +88,89 @@ def test_faster_experts_give_the_same():
     torch.testing.assert_close(moe(hidden)[0], before)
 
 
-def test_every_public_name_is_on_the_api_page():
+def entries() -> dict[str, list[str]]:
+    """What the API page shows, with the members of a module that are chosen, or none."""
     text = (ROOT / "docs" / "api.md").read_text()
-    for name in moe_ext.__all__:
-        what = getattr(moe_ext, name)
-        if type(what).__name__ == "module" and name in ("build", "ops"):
-            continue
-        assert f"::: moe_ext.{name}\n" in text, name
+    found = re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, re.M)
+    chosen = {name: re.search(r"members: \[(.*)\]", options) for name, options in found}
+    return {name: match[1].split(", ") if match else [] for name, match in chosen.items()}
+
+
+def test_every_public_name_is_on_the_api_page():
+    # A function and its module have one name.
+    names = {name.replace("feed_forward.feed_forward", "feed_forward") for name in entries()}
+    hidden = {"build", "ops"}
+    assert {f"moe_ext.{name}" for name in set(moe_ext.__all__) - hidden} <= names
+
+
+def shown(name: str, members: list[str]) -> Iterator[tuple[str, object]]:
+    """The classes, functions and methods of an entry that have arguments to describe."""
+    owner, _, last = name.rpartition(".")
+    try:
+        what = importlib.import_module(name)
+    except ModuleNotFoundError:
+        what = getattr(importlib.import_module(owner), last)
+    if inspect.ismodule(what):
+        own = {k: v for k, v in vars(what).items() if getattr(v, "__module__", "") == what.__name__}
+        for member in members or [k for k in own if not k.startswith("_")]:
+            one = getattr(what, member)
+            if inspect.isclass(one) or inspect.isfunction(one):
+                yield from shown_of(f"{name}.{member}", one)
+    else:
+        yield from shown_of(name, what)
+
+
+def shown_of(name: str, what) -> Iterator[tuple[str, object]]:
+    yield name, what
+    for member, value in vars(what).items() if inspect.isclass(what) else ():
+        method = inspect.unwrap(getattr(value, "__func__", value))
+        if inspect.isfunction(method) and method.__doc__ and not member.startswith("_"):
+            yield f"{name}.{member}", method
+
+
+def arguments_of(what) -> tuple[str, list[str]]:
+    """The section that describes them, and their names."""
+    if hasattr(what, "_fields"):
+        return "Attributes", list(what._fields)
+    constructed = "__init__" in vars(what) if inspect.isclass(what) else True
+    function = what.__init__ if inspect.isclass(what) else what
+    names = inspect.signature(function).parameters if constructed else {}
+    return "Args", [name for name in names if name not in ("self", "cls")]
+
+
+# Their sections are to be written.
+AS_PROSE = ("moe_ext.ExpertParallel", "moe_ext.parallel")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name in AS_PROSE else name
+        for name in entries()
+    ],
+)
+def test_the_api_page_describes_every_argument(entry):
+    if entry == "moe_ext.hf":
+        pytest.importorskip("transformers", reason="needs the extra peers")
+    for name, what in shown(entry, entries()[entry]):
+        text = inspect.cleandoc(what.__doc__ or "")
+        section, names = arguments_of(what)
+        found = re.search(rf"^{section}:\n((?: {{4}}.*\n?|\n)+)", text, re.M)
+        described = re.findall(r"^ {4}\*{0,2}(\w+): ", found[1], re.M) if found else []
+        assert described == names, name
+        # A page takes anything else for a tag of HTML, and shows nothing.
+        assert not re.search(r"<\w", re.sub(r"`[^`]*`", "", text)), name
+
+
+@pytest.mark.parametrize("name", ["TopKGate"])
+def test_the_examples_of_a_docstring_run(name):
+    examples = doctest.DocTestFinder(recurse=False).find(getattr(moe_ext, name), name, globs={})
+    runner = doctest.DocTestRunner()
+    for example in examples:
+        runner.run(example)
+    failed, attempted = runner.summarize(verbose=False)
+    assert attempted > 0
+    assert failed == 0
 
 
 def test_dir_lists_the_public_names_and_no_others():
