@@ -144,17 +144,7 @@ def arguments_of(what) -> tuple[str, list[str]]:
     return "Args", [name for name in names if name not in ("self", "cls")]
 
 
-# Their sections are to be written.
-AS_PROSE = ("moe_ext.ExpertParallel", "moe_ext.parallel")
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name in AS_PROSE else name
-        for name in entries()
-    ],
-)
+@pytest.mark.parametrize("entry", entries())
 def test_the_api_page_describes_every_argument(entry):
     if entry == "moe_ext.hf":
         pytest.importorskip("transformers", reason="needs the extra peers")
