@@ -44,13 +44,25 @@ class PerExpert:
         return re.fullmatch(re.escape(prefix) + self.pattern, name) is not None
 
     def inspect(self, names: Collection[str]) -> tuple[int, bool]:
-        """Of names that match the pattern: the number of experts, and whether they have a gate.
+        """The number of experts and whether they have a gate, from names that match the pattern.
 
         Args:
             names: of tensors in a state dict
+
+        Raises:
+            ValueError: the experts are not numbered 0, 1, 2, ... without a gap
         """
         matches = (re.fullmatch(self.pattern, name) for name in names)
-        return 1 + max(int(match["expert"]) for match in matches if match), self.gate is not None
+        numbers = {match.string: match["expert"] for match in matches if match}
+        # Each expert has a name at least, so that more experts than names leave a gap. Texts are
+        # compared: a number may be longer than int() takes.
+        possible = set(map(str, range(len(numbers))))
+        if wrong := [name for name, number in numbers.items() if number not in possible]:
+            raise ValueError(
+                "convert: experts must be numbered 0, 1, 2, ... without a gap, got "
+                f"{_first(wrong)} among {len(numbers)} names"
+            )
+        return 1 + max(map(int, numbers.values())), self.gate is not None
 
     def sources(self, stacked: str, num_experts: int) -> list[str]:
         """The names of what a tensor of GroupedExperts is made of, in order.
@@ -152,9 +164,9 @@ def to_grouped(state: StateDict, layout: Layout, prefix: str = "") -> dict[str, 
         one that is the same in both layouts is the given object.
 
     Raises:
-        ValueError: no expert is found, tensors are missing (an expert's, or a bias that another
-            has), an expert holds something else (such as the scales of quantised weights), or
-            shapes, dtypes or devices do not fit each other
+        ValueError: no expert is found, the experts are not numbered 0, 1, 2, ..., tensors are
+            missing (an expert's, or a bias that another has), an expert holds something else (such
+            as the scales of quantised weights), or shapes, dtypes or devices do not fit each other
     """
     layout = replace(layout, parent=prefix + layout.parent)
     pattern = re.compile(layout.pattern)
@@ -273,8 +285,12 @@ def _complete(found: Collection[str], expected: Collection[str]) -> None:
         ("missing", set(expected).difference(found)),
     ):
         if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise ValueError(f"convert: {problem}: {', '.join(sorted(names)[:4])}{more}")
+            raise ValueError(f"convert: {problem}: {_first(names)}")
+
+
+def _first(names: Collection[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(sorted(names)[:most]) + more
 
 
 def _alike(names: list[str], tensors: list[Tensor], dims: int) -> None:

@@ -1,5 +1,7 @@
 """Layouts of weights: exact both ways, the same function, errors that name what is wrong."""
 
+import tracemalloc
+
 import pytest
 import torch
 from cases import random_experts, relative_error
@@ -232,6 +234,23 @@ def test_what_does_not_fit_per_expert(changes, message):
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
     with pytest.raises(ValueError, match=f"convert: .*{message}"):
         to_grouped(state, QWEN, PREFIX)
+
+
+@pytest.mark.parametrize("number", ["10000000", str(10**30), "9" * 5000, "007", "00"])
+@pytest.mark.parametrize(
+    "convert", [to_grouped, lambda *a: convert_state_dict(a[0], a[1], GROUPED)]
+)
+def test_experts_are_numbered_without_a_gap(convert, number):
+    """A number decides how many names are listed; two names must not list millions."""
+    names = [f"{PREFIX}{e}.{layer}_proj.weight" for e in (0, number) for layer in ("up", "down")]
+    state = dict.fromkeys(names, torch.zeros(2, 2))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"convert: experts must be numbered .*\.{number}\.down"):
+        to_grouped(state, NEMOTRON, PREFIX)
+    with pytest.raises(ValueError, match="convert: experts must be numbered"):
+        convert_state_dict(state, NEMOTRON, GROUPED)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 def test_no_experts():
