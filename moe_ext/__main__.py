@@ -38,9 +38,6 @@ def plot(arguments: argparse.Namespace) -> int:
 
     try:
         readings = list(read_json_lines(arguments.run_file))
-    except UnicodeDecodeError:
-        print(f"moe_ext plot: {arguments.run_file} is no file of JsonLines", file=sys.stderr)
-        return 2
     except (OSError, ValueError) as error:
         print(f"moe_ext plot: {error}", file=sys.stderr)
         return 2

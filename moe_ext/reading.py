@@ -24,8 +24,9 @@ class LayerStats(NamedTuple):
         tokens: routed tokens
         calls: forward calls
         load: [E] int64, routes that asked for an expert
-        kept: [E] int64, those that got a row
-        l_aux: mean over the calls, not scaled; 0 where the layer does not know its gate
+        kept: [E] int64, those that got a row, load at most
+        l_aux: mean over the calls that have one, not scaled; None where the layer knows of none, as
+            in transformers' models, which compute their own
         importance: [E] mean score of every expert, 1 / E if even
         router_entropy: mean entropy of a token's scores over log E: 1 = uniform, 0 = one-hot
         z_loss: mean of logsumexp(logits) ** 2
@@ -40,7 +41,7 @@ class LayerStats(NamedTuple):
     calls: int
     load: Tensor
     kept: Tensor
-    l_aux: float
+    l_aux: float | None = None
     importance: Tensor | None = None
     router_entropy: float | None = None
     z_loss: float | None = None
@@ -84,11 +85,11 @@ class LayerStats(NamedTuple):
         return (self.shares * len(self.load) < SCARCE).nonzero().flatten().tolist()
 
     def scalars(self) -> dict[str, float]:
-        """What is one number, by name."""
-        names = ("max_over_mean", "cv", "load_entropy", "dropped", "l_aux")
+        """The single numbers by name, without those that are None."""
+        names = ("max_over_mean", "cv", "load_entropy", "dropped")
         values = {name: getattr(self, name) for name in names} | {"dead": float(len(self.dead))}
-        detailed = ("router_entropy", "z_loss", "agreement")
-        known = {name: getattr(self, name) for name in detailed}
+        optional = ("l_aux", "router_entropy", "z_loss", "agreement")
+        known = {name: getattr(self, name) for name in optional}
         return values | {name: value for name, value in known.items() if value is not None}
 
 

@@ -8,24 +8,88 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from operator import index
 from pathlib import Path
-from typing import Any, BinaryIO
+from reprlib import repr as shortened
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .reading import MODES, LayerStats, Reading
 
 Sink = Callable[[Reading, int], None]
 
-# Of LayerStats, what is a list in a line; pairs are a list of lists.
-_TENSORS = {
-    "load": torch.int64,
-    "kept": torch.int64,
-    "importance": torch.float64,
-    "pairs": torch.int64,
-}
+_LIMIT = 2**63  # of int64, in which counts are summed
 
-_FLOATS = "l_aux", "router_entropy", "z_loss", "agreement"
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and -_LIMIT <= value < _LIMIT
+
+
+def _is_count(value: Any) -> bool:
+    return _is_integer(value) and value >= 0
+
+
+def _are_counts(value: Any) -> bool:
+    is_of_integers = type(value) is list and set(map(type, value)) == {int}
+    return is_of_integers and min(value) >= 0 and sum(value) < _LIMIT
+
+
+def _are_pairs(value: Any) -> bool:
+    if type(value) is not list or not all(map(_are_counts, value)):
+        return False
+    is_symmetric = list(zip(*value, strict=False)) == list(map(tuple, value))
+    return is_symmetric and sum(map(sum, value)) < _LIMIT
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or _is_integer(value) or value in ("nan", "inf", "-inf")
+
+
+def _are_numbers(value: Any) -> bool:
+    return type(value) is list and all(map(_is_number, value))
+
+
+def _is_name(value: Any) -> bool:
+    return type(value) is str and value != "" and value.isprintable()
+
+
+def _counts(value: list) -> Tensor:
+    return torch.tensor(value, dtype=torch.int64)
+
+
+def _numbers(value: list) -> Tensor:
+    return torch.tensor([*map(float, value)], dtype=torch.float64)
+
+
+class _Field(NamedTuple):
+    """What an entry of a line must be, in words and as a test, and how it is read."""
+
+    must_be: str
+    fits: Callable[[Any], bool]
+    read: Callable[[Any], Any]
+    is_required: bool = True
+
+
+_COUNT = _Field("an integer >= 0", _is_count, int)
+_LOAD = _Field("a list of integers >= 0", _are_counts, _counts)
+_NUMBER = _Field('a number, "nan", "inf" or "-inf"', _is_number, float, is_required=False)
+_FIELDS = {
+    "step": _Field("an integer of 64 bits", _is_integer, int),
+    "mode": _Field(f"one of {', '.join(MODES)}", lambda value: value in MODES, str),
+    "layer": _Field("a name of printable characters", _is_name, str),
+    "tokens": _COUNT,
+    "calls": _COUNT,
+    "load": _LOAD,
+    "kept": _LOAD,
+    "l_aux": _NUMBER,
+    "importance": _Field("a list of numbers", _are_numbers, _numbers, is_required=False),
+    "router_entropy": _NUMBER,
+    "z_loss": _NUMBER,
+    "agreement": _NUMBER,
+    "pairs": _Field("a symmetric matrix of integers >= 0", _are_pairs, _counts, is_required=False),
+}
 
 
 class JsonLines:
@@ -44,9 +108,7 @@ class JsonLines:
         lines = []
         for mode in MODES:
             for name, layer in getattr(reading, mode).items():
-                line = {"step": step, "mode": mode, "layer": name, **layer._asdict()}
-                for key in _TENSORS:
-                    line[key] = None if line[key] is None else line[key].tolist()
+                line = {"step": index(step), "mode": mode, "layer": name, **layer._asdict()}
                 known = {key: _json(value) for key, value in line.items() if value is not None}
                 lines.append(json.dumps(known, allow_nan=False) + "\n")
         with self.path.open("a+b") as file:
@@ -55,15 +117,12 @@ class JsonLines:
 
 
 def _json(value):
-    """JSON has no number for NaN and infinities."""
+    """A value of a line; JSON has no number for NaN and infinities."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
     if isinstance(value, list):
         return [_json(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _numbers(value: list) -> list:
-    """What `_json` wrote."""
-    return [float(one) if isinstance(one, str) else one for one in value]
 
 
 def _end_of_last_line(file: BinaryIO, step: int = 1 << 16) -> int:
@@ -82,38 +141,32 @@ def _end_of_last_line(file: BinaryIO, step: int = 1 << 16) -> int:
 def read_json_lines(path: Path | str) -> Iterator[tuple[int, Reading]]:
     """The readings in a file that JsonLines wrote, with their steps, in the file's order.
 
-    A last line that was cut off is left out.
+    The last line is left out if it was cut off.
 
     Args:
         path: of the file
 
     Raises:
-        ValueError: a line, which it names, is not understood
+        ValueError: any other line that JsonLines does not write; it names the file and the line
     """
-    with Path(path).open() as lines:
+    # Lines end at b"\n" alone; text files split at others too.
+    with Path(path).open("rb") as lines:
         yield from _readings(path, lines)
 
 
-def _readings(path: Path | str, lines: Iterable[str]) -> Iterator[tuple[int, Reading]]:
+def _readings(path: Path | str, lines: Iterable[bytes]) -> Iterator[tuple[int, Reading]]:
     step, reading = None, Reading({}, {})
     for number, text in enumerate(lines, start=1):
-        if not text.endswith("\n"):
+        if not text.endswith(b"\n"):
             break
         try:
-            line = json.loads(text)
-            here, mode, name = (line.pop(key) for key in ("step", "mode", "layer"))
-            layers = {"train": reading.train, "eval": reading.eval}[mode]
-            tensors = {
-                key: torch.tensor(_numbers(line[key]), dtype=dtype)
-                for key, dtype in _TENSORS.items()
-                if key in line
-            }
-            numbers = {key: float(line[key]) for key in _FLOATS if key in line}
-            layer = LayerStats(**line | tensors | numbers)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            here, mode, name, layer = _parsed(text)
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number}: not a line of moe_ext's stats: {error}"
+                f"{path}, line {number}: not a line of moe_ext's stats: {error}; delete the line "
+                "to read the others"
             ) from error
+        layers = getattr(reading, mode)
         is_past = mode == MODES[0] and reading.eval  # which comes first in every reading
         if step is not None and (here != step or name in layers or is_past):
             yield step, reading
@@ -123,6 +176,34 @@ def _readings(path: Path | str, lines: Iterable[str]) -> Iterator[tuple[int, Rea
         layers[name] = layer
     if step is not None:
         yield step, reading
+
+
+def _parsed(text: bytes) -> tuple[int, str, str, LayerStats]:
+    """(step, mode, layer, its numbers) of a line. Raises ValueError, or RecursionError for JSON
+    that is nested too deep."""
+    line = json.loads(text.decode())
+    if type(line) is not dict:
+        raise ValueError(f"it must be a JSON object, got {shortened(line)}")
+    if unknown := line.keys() - _FIELDS.keys():
+        raise ValueError(f"its keys must be among {', '.join(_FIELDS)}, got {shortened(unknown)}")
+    for name, field in _FIELDS.items():
+        if name not in line and field.is_required:
+            raise ValueError(f"{name} must be {field.must_be}, but is missing")
+        if name in line and not field.fits(line[name]):
+            raise ValueError(f"{name} must be {field.must_be}, got {shortened(line[name])}")
+    values = {name: _FIELDS[name].read(value) for name, value in line.items()}
+    step, mode, name = (values.pop(key) for key in ("step", "mode", "layer"))
+    layer = LayerStats(**values)
+    for key in ("kept", "importance", "pairs"):
+        if key in values and len(values[key]) != len(layer.load):
+            raise ValueError(
+                f"{key} must be of {len(layer.load)} experts, as load, got {len(values[key])}"
+            )
+    if (layer.kept > layer.load).any():
+        raise ValueError(
+            f"kept must be at most load, {shortened(line['load'])}, got {shortened(line['kept'])}"
+        )
+    return step, mode, name, layer
 
 
 class TensorBoard:

@@ -144,11 +144,12 @@ _add_once_compiled = torch.library.custom_op(
 class _Counters:
     """Sums of one layer, in training and in evaluation; called with what the layer decided.
 
-        counts  int64    calls, tokens | load [E] | kept [E] | followed | pairs [E, E]
+        counts  int64    calls, tokens, with_loss | load [E] | kept [E] | followed | pairs [E, E]
         sums    float64  l_aux | entropy, squares | importance [E]
 
-    What is behind the second bar of each is for detailed ones alone. Each is changed at one place
-    of a call: two views of a tensor that both change are not safe in torch.compile.
+    with_loss counts the calls whose gate gave an l_aux. followed, entropy and what stands after
+    them are there only if `detailed`. Each tensor is changed at one place of a call: two views of
+    a tensor that both change are not safe in torch.compile.
     """
 
     def __init__(self, module: Layer, detailed: bool) -> None:
@@ -157,7 +158,7 @@ class _Counters:
         self.num_experts = E = module.num_experts
         first = next((p for p in module.parameters()), None)
         device = torch.device("cpu") if first is None else first.device
-        self.lengths = (2 + 2 * E + (1 + E * E) * detailed, 1 + (2 + E) * detailed)
+        self.lengths = (3 + 2 * E + (1 + E * E) * detailed, 1 + (2 + E) * detailed)
         self._place(device)
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -172,6 +173,7 @@ class _Counters:
         # In-place sums of a tensor that was made in inference mode could not be made outside.
         with torch.inference_mode(False):
             self.one = torch.ones(1, dtype=torch.int64, device=device)
+            self.none = torch.zeros_like(self.one)
             self.counts, self.sums = (
                 {mode: torch.zeros(length, dtype=dtype, device=device) for mode in MODES}
                 for length, dtype in zip(self.lengths, (torch.int64, real), strict=True)
@@ -212,7 +214,8 @@ class _Counters:
         tokens = torch.full_like(self.one, T) if used is None else used.sum().reshape(1)
         load = plan.load if aux is None else aux.exp_counts.to(plan.load.device)
         kept = load if plan.capacity is None else plan.kept()
-        pieces = [self.one, tokens, load, kept]
+        has_loss = aux is not None and aux.l_aux is not None
+        pieces = [self.one, tokens, self.one if has_loss else self.none, load, kept]
         if self.detailed:
             pieces += [_followed(plan, routing).reshape(1), _pairs(plan).flatten()]
         return torch.cat(pieces)
@@ -251,12 +254,14 @@ class _Counters:
         """packed: of a mode, on the host"""
         E, num_counts = self.num_experts, len(self.counts["train"])
         counts, sums = packed[:num_counts].long(), packed[num_counts:].double()
-        calls, tokens = counts[:2].tolist()
-        load, kept = counts[2 : 2 + 2 * E].view(2, E)
-        stats = LayerStats(tokens, calls, load, kept, _ratio(sums[0], calls))
+        calls, tokens, with_loss = counts[:3].tolist()
+        load, kept = counts[3 : 3 + 2 * E].view(2, E)
+        load = load.maximum(kept)  # a foreign gate may count some of its choices alone
+        l_aux = _ratio(sums[0], with_loss) if with_loss else None
+        stats = LayerStats(tokens, calls, load, kept, l_aux)
         if not self.detailed:
             return stats
-        followed, pairs = counts[2 + 2 * E], counts[3 + 2 * E :].view(E, E)
+        followed, pairs = counts[3 + 2 * E], counts[4 + 2 * E :].view(E, E)
         stats = stats._replace(pairs=pairs if pairs.any() else None)
         entropy, squares, importance = sums[1], sums[2], sums[3:]
         # Every token has a share of one: without any, there was no router to look at.

@@ -94,5 +94,9 @@ def test_the_callback(tmp_path):
     assert len(logged) == 2
     first = readings[0][1].scalars()["train/moe/max_over_mean"]
     assert logged[0]["train/moe/max_over_mean"] == first
+    # The model computes its loss itself, and the experts do not know it.
+    assert not [name for entry in logged for name in entry if "l_aux" in name]
+    assert "l_aux" not in sink.path.read_text()
+    assert {layer.l_aux for layer in readings[0][1].train.values()} == {None}
     assert all(m.observer is None for m in model.modules() if hasattr(m, "observer"))
     assert SIZES["num_hidden_layers"] == len(readings[0][1].train)

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
+from random import Random
 
 import pytest
 import torch
@@ -52,6 +54,14 @@ def test_what_is_read_is_what_was_written(run):
             before, after = getattr(one, mode), getattr(other, mode)
             assert list(before) == list(after) == ["0", "1"]
             assert all(same(before[name], after[name]) for name in before)
+
+
+def test_a_step_that_could_not_be_read_is_not_written(run, tmp_path):
+    sink, reading = JsonLines(tmp_path / "run.jsonl"), run[0][0][1]
+    with pytest.raises(TypeError, match="float"):
+        sink(reading, 0.5)
+    sink(reading, torch.tensor(7))
+    assert [step for step, _ in read_json_lines(sink.path)] == [7]
 
 
 def test_equal_steps_are_readings_in_a_row(run, tmp_path):
@@ -113,13 +123,145 @@ def test_a_run_goes_on_behind_a_line_that_was_cut_off(run, tmp_path, left):
 
 
 @pytest.mark.parametrize(
-    "line", ["nonsense", "{}", '{"step": 1, "mode": "x", "layer": "a"}', "[1]"]
+    ("line", "message"),
+    [
+        (b"nonsense", "Expecting value"),
+        (b"{}", "step must be an integer of 64 bits, but is missing"),
+        (b"[1]", r"it must be a JSON object, got \[1\]"),
+        (b"\xff\xfe[\0", "codec can't decode"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"a": 1}', r"keys must be among step, .*, got \{'a'\}"),
+    ],
 )
-def test_another_line_is_named(run, tmp_path, line):
+def test_a_line_that_is_no_reading_is_named(run, tmp_path, line, message):
     path = tmp_path / "other.jsonl"
-    path.write_text(run[1].read_text().splitlines(keepends=True)[0] + line + "\n")
-    with pytest.raises(ValueError, match=r"other.jsonl, line 2: not a line of moe_ext's stats"):
+    first = run[1].read_bytes().splitlines(keepends=True)[0]
+    path.write_bytes(first + line + b"\n" + first)
+    where = r"other.jsonl, line 2: not a line of moe_ext's stats: .*"
+    with pytest.raises(ValueError, match=f"{where}{message}.*; delete the line to read the others"):
         list(read_json_lines(path))
+
+
+COUNTS = [1, 0, 3]
+GOOD = {
+    **{"step": 5, "mode": "train", "layer": "a", "tokens": 4, "calls": 1, "l_aux": 1.0},
+    **{"load": COUNTS, "kept": COUNTS, "importance": [0.5, 0.0, 0.5], "z_loss": "inf"},
+    "pairs": [[0, 1, 0], [1, 0, 2], [0, 2, 0]],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    {
+        "step": [None, "1", 1.0, True, 10**400, 2**63, [1]],
+        "mode": [None, "test", 1, ["train"], {"train": 1}],
+        "layer": [None, "", 1, ["a"], {}, "a\nb", "\ud800"],
+        "tokens": [None, -1, 1.0, "4", True, 10**400],
+        "calls": [None, -1, 0.5, []],
+        "load": [
+            *(None, 4, "103", [], {"a": 1}, [[1, 0, 3]], [1, [0], 3], ["1", "0", "3"]),
+            *([-1, 0, 3], [1.0, 0, 3], [True, 0, 3], [1, None, 3], [math.nan, 0, 3]),
+            *([2**62, 2**62, 3], [10**400, 0, 3]),
+        ],
+        "kept": [None, [1, 0, 4], [2, 0, 3], [1, 0], [1, 0, -3], [1, 0, 3, 0]],
+        "l_aux": [None, "1", "infinity", [], True, 10**400],
+        "importance": [None, 1.0, [0.5, 0.5], [0.5, None, 0.5], ["", 0, 1], [10**400, 0, 0]],
+        "z_loss": ["nothing", {}],
+        "pairs": [
+            *(None, [], [1, 2, 3], [[0, 1], [1, 0]], [[0, 1, 0], [1, 0], [0, 2, 0]]),
+            *([[0, 1, 0], [2, 0, 2], [0, 2, 0]], [[0, 1, 0], [1, -1, 2], [0, 2, 0]]),
+            [[2**62, 1, 0], [1, 2**62, 2], [0, 2, 0]],
+        ],
+    }.items(),
+)
+def test_a_value_that_no_reading_has_is_named(tmp_path, key, values):
+    path = tmp_path / "run.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n")
+    ((_, read),) = read_json_lines(path)
+    assert str(read.train["a"].z_loss) == "inf"
+    for value in values:
+        path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {key: value}) + "\n")
+        with pytest.raises(ValueError, match=rf"run.jsonl, line 2: .*{key} must be") as caught:
+            list(read_json_lines(path))
+        assert len(str(caught.value)) < 500
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    2**63,
+    10**400,
+    0.5,
+    math.nan,
+    math.inf,
+    "",
+    "a",
+    "nan",
+    "train",
+    "eval",
+]
+ODD += [
+    [],
+    [1],
+    [0] * 8,
+    [1] * 8,
+    [-1] * 8,
+    [2**62] * 8,
+    [[1] * 8] * 8,
+    [[1] * 8, [1]],
+    {},
+    {"a": []},
+]
+
+
+MOST = {"max_over_mean": 8 + 1e-9, "load_entropy": 1 + 1e-9, "dropped": 1, "dead": 8}
+
+
+def mutated(lines: list[bytes], random: Random) -> bytes:
+    """The lines with a few of their bytes, or a value in one of them, changed."""
+    if random.random() < 0.5:
+        data = bytearray(b"".join(lines))
+        for _ in range(random.randint(1, 4)):
+            at = random.randrange(len(data))
+            length, new = random.choice([(1, 1), (0, 1), (1, 0), (20, 0), (0, 3)])
+            data[at : at + length] = random.choice([random.randbytes(new), b'[]{},:"-0'[:new]])
+        return bytes(data)
+    which = random.randrange(len(lines))
+    line = json.loads(lines[which])
+    key = random.choice([*line, "other"])
+    within = line[key] if isinstance(line.get(key), list) and random.random() < 0.5 else line
+    at = key if within is line else random.randrange(len(within))
+    if random.random() < 0.2:
+        line.pop(key, None)
+    else:
+        within[at] = random.choice(ODD)
+    changed = json.dumps(line, ensure_ascii=random.random() < 0.5).encode(errors="surrogatepass")
+    return b"".join([*lines[:which], changed + b"\n", *lines[which + 1 :]])
+
+
+def prints_right(reading: stats.Reading) -> bool:
+    str(reading).encode()
+    numbers = [layer.scalars() for mode in reading for layer in mode.values()]
+    reading.scalars()
+    return all(0 <= of[name] <= most for of in numbers for name, most in MOST.items())
+
+
+def test_a_damaged_file_is_read_right_or_its_line_is_named(run, tmp_path):
+    lines = run[1].read_bytes().splitlines(keepends=True)[:4]
+    random, path = Random(0), tmp_path / "run.jsonl"
+    errors = []
+    for _ in range(3000):
+        path.write_bytes(mutated(lines, random))
+        try:
+            assert all(prints_right(reading) for _, reading in read_json_lines(path))
+        except ValueError as error:
+            errors.append(str(error))
+    named = re.compile(rf"{path}, line [1-5]: not a line of moe_ext's stats: ")
+    assert all(map(named.match, errors))
+    assert 1000 < len(errors) < 2900
 
 
 def test_tensorboard(run):
@@ -178,8 +320,9 @@ def test_the_command_and_a_wrong_layer_or_picture(run, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "moe_ext plot: --layer must be 0 or 1, got ffn\n"
     path = tmp_path / "load.png"
-    path.write_bytes(PNG)
-    assert command(path).stderr == f"moe_ext plot: {path} is no file of JsonLines\n"
+    path.write_bytes(PNG + b"\r\n")
+    error = f"moe_ext plot: {path}, line 1: not a line of moe_ext's stats: "
+    assert command(path, "--text").stderr.startswith(error)
 
 
 def test_what_a_heat_map_shows(tmp_path, monkeypatch):

@@ -310,6 +310,25 @@ def test_a_gate_written_for_deepspeed(inputs):
     assert read.router_entropy is None
 
 
+def test_no_more_routes_are_kept_than_asked(inputs):
+    """A gate may count its first choices alone, as DeepSpeed's top-2 gate once did."""
+    mine = layer_of(k=2)
+
+    class Gate(nn.Module):
+        num_experts = E
+
+        def forward(self, x, used_token=None):
+            l_aux, weights, mask, exp_counts = mine.gate(x, used_token)
+            return l_aux, weights, mask, exp_counts // 2
+
+    layer = MOELayer(Gate(), mine.experts)
+    counting = stats.track(layer)
+    layer(inputs[0])
+    read = counting.read().train["MOELayer"]
+    assert torch.equal(read.load, read.kept)
+    assert read.dropped == 0
+
+
 @pytest.mark.parametrize("l_aux", [None, 0.5, torch.tensor(0.5)])
 def test_a_gate_without_a_loss_that_is_a_tensor(inputs, l_aux):
     plain = layer_of()
@@ -323,7 +342,9 @@ def test_a_gate_without_a_loss_that_is_a_tensor(inputs, l_aux):
     layer = MOELayer(Gate(), plain.experts)
     counting = stats.track(layer)
     layer(inputs[0])
-    assert counting.read().train["MOELayer"].l_aux == float(l_aux or 0)
+    read = counting.read().train["MOELayer"]
+    assert read.l_aux == (None if l_aux is None else 0.5)
+    assert ("l_aux" in read.scalars()) == (l_aux is not None)
 
 
 def test_inference_mode(inputs):
