@@ -147,23 +147,30 @@ def main() -> None:
 def draw(
     gpus: list[int], lines: dict[str, list[float]], compute: float, num_experts: int, out: Path
 ) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
     styles = ("-", "-", "--", "--", ":")
     colours = (COLOURS[1], COLOURS[0], COLOURS[1], COLOURS[0], "#555555")
-    names = (*list(lines)[:-1], "least: a token per node")
+    names = (*list(lines)[:-1], "lower bound: a token once per node")
     for values, name, style, colour in zip(lines.values(), names, styles, colours, strict=True):
         axes.plot(gpus, values, style, color=colour, label=name, lw=1.8, marker="o", ms=3.5)
-    axes.axhline(compute, color=COLOURS[4], lw=1.5, label="the experts' products")
-    axes.axvline(num_experts, color="#bbbbbb", lw=1, zorder=0)
-    axes.text(num_experts * 1.06, compute * 1.15, "one expert per GPU;\nbeyond, copies")
+    label = "experts' matrix products, for comparison"
+    axes.axhline(compute, color=COLOURS[4], lw=1.5, label=label)
+    axes.axvline(num_experts, color="#999999", lw=1, zorder=0)
+    title = "what is sent (route: token-expert pair; dashed: within nodes and across, in two steps)"
+    text = "one expert per GPU;\nmore GPUs hold copies"
+    axes.text(num_experts * 1.06, compute * 1.15, text)
     axes.set_xscale("log", base=2)
     axes.set_xticks(gpus, [str(number) for number in gpus])
-    axes.set_xlabel("GPUs, 8 in a node")
-    axes.set_ylabel("ms per layer, forward and backward")
-    axes.set_ylim(0, 1.25 * max(map(max, lines.values())))
+    axes.set_xlabel("number of GPUs (H100, 8 per node, 400 Gb/s per GPU)")
+    axes.set_ylabel("time per layer, forward and backward, ms")
+    axes.set_ylim(0, 1.35 * max(map(max, lines.values())))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8.5, loc="upper left", ncols=2)
-    axes.set_title("Exchange of a DeepSeek-V3 layer, 4096 tokens per GPU (model)", fontsize=10)
+    axes.legend(fontsize=9, loc="upper left", ncols=2, title=title)
+    axes.set_title(
+        "Modelled, not measured: time that an expert-parallel exchange takes\n"
+        "one DeepSeek-V3 layer, 4096 tokens per GPU, bfloat16",
+        fontsize=11,
+    )
     figure.savefig(out, dpi=130)
     plt.close(figure)
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from moe_ext import reference
 
@@ -223,7 +225,7 @@ def test_bytes_of_an_exchange(tmp_path):
     assert all(point["seconds"] > 0 for point in points.values())
 
 
-def test_model_of_many_gpus(tmp_path):
+def test_model_of_many_gpus(monkeypatch):
     scaling = load("scaling")
     layer = scaling.Layer(num_experts=12, k=3)
     choices = list(itertools.combinations(range(12), 3))
@@ -231,8 +233,12 @@ def test_model_of_many_gpus(tmp_path):
         share = [any(e < 12 // parts for e in choice) for choice in choices]
         assert math.isclose(scaling.chance(layer, parts), sum(share) / len(share))
     lines = {"a": [1.0] * 8, "b": [2.0] * 8, "c": [3.0] * 8, "d": [4.0] * 8, "least": [0.5] * 8}
-    scaling.draw([2**i for i in range(8)], lines, 1.0, 16, tmp_path / "scaling.png")
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    gpus = [2**i for i in range(8)]
+    figure = drawn(monkeypatch, scaling.draw, gpus, lines, 1.0, 16, None)
+    (axis,) = figure.axes
+    assert axis.get_title().startswith("Modelled, not measured: ")
+    assert axis.get_ylabel().endswith(", ms")
+    assert [text.get_text() for text in axis.get_legend().get_texts()[:2]] == ["a", "b"]
     machine = scaling.Machine()
     for processes in (8, 64, 256):
         least = scaling.least(scaling.Layer(), machine, processes)
@@ -240,14 +246,90 @@ def test_model_of_many_gpus(tmp_path):
             assert scaling.trip(scaling.Layer(), machine, processes, *way) > least
 
 
-def test_pages_show_what_was_measured():
+@pytest.fixture
+def measured():
+    """The results that the pages show."""
     report = load("report")
     readme = report.PAGES[0].read_text()
     found = [report.results(path.parent) for path in report.RESULTS.glob("*/growth.json")]
     found = [results for results in found if results["layer-float32"]["machine"] in readme]
     if not found:
         pytest.skip("the results are not here")
-    texts = report.tables(found[0])
+    return found[0]
+
+
+def texts_of(figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def drawn(monkeypatch, draw, *arguments) -> Figure:
+    """The figure that a function draws, instead of its file."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw(*arguments)
+    return figures[0]
+
+
+def test_bars_of_ratios_begin_where_both_take_as_long(measured, monkeypatch):
+    figure = drawn(monkeypatch, load("report").draw_ratios, measured, None)
+    assert len(figure.axes) == 3
+    for axis in figure.axes:
+        assert {bar.get_x() for bar in axis.patches} == {1}
+        least, most = axis.get_xlim()
+        assert least < 1 < most
+        whiskers = [line.get_xdata() for line in axis.lines]
+        assert all(least < x < most for line in whiskers for x in line)
+    # Names of operators stand once, at the left.
+    shown = [bool(axis.yaxis.get_tick_params()["labelleft"]) for axis in figure.axes]
+    assert shown == [True, False, False]
+    said = texts_of(figure)
+    for words in ("median over", "lowest to highest", "moe_ext is faster", "torch 2", "threads"):
+        assert words in said
+
+
+def test_a_throughput_above_a_copy_is_explained(measured, monkeypatch):
+    report = load("report")
+    figure = drawn(monkeypatch, report.draw_roofline, measured, None)
+    shares = [
+        line["of_copy"]
+        for group in report.operator_runs(measured)
+        for run in group["runs"].values()
+        for line in run["ops"]
+    ]
+    (axis,) = figure.axes
+    assert axis.get_ylim()[0] == 0
+    assert axis.get_ylim()[1] > max(shares)
+    (note,) = axis.texts
+    assert note.get_text().startswith(f"{max(shares):.2f}: ")
+    assert note.xy[1] == max(shares)
+    said = texts_of(figure)
+    for words in (
+        "relative to a plain copy",
+        "copy_ of large tensors",
+        "GB/s",
+        "lowest to highest",
+    ):
+        assert words in said
+
+
+def test_growth_is_drawn_with_units(measured, monkeypatch):
+    figure = drawn(monkeypatch, load("report").draw_growth, measured, None)
+    said = texts_of(figure)
+    for words in (
+        "seconds",
+        "MiB",
+        "tokens T",
+        "slope",
+        "does not fit",
+        "one MoE layer",
+        "torch 2",
+    ):
+        assert words in said
+
+
+def test_pages_show_what_was_measured(measured):
+    report = load("report")
+    texts = report.tables(measured)
     for page in report.PAGES:
         shown = page.read_text()
         assert report.filled(shown, texts) == shown
