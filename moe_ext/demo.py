@@ -333,7 +333,8 @@ def draw(results: dict, out: Path) -> None:
     curves = {f"{name}, held out": r["curve"][1:] for name, r in trained.items()}
     curves |= {f"{name}, training": r["train_curve"] for name, r in trained.items()}
     if curves:
-        plot_curves(curves, out / "loss.png", ylabel="bits per byte")
+        title = "MoE and dense model of equal active parameters\non the source of Python's library"
+        plot_curves(curves, out / "loss.png", title, "loss, bits per byte (lower is better)")
     lines = out / STATS
     if lines.exists():
         plot_run(list(read_json_lines(lines)), out)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
 from .reading import Reading
@@ -30,27 +31,35 @@ def _figure(width: float, height: float):
 
 
 def _save(figure: Figure, path: Path) -> None:
+    # A layer's name may hold a $, which would begin a formula.
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
-def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path, ylabel: str) -> None:
+def plot_curves(
+    curves: dict[str, list[tuple[float, float]]], path: Path, title: str, ylabel: str
+) -> None:
     """A line for every named list of (step, value); the legend gives the last values.
 
-    The first half of the lines is solid, the second dotted.
+    The second half of the lines is dotted, in the colours of the first.
 
     Args:
         curves: points (step, value) by name
         path: of the PNG file
+        title: of the picture
         ylabel: of the vertical axis
     """
     figure, axes = _figure(7, 4.2)
+    solid = -(-len(curves) // 2)
     for i, (name, points) in enumerate(curves.items()):
         if points:
             steps, values = zip(*points, strict=True)
-            style = "-" if i < len(curves) / 2 else ":"
-            label = f"{name}: {values[-1]:.3f}"
-            axes.plot(steps, values, style, label=label, color=COLOURS[i % len(COLOURS)], lw=1.8)
-    axes.set_xlabel("step")
+            label, colour = f"{name}: {values[-1]:.3f} at the end", COLOURS[i % solid]
+            style = "-" if i < solid else ":"
+            axes.plot(steps, values, style, label=label, color=colour, lw=1.8, marker=".")
+    axes.set_title(title)
+    axes.set_xlabel("training step")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -84,8 +93,8 @@ def plot_load(shares: dict[str, Sequence[float]], path: Path, when: str) -> None
     every = -(-layers // MOST_NAMES)
     axes.set_yticks(range(0, layers, every), list(shares)[::every])
     axes.set_ylabel("layer")
-    axes.set_xlabel("expert")
-    axes.set_title(f"share of the layer's routes, {when}")
+    axes.set_xlabel("expert (number)")
+    axes.set_title(f"Load of each expert, % of its layer's token-expert pairs\n{when}")
     _save(figure, path)
 
 
@@ -93,8 +102,8 @@ def _heat_map(figure: Figure, axes, over_even: list[list[float]]) -> None:
     image = axes.imshow(
         over_even, cmap=SCALE, vmin=LEAST, vmax=2, aspect="auto", interpolation="none"
     )
-    bar = figure.colorbar(image, extend="both")
-    bar.set_ticks([LEAST, 1, 2], labels=["few", "even", "twice even"])
+    bar = figure.colorbar(image, extend="both", label="load / even share")
+    bar.set_ticks([LEAST, 1, 2], labels=["> 0", "1", "2"])
     # The tip below the scale has the colour of none at all.
     bar.ax.text(0.5, -0.06, "idle", transform=bar.ax.transAxes, ha="center", va="top")
 
@@ -117,9 +126,9 @@ def plot_over_time(
     axes.set_xticks(marks, [str(steps[i]) for i in marks])
     if experts <= MOST_NUMBERS:
         axes.set_yticks(range(experts))
-    axes.set_xlabel("step")
-    axes.set_ylabel("expert")
-    axes.set_title(f"{layer}: share of its routes")
+    axes.set_xlabel("training step at the end of each reading")
+    axes.set_ylabel("expert (number)")
+    axes.set_title(f"Load of each expert over time\n{layer}")
     _save(figure, path)
 
 
@@ -147,12 +156,12 @@ def plot_sorted(shares: dict[str, Sequence[float]], path: Path, when: str) -> No
             axes.plot(ranks, values, color=colour, lw=1.8, label=name, zorder=3)
         else:
             axes.plot(ranks, values, color="0.8", lw=0.8, zorder=1)
-    axes.axhline(1, color="black", lw=0.8, ls="--", label="even")
+    axes.axhline(1, color="black", lw=0.8, ls="--", label="1: all experts alike")
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("experts, busiest first (share of all)")
-    axes.set_ylabel("load over the even share")
-    axes.set_title(f"load of every layer's experts, {when}")
+    axes.set_xlabel("experts sorted by load, busiest first (fraction of the layer's experts)")
+    axes.set_ylabel("load / even share")
+    axes.set_title(f"How evenly each layer uses its experts\n{when}")
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -177,11 +186,11 @@ def plot_pairs(pairs: Tensor, path: Path, layer: str) -> None:
     if experts <= MOST_NUMBERS:
         axes.set_xticks(range(experts))
         axes.set_yticks(range(experts))
-    axes.set_xlabel("expert (grey: itself, or too few tokens to tell)")
-    axes.set_ylabel("expert")
-    axes.set_title(f"{layer}\nexperts chosen together")
-    bar = figure.colorbar(image, extend="max", shrink=0.8)
-    bar.set_ticks([0, 1, 2], labels=["never", "as by\nchance", "twice\nthat"])
+    axes.set_xlabel("expert (number)\ngrey: the expert itself, or too few tokens to tell")
+    axes.set_ylabel("expert (number)")
+    axes.set_title(f"Pairs of experts that tokens choose together\n{layer}")
+    bar = figure.colorbar(image, extend="max", shrink=0.8, label="tokens / expected by chance")
+    bar.set_ticks([0, 1, 2], labels=["0", "1", "2"])
     _save(figure, path)
 
 
@@ -237,8 +246,8 @@ def plot_run(
     if chosen not in last:
         raise ValueError(f"plot_run: layer must be {' or '.join(last)}, got {chosen}")
     during = {"train": "training", "eval": "evaluation"}[mode]
-    when = f"{during}, reading of step {last_step}"
-    title = f"layer {chosen}" + (", the least even" if chosen == worst and len(last) > 1 else "")
+    when = f"{during}, reading at step {last_step}"
+    title = f"layer {chosen}" + (" (the least even)" if chosen == worst and len(last) > 1 else "")
     paths = [folder / "load.png", folder / "sorted.png"]
     shares = {name: of_layer.shares.tolist() for name, of_layer in last.items()}
     plot_load(shares, paths[0], when)
@@ -253,7 +262,7 @@ def plot_run(
     if len(history) > 1:
         paths.append(folder / "over-time.png")
         steps, over_time = zip(*history, strict=True)
-        plot_over_time(steps, over_time, paths[-1], f"{title}\n{during}")
+        plot_over_time(steps, over_time, paths[-1], f"{title}, {during}")
     pairs = last[chosen].pairs
     if pairs is not None and pairs.sum() > pairs.trace():  # with one choice there are none
         paths.append(folder / "pairs.png")

@@ -339,6 +339,35 @@ def test_what_a_heat_map_shows(tmp_path, monkeypatch):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
 
 
+def test_a_picture_says_what_it_shows(run, tmp_path, monkeypatch):
+    """A title, and a name with a unit on every axis and scale."""
+    drawn = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
+    plot.plot_run(run[0], tmp_path)
+    curves = {"moe, held out": [(1, 2.0)], "moe, training": [(1, 3.0)]}
+    plot.plot_curves(curves, tmp_path, "loss of a model", "bits per byte")
+    titles = [figure.axes[0].get_title() for figure in drawn]
+    for title, words in zip(titles, ("Load", "evenly", "over time", "Pairs", "loss"), strict=True):
+        assert words in title
+    assert all(mark in title for title in titles[:2] for mark in ("training", "step 40"))
+    for axes in (axes for figure in drawn for axes in figure.axes):
+        is_scale = axes.get_label() == "<colorbar>"
+        assert axes.get_ylabel()
+        assert is_scale or axes.get_xlabel()
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["layer", "load / even share"]
+    one, other = drawn[-1].axes[0].lines
+    assert one.get_color() == other.get_color()
+    assert one.get_linestyle() != other.get_linestyle()
+
+
+def test_a_layer_may_have_any_printable_name(tmp_path):
+    """A dollar sign would begin a formula."""
+    counts, pairs = torch.tensor([2, 3]), torch.tensor([[0, 90], [90, 0]])
+    layer = stats.LayerStats(4, 1, counts, counts, pairs=pairs)
+    readings = [(step, stats.Reading({r"a$\frac$": layer}, {})) for step in (1, 2)]
+    assert len(plot.plot_run(readings, tmp_path)) == 4
+
+
 def test_what_is_chosen_together():
     """Choices without a liking for each other are at 1, whatever the loads; a pair that always goes
     together is above."""
@@ -375,7 +404,7 @@ def test_the_layer_that_is_drawn(tmp_path, monkeypatch):
     readings = [(step, stats.Reading({"a": even, "b": uneven}, {})) for step in (1, 2)]
     plot.plot_run(readings, tmp_path)
     plot.plot_run(readings, tmp_path, "a")
-    assert drawn == ["layer b, the least even\ntraining", "layer a\ntraining"]
+    assert drawn == ["layer b (the least even), training", "layer a, training"]
     with pytest.raises(ValueError, match="layer must be a or b, got c"):
         plot.plot_run(readings, tmp_path, "c")
 
