@@ -22,9 +22,10 @@ def demo(arguments: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError, OSError) as error:
         print(f"moe_ext demo: {error}", file=sys.stderr)
         return 2
+    steps = arguments.steps or demo.Config.steps
     # A short run is looked at more than once too.
-    every = min(demo.Config.eval_every, -(-arguments.steps // 3))
-    config = replace(demo.Config(), steps=arguments.steps, seed=arguments.seed, eval_every=every)
+    every = min(demo.Config.eval_every, -(-steps // 3))
+    config = replace(demo.Config(), steps=steps, seed=arguments.seed, eval_every=every)
     try:
         demo.run(config, arguments.device, arguments.out)
     except KeyboardInterrupt:
@@ -89,7 +90,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m moe_ext")
     commands = parser.add_subparsers(dest="command", required=True)
     parse = commands.add_parser("demo", help="train a small MoE language model beside a dense one")
-    parse.add_argument("--steps", type=positive, default=1200, help="steps per model (1200)")
+    parse.add_argument(
+        "--steps", type=positive, help="steps per model (by default enough to compare the two)"
+    )
     parse.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parse.add_argument(
         "--seed", type=int, default=0, help="the same seed gives the same numbers (0)"

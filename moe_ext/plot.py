@@ -75,7 +75,7 @@ def plot_load(shares: dict[str, Sequence[float]], path: Path, when: str) -> None
         when: what to call the time that they are of
     """
     layers, experts = len(shares), max(map(len, shares.values()))
-    width = 0.7 * experts if experts <= MOST_NUMBERS else min(0.12 * experts, 14)
+    width = 0.55 * experts if experts <= MOST_NUMBERS else min(0.12 * experts, 14)
     height = 0.6 * layers if layers <= MOST_NUMBERS else min(0.25 * layers, 12)
     figure, axes = _figure(2.6 + width, 1.6 + height)
     over_even = [
@@ -122,7 +122,7 @@ def plot_over_time(
     experts, count = len(shares[0]), len(shares)
     figure, axes = _figure(7.5, min(max(1.6 + 0.22 * experts, 3), 9))
     _heat_map(figure, axes, [[row[e] * experts for row in shares] for e in range(experts)])
-    marks = sorted({round(i * (count - 1) / 6) for i in range(7)})
+    marks = range(0, count, -(-count // 8))
     axes.set_xticks(marks, [str(steps[i]) for i in marks])
     if experts <= MOST_NUMBERS:
         axes.set_yticks(range(experts))
