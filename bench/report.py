@@ -291,16 +291,16 @@ def draw_roofline(found: dict[str, dict], path: Path) -> None:
 def _annotate_highest(axis, groups: list[dict], ops: list[str], width: float) -> None:
     """Say why a share is above 1, where one is."""
     shares = [
-        (line_of(run, op)["of_copy"], j + i * width, run["copy"]["gigabytes_per_second"])
+        (line_of(run, op)["of_copy"], j + i * width, run["copy"]["gigabytes_per_second"], op)
         for i, group in enumerate(groups)
         for j, op in enumerate(ops)
         for run in group["runs"].values()
     ]
-    share, place, copy = max(shares)
+    share, place, copy, op = max(shares)
     if share > 1:
         axis.annotate(
-            f"{share:.2f}: {share * copy:.0f} GB/s in a run whose copy had {copy:.0f} GB/s;\n"
-            "combine reads K rows per row written, a copy one",
+            f"{share:.2f}: {op} moves {share * copy:.0f} GB/s where a copy moves {copy:.0f} GB/s\n"
+            "(combine reads K rows per row written, a copy one)",
             xy=(place, share),
             xytext=(place + width / 2, share + 0.15),
             ha="right",
