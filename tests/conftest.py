@@ -37,6 +37,7 @@ NOT_OF_OPERATORS = {
     "test_huggingface.py",
     "test_losses.py",
     "test_migration.py",
+    "test_options.py",
     "test_parallel.py",
     "test_parallel_faults.py",
     "test_parallel_modules.py",
