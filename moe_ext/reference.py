@@ -61,6 +61,22 @@ def gate(
     return weights * scale, experts.to(torch.int32), probs, probs.sum(dim=0)
 
 
+def _centred(grad: Tensor, shares: Tensor) -> Tensor:
+    """grad minus its mean, sum over j of shares[j] * grad[j]; the shares of a row sum to 1."""
+    # Where one share is near 1, its gradient is nearly the mean, and their difference would be
+    # mostly rounding. So every gradient is first taken as a difference from that one.
+    grad = grad - torch.where(shares > 0.5, grad, 0).sum(dim=-1, keepdim=True)
+    return grad - (shares * grad).sum(dim=-1, keepdim=True)
+
+
+def _renormalised(grad: Tensor, weights: Tensor, least: float) -> Tensor:
+    """The gradient of weights from that of weights / max(their sum, least)."""
+    total = weights.sum(dim=-1, keepdim=True)
+    divisor = total.clamp(min=least)
+    # The least is a constant divisor, which has no gradient.
+    return torch.where(total < least, grad, _centred(grad, weights / divisor)) / divisor
+
+
 def gate_backward(
     grad_weights: Optional[Tensor],
     grad_probs: Optional[Tensor],
@@ -88,14 +104,10 @@ def gate_backward(
         chosen = probs.gather(-1, index)
         grad_chosen = grad_weights * scale
         if renormalise:
-            divisor = _divisor(chosen)
-            # Below the clamp the divisor is a constant.
-            clamped = chosen.sum(dim=-1, keepdim=True) < divisor
-            shared = (grad_chosen * chosen).sum(dim=-1, keepdim=True) / divisor
-            grad_chosen = (grad_chosen - shared.masked_fill(clamped, 0)) / divisor
+            grad_chosen = _renormalised(grad_chosen, chosen, torch.finfo(chosen.dtype).tiny)
         grad = grad.scatter_add(-1, index, grad_chosen)
     if scoring == "softmax":
-        return probs * (grad - (probs * grad).sum(dim=-1, keepdim=True))
+        return probs * _centred(grad, probs)
     if scoring == "sigmoid":
         return grad * (probs * (1 - probs))
     # probs = sqrt(softplus(logits)), so sigmoid(logits) = 1 - exp(-probs ** 2). Where the next term
@@ -192,12 +204,7 @@ def keep_backward(
     contracts.keep_backward(grad, weights, slots, renormalise, least, scale)
     kept, grad = weights.masked_fill(slots < 0, 0), grad.masked_fill(slots < 0, 0)
     if renormalise:
-        total = kept.sum(dim=-1, keepdim=True)
-        divisor = total.clamp(min=least)
-        # Below the least the divisor is a constant.
-        shared = (grad * kept).sum(dim=-1, keepdim=True) / divisor
-        grad = (grad - shared.masked_fill(total < least, 0)) / divisor
-        grad = grad.masked_fill(slots < 0, 0)
+        grad = _renormalised(grad, kept, least).masked_fill(slots < 0, 0)
     return grad * scale
 
 
@@ -268,7 +275,7 @@ def dispatch_dot(
     return dispatched, route_dot(tokens, rows, slots, sources)
 
 
-def _group_bounds(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> list[tuple[int, int]]:
+def owned_rows(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> list[tuple[int, int]]:
     """Of every expert, the range of the rows that routes own; both tensors are read at once."""
     numbers = torch.cat([offsets, load]).tolist()
     bounds, counts = numbers[: len(offsets)], numbers[len(offsets) :]
@@ -288,7 +295,7 @@ def grouped_mm(
     """out[r] = weights[e] @ rows[r] + bias[e] for the rows that routes of e own, else zero.
     -> [R, N]."""
     contracts.grouped_mm(rows, weights, bias, offsets, load, capacity)
-    bounds = _group_bounds("grouped_mm", offsets, load, rows.shape[0])
+    bounds = owned_rows("grouped_mm", offsets, load, rows.shape[0])
     out = rows.new_zeros(rows.shape[0], weights.shape[1])
     for e, (begin, end) in enumerate(bounds):
         expert_bias = None if bias is None else bias[e]
@@ -301,7 +308,7 @@ def grouped_outer(
 ) -> Tensor:
     """out[e] = left[e's rows].T @ right[e's rows], over the rows that routes own. -> [E, N, M]."""
     contracts.grouped_outer(left, right, offsets, load, capacity)
-    bounds = _group_bounds("grouped_outer", offsets, load, left.shape[0])
+    bounds = owned_rows("grouped_outer", offsets, load, left.shape[0])
     out = left.new_zeros(load.shape[0], left.shape[1], right.shape[1])
     for e, (begin, end) in enumerate(bounds):
         out[e] = left[begin:end].t() @ right[begin:end]

@@ -178,6 +178,56 @@ def test_backward_kernel_matches_reference(device, scoring, renormalise):
         assert relative_error(actual, expected) < 1e-6
 
 
+def _from_others(p, g, size):
+    """The sum over j of p[j] * (g[i] - g[j]), and that of the sizes of its terms. [T, N]"""
+    others = 1 - torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+    differences = others * (g.unsqueeze(-1) - g.unsqueeze(-2))
+    sizes = others * (size.unsqueeze(-1) + size.unsqueeze(-2))
+    return tuple((matrix @ p.unsqueeze(-1)).squeeze(-1) for matrix in (differences, sizes))
+
+
+@pytest.mark.parametrize("renormalise", ["never", "before", "after"])
+@pytest.mark.parametrize("by_logits", [False, True])
+@pytest.mark.parametrize(("E", "K"), [(4, 1), (8, 2), (100, 5)])
+def test_gradient_of_a_saturated_row_is_exact(device, E, K, by_logits, renormalise):
+    """Its error is one of rounding beside differences of gradients, which are small where one
+    probability is near 1; not beside the gradients."""
+    T = 200
+    scale = torch.logspace(-1, 0.9, T, device=device).unsqueeze(-1)
+    # Multiples of 1/256, whose differences are exact.
+    logits = (256 * scale * torch.randn(T, E, device=device)).round() / 256
+    scores = logits if by_logits else torch.randn_like(logits)
+    is_before, is_after = renormalise == "before", renormalise == "after"
+    weights, experts, probs, _ = moe_ext.gate(
+        logits, K, choice_scores=scores, renormalise=is_before
+    )
+    slots = moe_ext.make_plan(experts, E, T if is_before else T // E).slots
+    grad_weights = torch.randn_like(weights)
+    grad_probs = torch.randn_like(probs)
+    grad_probs[::2] = 0
+
+    p, index, kept = logits.double().softmax(-1), experts.long(), slots >= 0
+    g = grad_weights.double() * kept
+    size = g.abs()
+    if renormalise != "never":
+        chosen = p.gather(-1, index) * kept
+        total = chosen.sum(-1, keepdim=True).clamp(min=1e-300)
+        g, size = (kept * x / total for x in _from_others(chosen / total, g, size))
+    g, size = (
+        of_all.double().scatter_add(-1, index, of_chosen)
+        for of_all, of_chosen in ((grad_probs, g), (grad_probs.abs(), size))
+    )
+    exact, terms = (p * x for x in _from_others(p, g, size))
+
+    tiny = torch.finfo(torch.float32).tiny
+    for backend in (torch.ops.moe_ext, reference):
+        grad = backend.keep_backward(grad_weights, weights, slots, is_after, tiny, 1.0)
+        grad = backend.gate_backward(
+            grad, grad_probs, None, probs, experts, "softmax", is_before, 1.0
+        )
+        assert_within(grad, exact, terms, additions=16)
+
+
 def test_no_gradient_through_the_choice(device):
     logits = torch.randn(4, 5, device=device, requires_grad=True)
     scores = torch.randn(4, 5, device=device, requires_grad=True)

@@ -306,6 +306,25 @@ void gate_kernel(const GateArgs& a, const Tensor& weights, const Tensor& experts
   }
 }
 
+// g[e] = p[e] * (g[e] - sum over i of p[i] * g[i]), for p of a softmax.
+template <typename T>
+void softmax_backward(const T* p, T* g, int64_t num_experts) {
+  const T* most = std::find_if(p, p + num_experts, is_most<T>);
+  const T shift = most == p + num_experts ? T{0} : g[most - p];
+  // In four parts, so that no addition waits for the one before.
+  T a = 0, b = 0, c = 0, d = 0;
+  int64_t e = 0;
+  for (; e + 4 <= num_experts; e += 4) {
+    a += p[e] * (g[e] - shift);
+    b += p[e + 1] * (g[e + 1] - shift);
+    c += p[e + 2] * (g[e + 2] - shift);
+    d += p[e + 3] * (g[e + 3] - shift);
+  }
+  for (; e < num_experts; ++e) a += p[e] * (g[e] - shift);
+  const T mean = (a + b) + (c + d);
+  for (e = 0; e < num_experts; ++e) g[e] = p[e] * (g[e] - shift - mean);
+}
+
 template <typename T>
 void gate_backward_kernel(const GateBackwardArgs& a, const Tensor& grad) {
   const int64_t E = a.num_experts, K = a.top_k;
@@ -328,21 +347,16 @@ void gate_backward_kernel(const GateBackwardArgs& a, const Tensor& grad) {
       if (grad_weights) {
         const T* gw = grad_weights + t * K;
         const int32_t* chosen = experts + t * K;
-        T divisor = 1, shared = 0;
+        Renormalised<T> chosen_sum;
         if (a.renormalise) {
-          T sum = 0, dot = 0;
-          for (int64_t k = 0; k < K; ++k) sum += p[chosen[k]];
-          for (int64_t k = 0; k < K; ++k) dot += gw[k] * p[chosen[k]];
-          divisor = clamped(sum);
-          // Below the clamp the divisor is a constant.
-          shared = sum < divisor ? T{0} : dot / divisor;
+          for (int64_t k = 0; k < K; ++k) chosen_sum.add(p[chosen[k]], gw[k]);
+          chosen_sum.divide();
         }
-        for (int64_t k = 0; k < K; ++k) g[chosen[k]] += scale / divisor * (gw[k] - shared);
+        const T factor = scale / chosen_sum.divisor;
+        for (int64_t k = 0; k < K; ++k) g[chosen[k]] += factor * chosen_sum.centred(gw[k]);
       }
       if (a.scoring == Scoring::kSoftmax) {
-        T dot = 0;
-        for (int64_t e = 0; e < E; ++e) dot += p[e] * g[e];
-        for (int64_t e = 0; e < E; ++e) g[e] = p[e] * (g[e] - dot);
+        softmax_backward(p, g, E);
       } else {
         for (int64_t e = 0; e < E; ++e) g[e] *= slope(a.scoring, p[e]);
       }

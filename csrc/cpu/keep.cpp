@@ -18,21 +18,18 @@ void keep_kernel(const KeepArgs& a, const T* grad, const Tensor& result) {
   T* out = data<T>(result);
   parallel_for(0, a.num_tokens, grain(K * 4 * sizeof(T)), [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * K; first < end * K; first += K) {
-      T divisor = 1, shared = 0;
+      const T* from = grad ? grad : weights;
+      Renormalised<T> kept;
       if (a.renormalise) {
-        T sum = 0, dot = 0;
         for (int64_t i = first; i < first + K; ++i) {
-          if (slots[i] < 0) continue;
-          sum += weights[i];
-          if (grad) dot += grad[i] * weights[i];
+          if (slots[i] >= 0) kept.add(weights[i], from[i]);
         }
-        // NaN stays. Below the least the divisor is a constant.
-        divisor = sum < least ? least : sum;
-        shared = sum < least ? T{0} : dot / divisor;
+        kept.divide(least);
       }
+      // From a weight itself nothing is subtracted.
+      if (!grad) kept.shift = kept.mean = 0;
       for (int64_t i = first; i < first + K; ++i) {
-        const T value = grad ? grad[i] - shared : weights[i];
-        out[i] = slots[i] < 0 ? T{0} : value / divisor * scale;
+        out[i] = slots[i] < 0 ? T{0} : kept.centred(from[i]) / kept.divisor * scale;
       }
     }
   });

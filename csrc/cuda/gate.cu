@@ -301,24 +301,19 @@ __global__ __launch_bounds__(
     const int32_t* chosen = experts + token * top_k;
     const T* grad_chosen = grad_weights + token * top_k;
     const auto is_expert = [&](int id) { return id >= 0 && id < num_experts; };
-    T divisor = 1, shared = 0;
+    Renormalised<T> chosen_sum;
     if (renormalise) {
-      T sum = 0, dot = 0;
       for (int k = 0; k < K; ++k) {
         const int id = load(chosen + k);
-        if (!is_expert(id)) continue;
-        const T prob = load(probs + row + id);
-        sum += prob;
-        dot += load(grad_chosen + k) * prob;
+        if (is_expert(id)) chosen_sum.add(load(probs + row + id), load(grad_chosen + k));
       }
-      divisor = clamped(sum);
-      // Below the clamp the divisor is a constant.
-      shared = sum < divisor ? T{0} : dot / divisor;
+      chosen_sum.divide();
     }
+    const T factor = scale / chosen_sum.divisor;
     for (int k = 0; k < K; ++k) {
       const int id = load(chosen + k);
       if (!is_expert(id)) continue;
-      const T share = scale / divisor * (load(grad_chosen + k) - shared);
+      const T share = factor * chosen_sum.centred(load(grad_chosen + k));
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
         if (L::id(lane, i) == id) grad[i] += share;
@@ -326,12 +321,18 @@ __global__ __launch_bounds__(
     }
   }
   if (scoring == Scoring::kSoftmax) {
-    T dot = 0;
+    // The sum over the lanes has one term that is not zero, at most.
+    T shift = 0, mean = 0;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) dot += p[i] * grad[i];
-    dot = lanes_sum<kLanes>(dot);
+    for (int i = 0; i < kValues; ++i) {
+      if (is_most(p[i])) shift = grad[i];
+    }
+    shift = lanes_sum<kLanes>(shift);
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) grad[i] = p[i] * (grad[i] - dot);
+    for (int i = 0; i < kValues; ++i) mean += p[i] * (grad[i] -= shift);
+    mean = lanes_sum<kLanes>(mean);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) grad[i] = p[i] * (grad[i] - mean);
   } else {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) grad[i] *= slope(scoring, p[i]);

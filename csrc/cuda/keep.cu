@@ -19,26 +19,24 @@ __global__ __launch_bounds__(kThreads) void keep_weights_kernel(
     int64_t num_tokens, int64_t top_k, bool renormalise, T least, T scale, T* __restrict__ out) {
   const int64_t token = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (token >= num_tokens) return;
-  const int64_t first = token * top_k, last = first + top_k;
-  T divisor = 1, shared = 0;
+  const int64_t first = token * top_k;
+  weights += first, slots += first, out += first;
+  if (grad) grad += first;
+  const T* from = grad ? grad : weights;
+  Renormalised<T> kept;
   if (renormalise) {
-    T sum = 0, dot = 0;
-    for (int64_t i = first; i < last; ++i) {
-      if (load(slots + i) < 0) continue;
-      const T weight = load(weights + i);
-      sum += weight;
-      if (grad) dot += load(grad + i) * weight;
+    for (int64_t k = 0; k < top_k; ++k) {
+      if (load(slots + k) < 0) continue;
+      const T weight = load(weights + k);
+      kept.add(weight, grad ? load(grad + k) : weight);
     }
-    // NaN stays. Below the least the divisor is a constant.
-    divisor = sum < least ? least : sum;
-    shared = sum < least ? T{0} : dot / divisor;
+    kept.divide(least);
   }
-  for (int64_t i = first; i < last; ++i) {
-    T value = 0;
-    if (load(slots + i) >= 0) {
-      value = (grad ? load(grad + i) - shared : load(weights + i)) / divisor * scale;
-    }
-    store(out + i, value);
+  // From a weight itself nothing is subtracted.
+  if (!grad) kept.shift = kept.mean = 0;
+  for (int64_t k = 0; k < top_k; ++k) {
+    const bool has_row = load(slots + k) >= 0;
+    store(out + k, has_row ? kept.centred(load(from + k)) / kept.divisor * scale : T{0});
   }
 }
 

@@ -192,10 +192,25 @@ void test_gate(const GateCase& c) {
   for (int e = 0; e < c.E; ++e) CHECK(close(importance[e], sums[e], sums[e], 40 + c.E));
 
   if constexpr (!std::is_same_v<T, Sum>) return;
-  // Backward, at probabilities that are numbers.
+  // Backward, at probabilities that are numbers: in a softmax from even ones to one that is nearly
+  // all. In every fifth row those that are chosen have a tiny sum.
   const double tiny = std::numeric_limits<Sum>::min();
-  for (int64_t i = 0; i < probs.size(); ++i) {
-    probs[i] = make<Sum>(i / c.E % 5 == 4 ? tiny / c.E / 2 : 0.05 + below(100) / 110.0);
+  const bool is_softmax = c.scoring == Scoring::kSoftmax;
+  for (int64_t t = 0; t < c.T; ++t) {
+    const auto is_tiny = [&](int e) {
+      const int32_t* chosen = &experts[t * c.K];
+      return t % 5 == 4 && c.K < c.E && std::count(chosen, chosen + c.K, e) > 0;
+    };
+    std::vector<double> p(c.E);
+    double total = 0;
+    for (int e = 0; e < c.E; ++e) {
+      p[e] = is_softmax ? std::exp(t % 7 * normal()) : 0.05 + below(100) / 110.0;
+      if (!is_tiny(e)) total += p[e];
+    }
+    for (int e = 0; e < c.E; ++e) {
+      const double value = is_tiny(e) ? tiny / c.E / 2 : p[e] / (is_softmax ? total : 1);
+      probs[t * c.E + e] = make<Sum>(value);
+    }
   }
   Array<Sum> grad_weights(c.T * c.K), grad_probs(c.T * c.E), grad_importance(c.E), grad(c.T * c.E);
   fill(grad_weights), fill(grad_probs), fill(grad_importance);
@@ -216,37 +231,47 @@ void test_gate(const GateCase& c) {
                  c.renormalise, scale, grad.data()},
                 nullptr);
   for (int64_t t = 0; t < c.T; ++t) {
-    std::vector<double> g(c.E), sizes(c.E);  // sizes: of the terms that make g
-    double sum = 0, dot = 0, row_dot = 0, row_size = 0;
+    // sizes: of the terms that make g. A mean is subtracted term by term, so that no term is larger
+    // than what it adds to a difference.
+    std::vector<double> g(c.E), sizes(c.E);
+    const auto p = [&](int e) { return number(probs[t * c.E + e]); };
+    double sum = 0;
     for (int e = 0; e < c.E; ++e) {
       const double terms[] = {number(grad_importance[e]),
                               c.own_scores ? 0 : number(grad_probs[t * c.E + e])};
       g[e] = terms[0] + terms[1], sizes[e] = std::abs(terms[0]) + std::abs(terms[1]);
     }
+    std::vector<std::pair<int, double>> chosen;  // with the gradient of the weight
     for (int k = 0; k < c.K; ++k) {
-      if (!is_expert(experts[t * c.K + k])) continue;
-      const double p = number(probs[t * c.E + experts[t * c.K + k]]);
-      sum += p, dot += p * number(grad_weights[t * c.K + k]);
-    }
-    for (int k = 0; k < c.K; ++k) {
-      if (!is_expert(experts[t * c.K + k])) continue;
       const int e = experts[t * c.K + k];
-      const double gw = number(grad_weights[t * c.K + k]);
-      const double shared = !c.renormalise || sum < tiny ? 0 : dot / sum;
+      if (!is_expert(e)) continue;
+      chosen.emplace_back(e, number(grad_weights[t * c.K + k]));
+      sum += p(e);
+    }
+    for (const auto& [e, of_weight] : chosen) {
+      double value = of_weight, size = std::abs(of_weight);
+      if (c.renormalise && sum >= tiny) {
+        value = size = 0;
+        for (const auto& [other, of_other] : chosen) {
+          if (other == e) continue;
+          value += p(other) / sum * (of_weight - of_other);
+          size += p(other) / sum * (std::abs(of_weight) + std::abs(of_other));
+        }
+      }
       const double factor = scale / (c.renormalise ? std::max(sum, tiny) : 1);
-      g[e] += factor * (gw - shared), sizes[e] += factor * (std::abs(gw) + std::abs(shared));
+      g[e] += factor * value, sizes[e] += factor * size;
     }
     for (int e = 0; e < c.E; ++e) {
-      const double p = number(probs[t * c.E + e]);
-      row_dot += p * g[e], row_size += p * sizes[e];
-    }
-    for (int e = 0; e < c.E; ++e) {
-      const double p = number(probs[t * c.E + e]);
-      const double expected = c.scoring == Scoring::kSoftmax   ? p * (g[e] - row_dot)
-                              : c.scoring == Scoring::kSigmoid ? p * (1 - p) * g[e]
-                              : p < 1e-8 ? p / 2 * g[e]
-                                         : -std::expm1(-p * p) / (2 * p) * g[e];
-      CHECK(close(grad[t * c.E + e], expected, p * (sizes[e] + row_size), 40 + c.E));
+      double value = 0, size = 0;
+      for (int other = 0; other < c.E; ++other) {
+        if (other == e) continue;
+        value += p(other) * (g[e] - g[other]), size += p(other) * (sizes[e] + sizes[other]);
+      }
+      const double slope = c.scoring == Scoring::kSigmoid ? p(e) * (1 - p(e))
+                           : p(e) < 1e-8                  ? p(e) / 2
+                                                          : -std::expm1(-p(e) * p(e)) / (2 * p(e));
+      const double expected = is_softmax ? p(e) * value : slope * g[e];
+      CHECK(close(grad[t * c.E + e], expected, p(e) * (is_softmax ? size : sizes[e]), 40 + c.E));
     }
   }
 }
@@ -396,10 +421,14 @@ void test_keep(int64_t num_tokens, int64_t K, bool renormalise) {
   Array<int32_t> slots(num_tokens * K);
   fill(grad);
   for (int64_t route = 0; route < slots.size(); ++route) {
-    // Some tokens' sums are below the least; what stands beside a dropped route is poison.
+    // Some tokens' sums are below the least, and of some one weight is nearly all; what stands
+    // beside a dropped route is poison.
     slots[route] = below(3) ? static_cast<int32_t>(route) : -1;
-    weights[route] =
-        make<T>(slots[route] < 0 ? NAN : (route / K % 4 ? 0.45 : 0.1 / K) + 1e-3 * below(9));
+    const double weight = route / K % 4 == 0               ? 0.1 / K
+                          : route / K % 4 == 1             ? 0.45
+                          : route % K == route / K / 4 % K ? 0.9
+                                                           : 1e-9;
+    weights[route] = make<T>(slots[route] < 0 ? NAN : weight * (1 + 1e-3 * below(9)));
     if (slots[route] < 0) grad[route] = make<T>(INFINITY);
   }
   const Keep call{dtype_of<T>, weights.data(), slots.data(), num_tokens,
@@ -407,22 +436,28 @@ void test_keep(int64_t num_tokens, int64_t K, bool renormalise) {
   keep(call, kept.data(), nullptr);
   keep_backward(call, grad.data(), grad_weights.data(), nullptr);
   for (int64_t t = 0; t < num_tokens; ++t) {
-    double sum = 0, dot = 0, size = 0;
+    double sum = 0;
+    std::vector<int64_t> with_row;
     for (int64_t i = t * K; i < (t + 1) * K; ++i) {
-      if (slots[i] < 0) continue;
-      sum += number(weights[i]), dot += number(weights[i]) * number(grad[i]);
-      size += std::abs(number(weights[i]) * number(grad[i]));
+      if (slots[i] >= 0) with_row.push_back(i), sum += number(weights[i]);
     }
     const double divisor = renormalise ? std::max(sum, least) : 1;
-    const bool shares = renormalise && sum >= least;
     for (int64_t i = t * K; i < (t + 1) * K; ++i) {
       const bool has_row = slots[i] >= 0;
       const double weight = has_row ? number(weights[i]) * scale / divisor : 0;
       CHECK(close(kept[i], weight, weight, K + 4));
-      const double g = has_row ? number(grad[i]) : 0, shared = shares ? dot / divisor : 0;
-      const double terms = std::abs(g) + (shares ? size / divisor : 0);
-      CHECK(close(grad_weights[i], has_row ? (g - shared) * scale / divisor : 0,
-                  terms * scale / divisor, K + 6));
+      double g = has_row ? number(grad[i]) : 0, size = std::abs(g);
+      if (has_row && renormalise && sum >= least) {
+        // The mean is subtracted term by term.
+        g = size = 0;
+        for (const int64_t other : with_row) {
+          if (other == i) continue;
+          const double share = number(weights[other]) / sum;
+          g += share * (number(grad[i]) - number(grad[other]));
+          size += share * (std::abs(number(grad[i])) + std::abs(number(grad[other])));
+        }
+      }
+      CHECK(close(grad_weights[i], g * scale / divisor, size * scale / divisor, K + 6));
     }
   }
 }

@@ -27,6 +27,7 @@ OPERATORS = {
     "gate.cu": ["gate"],
     "plan.cu": ["plan"],
     "keep.cu": ["keep"],
+    "../scoring.h": ["gate", "keep"],
     "activate.cu": ["activate"],
     "rows.cuh": ["rows", "activate"],
     "vec.cuh": [],
@@ -97,7 +98,7 @@ GATE = [
         "for (int k = lane; k < K - 1; k += kLanes)",
     ),
     Mutant("gate.cu", "g < L::kRows; ++g", "g < L::kRows - 1; ++g"),
-    Mutant("gate.cu", "if (part > 0 || e >= num_experts) return;", "if (part > 0) return;"),
+    Mutant("gate.cu", "if (part == 0 && e < num_experts) store", "if (part == 0) store"),
     Mutant("gate.cu", "b += kSumParts", "b += kSumParts + 1"),
     Mutant("gate.cu", "half > 0; half /= 2", "half > 1; half /= 2"),
     Mutant(
@@ -107,9 +108,11 @@ GATE = [
     ),
     Mutant("gate.cu", "if (blocks == 1) return;", "if (blocks <= 2) return;"),
     Mutant("gate.cu", "aligned(call.choice_scores) && ", ""),
-    Mutant("gate.cu", "if (!is_expert(id)) continue;", "", after="T sum = 0, dot = 0;"),
-    Mutant("gate.cu", "if (!is_expert(id)) continue;", "", after="shared = sum < divisor"),
-    Mutant("gate.cu", "sum < divisor ? T{0} : dot / divisor", "dot / divisor"),
+    Mutant("gate.cu", "if (is_expert(id)) chosen_sum.add", "chosen_sum.add"),
+    Mutant("gate.cu", "if (!is_expert(id)) continue;", ""),
+    Mutant("gate.cu", "chosen_sum.centred(load(grad_chosen + k))", "load(grad_chosen + k)"),
+    Mutant("gate.cu", "if (is_most(p[i])) shift = grad[i];", ""),
+    Mutant("gate.cu", "shift = lanes_sum<kLanes>(shift);", ""),
     Mutant("gate.cu", "x = std::exp(x - largest)", "x = std::exp(x)"),
     Mutant("gate.cu", "if (active) {", "{"),
 ]
@@ -212,14 +215,23 @@ PLAN = [
 KEEP = [
     Mutant("keep.cu", "if (token >= num_tokens) return;", ""),
     Mutant("keep.cu", "blockDim.x + threadIdx.x", "blockDim.x + threadIdx.x + 1"),
-    Mutant("keep.cu", "if (load(slots + i) < 0) continue;", ""),
-    Mutant("keep.cu", "if (load(slots + i) >= 0) {", "{"),
-    Mutant("keep.cu", "divisor = sum < least ? least : sum;", "divisor = sum;"),
-    Mutant("keep.cu", "sum < least ? T{0} : dot / divisor", "dot / divisor"),
-    Mutant("keep.cu", "load(grad + i) - shared", "load(grad + i)"),
-    Mutant("keep.cu", "/ divisor * scale", "/ divisor"),
+    Mutant("keep.cu", "if (load(slots + k) < 0) continue;", ""),
+    Mutant("keep.cu", "load(slots + k) >= 0;", "true;"),
+    Mutant("keep.cu", "kept.divide(least);", "kept.divide();"),
+    Mutant("keep.cu", "if (!grad) kept.shift = kept.mean = 0;", ""),
+    Mutant("keep.cu", "kept.centred(load(from + k))", "load(from + k)"),
+    Mutant("keep.cu", "/ kept.divisor * scale", "/ kept.divisor"),
     Mutant("keep.cu", "if (renormalise) {", "if (true) {"),
     Mutant("keep.cu", "divide_up(call.num_tokens, kThreads)", "call.num_tokens / kThreads"),
+]
+
+SCORING = [
+    Mutant("../scoring.h", "return sum < least ? least : sum;", "return sum;"),
+    Mutant("../scoring.h", "if (sum < least) mean = shift = 0;", ""),
+    Mutant("../scoring.h", "if (p > largest) {", "if (largest == -INFINITY) {"),
+    Mutant("../scoring.h", "mean += sum * (shift - g);", ""),
+    Mutant("../scoring.h", "share > T{0.5}", "share > T{0.99}"),
+    Mutant("../scoring.h", "return g - shift - mean;", "return g - (shift + mean);"),
 ]
 
 ROWS = [
@@ -234,7 +246,7 @@ ROWS = [
         "route >= routes.num_tokens * routes.top_k",
         "route > routes.num_tokens * routes.top_k",
     ),
-    Mutant("rows.cuh", "load(routes.slots + route) != row", "false"),
+    Mutant("rows.cuh", "load(routes.slots + route) == row ? route : -1", "route"),
     Mutant("rows.cuh", "mine < routes.num_rows && route_of", "mine <= routes.num_rows && route_of"),
     Mutant("rows.cuh", "__ffs(empty) - 1", "__ffs(empty)"),
     Mutant(
@@ -394,7 +406,7 @@ def main() -> None:
     words = parser.parse_args().words
     mutants = [
         m
-        for m in [*GATE, *PLAN, *KEEP, *ROWS, *ACTIVATE, *SHARED]
+        for m in [*GATE, *PLAN, *KEEP, *SCORING, *ROWS, *ACTIVATE, *SHARED]
         if all(word in str(m) for word in words)
     ]
     if not mutants:
