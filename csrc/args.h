@@ -59,6 +59,7 @@ inline GateArgs gate_args(const Tensor& logits, const OptionalTensor& choice_sco
     check.same_dtype("choice_scores", *choice_scores, "logits", logits);
     check.same_device("choice_scores", *choice_scores, "logits", logits);
   }
+  check.finite("scale", scale);
   const Tensor dense_logits = dense(logits);
   return {dense_logits,
           choice_scores ? dense(*choice_scores) : dense_logits,
@@ -107,6 +108,7 @@ inline GateBackwardArgs gate_backward_args(const OptionalTensor& grad_weights,
   check_grad("grad_weights", grad_weights, {{"T", T}, {"K", K}});
   check_grad("grad_probs", grad_probs, {{"T", T}, {"E", E}});
   check_grad("grad_importance", grad_importance, {{"E", E}});
+  check.finite("scale", scale);
   return {dense(grad_weights),
           dense(grad_probs),
           dense(grad_importance),
@@ -181,11 +183,14 @@ inline KeepArgs keep_args(const Tensor& weights, const Tensor& slots, bool renor
   check.shape("weights", weights, {{"T", kAny}, {"K", kAny}});
   check.floating("weights", weights);
   check.dtype("weights", weights, accumulate_type(weights.scalar_type()));
-  const int64_t T = weights.size(0), K = weights.size(1);
-  check.int32_size("T * K", T * K);
-  check.shape("slots", slots, {{"T", T}, {"K", K}});
+  check.shape("slots", slots, {{"T", kAny}, {"K", kAny}});
   check.dtype("slots", slots, ScalarType::Int);
   check.same_device("slots", slots, "weights", weights);
+  const int64_t T = slots.size(0), K = slots.size(1);
+  check.int32_size("T * K", T * K);
+  check.shape("weights", weights, {{"T", T}, {"K", K}}, OfPlan{"slots", slots});
+  check.finite("least", least);
+  check.finite("scale", scale);
   return {dense(weights), dense(slots), T, K, renormalise, least, scale};
 }
 
@@ -205,21 +210,35 @@ inline KeepBackwardArgs keep_backward_args(const Tensor& grad, const Tensor& wei
   return {dense(grad), forward};
 }
 
-// What dispatch, combine and route_dot share: slots [T, K] and sources [R] beside a tensor that
-// gives dtype and device, and weights [T, K] where there are any.
-inline void check_routes(const Check& check, const char* name, const Tensor& like,
-                         const Tensor& slots, int64_t num_tokens, const Tensor& sources,
-                         int64_t num_rows, const OptionalTensor& weights) {
-  check.shape("slots", slots, {{"T", num_tokens}, {"K", kAny}});
+// A matrix that a plan moves: [T, width] or [R, width].
+struct Moved {
+  const char* name;
+  const Tensor& tensor;
+  const char *height, *width;  // the letters
+};
+
+// What the row operators share: slots [T, K] and sources [R] of a plan, the matrices that it moves,
+// whose first gives dtype and device, and weights [T, K] where there are any. The plan is made
+// first, so an argument that does not fit it is at fault.
+inline void check_routes(const Check& check, std::initializer_list<Moved> matrices,
+                         const Tensor& slots, const Tensor& sources,
+                         const OptionalTensor& weights) {
+  const auto& [name, like, height, width] = *matrices.begin();
+  check.shape("slots", slots, {{"T", kAny}, {"K", kAny}});
   check.dtype("slots", slots, ScalarType::Int);
   check.same_device("slots", slots, name, like);
   check.int32_size("T * K", slots.numel());
-  check.shape("sources", sources, {{"R", num_rows}});
+  check.shape("sources", sources, {{"R", kAny}});
   check.dtype("sources", sources, ScalarType::Int);
   check.same_device("sources", sources, name, like);
   check.int32_size("rows", sources.size(0));
+  const OfPlan of_tokens{"slots", slots}, of_rows{"sources", sources};
+  for (const Moved& m : matrices) {
+    const OfPlan& of = *m.height == 'T' ? of_tokens : of_rows;
+    check.shape(m.name, m.tensor, {{m.height, of.tensor.size(0)}, {m.width, kAny}}, of);
+  }
   if (weights) {
-    check.shape("weights", *weights, {{"T", slots.size(0)}, {"K", slots.size(1)}});
+    check.shape("weights", *weights, {{"T", slots.size(0)}, {"K", slots.size(1)}}, of_tokens);
     check.dtype("weights", *weights, accumulate_type(like.scalar_type()));
     check.same_device("weights", *weights, name, like);
   }
@@ -238,7 +257,7 @@ inline DispatchArgs dispatch_args(const Tensor& tokens, const Tensor& slots, con
   const Check check("dispatch");
   check.shape("tokens", tokens, {{"T", kAny}, {"H", kAny}});
   check.floating("tokens", tokens);
-  check_routes(check, "tokens", tokens, slots, tokens.size(0), sources, kAny, weights);
+  check_routes(check, {{"tokens", tokens, "T", "H"}}, slots, sources, weights);
   return {dense(tokens),  dense(slots),  dense(sources),  dense(weights),
           tokens.size(0), slots.size(1), sources.size(0), tokens.size(1)};
 }
@@ -256,7 +275,7 @@ inline CombineArgs combine_args(const Tensor& rows, const Tensor& slots, const T
   const Check check("combine");
   check.shape("rows", rows, {{"R", kAny}, {"H", kAny}});
   check.floating("rows", rows);
-  check_routes(check, "rows", rows, slots, kAny, sources, rows.size(0), weights);
+  check_routes(check, {{"rows", rows, "R", "H"}}, slots, sources, weights);
   return {dense(rows),   dense(slots),  dense(sources), dense(weights),
           slots.size(0), slots.size(1), rows.size(0),   rows.size(1)};
 }
@@ -277,7 +296,8 @@ inline RouteDotArgs route_dot_args(const Tensor& tokens, const Tensor& rows, con
   check.shape("rows", rows, {{"R", kAny}, {"H", tokens.size(1)}});
   check.same_dtype("rows", rows, "tokens", tokens);
   check.same_device("rows", rows, "tokens", tokens);
-  check_routes(check, "tokens", tokens, slots, tokens.size(0), sources, rows.size(0), std::nullopt);
+  check_routes(check, {{"tokens", tokens, "T", "H"}, {"rows", rows, "R", "H"}}, slots, sources,
+               std::nullopt);
   return {dense(tokens),  dense(rows),   dense(slots), dense(sources),
           tokens.size(0), slots.size(1), rows.size(0), tokens.size(1)};
 }
@@ -300,7 +320,8 @@ inline DispatchDotArgs dispatch_dot_args(const Tensor& tokens, const Tensor& row
   check.shape("rows", rows, {{"R", kAny}, {"H", tokens.size(1)}});
   check.same_dtype("rows", rows, "tokens", tokens);
   check.same_device("rows", rows, "tokens", tokens);
-  check_routes(check, "tokens", tokens, slots, tokens.size(0), sources, rows.size(0), weights);
+  check_routes(check, {{"tokens", tokens, "T", "H"}, {"rows", rows, "R", "H"}}, slots, sources,
+               weights);
   return {dense(tokens),  dense(rows),   dense(slots), dense(sources), dense(weights),
           tokens.size(0), slots.size(1), rows.size(0), tokens.size(1)};
 }
@@ -328,7 +349,7 @@ inline ActivateArgs activate_args(const Tensor& inner, const Tensor& slots, cons
   const Check check(op);
   check.shape("inner", inner, {{"R", kAny}, {"G", kAny}});
   check.floating("inner", inner);
-  check_routes(check, "inner", inner, slots, kAny, sources, inner.size(0), weights);
+  check_routes(check, {{"inner", inner, "R", "G"}}, slots, sources, weights);
   const Activation kind = parse_activation(check, activation);
   const int64_t G = inner.size(1);
   if (is_gated(kind) && G % 2 != 0) check.fail("inner must be [R, 2F], got [R, ", G, "]");
@@ -370,8 +391,8 @@ struct Groups {
 };
 
 inline Groups check_groups(const Check& check, const char* name, const Tensor& like,
-                           const Tensor& offsets, const Tensor& load, int64_t num_experts) {
-  check.shape("load", load, {{"E", num_experts}});
+                           const Tensor& offsets, const Tensor& load) {
+  check.shape("load", load, {{"E", kAny}});
   check.dtype("load", load, ScalarType::Int);
   check.same_device("load", load, name, like);
   const int64_t E = load.size(0);
@@ -384,7 +405,12 @@ inline Groups check_groups(const Check& check, const char* name, const Tensor& l
 // A plan's capacity says what its offsets are: e * capacity.
 inline void check_capacity(const Check& check, const std::optional<int64_t>& capacity,
                            int64_t num_rows, int64_t num_experts) {
-  if (!capacity || *capacity * num_experts == num_rows) return;
+  if (!capacity) return;
+  // A quotient, since the product may not fit into 64 bits.
+  if (num_experts == 0 ? num_rows == 0
+                       : num_rows % num_experts == 0 && *capacity == num_rows / num_experts) {
+    return;
+  }
   check.fail("capacity must be R / E with R = ", num_rows, ", E = ", num_experts, ", got ",
              *capacity);
 }
@@ -411,7 +437,9 @@ inline GroupedMMArgs grouped_mm_args(const Tensor& rows, const Tensor& weights,
     check.same_dtype("bias", *bias, "rows", rows);
     check.same_device("bias", *bias, "rows", rows);
   }
-  const Groups groups = check_groups(check, "rows", rows, offsets, load, weights.size(0));
+  const Groups groups = check_groups(check, "rows", rows, offsets, load);
+  check.shape("weights", weights, {{"E", groups.num_experts}, {"N", kAny}, {"M", kAny}},
+              OfPlan{"load", load});
   check_capacity(check, capacity, rows.size(0), groups.num_experts);
   return {dense(rows), weights, dense(bias), groups, rows.size(0), rows.size(1), weights.size(1)};
 }
@@ -432,7 +460,7 @@ inline GroupedOuterArgs grouped_outer_args(const Tensor& left, const Tensor& rig
   check.shape("right", right, {{"R", left.size(0)}, {"M", kAny}});
   check.same_dtype("right", right, "left", left);
   check.same_device("right", right, "left", left);
-  const Groups groups = check_groups(check, "left", left, offsets, load, kAny);
+  const Groups groups = check_groups(check, "left", left, offsets, load);
   check_capacity(check, capacity, left.size(0), groups.num_experts);
   return {dense(left), dense(right), groups, left.size(0), left.size(1), right.size(1)};
 }

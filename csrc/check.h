@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cctype>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
@@ -29,17 +31,54 @@ struct Dim {
   int64_t size;  // kAny where the contract leaves it open
 };
 
-inline const char* dtype_name(ScalarType dtype) {
+// A tensor of a plan, which gives another argument its sizes.
+struct OfPlan {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// scalar_type() of any tensor: torch's own throws for dtypes that its stable ABI does not name,
+// such as those of less than 8 bits. Saved files hold the number of a dtype, so it does not change.
+inline ScalarType scalar_type_of(const Tensor& tensor) {
+  try {
+    return tensor.scalar_type();
+  } catch (const std::exception&) {
+    int32_t number = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
+    return static_cast<ScalarType>(number);
+  }
+}
+
+// A dtype's name in Python.
+inline std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return torch::headeronly::toString(dtype);
+    case ScalarType::Half: return "float16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: break;
   }
+  // The other names differ in capitals alone.
+  std::string name = torch::headeronly::toString(dtype);
+  for (char& c : name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return name;
+}
+
+inline std::string dtype_name(const Tensor& tensor) { return dtype_name(scalar_type_of(tensor)); }
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  }
+  return text + "]";
 }
 
 inline std::string device_name(const torch::stable::Device& device) {
@@ -66,7 +105,8 @@ class Check {
     throw std::runtime_error(text.str());
   }
 
-  void shape(const char* name, const Tensor& tensor, std::initializer_list<Dim> dims) const {
+  void shape(const char* name, const Tensor& tensor, std::initializer_list<Dim> dims,
+             const std::optional<OfPlan>& like = std::nullopt) const {
     bool fits = tensor.dim() == static_cast<int64_t>(dims.size());
     int64_t i = 0;
     if (fits) {
@@ -76,7 +116,7 @@ class Check {
       }
     }
     if (fits) return;
-    std::string letters, known, got;
+    std::string letters, known;
     for (const Dim& dim : dims) {
       letters += std::string(letters.empty() ? "" : ", ") + dim.letter;
       if (dim.size != kAny) {
@@ -84,33 +124,30 @@ class Check {
                  std::to_string(dim.size);
       }
     }
-    for (i = 0; i < tensor.dim(); ++i) {
-      got += (i ? ", " : "") + std::to_string(tensor.size(i));
-    }
-    fail(name, " must be [", letters, "]", known, ", got [", got, "]");
+    const std::string of_plan =
+        like ? std::string(" like the plan's ") + like->name + " " + shape_text(like->tensor) : "";
+    fail(name, " must be [", letters, "]", known, of_plan, ", got ", shape_text(tensor));
   }
 
   void dtype(const char* name, const Tensor& tensor, ScalarType expected) const {
-    if (tensor.scalar_type() == expected) return;
-    fail(name, " must be ", dtype_name(expected), ", got ", dtype_name(tensor.scalar_type()));
+    if (scalar_type_of(tensor) == expected) return;
+    fail(name, " must be ", dtype_name(expected), ", got ", dtype_name(tensor));
   }
 
   void same_dtype(const char* name, const Tensor& tensor, const char* other_name,
                   const Tensor& other) const {
-    if (tensor.scalar_type() == other.scalar_type()) return;
-    fail(name, " must be ", dtype_name(other.scalar_type()), " like ", other_name, ", got ",
-         dtype_name(tensor.scalar_type()));
+    if (scalar_type_of(tensor) == scalar_type_of(other)) return;
+    fail(name, " must be ", dtype_name(other), " like ", other_name, ", got ", dtype_name(tensor));
   }
 
   void floating(const char* name, const Tensor& tensor) const {
-    switch (tensor.scalar_type()) {
+    switch (scalar_type_of(tensor)) {
       case ScalarType::Float:
       case ScalarType::Double:
       case ScalarType::BFloat16:
       case ScalarType::Half: return;
       default:
-        fail(name, " must be float32, float64, bfloat16 or float16, got ",
-             dtype_name(tensor.scalar_type()));
+        fail(name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(tensor));
     }
   }
 
@@ -119,6 +156,11 @@ class Check {
     if (tensor.device() == other.device()) return;
     fail(name, " must be on ", device_name(other.device()), " like ", other_name, ", got ",
          device_name(tensor.device()));
+  }
+
+  void finite(const char* name, double value) const {
+    if (std::isfinite(value)) return;
+    fail(name, " must be finite, got ", std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf");
   }
 
   // Slots and sources are int32.

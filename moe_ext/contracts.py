@@ -4,6 +4,7 @@ The reference and the fakes call these, so that a wrong argument gives the same 
 backend and at compile time as in the compiled kernels.
 """
 
+import math
 from collections.abc import Sequence
 from typing import get_args
 
@@ -48,7 +49,10 @@ class Check:
     def fail(self, text: str) -> None:
         raise RuntimeError(f"{self.op}: {text}")
 
-    def shape(self, name: str, tensor: Tensor, dims: Dims) -> None:
+    def shape(
+        self, name: str, tensor: Tensor, dims: Dims, like: tuple[str, Tensor] | None = None
+    ) -> None:
+        """like: name and value of a plan's tensor that gives the sizes"""
         if not isinstance(tensor, Tensor):
             self.fail(f"{name} must be a tensor, got {type(tensor).__name__}")
         fits = tensor.dim() == len(dims) and all(
@@ -60,6 +64,8 @@ class Check:
         letters = ", ".join(letter for letter, _ in dims)
         known = ", ".join(f"{letter} = {size}" for letter, size in dims if size is not None)
         known = f" with {known}" if known else ""
+        if like is not None:
+            known += f" like the plan's {like[0]} {list(like[1].shape)}"
         self.fail(f"{name} must be [{letters}]{known}, got {list(tensor.shape)}")
 
     def dtype(self, name: str, tensor: Tensor, expected: torch.dtype) -> None:
@@ -83,6 +89,10 @@ class Check:
     def same_device(self, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
         if tensor.device != other.device:
             self.fail(f"{name} must be on {other.device} like {other_name}, got {tensor.device}")
+
+    def finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            self.fail(f"{name} must be finite, got {value}")
 
     def int32_size(self, what: str, size: int) -> None:
         # A size that is not known yet is checked by the kernel: here it would become a guard.
@@ -114,6 +124,7 @@ def gate(
         check.shape("choice_scores", choice_scores, [("T", T), ("E", E)])
         check.same_dtype("choice_scores", choice_scores, "logits", logits)
         check.same_device("choice_scores", choice_scores, "logits", logits)
+    check.finite("scale", scale)
     check.one_of("scoring", scoring, SCORINGS)
 
 
@@ -145,6 +156,7 @@ def gate_backward(
             check.shape(name, grad, dims)
             check.same_dtype(name, grad, "probs", probs)
             check.same_device(name, grad, "probs", probs)
+    check.finite("scale", scale)
     check.one_of("scoring", scoring, SCORINGS)
 
 
@@ -194,11 +206,14 @@ def keep(
     check.shape("weights", weights, [("T", None), ("K", None)])
     check.floating("weights", weights)
     check.dtype("weights", weights, accumulate_dtype(weights.dtype))
-    T, K = weights.shape
-    check.int32_size("T * K", T * K)
-    check.shape("slots", slots, [("T", T), ("K", K)])
+    check.shape("slots", slots, [("T", None), ("K", None)])
     check.dtype("slots", slots, torch.int32)
     check.same_device("slots", slots, "weights", weights)
+    T, K = slots.shape
+    check.int32_size("T * K", T * K)
+    check.shape("weights", weights, [("T", T), ("K", K)], ("slots", slots))
+    check.finite("least", least)
+    check.finite("scale", scale)
 
 
 def keep_backward(
@@ -214,25 +229,33 @@ def keep_backward(
 
 def _routes(
     check: Check,
-    name: str,
-    like: Tensor,
+    matrices: Sequence[tuple[str, Tensor, str, str]],
     slots: Tensor,
-    num_tokens: int | None,
     sources: Tensor,
-    num_rows: int | None,
     weights: Tensor | None,
 ) -> None:
-    check.shape("slots", slots, [("T", num_tokens), ("K", None)])
+    """slots [T, K] and sources [R] of a plan, the matrices that it moves, and weights [T, K].
+
+    matrices: (name, tensor, "T" or "R", the letter of its width); the first gives dtype and device
+
+    The plan is made first, so an argument that does not fit it is at fault.
+    """
+    name, like, *_ = matrices[0]
+    check.shape("slots", slots, [("T", None), ("K", None)])
     check.dtype("slots", slots, torch.int32)
     check.same_device("slots", slots, name, like)
     T, K = slots.shape
     check.int32_size("T * K", T * K)
-    check.shape("sources", sources, [("R", num_rows)])
+    check.shape("sources", sources, [("R", None)])
     check.dtype("sources", sources, torch.int32)
     check.same_device("sources", sources, name, like)
     check.int32_size("rows", sources.shape[0])
+    of_plan = {"T": ("slots", slots), "R": ("sources", sources)}
+    for moved, tensor, height, width in matrices:
+        size = of_plan[height][1].shape[0]
+        check.shape(moved, tensor, [(height, size), (width, None)], of_plan[height])
     if weights is not None:
-        check.shape("weights", weights, [("T", T), ("K", K)])
+        check.shape("weights", weights, [("T", T), ("K", K)], of_plan["T"])
         check.dtype("weights", weights, accumulate_dtype(like.dtype))
         check.same_device("weights", weights, name, like)
 
@@ -241,14 +264,14 @@ def dispatch(tokens: Tensor, slots: Tensor, sources: Tensor, weights: Tensor | N
     check = Check("dispatch")
     check.shape("tokens", tokens, [("T", None), ("H", None)])
     check.floating("tokens", tokens)
-    _routes(check, "tokens", tokens, slots, tokens.shape[0], sources, None, weights)
+    _routes(check, [("tokens", tokens, "T", "H")], slots, sources, weights)
 
 
 def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Tensor | None) -> None:
     check = Check("combine")
     check.shape("rows", rows, [("R", None), ("H", None)])
     check.floating("rows", rows)
-    _routes(check, "rows", rows, slots, None, sources, rows.shape[0], weights)
+    _routes(check, [("rows", rows, "R", "H")], slots, sources, weights)
 
 
 def plan_values(experts: Tensor, num_experts: int) -> None:
@@ -318,13 +341,13 @@ def _tokens_and_rows(
     check.shape("rows", rows, [("R", None), ("H", tokens.shape[1])])
     check.same_dtype("rows", rows, "tokens", tokens)
     check.same_device("rows", rows, "tokens", tokens)
-    _routes(check, "tokens", tokens, slots, tokens.shape[0], sources, rows.shape[0], weights)
+    matrices = [("tokens", tokens, "T", "H"), ("rows", rows, "R", "H")]
+    _routes(check, matrices, slots, sources, weights)
 
 
-def _groups(
-    check: Check, name: str, like: Tensor, offsets: Tensor, load: Tensor, num_experts: int | None
-) -> None:
-    check.shape("load", load, [("E", num_experts)])
+def groups(check: Check, name: str, like: Tensor, offsets: Tensor, load: Tensor) -> None:
+    """offsets [E+1] and load [E] of a plan, beside a tensor that gives the device."""
+    check.shape("load", load, [("E", None)])
     check.dtype("load", load, torch.int32)
     check.same_device("load", load, name, like)
     check.shape("offsets", offsets, [("E+1", load.shape[0] + 1)])
@@ -346,7 +369,8 @@ def group_values(op: str, offsets: list[int], load: list[int], num_rows: int) ->
             Check(op).fail(f"load must not be negative, got {count} at [{e}]")
 
 
-def _capacity(check: Check, capacity: int | None, num_rows: int, num_experts: int) -> None:
+def planned_capacity(check: Check, capacity: int | None, num_rows: int, num_experts: int) -> None:
+    """A plan's capacity says what its offsets are: e * capacity."""
     if capacity is not None and capacity * num_experts != num_rows:
         check.fail(f"capacity must be R / E with R = {num_rows}, E = {num_experts}, got {capacity}")
 
@@ -369,8 +393,10 @@ def grouped_mm(
         check.shape("bias", bias, [("E", weights.shape[0]), ("N", weights.shape[1])])
         check.same_dtype("bias", bias, "rows", rows)
         check.same_device("bias", bias, "rows", rows)
-    _groups(check, "rows", rows, offsets, load, weights.shape[0])
-    _capacity(check, capacity, rows.shape[0], load.shape[0])
+    groups(check, "rows", rows, offsets, load)
+    E = load.shape[0]
+    check.shape("weights", weights, [("E", E), ("N", None), ("M", None)], ("load", load))
+    planned_capacity(check, capacity, rows.shape[0], E)
 
 
 def grouped_outer(
@@ -382,8 +408,8 @@ def grouped_outer(
     check.shape("right", right, [("R", left.shape[0]), ("M", None)])
     check.same_dtype("right", right, "left", left)
     check.same_device("right", right, "left", left)
-    _groups(check, "left", left, offsets, load, None)
-    _capacity(check, capacity, left.shape[0], load.shape[0])
+    groups(check, "left", left, offsets, load)
+    planned_capacity(check, capacity, left.shape[0], load.shape[0])
 
 
 def activate(
@@ -398,7 +424,7 @@ def activate(
     check = Check(op)
     check.shape("inner", inner, [("R", None), ("G", None)])
     check.floating("inner", inner)
-    _routes(check, "inner", inner, slots, None, sources, inner.shape[0], weights)
+    _routes(check, [("inner", inner, "R", "G")], slots, sources, weights)
     if activation not in ACTIVATIONS:
         check.fail(f"activation must be swiglu, geglu, gelu or relu, got {activation}")
     if activation not in GATED:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import options
-from .contracts import accumulate_dtype
+from . import contracts, options, reference
 from .functional import combine, dispatch
 from .ops import is_exporting
 from .plan import Plan, make_plan
@@ -124,8 +123,7 @@ class ModuleExperts(Experts):
                 "ModuleExperts: the bounds of the experts are read back from the device, which "
                 "torch.export and the meta device cannot; use GroupedExperts"
             )
-        begins = plan.offsets[:-1]
-        bounds = torch.stack([begins, begins + plan.kept()]).t().tolist()
+        bounds = self._bounds(rows, plan)
         pieces = []
         done = 0
         for e, (begin, end) in enumerate(bounds):
@@ -139,6 +137,17 @@ class ModuleExperts(Experts):
             done = end
         pieces.append(out.new_zeros(rows.shape[0] - done, rows.shape[1]))
         return torch.cat(pieces)
+
+    def _bounds(self, rows: Tensor, plan: Plan) -> list[tuple[int, int]]:
+        """The rows of every expert, with the contract of `grouped_mm`."""
+        op = "ModuleExperts"
+        check = contracts.Check(op)
+        R, E = plan.sources.shape[0], self.num_experts
+        check.shape("rows", rows, [("R", R), ("H", None)], ("sources", plan.sources))
+        check.shape("load", plan.load, [("E", E)])
+        contracts.groups(check, "rows", rows, plan.offsets, plan.load)
+        contracts.planned_capacity(check, plan.capacity, R, E)
+        return reference.owned_rows(op, plan.offsets, plan.load, R)
 
 
 def _number_of(modules: nn.ModuleList, num_experts: int | None) -> int:
@@ -217,7 +226,7 @@ class SharedExperts(Experts):
             [T, H]
         """
         # Data-parallel wrappers may cast what they pass on.
-        weights = weights.to(accumulate_dtype(tokens.dtype))
+        weights = weights.to(contracts.accumulate_dtype(tokens.dtype))
         out, of_shared = self.experts.routed_beside(
             lambda: self._of_shared(tokens), tokens, plan, weights
         )

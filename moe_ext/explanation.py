@@ -259,16 +259,16 @@ def _call(name: str, args: tuple) -> Call:
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     shapes = " ".join(str(list(tensor.shape)) for tensor in tensors)
-    backend = ops.backend(name, tensors[0].device)
-    return Call(name, f"{dtype} {shapes}", backend, _how(name, args, backend), 0)
+    device = tensors[0].device
+    backend = ops.backend(name, device)
+    how = ops.why_reference(device) if backend == "reference" else _how(name, args, backend)
+    return Call(name, f"{dtype} {shapes}", backend, how, 0)
 
 
 def _how(name: str, args: tuple, backend: str) -> str:
-    first = args[0]
-    if backend == "reference":
-        return ops.why_reference(first.device)
     if name not in grouped.OPERATORS:
         return ""
+    first = args[0]
     if backend == "torch":
         second = args[1]
         widths = second.shape[1:] if name == "grouped_mm" else (first.shape[1], second.shape[1])

@@ -52,7 +52,7 @@ def gate(
         renormalise: divide a token's weights by their sum, or by the smallest normal number where
             the sum is below it; with softmax this is the softmax over the chosen logits, unless the
             chosen probabilities vanish beside those of experts that were not chosen
-        scale: factor on the weights
+        scale: finite factor on the weights
 
     Returns:
         Choice(weights [T, K], experts [T, K] int32, probs [T, E], importance [E]), the choices of a
@@ -78,9 +78,9 @@ def keep(
         weights: [T, K] float32 or float64
         plan: of the same T tokens and K choices
         renormalise: divide a token's kept weights by their sum
-        least: what they are divided by where their sum is below it; None is the smallest normal
-            number
-        scale: factor on all
+        least: what they are divided by where their sum is below it, finite; None is the smallest
+            normal number
+        scale: finite factor on all
 
     Returns:
         [T, K]; zero for a dropped route, whatever stands beside it, NaN too
@@ -196,7 +196,8 @@ def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = 
         RuntimeError: an argument breaks this contract
     """
     check = contracts.Check("grouped_mm")
-    check.shape("rows", rows, [("R", plan.sources.shape[0]), ("M", None)])
+    sources = plan.sources
+    check.shape("rows", rows, [("R", sources.shape[0]), ("M", None)], ("sources", sources))
     rows, weights, bias = autocast(rows, weights, bias)
     return GroupedMM.call(rows, weights, bias, plan.offsets, plan.load, plan.capacity)
 

@@ -287,7 +287,8 @@ def _without_autocast(kernel: Callable) -> Callable:
 
     @functools.wraps(kernel)
     def plain(*args):
-        device_type = args[0].device.type
+        # The first argument may be None.
+        device_type = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
         if not torch.is_autocast_enabled(device_type):
             return kernel(*args)
         with torch.autocast(device_type, enabled=False):

@@ -32,12 +32,19 @@ layer = moe_ext.MOELayer(
 out = layer(torch.randn(30, 8))
 (out.sum() + layer.l_aux).backward()
 compiled = torch.compile(layer.forward_with_aux, fullgraph=True, backend="aot_eager")
+logits = torch.randn(30, 4, requires_grad=True)
+choice = moe_ext.gate(logits, 2)
+grads_of_gate = [
+    torch.autograd.grad(output.square().sum(), logits, retain_graph=True)[0].abs().sum().item()
+    for output in (choice.weights, choice.probs, choice.importance)
+]
 print(json.dumps({{
     "library": str(moe_ext.ops.registry.library),
     "backends": [moe_ext.ops.backend(name, "cpu") for name in moe_ext.ops.NAMES],
     "warnings": [str(w.message) for w in caught],
     "out": out.double().sum().item(),
     "compiled": compiled(torch.randn(30, 8))[0].shape[0],
+    "grads_of_gate": grads_of_gate,
     "grad": sum(p.grad.double().abs().sum().item() for p in layer.parameters()),
 }}))
 """
@@ -89,6 +96,7 @@ def test_without_a_library_the_reference_runs(tree):
     assert result["compiled"] == 30
     assert result["out"] == pytest.approx(compiled["out"], rel=1e-5)
     assert result["grad"] == pytest.approx(compiled["grad"], rel=1e-5)
+    assert result["grads_of_gate"] == pytest.approx(compiled["grads_of_gate"], rel=1e-4)
     assert not [text for text in compiled["warnings"] if "moe_ext" in text]
 
 

@@ -1,6 +1,7 @@
 """Wrong input names the argument, the contract and what came, in the same words everywhere."""
 
 import re
+from math import inf, nan
 
 import pytest
 import torch
@@ -118,7 +119,18 @@ SHAPE_AND_TYPE = [
         "grad_probs must be float32 like probs, got float64",
     ),
     ("keep", {"weights": W.half()}, "weights must be float32, got float16"),
-    ("keep", {"slots": PLAN.slots[:9]}, "slots must be [T, K] with T = 33, K = 2, got [9, 2]"),
+    (
+        "keep",
+        {"slots": PLAN.slots[:9]},
+        "weights must be [T, K] with T = 9, K = 2 like the plan's slots [9, 2], got [33, 2]",
+    ),
+    ("keep", {"least": nan}, "least must be finite, got nan"),
+    ("keep", {"least": -nan}, "least must be finite, got nan"),
+    ("keep", {"scale": inf}, "scale must be finite, got inf"),
+    ("keep_backward", {"least": -inf}, "least must be finite, got -inf"),
+    ("keep_backward", {"scale": nan}, "scale must be finite, got nan"),
+    ("gate", {"scale": nan}, "scale must be finite, got nan"),
+    ("gate_backward", {"scale": -inf}, "scale must be finite, got -inf"),
     ("keep", {"slots": PLAN.slots.long()}, "slots must be int32, got int64"),
     ("keep_backward", {"weights": W[0]}, "weights must be [T, K], got [2]"),
     (
@@ -149,22 +161,38 @@ SHAPE_AND_TYPE = [
         {"tokens": X.int()},
         "tokens must be float32, float64, bfloat16 or float16, got int32",
     ),
-    ("dispatch", {"tokens": X[:32]}, "slots must be [T, K] with T = 32, got [33, 2]"),
+    (
+        "dispatch",
+        {"tokens": X[:32]},
+        "tokens must be [T, H] with T = 33 like the plan's slots [33, 2], got [32, 4]",
+    ),
     ("dispatch", {"slots": PLAN.slots.long()}, "slots must be int32, got int64"),
     ("dispatch", {"sources": PLAN.sources.view(-1, 1)}, f"sources must be [R], got [{R}, 1]"),
     ("dispatch", {"sources": PLAN.sources.long()}, "sources must be int32, got int64"),
-    ("dispatch", {"weights": W.T}, "weights must be [T, K] with T = 33, K = 2, got [2, 33]"),
+    (
+        "dispatch",
+        {"weights": W.T},
+        "weights must be [T, K] with T = 33, K = 2 like the plan's slots [33, 2], got [2, 33]",
+    ),
     ("dispatch", {"weights": W.bfloat16()}, "weights must be float32, got bfloat16"),
     ("dispatch", {"tokens": X.double()}, "weights must be float64, got float32"),
     ("combine", {"rows": ROWS[0]}, "rows must be [R, H], got [4]"),
-    ("combine", {"rows": ROWS[1:]}, f"sources must be [R] with R = {R - 1}, got [{R}]"),
+    (
+        "combine",
+        {"rows": ROWS[1:]},
+        "rows must be [R, H] with R = 66 like the plan's sources [66], got [65, 4]",
+    ),
     (
         "combine",
         {"rows": ROWS.bool()},
         "rows must be float32, float64, bfloat16 or float16, got bool",
     ),
     ("combine", {"slots": PLAN.slots[:, 0]}, "slots must be [T, K], got [33]"),
-    ("combine", {"weights": W[:, :1]}, "weights must be [T, K] with T = 33, K = 2, got [33, 1]"),
+    (
+        "combine",
+        {"weights": W[:, :1]},
+        "weights must be [T, K] with T = 33, K = 2 like the plan's slots [33, 2], got [33, 1]",
+    ),
     (
         "combine",
         {"rows": ROWS.half(), "weights": W.double()},
@@ -172,10 +200,22 @@ SHAPE_AND_TYPE = [
     ),
     ("route_dot", {"rows": ROWS[:, :3]}, "rows must be [R, H] with H = 4, got [66, 3]"),
     ("route_dot", {"rows": ROWS.double()}, "rows must be float32 like tokens, got float64"),
-    ("route_dot", {"tokens": X[:5]}, "slots must be [T, K] with T = 5, got [33, 2]"),
-    ("route_dot", {"rows": ROWS[:-1]}, f"sources must be [R] with R = {R - 1}, got [{R}]"),
+    (
+        "route_dot",
+        {"tokens": X[:5]},
+        "tokens must be [T, H] with T = 33 like the plan's slots [33, 2], got [5, 4]",
+    ),
+    (
+        "route_dot",
+        {"rows": ROWS[:-1]},
+        "rows must be [R, H] with R = 66 like the plan's sources [66], got [65, 4]",
+    ),
     ("dispatch_dot", {"rows": ROWS.double()}, "rows must be float32 like tokens, got float64"),
-    ("dispatch_dot", {"tokens": X[:5]}, "slots must be [T, K] with T = 5, got [33, 2]"),
+    (
+        "dispatch_dot",
+        {"tokens": X[:5]},
+        "tokens must be [T, H] with T = 33 like the plan's slots [33, 2], got [5, 4]",
+    ),
     ("dispatch_dot", {"weights": W.double()}, "weights must be float32, got float64"),
     ("grouped_mm", {"rows": ROWS[0]}, "rows must be [R, M], got [4]"),
     ("grouped_mm", {"weights": STACK[0]}, "weights must be [E, N, M] with M = 4, got [3, 4]"),
@@ -184,9 +224,24 @@ SHAPE_AND_TYPE = [
     ("grouped_mm", {"bias": STACK[:, :, 0].half()}, "bias must be float32 like rows, got float16"),
     ("grouped_mm", {"capacity": 9}, "capacity must be R / E with R = 66, E = 8, got 9"),
     ("grouped_outer", {"capacity": 9}, "capacity must be R / E with R = 66, E = 8, got 9"),
+    # Eight times as much is 2 ** 64, of which 64 bits keep 0.
+    (
+        "grouped_mm",
+        {"rows": ROWS[:0], "capacity": 2**61},
+        f"capacity must be R / E with R = 0, E = 8, got {2**61}",
+    ),
+    (
+        "grouped_mm",
+        {"weights": STACK[:7], "bias": None},
+        "weights must be [E, N, M] with E = 8 like the plan's load [8], got [7, 3, 4]",
+    ),
     ("activate", {"inner": ROWS[0]}, "inner must be [R, G], got [4]"),
     ("activate", {"inner": ROWS[:, :3]}, "inner must be [R, 2F], got [R, 3]"),
-    ("activate", {"sources": PLAN.sources[1:]}, "sources must be [R] with R = 66, got [65]"),
+    (
+        "activate",
+        {"inner": ROWS[1:]},
+        "inner must be [R, G] with R = 66 like the plan's sources [66], got [65, 4]",
+    ),
     (
         "activate",
         {"activation": "silu"},
@@ -200,7 +255,7 @@ SHAPE_AND_TYPE = [
         "grad must be float32 like inner, got float16",
     ),
     ("activate_backward", {"weights": W.double()}, "weights must be float32, got float64"),
-    ("grouped_mm", {"load": PLAN.load[:7]}, "load must be [E] with E = 8, got [7]"),
+    ("grouped_mm", {"load": PLAN.load.view(2, 4)}, "load must be [E], got [2, 4]"),
     ("grouped_mm", {"offsets": PLAN.load}, "offsets must be [E+1] with E+1 = 9, got [8]"),
     ("grouped_mm", {"offsets": PLAN.offsets.long()}, "offsets must be int32, got int64"),
     ("grouped_outer", {"right": ROWS[1:]}, "right must be [R, M] with R = 66, got [65, 4]"),
@@ -359,13 +414,32 @@ def test_values_on_the_cpu(name, wrong, message, where):
         call(name, wrong, where)
 
 
-def test_a_plan_of_other_tokens():
-    with pytest.raises(RuntimeError, match=r"dispatch: slots must be \[T, K\] with T = 5"):
-        moe_ext.dispatch(X[:5], PLAN)
-    with pytest.raises(RuntimeError, match=r"combine: sources must be \[R\] with R = 5"):
-        moe_ext.combine(ROWS[:5], PLAN)
-    with pytest.raises(RuntimeError, match=r"grouped_mm: rows must be \[R, M\] with R = 66"):
-        moe_ext.grouped_mm(ROWS[:5], STACK, PLAN)
+def test_what_does_not_fit_a_plan_is_at_fault():
+    """The plan was made before: the error names both."""
+    modules = ModuleExperts(torch.nn.Identity(), E)
+    of_slots = "T = 33 like the plan's slots [33, 2], got [5, 4]"
+    of_sources = "R = 66 like the plan's sources [66], got [5, 4]"
+    for function, message in (
+        (lambda: moe_ext.dispatch(X[:5], PLAN), f"tokens must be [T, H] with {of_slots}"),
+        (lambda: moe_ext.route_dot(X[:5], ROWS, PLAN), f"tokens must be [T, H] with {of_slots}"),
+        (lambda: moe_ext.combine(ROWS[:5], PLAN), f"rows must be [R, H] with {of_sources}"),
+        (lambda: moe_ext.grouped_mm(ROWS[:5], STACK, PLAN), f"[R, M] with {of_sources}"),
+        (lambda: modules(ROWS[:5], PLAN), f"rows must be [R, H] with {of_sources}"),
+        (lambda: moe_ext.activate(ROWS[:5], PLAN, "relu"), f"[R, G] with {of_sources}"),
+    ):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            function()
+
+
+@pytest.mark.parametrize("where", ["compiled", "reference"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_dtypes_have_their_names_in_python(where):
+    dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    assert len(dtypes) > 40
+    for dtype in dtypes - {torch.int32}:
+        name = str(dtype).removeprefix("torch.")
+        with pytest.raises(RuntimeError, match=f"plan: experts must be int32, got {name}\\b"):
+            call("plan", {"experts": torch.empty(T, K, dtype=dtype)}, where)
 
 
 GATE = [
@@ -469,6 +543,39 @@ def test_experts_of_the_wrong_shape(function):
     message = r"ModuleExperts: expert \d must return \[rows, H\] = \[\d+, 4\], got"
     with pytest.raises(RuntimeError, match=message):
         MOELayer(gate, ModuleExperts(Returns(function), E))(x)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"offsets": PLAN.offsets.long()},
+        {"offsets": PLAN.offsets[1:]},
+        {"offsets": with_value(PLAN.offsets, 3, 67)},
+        {"offsets": with_value(PLAN.offsets, 3, 0)},
+        {"load": PLAN.load.float()},
+        {"load": with_value(PLAN.load, 2, -1)},
+        {"capacity": 9},
+        {"capacity": 2**61},
+    ],
+)
+@pytest.mark.checks_values
+def test_module_experts_refuse_the_plans_that_grouped_mm_refuses(wrong):
+    plan = PLAN._replace(**wrong)
+    errors = []
+    for function in (
+        lambda: moe_ext.grouped_mm(ROWS, STACK, plan),
+        lambda: ModuleExperts(torch.nn.Identity(), E)(ROWS, plan),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            function()
+        errors.append(str(error.value).split("\n")[0].rstrip())
+    assert errors[1] == errors[0].replace("grouped_mm", "ModuleExperts")
+
+
+def test_module_experts_refuse_a_plan_for_other_experts():
+    message = re.escape("ModuleExperts: load must be [E] with E = 7, got [8]")
+    with pytest.raises(RuntimeError, match=message):
+        ModuleExperts(torch.nn.Identity(), 7)(ROWS, PLAN)
 
 
 def test_lists_for_tensors():

@@ -174,6 +174,19 @@ def test_counts_what_is_read_back(monkeypatch):
     assert found.others["addmm"] == E
 
 
+def test_names_operators_whose_first_argument_is_none(monkeypatch):
+    monkeypatch.setattr(ops, "backend", lambda name, device: "reference")
+
+    class Gradient(torch.nn.Module):
+        def forward(self, logits):
+            with torch.enable_grad():
+                (grad,) = torch.autograd.grad(moe_ext.gate(logits, 2).importance.sum(), logits)
+            return grad
+
+    found = moe_ext.explain(Gradient(), torch.randn(5, E, requires_grad=True))
+    assert [call.operator for call in found.calls] == ["gate", "gate_backward"]
+
+
 def test_says_why_torchs_products(monkeypatch):
     rows, weights = torch.randn(8, 4), torch.randn(2, 3, 4)
     real = ops.backend
