@@ -164,7 +164,9 @@ class ExpertParallel(ExpertParameters, Experts):
             self.number = next(self._record().layers)
 
     @classmethod
-    def of(cls, experts: nn.Module, group: dist.ProcessGroup | DeviceMesh, **kwargs):
+    def of(
+        cls, experts: nn.Module, group: dist.ProcessGroup | DeviceMesh, **kwargs: Any
+    ) -> ExpertParallel:
         """Keep this rank's part of all experts.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -118,7 +118,7 @@ def experts_of(model: nn.Module) -> dict[str, ExpertParallel]:
     }
 
 
-def data_parallel(model: nn.Module, groups: Groups, **options) -> DistributedDataParallel:
+def data_parallel(model: nn.Module, groups: Groups, **options: Any) -> DistributedDataParallel:
     """Wrap a model with ExpertParallel parts in DistributedDataParallel.
 
     All ranks' gradients are averaged, as by DistributedDataParallel: of an expert's parameter
@@ -179,7 +179,7 @@ def _reduce(
         torch.autograd.Variable._execution_engine.queue_callback(work.wait)
 
 
-def fully_shard(model: nn.Module, groups: Groups, **options) -> nn.Module:
+def fully_shard(model: nn.Module, groups: Groups, **options: Any) -> nn.Module:
     """Shard a model with ExpertParallel parts by FSDP2: each of these among its copies, the rest of
     the model among all ranks. Gradients are averaged over all ranks.
 
