@@ -1,5 +1,6 @@
 """What goes wrong between processes ends in an error that says what, in every one of them."""
 
+import copy
 import os
 import re
 import time
@@ -23,7 +24,7 @@ from moe_ext import (
     TopKGate,
     make_plan,
 )
-from moe_ext.parallel import data_parallel, make_groups
+from moe_ext.parallel import data_parallel, make_groups, trips
 
 H, E, T = 6, 4, 5
 
@@ -445,3 +446,139 @@ def test_a_backward_that_fails_on_one_rank_is_no_message_to_others():
         pool.close()
     assert "ExpertParallel: an exception ended a backward on this rank" in failed
     assert waits != "no error"
+
+
+def _error_of(function) -> str:
+    try:
+        function()
+    except (RuntimeError, AssertionError, KeyboardInterrupt, MemoryError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def _autocast_alone(rank: int) -> list[str]:
+    layer, x = layer_of(), torch.randn(T, H)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rank == 0):
+        first = _error_of(lambda: layer(x))
+    return [first, _error_of(lambda: layer(x))]
+
+
+def test_autocast_on_one_rank_is_named():
+    """Its experts would send rows of another width."""
+    for first, second in on_processes(2, _autocast_alone):
+        assert "same autocast_dtype, got torch.bfloat16 on rank 0 of the group" in first
+        assert second == "no error"
+
+
+def _other_rows(rank: int, rows) -> list[str]:
+    layer = layer_of(drop_tokens=False)
+    local = layer.experts.local
+    experts_give = local.routed
+    if rank == 1:
+        local.routed = lambda *args: rows(experts_give(*args))
+    x = torch.ones(T, H)
+    expected = layer_of(drop_tokens=False)(x)
+    said = [_error_of(lambda: torch.testing.assert_close(layer(x), expected))]
+    return [*said, _error_of(lambda: layer(x))]
+
+
+def _widened(rows: torch.Tensor) -> torch.Tensor:
+    return rows.double()
+
+
+def _cut(rows: torch.Tensor) -> torch.Tensor:
+    return rows[1:]
+
+
+def _forgotten(rows: torch.Tensor) -> None:
+    return None
+
+
+def test_rows_are_sent_in_the_dtype_of_the_tokens():
+    assert on_processes(2, _other_rows, _widened) == [["no error"] * 2] * 2
+
+
+@pytest.mark.parametrize(("rows", "got"), [(_cut, "["), (_forgotten, "NoneType")])
+def test_experts_that_return_no_rows_of_theirs_are_named(rows, got):
+    (others, error), (here, same_error) = on_processes(2, _other_rows, rows)
+    assert "ExpertParallel: experts must return [R, H]" in here
+    assert f"got {got}" in here
+    assert "nan at index" in others
+    assert error == same_error
+    assert "experts raised an exception in the last call on rank 1" in error
+
+
+def _interrupted(rank: int) -> list[str]:
+    layer, x = layer_of(), torch.randn(T, H)
+    layer(x)
+    with mock.patch.object(layer.experts.local, "routed", side_effect=KeyboardInterrupt) as routed:
+        if rank == 0:
+            routed.side_effect = layer.experts.local.__class__.routed.__get__(layer.experts.local)
+        first = _error_of(lambda: layer(x))
+    return [first, _error_of(lambda: layer(x)), _error_of(lambda: layer(x))]
+
+
+def test_an_interrupt_on_one_rank_is_no_message_to_others():
+    (_, *first), (interrupted, *second) = on_processes(2, _interrupted)
+    assert interrupted.startswith("KeyboardInterrupt")
+    for error, after in (first, second):
+        assert "experts raised an exception in the last call on rank 1 of the group" in error
+        assert after == "no error"
+
+
+def _packing_fails(rank: int) -> list[str]:
+    layer, x = layer_of(drop_tokens=False), torch.randn(T, H)
+    layer(x)
+    if rank == 0:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
+        return [_error_of(lambda: layer(x))]
+    with mock.patch.object(trips, "dispatch", side_effect=MemoryError):
+        first = _error_of(lambda: layer(x))
+    return [first, _error_of(lambda: layer(x))]
+
+
+def test_a_rank_that_fails_while_others_wait_refuses_further_calls():
+    pool = Processes(2)
+    try:
+        (waits,), (failed, refused) = pool.run(_packing_fails)
+    finally:
+        pool.close()
+    assert waits.startswith("RuntimeError")
+    assert failed.startswith("MemoryError")
+    assert "an exception ended a call on this rank" in refused
+
+
+def _shared_fail_in_two_levels(rank: int, dedup: bool) -> list[str]:
+    layer = layer_of(drop_tokens=False)
+    group = make_groups((2, 2)).ep
+    experts = ExpertParallel.of(GroupedExperts(E, H, 3), group, dedup=dedup, overlap=2)
+    shared = nn.Linear(H, H)
+    layer.experts = SharedExperts(experts, shared)
+    x = torch.randn(T, H)
+    layer(x)
+    with mock.patch.object(shared, "forward", side_effect=MemoryError if rank == 1 else None) as f:
+        if rank != 1:
+            f.side_effect = lambda x: x
+        first = _error_of(lambda: layer(x))
+    return [first, _error_of(lambda: layer(x)), _error_of(lambda: layer(x))]
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+def test_shared_experts_that_fail_on_one_rank_of_two_levels(dedup):
+    found = on_processes(4, _shared_fail_in_two_levels, dedup)
+    for rank, (first, error, after) in enumerate(found):
+        assert first.startswith("MemoryError" if rank == 1 else "no error")
+        assert "experts raised an exception in the last call on rank 1 of the group" in error
+        assert after == "no error"
+
+
+def _one_has_a_copy(rank: int) -> list[str]:
+    layer = layer_of()
+    if rank == 0:
+        copy.deepcopy(layer)
+    other, x = layer_of(), torch.randn(T, H)
+    return [_error_of(lambda: other(layer(x)))]
+
+
+def test_one_rank_may_have_a_copy_of_a_layer():
+    assert on_processes(2, _one_has_a_copy) == [["no error"]] * 2

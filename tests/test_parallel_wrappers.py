@@ -189,6 +189,8 @@ def _error_of(function) -> str:
 def _plain(rank: int, kind: str, wrap: str, compiles: bool) -> str:
     torch._dynamo.reset()
     model = divided(kind, make_groups(2).ep)
+    if not compiles:
+        model(batch(rank, 0))  # a layer in use is refused too
     if compiles:
         gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
         model[1] = MOELayer(gate, model[1].experts).double()
@@ -224,7 +226,7 @@ def test_experts_sharded_among_ranks_with_other_experts_are_refused():
 
 def _replaced(rank: int) -> tuple[str, str]:
     layer = divided("grouped", make_groups(2).ep)[1]
-    layer.experts.down_proj = nn.Parameter(layer.experts.down_proj.detach().clone())
+    layer.experts.gate_up_proj = nn.Parameter(layer.experts.gate_up_proj.detach().clone())
     before = _error_of(lambda: layer(batch(rank, 0)))
     layer.experts.mark()
     return before, _error_of(lambda: layer(batch(rank, 0)))
@@ -293,3 +295,25 @@ def test_a_file_per_rank_loads_into_its_rank_alone(tmp_path):
         assert is_same
         assert f"holds the experts of rank {1 - rank} of 2, and this is rank {rank} of 2" in error
         assert are_plain
+
+
+def _over_copies(rank: int) -> str:
+    """Of ranks that hold the same experts and share their tokens."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    model = divided("grouped", mesh.get_group("ep"))
+    parallel = DistributedDataParallel(model, process_group=mesh.get_group("dp"))
+    return _error_of(lambda: parallel(batch(rank, 0)).sum().backward())
+
+
+def test_plain_wrappers_over_copies_are_not_refused():
+    assert on_processes(4, _over_copies) == ["no error"] * 4
+
+
+def _functional(rank: int) -> str:
+    model = divided("grouped", make_groups(2).ep)
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return _error_of(lambda: torch.func.functional_call(model, parameters, (batch(rank, 0),)))
+
+
+def test_functional_call_is_not_refused():
+    assert on_processes(2, _functional) == ["no error"] * 2

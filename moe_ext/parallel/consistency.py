@@ -25,25 +25,28 @@ class Record:
     layers: gives every layer a number, in the order in which the rank makes them
     has_failed: whether experts raised an exception in the last call here, and the other ranks do
         not know yet
-    backwards: how many of layers have begun and not ended
+    backwards: how many backwards of layers belong to a torch backward that has not ended
+    is_broken: whether an exception ended an exchange here before all rows were sent
     """
 
     def __init__(self) -> None:
         self.layers = itertools.count()
         self.has_failed = False
         self.backwards = 0
+        self.is_broken = False
 
     def begin_forward(self) -> bool:
         """Returns has_failed, which the call tells the other ranks.
 
-        Raises RuntimeError after a backward that ended in an exception on this rank.
+        Raises RuntimeError after an exchange that ended in an exception on this rank.
         """
         # Inside a backward, as that of a checkpoint, others may be under way.
-        if self.backwards and torch._C._current_graph_task_id() == -1:
+        is_left = self.backwards > 0 and torch._C._current_graph_task_id() == -1
+        if self.is_broken or is_left:
             raise RuntimeError(
-                "ExpertParallel: an exception ended a backward on this rank, and other ranks may "
-                "still wait for its gradients. Restart all ranks, or make the groups and layers "
-                "anew on all of them"
+                f"ExpertParallel: an exception ended a {'backward' if is_left else 'call'} on this "
+                "rank, and other ranks may still wait for its rows. Restart all ranks, or create "
+                "new groups and layers on all of them"
             )
         has_failed, self.has_failed = self.has_failed, False
         return has_failed
@@ -70,7 +73,7 @@ class Call(NamedTuple):
     layer: its number on the group, as of its Record
     has_failed: as of the group's Record
     is_backward: whether the exchange is the backward's
-    dtype: as an index of DTYPES
+    dtype, autocast_dtype: as an index of DTYPES; without autocast both are the tokens' dtype
     capacity: rows per expert, 0 where ranks may differ in it
 
     The rest has the names of ExpertParallel's arguments and of the tensors it was called with.
@@ -88,6 +91,7 @@ class Call(NamedTuple):
     tokens_require_grad: bool
     weights_require_grad: bool
     dtype: int
+    autocast_dtype: int
     overlap: int
     tensor_parallel_size: int
     num_experts: int
@@ -95,9 +99,12 @@ class Call(NamedTuple):
     k: int
     capacity: int
 
-    def words(self) -> list[int]:
-        """The fields, packed into int64 numbers."""
-        words = []
+    def words(self, levels: int) -> list[int]:
+        """The fields, packed into int64 numbers after one that no row begins with.
+
+        levels: of the exchange, 1 or 2
+        """
+        words = [_MARK + levels]
         for fields in _WORDS:
             word = 0
             for name, bits in fields:
@@ -108,7 +115,7 @@ class Call(NamedTuple):
     @classmethod
     def of_words(cls, words: list[int]) -> Call:
         values: dict[str, Any] = {}
-        for fields, word in zip(_WORDS, words, strict=True):
+        for fields, word in zip(_WORDS, words[1:], strict=True):
             for name, bits in reversed(fields):
                 word, values[name] = divmod(word, 2**bits)
         return cls(**values)
@@ -119,7 +126,7 @@ _FLAGS = {name for name, kind in get_type_hints(Call).items() if kind is bool}
 
 def _packed() -> list[list[tuple[str, int]]]:
     """The fields of every word and their bits, at most 62 in a word."""
-    few = {"layer": 20, "dtype": 8, "overlap": 8, "tensor_parallel_size": 12}
+    few = {"layer": 20, "dtype": 8, "autocast_dtype": 8, "overlap": 8, "tensor_parallel_size": 12}
     words: list[list[tuple[str, int]]] = [[]]
     for name in Call._fields:
         bits = 1 if name in _FLAGS else few.get(name, 31)
@@ -130,18 +137,20 @@ def _packed() -> list[list[tuple[str, int]]]:
 
 
 _WORDS = _packed()
-NUM_WORDS = len(_WORDS)
+NUM_WORDS = 1 + len(_WORDS)
+_MARK = 0x2D6F655F65787421  # as float32 or float64 numbers far from those of rows
 
 
-def check(sent: Tensor, received: Tensor) -> None:
+def check(sent: Tensor, received: Tensor, columns: int = NUM_WORDS) -> None:
     """Raises RuntimeError where a rank makes another call.
 
     sent, received: [ranks, NUM_WORDS], to and from every rank
+    columns: how many of the words must be the same; the first one tells the levels
 
     The error names what differs where the host can see it: in eager code on the CPU. On a GPU and
     in compiled code the device's own assertion fails, for which nothing waits.
     """
-    is_same = (sent == received).all()
+    is_same = (sent[:, :columns] == received[:, :columns]).all()
     message = "ExpertParallel: all ranks must make the same calls with the same options"
     if torch.compiler.is_compiling():
         torch._assert_async(is_same, message)
@@ -154,6 +163,12 @@ def check(sent: Tensor, received: Tensor) -> None:
 
 def check_on_host(received: list[list[int]]) -> None:
     """`check`, with the words of all ranks, this one among them, on the host."""
+    for rank, words in enumerate(received):
+        if words[0] - _MARK not in (1, 2):
+            raise RuntimeError(
+                f"ExpertParallel: rank {rank} of the group is in the middle of another call, and "
+                "sends rows. Restart all ranks"
+            )
     calls = list(map(Call.of_words, received))
     first = calls[0]
     failed = [rank for rank, call in enumerate(calls) if call.has_failed]
@@ -161,8 +176,8 @@ def check_on_host(received: list[list[int]]) -> None:
         if len(failed) < len(calls):  # where all failed, all have given up the batch
             raise RuntimeError(
                 f"ExpertParallel: experts raised an exception in the last call on rank {rank} of "
-                "the group, and the other ranks got NaN from them. Give up such a batch on all "
-                "ranks"
+                "the group, and the other ranks got NaN from them. All ranks raise this error once "
+                "and may go on: give up the batch on all of them"
             )
     for rank, call in enumerate(calls):
         if _place(call) != _place(first):
@@ -177,6 +192,9 @@ def check_on_host(received: list[list[int]]) -> None:
         for rank, call in enumerate(calls):
             if getattr(call, name) != getattr(first, name):
                 _fail(name, _value(first, name), rank, _value(call, name))
+    for rank, words in enumerate(received):
+        if words[0] != received[0][0]:
+            _fail("levels", received[0][0] - _MARK, rank, words[0] - _MARK)
 
 
 def _place(call: Call) -> str:
@@ -185,7 +203,7 @@ def _place(call: Call) -> str:
 
 def _value(call: Call, name: str) -> object:
     value = getattr(call, name)
-    if name == "dtype":
+    if name in ("dtype", "autocast_dtype"):
         return DTYPES[value]
     return bool(value) if name in _FLAGS else value
 

@@ -214,6 +214,11 @@ class Exchange:
         """The group of the first move."""
         return next(resolve(step.group) for step in self._steps if isinstance(step, _Hop))
 
+    def ranks(self) -> list[list[int]]:
+        """The world's ranks in the group of every move."""
+        hops = (step for step in self._steps if isinstance(step, _Hop))
+        return [dist.get_process_group_ranks(resolve(hop.group)) for hop in hops]
+
     def equal(self, rows: int) -> Path:
         """The path of as many rows from every process to every process."""
         path: list[Move | Swap] = []
@@ -278,7 +283,10 @@ class Exchange:
     def _open(self, call: Call, counts: Tensor) -> _Opened:
         """Send the call and, in blocks of one size for every layer, as many counts as they hold."""
         flat = counts.reshape(self.size, -1).to(torch.int64)
-        words = [flat.new_full((self.size, 1), word) for word in call.words()]
+        levels = 1 if len(self._steps) == 1 else 2
+        words = [flat.new_full((self.size, 1), word) for word in call.words(levels)]
+        if levels == 2:
+            self._knock(words)
         room = BLOCK - NUM_WORDS
         first, rest = flat[:, :room], flat[:, room:]
         unused = flat.new_zeros(self.size, room - first.shape[1])
@@ -292,6 +300,17 @@ class Exchange:
             trace = [tuple(torch.cat(xs, dim=1) for xs in zip(*xs, strict=True)) for xs in pairs]
         shaped = [tuple(x.reshape(counts.shape) for x in xs) for xs in trace]
         return _Opened(sent, received, shaped)
+
+    def _knock(self, words: list[Tensor]) -> None:
+        """Check in the group of the first move that its ranks exchange in two levels, by a message
+        as large as the first of one level: another layer of the group may have that."""
+        size = self.first_group.size()
+        blocks = [word[:size] for word in words]
+        sent = torch.cat([*blocks, words[0].new_zeros(size, BLOCK - NUM_WORDS)], dim=1)
+        sizes = [1] * size
+        moved = _all_to_all(sent, Move(self.first_group.group_name, sizes, sizes))
+        received = collectives.wait_tensor(moved)
+        check(sent[:, :NUM_WORDS], received[:, :NUM_WORDS], columns=1)
 
     def _trace(self, blocks: Tensor) -> list[tuple[Tensor, ...]]:
         """One block of numbers for every rank, before and after every step. blocks: [size, n]"""

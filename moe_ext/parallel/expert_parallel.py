@@ -15,20 +15,14 @@ from torch.nn import functional as F
 from .. import mappings, options
 from ..contracts import accumulate_dtype
 from ..experts import ExpertParameters, Experts, SharedExperts, routed
-from ..functional import combine, dispatch
+from ..functional import combine, dispatch, has_autocast
 from ..plan import Plan, make_plan
 from ..process_group import GroupAttribute
 from .consistency import DTYPES, Call, Record, record_of
 from .deepep import Journey
 from .division import divide
 from .exchange import Exchange, opens_backward
-from .misuse import (
-    mark_state,
-    refuse_state,
-    refuse_wrappers,
-    refuse_wrappers_when_compiled,
-    remember,
-)
+from .misuse import begin_call, mark_state, refuse_state, remember
 from .trips import once_per_process, once_per_route, rooms_of_experts, travel
 
 
@@ -80,7 +74,7 @@ class ExpertParallel(ExpertParameters, Experts):
 
     tensor_group = GroupAttribute()
     local: nn.Module
-    number: int  # the layer's, on its group
+    number: int | None  # the layer's, on its group; a copy has none before its first call
     _met: set[bool]  # the modes of autograd in which ranks have compared on the host
 
     def __init__(
@@ -142,8 +136,9 @@ class ExpertParallel(ExpertParameters, Experts):
         self.average = average
         self.tensor_group = tensor_group
         self.deepep = deepep
-        self.number = next(self._record().layers)
+        self.number = next(self.record().layers)
         self._met = set()
+        self._is_sending = False  # whether other ranks wait for rows of this one
         for member in (*experts._parameters, *experts._buffers, *experts._modules):
             if hasattr(ExpertParallel, member):
                 raise ValueError(f"{name}: experts must not have a member called {member!r}")
@@ -159,9 +154,9 @@ class ExpertParallel(ExpertParameters, Experts):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         remember(self)
-        # A copy is a layer of its own. A pickle may be read before there are groups.
-        if dist.is_initialized():
-            self.number = next(self._record().layers)
+        # A copy is a layer of its own. One rank alone may have it, as the best so far: such a copy
+        # must not count.
+        self.number = None
 
     @classmethod
     def of(
@@ -284,12 +279,20 @@ class ExpertParallel(ExpertParameters, Experts):
         # Data-parallel wrappers may cast what they pass on.
         weights = weights.to(accumulate_dtype(tokens.dtype))
         call = self._call(tokens, plan, weights)
-        is_named = not torch.compiler.is_compiling() and call.grad_enabled not in self._met
         if torch.compiler.is_compiling():
-            refuse_wrappers_when_compiled(self)
-        elif is_named:
-            refuse_wrappers(self)
-            self._met.add(call.grad_enabled)
+            return self._exchanged(call, False, tokens, plan, weights, work)
+        is_named = call.grad_enabled not in self._met
+        self._met.add(call.grad_enabled)
+        try:
+            return self._exchanged(call, is_named, tokens, plan, weights, work)
+        except BaseException:
+            if self._is_sending:
+                self._is_sending, self.record().is_broken = False, True
+            raise
+
+    def _exchanged(
+        self, call: Call, is_named: bool, tokens, plan, weights, work
+    ) -> tuple[Tensor, Tensor | None]:
         if self.deepep is not None or self._everyone is not self.exchange:
             none = plan.load.new_empty(self._everyone.size, 0)
             self._everyone.counts(call, none, is_named)
@@ -300,10 +303,13 @@ class ExpertParallel(ExpertParameters, Experts):
         return self._counted(call, tokens, plan, weights, work)
 
     def _call(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Call:
-        is_enabled = torch.is_grad_enabled()
+        is_enabled, device_type = torch.is_grad_enabled(), tokens.device.type
+        dtype = autocast_dtype = DTYPES.index(tokens.dtype)
+        if has_autocast(tokens.device):
+            autocast_dtype = DTYPES.index(torch.get_autocast_dtype(device_type))
         return Call(
-            layer=self.number,
-            has_failed=not torch.compiler.is_compiling() and self._record().begin_forward(),
+            layer=begin_call(id(self)),
+            has_failed=not torch.compiler.is_compiling() and self.record().begin_forward(),
             is_backward=False,
             dedup=self.dedup,
             uneven_tokens=self.uneven_tokens,
@@ -313,8 +319,9 @@ class ExpertParallel(ExpertParameters, Experts):
             grad_enabled=is_enabled,
             tokens_require_grad=is_enabled and tokens.requires_grad,
             weights_require_grad=is_enabled and weights.requires_grad,
-            dtype=DTYPES.index(tokens.dtype),
-            overlap=self.overlap,
+            dtype=dtype,
+            autocast_dtype=autocast_dtype,
+            overlap=min(self.overlap, 255),
             tensor_parallel_size=self._sharers(),
             num_experts=self.num_experts,
             hidden_size=tokens.shape[1],
@@ -333,7 +340,7 @@ class ExpertParallel(ExpertParameters, Experts):
         rooms = self._my_share(dispatch(tokens, plan).view(E, plan.capacity, H), 1)
         before = 0 if self.tensor_group is None else self.tensor_group.rank() * rooms.shape[1]
         kept = (plan.kept() - before).clamp(0, rooms.shape[1])
-        trips = rooms_of_experts(self.exchange, call, rooms, kept, is_named)
+        trips = rooms_of_experts(self.exchange, call, rooms, kept, self.overlap, is_named)
         parts, result = self._travel(call, trips, work)
         rooms = _joined([part.view(E, -1, H) for part in parts], 1)
         rooms = mappings.gather_tokens(rooms, 1, self.tensor_group)[:, : plan.capacity]
@@ -359,13 +366,18 @@ class ExpertParallel(ExpertParameters, Experts):
         return out[:num_tokens], result
 
     def _travel(self, call: Call, trips, work) -> tuple[list[Tensor], Tensor | None]:
+        if not torch.compiler.is_compiling():
+            self._is_sending = True
         backs, result, failure = travel(trips, self._routed_here, work)
+        if not torch.compiler.is_compiling():
+            self._is_sending = False
         if failure is not None:
-            self._record().has_failed = True
+            self.record().has_failed = True
             raise failure
         return opens_backward(backs, self._everyone, call), result
 
-    def _record(self) -> Record:
+    def record(self) -> Record:
+        """What this rank remembers of the group."""
         return record_of(self._everyone.first_group)
 
     def _by_deepep(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -20,41 +21,44 @@ if TYPE_CHECKING:
 _members: weakref.WeakValueDictionary[int, ExpertParallel] = weakref.WeakValueDictionary()
 
 
-def refuse_wrappers(experts: ExpertParallel) -> None:
-    """Raises RuntimeError inside a forward of plain DistributedDataParallel or fully_shard."""
-    _refuse_ddp(experts)
-    _refuse_fsdp(experts)
-
-
-def refuse_wrappers_when_compiled(experts: ExpertParallel) -> None:
-    """`refuse_wrappers` from compiled code: it runs once, while torch.compile traces."""
-    _refuse_by_id(id(experts))
-
-
 def remember(experts: ExpertParallel) -> None:
     _members[id(experts)] = experts
 
 
-def _refuse_by_id(key: int) -> bool:
-    refuse_wrappers(_members[key])
-    return True
+def begin_call(key: int) -> int:
+    """Refuse wrappers, and give the layer's number.
+
+    key: the id of an ExpertParallel. Compiled code calls this once, while torch.compile traces.
+
+    Raises RuntimeError inside a forward of plain DistributedDataParallel or fully_shard.
+    """
+    experts = _members[key]
+    _refuse_ddp(experts)
+    _refuse_fsdp(experts)
+    if experts.number is None:
+        experts.number = next(experts.record().layers)
+    return experts.number
 
 
 # As of torch.compiler.assume_constant_result, which would load all of torch._dynamo.
-_refuse_by_id._dynamo_marked_constant = True  # type: ignore[attr-defined]
+begin_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_ddp(experts: ExpertParallel) -> None:
     ddp = DistributedDataParallel._get_active_ddp_module()
-    if ddp is None:
+    if ddp is None or hasattr(ddp, "reduces_experts"):  # as parallel.data_parallel leaves it
+        return
+    averaged = set(dist.get_process_group_ranks(ddp.process_group))
+    if all(len(averaged.intersection(ranks)) < 2 for ranks in experts.exchange.ranks()):
         return
     mine = {id(parameter) for parameter in experts.parameters()}
     for name, parameter in ddp.module.named_parameters():
         if id(parameter) in mine and name not in ddp.parameters_to_ignore:
             raise RuntimeError(
-                f"ExpertParallel: DistributedDataParallel has copied {name} of rank 0's experts "
-                "over other experts on the other ranks, and would average their gradients. Build "
-                "the model anew and wrap it by moe_ext.parallel.data_parallel(model, groups)"
+                f"ExpertParallel: DistributedDataParallel takes {name} for the same on ranks that "
+                "hold different experts: it has copied one rank's over the others', and would "
+                "average their gradients. Build the model anew and wrap it by "
+                "moe_ext.parallel.data_parallel(model, groups)"
             )
 
 
@@ -67,16 +71,22 @@ def _refuse_fsdp(experts: ExpertParallel) -> None:
                 "by moe_ext.parallel.fully_shard(model, groups)"
             )
         return
-    parameters = dict(experts.named_parameters())
-    for name in experts.marked & parameters.keys():
-        # FSDP computes with parameters of its own making.
-        if not hasattr(parameters[name], "group_name"):
+    # FSDP computes with parameters of its own making. It replaces all of them: one tells.
+    if not _is_replaced(next(experts.parameters(), None)):
+        return
+    for name, parameter in experts.named_parameters():
+        if name in experts.marked and _is_replaced(parameter):
             raise RuntimeError(
                 f"ExpertParallel: {name} of the experts was replaced by another parameter. Plain "
                 "fully_shard does so and mixes the experts of different ranks: build the model "
                 "anew and wrap it by moe_ext.parallel.fully_shard(model, groups). If you replaced "
                 "it yourself, call experts.mark()"
             )
+
+
+def _is_replaced(parameter: Tensor | None) -> bool:
+    # torch.func puts plain tensors in the place of parameters.
+    return type(parameter) is nn.Parameter and not hasattr(parameter, "group_name")
 
 
 RANK = "expert_parallel_rank"  # in a state dict's metadata: [rank, size]

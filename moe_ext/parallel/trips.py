@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import accumulate_dtype
-from ..functional import dispatch
+from ..functional import dispatch, has_autocast
 from ..losses import expert_load
 from ..plan import Plan, make_plan
 from .consistency import Call
@@ -33,12 +33,13 @@ _Departed = tuple[Path, Callable[..., tuple[Tensor, Plan, Tensor]], list[Travell
 
 def travel(
     trips: Iterable[Trip], run: Callable[..., Tensor], work: Callable[[], Tensor] | None
-) -> tuple[list[Tensor], Tensor | None, Exception | None]:
+) -> tuple[list[Tensor], Tensor | None, BaseException | None]:
     """Every part to its experts and back. The next one travels while the experts work.
 
-    Returns the rows that came back, what `work` gives, and the exception that `run` or `work`
-    raised. After one all rows travel still, NaN in place of what `run` would give: another rank
-    that waits for them would take the next message for rows.
+    Returns the rows that came back, what `work` gives, and the first exception that `run` or
+    `work` raised. All rows travel still, NaN in place of what a `run` would give: another rank that
+    waits for them would take the next message for rows. `run` may exchange rows too, so that it is
+    called for every part.
     """
     attempt = _Attempt()
     leaving, result = [], None
@@ -51,30 +52,39 @@ def travel(
         (path, arrive, arriving), coming = coming, next(departed, None)
         arrived = list(map(finish, arriving))
         rows = attempt(_at_experts, run, arrive, arrived)
-        if rows is None:
+        if rows is None:  # which no experts give
             rows = arrived[0].new_full(arrived[0].shape, torch.nan)
         leaving.append(start(rows, back(path)))
     return [finish(rows) for rows in leaving], result, attempt.failure
 
 
 def _at_experts(run: Callable[..., Tensor], arrive: Callable, arrived: list[Tensor]) -> Tensor:
-    return run(*arrive(*arrived))
+    rows = run(*arrive(*arrived))
+    expected, dtype, device = arrived[0].shape, arrived[0].dtype, arrived[0].device
+    if not isinstance(rows, Tensor) or rows.shape != expected:
+        got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise RuntimeError(
+            f"ExpertParallel: experts must return [R, H] = {list(expected)}, got {got}"
+        )
+    # All ranks send rows of a width that the call tells.
+    if has_autocast(device) and rows.dtype == torch.get_autocast_dtype(device.type):
+        return rows
+    return rows.to(dtype)
 
 
 class _Attempt:
-    """Calls functions until one raises an exception, which it keeps."""
+    """Calls functions and keeps the first exception that one raises."""
 
     def __init__(self) -> None:
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
 
     def __call__(self, function: Callable[..., Tensor], *args) -> Tensor | None:
         if torch.compiler.is_compiling():
             return function(*args)
-        if self.failure is None:
-            try:
-                return function(*args)
-            except Exception as error:
-                self.failure = error
+        try:
+            return function(*args)
+        except BaseException as error:  # an interrupt too
+            self.failure = self.failure or error
         return None
 
 
@@ -83,7 +93,7 @@ def _depart(trip: Trip) -> _Departed:
 
 
 def rooms_of_experts(
-    exchange: Exchange, call: Call, rooms: Tensor, kept: Tensor, is_named: bool
+    exchange: Exchange, call: Call, rooms: Tensor, kept: Tensor, overlap: int, is_named: bool
 ) -> list[Trip]:
     """Every expert's room goes to its process, empty rows too.
 
@@ -93,7 +103,7 @@ def rooms_of_experts(
     W, L = exchange.size, E // exchange.size
     load = exchange.counts(call, kept.view(W, L), is_named)
     trips, done = [], 0
-    for part in rooms.tensor_split(call.overlap, dim=1):
+    for part in rooms.tensor_split(overlap, dim=1):
         C = part.shape[1]
         ids = _ids_of_rooms((load - done).clamp(0, C), C)
 
