@@ -320,7 +320,7 @@ def total_l_aux(model: nn.Module) -> Tensor:
     called = [layer for layer in layers if layer.exp_counts is not None]
     if not called:
         raise RuntimeError(
-            f"total_l_aux: no MOELayer of {name} was called yet; call the model first. "
+            f"total_l_aux: no MOELayer in this {name} was called yet; call the model first. "
             "forward_with_aux leaves nothing: add the l_aux that it returns"
         )
     device = called[-1].exp_counts.device
@@ -449,8 +449,11 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         options.integer("MoE", "num_experts", num_experts, 1)
-        if not isinstance(expert, nn.Module):
-            raise ValueError(f"MoE: expert must be a module, got {expert!r}")
+        if not isinstance(expert, nn.Module) or isinstance(expert, Experts):
+            raise ValueError(
+                f"MoE: expert must be the module of one expert, got {type(expert).__name__}; "
+                "moe_ext.Experts go into MOELayer(gate, experts)"
+            )
         options.integer("MoE", "ep_size", ep_size, 1)
         if num_experts % ep_size:
             raise ValueError(

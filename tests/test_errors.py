@@ -484,7 +484,11 @@ def test_layer_constructor():
         (lambda: MOELayer(print, experts), "gate must be an nn.Module with route(), got builtin"),
         (lambda: MOELayer(experts, gate), "gate must be an nn.Module with route(), got Group"),
         (lambda: MOELayer(gate, gate), "experts must be a module, got TopKGate"),
-        (lambda: MoE(torch.nn.Linear(H, H), H, E), "MoE: expert must be a module, got 4"),
+        (lambda: MoE(torch.nn.Linear(H, H), H, E), "MoE: expert must be the module of one"),
+        (
+            lambda: MoE(H, GroupedExperts(E, H, 3), E),
+            "MoE: expert must be the module of one expert, got GroupedExperts",
+        ),
         (lambda: MOELayer(gate, GroupedExperts(4, H, 4)), "num_experts = 8, got 4"),
         (lambda: MOELayer(gate, GroupedExperts(E, 5, 4)), "model_dim = 4 as hidden_size, got 5"),
         (lambda: MOELayer(gate, experts, ep_size=2), "num_experts = 8, got 16"),

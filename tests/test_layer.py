@@ -306,7 +306,7 @@ def test_total_l_aux_without_a_loss():
             return route(tokens[:, :E], 1)._replace(l_aux=self.l_aux)
 
     layer, x = MOELayer(NoLoss(), GroupedExperts(E, H, FFN)), torch.randn(5, H)
-    with pytest.raises(RuntimeError, match="no MOELayer of MOELayer was called yet; call the"):
+    with pytest.raises(RuntimeError, match="no MOELayer in this MOELayer was called yet"):
         total_l_aux(layer)
     for l_aux, total in ((None, 0.0), (2.5, 2.5), (torch.tensor(3), 3.0)):
         layer.gate.l_aux = l_aux

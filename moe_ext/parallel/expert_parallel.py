@@ -173,7 +173,10 @@ class ExpertParallel(ExpertParameters, Experts):
         Raises:
             ValueError: experts that do not divide evenly
         """
-        exchange = Exchange(group)
+        try:
+            exchange = Exchange(group)
+        except ValueError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from None
         return cls(divide(experts, exchange.rank, exchange.size), group, **kwargs)
 
     @property

@@ -57,7 +57,10 @@ def make_groups(
         ValueError: ep * dp is not the number of ranks, or torch.distributed is not initialised
     """
     if not dist.is_initialized():
-        raise ValueError("make_groups: torch.distributed is not initialised")
+        raise ValueError(
+            "make_groups: torch.distributed is not initialised; call init_process_group() first, in "
+            "processes that torchrun starts"
+        )
     shape = (ep,) if isinstance(ep, int) else tuple(ep)
     world, size = dist.get_world_size(), math.prod(shape)
     if min(shape) < 1 or len(shape) > 2:
