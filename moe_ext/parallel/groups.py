@@ -58,8 +58,8 @@ def make_groups(
     """
     if not dist.is_initialized():
         raise ValueError(
-            "make_groups: torch.distributed is not initialised; call init_process_group() first, in "
-            "processes that torchrun starts"
+            "make_groups: torch.distributed is not initialised; call init_process_group() first, "
+            "in processes that torchrun starts"
         )
     shape = (ep,) if isinstance(ep, int) else tuple(ep)
     world, size = dist.get_world_size(), math.prod(shape)
