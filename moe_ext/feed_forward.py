@@ -16,7 +16,7 @@ from typing import get_args
 from torch import Tensor
 
 from . import contracts, ops
-from .functional import activate, autocast, combine, dispatch, grouped_mm
+from .functional import activate, autocast, check_plan, combine, dispatch, grouped_mm
 from .gradients import (
     ActivateBackward,
     Combine,
@@ -188,6 +188,7 @@ def feed_forward(
     Raises:
         RuntimeError: an argument breaks this contract
     """
+    check_plan("feed_forward", plan)
     contracts.feed_forward(tokens, plan.num_experts, up, down, activation, up_bias, down_bias)
     if weigh not in WEIGH:
         raise RuntimeError(f"feed_forward: weigh must be one of {WEIGH}, got {weigh!r}")

@@ -90,7 +90,16 @@ def keep(
     """
     if least is None:
         least = torch.finfo(weights.dtype).tiny if weights.is_floating_point() else 0.0
+    check_plan("keep", plan)
     return Keep.call(weights, plan.slots, renormalise, least, scale)
+
+
+def check_plan(op: str, plan: Plan) -> None:
+    """Raises RuntimeError for something else, before its attributes are missed."""
+    if not isinstance(plan, Plan):
+        contracts.Check(op).fail(
+            f"plan must be a moe_ext.Plan, as make_plan returns, got {type(plan).__name__}"
+        )
 
 
 def dispatch(tokens: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
@@ -107,6 +116,7 @@ def dispatch(tokens: Tensor, plan: Plan, weights: Tensor | None = None) -> Tenso
     Raises:
         RuntimeError: an argument breaks this contract
     """
+    check_plan("dispatch", plan)
     return Dispatch.call(tokens, plan.slots, plan.sources, weights)
 
 
@@ -126,6 +136,7 @@ def combine(rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: an argument breaks this contract
     """
+    check_plan("combine", plan)
     return Combine.call(rows, plan.slots, plan.sources, weights)
 
 
@@ -144,6 +155,7 @@ def route_dot(tokens: Tensor, rows: Tensor, plan: Plan) -> Tensor:
     Raises:
         RuntimeError: an argument breaks this contract
     """
+    check_plan("route_dot", plan)
     return RouteDot.call(tokens, rows, plan.slots, plan.sources)
 
 
@@ -195,6 +207,7 @@ def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = 
     Raises:
         RuntimeError: an argument breaks this contract
     """
+    check_plan("grouped_mm", plan)
     check = contracts.Check("grouped_mm")
     sources = plan.sources
     check.shape("rows", rows, [("R", sources.shape[0]), ("M", None)], ("sources", sources))
@@ -222,4 +235,5 @@ def activate(
     Raises:
         RuntimeError: an argument breaks this contract
     """
+    check_plan("activate", plan)
     return Activate.call(inner, plan.slots, plan.sources, weights, activation)

@@ -609,3 +609,21 @@ def test_an_error_loses_nothing():
     with pytest.raises(RuntimeError):
         layer(torch.randn(3, H + 1))
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("keep", lambda x, plan: moe_ext.keep(x, plan)),
+        ("dispatch", lambda x, plan: moe_ext.dispatch(x, plan)),
+        ("combine", lambda x, plan: moe_ext.combine(x, plan)),
+        ("route_dot", lambda x, plan: moe_ext.route_dot(x, x, plan)),
+        ("grouped_mm", lambda x, plan: moe_ext.grouped_mm(x, x[None], plan)),
+        ("activate", lambda x, plan: moe_ext.activate(x, plan, "relu")),
+        ("feed_forward", lambda x, plan: moe_ext.feed_forward(x, plan, x, x, x, "relu")),
+    ],
+)
+def test_something_else_in_the_place_of_a_plan_is_named(name, call):
+    x = torch.randn(4, 4)
+    with pytest.raises(RuntimeError, match=f"{name}: plan must be a moe_ext.Plan.* got Choice"):
+        call(x, moe_ext.gate(x, 2))
