@@ -83,7 +83,7 @@ def main() -> None:
     experts = [p for p in model.parameters() if not getattr(p, "allreduce", True)]
     others = [p for p in model.parameters() if getattr(p, "allreduce", True)]
     optimizer = torch.optim.AdamW([{"params": others}, {"params": experts}], lr=3e-3)
-    for step in tqdm(range(steps), unit="step", disable=rank > 0):
+    for step in tqdm(range(steps), unit="step", disable=True if rank else None):
         tokens, wanted = (part.to(device) for part in batch(step, rank, size))
         loss = F.mse_loss(model(tokens), wanted)
         l_aux = sum(block.moe.l_aux for block in model)

@@ -64,7 +64,7 @@ def main() -> None:
     layer = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(EXPERTS, WIDTH, 2 * WIDTH))
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     stats = moe_ext.stats.track(layer, detailed=True)
-    for step in (bar := tqdm(range(steps), unit="step")):
+    for step in (bar := tqdm(range(steps), unit="step", disable=None)):
         tokens, wanted = batch(rotations)
         loss = F.mse_loss(layer(tokens), wanted)
         optimizer.zero_grad()

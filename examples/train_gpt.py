@@ -77,7 +77,7 @@ def train(model: GPT, text: Tensor, steps: int, batch: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps + 1)
     windows = text.unfold(0, CONTEXT + 1, 1)
-    for step in (bar := tqdm(range(steps), unit="step")):
+    for step in (bar := tqdm(range(steps), unit="step", disable=None)):
         sample = windows[torch.randint(len(windows), (batch,))]
         logits = model(sample[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), sample[:, 1:].flatten())

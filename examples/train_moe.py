@@ -82,7 +82,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, lr=2e-3)
     draws = torch.Generator().manual_seed(args.seed)
     windows = data.unfold(0, CONTEXT + 1, 1)
-    for step in (bar := tqdm(range(args.steps), unit="step")):
+    for step in (bar := tqdm(range(args.steps), unit="step", disable=None)):
         batch = windows[torch.randint(len(windows), (BATCH,), generator=draws)]
         logits, l_aux = model(batch[:, :-1])
         loss = F.cross_entropy(logits, batch[:, -1])

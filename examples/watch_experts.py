@@ -59,7 +59,7 @@ def train(balance: str, steps: int, seed: int, out: Path) -> float:
     sink = JsonLines(out / f"{balance}.jsonl")
     sink.path.unlink(missing_ok=True)
     with moe_ext.stats.track(layer, detailed=True) as stats:
-        for step in tqdm(range(1, steps + 1), desc=balance, unit="step"):
+        for step in tqdm(range(1, steps + 1), desc=balance, unit="step", disable=None):
             tokens, wanted = task.batch(BATCH)
             loss = F.mse_loss(layer(tokens), wanted)
             optimizer.zero_grad()

@@ -43,7 +43,7 @@ def plot(arguments: argparse.Namespace) -> int:
         print(f"moe_ext plot: {error}", file=sys.stderr)
         return 2
     if not readings:
-        print(f"moe_ext plot: {arguments.run_file} holds no reading", file=sys.stderr)
+        print(f"moe_ext plot: {arguments.run_file} has no whole line to read", file=sys.stderr)
         return 2
     step, last = readings[-1]
     names = list(last.train or last.eval)
@@ -62,10 +62,10 @@ def plot(arguments: argparse.Namespace) -> int:
         print(f"moe_ext plot: {error}; pip install matplotlib, or --text", file=sys.stderr)
         return 1
     out = arguments.out or arguments.run_file.parent
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         print("\n".join(map(str, plot_run(readings, out, arguments.layer))))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"moe_ext plot: {error}", file=sys.stderr)
         return 2
     return 0

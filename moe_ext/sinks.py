@@ -98,11 +98,18 @@ class JsonLines:
     An interrupted run leaves what it had written.
 
     Args:
-        path: is appended to, after its last whole line; its folder must be there
+        path: is appended to, after its last whole line
+
+    Raises:
+        FileNotFoundError: the path's folder does not exist
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(
+                f"JsonLines: {self.path.parent} must be a folder; create it first, with mkdir"
+            )
 
     def __call__(self, reading: Reading, step: int) -> None:
         lines = []
@@ -212,9 +219,17 @@ class TensorBoard:
     Args:
         writer: the writer
         per_layer: those of every layer, not only their mean and the worst
+
+    Raises:
+        ValueError: the writer has no add_scalar
     """
 
     def __init__(self, writer: Any, *, per_layer: bool = False) -> None:
+        if not callable(getattr(writer, "add_scalar", None)):
+            raise ValueError(
+                "TensorBoard: writer must have add_scalar, as torch.utils.tensorboard."
+                f"SummaryWriter(folder) does, got {writer!r}"
+            )
         self.writer = writer
         self.per_layer = per_layer
 

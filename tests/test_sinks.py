@@ -281,6 +281,13 @@ def test_tensorboard(run):
     assert writer.seen["eval/moe/max_over_mean_worst", 20] == worst
 
 
+def test_a_sink_that_could_not_write_is_refused_at_once(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"JsonLines: .*missing must be a folder; create"):
+        JsonLines(tmp_path / "missing" / "run.jsonl")
+    with pytest.raises(ValueError, match=r"TensorBoard: writer must have add_scalar.*'runs'"):
+        TensorBoard("runs")
+
+
 def command(*arguments) -> subprocess.CompletedProcess:
     line = [sys.executable, "-m", "moe_ext", "plot", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True)
@@ -305,7 +312,7 @@ def test_the_command_without_pictures(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", [None, "", "nonsense\n"])
+@pytest.mark.parametrize("text", [None, "", "nonsense\n", '{"step": 50, "mode"'])
 def test_the_command_and_a_wrong_file(tmp_path, text):
     path = tmp_path / "run.jsonl"
     if text is not None:
@@ -324,6 +331,16 @@ def test_the_command_and_a_wrong_layer_or_picture(run, tmp_path):
     path.write_bytes(PNG + b"\r\n")
     error = f"moe_ext plot: {path}, line 1: not a line of moe_ext's stats: "
     assert command(path, "--text").stderr.startswith(error)
+
+
+def test_the_command_and_a_file_in_the_place_of_its_folder(run, tmp_path):
+    out = tmp_path / "out"
+    out.write_text("")
+    done = command(run[1], "--out", out)
+    assert done.returncode == 2
+    assert done.stderr.startswith("moe_ext plot: ")
+    assert str(out) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_what_a_heat_map_shows(tmp_path, monkeypatch):
