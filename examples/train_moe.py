@@ -1,7 +1,8 @@
 """A training script written for DeepSpeed's MoE layer. Only its imports say moe_ext.
 
-With `deepspeed.moe` in place of `moe_ext` below it runs on DeepSpeed, and from the same seed prints
-the same losses. It predicts the next byte of Python's own sources from the sixteen before.
+With `deepspeed.moe` in place of `moe_ext.deepspeed` below it runs on DeepSpeed, and from the same
+seed prints the same losses. It predicts the next byte of Python's own sources from the sixteen
+before.
 
     python examples/train_moe.py --steps 200
 """
@@ -17,8 +18,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 # Before: from deepspeed.moe.layer import MoE, and so on.
-from moe_ext.layer import MoE
-from moe_ext.utils import has_moe_layers, split_params_into_different_moe_groups_for_optimizer
+from moe_ext.deepspeed.layer import MoE
+from moe_ext.deepspeed.utils import (
+    has_moe_layers,
+    split_params_into_different_moe_groups_for_optimizer,
+)
 
 CONTEXT, WIDTH, BATCH = 16, 64, 256
 

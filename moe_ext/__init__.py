@@ -11,7 +11,7 @@ from .explanation import explain
 from .feed_forward import feed_forward
 from .functional import Choice, activate, combine, dispatch, gate, grouped_mm, keep, route_dot
 from .grouped_experts import GroupedExperts
-from .layer import Aux, MoE, MOELayer, total_l_aux
+from .layer import Aux, MOELayer, total_l_aux
 from .plan import Plan, make_plan
 from .routers import CosineRouter
 from .routing import Routing, route
@@ -19,6 +19,7 @@ from .topk_gate import TopKGate
 
 if TYPE_CHECKING:
     from . import parallel
+    from .deepspeed.layer import MoE
     from .parallel import ExpertParallel
 
 __version__ = "0.1.0"
@@ -65,10 +66,12 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # Loaded when asked for: torch's meshes and DTensors take most of a second.
+    # Loaded when asked for: torch's meshes and DTensors take most of a second, as does DeepSpeed.
     if name in ("ExpertParallel", "parallel"):
         parallel = importlib.import_module(".parallel", __name__)
         return parallel if name == "parallel" else parallel.ExpertParallel
+    if name == "MoE":
+        return importlib.import_module(".deepspeed.layer", __name__).MoE
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

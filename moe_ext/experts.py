@@ -42,10 +42,10 @@ class Experts(nn.Module):
         """
         rows = dispatch(tokens, plan)
         out = self(rows, plan)
-        if _shape(out) != list(rows.shape):
+        if shape_of(out) != list(rows.shape):
             raise RuntimeError(
                 f"{type(self).__name__}: forward must return [R, H] = {list(rows.shape)}, "
-                f"got {_shape(out)}"
+                f"got {shape_of(out)}"
             )
         return combine(out, plan, weights)
 
@@ -127,11 +127,11 @@ class ModuleExperts(Experts):
         pieces = []
         done = 0
         for e, (begin, end) in enumerate(bounds):
-            out = _first(self.experts[e](rows[begin:end]))
-            if _shape(out) != [end - begin, rows.shape[1]]:
+            out = first_of(self.experts[e](rows[begin:end]))
+            if shape_of(out) != [end - begin, rows.shape[1]]:
                 raise RuntimeError(
                     f"ModuleExperts: expert {e} must return [rows, H] = "
-                    f"{[end - begin, rows.shape[1]]}, got {_shape(out)}"
+                    f"{[end - begin, rows.shape[1]]}, got {shape_of(out)}"
                 )
             pieces += [out.new_zeros(begin - done, rows.shape[1]), out]
             done = end
@@ -234,18 +234,18 @@ class SharedExperts(Experts):
 
     def _of_shared(self, tokens: Tensor) -> Tensor:
         of_shared = self.shared(tokens)
-        if _shape(of_shared) != list(tokens.shape):
+        if shape_of(of_shared) != list(tokens.shape):
             raise RuntimeError(
                 f"SharedExperts: shared must return [T, H] = {list(tokens.shape)}, "
-                f"got {_shape(of_shared)}"
+                f"got {shape_of(of_shared)}"
             )
         if self.gate is None:
             return of_shared
         scores = self.gate(tokens)
-        if _shape(scores) != [tokens.shape[0], 1]:
+        if shape_of(scores) != [tokens.shape[0], 1]:
             raise RuntimeError(
                 f"SharedExperts: gate must return [T, 1] = {[tokens.shape[0], 1]}, "
-                f"got {_shape(scores)}"
+                f"got {shape_of(scores)}"
             )
         return of_shared * torch.sigmoid(scores)
 
@@ -287,54 +287,12 @@ def _mark_again(module: ExpertParameters, keys) -> None:
     module.mark()
 
 
-class DeepSpeedExperts(ExpertParameters):
-    """DeepSpeed's `Experts`: copies of a module, each on its part of [ep, num_local_experts, C, H].
-
-    expert: maps [ep, 1, C, H] to the same shape, or to a tuple that begins with it
-    num_local_experts: how many copies; all start with the module's weights
-    expert_group_name: what its parameters carry as `group_name`; `allreduce` is False on them
-    """
-
-    expert_lists = ("deepspeed_experts",)
-
-    def __init__(
-        self, expert: nn.Module, num_local_experts: int = 1, expert_group_name: str | None = None
-    ) -> None:
-        super().__init__()
-        options.integer("Experts", "num_local_experts", num_local_experts, 1)
-        self.deepspeed_experts = nn.ModuleList(
-            copy.deepcopy(expert) for _ in range(num_local_experts)
-        )
-        self.num_local_experts = num_local_experts
-        self.expert_group_name = expert_group_name
-        self.mark()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[ep, num_local_experts, C, H] -> the same shape."""
-        if inputs.dim() != 4 or inputs.shape[1] != self.num_local_experts:
-            raise RuntimeError(
-                "Experts: inputs must be [ep, num_local_experts, C, H] with num_local_experts = "
-                f"{self.num_local_experts}, got {list(inputs.shape)}"
-            )
-        outputs = []
-        parts = zip(self.deepspeed_experts, inputs.split(1, dim=1), strict=True)
-        for e, (expert, part) in enumerate(parts):
-            out = _first(expert(part))
-            if _shape(out) != list(part.shape):
-                raise RuntimeError(
-                    f"Experts: expert {e} must return [ep, 1, C, H] = {list(part.shape)}, "
-                    f"got {_shape(out)}"
-                )
-            outputs.append(out)
-        return torch.cat(outputs, dim=1)
-
-
-def _first(out):
+def first_of(out):
     """An expert may return a tuple that begins with its output."""
     return out[0] if isinstance(out, tuple) and out else out
 
 
-def _shape(out) -> list[int] | str:
+def shape_of(out) -> list[int] | str:
     """Of a tensor its shape, of anything else its type."""
     return list(out.shape) if isinstance(out, Tensor) else type(out).__name__
 
@@ -343,7 +301,6 @@ def routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> T
     """`Experts.routed`, also of a module that is none."""
     if isinstance(experts, Experts):
         return experts.routed(tokens, plan, weights)
-    refuse_wrapped("experts", experts, "wrap the layer, or call layer.experts.compile()")
     return _padded_routed(experts, tokens, plan, weights)
 
 
@@ -375,10 +332,17 @@ def _padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tens
         capacity = int(plan.load.max())
         plan = make_plan(plan.experts, plan.num_experts, capacity)
     rows = dispatch(tokens, plan)
-    shape = (1, plan.num_experts, capacity, tokens.shape[1])
-    out = experts(rows.view(shape))
-    if _shape(out) not in (list(shape), list(shape[1:])):
+    rooms = rows.view(1, plan.num_experts, capacity, tokens.shape[1])
+    return combine(through_rooms(experts, rooms), plan, weights)
+
+
+def through_rooms(experts: nn.Module, rooms: Tensor) -> Tensor:
+    """The output [ep * E * C, H] of a module that maps rooms [ep, E, C, H] to the same shape."""
+    refuse_wrapped("experts", experts, "wrap the layer, or call layer.experts.compile()")
+    out = experts(rooms)
+    shape = list(rooms.shape)
+    if shape_of(out) != shape and (shape[0] > 1 or shape_of(out) != shape[1:]):
         raise RuntimeError(
-            f"MOELayer: experts must return [1, E, C, H] = {list(shape)}, got {_shape(out)}"
+            f"MOELayer: experts must return [ep, E, C, H] = {shape}, got {shape_of(out)}"
         )
-    return combine(out.reshape(rows.shape), plan, weights)
+    return out.reshape(-1, shape[-1])

@@ -158,7 +158,7 @@ def test_the_same_function_gpt_oss():
 
 
 def test_deepspeed_experts_of_a_sequential():
-    from moe_ext.sharded_moe import Experts
+    from moe_ext.deepspeed.experts import Experts
 
     module = nn.Sequential(nn.Linear(H, FFN), nn.ReLU(), nn.Linear(FFN, H)).double()
     theirs = Experts(module, E)

@@ -165,7 +165,7 @@ def test_counts_what_is_read_back(monkeypatch):
     found = moe_ext.explain(layer, torch.randn(5, H))
     assert found.synchronisations == 0
     assert "the host waits for the device: never, all ran on the CPU" in str(found)
-    assert "DeepSpeedExperts runs 4 experts one after the other" in str(found)
+    assert "Experts runs 4 experts one after the other" in str(found)
     monkeypatch.setattr("moe_ext.explanation._HOST", "elsewhere")
     found = moe_ext.explain(layer, torch.randn(5, H))
     assert found.synchronisations == 1  # the largest load

@@ -204,7 +204,7 @@ def test_experts_of_deepspeeds_form_that_return_something_else():
         MOELayer(gate, Permuted(), num_local_experts=E)(x)
     with pytest.raises(
         RuntimeError,
-        match=r"experts must return \[1, E, C, H\] = \[1, 6, 8, 10\], got \[1, 1, 8, 10\]",
+        match=r"experts must return \[ep, E, C, H\] = \[1, 6, 8, 10\], got \[1, 1, 8, 10\]",
     ):
         MOELayer(gate, Bad(), num_local_experts=E)(x)
 

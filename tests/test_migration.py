@@ -19,8 +19,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import moe_ext
-from moe_ext import Experts, GroupedExperts, MoE, MOELayer, TopKGate, sharded_moe, utils
-from moe_ext.mappings import drop_tokens, gather_tokens
+import moe_ext.deepspeed.experts
+from moe_ext import Experts, GroupedExperts, MoE, MOELayer, TopKGate
+from moe_ext.deepspeed import sharded_moe, utils
+from moe_ext.deepspeed.mappings import drop_tokens, gather_tokens
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_moe.py"
 E, H, S = 6, 10, 40
@@ -93,9 +95,10 @@ def test_every_option_of_the_gate_reaches_it():
 def test_everything_stands_where_deepspeed_has_it():
     for name in sharded_moe.__all__:
         assert hasattr(sharded_moe, name)
-    assert sharded_moe.TopKGate is moe_ext.TopKGate
-    assert sharded_moe.MOELayer is moe_ext.layer.MOELayer
-    assert not issubclass(sharded_moe.Experts, moe_ext.Experts)
+    assert issubclass(sharded_moe.TopKGate, moe_ext.TopKGate)
+    assert issubclass(sharded_moe.MOELayer, moe_ext.MOELayer)
+    assert moe_ext.MoE is moe_ext.deepspeed.layer.MoE
+    assert not issubclass(moe_ext.deepspeed.experts.Experts, moe_ext.Experts)
     layer = MOELayer(TopKGate(H, E), GroupedExperts(E, H, 4), use_tutel=True)
     for name in ("time_falltoall", "time_salltoall", "time_moe", "wall_clock_breakdown"):
         assert getattr(layer, name) == 0

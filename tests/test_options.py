@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moe_ext
-from moe_ext import sharded_moe
+from moe_ext.deepspeed import sharded_moe
 from moe_ext.topk_gate import NOISE_SCALES
 
 E, H, F = 4, 6, 5

@@ -15,8 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moe_ext import ExpertParallel, GroupedExperts, ModuleExperts, MoE, MOELayer, TopKGate, parallel
+from moe_ext.deepspeed.utils import (
+    is_moe_param,
+    split_params_into_different_moe_groups_for_optimizer,
+)
 from moe_ext.parallel import make_groups
-from moe_ext.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 
 H, F, E, T, STEPS = 10, 6, 8, 8, 3
 KINDS = ["grouped", "modules"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from .. import mappings, options
+from .. import options
 from ..contracts import accumulate_dtype
-from ..experts import ExpertParameters, Experts, SharedExperts, routed
+from ..experts import ExpertParameters, Experts, SharedExperts, routed, through_rooms
 from ..functional import combine, dispatch, has_autocast
 from ..plan import Plan, make_plan
 from ..process_group import GroupAttribute
@@ -23,6 +24,7 @@ from .deepep import Journey
 from .division import divide
 from .exchange import Exchange, opens_backward
 from .misuse import begin_call, mark_state, refuse_state, remember
+from .tensor_parallel import drop_tokens, gather_tokens
 from .trips import once_per_process, once_per_route, rooms_of_experts, travel
 
 
@@ -343,10 +345,13 @@ class ExpertParallel(ExpertParameters, Experts):
         rooms = self._my_share(dispatch(tokens, plan).view(E, plan.capacity, H), 1)
         before = 0 if self.tensor_group is None else self.tensor_group.rank() * rooms.shape[1]
         kept = (plan.kept() - before).clamp(0, rooms.shape[1])
-        trips = rooms_of_experts(self.exchange, call, rooms, kept, self.overlap, is_named)
-        parts, result = self._travel(call, trips, work)
+        # DeepSpeed's experts take the rows as they arrive.
+        as_rooms = not isinstance(self.local, Experts)
+        trips = rooms_of_experts(self.exchange, call, rooms, kept, self.overlap, is_named, as_rooms)
+        run = self._rooms_here if as_rooms else self._routed_here
+        parts, result = self._travel(call, trips, run, work)
         rooms = _joined([part.view(E, -1, H) for part in parts], 1)
-        rooms = mappings.gather_tokens(rooms, 1, self.tensor_group)[:, : plan.capacity]
+        rooms = gather_tokens(rooms, 1, self.tensor_group)[:, : plan.capacity]
         return combine(rooms.reshape(E * plan.capacity, H), plan, weights), result
 
     # Sizes that differ in every call: compiled, each would be a program of its own.
@@ -360,18 +365,18 @@ class ExpertParallel(ExpertParameters, Experts):
         parts = list(zip(*split, strict=True))
         pack = once_per_process if self.dedup else once_per_route
         trips, plans = pack(self.exchange, call, parts)
-        backs, result = self._travel(call, trips, work)
+        backs, result = self._travel(call, trips, self._routed_here, work)
         outs = [
             combine(rows, plan, None if self.dedup else weights)
             for rows, plan, (_, _, weights) in zip(backs, plans, parts, strict=True)
         ]
-        out = mappings.gather_tokens(_joined(outs, 0), 0, self.tensor_group)
+        out = gather_tokens(_joined(outs, 0), 0, self.tensor_group)
         return out[:num_tokens], result
 
-    def _travel(self, call: Call, trips, work) -> tuple[list[Tensor], Tensor | None]:
+    def _travel(self, call: Call, trips, run, work) -> tuple[list[Tensor], Tensor | None]:
         if not torch.compiler.is_compiling():
             self._is_sending = True
-        backs, result, failure = travel(trips, self._routed_here, work)
+        backs, result, failure = travel(trips, run, work)
         if not torch.compiler.is_compiling():
             self._is_sending = False
         if failure is not None:
@@ -393,13 +398,19 @@ class ExpertParallel(ExpertParameters, Experts):
         return journey.come_back(self._routed_here(arrived, there, weights)), result
 
     def _routed_here(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        return self._averaged(lambda x, w: routed(self.local, x, plan, w), tokens, weights)
+
+    def _rooms_here(self, rooms: Tensor) -> Tensor:
+        return self._averaged(partial(through_rooms, self.local), rooms)
+
+    def _averaged(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         if not self.average or self.size == 1:
-            return routed(self.local, tokens, plan, weights)
+            return run(*inputs)
         # A smaller gradient inside, for all parameters there are. Processes that share their tokens
         # have one loss together.
         losses = self.size / self._sharers()
-        tokens, weights = _Scaled.apply(tokens, losses), _Scaled.apply(weights, losses)
-        return _Scaled.apply(routed(self.local, tokens, plan, weights), 1 / losses)
+        out = run(*(_Scaled.apply(x, losses) for x in inputs))
+        return _Scaled.apply(out, 1 / losses)
 
     def _sharers(self) -> int:
         return 1 if self.tensor_group is None else dist.get_world_size(self.tensor_group)
@@ -409,7 +420,7 @@ class ExpertParallel(ExpertParameters, Experts):
         if missing := -tensor.shape[dim] % self._sharers():
             padding = [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]
             tensor = F.pad(tensor, padding, value=filler)
-        return mappings.drop_tokens(tensor, dim, self.tensor_group)
+        return drop_tokens(tensor, dim, self.tensor_group)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

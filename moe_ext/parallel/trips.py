@@ -20,15 +20,16 @@ class Trip(NamedTuple):
     """A part of the work: what goes out, and what becomes of it.
 
     out: tensors [R, ...] that travel together
-    arrive: of what came, gives the tokens, plan and weights of the experts here
+    arrive: of what came, gives the arguments of `run`: the tokens, plan and weights of the experts
+        here, or their rooms
     """
 
     path: Path
     out: tuple[Tensor, ...]
-    arrive: Callable[..., tuple[Tensor, Plan, Tensor]]
+    arrive: Callable[..., tuple]
 
 
-_Departed = tuple[Path, Callable[..., tuple[Tensor, Plan, Tensor]], list[Travelling]]
+_Departed = tuple[Path, Callable[..., tuple], list[Travelling]]
 
 
 def travel(
@@ -93,11 +94,18 @@ def _depart(trip: Trip) -> _Departed:
 
 
 def rooms_of_experts(
-    exchange: Exchange, call: Call, rooms: Tensor, kept: Tensor, overlap: int, is_named: bool
+    exchange: Exchange,
+    call: Call,
+    rooms: Tensor,
+    kept: Tensor,
+    overlap: int,
+    is_named: bool,
+    as_rooms: bool,
 ) -> list[Trip]:
     """Every expert's room goes to its process, empty rows too.
 
     rooms: [E, C, H], of which kept [E] rows of each expert are filled
+    as_rooms: the experts take rooms [ranks, experts here, C, H], not tokens, a plan and weights
     """
     E, _, H = rooms.shape
     W, L = exchange.size, E // exchange.size
@@ -107,7 +115,9 @@ def rooms_of_experts(
         C = part.shape[1]
         ids = _ids_of_rooms((load - done).clamp(0, C), C)
 
-        def arrive(rows: Tensor, ids: Tensor = ids, C: int = C):
+        def arrive(rows: Tensor, ids: Tensor = ids, C: int = C) -> tuple:
+            if as_rooms:
+                return (rows.view(W, L, C, H),)
             return rows, make_plan(ids, L, W * C), _ones(rows)
 
         trips.append(Trip(exchange.equal(L * C), (part.reshape(-1, H),), arrive))

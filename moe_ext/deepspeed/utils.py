@@ -1,4 +1,5 @@
-"""Which parameters are experts', for optimizers and gradient norms: DeepSpeed's `moe.utils`.
+"""Which parameters are experts', for optimizers and gradient norms: DeepSpeed's
+`deepspeed.moe.utils`.
 
 An expert's parameter carries `allreduce = False` and the `group_name` of its processes.
 """
@@ -8,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import engine
 from .layer import MoE
+
+_MOE = engine.their_class("layer", "MoE") or MoE  # ours is one of theirs
 
 
 def has_moe_layers(m: nn.Module) -> tuple[bool, int]:
-    """Whether a module holds an MoE, and the number of experts of the first."""
+    """Whether a module holds an MoE, DeepSpeed's too, and the number of experts of the first."""
     for module in m.modules():
-        if isinstance(module, MoE):
-            return True, module.num_experts
+        if isinstance(module, _MOE):
+            return True, module.num_experts  # type: ignore[return-value]
     return False, 0
 
 

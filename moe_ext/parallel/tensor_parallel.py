@@ -1,7 +1,4 @@
-"""Tokens that tensor-parallel processes all hold: keep a part of them, and gather the parts.
-
-DeepSpeed's `moe.mappings`, with the process group as an argument where DeepSpeed has a global one.
-"""
+"""Tokens that all tensor-parallel ranks hold: keep a part of them, and gather the parts."""
 
 from __future__ import annotations
 

@@ -12,22 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from . import contracts, selection
-from .capacity import expert_capacity
-from .experts import DeepSpeedExperts as Experts
-from .layer import MOE_TIMER, MOELayer
-from .losses import load_balance_loss
+from .. import contracts, layer, selection, topk_gate
+from ..capacity import expert_capacity
+from ..layer import MOE_TIMER
+from ..losses import load_balance_loss
+from ..options import DropPolicy, NoisePolicy
+from ..route_forms import form
+from ..routing import Routing, route
+from ..topk_gate import TOPK_GATE_TIMER
+from . import engine
 from .mappings import drop_tokens, gather_tokens
-from .options import DropPolicy, NoisePolicy
-from .route_forms import form
-from .routing import Routing, route
-from .topk_gate import TOPK_GATE_TIMER, TopKGate
-from .utils import (
-    has_moe_layers,
-    is_moe_param,
-    split_params_into_different_moe_groups_for_optimizer,
-    split_params_into_shared_and_expert_params,
-)
 
 __all__ = [
     "FIRST_ALLTOALL_TIMER",
@@ -36,7 +30,6 @@ __all__ = [
     "TOPK_GATE_TIMER",
     "TUTEL_INSTALLED",
     "USE_EINSUM",
-    "Experts",
     "MOELayer",
     "TopKGate",
     "_AllToAll",
@@ -45,11 +38,7 @@ __all__ = [
     "einsum",
     "gather_tokens",
     "gumbel_rsample",
-    "has_moe_layers",
-    "is_moe_param",
     "multiplicative_jitter",
-    "split_params_into_different_moe_groups_for_optimizer",
-    "split_params_into_shared_and_expert_params",
     "top1gating",
     "top2gating",
     "topkgating",
@@ -64,6 +53,14 @@ TUTEL_INSTALLED = False
 
 # False: `einsum` takes the rewrites below.
 USE_EINSUM = True
+
+
+class TopKGate(topk_gate.TopKGate, engine.known_as("sharded_moe", "TopKGate")):  # type: ignore[misc]
+    """moe_ext.TopKGate, known to DeepSpeed's engine."""
+
+
+class MOELayer(layer.MOELayer, engine.known_as("sharded_moe", "MOELayer")):  # type: ignore[misc]
+    """moe_ext.MOELayer, known to DeepSpeed's engine."""
 
 
 def multiplicative_jitter(x: Tensor, device=None, epsilon: float = 1e-2) -> Tensor:

@@ -1,0 +1,94 @@
+"""What DeepSpeed's engine asks of MoE layers: its own classes, and its process groups.
+
+Without DeepSpeed there is nothing to ask for: base classes are nn.Module, groups are None.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+
+import torch.distributed as dist
+from torch import nn
+
+from ..parallel.misuse import RANK
+
+
+def _installed(name: str):
+    """A module of DeepSpeed; None where DeepSpeed is not installed, or cannot be imported."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return None
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # of any kind, as of a missing CUDA toolkit
+        warnings.warn(
+            f"moe_ext.deepspeed: DeepSpeed is installed, but import {name} failed: {error!r}. Its "
+            "engine will not know the layers; fix its installation to use deepspeed.initialize",
+            stacklevel=2,
+        )
+        return None
+
+
+def their_class(module: str, name: str) -> type[nn.Module] | None:
+    """A class of deepspeed.moe; None without DeepSpeed."""
+    return getattr(_installed(f"deepspeed.moe.{module}"), name, None)
+
+
+def known_as(module: str, name: str) -> type[nn.Module]:
+    """A base class for layers that DeepSpeed's engine shall take for its own.
+
+    The engine looks for MoE layers by isinstance. Nothing of DeepSpeed's class is called: it stands
+    behind the layer's other bases, and its constructor is left out.
+
+    Args:
+        module: of deepspeed.moe
+        name: the class
+    """
+    theirs = their_class(module, name)
+    if theirs is None:
+        return nn.Module
+    return type(f"KnownAs{name}", (theirs,), {"__init__": nn.Module.__init__})
+
+
+def expert_group(ep_size: int, use_data_before_expert_parallel: bool) -> dist.ProcessGroup | None:
+    """DeepSpeed's group of the ranks that share experts, which its optimizers and checkpoints use.
+
+    It is created where DeepSpeed does not have it yet: all ranks call this alike.
+
+    Args:
+        ep_size: ranks that share the experts
+        use_data_before_expert_parallel: consecutive ranks hold copies
+
+    Returns:
+        None where DeepSpeed's communication is not initialised
+
+    Raises:
+        NotImplementedError: the engine runs with a tensor-parallel mpu
+    """
+    comm = _installed("deepspeed.comm")
+    if comm is None or not comm.is_initialized():
+        return None
+    groups = importlib.import_module("deepspeed.utils.groups")
+    bwc = importlib.import_module("deepspeed.utils.bwc")
+    if bwc.bwc_tensor_model_parallel_world_size(groups.mpu) > 1:
+        raise NotImplementedError(
+            "moe_ext.deepspeed: an mpu with tensor parallelism is not supported under DeepSpeed's "
+            "engine; moe_ext.ExpertParallel(tensor_group=...) has it without the engine"
+        )
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(
+            ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel
+        )
+    return groups._get_expert_parallel_group(name)
+
+
+def leave_out_rank(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    """A state-dict hook: the metadata does not say whose experts these are.
+
+    The engine saves everything but experts from one rank, for all ranks, and each expert in a file
+    of its own.
+    """
+    for of_module in state._metadata.values():  # type: ignore[attr-defined]
+        of_module.pop(RANK, None)
