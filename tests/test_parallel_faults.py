@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from processes import Processes, on_processes
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from moe_ext import (
     ExpertParallel,
@@ -24,7 +25,7 @@ from moe_ext import (
     TopKGate,
     make_plan,
 )
-from moe_ext.parallel import data_parallel, make_groups, trips
+from moe_ext.parallel import data_parallel, make_groups
 
 H, E, T = 6, 4, 5
 
@@ -258,6 +259,7 @@ def _messages(rank: int) -> list[str]:
         lambda: ExpertParallel(experts, None),
         lambda: ExpertParallel(experts, "world"),
         lambda: ExpertParallel(experts, world, overlap=0),
+        lambda: ExpertParallel(experts, world, overlap=256),
         lambda: ExpertParallel(experts, world, dedup=1.5),
         lambda: ExpertParallel(nn.Linear(H, H), world),
         lambda: MOELayer(gate, ExpertParallel(experts, world)),
@@ -287,6 +289,7 @@ def test_messages():
         "ValueError: ExpertParallel: group must be a process group of which this process",
         "ValueError: ExpertParallel: group must be a process group of which this process",
         "ValueError: ExpertParallel: overlap must be at least 1, got 0",
+        "ValueError: ExpertParallel: overlap must be in 1..255, got 256",
         "ValueError: ExpertParallel: dedup must be one of (True, False), got 1.5",
         "ValueError: ExpertParallel: num_local_experts must be",
         "ValueError: MOELayer: experts must have the gate's num_experts = 4, got 8",
@@ -526,26 +529,42 @@ def test_an_interrupt_on_one_rank_is_no_message_to_others():
         assert after == "no error"
 
 
-def _packing_fails(rank: int) -> list[str]:
-    layer, x = layer_of(drop_tokens=False), torch.randn(T, H)
-    layer(x)
+def _step_fails(rank: int, step: str, drops: bool, trains: bool) -> list[str]:
+    # Rows of as many bytes as the opening message, which could pass for it.
+    layer = layer_of(width=2, drop_tokens=drops, capacity_factor=4.0)
+    x = torch.randn(16, 2, requires_grad=trains)
+    out = layer(x)
+
+    def call():
+        return out.sum().backward() if trains else layer(x)
+
     if rank == 0:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
-        return [_error_of(lambda: layer(x))]
-    with mock.patch.object(trips, "dispatch", side_effect=MemoryError):
-        first = _error_of(lambda: layer(x))
+        return [_error_of(call)]
+    with mock.patch(f"moe_ext.parallel.{step}", side_effect=MemoryError):
+        first = _error_of(call)
     return [first, _error_of(lambda: layer(x))]
 
 
-def test_a_rank_that_fails_while_others_wait_refuses_further_calls():
+@pytest.mark.parametrize(
+    ("step", "drops", "trains"),
+    [
+        ("trips.dispatch", False, False),
+        ("trips._ids_of_rooms", True, False),
+        ("exchange.check", True, False),
+        ("exchange.check", True, True),
+    ],
+)
+def test_a_rank_that_fails_while_others_wait_refuses_further_calls(step, drops, trains):
+    """Its next message would be taken for rows."""
     pool = Processes(2)
     try:
-        (waits,), (failed, refused) = pool.run(_packing_fails)
+        (waits,), (failed, refused) = pool.run(_step_fails, step, drops, trains)
     finally:
         pool.close()
     assert waits.startswith("RuntimeError")
     assert failed.startswith("MemoryError")
-    assert "an exception ended a call on this rank" in refused
+    assert re.search("an exception ended a (call|backward) on this rank", refused)
 
 
 def _shared_fail_in_two_levels(rank: int, dedup: bool) -> list[str]:
@@ -582,3 +601,57 @@ def _one_has_a_copy(rank: int) -> list[str]:
 
 def test_one_rank_may_have_a_copy_of_a_layer():
     assert on_processes(2, _one_has_a_copy) == [["no error"]] * 2
+
+
+def _leaves_tokens_out(rank: int) -> list[str]:
+    layer = layer_of()
+
+    def step(leaves_out: bool):
+        out = layer(torch.randn(T, H, requires_grad=True)).sum()
+        out.backward(inputs=list(layer.parameters()) if leaves_out else None)
+
+    return [_error_of(lambda: step(rank == 1)), _error_of(lambda: step(False))]
+
+
+def test_a_backward_of_other_inputs_on_one_rank_is_named():
+    for error, after in on_processes(2, _leaves_tokens_out):
+        assert "the same tokens_require_grad, got True on rank 0 of the group and False" in error
+        assert after == "no error"
+
+
+def _share_tokens(rank: int, fault: str, drops: bool) -> list[str]:
+    """Ranks 0 and 1 have the same tokens, as 2 and 3. Rank 1 alone is at fault, once."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
+    layer = layer_of(drop_tokens=drops)
+    layer.experts = ExpertParallel.of(
+        GroupedExperts(E, H, 3), mesh.get_group("ep"), tensor_group=mesh.get_group("tp")
+    )
+    torch.manual_seed(rank // 2)
+    x = torch.randn(T, H)
+    expected = layer(x)
+
+    def call(is_at_fault: bool):
+        if not is_at_fault:
+            return layer(x)
+        if fault == "experts":
+            with mock.patch.object(layer.experts.local, "routed", side_effect=MemoryError):
+                return layer(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=fault == "autocast"):
+            return layer(torch.cat([x, x]) if fault == "tokens" else x)
+
+    errors = [_error_of(lambda: call(rank == 1))]
+    if fault == "experts":  # the others hear of it in the next call
+        errors.append(_error_of(lambda: call(False)))
+    assert torch.equal(layer(x), expected)
+    return errors
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("fault", ["autocast", "tokens", "experts"])
+def test_a_fault_among_ranks_that_share_tokens_is_raised_on_all(fault, drops):
+    for *_, error in on_processes(4, _share_tokens, fault, drops):
+        assert (
+            "all ranks must have the same" in error
+            or "ranks of a tensor_group" in error
+            or (fault == "experts" and "experts raised an exception in the last call" in error)
+        )

@@ -1,5 +1,7 @@
 """What torch wraps around models whose experts are divided: each sees them as they are."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -212,6 +214,27 @@ def test_wrappers_that_know_no_division_are_refused(kind, wrap, instead, compile
         assert f"wrap it by moe_ext.{instead}(model, groups)" in error
 
 
+def _flattened(rank: int, kind: str, strategy: str, use_orig_params: bool, trains: bool) -> str:
+    model = fsdp.FullyShardedDataParallel(
+        divided(kind, make_groups(2).ep),
+        use_orig_params=use_orig_params,
+        sharding_strategy=fsdp.ShardingStrategy[strategy],
+        device_id=torch.device("cpu"),
+    )
+    with torch.set_grad_enabled(trains):
+        return _error_of(lambda: model(batch(rank, 0)))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD"])
+@pytest.mark.parametrize("kind", ["grouped", "modules"])
+def test_parameters_in_one_flat_parameter_are_refused(kind, strategy, use_orig_params, trains):
+    for error in on_processes(2, _flattened, kind, strategy, use_orig_params, trains):
+        assert "ExpertParallel: FullyShardedDataParallel takes" in error
+        assert "wrap it by moe_ext.parallel.fully_shard(model, groups)" in error
+
+
 def _sharded_alone(rank: int) -> str:
     model = divided("grouped", make_groups(2).ep)
     fsdp.fully_shard(model[1].experts)
@@ -295,6 +318,37 @@ def test_a_file_per_rank_loads_into_its_rank_alone(tmp_path):
         assert is_same
         assert f"holds the experts of rank {1 - rank} of 2, and this is rank {rank} of 2" in error
         assert are_plain
+
+
+def _whole_by_rank(rank: int, folder: str) -> list[str]:
+    model = divided("grouped", make_groups(2).ep)
+    torch.save(model, f"{folder}/{rank}.pt")
+    dist.barrier()
+
+    def call(file: int) -> str:
+        model = torch.load(f"{folder}/{file}.pt", weights_only=False)
+        return _error_of(lambda: model(batch(rank, 0)))
+
+    return [call(rank), *([call(0)] if rank == 1 else [])]
+
+
+def test_a_whole_model_of_another_rank_is_refused(tmp_path):
+    (first,), (second, refused) = on_processes(2, _whole_by_rank, str(tmp_path))
+    assert first == second == "no error"
+    assert "holds the experts of rank 0 of 2, and was loaded on another rank" in refused
+
+
+def _groups_again(rank: int) -> tuple[bool, bool]:
+    before = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    first, second = (make_groups(2, timeout=timedelta(seconds=3)) for _ in range(2))
+    after = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    names = {g.ep.group_name for g in (first, second)} | {dist.group.WORLD.group_name}
+    return len(names) == 3, before == after
+
+
+def test_groups_are_new_ones():
+    """So that a fault in one, and its timeout, are not another's."""
+    assert on_processes(2, _groups_again) == [(True, True)] * 2
 
 
 def _over_copies(rank: int) -> str:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import Node
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -219,6 +220,13 @@ class Exchange:
         hops = (step for step in self._steps if isinstance(step, _Hop))
         return [dist.get_process_group_ranks(resolve(hop.group)) for hop in hops]
 
+    def rank_here(self) -> int:
+        """`rank`, asked anew: that of a copy may be another process's."""
+        rank = 0
+        for ranks in reversed(self.ranks()):
+            rank = rank * len(ranks) + ranks.index(dist.get_rank())
+        return rank
+
     def equal(self, rows: int) -> Path:
         """The path of as many rows from every process to every process."""
         path: list[Move | Swap] = []
@@ -236,7 +244,7 @@ class Exchange:
         counts: [size, n] integers
         is_named: an error names what differs on a GPU too, for which the host waits
 
-        Returns [size, n] int64. Raises RuntimeError where a rank makes another call.
+        Returns [size, n] int64. Raises Disagreement where a rank makes another call.
         """
         opened = self._open(call, counts.unsqueeze(2))
         if is_named:
@@ -251,7 +259,7 @@ class Exchange:
 
         counts: [size, n, m] integers; [:, i, 0] are the rows of the i-th of n paths
         Returns the paths, what the others have counted, and the sums of that over them [n][m]. The
-        host waits for the device, once. Raises RuntimeError where a rank makes another call.
+        host waits for the device, once. Raises Disagreement where a rank makes another call.
         """
         n, m = counts.shape[1:]
         opened = self._open(call, counts)
@@ -339,28 +347,40 @@ class _Opened(NamedTuple):
     trace: list[tuple[Tensor, ...]]
 
 
-def opens_backward(rows: list[Tensor], exchange: Exchange, call: Call) -> list[Tensor]:
-    """The same rows, whose backward begins with the exchange of its call."""
-    return list(_OpensBackward.apply(*rows, exchange, call))
+def opens_backward(
+    rows: list[Tensor], exchange: Exchange, call: Call, nodes: list[Node | None]
+) -> list[Tensor]:
+    """The same rows, whose backward begins with the exchange of its call.
+
+    nodes: of the backward, those that send gradients
+    """
+    return list(_OpensBackward.apply(*rows, exchange, call, nodes))
 
 
 class _OpensBackward(Function):
     @staticmethod
     def forward(*args):
-        return tuple(tensor.view_as(tensor) for tensor in args[:-2])
+        return tuple(tensor.view_as(tensor) for tensor in args[:-3])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *_, ctx.exchange, ctx.call = inputs
+        *_, ctx.exchange, ctx.call, ctx.nodes = inputs
 
     @staticmethod
     def backward(ctx, *grads):
         exchange, call = ctx.exchange, ctx.call._replace(is_backward=True)
+        if ctx.nodes and not torch.compiler.is_compiling():
+            # None do where backward(inputs=) leaves the tokens out.
+            sends = all(map(torch._C._will_engine_execute_node, ctx.nodes))
+            call = call._replace(tokens_require_grad=sends)
         # A count that depends on the gradient: a compiled graph would send the message in its
         # forward too.
         count = grads[0][:1].isnan().sum()
-        exchange.counts(call, count.expand(exchange.size, 1))
-        if not torch.compiler.is_compiling():  # which has no double backward
-            record_of(exchange.first_group).begin_backward()
-            grads = _OpensBackward.apply(*grads, exchange, ctx.call)
-        return *grads, None, None
+        counts = count.expand(exchange.size, 1)
+        if torch.compiler.is_compiling():  # which has no double backward
+            exchange.counts(call, counts)
+        else:
+            with record_of(exchange.first_group).opens_backward(call.tensor_parallel_size == 1):
+                exchange.counts(call, counts)
+            grads = _OpensBackward.apply(*grads, exchange, ctx.call, ())
+        return *grads, None, None, None

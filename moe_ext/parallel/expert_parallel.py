@@ -19,7 +19,15 @@ from ..experts import ExpertParameters, Experts, SharedExperts, routed, through_
 from ..functional import combine, dispatch, has_autocast
 from ..plan import Plan, make_plan
 from ..process_group import GroupAttribute
-from .consistency import DTYPES, Call, Record, record_of
+from .consistency import (
+    DTYPES,
+    MOST_PARTS,
+    Call,
+    Disagreement,
+    Record,
+    disagreement,
+    record_of,
+)
 from .deepep import Journey
 from .division import divide
 from .exchange import Exchange, opens_backward
@@ -134,13 +142,13 @@ class ExpertParallel(ExpertParameters, Experts):
         self._everyone = everyone or exchange
         self.dedup = dedup
         self.overlap = options.integer(name, "overlap", overlap, 1)
+        options.numbers(name, overlap=(overlap, 1, MOST_PARTS))
         self.uneven_tokens = uneven_tokens
         self.average = average
         self.tensor_group = tensor_group
         self.deepep = deepep
         self.number = next(self.record().layers)
         self._met = set()
-        self._is_sending = False  # whether other ranks wait for rows of this one
         for member in (*experts._parameters, *experts._buffers, *experts._modules):
             if hasattr(ExpertParallel, member):
                 raise ValueError(f"{name}: experts must not have a member called {member!r}")
@@ -288,17 +296,35 @@ class ExpertParallel(ExpertParameters, Experts):
             return self._exchanged(call, False, tokens, plan, weights, work)
         is_named = call.grad_enabled not in self._met
         self._met.add(call.grad_enabled)
-        try:
+        with self.record().forward():
             return self._exchanged(call, is_named, tokens, plan, weights, work)
-        except BaseException:
-            if self._is_sending:
-                self._is_sending, self.record().is_broken = False, True
-            raise
 
     def _exchanged(
         self, call: Call, is_named: bool, tokens, plan, weights, work
     ) -> tuple[Tensor, Tensor | None]:
+        if self.tensor_group is not None and not torch.compiler.is_compiling():
+            return self._shared(call, is_named, tokens, plan, weights, work)
+        return self._alone(call, is_named, tokens, plan, weights, work)
+
+    def _shared(
+        self, call: Call, is_named: bool, tokens, plan, weights, work
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compare first with the ranks that share these tokens, then tell all others."""
+        self._begin_exchange()
+        error = None
+        if is_named or tokens.device.type == "cpu":
+            error = disagreement(self.tensor_group, call, tokens)
+        call = call._replace(sharers_differ=error is not None)
+        try:
+            return self._alone(call, is_named, tokens, plan, weights, work)
+        except Disagreement as told:
+            raise error or told from None
+
+    def _alone(
+        self, call: Call, is_named: bool, tokens, plan, weights, work
+    ) -> tuple[Tensor, Tensor | None]:
         if self.deepep is not None or self._everyone is not self.exchange:
+            self._begin_exchange()
             none = plan.load.new_empty(self._everyone.size, 0)
             self._everyone.counts(call, none, is_named)
         if self.deepep is not None:
@@ -326,8 +352,9 @@ class ExpertParallel(ExpertParameters, Experts):
             weights_require_grad=is_enabled and weights.requires_grad,
             dtype=dtype,
             autocast_dtype=autocast_dtype,
-            overlap=min(self.overlap, 255),
+            overlap=self.overlap,
             tensor_parallel_size=self._sharers(),
+            sharers_differ=False,
             num_experts=self.num_experts,
             hidden_size=tokens.shape[1],
             k=plan.slots.shape[1],
@@ -345,13 +372,16 @@ class ExpertParallel(ExpertParameters, Experts):
         rooms = self._my_share(dispatch(tokens, plan).view(E, plan.capacity, H), 1)
         before = 0 if self.tensor_group is None else self.tensor_group.rank() * rooms.shape[1]
         kept = (plan.kept() - before).clamp(0, rooms.shape[1])
+        self._begin_exchange()
         # DeepSpeed's experts take the rows as they arrive.
         as_rooms = not isinstance(self.local, Experts)
         trips = rooms_of_experts(self.exchange, call, rooms, kept, self.overlap, is_named, as_rooms)
         run = self._rooms_here if as_rooms else self._routed_here
-        parts, result = self._travel(call, trips, run, work)
+        parts, result, failure = self._travel(call, trips, run, work)
         rooms = _joined([part.view(E, -1, H) for part in parts], 1)
         rooms = gather_tokens(rooms, 1, self.tensor_group)[:, : plan.capacity]
+        if failure is not None:
+            raise failure
         return combine(rooms.reshape(E * plan.capacity, H), plan, weights), result
 
     # Sizes that differ in every call: compiled, each would be a program of its own.
@@ -363,26 +393,34 @@ class ExpertParallel(ExpertParameters, Experts):
         tokens, weights = self._my_share(tokens, 0), self._my_share(weights, 0)
         split = [x.tensor_split(self.overlap) for x in (tokens, experts, weights)]
         parts = list(zip(*split, strict=True))
+        self._begin_exchange()
         pack = once_per_process if self.dedup else once_per_route
         trips, plans = pack(self.exchange, call, parts)
-        backs, result = self._travel(call, trips, self._routed_here, work)
+        backs, result, failure = self._travel(call, trips, self._routed_here, work)
         outs = [
             combine(rows, plan, None if self.dedup else weights)
             for rows, plan, (_, _, weights) in zip(backs, plans, parts, strict=True)
         ]
         out = gather_tokens(_joined(outs, 0), 0, self.tensor_group)
+        if failure is not None:
+            raise failure
         return out[:num_tokens], result
 
-    def _travel(self, call: Call, trips, run, work) -> tuple[list[Tensor], Tensor | None]:
+    def _travel(
+        self, call: Call, trips, run, work
+    ) -> tuple[list[Tensor], Tensor | None, BaseException | None]:
+        """The rows that came back, the result of `work`, and an exception to raise when all other
+        ranks have what they wait for."""
+        backs, result, failure, nodes = travel(trips, run, work)
         if not torch.compiler.is_compiling():
-            self._is_sending = True
-        backs, result, failure = travel(trips, run, work)
-        if not torch.compiler.is_compiling():
-            self._is_sending = False
+            self.record().is_open = False
         if failure is not None:
             self.record().has_failed = True
-            raise failure
-        return opens_backward(backs, self._everyone, call), result
+        return opens_backward(backs, self._everyone, call, nodes), result, failure
+
+    def _begin_exchange(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.record().is_open = True
 
     def record(self) -> Record:
         """What this rank remembers of the group."""

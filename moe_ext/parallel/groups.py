@@ -76,19 +76,23 @@ def make_groups(
     ranks = torch.arange(world)
     by_copy = ranks.view(dp, size).t() if neighbours_share else ranks.view(size, dp)
     names = ("ep",) if len(shape) == 1 else ("nodes", "places")
-    mesh = DeviceMesh(device_type, by_copy.reshape(*shape, dp), mesh_dim_names=(*names, "dp"))
-    for one in mesh.get_all_groups():
-        _set_timeout(one, device_type, timeout)
+    table = by_copy.reshape(*shape, dp)
+    if timeout is None:
+        assert dist.group.WORLD is not None
+        timeout = dist.group.WORLD._get_backend(torch.device(device_type)).options._timeout
+    # New ones always: a mesh takes the world's group where it can, with its timeout and what was
+    # left behind in it.
+    mine = [_new_group(table, dim, timeout) for dim in range(table.ndim)]
+    mesh = DeviceMesh.from_group(mine, device_type, mesh=table, mesh_dim_names=(*names, "dp"))
     group = mesh.get_group("ep") if len(shape) == 1 else mesh[names]
     return Groups(mesh, group, mesh.get_group("dp"))
 
 
-def _set_timeout(group: dist.ProcessGroup, device_type: str, timeout: timedelta | None) -> None:
-    device = torch.device(device_type)
-    if timeout is None:
-        assert dist.group.WORLD is not None
-        timeout = dist.group.WORLD._get_backend(device).options._timeout
-    group._get_backend(device)._set_default_timeout(timeout)
+def _new_group(table: Tensor, dim: int, timeout: timedelta) -> dist.ProcessGroup:
+    """The group of this rank along a dimension of a table of all ranks."""
+    lines = table.movedim(dim, -1).flatten(0, -2).tolist()
+    group, _ = dist.new_subgroups_by_enumeration(lines, timeout=timeout)
+    return group
 
 
 def _accelerator() -> str:

@@ -6,6 +6,7 @@ broadcasts, averages, shards or saves them as if they were the same parameters.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,12 +31,15 @@ def begin_call(key: int) -> int:
 
     key: the id of an ExpertParallel. Compiled code calls this once, while torch.compile traces.
 
-    Raises RuntimeError inside a forward of plain DistributedDataParallel or fully_shard.
+    Raises RuntimeError inside a forward of plain DistributedDataParallel, FullyShardedDataParallel
+    or fully_shard, and for a copy that another rank made.
     """
     experts = _members[key]
     _refuse_ddp(experts)
     _refuse_fsdp(experts)
+    _refuse_fsdp1(experts)
     if experts.number is None:
+        _refuse_other_rank(experts)
         experts.number = next(experts.record().layers)
     return experts.number
 
@@ -82,6 +86,29 @@ def _refuse_fsdp(experts: ExpertParallel) -> None:
                 "anew and wrap it by moe_ext.parallel.fully_shard(model, groups). If you replaced "
                 "it yourself, call experts.mark()"
             )
+
+
+def _refuse_fsdp1(experts: ExpertParallel) -> None:
+    # It puts views of one flat parameter in the place of all: one tells.
+    for name in itertools.islice(experts.marked, 1):
+        path, _, last = name.rpartition(".")
+        tensor = getattr(experts.get_submodule(path), last, None)
+        if tensor is None or hasattr(getattr(tensor, "_base", None), "_is_flat_param"):
+            raise RuntimeError(
+                f"ExpertParallel: FullyShardedDataParallel takes {name} for the same on ranks that "
+                "hold different experts. Build the model anew and wrap it by "
+                "moe_ext.parallel.fully_shard(model, groups)"
+            )
+
+
+def _refuse_other_rank(experts: ExpertParallel) -> None:
+    if experts.exchange.rank_here() != experts.exchange.rank:
+        raise RuntimeError(
+            f"ExpertParallel: this copy holds the experts of rank {experts.rank} of "
+            f"{experts.size}, and was loaded on another rank. Save a whole module on each rank "
+            "and load each rank's own, or save and load with moe_ext.parallel.global_state and "
+            "local_state"
+        )
 
 
 def _is_replaced(parameter: Tensor | None) -> bool:

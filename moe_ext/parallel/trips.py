@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from ..contracts import accumulate_dtype
 from ..functional import dispatch, has_autocast
@@ -34,16 +35,15 @@ _Departed = tuple[Path, Callable[..., tuple], list[Travelling]]
 
 def travel(
     trips: Iterable[Trip], run: Callable[..., Tensor], work: Callable[[], Tensor] | None
-) -> tuple[list[Tensor], Tensor | None, BaseException | None]:
+) -> Travelled:
     """Every part to its experts and back. The next one travels while the experts work.
 
-    Returns the rows that came back, what `work` gives, and the first exception that `run` or
-    `work` raised. All rows travel still, NaN in place of what a `run` would give: another rank that
-    waits for them would take the next message for rows. `run` may exchange rows too, so that it is
-    called for every part.
+    After an exception all rows travel still, NaN in place of what a `run` would give: another rank
+    that waits for them would take the next message for rows. `run` may exchange rows too, so that
+    it is called for every part.
     """
     attempt = _Attempt()
-    leaving, result = [], None
+    leaving, result, nodes = [], None, []
     departed = map(_depart, trips)
     # One ahead; what has left is not kept.
     coming: _Departed | None = next(departed)
@@ -51,12 +51,14 @@ def travel(
         result = attempt(work)
     while coming is not None:
         (path, arrive, arriving), coming = coming, next(departed, None)
+        if not torch.compiler.is_compiling():
+            nodes += [tensor.rows.grad_fn for tensor in arriving if tensor.rows.requires_grad]
         arrived = list(map(finish, arriving))
         rows = attempt(_at_experts, run, arrive, arrived)
         if rows is None:  # which no experts give
             rows = arrived[0].new_full(arrived[0].shape, torch.nan)
         leaving.append(start(rows, back(path)))
-    return [finish(rows) for rows in leaving], result, attempt.failure
+    return Travelled(list(map(finish, leaving)), result, attempt.failure, nodes)
 
 
 def _at_experts(run: Callable[..., Tensor], arrive: Callable, arrived: list[Tensor]) -> Tensor:
@@ -71,6 +73,21 @@ def _at_experts(run: Callable[..., Tensor], arrive: Callable, arrived: list[Tens
     if has_autocast(device) and rows.dtype == torch.get_autocast_dtype(device.type):
         return rows
     return rows.to(dtype)
+
+
+class Travelled(NamedTuple):
+    """What `travel` gives.
+
+    backs: the rows that came back
+    result: of `work`
+    failure: the first exception that `run` or `work` raised
+    nodes: in the backward, those that send the gradients of what went out
+    """
+
+    backs: list[Tensor]
+    result: Tensor | None
+    failure: BaseException | None
+    nodes: list[Node | None]
 
 
 class _Attempt:
