@@ -65,11 +65,17 @@ __all__ = [
 ]
 
 
+# These need packages that not everyone has, or take long to load.
+_MODULES = "deepspeed", "demo", "doctor", "hf", "plot", "sinks"
+
+
 def __getattr__(name: str):
     # Loaded when asked for: torch's meshes and DTensors take most of a second, as does DeepSpeed.
     if name in ("ExpertParallel", "parallel"):
         parallel = importlib.import_module(".parallel", __name__)
         return parallel if name == "parallel" else parallel.ExpertParallel
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name == "MoE":
         return importlib.import_module(".deepspeed.layer", __name__).MoE
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

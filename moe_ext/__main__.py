@@ -1,6 +1,7 @@
 """`python -m moe_ext <command>`."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -86,16 +87,32 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be in 0..2**63 - 1, got {value}")
+    return value
+
+
+def device(text: str) -> str:
+    if text.split(":")[0] not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text}")
+    return text
+
+
 def main() -> int:
+    # A terminal may not have the bars of a table.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(prog="python -m moe_ext")
     commands = parser.add_subparsers(dest="command", required=True)
     parse = commands.add_parser("demo", help="train a small MoE language model beside a dense one")
     parse.add_argument(
         "--steps", type=positive, help="steps per model (by default enough to compare the two)"
     )
-    parse.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parse.add_argument("--device", type=device, default="cpu", help="cpu or cuda (cpu)")
     parse.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same numbers (0)"
+        "--seed", type=seed, default=0, help="the same seed gives the same numbers (0)"
     )
     parse.add_argument("--out", type=Path, default=Path("demo-out"), help="folder (demo-out)")
     parse.set_defaults(run=demo)

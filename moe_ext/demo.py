@@ -339,7 +339,7 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
 
     Interrupted, it keeps what it has, draws it, and raises KeyboardInterrupt again.
     """
-    begin = time.perf_counter()
+    begin, started = time.perf_counter(), time.time()
     out.mkdir(parents=True, exist_ok=True)
     processes = Processes.of_torchrun(torch.device(device))
     is_first = processes.rank == 0
@@ -398,5 +398,6 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
         for _, reading in list(read_json_lines(lines.path))[-1:]:
             print(reading)
     say(f"python -m moe_ext plot {lines.path}    tells more of the experts")
-    say(f"wrote {', '.join(path.name for path in sorted(out.iterdir()))} to {out}")
+    written = sorted(path for path in out.iterdir() if path.stat().st_mtime >= started)
+    say(f"wrote {', '.join(path.name for path in written)} to {out}")
     return results

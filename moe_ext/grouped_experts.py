@@ -115,9 +115,10 @@ class GroupedExperts(Experts):
         up, up_bias = self._parameters_of(self._up_name)
         down, down_bias = self._parameters_of("down_proj")
         if rows.dtype != up.dtype and not torch.is_autocast_enabled(rows.device.type):
+            autocast = ", or use torch.autocast" if rows.is_floating_point() else ""
             raise RuntimeError(
                 f"GroupedExperts: tokens are {rows.dtype}, the weights {up.dtype}; convert one of "
-                "the two with .to(dtype), or use torch.autocast"
+                f"the two with .to(dtype){autocast}"
             )
         if weights is not None:
             # Data-parallel wrappers may cast what they pass on.

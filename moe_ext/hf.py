@@ -197,8 +197,11 @@ def check(model: nn.Module) -> int:
         model: a model of transformers
 
     Raises:
+        TypeError: the model is not a module
         ValueError: the model has no experts module, or one that is not understood
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"check: model must be an nn.Module, got {type(model).__name__}")
     found = list(experts_modules(model))
     if not found:
         raise ValueError(
@@ -227,6 +230,9 @@ class StatsCallback(transformers.TrainerCallback):
         detailed: as of stats.track
         group: the processes to sum over; the default is all that torch.distributed knows of, and
             none where transformers divides the experts: then every process counts those that it has
+
+    Raises:
+        ValueError: a sink is not a function
     """
 
     def __init__(
@@ -236,6 +242,12 @@ class StatsCallback(transformers.TrainerCallback):
         detailed: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        for sink in sinks:
+            if not callable(sink):
+                raise ValueError(
+                    "StatsCallback: a sink must be a function of a reading and a step, as "
+                    f"JsonLines(path), got {sink!r}"
+                )
         self.sinks = sinks
         self.per_layer = per_layer
         self.detailed = detailed

@@ -305,11 +305,14 @@ def total_l_aux(model: nn.Module) -> Tensor:
         layers ran with gradients
 
     Raises:
+        TypeError: the model is not a module
         ValueError: the model has no MOELayer
         RuntimeError: no MOELayer of the model was called yet
     """
-    layers = [module for module in model.modules() if isinstance(module, MOELayer)]
     name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"total_l_aux: model must be an nn.Module, got {name}")
+    layers = [module for module in model.modules() if isinstance(module, MOELayer)]
     if not layers:
         raise ValueError(f"total_l_aux: model must have a MOELayer in it, {name} has none")
     called = [layer for layer in layers if layer.exp_counts is not None]

@@ -362,9 +362,11 @@ class TopKGate(nn.Module):
         """
         if self.expert_bias is None:
             raise RuntimeError("TopKGate: update_bias needs selection_bias=True")
-        if load.shape != self.expert_bias.shape:
+        if not isinstance(load, Tensor) or load.shape != self.expert_bias.shape:
+            got = list(load.shape) if isinstance(load, Tensor) else load
             raise RuntimeError(
-                f"TopKGate: load must be [E] with E = {self.num_experts}, got {list(load.shape)}"
+                f"TopKGate: load must be [E] with E = {self.num_experts}, as exp_counts of a layer "
+                f"that was called, got {got}"
             )
         if load.is_floating_point():
             # Of rounded numbers none would be at the mean.

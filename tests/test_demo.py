@@ -1,6 +1,7 @@
 """The demo on a small setting."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -157,3 +158,25 @@ def test_ctrl_c_leaves_what_was_written(tmp_path):
     assert len(json.loads(result.read_text())["models"]["moe"]["curve"]) >= 2
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--device", "meta"), "must be cpu, cuda or cuda:N, got meta"),
+        (("--seed", str(2**63)), "must be in 0..2**63 - 1"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_run(option, message):
+    line = [sys.executable, "-m", "moe_ext", "demo", *option]
+    run = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_files_of_others_are_not_called_written(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    os.utime(tmp_path / "notes.txt", (0, 0))
+    demo.run(SMALL, "cpu", tmp_path)
+    assert "notes.txt" not in capsys.readouterr().out

@@ -4,6 +4,8 @@ import doctest
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,6 +175,13 @@ def test_dir_lists_the_public_names_and_no_others():
     names = {name for name in dir(moe_ext) if not name.startswith("__")}
     assert names == set(moe_ext.__all__)
     assert "__version__" in dir(moe_ext)
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "doctor", "sinks"])
+def test_a_module_is_there_before_it_is_imported(name):
+    line = f"import moe_ext; print(moe_ext.{name}.__name__)"
+    run = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert run.stdout == f"moe_ext.{name}\n"
 
 
 def test_every_public_name_has_a_docstring():

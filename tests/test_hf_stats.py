@@ -81,6 +81,8 @@ def test_the_callback(tmp_path):
         use_cpu=True,
     )
     sink = JsonLines(tmp_path / "run.jsonl")
+    with pytest.raises(ValueError, match=r"StatsCallback: a sink must be a function .* got 'run'"):
+        moe_ext.hf.StatsCallback("run")
     callback = moe_ext.hf.StatsCallback(sink)
     trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
     trainer.train()

@@ -317,6 +317,16 @@ def test_total_l_aux_without_a_loss():
     assert not total_l_aux(layer).requires_grad
     with pytest.raises(ValueError, match="model must have a MOELayer in it, Linear has none"):
         total_l_aux(nn.Linear(H, H))
+    with pytest.raises(TypeError, match=r"total_l_aux: model must be an nn\.Module, got list"):
+        total_l_aux([layer])
+
+
+@pytest.mark.parametrize(("dtype", "advice"), [(torch.float64, True), (torch.int64, False)])
+def test_autocast_is_advised_to_floating_tokens_alone(dtype, advice):
+    layer = MOELayer(TopKGate(H, E), GroupedExperts(E, H, FFN))
+    with pytest.raises(RuntimeError, match=r"convert one of the two with \.to\(dtype\)") as error:
+        layer(torch.ones(3, H, dtype=dtype))
+    assert ("torch.autocast" in str(error.value)) == advice
 
 
 def test_total_l_aux_in_compiled_code():

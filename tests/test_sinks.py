@@ -305,6 +305,13 @@ def test_the_command_draws_and_tells(run, tmp_path):
         assert file.read_bytes().startswith(PNG)
 
 
+def test_a_terminal_without_the_bars_gets_other_characters(run, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = command(run[1], "--text")
+    assert done.returncode == 0, done.stderr
+    assert "max/mean" in done.stdout
+
+
 def test_the_command_without_pictures(run, tmp_path):
     done = command(run[1], "--text", "--out", tmp_path)
     assert done.returncode == 0
