@@ -206,7 +206,8 @@ def check(model: nn.Module) -> int:
     if not found:
         raise ValueError(
             f'experts_implementation="{NAME}": {type(model).__name__} has no experts module '
-            "that transformers lets others compute"
+            "that transformers lets others compute. DeepSpeed's AutoEP (config "
+            '"expert_parallel") replaces them by its own: leave it out to use moe_ext'
         )
     for name, module in found:
         try:

@@ -273,7 +273,8 @@ class MOELayer(nn.Module):
         if self.ep_size > 1 and self.ep_group is None:
             raise RuntimeError(
                 f"MOELayer: with ep_size = {self.ep_size} its process group must be set first, by "
-                "MoE.set_deepspeed_parallelism() or _set_ep_group(group)"
+                "MoE.set_deepspeed_parallelism() or _set_ep_group(group). deepspeed.initialize "
+                "does so; deepspeed.init_inference does not, and is not supported with ep_size > 1"
             )
         plan, weights, aux, routing = _route(self.gate, tokens, used_token, experts)
         if plan.num_experts != self.num_experts:

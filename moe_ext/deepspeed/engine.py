@@ -12,7 +12,10 @@ import warnings
 import torch.distributed as dist
 from torch import nn
 
-from ..parallel.misuse import RANK
+from .. import convert
+from ..grouped_experts import GroupedExperts
+from ..parallel import ExpertParallel
+from ..parallel.misuse import mark_state, unmarked
 
 
 def _installed(name: str):
@@ -84,11 +87,22 @@ def expert_group(ep_size: int, use_data_before_expert_parallel: bool) -> dist.Pr
     return groups._get_expert_parallel_group(name)
 
 
-def leave_out_rank(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-    """A state-dict hook: the metadata does not say whose experts these are.
+def name_each_expert(moe: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    """A state-dict hook of an MoE: grouped experts have the keys of modules.
 
-    The engine saves everything but experts from one rank, for all ranks, and each expert in a file
-    of its own.
+    The engine saves each expert in a file of its own, by the number in its keys. Their
+    load_state_dict takes the same keys.
     """
-    for of_module in state._metadata.values():  # type: ignore[attr-defined]
-        of_module.pop(RANK, None)
+    experts = moe.deepspeed_moe.experts
+    here = experts.experts_here() if isinstance(experts, ExpertParallel) else experts
+    prefix = f"{prefix}deepspeed_moe.experts."
+    stacked = {key: value for key, value in state.items() if key.startswith(prefix)}
+    # keep_vars asks for the parameters themselves.
+    is_kept = any(isinstance(value, nn.Parameter) for value in stacked.values())
+    if not isinstance(here, GroupedExperts) or is_kept:
+        return
+    layout = convert.QWEN if f"{prefix}gate_up_proj" in stacked else convert.NEMOTRON
+    grouped = {key.removeprefix(prefix): unmarked(state.pop(key)) for key in stacked}
+    state.update(convert.from_grouped(grouped, convert.deepspeed(layout), prefix))
+    if isinstance(experts, ExpertParallel):
+        mark_state(experts, state, prefix, {})

@@ -131,6 +131,10 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
             RuntimeError: the experts are divided by another group already
             NotImplementedError: DeepSpeed's engine runs with a tensor-parallel mpu
         """
+        for parameter in self.deepspeed_moe.experts.parameters():
+            # Experts that replaced DeepSpeed's have no marks yet.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
         group = None
         if groups is not None:
             group = self._one_level(groups)
@@ -141,15 +145,17 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
 
             neighbours_share = not use_data_before_expert_parallel_
             group = self._one_level(make_groups(self.ep_size, neighbours_share=neighbours_share))
-        else:
-            self.register_state_dict_post_hook(engine.leave_out_rank)
+        elif engine.name_each_expert not in self._state_dict_hooks.values():
+            self.register_state_dict_post_hook(engine.name_each_expert)
         present = self.deepspeed_moe.ep_group
         if present is None:
             self.deepspeed_moe._set_ep_group(group)
         elif present.group_name != group.group_name:
             raise RuntimeError(
-                "MoE.set_deepspeed_parallelism: the experts are divided by another group already; "
-                "for deepspeed.initialize leave the call to the engine"
+                "MoE.set_deepspeed_parallelism: the experts are divided by another group already. "
+                "deepspeed.initialize makes the call by itself: build the model anew and leave out "
+                "the call before it, or call deepspeed.init_distributed() before it and pass no "
+                "groups"
             )
 
     @staticmethod
