@@ -5,6 +5,9 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import importlib
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -526,3 +529,29 @@ def test_checkpoints_of_other_stacked_experts_are_not_written(tmp_path):
     """docs/troubleshooting.md has this text."""
     with pytest.raises(RuntimeError, match=r"int\(\) argument must be .*, not 'NoneType'"):
         on_processes(1, _save_own_experts, str(tmp_path))
+
+
+def printed(script: Path, *launcher: str) -> list[float]:
+    arguments = ["--engine", "--zero", "1", "--ep-size", "2", "--steps", "21"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # DeepSpeed compiles its gate, which takes long.
+        env={**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [float(x) for x in re.findall(r"loss (\d+\.\d+), l_aux (?:\d+\.\d+)", done.stdout)]
+
+
+def test_the_example_trains_in_the_engine_with_either_import(tmp_path):
+    original = tmp_path / "train_moe.py"
+    text = EXAMPLE.read_text()
+    original.write_text(text.replace("from moe_ext.deepspeed.", "from deepspeed.moe."))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    theirs, ours = (printed(script, *launcher) for script in (original, EXAMPLE))
+    assert len(theirs) == 3
+    assert ours == pytest.approx(theirs, abs=2e-3)
+    assert theirs[-1] < 0.8 * theirs[0]

@@ -93,7 +93,7 @@ def name_each_expert(moe: nn.Module, state: dict, prefix: str, metadata: dict) -
     The engine saves each expert in a file of its own, by the number in its keys. Their
     load_state_dict takes the same keys.
     """
-    experts = moe.deepspeed_moe.experts
+    experts = moe.get_submodule("deepspeed_moe.experts")
     here = experts.experts_here() if isinstance(experts, ExpertParallel) else experts
     prefix = f"{prefix}deepspeed_moe.experts."
     stacked = {key: value for key, value in state.items() if key.startswith(prefix)}
