@@ -363,6 +363,29 @@ def _train_grouped(rank: int, run: Run) -> Result:
     return trained(engine_of(rank, OURS, run, make=Grouped), rank)
 
 
+def _train_split(rank: int, run: Run) -> Result:
+    """The script makes optimizer groups of grouped experts itself."""
+
+    def make(*args) -> nn.Module:
+        model = Grouped(*args)
+        for layer in model.layers:
+            layer.set_deepspeed_parallelism()
+        return model
+
+    without_compiler(rank).init_distributed("gloo")
+    return trained(engine_of(rank, OURS, run, make=make), rank, range(HALF))
+
+
+@pytest.mark.parametrize("splitter", [OURS, THEIRS])
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_optimizer_groups_of_grouped_experts(ep_size, splitter):
+    run = Run(ep_size, 1, splitter=splitter)
+    mine = on_processes(2, _train_split, run)
+    wanted = on_processes(2, _train_grouped, run._replace(splitter=None))
+    for a, b in zip(mine, wanted, strict=True):
+        assert a.losses == b.losses[:HALF]
+
+
 GROUPED = [
     (ranks, Run(ep_size, stage)) for ranks, ep_size in ((1, 1), (2, 1), (2, 2)) for stage in (0, 1)
 ]
