@@ -422,6 +422,7 @@ def _infer(rank: int, ep_size: int) -> tuple[Tensor, Tensor]:
     model = Model(OURS, ep_size, True).eval()
     x = torch.randn(TOKENS, H)
     deepspeed = without_compiler(rank)
+    deepspeed.init_distributed("gloo")
     engine = deepspeed.init_inference(model, dtype=torch.float32, moe={"ep_size": ep_size})
     return engine(x)[0].detach(), model(x)[0].detach()
 
