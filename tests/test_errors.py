@@ -485,6 +485,7 @@ def test_layer_constructor():
         (lambda: MOELayer(experts, gate), "gate must be an nn.Module with route(), got Group"),
         (lambda: MOELayer(gate, gate), "experts must be a module, got TopKGate"),
         (lambda: MoE(torch.nn.Linear(H, H), H, E), "MoE: expert must be the module of one"),
+        (lambda: MoE(H, torch.nn.ModuleList(), E), "one expert, got ModuleList"),
         (
             lambda: MoE(H, GroupedExperts(E, H, 3), E),
             "MoE: expert must be the module of one expert, got GroupedExperts",

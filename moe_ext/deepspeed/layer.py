@@ -72,10 +72,11 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         options.integer("MoE", "num_experts", num_experts, 1)
-        if not isinstance(expert, nn.Module) or isinstance(expert, Experts):
+        if not isinstance(expert, nn.Module) or isinstance(expert, Experts | nn.ModuleList):
             raise ValueError(
                 f"MoE: expert must be the module of one expert, got {type(expert).__name__}; "
-                "moe_ext.Experts go into MOELayer(gate, experts)"
+                "moe_ext.Experts and ModuleExperts(nn.ModuleList(...)) go into "
+                "MOELayer(gate, experts)"
             )
         options.integer("MoE", "ep_size", ep_size, 1)
         if num_experts % ep_size:
