@@ -489,9 +489,10 @@ def _mixtral(kind: str) -> nn.Module:
         experts_implementation="moe_ext",
     )
     model = transformers.MixtralForCausalLM(config)
-    if kind == "MOELayer":
-        gate = moe_ext.TopKGate(H, 4, 2)
-        model.model.layers[0].mlp = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(4, H, 2 * H))
+    if kind != "transformers":
+        module = importlib.import_module(kind)
+        experts = moe_ext.GroupedExperts(4, H, 2 * H)
+        model.model.layers[0].mlp = module.MOELayer(module.TopKGate(H, 4, 2), experts)
     return model
 
 
@@ -515,11 +516,25 @@ def test_auto_ep_replaces_transformers_experts_and_check_says_so():
     assert error.endswith("leave it out to use moe_ext")
 
 
-def test_auto_ep_stops_at_our_layer():
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        (f"{OURS}.sharded_moe", "AutoEP cannot replace a layer of moe_ext"),
+        ("moe_ext", "'TopKGate' object has no attribute 'weight'"),
+    ],
+)
+def test_auto_ep_stops_at_our_layer(package, message):
     """docs/troubleshooting.md has this text."""
     pytest.importorskip("transformers", reason="needs the extra peers")
-    with pytest.raises(RuntimeError, match="'TopKGate' object has no attribute 'weight'"):
-        on_processes(1, _auto_ep, "MOELayer")
+    with pytest.raises(RuntimeError, match=message):
+        on_processes(1, _auto_ep, package)
+
+
+def test_a_gate_without_a_weight_is_otherwise_a_module():
+    gate = importlib.import_module(f"{OURS}.sharded_moe").TopKGate(H, 4)
+    assert not hasattr(gate, "weight")
+    gate.weight = nn.Parameter(torch.ones(1))
+    assert gate.weight is dict(gate.named_parameters())["weight"]
 
 
 def _beside_auto_ep(rank: int) -> Result:
