@@ -655,3 +655,24 @@ def test_a_fault_among_ranks_that_share_tokens_is_raised_on_all(fault, drops):
             or "ranks of a tensor_group" in error
             or (fault == "experts" and "experts raised an exception in the last call" in error)
         )
+
+
+def _in_processes_again(rank: int, file: str) -> list[str]:
+    before, x = layer_of(), torch.randn(T, H)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    after = layer_of()
+    first, second = (before, after) if rank == 0 else (after, before)
+    swapped = _error_of(lambda: second(first(x)))
+    return [swapped, _error_of(lambda: after(before(x)))]
+
+
+def test_layers_of_a_group_before_are_told_from_new_ones(tmp_path):
+    pool = Processes(2)
+    try:
+        found = pool.run(_in_processes_again, str(tmp_path / "meeting"))
+    finally:
+        pool.close()
+    for swapped, after in found:
+        assert "all ranks must make the same calls in the same order" in swapped
+        assert after == "no error"

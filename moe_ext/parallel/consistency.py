@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 MOST_PARTS = 255  # of an exchange with overlap
 BLOCK = 32  # int64 numbers in the opening message for each rank
@@ -29,7 +29,8 @@ class Disagreement(RuntimeError):
 class Record:
     """What a rank remembers of a group as long as that lives.
 
-    layers: gives every layer a number, in the order in which the rank makes them
+    numbers: of layers, in the order in which the rank makes them; a copy has none before its first
+        call
     has_failed: whether experts raised an exception in the last call here, and the other ranks do
         not know yet
     backwards: how many backwards of layers belong to a torch backward that has not ended
@@ -38,11 +39,17 @@ class Record:
     """
 
     def __init__(self) -> None:
-        self.layers = itertools.count()
+        self.numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._next = itertools.count()
         self.has_failed = False
         self.backwards = 0
         self.is_open = False
         self.is_broken = False
+
+    def number_of(self, layer: nn.Module) -> int:
+        if layer not in self.numbers:
+            self.numbers[layer] = next(self._next)
+        return self.numbers[layer]
 
     def begin_forward(self) -> bool:
         """Returns has_failed, which the call tells the other ranks.

@@ -84,7 +84,6 @@ class ExpertParallel(ExpertParameters, Experts):
 
     tensor_group = GroupAttribute()
     local: nn.Module
-    number: int | None  # the layer's, on its group; a copy has none before its first call
     _met: set[bool]  # the modes of autograd in which ranks have compared on the host
 
     def __init__(
@@ -147,7 +146,7 @@ class ExpertParallel(ExpertParameters, Experts):
         self.average = average
         self.tensor_group = tensor_group
         self.deepep = deepep
-        self.number = next(self.record().layers)
+        self.record().number_of(self)
         self._met = set()
         for member in (*experts._parameters, *experts._buffers, *experts._modules):
             if hasattr(ExpertParallel, member):
@@ -163,10 +162,9 @@ class ExpertParallel(ExpertParameters, Experts):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        remember(self)
         # A copy is a layer of its own. One rank alone may have it, as the best so far: such a copy
-        # must not count.
-        self.number = None
+        # must not count, and has no number in the group's Record.
+        remember(self)
 
     @classmethod
     def of(

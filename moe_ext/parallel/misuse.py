@@ -38,10 +38,10 @@ def begin_call(key: int) -> int:
     _refuse_ddp(experts)
     _refuse_fsdp(experts)
     _refuse_fsdp1(experts)
-    if experts.number is None:
+    record = experts.record()
+    if experts not in record.numbers:
         _refuse_other_rank(experts)
-        experts.number = next(experts.record().layers)
-    return experts.number
+    return record.number_of(experts)
 
 
 # As of torch.compiler.assume_constant_result, which would load all of torch._dynamo.
