@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
-from typing import get_args
+from typing import NoReturn, get_args
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,25 @@ NOISE_SCALES: dict[NoisePolicy | None, float | None] = {
 }
 TOPK_GATE_TIMER = "topk_gate"
 BALANCING = (None, *get_args(Balancing))
+
+
+class _NotForAutoEP:
+    """An attribute that is not there, and says so to DeepSpeed's AutoEP by an error of its own.
+
+    AutoEP replaces layers by their names in the model, and reads the weight of their gate.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: nn.Module | None, owner: type) -> NoReturn:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("deepspeed.module_inject.auto_ep"):
+            raise RuntimeError(
+                "TopKGate: DeepSpeed's AutoEP cannot replace a layer of moe_ext, which divides its "
+                'experts by itself; leave "expert_parallel" out of the engine\'s config'
+            )
+        raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
 
 
 class TopKGate(nn.Module):
@@ -130,6 +150,7 @@ class TopKGate(nn.Module):
     """
 
     ep_group = GroupAttribute()
+    weight = _NotForAutoEP()
 
     def __init__(
         self,

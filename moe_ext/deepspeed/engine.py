@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 import warnings
-from typing import NoReturn
 
 import torch.distributed as dist
 from torch import nn
@@ -87,25 +85,6 @@ def expert_group(ep_size: int, use_data_before_expert_parallel: bool) -> dist.Pr
             ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel
         )
     return groups._get_expert_parallel_group(name)
-
-
-class NotForAutoEP:
-    """An attribute that is not there, and says so to AutoEP by an error of its own.
-
-    AutoEP replaces layers by their names in the model, and reads the weight of their gate.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, module: nn.Module | None, owner: type) -> NoReturn:
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith("deepspeed.module_inject.auto_ep"):
-            raise RuntimeError(
-                "moe_ext.deepspeed: AutoEP cannot replace a layer of moe_ext, which shares experts "
-                'among ranks by itself; leave "expert_parallel" out of the engine\'s config'
-            )
-        raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
 
 
 def name_each_expert(moe: nn.Module, state: dict, prefix: str, metadata: dict) -> None:

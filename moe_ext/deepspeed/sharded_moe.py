@@ -58,8 +58,6 @@ USE_EINSUM = True
 class TopKGate(topk_gate.TopKGate, engine.known_as("sharded_moe", "TopKGate")):  # type: ignore[misc]
     """moe_ext.TopKGate, known to DeepSpeed's engine."""
 
-    weight = engine.NotForAutoEP()
-
 
 class MOELayer(layer.MOELayer, engine.known_as("sharded_moe", "MOELayer")):  # type: ignore[misc]
     """moe_ext.MOELayer, known to DeepSpeed's engine."""
