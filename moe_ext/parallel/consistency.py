@@ -212,7 +212,7 @@ def check_on_host(received: list[list[int]]) -> None:
     """`check`, with the words of all ranks, this one among them, on the host."""
     for rank, words in enumerate(received):
         if words[0] - _MARK not in (1, 2):
-            raise Disagreement(
+            raise RuntimeError(  # that other rank does not know, and this one must not go on
                 f"ExpertParallel: rank {rank} of the group is in the middle of another call, and "
                 "sends rows. Restart all ranks"
             )
