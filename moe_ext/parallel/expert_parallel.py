@@ -294,31 +294,26 @@ class ExpertParallel(ExpertParameters, Experts):
             return self._exchanged(call, False, tokens, plan, weights, work)
         is_named = call.grad_enabled not in self._met
         self._met.add(call.grad_enabled)
+        exchange = self._exchanged if self.tensor_group is None else self._compared
         with self.record().forward():
-            return self._exchanged(call, is_named, tokens, plan, weights, work)
+            return exchange(call, is_named, tokens, plan, weights, work)
 
-    def _exchanged(
+    def _compared(
         self, call: Call, is_named: bool, tokens, plan, weights, work
     ) -> tuple[Tensor, Tensor | None]:
-        if self.tensor_group is not None and not torch.compiler.is_compiling():
-            return self._shared(call, is_named, tokens, plan, weights, work)
-        return self._alone(call, is_named, tokens, plan, weights, work)
-
-    def _shared(
-        self, call: Call, is_named: bool, tokens, plan, weights, work
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compare first with the ranks that share these tokens, then tell all others."""
+        """`_exchanged`, after a comparison with the ranks that share these tokens. What differs
+        there is told to all others."""
         self._begin_exchange()
         error = None
         if is_named or tokens.device.type == "cpu":
             error = disagreement(self.tensor_group, call, tokens)
         call = call._replace(sharers_differ=error is not None)
         try:
-            return self._alone(call, is_named, tokens, plan, weights, work)
+            return self._exchanged(call, is_named, tokens, plan, weights, work)
         except Disagreement as told:
             raise error or told from None
 
-    def _alone(
+    def _exchanged(
         self, call: Call, is_named: bool, tokens, plan, weights, work
     ) -> tuple[Tensor, Tensor | None]:
         if self.deepep is not None or self._everyone is not self.exchange:
