@@ -35,7 +35,7 @@ test: $(VENV)/installed
 
 # Results beside those of other libraries, which are installed for it.
 peers: $(VENV)/peers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_deepspeed.py tests/test_deepspeed_engine.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_deepspeed*.py \
 		tests/test_huggingface.py tests/test_hf_experts.py tests/test_hf_stats.py \
 		tests/test_bench_experts.py
 

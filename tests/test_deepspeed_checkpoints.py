@@ -1,0 +1,139 @@
+"""The engine's checkpoints of either package load into the other."""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+from processes import on_processes
+from torch import Tensor, nn
+
+pytest.importorskip("deepspeed", reason="needs the extra peers")
+
+from engines import (
+    GROUPED,
+    HALF,
+    OURS,
+    THEIRS,
+    Grouped,
+    H,
+    Model,
+    Result,
+    Run,
+    assert_alike,
+    engine_of,
+    expert,
+    trained,
+    weights_of,
+)
+
+import moe_ext
+
+
+class Resumed(NamedTuple):
+    """A training that goes on, and one that takes its checkpoint, in one process."""
+
+    saved: Result
+    loaded: dict[str, Tensor]
+    continued: Result
+    resumed: Result
+
+
+def _resume(
+    rank: int, before: str, after: str, run: Run, folder: str, make: tuple = (Model, Model)
+) -> Resumed:
+    first = engine_of(rank, before, run, make=make[0])
+    saved = trained(first, rank, range(HALF))
+    assert first.save_checkpoint(folder)
+    second = engine_of(rank, after, run, make=make[1], seed=1)
+    path, _ = second.load_checkpoint(folder)
+    assert path is not None
+    loaded = weights_of(second)
+    rest = range(HALF, 2 * HALF)
+    return Resumed(saved, loaded, trained(first, rank, rest), trained(second, rank, rest))
+
+
+CHECKPOINTS = [
+    (ranks, Run(ep_size, stage, dtype, drops=dtype == "bf16"))
+    for ranks, ep_size in ((1, 1), (2, 1), (2, 2))
+    for stage, dtype in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"))
+]
+
+
+@pytest.mark.parametrize(("ranks", "run"), CHECKPOINTS, ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(OURS, THEIRS), (THEIRS, OURS), (OURS, OURS)],
+    ids=["ours to theirs", "theirs to ours", "ours to ours"],
+)
+def test_training_goes_on_from_a_checkpoint_of_either_package(before, after, ranks, run, tmp_path):
+    found = on_processes(ranks, _resume, before, after, run, str(tmp_path))
+    for saved, loaded, continued, resumed in found:
+        assert saved.weights.keys() == loaded.keys()
+        assert all(torch.equal(loaded[name], w) for name, w in saved.weights.items())
+        assert_alike(resumed, continued, run.dtype)
+        assert any(not torch.equal(continued.weights[name], w) for name, w in saved.weights.items())
+    assert len(list(tmp_path.glob("*/layer_*_expert_*"))) == 4 + 2 + 8
+
+
+def _save(rank: int, package: str, folder: str) -> None:
+    engine_of(rank, package, Run(2)).save_checkpoint(folder)
+
+
+def _load(rank: int, package: str, folder: str) -> None:
+    engine_of(rank, package, Run(2)).load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("package", [OURS, THEIRS])
+def test_a_missing_expert_file_is_named(package, tmp_path):
+    on_processes(2, _save, package, str(tmp_path))
+    name = "layer_0_expert_3_mp_rank_00_model_states.pt"
+    next(tmp_path.glob(f"*/{name}")).unlink()
+    with pytest.raises(RuntimeError, match=f"FileNotFoundError.*{name}"):
+        on_processes(2, _load, package, str(tmp_path))
+
+
+@pytest.mark.parametrize(("ranks", "run"), GROUPED, ids=str)
+def test_checkpoints_hold_grouped_experts_one_by_one(ranks, run, tmp_path):
+    found = on_processes(ranks, _resume, OURS, OURS, run, str(tmp_path), (Grouped, Grouped))
+    for saved, loaded, continued, resumed in found:
+        assert all(torch.equal(loaded[name], w) for name, w in saved.weights.items())
+        assert saved.losses[-1] < saved.losses[0]
+        assert_alike(resumed, continued, run.dtype)
+    name = "layer_2_expert_7_mp_rank_00_model_states.pt"
+    one = torch.load(next(tmp_path.glob(f"*/{name}")), weights_only=True)
+    place = "layers.2.deepspeed_moe.experts.deepspeed_experts.7"
+    assert {key: list(w.shape) for key, w in one.items()} == {
+        f"{place}.up_proj.weight": [2 * H, H],
+        f"{place}.up_proj.bias": [2 * H],
+        f"{place}.down_proj.weight": [H, 2 * H],
+        f"{place}.down_proj.bias": [H],
+    }
+
+
+class OwnExperts(moe_ext.Experts):
+    def __init__(self, *args) -> None:
+        super().__init__(4)
+        self.scale = nn.Parameter(torch.ones(4, H))
+
+    def forward(self, rows: Tensor, plan) -> Tensor:
+        return rows * self.scale.mean(0)
+
+
+def _save_own_experts(rank: int, folder: str) -> None:
+    def make(*args) -> nn.Module:
+        model = nn.Sequential(importlib.import_module(f"{OURS}.layer").MoE(H, expert(), 4))
+        model[0].deepspeed_moe.experts = OwnExperts()
+        return model
+
+    engine_of(rank, OURS, Run(), make=make).save_checkpoint(folder)
+
+
+def test_checkpoints_of_other_stacked_experts_are_not_written(tmp_path):
+    """docs/troubleshooting.md has this text."""
+    with pytest.raises(RuntimeError, match=r"int\(\) argument must be .*, not 'NoneType'"):
+        on_processes(1, _save_own_experts, str(tmp_path))

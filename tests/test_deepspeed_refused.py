@@ -1,0 +1,152 @@
+"""What DeepSpeed's engine does not do with our layers ends in an error that says so."""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import importlib
+
+import pytest
+import torch
+from processes import on_processes
+from torch import Tensor, nn
+
+pytest.importorskip("deepspeed", reason="needs the extra peers")
+
+from engines import (
+    HALF,
+    OURS,
+    TOKENS,
+    H,
+    Model,
+    Result,
+    Run,
+    engine_of,
+    train,
+    trained,
+    without_compiler,
+)
+
+import moe_ext
+
+
+def _infer(rank: int, ep_size: int) -> tuple[Tensor, Tensor]:
+    model = Model(OURS, ep_size, True).eval()
+    x = torch.randn(TOKENS, H)
+    deepspeed = without_compiler(rank)
+    deepspeed.init_distributed("gloo")
+    engine = deepspeed.init_inference(model, dtype=torch.float32, moe={"ep_size": ep_size})
+    return engine(x)[0].detach(), model(x)[0].detach()
+
+
+def test_inference_without_expert_parallelism():
+    ((found, wanted),) = on_processes(1, _infer, 1)
+    assert torch.equal(found, wanted)
+
+
+def test_inference_with_expert_parallelism_is_refused():
+    with pytest.raises(RuntimeError, match=r"init_inference does not, and is not supported"):
+        on_processes(2, _infer, 2)
+
+
+def _engine(rank: int, run: Run) -> None:
+    engine_of(rank, OURS, run)
+
+
+def test_zero_3_is_refused():
+    with pytest.raises(RuntimeError, match="Native DeepSpeed MoE is not supported with ZeRO Stage"):
+        on_processes(1, _engine, Run(stage=3))
+
+
+class TensorParallel:
+    """An mpu of two ranks that share every tensor."""
+
+    def __init__(self) -> None:
+        self.alone, _ = torch.distributed.new_subgroups(1)
+
+    def __getattr__(self, name: str):
+        whole, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
+        parts = {"model": (whole, 2, rank), "data": (self.alone, 1, 0)}
+        for kind, (group, size, place) in parts.items():
+            of_kind = {"group": group, "world_size": size, "rank": place}
+            for what, value in of_kind.items():
+                if name in (f"get_{kind}_parallel_{what}", f"get_tensor_{kind}_parallel_{what}"):
+                    return lambda: value
+        raise AttributeError(name)
+
+
+def _with_mpu(rank: int) -> None:
+    engine_of(rank, OURS, Run(2), mpu=TensorParallel())
+
+
+def test_a_tensor_parallel_mpu_is_refused():
+    with pytest.raises(RuntimeError, match="an mpu with tensor parallelism is not supported"):
+        on_processes(2, _with_mpu)
+
+
+AUTO_EP = {"expert_parallel": {"enabled": True, "autoep_size": 1}}
+
+
+def _mixtral(kind: str) -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    importlib.import_module("moe_ext.hf")
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=H,
+        intermediate_size=2 * H,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        experts_implementation="moe_ext",
+    )
+    model = transformers.MixtralForCausalLM(config)
+    if kind != "transformers":
+        module = importlib.import_module(kind)
+        experts = moe_ext.GroupedExperts(4, H, 2 * H)
+        model.model.layers[0].mlp = module.MOELayer(module.TopKGate(H, 4, 2), experts)
+    return model
+
+
+def _auto_ep(rank: int, kind: str) -> tuple[list[str], str]:
+    auto_ep = importlib.import_module("deepspeed.module_inject.auto_ep").AutoEP
+    with pytest.MonkeyPatch.context() as patch:
+        # Of DeepSpeed 0.19.8, which transformers 5.24 stops.
+        patch.setattr(auto_ep, "_retarget_transformers_output_recorders", lambda *args: None)
+        engine = engine_of(rank, OURS, Run(), make=lambda *args: _mixtral(kind), **AUTO_EP)
+    names = [type(module).__name__ for module in engine.module.modules()]
+    with pytest.raises(ValueError, match="AutoEP") as error:
+        moe_ext.hf.check(engine.module)
+    return names, str(error.value)
+
+
+def test_auto_ep_replaces_transformers_experts_and_check_says_so():
+    pytest.importorskip("transformers", reason="needs the extra peers")
+    ((names, error),) = on_processes(1, _auto_ep, "transformers")
+    assert "AutoEPMoELayer" in names
+    assert "MixtralExperts" not in names
+    assert error.endswith("leave it out to use moe_ext")
+
+
+@pytest.mark.parametrize("package", ["moe_ext", f"{OURS}.sharded_moe"])
+def test_auto_ep_is_refused_by_our_layer(package):
+    """docs/troubleshooting.md has this text."""
+    pytest.importorskip("transformers", reason="needs the extra peers")
+    with pytest.raises(RuntimeError, match="AutoEP cannot replace a layer of moe_ext"):
+        on_processes(1, _auto_ep, package)
+
+
+def test_a_gate_without_a_weight_is_otherwise_a_module():
+    gate = moe_ext.TopKGate(H, 4)
+    assert not hasattr(gate, "weight")
+    gate.weight = nn.Parameter(torch.ones(1))
+    assert gate.weight is dict(gate.named_parameters())["weight"]
+
+
+def _beside_auto_ep(rank: int) -> Result:
+    return trained(engine_of(rank, OURS, Run(), **AUTO_EP), rank, range(HALF))
+
+
+def test_auto_ep_leaves_our_moe_alone():
+    (found,), (wanted,) = on_processes(1, _beside_auto_ep), on_processes(1, train, OURS, Run())
+    assert found.losses == wanted.losses[:HALF]
