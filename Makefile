@@ -22,7 +22,7 @@ ORDERS := forward reverse random1 random2 random3
 # The toolkit's; every kernel, without the many calls of gradcheck.
 SANITIZER = $(shell $(BIN)/python moe_ext/build.py toolkit | cut -d';' -f1)/bin/compute-sanitizer
 SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
-	tests/test_gate.py tests/test_plan.py tests/test_keep.py tests/test_rows.py tests/test_launches.py
+	$(addprefix tests/ops/test_,gate.py plan.py mask_weights.py rows.py launches.py)
 
 # Of what is timed beside others': on one thread and two, in two states of memory.
 BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.5
@@ -35,9 +35,7 @@ test: $(VENV)/installed
 
 # Results beside those of other libraries, which are installed for it.
 peers: $(VENV)/peers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_deepspeed*.py \
-		tests/test_huggingface.py tests/test_hf_experts.py tests/test_hf_stats.py \
-		tests/test_bench_experts.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers
 
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
@@ -87,11 +85,11 @@ docs: $(VENV)/docs
 
 # Wheels of the CPU library and, with a CUDA toolkit, of both; what they ask of torch is audited.
 wheel: $(VENV)/installed
-	sh tests/wheel.sh
+	sh tests/tools/wheel.sh
 
 # The wheel, tested beside the oldest torch that it is for and beside the newest.
 abi: wheel
-	PYTHON=$(PYTHON) sh tests/abi.sh
+	PYTHON=$(PYTHON) sh tests/tools/abi.sh
 
 # The CUDA kernels run on the CPU: every kernel under every sanitizer, and the operator tests on them
 # with their threads in several orders, two at a time.
@@ -102,7 +100,7 @@ cusim: $(VENV)/installed
 	$(MAKE) --no-print-directory -j2 --output-sync $(ORDERS:%=cusim-%)
 
 $(ORDERS:%=cusim-%): cusim-%:
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore=tests/cusim \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/ops tests/layers \
 		--cusim=$(CUSIM) --cusim-order=$*
 
 # Whether the kernel tests notice a fault in a kernel: every mutant, about twenty minutes.

@@ -83,11 +83,11 @@ def operator_seconds(counts: list[int], budget: float) -> dict[str, list[float]]
     for num_tokens in tqdm(counts, desc="operators", leave=False):
         logits, tokens = torch.randn(num_tokens, E), torch.randn(num_tokens, H)
         choice = moe_ext.gate(logits, K)
-        plan = moe_ext.make_plan(choice.experts, E)
+        plan = moe_ext.make_plan(choice.expert_ids, E)
         rows = moe_ext.dispatch(tokens, plan)
         calls = {
             "gate": (moe_ext.gate, (logits, K)),
-            "plan": (moe_ext.make_plan, (choice.experts, E)),
+            "plan": (moe_ext.make_plan, (choice.expert_ids, E)),
             "dispatch": (moe_ext.dispatch, (tokens, plan)),
             "combine": (moe_ext.combine, (rows, plan, choice.weights)),
         }

@@ -94,7 +94,7 @@ def exact(weights: peers.Weights, tokens: Tensor, mix: Tensor) -> Tensor:
     return out
 
 
-def renormalised(weights: peers.Weights, tokens: Tensor, top_k: int) -> Tensor:
+def normalized(weights: peers.Weights, tokens: Tensor, top_k: int) -> Tensor:
     """[T, E]: every token's weights of its experts."""
     top = F.linear(tokens, weights.router).softmax(-1).topk(top_k)
     chosen = top.values / top.values.sum(-1, keepdim=True)
@@ -113,7 +113,7 @@ class Case:
         self.wide = peers.Weights(*(w.double() for w in self.weights))
         tokens = self.tokens.detach().double().requires_grad_()
         leaves = [w.requires_grad_() for w in self.wide]
-        mix = renormalised(self.wide, tokens, point.top_k)
+        mix = normalized(self.wide, tokens, point.top_k)
         self.out = exact(self.wide, tokens, mix)
         self.grads = torch.autograd.grad(self.out, [tokens, *leaves], self.grad.double())
         self.out, self.wide = self.out.detach(), peers.Weights(*(w.detach() for w in leaves))

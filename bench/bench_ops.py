@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import moe_ext
-from moe_ext import contracts, ops, reference
+from moe_ext.ops import checks, reference, registry
 
 # A mask's products at this speed tell whether it is worth waiting for them.
 MOST_BYTES, SPEED = 2 << 30, 1e11
@@ -53,8 +53,16 @@ SHAPES = {
 }
 
 TITLES = [
-    *("gate", "gate_backward", "plan", "keep", "keep_backward", "dispatch", "combine"),
-    *("route_dot", "dispatch_dot", "activate, swiglu", "activate, gelu", "plan, priority"),
+    *(
+        "gate",
+        "gate_backward",
+        "plan",
+        "mask_weights",
+        "mask_weights_backward",
+        "dispatch",
+        "combine",
+    ),
+    *("route_dot", "combine_backward", "activate, swiglu", "activate, gelu", "plan, priority"),
 ]
 
 
@@ -86,8 +94,8 @@ def operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> peers.Op
         return torch.randn(*size, generator=generator, device=device).to(dtype)
 
     logits = normal(T, E)
-    choice = moe_ext.gate(logits, K, renormalise=True)
-    plan = moe_ext.make_plan(choice.experts, E, order="token")
+    choice = moe_ext.gate(logits, K, normalize=True)
+    plan = moe_ext.make_plan(choice.expert_ids, E, order="token")
     tokens, rows = normal(T, H, dtype=dtype), normal(T * K, H, dtype=dtype)
     return peers.Operands(logits, tokens, rows, choice.weights, plan)
 
@@ -103,24 +111,24 @@ def cases(o: peers.Operands, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     single = 1e-5
     rounded = max(single, 2 * torch.finfo(dtype).eps)
     yield case("gate", (o.logits, None, K, "softmax", True, 1.0), single)
-    weights, experts, probs, _ = torch.ops.moe_ext.gate(o.logits, None, K, "softmax", True, 1.0)
+    weights, expert_ids, probs, _ = torch.ops.moe_ext.gate(o.logits, None, K, "softmax", True, 1.0)
     grads = torch.randn_like(weights), None, torch.randn_like(probs[0])
-    yield case("gate_backward", (*grads, probs, experts, "softmax", True, 1.0), single)
+    yield case("gate_backward", (*grads, probs, expert_ids, "softmax", True, 1.0), single)
 
-    yield case("plan", (experts, None, E, None, "token", 1), 0.0)
+    yield case("plan", (expert_ids, None, E, None, "token", 1), 0.0)
     slots, sources = o.plan.slots, o.plan.sources
-    yield case("keep", (weights, slots, True, 1e-9, 1.0), single)
-    yield case("keep_backward", (grads[0], weights, slots, True, 1e-9, 1.0), single)
+    yield case("mask_weights", (weights, slots, True, 1e-9, 1.0), single)
+    yield case("mask_weights_backward", (grads[0], weights, slots, True, 1e-9, 1.0), single)
     yield case("dispatch", (o.tokens, slots, sources, None), 0.0)
     yield case("combine", (o.rows, slots, sources, weights), rounded)
     both = o.tokens, o.rows, slots, sources
     yield case("route_dot", both, single, by_columns)
-    yield case("dispatch_dot", (*both, weights), rounded, by_columns)
+    yield case("combine_backward", (*both, weights), rounded, by_columns)
     for activation in ("swiglu", "gelu"):
         args = (o.rows, slots, sources, None, activation)
         _, made = case("activate", args, rounded, activated_by_columns)
         yield f"activate, {activation}", made
-    args = (experts, weights, E, math.ceil(T * K / E), "choice", 1)
+    args = (expert_ids, weights, E, math.ceil(T * K / E), "choice", 1)
     yield "plan, priority", Case("plan", args, lambda: reference.plan(*args), 0.0)
 
 
@@ -137,9 +145,9 @@ def by_columns(op: str, tokens: Tensor, rows: Tensor, *others: Tensor) -> tuple[
     return (*(torch.cat(part, dim=1) for part in dispatched), sum(dots))
 
 
-def activated_by_columns(op: str, inner: Tensor, *others) -> tuple[Tensor, ...]:
+def activated_by_columns(op: str, pre_activation: Tensor, *others) -> tuple[Tensor, ...]:
     """The same of activate, whose gates are the first half of the columns."""
-    halves = inner.chunk(2, dim=1) if others[-1] in contracts.GATED else (inner,)
+    halves = pre_activation.chunk(2, dim=1) if others[-1] in checks.GATED else (pre_activation,)
     columns = zip(*(half.split(1024, dim=1) for half in halves), strict=True)
     parts = (in_double(op, torch.cat(part, dim=1), *others) for part in columns)
     return (torch.cat([made for (made,) in parts], dim=1),)
@@ -279,7 +287,7 @@ def timed(
     of_ours = spreads(compare(alone, budget))["moe_ext"]
     taken = compare(timers, budget) if functions else {}
     return {
-        "backend": ops.backend(case.op, device.type),
+        "backend": registry.backend(case.op, device.type),
         "sets": len(sets),
         "alone": of_ours._asdict(),
         "seconds": {name: s._asdict() for name, s in spreads(taken).items()},

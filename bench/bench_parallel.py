@@ -108,7 +108,7 @@ def measure(rank: int, way: Way, k: int, num_tokens: int, seconds: float) -> dic
     with Bytes() as counted:
         step(layer)
     plan = layer.gate.route(x.detach()).plan
-    owners = torch.where(plan.slots >= 0, plan.experts // (E // world), rank)
+    owners = torch.where(plan.slots >= 0, plan.expert_ids // (E // world), rank)
     there = torch.zeros(num_tokens, world).scatter_(1, owners.long(), 1)
     there[:, rank] = 0
     times = []

@@ -41,8 +41,8 @@ def operators(size: int, names: tuple[str, ...]) -> dict[str, float]:
     """Medians in seconds."""
     torch.set_num_threads(1)
     num_tokens = size // (4 * HIDDEN * TOP_K)
-    choice = moe_ext.gate(torch.randn(num_tokens, NUM_EXPERTS), TOP_K, renormalise=True)
-    plan = moe_ext.make_plan(choice.experts, NUM_EXPERTS, order="token")
+    choice = moe_ext.gate(torch.randn(num_tokens, NUM_EXPERTS), TOP_K, normalize=True)
+    plan = moe_ext.make_plan(choice.expert_ids, NUM_EXPERTS, order="token")
     tokens = torch.randn(num_tokens, HIDDEN)
     index, slots, weights = (plan.sources // TOP_K).long(), plan.slots.long(), choice.weights
     rows = moe_ext.dispatch(tokens, plan)

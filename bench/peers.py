@@ -57,7 +57,7 @@ def _torch_gate(o: Operands) -> Callable:
 
 
 def _torch_plan(o: Operands) -> Callable:
-    experts, num_experts = o.plan.experts.flatten().long(), o.plan.num_experts
+    experts, num_experts = o.plan.expert_ids.flatten().long(), o.plan.num_experts
 
     def plan() -> tuple[Tensor, ...]:
         sources = torch.argsort(experts, stable=True)
@@ -65,7 +65,7 @@ def _torch_plan(o: Operands) -> Callable:
         offsets = torch.cat([load.new_zeros(1), load.cumsum(0)])
         slots = torch.empty_like(sources)
         slots[sources] = torch.arange(len(sources), device=sources.device)
-        return slots.view(o.plan.experts.shape), sources, offsets, load
+        return slots.view(o.plan.expert_ids.shape), sources, offsets, load
 
     return plan
 
@@ -105,9 +105,9 @@ class _DeepSpeedRoutes:
         self.module = sharded_moe
         self.num_experts, self.num_tokens = o.plan.num_experts, len(o.tokens)
         self.capacity = int(o.plan.load.max())
-        starts = o.plan.offsets[o.plan.experts.long()]
+        starts = o.plan.offsets[o.plan.expert_ids.long()]
         places = (o.plan.slots - starts).t().contiguous()
-        self.experts = o.plan.experts.t().contiguous()
+        self.experts = o.plan.expert_ids.t().contiguous()
         self.slots = sharded_moe._route_slots(self.experts, places, self.num_experts, self.capacity)
         # Where each of our rows is in its buffer.
         route = o.plan.sources.long()
@@ -191,7 +191,7 @@ def _moe_ops_gate(o: Operands) -> Callable:
 def _moe_ops_permute(o: Operands) -> Callable:
     from moe_ops import permute
 
-    experts, E = o.plan.experts, o.plan.num_experts
+    experts, E = o.plan.expert_ids, o.plan.num_experts
     K, T = experts.shape[1], len(o.tokens)
 
     def read(out: tuple) -> tuple[Tensor, ...]:
@@ -213,7 +213,7 @@ def _moe_ops_unpermute(o: Operands) -> Callable:
 def _liger_plan(o: Operands) -> Callable:
     from liger_kernel.ops.fused_moe import compute_routing_metadata
 
-    experts, num_experts = o.plan.experts, o.plan.num_experts
+    experts, num_experts = o.plan.expert_ids, o.plan.num_experts
     return Seen(
         lambda: compute_routing_metadata(experts, num_experts),
         lambda out: (out[4].view(experts.shape), out[3], out[1], out[0]),
@@ -252,7 +252,7 @@ OPERATORS = {
 
 
 class Weights(NamedTuple):
-    """Of a layer of SwiGLU experts whose chosen probabilities are renormalised."""
+    """Of a layer of SwiGLU experts whose chosen probabilities are normalized."""
 
     router: Tensor  # [E, H]
     up: Tensor  # [E, 2F, H], the gates first

@@ -4,7 +4,7 @@
 
 Fails where a kernel spills registers, or where one that moves 16-byte vectors has no such access in
 its PTX. Needs a CUDA toolkit and torch; torch may be one without CUDA, and no GPU is needed. Shared
-memory is dynamic: a launch gives it by its sizes, and tests/test_launches.py bounds it.
+memory is dynamic: a launch gives it by its sizes, and tests/ops/test_launches.py bounds it.
 """
 
 import json

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from moe_ext.plot import COLOURS
+from moe_ext.monitor.plot import COLOURS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -42,12 +42,12 @@ struct GateArgs {
   Tensor choice_scores;  // [T, E], the logits where none were given
   int64_t num_tokens, num_experts, top_k;
   Scoring scoring;
-  bool renormalise;
+  bool normalize;
   double scale;
 };
 
 inline GateArgs gate_args(const Tensor& logits, const OptionalTensor& choice_scores, int64_t k,
-                          const std::string& scoring, bool renormalise, double scale) {
+                          const std::string& scoring, bool normalize, double scale) {
   const Check check("gate");
   check.shape("logits", logits, {{"T", kAny}, {"E", kAny}});
   check.floating("logits", logits);
@@ -67,7 +67,7 @@ inline GateArgs gate_args(const Tensor& logits, const OptionalTensor& choice_sco
           E,
           k,
           parse_scoring(check, scoring),
-          renormalise,
+          normalize,
           scale};
 }
 
@@ -76,28 +76,28 @@ struct GateBackwardArgs {
   OptionalTensor grad_probs;       // [T, E]
   OptionalTensor grad_importance;  // [E]
   Tensor probs;                    // [T, E]
-  Tensor experts;                  // [T, K]
+  Tensor expert_ids;               // [T, K]
   int64_t num_tokens, num_experts, top_k;
   Scoring scoring;
-  bool renormalise;
+  bool normalize;
   double scale;
 };
 
 inline GateBackwardArgs gate_backward_args(const OptionalTensor& grad_weights,
                                            const OptionalTensor& grad_probs,
                                            const OptionalTensor& grad_importance,
-                                           const Tensor& probs, const Tensor& experts,
-                                           const std::string& scoring, bool renormalise,
+                                           const Tensor& probs, const Tensor& expert_ids,
+                                           const std::string& scoring, bool normalize,
                                            double scale) {
   const Check check("gate_backward");
   check.shape("probs", probs, {{"T", kAny}, {"E", kAny}});
   check.floating("probs", probs);
   check.dtype("probs", probs, accumulate_type(probs.scalar_type()));
   const int64_t T = probs.size(0), E = probs.size(1);
-  check.shape("experts", experts, {{"T", T}, {"K", kAny}});
-  check.dtype("experts", experts, ScalarType::Int);
-  check.same_device("experts", experts, "probs", probs);
-  const int64_t K = experts.size(1);
+  check.shape("expert_ids", expert_ids, {{"T", T}, {"K", kAny}});
+  check.dtype("expert_ids", expert_ids, ScalarType::Int);
+  check.same_device("expert_ids", expert_ids, "probs", probs);
+  const int64_t K = expert_ids.size(1);
   const auto check_grad = [&](const char* name, const OptionalTensor& grad,
                               std::initializer_list<Dim> dims) {
     if (!grad) return;
@@ -113,17 +113,17 @@ inline GateBackwardArgs gate_backward_args(const OptionalTensor& grad_weights,
           dense(grad_probs),
           dense(grad_importance),
           dense(probs),
-          dense(experts),
+          dense(expert_ids),
           T,
           E,
           K,
           parse_scoring(check, scoring),
-          renormalise,
+          normalize,
           scale};
 }
 
 struct PlanArgs {
-  Tensor experts;           // [T, K], -1 where the token has no such choice
+  Tensor expert_ids;        // [T, K], -1 where the token has no such choice
   OptionalTensor priority;  // [T, K]
   int64_t num_tokens, top_k, num_experts, num_routes, num_rows;
   std::optional<int64_t> capacity;
@@ -138,18 +138,18 @@ inline int64_t dropless_rows(int64_t num_routes, int64_t num_experts, int64_t al
   return align * ((num_routes + used * (align - 1)) / align);
 }
 
-inline PlanArgs plan_args(const Tensor& experts, const OptionalTensor& priority,
+inline PlanArgs plan_args(const Tensor& expert_ids, const OptionalTensor& priority,
                           int64_t num_experts, const std::optional<int64_t>& capacity,
                           const std::string& order, int64_t align) {
   const Check check("plan");
-  check.shape("experts", experts, {{"T", kAny}, {"K", kAny}});
-  check.dtype("experts", experts, ScalarType::Int);
-  const int64_t T = experts.size(0), K = experts.size(1);
+  check.shape("expert_ids", expert_ids, {{"T", kAny}, {"K", kAny}});
+  check.dtype("expert_ids", expert_ids, ScalarType::Int);
+  const int64_t T = expert_ids.size(0), K = expert_ids.size(1);
   check.int32_size("T * K", T * K);
   if (priority) {
     check.shape("priority", *priority, {{"T", T}, {"K", K}});
     check.dtype("priority", *priority, ScalarType::Float);
-    check.same_device("priority", *priority, "experts", experts);
+    check.same_device("priority", *priority, "expert_ids", expert_ids);
   }
   if (num_experts < 1) check.fail("num_experts must be at least 1, got ", num_experts);
   check.int32_size("num_experts", num_experts);
@@ -165,20 +165,21 @@ inline PlanArgs plan_args(const Tensor& experts, const OptionalTensor& priority,
   }
   const int64_t R = capacity ? num_experts * *capacity : dropless_rows(T * K, num_experts, align);
   check.int32_size("rows", R);
-  return {dense(experts), dense(priority),   T,    K, num_experts, T * K, R,
-          capacity,       order == "choice", align};
+  return {dense(expert_ids), dense(priority),   T,    K, num_experts, T * K, R,
+          capacity,          order == "choice", align};
 }
 
-struct KeepArgs {
+struct MaskWeightsArgs {
   Tensor weights;  // [T, K]
   Tensor slots;    // [T, K]
   int64_t num_tokens, top_k;
-  bool renormalise;
-  double least, scale;
+  bool normalize;
+  double eps, scale;
 };
 
-inline KeepArgs keep_args(const Tensor& weights, const Tensor& slots, bool renormalise,
-                          double least, double scale, const char* op = "keep") {
+inline MaskWeightsArgs mask_weights_args(const Tensor& weights, const Tensor& slots, bool normalize,
+                                         double eps, double scale,
+                                         const char* op = "mask_weights") {
   const Check check(op);
   check.shape("weights", weights, {{"T", kAny}, {"K", kAny}});
   check.floating("weights", weights);
@@ -189,21 +190,22 @@ inline KeepArgs keep_args(const Tensor& weights, const Tensor& slots, bool renor
   const int64_t T = slots.size(0), K = slots.size(1);
   check.int32_size("T * K", T * K);
   check.shape("weights", weights, {{"T", T}, {"K", K}}, OfPlan{"slots", slots});
-  check.finite("least", least);
+  check.finite("eps", eps);
   check.finite("scale", scale);
-  return {dense(weights), dense(slots), T, K, renormalise, least, scale};
+  return {dense(weights), dense(slots), T, K, normalize, eps, scale};
 }
 
-struct KeepBackwardArgs {
+struct MaskWeightsBackwardArgs {
   Tensor grad;  // [T, K]
-  KeepArgs forward;
+  MaskWeightsArgs forward;
 };
 
-inline KeepBackwardArgs keep_backward_args(const Tensor& grad, const Tensor& weights,
-                                           const Tensor& slots, bool renormalise, double least,
-                                           double scale) {
-  const Check check("keep_backward");
-  const KeepArgs forward = keep_args(weights, slots, renormalise, least, scale, "keep_backward");
+inline MaskWeightsBackwardArgs mask_weights_backward_args(const Tensor& grad, const Tensor& weights,
+                                                          const Tensor& slots, bool normalize,
+                                                          double eps, double scale) {
+  const Check check("mask_weights_backward");
+  const MaskWeightsArgs forward =
+      mask_weights_args(weights, slots, normalize, eps, scale, "mask_weights_backward");
   check.shape("grad", grad, {{"T", forward.num_tokens}, {"K", forward.top_k}});
   check.same_dtype("grad", grad, "weights", weights);
   check.same_device("grad", grad, "weights", weights);
@@ -302,7 +304,7 @@ inline RouteDotArgs route_dot_args(const Tensor& tokens, const Tensor& rows, con
           tokens.size(0), slots.size(1), rows.size(0), tokens.size(1)};
 }
 
-struct DispatchDotArgs {
+struct CombineBackwardArgs {
   Tensor tokens;   // [T, H]
   Tensor rows;     // [R, H]
   Tensor slots;    // [T, K]
@@ -311,10 +313,10 @@ struct DispatchDotArgs {
   int64_t num_tokens, top_k, num_rows, hidden;
 };
 
-inline DispatchDotArgs dispatch_dot_args(const Tensor& tokens, const Tensor& rows,
-                                         const Tensor& slots, const Tensor& sources,
-                                         const Tensor& weights) {
-  const Check check("dispatch_dot");
+inline CombineBackwardArgs combine_backward_args(const Tensor& tokens, const Tensor& rows,
+                                                 const Tensor& slots, const Tensor& sources,
+                                                 const Tensor& weights) {
+  const Check check("combine_backward");
   check.shape("tokens", tokens, {{"T", kAny}, {"H", kAny}});
   check.floating("tokens", tokens);
   check.shape("rows", rows, {{"R", kAny}, {"H", tokens.size(1)}});
@@ -335,7 +337,7 @@ inline Activation parse_activation(const Check& check, const std::string& activa
 }
 
 struct ActivateArgs {
-  Tensor inner;            // [R, G], G = 2F with the gate's columns first, F without a gate
+  Tensor pre_activation;   // [R, G], G = 2F with the gate's columns first, F without a gate
   Tensor slots;            // [T, K]
   Tensor sources;          // [R]
   OptionalTensor weights;  // [T, K]
@@ -343,24 +345,24 @@ struct ActivateArgs {
   int64_t num_tokens, top_k, num_rows, inner_width, width;
 };
 
-inline ActivateArgs activate_args(const Tensor& inner, const Tensor& slots, const Tensor& sources,
-                                  const OptionalTensor& weights, const std::string& activation,
-                                  const char* op = "activate") {
+inline ActivateArgs activate_args(const Tensor& pre_activation, const Tensor& slots,
+                                  const Tensor& sources, const OptionalTensor& weights,
+                                  const std::string& activation, const char* op = "activate") {
   const Check check(op);
-  check.shape("inner", inner, {{"R", kAny}, {"G", kAny}});
-  check.floating("inner", inner);
-  check_routes(check, {{"inner", inner, "R", "G"}}, slots, sources, weights);
+  check.shape("pre_activation", pre_activation, {{"R", kAny}, {"G", kAny}});
+  check.floating("pre_activation", pre_activation);
+  check_routes(check, {{"pre_activation", pre_activation, "R", "G"}}, slots, sources, weights);
   const Activation kind = parse_activation(check, activation);
-  const int64_t G = inner.size(1);
-  if (is_gated(kind) && G % 2 != 0) check.fail("inner must be [R, 2F], got [R, ", G, "]");
-  return {dense(inner),
+  const int64_t G = pre_activation.size(1);
+  if (is_gated(kind) && G % 2 != 0) check.fail("pre_activation must be [R, 2F], got [R, ", G, "]");
+  return {dense(pre_activation),
           dense(slots),
           dense(sources),
           dense(weights),
           kind,
           slots.size(0),
           slots.size(1),
-          inner.size(0),
+          pre_activation.size(0),
           G,
           is_gated(kind) ? G / 2 : G};
 }
@@ -370,16 +372,16 @@ struct ActivateBackwardArgs {
   ActivateArgs forward;
 };
 
-inline ActivateBackwardArgs activate_backward_args(const Tensor& grad, const Tensor& inner,
+inline ActivateBackwardArgs activate_backward_args(const Tensor& grad, const Tensor& pre_activation,
                                                    const Tensor& slots, const Tensor& sources,
                                                    const Tensor& weights,
                                                    const std::string& activation) {
   const Check check("activate_backward");
   const ActivateArgs forward =
-      activate_args(inner, slots, sources, weights, activation, "activate_backward");
+      activate_args(pre_activation, slots, sources, weights, activation, "activate_backward");
   check.shape("grad", grad, {{"R", forward.num_rows}, {"F", forward.width}});
-  check.same_dtype("grad", grad, "inner", inner);
-  check.same_device("grad", grad, "inner", inner);
+  check.same_dtype("grad", grad, "pre_activation", pre_activation);
+  check.same_device("grad", grad, "pre_activation", pre_activation);
   return {dense(grad), forward};
 }
 

@@ -2,7 +2,7 @@
 //
 //   dispatch: slots must be [T, K] with T = 33, got [32, 2]
 //
-// moe_ext/contracts.py says the same in the same words for the reference and the fakes.
+// moe_ext/ops/checks.py says the same in the same words for the reference and the fakes.
 
 #pragma once
 

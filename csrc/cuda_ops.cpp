@@ -19,7 +19,7 @@
 #if defined(MOE_EXT_ARCHITECTURES)
 #define MOE_EXT_TEXT(...) #__VA_ARGS__
 #define MOE_EXT_TEXT_OF(...) MOE_EXT_TEXT(__VA_ARGS__)
-// moe_ext/doctor.py reads it in the library's bytes.
+// moe_ext/cli/doctor.py reads it in the library's bytes.
 __attribute__((used)) static const char architectures[] =
     "moe_ext built for compute capability " MOE_EXT_TEXT_OF(MOE_EXT_ARCHITECTURES);
 #endif
@@ -74,93 +74,94 @@ int few_experts(const char* op, int64_t num_experts) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_cuda(const Tensor& logits,
                                                      const OptionalTensor& choice_scores, int64_t k,
-                                                     const std::string& scoring, bool renormalise,
+                                                     const std::string& scoring, bool normalize,
                                                      double scale) {
-  const GateArgs a = gate_args(logits, choice_scores, k, scoring, renormalise, scale);
+  const GateArgs a = gate_args(logits, choice_scores, k, scoring, normalize, scale);
   const int64_t T = a.num_tokens, E = few_experts("gate", a.num_experts);
   const OnDevice device(a.logits);
   const ScalarType dtype = accumulate_type(a.logits.scalar_type());
   const cuda::Dtype logits_dtype = dtype_of(a.logits);
   const Tensor weights = empty(a.logits, {T, a.top_k}, dtype);
-  const Tensor experts = empty(a.logits, {T, a.top_k}, ScalarType::Int);
+  const Tensor expert_ids = empty(a.logits, {T, a.top_k}, ScalarType::Int);
   const Tensor probs = empty(a.logits, {T, E}, dtype);
   const Tensor importance = empty(a.logits, {E}, dtype);
   const Tensor block_sums = empty(a.logits, {cuda::gate_blocks(logits_dtype, T, E), E}, dtype);
   cuda::gate({logits_dtype, a.logits.const_data_ptr(), a.choice_scores.const_data_ptr(), T,
-              static_cast<int>(E), static_cast<int>(a.top_k), a.scoring, a.renormalise, a.scale,
-              weights.mutable_data_ptr(), int_data(experts), probs.mutable_data_ptr(),
+              static_cast<int>(E), static_cast<int>(a.top_k), a.scoring, a.normalize, a.scale,
+              weights.mutable_data_ptr(), int_data(expert_ids), probs.mutable_data_ptr(),
               importance.mutable_data_ptr(), block_sums.mutable_data_ptr()},
              device.stream());
-  return {weights, experts, probs, importance};
+  return {weights, expert_ids, probs, importance};
 }
 
 Tensor gate_backward_cuda(const OptionalTensor& grad_weights, const OptionalTensor& grad_probs,
                           const OptionalTensor& grad_importance, const Tensor& probs,
-                          const Tensor& experts, const std::string& scoring, bool renormalise,
+                          const Tensor& expert_ids, const std::string& scoring, bool normalize,
                           double scale) {
   const GateBackwardArgs a = gate_backward_args(grad_weights, grad_probs, grad_importance, probs,
-                                                experts, scoring, renormalise, scale);
+                                                expert_ids, scoring, normalize, scale);
   const int num_experts = few_experts("gate_backward", a.num_experts);
   const OnDevice device(a.probs);
   const Tensor grad = empty(a.probs, {a.num_tokens, a.num_experts}, a.probs.scalar_type());
   cuda::gate_backward(
       {dtype_of(a.probs), data_or_null<void>(a.grad_weights), data_or_null<void>(a.grad_probs),
-       data_or_null<void>(a.grad_importance), a.probs.const_data_ptr(), const_int_data(a.experts),
-       a.num_tokens, num_experts, static_cast<int>(a.top_k), a.scoring, a.renormalise, a.scale,
-       grad.mutable_data_ptr()},
+       data_or_null<void>(a.grad_importance), a.probs.const_data_ptr(),
+       const_int_data(a.expert_ids), a.num_tokens, num_experts, static_cast<int>(a.top_k),
+       a.scoring, a.normalize, a.scale, grad.mutable_data_ptr()},
       device.stream());
   return grad;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cuda(const Tensor& experts,
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cuda(const Tensor& expert_ids,
                                                      const OptionalTensor& priority,
                                                      int64_t num_experts,
                                                      std::optional<int64_t> capacity,
                                                      const std::string& order, int64_t align) {
-  const PlanArgs a = plan_args(experts, priority, num_experts, capacity, order, align);
+  const PlanArgs a = plan_args(expert_ids, priority, num_experts, capacity, order, align);
   const int E = few_experts("plan", a.num_experts);
-  const OnDevice device(a.experts);
-  const Tensor slots = empty(a.experts, {a.num_tokens, a.top_k}, ScalarType::Int);
-  const Tensor sources = empty(a.experts, {a.num_rows}, ScalarType::Int);
-  const Tensor offsets = empty(a.experts, {a.num_experts + 1}, ScalarType::Int);
-  const Tensor load = empty(a.experts, {a.num_experts}, ScalarType::Int);
+  const OnDevice device(a.expert_ids);
+  const Tensor slots = empty(a.expert_ids, {a.num_tokens, a.top_k}, ScalarType::Int);
+  const Tensor sources = empty(a.expert_ids, {a.num_rows}, ScalarType::Int);
+  const Tensor offsets = empty(a.expert_ids, {a.num_experts + 1}, ScalarType::Int);
+  const Tensor load = empty(a.expert_ids, {a.num_experts}, ScalarType::Int);
   const int64_t scratch_size = cuda::plan_scratch(a.num_routes, E, a.priority.has_value());
-  const Tensor scratch = empty(a.experts, {scratch_size}, ScalarType::Int);
-  cuda::plan({const_int_data(a.experts), data_or_null<float>(a.priority), a.num_tokens, a.top_k, E,
-              a.capacity.value_or(-1), a.choice_major, a.align, a.num_rows, int_data(slots),
+  const Tensor scratch = empty(a.expert_ids, {scratch_size}, ScalarType::Int);
+  cuda::plan({const_int_data(a.expert_ids), data_or_null<float>(a.priority), a.num_tokens, a.top_k,
+              E, a.capacity.value_or(-1), a.choice_major, a.align, a.num_rows, int_data(slots),
               int_data(sources), int_data(offsets), int_data(load), int_data(scratch)},
              device.stream());
   return {slots, sources, offsets, load};
 }
 
-cuda::Keep keep_of(const KeepArgs& a) {
+cuda::MaskWeights mask_weights_of(const MaskWeightsArgs& a) {
   return {dtype_of(a.weights),
           a.weights.const_data_ptr(),
           const_int_data(a.slots),
           a.num_tokens,
           a.top_k,
-          a.renormalise,
-          a.least,
+          a.normalize,
+          a.eps,
           a.scale};
 }
 
-Tensor keep_cuda(const Tensor& weights, const Tensor& slots, bool renormalise, double least,
-                 double scale) {
-  const KeepArgs a = keep_args(weights, slots, renormalise, least, scale);
+Tensor mask_weights_cuda(const Tensor& weights, const Tensor& slots, bool normalize, double eps,
+                         double scale) {
+  const MaskWeightsArgs a = mask_weights_args(weights, slots, normalize, eps, scale);
   const OnDevice device(a.weights);
   const Tensor kept = empty(a.weights, {a.num_tokens, a.top_k}, a.weights.scalar_type());
-  cuda::keep(keep_of(a), kept.mutable_data_ptr(), device.stream());
+  cuda::mask_weights(mask_weights_of(a), kept.mutable_data_ptr(), device.stream());
   return kept;
 }
 
-Tensor keep_backward_cuda(const Tensor& grad, const Tensor& weights, const Tensor& slots,
-                          bool renormalise, double least, double scale) {
-  const KeepBackwardArgs a = keep_backward_args(grad, weights, slots, renormalise, least, scale);
-  const KeepArgs& f = a.forward;
+Tensor mask_weights_backward_cuda(const Tensor& grad, const Tensor& weights, const Tensor& slots,
+                                  bool normalize, double eps, double scale) {
+  const MaskWeightsBackwardArgs a =
+      mask_weights_backward_args(grad, weights, slots, normalize, eps, scale);
+  const MaskWeightsArgs& f = a.forward;
   const OnDevice device(f.weights);
   const Tensor grad_weights = empty(f.weights, {f.num_tokens, f.top_k}, f.weights.scalar_type());
-  cuda::keep_backward(keep_of(f), a.grad.const_data_ptr(), grad_weights.mutable_data_ptr(),
-                      device.stream());
+  cuda::mask_weights_backward(mask_weights_of(f), a.grad.const_data_ptr(),
+                              grad_weights.mutable_data_ptr(), device.stream());
   return grad_weights;
 }
 
@@ -206,47 +207,48 @@ Tensor route_dot_cuda(const Tensor& tokens, const Tensor& rows, const Tensor& sl
   return dots;
 }
 
-std::tuple<Tensor, Tensor> dispatch_dot_cuda(const Tensor& tokens, const Tensor& rows,
-                                             const Tensor& slots, const Tensor& sources,
-                                             const Tensor& weights) {
-  const DispatchDotArgs a = dispatch_dot_args(tokens, rows, slots, sources, weights);
+std::tuple<Tensor, Tensor> combine_backward_cuda(const Tensor& tokens, const Tensor& rows,
+                                                 const Tensor& slots, const Tensor& sources,
+                                                 const Tensor& weights) {
+  const CombineBackwardArgs a = combine_backward_args(tokens, rows, slots, sources, weights);
   const OnDevice device(a.tokens);
   const Tensor dispatched = empty(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
   const Tensor dots = empty(a.tokens, {a.num_tokens, a.top_k}, a.weights.scalar_type());
-  cuda::dispatch_dot(dtype_of(a.tokens), a.tokens.const_data_ptr(), a.rows.const_data_ptr(),
-                     routes_of(a, a.weights), a.hidden, dispatched.mutable_data_ptr(),
-                     dots.mutable_data_ptr(), device.stream());
+  cuda::combine_backward(dtype_of(a.tokens), a.tokens.const_data_ptr(), a.rows.const_data_ptr(),
+                         routes_of(a, a.weights), a.hidden, dispatched.mutable_data_ptr(),
+                         dots.mutable_data_ptr(), device.stream());
   return {dispatched, dots};
 }
 
-Tensor activate_cuda(const Tensor& inner, const Tensor& slots, const Tensor& sources,
+Tensor activate_cuda(const Tensor& pre_activation, const Tensor& slots, const Tensor& sources,
                      const OptionalTensor& weights, const std::string& activation) {
-  const ActivateArgs a = activate_args(inner, slots, sources, weights, activation);
-  const OnDevice device(a.inner);
-  const Tensor out = empty(a.inner, {a.num_rows, a.width}, a.inner.scalar_type());
-  cuda::activate(dtype_of(a.inner), a.inner.const_data_ptr(), routes_of(a, a.weights), a.width,
-                 a.activation, out.mutable_data_ptr(), device.stream());
+  const ActivateArgs a = activate_args(pre_activation, slots, sources, weights, activation);
+  const OnDevice device(a.pre_activation);
+  const Tensor out = empty(a.pre_activation, {a.num_rows, a.width}, a.pre_activation.scalar_type());
+  cuda::activate(dtype_of(a.pre_activation), a.pre_activation.const_data_ptr(),
+                 routes_of(a, a.weights), a.width, a.activation, out.mutable_data_ptr(),
+                 device.stream());
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> activate_backward_cuda(const Tensor& grad, const Tensor& inner,
-                                                          const Tensor& slots,
-                                                          const Tensor& sources,
-                                                          const Tensor& weights,
-                                                          const std::string& activation) {
+std::tuple<Tensor, Tensor, Tensor> activate_backward_cuda(
+    const Tensor& grad, const Tensor& pre_activation, const Tensor& slots, const Tensor& sources,
+    const Tensor& weights, const std::string& activation) {
   const ActivateBackwardArgs a =
-      activate_backward_args(grad, inner, slots, sources, weights, activation);
+      activate_backward_args(grad, pre_activation, slots, sources, weights, activation);
   const ActivateArgs& f = a.forward;
-  const OnDevice device(f.inner);
-  const ScalarType dtype = f.inner.scalar_type();
-  const Tensor grad_inner = empty(f.inner, {f.num_rows, f.inner_width}, dtype);
-  const Tensor active = empty(f.inner, {f.num_rows, f.width}, dtype);
-  const Tensor grad_weights = empty(f.inner, {f.num_tokens, f.top_k}, f.weights->scalar_type());
+  const OnDevice device(f.pre_activation);
+  const ScalarType dtype = f.pre_activation.scalar_type();
+  const Tensor grad_pre_activation = empty(f.pre_activation, {f.num_rows, f.inner_width}, dtype);
+  const Tensor active = empty(f.pre_activation, {f.num_rows, f.width}, dtype);
+  const Tensor grad_weights =
+      empty(f.pre_activation, {f.num_tokens, f.top_k}, f.weights->scalar_type());
   cuda::activate_backward(
-      {dtype_of(f.inner), a.grad.const_data_ptr(), f.inner.const_data_ptr(), f.width, f.activation,
-       grad_inner.mutable_data_ptr(), active.mutable_data_ptr(), grad_weights.mutable_data_ptr()},
+      {dtype_of(f.pre_activation), a.grad.const_data_ptr(), f.pre_activation.const_data_ptr(),
+       f.width, f.activation, grad_pre_activation.mutable_data_ptr(), active.mutable_data_ptr(),
+       grad_weights.mutable_data_ptr()},
       routes_of(f, f.weights), device.stream());
-  return {grad_inner, active, grad_weights};
+  return {grad_pre_activation, active, grad_weights};
 }
 
 }  // namespace
@@ -260,12 +262,12 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
   m.impl("gate", TORCH_BOX(&moe_ext::gate_cuda));
   m.impl("gate_backward", TORCH_BOX(&moe_ext::gate_backward_cuda));
   m.impl("plan", TORCH_BOX(&moe_ext::plan_cuda));
-  m.impl("keep", TORCH_BOX(&moe_ext::keep_cuda));
-  m.impl("keep_backward", TORCH_BOX(&moe_ext::keep_backward_cuda));
+  m.impl("mask_weights", TORCH_BOX(&moe_ext::mask_weights_cuda));
+  m.impl("mask_weights_backward", TORCH_BOX(&moe_ext::mask_weights_backward_cuda));
   m.impl("dispatch", TORCH_BOX(&moe_ext::dispatch_cuda));
   m.impl("combine", TORCH_BOX(&moe_ext::combine_cuda));
   m.impl("route_dot", TORCH_BOX(&moe_ext::route_dot_cuda));
-  m.impl("dispatch_dot", TORCH_BOX(&moe_ext::dispatch_dot_cuda));
+  m.impl("combine_backward", TORCH_BOX(&moe_ext::combine_backward_cuda));
   m.impl("activate", TORCH_BOX(&moe_ext::activate_cuda));
   m.impl("activate_backward", TORCH_BOX(&moe_ext::activate_backward_cuda));
 }

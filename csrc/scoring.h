@@ -28,14 +28,14 @@ MOE_EXT_HOST_DEVICE constexpr T tiny() {
   return sizeof(T) == sizeof(float) ? static_cast<T>(FLT_MIN) : static_cast<T>(DBL_MIN);
 }
 
-// The divisor of a renormalised token: the sum of its chosen probabilities, kept off zero. A NaN
+// The divisor of a normalized token: the sum of its chosen probabilities, kept off zero. A NaN
 // stays NaN.
 template <typename T>
-MOE_EXT_HOST_DEVICE T clamped(T sum, T least = tiny<T>()) {
-  return sum < least ? least : sum;
+MOE_EXT_HOST_DEVICE T clamped(T sum, T eps = tiny<T>()) {
+  return sum < eps ? eps : sum;
 }
 
-// The gradient of shares that sum to 1, a softmax or renormalised weights, subtracts a mean:
+// The gradient of shares that sum to 1, a softmax or normalized weights, subtracts a mean:
 //
 //   g[i] - sum over j of share[j] * g[j]
 //
@@ -51,7 +51,7 @@ MOE_EXT_HOST_DEVICE bool is_most(T share) {
 // The gradient of p[k] / sum, the weights of a token, with respect to p: from the weights'
 // gradients g it is centred(g[k]) / divisor. The share of the largest p may be near 1.
 template <typename T>
-struct Renormalised {
+struct Normalized {
   T sum = 0, largest = -INFINITY, shift = 0, mean = 0, divisor = 1;
 
   MOE_EXT_HOST_DEVICE void add(T p, T g) {
@@ -66,10 +66,10 @@ struct Renormalised {
   }
 
   // After the last choice. A divisor above the sum is a constant, which has no gradient.
-  MOE_EXT_HOST_DEVICE void divide(T least = tiny<T>()) {
-    divisor = clamped(sum, least);
+  MOE_EXT_HOST_DEVICE void divide(T eps = tiny<T>()) {
+    divisor = clamped(sum, eps);
     mean /= divisor;
-    if (sum < least) mean = shift = 0;
+    if (sum < eps) mean = shift = 0;
   }
 
   MOE_EXT_HOST_DEVICE T centred(T g) const { return g - shift - mean; }

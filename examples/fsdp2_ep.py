@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import moe_ext
 from moe_ext import parallel
-from moe_ext.losses import load_balance_loss
+from moe_ext.routing.losses import load_balance_loss
 
 WIDTH, EXPERTS, BATCH = 64, 8, 256
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
             EXPERTS,
             k=2,
             drop_tokens=False,
-            renormalise="before",
+            normalize="before",
             top2_2nd_expert_sampling=False,
             aux_loss=balance_of_all,
         )

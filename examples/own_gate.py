@@ -35,12 +35,12 @@ class SureGate(nn.Module):
         choice = moe_ext.gate(logits, 2)
         # -1 is no choice: no row, no product, no part in the load.
         is_sure = (choice.weights[:, :1] > 0.5) & (torch.arange(2, device=tokens.device) == 1)
-        experts = choice.experts.masked_fill(is_sure, -1)
+        experts = choice.expert_ids.masked_fill(is_sure, -1)
         if used_token is not None:
             experts = experts.masked_fill(used_token.reshape(-1, 1) == 0, -1)
         capacity = int(self.capacity_factor * 2 * T / E)
         plan = moe_ext.make_plan(experts, E, capacity, priority=choice.weights.detach())
-        weights = moe_ext.keep(choice.weights, plan, renormalise=True)
+        weights = moe_ext.mask_weights(choice.weights, plan, normalize=True)
         l_aux = losses.load_balance_loss(choice.importance, plan.load, T, 2)
         l_aux = l_aux + 0.1 * losses.z_loss(logits)
         return moe_ext.Routing(weights, plan, choice.probs, choice.importance, l_aux, logits)

@@ -34,7 +34,7 @@ class Block(nn.Module):
             EXPERTS,
             k=2,
             drop_tokens=False,
-            renormalise="before",
+            normalize="before",
             top2_2nd_expert_sampling=False,
         )
         self.moe = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(EXPERTS, WIDTH, 2 * WIDTH))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import moe_ext
-from moe_ext.sinks import JsonLines
+from moe_ext.monitor.sinks import JsonLines
 
 WIDTH, EXPERTS, KINDS, BATCH = 32, 16, 16, 512
 BALANCES = ("none", "loss", "bias")
@@ -46,7 +46,7 @@ def layer_of(balance: str) -> moe_ext.MOELayer:
         k=2,
         drop_tokens=False,
         top2_2nd_expert_sampling=False,
-        selection_bias=balance == "bias",
+        expert_bias=balance == "bias",
     )
     return moe_ext.MOELayer(gate, moe_ext.GroupedExperts(EXPERTS, WIDTH, WIDTH))
 

@@ -5,21 +5,39 @@ from typing import TYPE_CHECKING
 
 from torch.utils import _pytree as pytree
 
-from . import build, convert, losses, ops, profiling, selection, stats
-from .experts import Experts, ModuleExperts, SharedExperts
-from .explanation import explain
-from .feed_forward import feed_forward
-from .functional import Choice, activate, combine, dispatch, gate, grouped_mm, keep, route_dot
-from .grouped_experts import GroupedExperts
+from . import build, ops
+from .experts import convert
+from .experts.base import Experts, ModuleExperts, SharedExperts
+from .experts.grouped import GroupedExperts
 from .layer import Aux, MOELayer, total_l_aux
-from .plan import Plan, make_plan
-from .routers import CosineRouter
-from .routing import Routing, route
-from .topk_gate import TopKGate
+from .monitor import profiling, stats
+from .monitor.explain import explain
+from .ops.feed_forward import feed_forward
+from .ops.functional import (
+    Choice,
+    activate,
+    combine,
+    dispatch,
+    gate,
+    grouped_mm,
+    mask_weights,
+    route_dot,
+)
+from .ops.plan import Plan, make_plan
+from .routing import choice_scores, losses
+from .routing.gate import TopKGate
+from .routing.route import Routing, route
+from .routing.routers import CosineRouter
 
 if TYPE_CHECKING:
+    from . import deepspeed as deepspeed
+    from . import hf as hf
     from . import parallel
+    from .cli import demo as demo
+    from .cli import doctor as doctor
     from .deepspeed.layer import MoE
+    from .monitor import plot as plot
+    from .monitor import sinks as sinks
     from .parallel import ExpertParallel
 
 __version__ = "0.1.0"
@@ -44,6 +62,7 @@ __all__ = [
     "TopKGate",
     "activate",
     "build",
+    "choice_scores",
     "combine",
     "convert",
     "dispatch",
@@ -51,34 +70,41 @@ __all__ = [
     "feed_forward",
     "gate",
     "grouped_mm",
-    "keep",
     "losses",
     "make_plan",
+    "mask_weights",
     "ops",
     "parallel",
     "profiling",
     "route",
     "route_dot",
-    "selection",
     "stats",
     "total_l_aux",
 ]
 
 
-# These need packages that not everyone has, or take long to load.
-_MODULES = "deepspeed", "demo", "doctor", "hf", "plot", "sinks"
+# Loaded on first use. Some need packages that not everyone has; torch's meshes and DTensors, and
+# DeepSpeed, take most of a second to import.
+_LAZY = {
+    "ExpertParallel": ".parallel",
+    "MoE": ".deepspeed.layer",
+    "deepspeed": "",
+    "demo": ".cli",
+    "doctor": ".cli",
+    "hf": "",
+    "parallel": "",
+    "plot": ".monitor",
+    "sinks": ".monitor",
+}
 
 
 def __getattr__(name: str):
-    # Loaded when asked for: torch's meshes and DTensors take most of a second, as does DeepSpeed.
-    if name in ("ExpertParallel", "parallel"):
-        parallel = importlib.import_module(".parallel", __name__)
-        return parallel if name == "parallel" else parallel.ExpertParallel
-    if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name == "MoE":
-        return importlib.import_module(".deepspeed.layer", __name__).MoE
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    package = __name__ + _LAZY[name]
+    if name[0].isupper():
+        return getattr(importlib.import_module(package), name)
+    return importlib.import_module(f"{package}.{name}")
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 def demo(arguments: argparse.Namespace) -> int:
     try:
-        from . import demo
+        from .cli import demo
     except ImportError as error:
         print(f"moe_ext demo: {error}; pip install tqdm matplotlib", file=sys.stderr)
         return 1
@@ -36,7 +36,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def plot(arguments: argparse.Namespace) -> int:
-    from .sinks import read_json_lines
+    from .monitor.sinks import read_json_lines
 
     try:
         readings = list(read_json_lines(arguments.run_file))
@@ -58,7 +58,7 @@ def plot(arguments: argparse.Namespace) -> int:
     if arguments.text:
         return 0
     try:
-        from .plot import plot_run
+        from .monitor.plot import plot_run
     except ImportError as error:
         print(f"moe_ext plot: {error}; pip install matplotlib, or --text", file=sys.stderr)
         return 1
@@ -73,7 +73,7 @@ def plot(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    from .doctor import examine
+    from .cli.doctor import examine
 
     report = examine()
     print(json.dumps(report.as_dict(), indent=1, allow_nan=False) if arguments.json else report)

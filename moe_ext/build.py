@@ -289,7 +289,7 @@ def jit(verbose: bool = False) -> Path:
     import torch
     from torch.utils import cpp_extension
 
-    from .ops import registry
+    from .ops.registry import libraries
 
     _check_tree("jit")
     loads = [{"name": "_C", "sources": sources(), "extra_cflags": compile_flags()}]
@@ -302,15 +302,15 @@ def jit(verbose: bool = False) -> Path:
         loads.append(cuda)
     folder = _folder([*sources(), *cuda_sources(), *headers()], loads, toolkit)
     library = folder / f"_C{cpp_extension.LIB_EXT}"
-    if registry.library is None:
+    if libraries.library is None:
         if choice and toolkit is None and os.environ.get("FORCE_CUDA") != "0":
             warnings.warn(f"moe_ext.build.jit: {choice}", RuntimeWarning, stacklevel=2)
         _build_once(folder, loads, toolkit, verbose)
-        registry.load(library)
-    elif registry.library != library:
+        libraries.load(library)
+    elif libraries.library != library:
         raise RuntimeError(
-            f"moe_ext.build.jit: {registry.library} is already loaded, and a process can load one; "
-            "use these sources in a new process, without that file if it is the package's own"
+            f"moe_ext.build.jit: {libraries.library} is already loaded, and a process can load "
+            "one; use these sources in a new process, without that file if it is the package's own"
         )
     return library
 

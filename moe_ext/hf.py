@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from . import contracts
-from .feed_forward import dispatch_mm, feed_forward
-from .functional import combine, grouped_mm
+from .monitor.patching import is_of_transformers
+from .monitor.sinks import Sink
+from .monitor.stats import Stats, track
+from .ops import checks
+from .ops.feed_forward import dispatch_mm, feed_forward
+from .ops.functional import combine, grouped_mm
+from .ops.plan import Plan, make_plan
 from .options import Activation
-from .plan import Plan, make_plan
-from .sinks import Sink
-from .stats import Stats, track
-from .watching import is_of_transformers
 
 NAME = "moe_ext"
 MINIMUM = (5, 7)
@@ -76,7 +76,7 @@ def experts_forward(
     if observer is not None:
         observer(plan, None, None, None)
     tokens = hidden_states.to(layout.up.dtype)
-    weights = top_k_weights.to(contracts.accumulate_dtype(tokens.dtype))
+    weights = top_k_weights.to(checks.accumulate_dtype(tokens.dtype))
     return layout.routed(tokens, plan, weights).to(hidden_states.dtype)
 
 
@@ -104,8 +104,12 @@ class Layout:
                 *(tokens, plan, weights, self.up, self.down, self.activation),
                 *(self.up_bias, self.down_bias),
             )
-        inner = dispatch_mm(tokens, self.up, plan, self.up_bias)
-        active = self.module._apply_gate(inner) if self.has_gate else self.module.act_fn(inner)
+        pre_activation = dispatch_mm(tokens, self.up, plan, self.up_bias)
+        active = (
+            self.module._apply_gate(pre_activation)
+            if self.has_gate
+            else self.module.act_fn(pre_activation)
+        )
         rows = grouped_mm(active, self.down, plan, self.down_bias)
         if self.has_post_expert_norm:
             rows = self.module.post_expert_norm(rows)
@@ -134,7 +138,7 @@ class Layout:
         # FSDP's are gathered before a forward: what is one then, is one for other reasons.
         if isinstance(tensor, DTensor) and not self.is_only_checked:
             self._refuse(f"has {name} as a DTensor, whose parts are not computed with")
-        if tensor.dtype not in contracts.FLOATING:
+        if tensor.dtype not in checks.FLOATING:
             self._refuse(f"has {name} in {tensor.dtype}, which is not computed in")
         if tensor.shape[0] != self.module.num_experts:
             self._refuse(

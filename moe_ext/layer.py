@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from . import options, route_forms
-from .experts import Experts, refuse_wrapped, routed
-from .plan import Plan
+from . import options
+from .deepspeed import masks
+from .deepspeed.timers import Timers
+from .experts.base import Experts, refuse_wrapped, routed
+from .ops.plan import Plan
 from .process_group import GroupAttribute
-from .routing import Routing
-from .timers import Timers
-from .topk_gate import TopKGate
+from .routing.gate import TopKGate
+from .routing.route import Routing
 
 MOE_TIMER = "moe"
 
@@ -31,13 +32,13 @@ class Aux(NamedTuple):
     Attributes:
         l_aux: [] auxiliary loss, not scaled
         exp_counts: [E] int64, routes that asked for an expert, before dropping
-        experts: [T, K] int32, the choice, -1 where there is none; `layer(hidden, experts=...)`
-            makes it again
+        expert_ids: [T, K] int32, the choice, -1 where there is none; `layer(hidden,
+            expert_ids=...)` makes it again
     """
 
     l_aux: Tensor
     exp_counts: Tensor
-    experts: Tensor
+    expert_ids: Tensor
 
 
 # Of a call: where routes go, what the layer says of it, the gate's own decision, used_token.
@@ -68,16 +69,16 @@ def _takes_recorded(gate: nn.Module) -> bool:
 
 
 def _route(
-    gate: nn.Module, tokens: Tensor, used_token: Tensor | None, experts: Tensor | None
+    gate: nn.Module, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
 ) -> tuple[Plan, Tensor, Aux, Routing | None]:
     """With a gate written for DeepSpeed there is no Routing."""
-    if experts is not None and not _takes_recorded(gate):
+    if expert_ids is not None and not _takes_recorded(gate):
         raise RuntimeError(
-            f"MOELayer: experts must be None with a gate of type {type(gate).__name__}, which has "
-            "no route(tokens, used_token, experts)"
+            f"MOELayer: expert_ids must be None with a gate of type {type(gate).__name__}, "
+            "which has no route(tokens, used_token, expert_ids)"
         )
     if _routes_itself(gate):
-        recorded = () if experts is None else (experts,)
+        recorded = () if expert_ids is None else (expert_ids,)
         routing = gate.route(tokens, used_token, *recorded)
         if not isinstance(routing, Routing):
             raise RuntimeError(
@@ -85,12 +86,12 @@ def _route(
                 f"got {type(routing).__name__}"
             )
         plan = routing.plan
-        aux = Aux(routing.l_aux, plan.load.to(torch.int64), plan.experts)
+        aux = Aux(routing.l_aux, plan.load.to(torch.int64), plan.expert_ids)
         return plan, routing.weights, aux, routing
     knows_sparse = "sparse_routes" in inspect.signature(gate.forward).parameters
     result = gate(tokens, used_token, **({"sparse_routes": True} if knows_sparse else {}))
-    plan, weights, l_aux, exp_counts = route_forms.plan_of(result, tokens)
-    return plan, weights, Aux(l_aux, exp_counts, plan.experts), None
+    plan, weights, l_aux, exp_counts = masks.plan_of(result, tokens)
+    return plan, weights, Aux(l_aux, exp_counts, plan.expert_ids), None
 
 
 class _LostGradient(Function):
@@ -145,7 +146,7 @@ class MOELayer(nn.Module):
 
     Args:
         gate: a TopKGate, or a module with its `num_experts` and `route(tokens, used_token)`, which
-            for recorded choices takes a third, `experts`; or a gate written for DeepSpeed, whose
+            for recorded choices takes a third, `expert_ids`; or a gate written for DeepSpeed, whose
             `gate(tokens, used_token)` returns (l_aux, combine_weights [T, E, C], dispatch_mask
             [T, E, C], exp_counts [E]) or, where it knows `sparse_routes`, its seven of routes
         experts: Experts of as many; or a module written for DeepSpeed, that maps
@@ -219,7 +220,7 @@ class MOELayer(nn.Module):
         hidden: Tensor,
         used_token: Tensor | None = None,
         *,
-        experts: Tensor | None = None,
+        expert_ids: Tensor | None = None,
     ) -> Tensor:
         """Every token through its experts.
 
@@ -227,13 +228,13 @@ class MOELayer(nn.Module):
             hidden: [..., H]
             used_token: a value for every token of hidden; one with 0 (or False) has no route: its
                 routed output is zero
-            experts: [T, K] int32, a recorded choice (`Aux.experts`) to make again
+            expert_ids: [T, K] int32, a recorded choice (`Aux.expert_ids`) to make again
 
         Returns:
             hidden's shape and dtype
         """
         # Not the instance's, which FSDP makes another way into the layer.
-        out, aux = type(self).forward_with_aux(self, hidden, used_token, experts=experts)
+        out, aux = type(self).forward_with_aux(self, hidden, used_token, expert_ids=expert_ids)
         self.l_aux, self.exp_counts = aux.l_aux, aux.exp_counts
         if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.l_aux = _warning_of_lost_gradient(aux.l_aux)
@@ -244,30 +245,30 @@ class MOELayer(nn.Module):
         hidden: Tensor,
         used_token: Tensor | None = None,
         *,
-        experts: Tensor | None = None,
+        expert_ids: Tensor | None = None,
     ) -> tuple[Tensor, Aux]:
         """`forward` without side effects.
 
         Args:
             hidden: as of `forward`
             used_token: as of `forward`
-            experts: as of `forward`
+            expert_ids: as of `forward`
 
         Returns:
-            (out, Aux(l_aux, exp_counts, experts))
+            (out, Aux(l_aux, exp_counts, expert_ids))
         """
         if not isinstance(hidden, Tensor) or hidden.dim() == 0:
             got = "[]" if isinstance(hidden, Tensor) else type(hidden).__name__
             raise RuntimeError(f"MOELayer: hidden must be [..., H], got {got}")
         if not self.wall_clock_breakdown:
-            return self._forward(hidden, used_token, experts)
+            return self._forward(hidden, used_token, expert_ids)
         with self.timers.time(MOE_TIMER):
-            result = self._forward(hidden, used_token, experts)
+            result = self._forward(hidden, used_token, expert_ids)
         self.time_moe = self.timers(MOE_TIMER).elapsed(reset=False)
         return result
 
     def _forward(
-        self, hidden: Tensor, used_token: Tensor | None, experts: Tensor | None
+        self, hidden: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
     ) -> tuple[Tensor, Aux]:
         tokens = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
         if self.ep_size > 1 and self.ep_group is None:
@@ -276,7 +277,7 @@ class MOELayer(nn.Module):
                 "MoE.set_deepspeed_parallelism() or _set_ep_group(group). deepspeed.initialize "
                 "does so; deepspeed.init_inference does not, and is not supported with ep_size > 1"
             )
-        plan, weights, aux, routing = _route(self.gate, tokens, used_token, experts)
+        plan, weights, aux, routing = _route(self.gate, tokens, used_token, expert_ids)
         if plan.num_experts != self.num_experts:
             raise RuntimeError(
                 f"MOELayer: gate must choose among E = {self.num_experts} experts, "

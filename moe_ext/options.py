@@ -11,7 +11,7 @@ from torch import Tensor
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 """How a gate makes scores of logits."""
 
-Renormalise = Literal["never", "before", "after"]
+Normalize = Literal["never", "before", "after"]
 """When a token's weights are divided by their sum: relative to dropping."""
 
 DropPolicy = Literal["random", "position", "probs"]
@@ -34,9 +34,6 @@ GatedActivation = Literal["swiglu", "geglu"]
 
 Activation = Literal[GatedActivation, "gelu", "relu"]
 """What an expert does between its two products."""
-
-Weigh = Literal["after", "before"]
-"""Where a route's weight is a factor: of the expert's output, or of its activation."""
 
 
 def names(owner: str, **options: tuple) -> None:

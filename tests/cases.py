@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from moe_ext import Plan, TopKGate, contracts, make_plan
+from moe_ext import Plan, TopKGate, make_plan
+from moe_ext.ops import checks
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -60,7 +61,7 @@ def values(*size: int, dtype: torch.dtype, device: torch.device | None = None) -
 
 def weights_for(dtype: torch.dtype, *size: int, device: torch.device | None = None) -> Tensor:
     """Weights as they stand beside rows of this dtype."""
-    return torch.rand(*size, device=device, dtype=contracts.accumulate_dtype(dtype))
+    return torch.rand(*size, device=device, dtype=checks.accumulate_dtype(dtype))
 
 
 def assert_within(actual: Tensor, exact: Tensor, terms: Tensor, additions: int) -> None:
@@ -70,7 +71,7 @@ def assert_within(actual: Tensor, exact: Tensor, terms: Tensor, additions: int) 
     the accumulation may have; the result is then rounded once to its own dtype.
     """
     assert actual.shape == exact.shape
-    accumulate = torch.finfo(contracts.accumulate_dtype(actual.dtype)).eps
+    accumulate = torch.finfo(checks.accumulate_dtype(actual.dtype)).eps
     info = torch.finfo(actual.dtype)
     bound = info.eps * exact.abs() + (additions + 2) * accumulate * terms + info.smallest_normal
     error = (actual.double() - exact).abs()

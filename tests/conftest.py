@@ -12,57 +12,16 @@ from types import ModuleType
 import pytest
 import torch
 
-from moe_ext import ops
+from moe_ext.ops import registry
 
 # For deterministic algorithms on a GPU; read at the first product there.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Of what is built, installed and drawn, or of layers alone; many start processes of their own.
-NOT_OF_OPERATORS = {
-    "test_bench.py",
-    "test_bench_experts.py",
-    "test_build.py",
-    "test_calls.py",
-    "test_convert.py",
-    "test_deepep.py",
-    "test_deepspeed.py",
-    "test_deepspeed_checkpoints.py",
-    "test_deepspeed_engine.py",
-    "test_deepspeed_refused.py",
-    "test_demo.py",
-    "test_docs.py",
-    "test_doctor.py",
-    "test_examples.py",
-    "test_explain.py",
-    "test_foreign.py",
-    "test_hf_experts.py",
-    "test_hf_stats.py",
-    "test_huggingface.py",
-    "test_losses.py",
-    "test_migration.py",
-    "test_options.py",
-    "test_parallel.py",
-    "test_parallel_faults.py",
-    "test_parallel_modules.py",
-    "test_parallel_training.py",
-    "test_parallel_wrappers.py",
-    "test_profiling.py",
-    "test_sinks.py",
-    "test_stats.py",
-    "test_toolkit.py",
-}
-
-# Of layers: their tensors are where torch makes them by default. With --device=cuda that is there.
-OF_LAYERS = {
-    "test_experts.py",
-    "test_layer.py",
-    "test_properties.py",
-    "test_routers.py",
-    "test_routing.py",
-    "test_selection.py",
-    "test_topk_gate.py",
-    "test_transforms.py",
-}
+# Folders whose tests run on --device and on the emulated kernels; the tensors of layers/ are on
+# torch's default device. The other folders build, install, draw or start processes of their own.
+ON_DEVICE = {"ops", "layers", "cusim"}
+# Tests in layers/ of plain Python and torch alone.
+ON_CPU = {"test_convert.py", "test_foreign.py", "test_losses.py", "test_options.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -96,7 +55,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if config.cusim and collection_path.name in NOT_OF_OPERATORS else None
+    if not config.cusim or collection_path.suffix != ".py":
+        return None
+    is_on_device = collection_path.parent.name in ON_DEVICE
+    return None if is_on_device and collection_path.name not in ON_CPU else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -120,13 +82,13 @@ def _why_no_cuda() -> str | None:
         return f"torch {torch.__version__} has no CUDA"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no GPU"
-    if ops.backend("gate", "cuda") != "compiled":
+    if registry.backend("gate", "cuda") != "compiled":
         return "no CUDA kernels are built"
     return None
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    library = ops.registry.library or ops.registry.load_error
+    library = registry.libraries.library or registry.libraries.load_error
     if config.cusim:
         library = f"CUDA kernels on the CPU, {config.cusim.__file__}"
     reason = _why_no_cuda()
@@ -173,7 +135,8 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _default_device(request: pytest.FixtureRequest):
-    on_cuda = request.config.getoption("--device") == "cuda" and request.path.name in OF_LAYERS
+    is_layer = request.path.parent.name == "layers" and request.path.name not in ON_CPU
+    on_cuda = request.config.getoption("--device") == "cuda" and is_layer
     torch.set_default_device("cuda" if on_cuda else None)
     yield
     torch.set_default_device(None)

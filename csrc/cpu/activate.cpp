@@ -1,10 +1,12 @@
 // Activate: what experts do between their two products, on the rows that routes own.
 //
-//   out[r, f] = w * fn(inner[r, f])                        w = weights[t, k] of the row's route, or
-//   1 out[r, f] = w * fn(inner[r, f]) * inner[r, F + f]      with a gate
+//   out[r, f] = w * fn(pre_activation[r, f])                        w = weights[t, k] of the row's
+//   route, or 1 out[r, f] = w * fn(pre_activation[r, f]) * pre_activation[r, F + f]      with a
+//   gate
 //
-// and its gradient with the same values again: a layer saves `inner` alone. All other rows are not
-// read and come out zero. A thread takes whole rows, in pieces that stay in its first cache.
+// and its gradient with the same values again: a layer saves `pre_activation` alone. All other rows
+// are not read and come out zero. A thread takes whole rows, in pieces that stay in its first
+// cache.
 
 #include <tuple>
 
@@ -179,7 +181,7 @@ class Piece {
 template <typename scalar_t>
 struct ActivateRoutes {
   using T = accumulate_t<scalar_t>;
-  const scalar_t* inner;
+  const scalar_t* pre_activation;
   const T* weights;
   const int32_t *slots, *sources;
   scalar_t* active;
@@ -192,7 +194,7 @@ struct ActivateRoutes {
     Piece<scalar_t> gate, up, result;
     for (int64_t route = begin; route < end; ++route) {
       if (!has_row(slots, sources, route, num_rows, bad_slot)) continue;
-      const scalar_t* row = inner + slots[route] * inner_width;
+      const scalar_t* row = pre_activation + slots[route] * inner_width;
       scalar_t* to = active + slots[route] * width;
       for (int64_t f = 0; f < width; f += kPiece) {
         const int64_t size = std::min(kPiece, width - f);
@@ -212,7 +214,7 @@ void activate_kernel(const ActivateArgs& a, const Tensor& out) {
   const int32_t* slots = const_data<int32_t>(a.slots);
   const int32_t* sources = const_data<int32_t>(a.sources);
   scalar_t* active = data<scalar_t>(out);
-  const ActivateRoutes<scalar_t> activate_routes{const_data<scalar_t>(a.inner),
+  const ActivateRoutes<scalar_t> activate_routes{const_data<scalar_t>(a.pre_activation),
                                                  data_or_null<accumulate_t<scalar_t>>(a.weights),
                                                  slots,
                                                  sources,
@@ -234,10 +236,10 @@ void activate_kernel(const ActivateArgs& a, const Tensor& out) {
 template <typename scalar_t>
 struct ActivateBackwardRoutes {
   using T = accumulate_t<scalar_t>;
-  const scalar_t *inner, *grad;
+  const scalar_t *pre_activation, *grad;
   const T* weights;
   const int32_t *slots, *sources;
-  scalar_t *grad_inner, *active;
+  scalar_t *grad_pre_activation, *active;
   T* grad_weights;
   Activation activation;
   int64_t inner_width, width, num_rows;
@@ -255,8 +257,8 @@ struct ActivateBackwardRoutes {
       T sum = 0;
       for (int64_t f = 0; f < width; f += kPiece) {
         const int64_t size = std::min(kPiece, width - f);
-        const scalar_t* from = inner + row * inner_width + f;
-        scalar_t* to = grad_inner + row * inner_width + f;
+        const scalar_t* from = pre_activation + row * inner_width + f;
+        scalar_t* to = grad_pre_activation + row * inner_width + f;
         const Backward<T> piece{upstream.read(grad + row * width + f, size),
                                 gate.read(from, size),
                                 gated ? up.read(from + width, size) : nullptr,
@@ -279,16 +281,16 @@ struct ActivateBackwardRoutes {
 };
 
 template <typename scalar_t>
-void activate_backward_kernel(const ActivateBackwardArgs& args, const Tensor& grad_inner,
+void activate_backward_kernel(const ActivateBackwardArgs& args, const Tensor& grad_pre_activation,
                               const Tensor& out, const Tensor& grad_weights) {
   using T = accumulate_t<scalar_t>;
   const ActivateArgs& a = args.forward;
   const int64_t num_routes = a.num_tokens * a.top_k, R = a.num_rows;
   const int32_t* slots = const_data<int32_t>(a.slots);
   const int32_t* sources = const_data<int32_t>(a.sources);
-  scalar_t* grad_rows = data<scalar_t>(grad_inner);
+  scalar_t* grad_rows = data<scalar_t>(grad_pre_activation);
   scalar_t* active = data<scalar_t>(out);
-  const ActivateBackwardRoutes<scalar_t> activate_routes{const_data<scalar_t>(a.inner),
+  const ActivateBackwardRoutes<scalar_t> activate_routes{const_data<scalar_t>(a.pre_activation),
                                                          const_data<scalar_t>(args.grad),
                                                          const_data<T>(*a.weights),
                                                          slots,
@@ -311,30 +313,32 @@ void activate_backward_kernel(const ActivateBackwardArgs& args, const Tensor& gr
   check_sources_agree(check, bad_source, sources, num_routes);
 }
 
-Tensor activate_cpu(const Tensor& inner, const Tensor& slots, const Tensor& sources,
+Tensor activate_cpu(const Tensor& pre_activation, const Tensor& slots, const Tensor& sources,
                     const OptionalTensor& weights, const std::string& activation) {
-  const ActivateArgs a = activate_args(inner, slots, sources, weights, activation);
-  const ScalarType dtype = a.inner.scalar_type();
-  const Tensor out = fresh(a.inner, {a.num_rows, a.width}, dtype);
+  const ActivateArgs a = activate_args(pre_activation, slots, sources, weights, activation);
+  const ScalarType dtype = a.pre_activation.scalar_type();
+  const Tensor out = fresh(a.pre_activation, {a.num_rows, a.width}, dtype);
   visit_float(dtype, [&](auto zero) { activate_kernel<decltype(zero)>(a, out); });
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> activate_backward_cpu(const Tensor& grad, const Tensor& inner,
+std::tuple<Tensor, Tensor, Tensor> activate_backward_cpu(const Tensor& grad,
+                                                         const Tensor& pre_activation,
                                                          const Tensor& slots, const Tensor& sources,
                                                          const Tensor& weights,
                                                          const std::string& activation) {
   const ActivateBackwardArgs a =
-      activate_backward_args(grad, inner, slots, sources, weights, activation);
+      activate_backward_args(grad, pre_activation, slots, sources, weights, activation);
   const ActivateArgs& f = a.forward;
-  const ScalarType dtype = f.inner.scalar_type();
-  const Tensor grad_inner = fresh(f.inner, {f.num_rows, f.inner_width}, dtype);
-  const Tensor active = fresh(f.inner, {f.num_rows, f.width}, dtype);
-  const Tensor grad_weights = empty(f.inner, {f.num_tokens, f.top_k}, f.weights->scalar_type());
+  const ScalarType dtype = f.pre_activation.scalar_type();
+  const Tensor grad_pre_activation = fresh(f.pre_activation, {f.num_rows, f.inner_width}, dtype);
+  const Tensor active = fresh(f.pre_activation, {f.num_rows, f.width}, dtype);
+  const Tensor grad_weights =
+      empty(f.pre_activation, {f.num_tokens, f.top_k}, f.weights->scalar_type());
   visit_float(dtype, [&](auto zero) {
-    activate_backward_kernel<decltype(zero)>(a, grad_inner, active, grad_weights);
+    activate_backward_kernel<decltype(zero)>(a, grad_pre_activation, active, grad_weights);
   });
-  return {grad_inner, active, grad_weights};
+  return {grad_pre_activation, active, grad_weights};
 }
 
 }  // namespace

@@ -98,13 +98,13 @@ class Fault {
 inline bool in_range(int64_t value, int64_t size) { return value >= 0 && value < size; }
 
 // Ids [T, K] must be in lowest..E-1.
-inline void check_ids(const Check& check, const int32_t* experts, int64_t num_routes, int64_t top_k,
-                      int64_t lowest, int64_t num_experts) {
+inline void check_ids(const Check& check, const int32_t* expert_ids, int64_t num_routes,
+                      int64_t top_k, int64_t lowest, int64_t num_experts) {
   for (int64_t route = 0; route < num_routes; ++route) {
-    const int64_t e = experts[route];
+    const int64_t e = expert_ids[route];
     if (e >= lowest && e < num_experts) continue;
-    check.fail("experts must be in ", lowest, "..E-1 with E = ", num_experts, ", got ", e, " at [",
-               route / top_k, ", ", route % top_k, "]");
+    check.fail("expert_ids must be in ", lowest, "..E-1 with E = ", num_experts, ", got ", e,
+               " at [", route / top_k, ", ", route % top_k, "]");
   }
 }
 

@@ -1,8 +1,8 @@
 // Gate: score every expert, choose K of them, weigh the choices.
 //
 //   probs[t, :]   = softmax, sigmoid or sqrt(softplus) of logits[t, :]
-//   experts[t, :] = the K largest of choice_scores[t, :], NaN first, equal ones by lower id
-//   weights[t, k] = scale * probs[t, experts[t, k]], with renormalise over their sum
+//   expert_ids[t, :] = the K largest of choice_scores[t, :], NaN first, equal ones by lower id
+//   weights[t, k] = scale * probs[t, expert_ids[t, k]], with normalize over their sum
 //   importance[e] = sum over t of probs[t, e]
 //
 // A task is a block of kBlock tokens, whatever the number of threads, and the blocks' sums are
@@ -226,7 +226,7 @@ struct GateTokens {
   using T = accumulate_t<scalar_t>;
   struct Results {
     T *weights, *probs;
-    int32_t* experts;
+    int32_t* expert_ids;
   };
 
   template <int bytes>
@@ -258,7 +258,7 @@ struct GateTokens {
       }
     }
     const T scale = static_cast<T>(a.scale);
-    for (T& divisor : sum.at) divisor = a.renormalise ? clamped(divisor) : T{1};
+    for (T& divisor : sum.at) divisor = a.normalize ? clamped(divisor) : T{1};
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         scratch.weights[k].at[lane] = scratch.weights[k].at[lane] / sum.at[lane] * scale;
@@ -267,20 +267,20 @@ struct GateTokens {
     for (int64_t lane = 0; lane < n; ++lane) {
       for (int64_t k = 0; k < K; ++k) {
         out.weights[(first + lane) * K + k] = scratch.weights[k].at[lane];
-        out.experts[(first + lane) * K + k] = static_cast<int32_t>(chosen[k].at[lane]);
+        out.expert_ids[(first + lane) * K + k] = static_cast<int32_t>(chosen[k].at[lane]);
       }
     }
   }
 };
 
 template <typename scalar_t>
-void gate_kernel(const GateArgs& a, const Tensor& weights, const Tensor& experts,
+void gate_kernel(const GateArgs& a, const Tensor& weights, const Tensor& expert_ids,
                  const Tensor& probs, const Tensor& importance) {
   using T = accumulate_t<scalar_t>;
   const int64_t E = a.num_experts;
   const int64_t num_blocks = (a.num_tokens + kBlock - 1) / kBlock;
   const typename GateTokens<scalar_t>::Results out{data<T>(weights), data<T>(probs),
-                                                   data<int32_t>(experts)};
+                                                   data<int32_t>(expert_ids)};
   std::vector<T> block_sums(num_blocks * E);
 
   parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
@@ -332,7 +332,7 @@ void gate_backward_kernel(const GateBackwardArgs& a, const Tensor& grad) {
   const T* grad_probs = data_or_null<T>(a.grad_probs);
   const T* grad_importance = data_or_null<T>(a.grad_importance);
   const T* probs = const_data<T>(a.probs);
-  const int32_t* experts = const_data<int32_t>(a.experts);
+  const int32_t* expert_ids = const_data<int32_t>(a.expert_ids);
   T* grad_logits = data<T>(grad);
   const T scale = static_cast<T>(a.scale);
 
@@ -346,9 +346,9 @@ void gate_backward_kernel(const GateBackwardArgs& a, const Tensor& grad) {
       }
       if (grad_weights) {
         const T* gw = grad_weights + t * K;
-        const int32_t* chosen = experts + t * K;
-        Renormalised<T> chosen_sum;
-        if (a.renormalise) {
+        const int32_t* chosen = expert_ids + t * K;
+        Normalized<T> chosen_sum;
+        if (a.normalize) {
           for (int64_t k = 0; k < K; ++k) chosen_sum.add(p[chosen[k]], gw[k]);
           chosen_sum.divide();
         }
@@ -366,28 +366,28 @@ void gate_backward_kernel(const GateBackwardArgs& a, const Tensor& grad) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_cpu(const Tensor& logits,
                                                     const OptionalTensor& choice_scores, int64_t k,
-                                                    const std::string& scoring, bool renormalise,
+                                                    const std::string& scoring, bool normalize,
                                                     double scale) {
-  const GateArgs a = gate_args(logits, choice_scores, k, scoring, renormalise, scale);
+  const GateArgs a = gate_args(logits, choice_scores, k, scoring, normalize, scale);
   const ScalarType dtype = accumulate_type(a.logits.scalar_type());
   Tensor weights = empty(a.logits, {a.num_tokens, a.top_k}, dtype);
-  Tensor experts = empty(a.logits, {a.num_tokens, a.top_k}, ScalarType::Int);
+  Tensor expert_ids = empty(a.logits, {a.num_tokens, a.top_k}, ScalarType::Int);
   Tensor probs = empty(a.logits, {a.num_tokens, a.num_experts}, dtype);
   Tensor importance = empty(a.logits, {a.num_experts}, dtype);
   visit_float(a.logits.scalar_type(), [&](auto zero) {
-    gate_kernel<decltype(zero)>(a, weights, experts, probs, importance);
+    gate_kernel<decltype(zero)>(a, weights, expert_ids, probs, importance);
   });
-  return {weights, experts, probs, importance};
+  return {weights, expert_ids, probs, importance};
 }
 
 Tensor gate_backward_cpu(const OptionalTensor& grad_weights, const OptionalTensor& grad_probs,
                          const OptionalTensor& grad_importance, const Tensor& probs,
-                         const Tensor& experts, const std::string& scoring, bool renormalise,
+                         const Tensor& expert_ids, const std::string& scoring, bool normalize,
                          double scale) {
   const GateBackwardArgs a = gate_backward_args(grad_weights, grad_probs, grad_importance, probs,
-                                                experts, scoring, renormalise, scale);
-  check_ids(Check("gate_backward"), const_data<int32_t>(a.experts), a.num_tokens * a.top_k, a.top_k,
-            0, a.num_experts);
+                                                expert_ids, scoring, normalize, scale);
+  check_ids(Check("gate_backward"), const_data<int32_t>(a.expert_ids), a.num_tokens * a.top_k,
+            a.top_k, 0, a.num_experts);
   Tensor grad = empty(a.probs, {a.num_tokens, a.num_experts}, a.probs.scalar_type());
   if (a.probs.scalar_type() == ScalarType::Double) {
     gate_backward_kernel<double>(a, grad);

@@ -54,14 +54,14 @@ class Queue {
 };
 
 // [chunks, E]: the routes of every chunk that ask for every expert.
-std::vector<int32_t> count(const Queue& queue, const int32_t* experts, const PlanArgs& a) {
+std::vector<int32_t> count(const Queue& queue, const int32_t* expert_ids, const PlanArgs& a) {
   const int64_t num_experts = a.num_experts;
   std::vector<int32_t> counts(queue.num_chunks() * num_experts);
   std::atomic<bool> all_in_range{true};
   queue.for_each_chunk([&](int64_t chunk) {
     int32_t* of_chunk = counts.data() + chunk * num_experts;
     queue.for_each_route(chunk, [&](int64_t route) {
-      const int64_t e = experts[route];
+      const int64_t e = expert_ids[route];
       if (in_range(e, num_experts)) {
         ++of_chunk[e];
       } else if (e != -1) {
@@ -69,13 +69,13 @@ std::vector<int32_t> count(const Queue& queue, const int32_t* experts, const Pla
       }
     });
   });
-  if (!all_in_range) check_ids(Check("plan"), experts, a.num_routes, a.top_k, -1, num_experts);
+  if (!all_in_range) check_ids(Check("plan"), expert_ids, a.num_routes, a.top_k, -1, num_experts);
   return counts;
 }
 
 // Rows offsets[e] to offsets[e + 1] go to the routes of expert e in turn. Writes the sources of
 // these rows alone, and every slot.
-void hand_out(const Queue& queue, const int32_t* experts, const std::vector<int32_t>& counts,
+void hand_out(const Queue& queue, const int32_t* expert_ids, const std::vector<int32_t>& counts,
               int64_t num_experts, const int32_t* offsets, int32_t* slots, int32_t* sources) {
   std::vector<int64_t> next_rows(counts.size());
   for (int64_t e = 0; e < num_experts; ++e) {
@@ -88,7 +88,7 @@ void hand_out(const Queue& queue, const int32_t* experts, const std::vector<int3
   queue.for_each_chunk([&](int64_t chunk) {
     int64_t* next_row = next_rows.data() + chunk * num_experts;
     queue.for_each_route(chunk, [&](int64_t route) {
-      const int64_t e = experts[route];
+      const int64_t e = expert_ids[route];
       const int64_t row = e >= 0 ? next_row[e]++ : -1;
       const bool has_row = e >= 0 && row < offsets[e + 1];
       slots[route] = has_row ? static_cast<int32_t>(row) : -1;
@@ -99,13 +99,14 @@ void hand_out(const Queue& queue, const int32_t* experts, const std::vector<int3
 
 // The experts of all routes, -1 for those that a full expert does not keep: it keeps the `capacity`
 // ones of largest priority, a NaN below every number, equal ones by the queue.
-std::vector<int32_t> without_dropped(const Queue& queue, const int32_t* experts, const PlanArgs& a,
-                                     const std::vector<int32_t>& counts, const int32_t* load) {
+std::vector<int32_t> without_dropped(const Queue& queue, const int32_t* expert_ids,
+                                     const PlanArgs& a, const std::vector<int32_t>& counts,
+                                     const int32_t* load) {
   const int64_t E = a.num_experts, N = a.num_routes, capacity = *a.capacity;
   const float* priority = const_data<float>(*a.priority);
-  std::vector<int32_t> kept(experts, experts + N), slots(N), routes(N), starts(E + 1);
+  std::vector<int32_t> kept(expert_ids, expert_ids + N), slots(N), routes(N), starts(E + 1);
   for (int64_t e = 0; e < E; ++e) starts[e + 1] = starts[e] + load[e];
-  hand_out(queue, experts, counts, E, starts.data(), slots.data(), routes.data());
+  hand_out(queue, expert_ids, counts, E, starts.data(), slots.data(), routes.data());
 
   parallel_for(0, E, grain(N * 8 / E), [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
@@ -126,21 +127,21 @@ std::vector<int32_t> without_dropped(const Queue& queue, const int32_t* experts,
   return kept;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const Tensor& experts,
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const Tensor& expert_ids,
                                                     const OptionalTensor& priority,
                                                     int64_t num_experts,
                                                     std::optional<int64_t> capacity,
                                                     const std::string& order, int64_t align) {
-  const PlanArgs a = plan_args(experts, priority, num_experts, capacity, order, align);
+  const PlanArgs a = plan_args(expert_ids, priority, num_experts, capacity, order, align);
   const int64_t E = a.num_experts, R = a.num_rows;
-  const int32_t* ids = const_data<int32_t>(a.experts);
+  const int32_t* ids = const_data<int32_t>(a.expert_ids);
   const Queue queue(a);
   std::vector<int32_t> counts = count(queue, ids, a);
 
-  Tensor slots = empty(a.experts, {a.num_tokens, a.top_k}, ScalarType::Int);
-  Tensor sources = empty(a.experts, {R}, ScalarType::Int);
-  Tensor offsets = empty(a.experts, {E + 1}, ScalarType::Int);
-  Tensor load = empty(a.experts, {E}, ScalarType::Int);
+  Tensor slots = empty(a.expert_ids, {a.num_tokens, a.top_k}, ScalarType::Int);
+  Tensor sources = empty(a.expert_ids, {R}, ScalarType::Int);
+  Tensor offsets = empty(a.expert_ids, {E + 1}, ScalarType::Int);
+  Tensor load = empty(a.expert_ids, {E}, ScalarType::Int);
   int32_t* source = data<int32_t>(sources);
   int32_t* offset = data<int32_t>(offsets);
   int32_t* loads = data<int32_t>(load);

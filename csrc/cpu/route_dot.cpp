@@ -1,5 +1,5 @@
-// Route dot: the product of every token with each of its rows; and dispatch_dot, which dispatches
-// the tokens in the same pass.
+// Route dot: the product of every token with each of its rows; and combine_backward, which
+// dispatches the tokens in the same pass.
 //
 //   dots[t, k]                 = sum over h of tokens[t, h] * rows[slots[t, k], h]
 //   dispatched[slots[t, k], :] = weights[t, k] * tokens[t, :]
@@ -31,7 +31,7 @@ struct RouteDotTokens {
 
 // And writes the same rows of the dispatched.
 template <typename scalar_t>
-struct DispatchDotTokens {
+struct CombineBackwardTokens {
   RouteDotTokens<scalar_t> at;
   const accumulate_t<scalar_t>* weights;
   scalar_t* dispatched;
@@ -72,7 +72,8 @@ void route_dot_kernel(const RouteDotArgs& a, const Tensor& out) {
 }
 
 template <typename scalar_t>
-void dispatch_dot_kernel(const DispatchDotArgs& a, const Tensor& out_rows, const Tensor& out) {
+void combine_backward_kernel(const CombineBackwardArgs& a, const Tensor& out_rows,
+                             const Tensor& out) {
   using T = accumulate_t<scalar_t>;
   const int64_t K = a.top_k, H = a.hidden, R = a.num_rows;
   const int32_t* slots = const_data<int32_t>(a.slots);
@@ -80,7 +81,7 @@ void dispatch_dot_kernel(const DispatchDotArgs& a, const Tensor& out_rows, const
   scalar_t* dispatched = data<scalar_t>(out_rows);
   Fault bad_slot, bad_source;
 
-  const DispatchDotTokens<scalar_t> tokens{
+  const CombineBackwardTokens<scalar_t> tokens{
       {const_data<scalar_t>(a.tokens), const_data<scalar_t>(a.rows), slots, sources, data<T>(out),
        K, H, R},
       const_data<T>(a.weights),
@@ -91,7 +92,7 @@ void dispatch_dot_kernel(const DispatchDotArgs& a, const Tensor& out_rows, const
                  on_widest(tokens, begin, end, writer, bad_slot);
                });
   zero_empty_rows(slots, sources, a.num_tokens * K, R, dispatched, H, bad_source);
-  const Check check("dispatch_dot");
+  const Check check("combine_backward");
   check_routes_agree(check, bad_slot, slots, K, R);
   check_sources_agree(check, bad_source, sources, a.num_tokens * K);
 }
@@ -105,14 +106,14 @@ Tensor route_dot_cpu(const Tensor& tokens, const Tensor& rows, const Tensor& slo
   return dots;
 }
 
-std::tuple<Tensor, Tensor> dispatch_dot_cpu(const Tensor& tokens, const Tensor& rows,
-                                            const Tensor& slots, const Tensor& sources,
-                                            const Tensor& weights) {
-  const DispatchDotArgs a = dispatch_dot_args(tokens, rows, slots, sources, weights);
+std::tuple<Tensor, Tensor> combine_backward_cpu(const Tensor& tokens, const Tensor& rows,
+                                                const Tensor& slots, const Tensor& sources,
+                                                const Tensor& weights) {
+  const CombineBackwardArgs a = combine_backward_args(tokens, rows, slots, sources, weights);
   Tensor dispatched = fresh(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
   Tensor dots = empty(a.tokens, {a.num_tokens, a.top_k}, a.weights.scalar_type());
   visit_float(a.tokens.scalar_type(),
-              [&](auto zero) { dispatch_dot_kernel<decltype(zero)>(a, dispatched, dots); });
+              [&](auto zero) { combine_backward_kernel<decltype(zero)>(a, dispatched, dots); });
   return {dispatched, dots};
 }
 
@@ -121,5 +122,5 @@ std::tuple<Tensor, Tensor> dispatch_dot_cpu(const Tensor& tokens, const Tensor& 
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("route_dot", TORCH_BOX(&moe_ext::route_dot_cpu));
-  m.impl("dispatch_dot", TORCH_BOX(&moe_ext::dispatch_dot_cpu));
+  m.impl("combine_backward", TORCH_BOX(&moe_ext::combine_backward_cpu));
 }

@@ -1,4 +1,4 @@
-// What dispatch, route_dot and dispatch_dot do with one row.
+// What dispatch, route_dot and combine_backward do with one row.
 
 #pragma once
 

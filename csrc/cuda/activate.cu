@@ -1,9 +1,9 @@
 // Activate: what experts do between their two products, on the rows that routes own, and its
 // gradient with the same values again.
 //
-//   out[r, f] = w * fn(inner[r, f])                      w = weights[t, k] of the row's route, or 1
-//   out[r, f] = w * fn(inner[r, f]) * inner[r, F + f]    with a gate          (no route: 0, not
-//   read)
+//   out[r, f] = w * fn(pre_activation[r, f])                      w = weights[t, k] of the row's
+//   route, or 1 out[r, f] = w * fn(pre_activation[r, f]) * pre_activation[r, F + f]    with a gate
+//   (no route: 0, not read)
 //
 // Forward a thread takes one vector of one row. Backward a block takes a row, for the product that
 // is the gradient of its weight: a thread adds its vectors in their order, then lanes and warps are
@@ -24,8 +24,8 @@ template <typename Vector>
 struct Inner {
   Vector gate, up;
 
-  __device__ Inner(const Vector* inner, int64_t row, int columns, int column, bool gated) {
-    const Vector* at = inner + row * columns * (gated ? 2 : 1) + column;
+  __device__ Inner(const Vector* pre_activation, int64_t row, int columns, int column, bool gated) {
+    const Vector* at = pre_activation + row * columns * (gated ? 2 : 1) + column;
     gate = load(at);
     if (gated) up = load(at + columns);
   }
@@ -33,15 +33,15 @@ struct Inner {
 
 template <typename T, int kSize>
 __global__ __launch_bounds__(kRowThreads) void activate_kernel(
-    const Pack<T, kSize>* __restrict__ inner, Routes routes, int columns, Activation activation,
-    Pack<T, kSize>* __restrict__ out) {
+    const Pack<T, kSize>* __restrict__ pre_activation, Routes routes, int columns,
+    Activation activation, Pack<T, kSize>* __restrict__ out) {
   using Sum = accumulate_t<T>;
   const int64_t cell = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, row = cell / columns;
   if (row >= routes.num_rows) return;
   Pack<T, kSize> result{};
   if (const int32_t route = route_of(routes, row); route >= 0) {
     const bool gated = is_gated(activation);
-    const Inner in(inner, row, columns, static_cast<int>(cell - row * columns), gated);
+    const Inner in(pre_activation, row, columns, static_cast<int>(cell - row * columns), gated);
     const Sum weight = routes.weights ? load(static_cast<const Sum*>(routes.weights) + route) : 1;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
@@ -55,8 +55,8 @@ __global__ __launch_bounds__(kRowThreads) void activate_kernel(
 template <typename T, int kSize>
 struct Backward {
   const Pack<T, kSize>* grad;
-  const Pack<T, kSize>* inner;
-  Pack<T, kSize>* grad_inner;
+  const Pack<T, kSize>* pre_activation;
+  Pack<T, kSize>* grad_pre_activation;
   Pack<T, kSize>* active;
   accumulate_t<T>* grad_weights;
 };
@@ -68,7 +68,7 @@ __device__ accumulate_t<T> backward_vector(const Backward<T, kSize>& at, int64_t
                                            accumulate_t<T> weight) {
   using Sum = accumulate_t<T>;
   const bool gated = is_gated(activation);
-  const Inner in(at.inner, row, columns, column, gated);
+  const Inner in(at.pre_activation, row, columns, column, gated);
   const Pack<T, kSize> upstream = load(at.grad + row * columns + column);
   Pack<T, kSize> grad_gate, grad_up, active;
   Sum dot = 0;
@@ -82,10 +82,11 @@ __device__ accumulate_t<T> backward_vector(const Backward<T, kSize>& at, int64_t
     grad_gate.at[j] = narrow<T>(weight * grad * of_gate.slope * up);
     if (gated) grad_up.at[j] = narrow<T>(weight * grad * of_gate.value);
   }
-  Pack<T, kSize>* grad_inner = at.grad_inner + row * columns * (gated ? 2 : 1) + column;
+  Pack<T, kSize>* grad_pre_activation =
+      at.grad_pre_activation + row * columns * (gated ? 2 : 1) + column;
   store(at.active + row * columns + column, active);
-  store(grad_inner, grad_gate);
-  if (gated) store(grad_inner + columns, grad_up);
+  store(grad_pre_activation, grad_gate);
+  if (gated) store(grad_pre_activation + columns, grad_up);
   return dot;
 }
 
@@ -105,7 +106,7 @@ __global__ __launch_bounds__(kMaxWarps* kWarp) void activate_backward_kernel(
   if (route < 0) {
     const int inner_columns = columns * (is_gated(activation) ? 2 : 1);
     for (int column = threadIdx.x; column < inner_columns; column += blockDim.x) {
-      store(at.grad_inner + row * inner_columns + column, Pack<T, kSize>{});
+      store(at.grad_pre_activation + row * inner_columns + column, Pack<T, kSize>{});
       if (column < columns) store(at.active + row * columns + column, Pack<T, kSize>{});
     }
     return;
@@ -129,37 +130,38 @@ __global__ __launch_bounds__(kMaxWarps* kWarp) void activate_backward_kernel(
 
 }  // namespace
 
-void activate(Dtype dtype, const void* inner, const Routes& routes, int64_t width,
+void activate(Dtype dtype, const void* pre_activation, const Routes& routes, int64_t width,
               Activation activation, void* out, CUstream_st* stream) {
   if (width == 0) return;
-  visit_packs(dtype, width, {inner, out}, [&](auto zero, auto size) {
+  visit_packs(dtype, width, {pre_activation, out}, [&](auto zero, auto size) {
     using T = decltype(zero);
     using Vector = Pack<T, size>;
     const int columns = num_columns(width, size);
     launch("activate", activate_kernel<T, size>, divide_up(routes.num_rows * columns, kRowThreads),
-           kRowThreads, 0, stream, static_cast<const Vector*>(inner), routes, columns, activation,
-           static_cast<Vector*>(out));
+           kRowThreads, 0, stream, static_cast<const Vector*>(pre_activation), routes, columns,
+           activation, static_cast<Vector*>(out));
   });
 }
 
 void activate_backward(const ActivateBackward& call, const Routes& routes, CUstream_st* stream) {
-  visit_packs(call.dtype, call.width, {call.grad, call.inner, call.grad_inner, call.active},
-              [&](auto zero, auto size) {
-                using T = decltype(zero);
-                using Vector = Pack<T, size>;
-                using Sum = accumulate_t<T>;
-                const int columns = num_columns(call.width, size);
-                const int warps =
-                    std::clamp(static_cast<int>(divide_up(columns, kWarp)), 1, kMaxWarps);
-                const Backward<T, size> at{
-                    static_cast<const Vector*>(call.grad), static_cast<const Vector*>(call.inner),
-                    static_cast<Vector*>(call.grad_inner), static_cast<Vector*>(call.active),
-                    static_cast<Sum*>(call.grad_weights)};
-                const int64_t sweeps = divide_up(routes.num_tokens * routes.top_k, warps * kWarp);
-                launch("activate_backward", activate_backward_kernel<T, size>,
-                       sweeps + routes.num_rows, warps * kWarp, shared_bytes<Sum>(kMaxWarps),
-                       stream, at, routes, columns, call.activation);
-              });
+  visit_packs(
+      call.dtype, call.width,
+      {call.grad, call.pre_activation, call.grad_pre_activation, call.active},
+      [&](auto zero, auto size) {
+        using T = decltype(zero);
+        using Vector = Pack<T, size>;
+        using Sum = accumulate_t<T>;
+        const int columns = num_columns(call.width, size);
+        const int warps = std::clamp(static_cast<int>(divide_up(columns, kWarp)), 1, kMaxWarps);
+        const Backward<T, size> at{
+            static_cast<const Vector*>(call.grad), static_cast<const Vector*>(call.pre_activation),
+            static_cast<Vector*>(call.grad_pre_activation), static_cast<Vector*>(call.active),
+            static_cast<Sum*>(call.grad_weights)};
+        const int64_t sweeps = divide_up(routes.num_tokens * routes.top_k, warps * kWarp);
+        launch("activate_backward", activate_backward_kernel<T, size>, sweeps + routes.num_rows,
+               warps * kWarp, shared_bytes<Sum>(kMaxWarps), stream, at, routes, columns,
+               call.activation);
+      });
 }
 
 }  // namespace moe_ext::cuda

@@ -1,8 +1,8 @@
 // Gate: score every expert, choose K of them, weigh the choices.
 //
 //   probs[t, :]   = softmax, sigmoid or sqrt(softplus) of logits[t, :]
-//   experts[t, :] = the K largest of choice_scores[t, :], NaN first, equal ones by lower id
-//   weights[t, k] = scale * probs[t, experts[t, k]], with renormalise over their sum
+//   expert_ids[t, :] = the K largest of choice_scores[t, :], NaN first, equal ones by lower id
+//   weights[t, k] = scale * probs[t, expert_ids[t, k]], with normalize over their sum
 //   importance[e] = sum over t of probs[t, e]
 //
 // A token's row lies in the registers of kLanes neighbouring lanes, kValues in each; a warp holds
@@ -179,10 +179,10 @@ __global__ __launch_bounds__(
            kValues>::kBlocks) void gate_kernel(const T* __restrict__ logits,
                                                const T* __restrict__ choice_scores,
                                                int64_t num_tokens, int num_experts, int top_k,
-                                               Scoring scoring, bool renormalise,
+                                               Scoring scoring, bool normalize,
                                                accumulate_t<T> scale, bool vectorised,
                                                accumulate_t<T>* __restrict__ weights,
-                                               int32_t* __restrict__ experts,
+                                               int32_t* __restrict__ expert_ids,
                                                accumulate_t<T>* __restrict__ probs,
                                                accumulate_t<T>* __restrict__ block_sums) {
   using L = Layout<T, kLanes, kValues>;
@@ -227,12 +227,12 @@ __global__ __launch_bounds__(
       p = value_of<L>(row, mine);
       chosen_sum += lanes_sum<kLanes>(lane < count ? p : 0);
       if (lane >= count || !active) continue;
-      store(experts + token * K + k + lane, mine);
+      store(expert_ids + token * K + k + lane, mine);
       // More than one of a lane's await their sum in memory.
       if (K > kLanes) store(weights + token * K + k + lane, p);
     }
     if (!active) continue;
-    const Sum divisor = renormalise ? clamped(chosen_sum) : 1;
+    const Sum divisor = normalize ? clamped(chosen_sum) : 1;
     for (int k = lane; k < K; k += kLanes) {
       Sum* weight = weights + token * K + k;
       store(weight, (K > kLanes ? load(weight) : p) / divisor * scale);
@@ -277,10 +277,10 @@ __global__ __launch_bounds__(
                                                         const T* __restrict__ grad_probs,
                                                         const T* __restrict__ grad_importance,
                                                         const T* __restrict__ probs,
-                                                        const int32_t* __restrict__ experts,
+                                                        const int32_t* __restrict__ expert_ids,
                                                         int64_t num_tokens, int num_experts,
-                                                        int top_k, Scoring scoring,
-                                                        bool renormalise, T scale, bool vectorised,
+                                                        int top_k, Scoring scoring, bool normalize,
+                                                        T scale, bool vectorised,
                                                         T* __restrict__ grad_logits) {
   using L = Layout<T, kLanes, kValues>;
   const int lane = threadIdx.x % kLanes;
@@ -298,11 +298,11 @@ __global__ __launch_bounds__(
     for (int i = 0; i < kValues; ++i) grad[i] += more[i];
   }
   if (grad_weights) {
-    const int32_t* chosen = experts + token * top_k;
+    const int32_t* chosen = expert_ids + token * top_k;
     const T* grad_chosen = grad_weights + token * top_k;
     const auto is_expert = [&](int id) { return id >= 0 && id < num_experts; };
-    Renormalised<T> chosen_sum;
-    if (renormalise) {
+    Normalized<T> chosen_sum;
+    if (normalize) {
       for (int k = 0; k < K; ++k) {
         const int id = load(chosen + k);
         if (is_expert(id)) chosen_sum.add(load(probs + row + id), load(grad_chosen + k));
@@ -363,9 +363,9 @@ void launch_gate(const Gate& call, CUstream_st* stream) {
     launch("gate", gate_kernel<T, L::kLanes, L::kValues>, blocks, L::kThreads,
            shared_bytes<Sum>(L::kSumStride * L::kValues), stream,
            static_cast<const T*>(call.logits), static_cast<const T*>(call.choice_scores),
-           call.num_tokens, E, call.top_k, call.scoring, call.renormalise,
-           static_cast<Sum>(call.scale), vectorised, static_cast<Sum*>(call.weights), call.experts,
-           static_cast<Sum*>(call.probs),
+           call.num_tokens, E, call.top_k, call.scoring, call.normalize,
+           static_cast<Sum>(call.scale), vectorised, static_cast<Sum*>(call.weights),
+           call.expert_ids, static_cast<Sum*>(call.probs),
            static_cast<Sum*>(blocks == 1 ? call.importance : call.block_sums));
   });
   if (blocks == 1) return;
@@ -386,8 +386,8 @@ void launch_gate_backward(const GateBackward& call, CUstream_st* stream) {
     launch("gate_backward", gate_backward_kernel<T, L::kLanes, L::kValues>,
            divide_up(call.num_tokens, L::kRows), L::kThreads, 0, stream, pointer(call.grad_weights),
            pointer(call.grad_probs), pointer(call.grad_importance), pointer(call.probs),
-           call.experts, call.num_tokens, call.num_experts, call.top_k, call.scoring,
-           call.renormalise, static_cast<T>(call.scale), vectorised,
+           call.expert_ids, call.num_tokens, call.num_experts, call.top_k, call.scoring,
+           call.normalize, static_cast<T>(call.scale), vectorised,
            static_cast<T*>(call.grad_logits));
   });
 }

@@ -29,13 +29,13 @@ struct Gate {
   int64_t num_tokens;
   int num_experts, top_k;
   Scoring scoring;
-  bool renormalise;
+  bool normalize;
   double scale;
-  void* weights;     // [T, K]
-  int32_t* experts;  // [T, K]
-  void* probs;       // [T, E]
-  void* importance;  // [E]
-  void* block_sums;  // scratch: [gate_blocks(dtype, T, E), E], as importance
+  void* weights;        // [T, K]
+  int32_t* expert_ids;  // [T, K]
+  void* probs;          // [T, E]
+  void* importance;     // [E]
+  void* block_sums;     // scratch: [gate_blocks(dtype, T, E), E], as importance
 };
 int64_t gate_blocks(Dtype dtype, int64_t num_tokens, int64_t num_experts);
 void gate(const Gate& call, CUstream_st* stream);
@@ -46,19 +46,19 @@ struct GateBackward {
   const void* grad_probs;       // [T, E] or null
   const void* grad_importance;  // [E] or null
   const void* probs;            // [T, E]
-  const int32_t* experts;       // [T, K]
+  const int32_t* expert_ids;    // [T, K]
   int64_t num_tokens;
   int num_experts, top_k;
   Scoring scoring;
-  bool renormalise;
+  bool normalize;
   double scale;
   void* grad_logits;  // [T, E]
 };
 void gate_backward(const GateBackward& call, CUstream_st* stream);
 
 struct Plan {
-  const int32_t* experts;  // [T, K]
-  const float* priority;   // [T, K] or null
+  const int32_t* expert_ids;  // [T, K]
+  const float* priority;      // [T, K] or null
   int64_t num_tokens, top_k;
   int num_experts;
   int64_t capacity;  // -1: dropless
@@ -73,17 +73,18 @@ struct Plan {
 int64_t plan_scratch(int64_t num_routes, int64_t num_experts, bool with_priority);
 void plan(const Plan& call, CUstream_st* stream);
 
-struct Keep {
+struct MaskWeights {
   Dtype dtype;           // of the weights: float32 or float64
   const void* weights;   // [T, K]
   const int32_t* slots;  // [T, K]
   int64_t num_tokens, top_k;
-  bool renormalise;
-  double least, scale;
+  bool normalize;
+  double eps, scale;
 };
-void keep(const Keep& call, void* kept, CUstream_st* stream);
+void mask_weights(const MaskWeights& call, void* kept, CUstream_st* stream);
 // grad [T, K] -> grad_weights [T, K]
-void keep_backward(const Keep& call, const void* grad, void* grad_weights, CUstream_st* stream);
+void mask_weights_backward(const MaskWeights& call, const void* grad, void* grad_weights,
+                           CUstream_st* stream);
 
 // What the row operators share. A route has a row where slots and sources agree that it has;
 // whatever else they hold, no access is out of bounds.
@@ -104,22 +105,23 @@ void combine(Dtype dtype, const void* rows, const Routes& routes, int64_t hidden
 void route_dot(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
                int64_t hidden, void* dots, CUstream_st* stream);
 // The same, and in the same pass over the tokens -> dispatched [R, H], by the weights
-void dispatch_dot(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
-                  int64_t hidden, void* dispatched, void* dots, CUstream_st* stream);
+void combine_backward(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
+                      int64_t hidden, void* dispatched, void* dots, CUstream_st* stream);
 
-// inner [R, G] -> out [R, F], by the weights where there are any; F is `width`, G is 2F with a gate
-void activate(Dtype dtype, const void* inner, const Routes& routes, int64_t width,
+// pre_activation [R, G] -> out [R, F], by the weights where there are any; F is `width`, G is 2F
+// with a gate
+void activate(Dtype dtype, const void* pre_activation, const Routes& routes, int64_t width,
               Activation activation, void* out, CUstream_st* stream);
 
 struct ActivateBackward {
   Dtype dtype;
-  const void* grad;   // [R, F]
-  const void* inner;  // [R, G]
+  const void* grad;            // [R, F]
+  const void* pre_activation;  // [R, G]
   int64_t width;
   Activation activation;
-  void* grad_inner;    // [R, G]
-  void* active;        // [R, F], what `activate` gives
-  void* grad_weights;  // [T, K], as the weights
+  void* grad_pre_activation;  // [R, G]
+  void* active;               // [R, F], what `activate` gives
+  void* grad_weights;         // [T, K], as the weights
 };
 void activate_backward(const ActivateBackward& call, const Routes& routes, CUstream_st* stream);
 

@@ -27,7 +27,7 @@ constexpr int kKeysAhead = 4;  // that a thread reads at once
 
 // The order in which routes ask for rows. route = t * K + k.
 struct Queue {
-  const int32_t* experts;
+  const int32_t* expert_ids;
   int64_t num_routes, num_tokens, top_k, chunk;
   int num_experts;
   bool choice_major;
@@ -40,7 +40,7 @@ struct Queue {
   }
   // Negative where the route asks no expert.
   __device__ int expert_of(int64_t route) const {
-    const int e = load(experts + route);
+    const int e = load(expert_ids + route);
     return e < num_experts ? e : -1;
   }
 };
@@ -162,15 +162,15 @@ __device__ void for_each_place(const Queue& queue, int64_t chunk, const Body& bo
   const int64_t end = min(begin + part, queue.num_routes);
   for (int64_t first = begin; first < end; first += kAhead * kWarp) {
     int64_t routes[kAhead];
-    int experts[kAhead];
+    int expert_ids[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int64_t place = first + i * kWarp + lane;
       routes[i] = place < end ? queue.route_at(place) : -1;
-      experts[i] = place < end ? queue.expert_of(routes[i]) : -1;
+      expert_ids[i] = place < end ? queue.expert_of(routes[i]) : -1;
     }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) body(routes[i], experts[i]);
+    for (int i = 0; i < kAhead; ++i) body(routes[i], expert_ids[i]);
   }
 }
 
@@ -375,7 +375,7 @@ void sort_queue(const Plan& call, const Room& room, int64_t num_rows, int32_t* s
                 int32_t* offsets, CUstream_st* stream) {
   const int64_t N = call.num_tokens * call.top_k, chunks = num_chunks(N);
   const Queue queue{
-      call.experts,     N, call.num_tokens, call.top_k, chunk_size(N), call.num_experts,
+      call.expert_ids,  N, call.num_tokens, call.top_k, chunk_size(N), call.num_experts,
       call.choice_major};
   const int32_t* counts = nullptr;
   if (chunks > 1) {

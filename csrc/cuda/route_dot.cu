@@ -1,6 +1,6 @@
-// Route dot: the product of every token with each of its rows; and dispatch_dot, which dispatches
-// the tokens in the same pass. The gradients of a combine are a dispatch and a route dot of the
-// same incoming gradient: together they read it from memory once.
+// Route dot: the product of every token with each of its rows; and combine_backward, which
+// dispatches the tokens in the same pass. The gradients of a combine are a dispatch and a route dot
+// of the same incoming gradient: together they read it from memory once.
 //
 //   dots[t, k]                 = sum over h of tokens[t, h] * rows[slots[t, k], h]    (no row: 0)
 //   dispatched[slots[t, k], :] = weights[t, k] * tokens[t, :]                         (no route: 0)
@@ -109,9 +109,10 @@ void route_dot(Dtype dtype, const void* tokens, const void* rows, const Routes& 
   launch_route_dot("route_dot", dtype, tokens, rows, routes, hidden, nullptr, dots, stream);
 }
 
-void dispatch_dot(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
-                  int64_t hidden, void* dispatched, void* dots, CUstream_st* stream) {
-  launch_route_dot("dispatch_dot", dtype, tokens, rows, routes, hidden, dispatched, dots, stream);
+void combine_backward(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
+                      int64_t hidden, void* dispatched, void* dots, CUstream_st* stream) {
+  launch_route_dot("combine_backward", dtype, tokens, rows, routes, hidden, dispatched, dots,
+                   stream);
 }
 
 }  // namespace moe_ext::cuda

@@ -8,11 +8,11 @@
 at::Tensor layer(const at::Tensor& tokens, const at::Tensor& router, const at::Tensor& up,
                  const at::Tensor& down) {
   const at::Tensor logits = at::linear(tokens, router);
-  const auto choice = moe_ext::gate(logits, 2, "softmax", /*renormalise=*/true);
-  const auto plan = moe_ext::make_plan(choice.experts, router.size(0));
+  const auto choice = moe_ext::gate(logits, 2, "softmax", /*normalize=*/true);
+  const auto plan = moe_ext::make_plan(choice.expert_ids, router.size(0));
   const at::Tensor rows = moe_ext::dispatch(tokens, plan);
-  const at::Tensor inner = moe_ext::grouped_mm(rows, up, plan);
-  const at::Tensor active = moe_ext::activate(inner, plan, "swiglu", choice.weights);
+  const at::Tensor pre_activation = moe_ext::grouped_mm(rows, up, plan);
+  const at::Tensor active = moe_ext::activate(pre_activation, plan, "swiglu", choice.weights);
   return moe_ext::combine(moe_ext::grouped_mm(active, down, plan), plan);
 }
 

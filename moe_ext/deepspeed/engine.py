@@ -12,8 +12,8 @@ import warnings
 import torch.distributed as dist
 from torch import nn
 
-from .. import convert
-from ..grouped_experts import GroupedExperts
+from ..experts import convert
+from ..experts.grouped import GroupedExperts
 from ..parallel import ExpertParallel
 from ..parallel.misuse import mark_state, unmarked
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import options
-from ..experts import ExpertParameters, first_of, shape_of
+from ..experts.base import ExpertParameters, first_of, shape_of
 
 
 class Experts(ExpertParameters):

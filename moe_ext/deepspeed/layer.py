@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import options
-from ..experts import Experts
+from ..experts.base import Experts
 from ..layer import Aux
 from ..options import NoisePolicy
 from . import engine
@@ -173,20 +173,20 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
         hidden_states: Tensor,
         used_token: Tensor | None = None,
         *,
-        experts: Tensor | None = None,
+        expert_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Every token through its experts.
 
         Args:
             hidden_states: [..., H]
             used_token: as of MOELayer
-            experts: as of MOELayer
+            expert_ids: as of MOELayer
 
         Returns:
             (out like hidden_states, l_aux [], exp_counts [E] int64)
         """
         layer = self.deepspeed_moe
-        output = layer(hidden_states, used_token, experts=experts)
+        output = layer(hidden_states, used_token, expert_ids=expert_ids)
         return self._with_residual(output, hidden_states), layer.l_aux, layer.exp_counts
 
     def forward_with_aux(
@@ -194,20 +194,20 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
         hidden_states: Tensor,
         used_token: Tensor | None = None,
         *,
-        experts: Tensor | None = None,
+        expert_ids: Tensor | None = None,
     ) -> tuple[Tensor, Aux]:
         """`forward` without side effects.
 
         Args:
             hidden_states: [..., H]
             used_token: as of MOELayer
-            experts: as of MOELayer
+            expert_ids: as of MOELayer
 
         Returns:
-            (out, Aux(l_aux, exp_counts, experts))
+            (out, Aux(l_aux, exp_counts, expert_ids))
         """
         output, aux = self.deepspeed_moe.forward_with_aux(
-            hidden_states, used_token, experts=experts
+            hidden_states, used_token, expert_ids=expert_ids
         )
         return self._with_residual(output, hidden_states), aux
 

@@ -12,16 +12,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import contracts, layer, selection, topk_gate
-from ..capacity import expert_capacity
+from .. import layer
 from ..layer import MOE_TIMER
-from ..losses import load_balance_loss
+from ..ops import checks
 from ..options import DropPolicy, NoisePolicy
-from ..route_forms import form
-from ..routing import Routing, route
-from ..topk_gate import TOPK_GATE_TIMER
+from ..routing import choice_scores, gate
+from ..routing.capacity import expert_capacity
+from ..routing.gate import TOPK_GATE_TIMER
+from ..routing.losses import load_balance_loss
+from ..routing.route import Routing, route
 from . import engine
 from .mappings import drop_tokens, gather_tokens
+from .masks import form
 
 __all__ = [
     "FIRST_ALLTOALL_TIMER",
@@ -55,7 +57,7 @@ TUTEL_INSTALLED = False
 USE_EINSUM = True
 
 
-class TopKGate(topk_gate.TopKGate, engine.known_as("sharded_moe", "TopKGate")):  # type: ignore[misc]
+class TopKGate(gate.TopKGate, engine.known_as("sharded_moe", "TopKGate")):  # type: ignore[misc]
     """moe_ext.TopKGate, known to DeepSpeed's engine."""
 
 
@@ -68,12 +70,12 @@ def multiplicative_jitter(x: Tensor, device=None, epsilon: float = 1e-2) -> Tens
 
     device: taken for DeepSpeed's callers; x is where it is
     """
-    return x if epsilon == 0 else x * selection.uniform(x, 1 - epsilon, 1 + epsilon)
+    return x if epsilon == 0 else x * choice_scores.uniform(x, 1 - epsilon, 1 + epsilon)
 
 
 def gumbel_rsample(shape: tuple, device: torch.device) -> Tensor:
     """Gumbel(0, 1) noise of a shape, float32."""
-    return selection.gumbel(torch.empty(shape, device=device))
+    return choice_scores.gumbel(torch.empty(shape, device=device))
 
 
 class _AllToAll(Function):
@@ -155,7 +157,7 @@ def top1gating(
         ep_group = None
     logits = _wide(logits, "top1gating")
     noisy = noisy_gate_policy == "RSample"
-    scores = logits.detach() + selection.gumbel(logits) if noisy else None
+    scores = logits.detach() + choice_scores.gumbel(logits) if noisy else None
     routing = route(
         logits,
         1,
@@ -184,12 +186,12 @@ def top2gating(
     scores = None
     if top2_2nd_expert_sampling:
         fixed = logits.detach()
-        scores = selection.keep_first(fixed, fixed + selection.gumbel(fixed))
+        scores = choice_scores.keep_first(fixed, fixed + choice_scores.gumbel(fixed))
     routing = route(
         logits,
         2,
         choice_scores=scores,
-        renormalise="after",
+        normalize="after",
         capacity=_rows(logits, 2 * capacity_factor, min_capacity, drop_tokens),
     )
     return form(routing, sparse_routes, False, ep_group)
@@ -217,7 +219,7 @@ def topkgating(
     routing = route(
         logits,
         k,
-        renormalise="after",
+        normalize="after",
         capacity=_rows(logits, k * capacity_factor, min_capacity, drop_tokens),
         drop_policy=drop_policy,
         order="token",
@@ -227,12 +229,12 @@ def topkgating(
 
 
 def _wide(logits: Tensor, name: str) -> Tensor:
-    check = contracts.Check(name)
+    check = checks.Check(name)
     if not isinstance(logits, Tensor):
         check.fail(f"logits must be a tensor, got {type(logits).__name__}")
     check.shape("logits", logits, [("S", None), ("E", None)])
     check.floating("logits", logits)
-    return logits.to(contracts.accumulate_dtype(logits.dtype))
+    return logits.to(checks.accumulate_dtype(logits.dtype))
 
 
 def _rows(logits: Tensor, factor: float, min_capacity: int, drop_tokens: bool) -> int | None:

@@ -31,7 +31,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 struct Choice {
   at::Tensor weights;     // [T, K] float32, float64 for float64 logits
-  at::Tensor experts;     // [T, K] int32
+  at::Tensor expert_ids;  // [T, K] int32
   at::Tensor probs;       // [T, E] like weights
   at::Tensor importance;  // [E] like weights, column sums of probs
 };
@@ -80,16 +80,16 @@ using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // logits, choice_scores [T, E]; scoring: softmax, sigmoid or sqrtsoftplus
 inline Choice gate(const at::Tensor& logits, int64_t k, std::string_view scoring = "softmax",
-                   bool renormalise = false, double scale = 1.0,
+                   bool normalize = false, double scale = 1.0,
                    const OptionalTensor& choice_scores = std::nullopt) {
   static const c10::OperatorHandle op = detail::find("moe_ext::gate");
-  auto [weights, experts, probs, importance] = detail::call<detail::Four>(
-      op, logits, choice_scores, c10::SymInt(k), scoring, renormalise, scale);
-  return {weights, experts, probs, importance};
+  auto [weights, expert_ids, probs, importance] = detail::call<detail::Four>(
+      op, logits, choice_scores, c10::SymInt(k), scoring, normalize, scale);
+  return {weights, expert_ids, probs, importance};
 }
 
 // experts [T, K] int32, priority [T, K] float32; order: choice or token
-inline Plan make_plan(const at::Tensor& experts, int64_t num_experts,
+inline Plan make_plan(const at::Tensor& expert_ids, int64_t num_experts,
                       std::optional<int64_t> capacity = std::nullopt,
                       const OptionalTensor& priority = std::nullopt,
                       std::string_view order = "choice", int64_t align = 1) {
@@ -97,17 +97,17 @@ inline Plan make_plan(const at::Tensor& experts, int64_t num_experts,
   const std::optional<c10::SymInt> rows =
       capacity ? std::make_optional<c10::SymInt>(*capacity) : std::nullopt;
   auto [slots, sources, offsets, load] = detail::call<detail::Four>(
-      op, experts, priority, c10::SymInt(num_experts), rows, order, c10::SymInt(align));
+      op, expert_ids, priority, c10::SymInt(num_experts), rows, order, c10::SymInt(align));
   return {slots, sources, offsets, load, capacity};
 }
 
-// weights [T, K] -> [T, K]; least: the smallest normal number where not given
-inline at::Tensor keep(const at::Tensor& weights, const Plan& plan, bool renormalise = false,
-                       std::optional<double> least = std::nullopt, double scale = 1.0) {
-  static const c10::OperatorHandle op = detail::find("moe_ext::keep");
+// weights [T, K] -> [T, K]; eps: the smallest normal number where not given
+inline at::Tensor mask_weights(const at::Tensor& weights, const Plan& plan, bool normalize = false,
+                               std::optional<double> eps = std::nullopt, double scale = 1.0) {
+  static const c10::OperatorHandle op = detail::find("moe_ext::mask_weights");
   const double smallest = weights.scalar_type() == at::kDouble ? std::numeric_limits<double>::min()
                                                                : std::numeric_limits<float>::min();
-  return detail::call<at::Tensor>(op, weights, plan.slots, renormalise, least.value_or(smallest),
+  return detail::call<at::Tensor>(op, weights, plan.slots, normalize, eps.value_or(smallest),
                                   scale);
 }
 
@@ -141,11 +141,13 @@ inline at::Tensor grouped_mm(const at::Tensor& rows, const at::Tensor& weights, 
   return detail::call<at::Tensor>(op, rows, weights, bias, plan.offsets, plan.load, capacity);
 }
 
-// inner [R, 2F] for swiglu and geglu, [R, F] for gelu and relu; weights [T, K] -> [R, F]
-inline at::Tensor activate(const at::Tensor& inner, const Plan& plan, std::string_view activation,
+// pre_activation [R, 2F] for swiglu and geglu, [R, F] for gelu and relu; weights [T, K] -> [R, F]
+inline at::Tensor activate(const at::Tensor& pre_activation, const Plan& plan,
+                           std::string_view activation,
                            const OptionalTensor& weights = std::nullopt) {
   static const c10::OperatorHandle op = detail::find("moe_ext::activate");
-  return detail::call<at::Tensor>(op, inner, plan.slots, plan.sources, weights, activation);
+  return detail::call<at::Tensor>(op, pre_activation, plan.slots, plan.sources, weights,
+                                  activation);
 }
 
 }  // namespace moe_ext

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from .division import is_in, lists_of, shifted
 from .groups import Groups, experts_of
 from .misuse import unmarked
+from .sharding import is_in, lists_of, shifted
 
 
 def global_state(model: nn.Module, groups: Groups, state: dict[str, Any]) -> dict[str, Any]:

@@ -14,26 +14,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from .. import options
-from ..contracts import accumulate_dtype
-from ..experts import ExpertParameters, Experts, SharedExperts, routed, through_rooms
-from ..functional import combine, dispatch, has_autocast
-from ..plan import Plan, make_plan
+from ..experts.base import ExpertParameters, Experts, SharedExperts, routed, through_rooms
+from ..ops.checks import accumulate_dtype
+from ..ops.functional import combine, dispatch, has_autocast
+from ..ops.plan import Plan, make_plan
 from ..process_group import GroupAttribute
-from .consistency import (
-    DTYPES,
-    MOST_PARTS,
-    Call,
-    Disagreement,
-    Record,
-    disagreement,
-    record_of,
-)
+from .all_to_all import Exchange, opens_backward
+from .consistency import DTYPES, MOST_PARTS, Call, Disagreement, Record, disagreement, record_of
 from .deepep import Journey
-from .division import divide
-from .exchange import Exchange, opens_backward
 from .misuse import begin_call, mark_state, refuse_state, remember
+from .permute import once_per_process, once_per_route, rooms_of_experts, travel
+from .sharding import divide
 from .tensor_parallel import drop_tokens, gather_tokens
-from .trips import once_per_process, once_per_route, rooms_of_experts, travel
 
 
 class ExpertParallel(ExpertParameters, Experts):
@@ -382,7 +374,7 @@ class ExpertParallel(ExpertParameters, Experts):
     def _counted(self, call: Call, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
         """Rows that routes own, and no others."""
         num_tokens = tokens.shape[0]
-        experts = self._my_share(torch.where(plan.slots >= 0, plan.experts, -1), 0, -1)
+        experts = self._my_share(torch.where(plan.slots >= 0, plan.expert_ids, -1), 0, -1)
         tokens, weights = self._my_share(tokens, 0), self._my_share(weights, 0)
         split = [x.tensor_split(self.overlap) for x in (tokens, experts, weights)]
         parts = list(zip(*split, strict=True))
@@ -420,7 +412,7 @@ class ExpertParallel(ExpertParameters, Experts):
         return record_of(self._everyone.first_group)
 
     def _by_deepep(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
-        experts = torch.where(plan.slots >= 0, plan.experts, -1)
+        experts = torch.where(plan.slots >= 0, plan.expert_ids, -1)
         journey = Journey(self.deepep, self.num_experts)
         arrived, weights, ids = journey.depart(tokens, weights, experts)
         result = None if work is None else work()

@@ -126,7 +126,7 @@ struct GateCase {
   int64_t T;
   int E, K;
   Scoring scoring;
-  bool renormalise, own_scores;
+  bool normalize, own_scores;
 };
 
 template <typename T>
@@ -149,12 +149,12 @@ void test_gate(const GateCase& c) {
   values(logits, !c.own_scores && c.T < 1000), values(scores, true);
   Array<Sum> weights(c.T * c.K), probs(c.T * c.E), importance(c.E);
   Array<Sum> block_sums(gate_blocks(dtype_of<T>, c.T, c.E) * c.E);
-  Array<int32_t> experts(c.T * c.K);
+  Array<int32_t> expert_ids(c.T * c.K);
   // Of 16-byte vectors only where the logits are theirs too.
   T* choice_scores = c.own_scores ? scores.data() + 1 : logits.data();
   const double scale = 1.5;
-  gate({dtype_of<T>, logits.data(), choice_scores, c.T, c.E, c.K, c.scoring, c.renormalise, scale,
-        weights.data(), experts.data(), probs.data(), importance.data(), block_sums.data()},
+  gate({dtype_of<T>, logits.data(), choice_scores, c.T, c.E, c.K, c.scoring, c.normalize, scale,
+        weights.data(), expert_ids.data(), probs.data(), importance.data(), block_sums.data()},
        nullptr);
 
   std::vector<double> sums(c.E);
@@ -179,13 +179,13 @@ void test_gate(const GateCase& c) {
       CHECK(close(probs[t * c.E + e], p[e], p[e], 20 + c.E));
     }
     for (int k = 0; k < c.K; ++k) chosen += p[order[k]];
-    const double divisor = !c.renormalise ? 1
+    const double divisor = !c.normalize ? 1
                            : chosen < std::numeric_limits<Sum>::min()
                                ? std::numeric_limits<Sum>::min()
                                : chosen;
     for (int k = 0; k < c.K; ++k) {
       const double w = scale * p[order[k]] / divisor;
-      CHECK(experts[t * c.K + k] == order[k]);
+      CHECK(expert_ids[t * c.K + k] == order[k]);
       CHECK(close(weights[t * c.K + k], w, w, 40 + c.E));
     }
   }
@@ -198,7 +198,7 @@ void test_gate(const GateCase& c) {
   const bool is_softmax = c.scoring == Scoring::kSoftmax;
   for (int64_t t = 0; t < c.T; ++t) {
     const auto is_tiny = [&](int e) {
-      const int32_t* chosen = &experts[t * c.K];
+      const int32_t* chosen = &expert_ids[t * c.K];
       return t % 5 == 4 && c.K < c.E && std::count(chosen, chosen + c.K, e) > 0;
     };
     std::vector<double> p(c.E);
@@ -214,21 +214,21 @@ void test_gate(const GateCase& c) {
   }
   Array<Sum> grad_weights(c.T * c.K), grad_probs(c.T * c.E), grad_importance(c.E), grad(c.T * c.E);
   fill(grad_weights), fill(grad_probs), fill(grad_importance);
-  for (int64_t route = 0; route < experts.size(); ++route) {
+  for (int64_t route = 0; route < expert_ids.size(); ++route) {
     // Divided by a tiny sum they stay numbers.
     if (route / c.K % 5 == 4) grad_weights[route] = make<Sum>(number(grad_weights[route]) / 100);
   }
   // An id that is no expert's counts for nothing, whatever stands beside it.
   const int32_t strays[] = {-1, c.E, c.E + 1, INT32_MIN, INT32_MAX};
   const auto is_expert = [&](int32_t id) { return id >= 0 && id < c.E; };
-  for (int64_t route = 0; route < experts.size(); ++route) {
+  for (int64_t route = 0; route < expert_ids.size(); ++route) {
     if (route / c.K % 4 > 0 || below(3) > 0) continue;
-    experts[route] = strays[below(5)];
+    expert_ids[route] = strays[below(5)];
     grad_weights[route] = make<Sum>(INFINITY);
   }
   gate_backward({dtype_of<Sum>, grad_weights.data(), c.own_scores ? nullptr : grad_probs.data(),
-                 grad_importance.data(), probs.data(), experts.data(), c.T, c.E, c.K, c.scoring,
-                 c.renormalise, scale, grad.data()},
+                 grad_importance.data(), probs.data(), expert_ids.data(), c.T, c.E, c.K, c.scoring,
+                 c.normalize, scale, grad.data()},
                 nullptr);
   for (int64_t t = 0; t < c.T; ++t) {
     // sizes: of the terms that make g. A mean is subtracted term by term, so that no term is larger
@@ -243,14 +243,14 @@ void test_gate(const GateCase& c) {
     }
     std::vector<std::pair<int, double>> chosen;  // with the gradient of the weight
     for (int k = 0; k < c.K; ++k) {
-      const int e = experts[t * c.K + k];
+      const int e = expert_ids[t * c.K + k];
       if (!is_expert(e)) continue;
       chosen.emplace_back(e, number(grad_weights[t * c.K + k]));
       sum += p(e);
     }
     for (const auto& [e, of_weight] : chosen) {
       double value = of_weight, size = std::abs(of_weight);
-      if (c.renormalise && sum >= tiny) {
+      if (c.normalize && sum >= tiny) {
         value = size = 0;
         for (const auto& [other, of_other] : chosen) {
           if (other == e) continue;
@@ -258,7 +258,7 @@ void test_gate(const GateCase& c) {
           size += p(other) / sum * (std::abs(of_weight) + std::abs(of_other));
         }
       }
-      const double factor = scale / (c.renormalise ? std::max(sum, tiny) : 1);
+      const double factor = scale / (c.normalize ? std::max(sum, tiny) : 1);
       g[e] += factor * value, sizes[e] += factor * size;
     }
     for (int e = 0; e < c.E; ++e) {
@@ -323,17 +323,17 @@ int64_t rows_of(const PlanCase& c) {
   return c.align * ((N + std::min<int64_t>(c.E, N) * (c.align - 1)) / c.align);
 }
 
-MadePlan make_plan(const PlanCase& c, Array<int32_t>& experts, Array<float>& priority) {
-  for (int64_t i = 0; i < experts.size(); ++i) {
+MadePlan make_plan(const PlanCase& c, Array<int32_t>& expert_ids, Array<float>& priority) {
+  for (int64_t i = 0; i < expert_ids.size(); ++i) {
     // A few ids that are no expert's.
-    experts[i] = static_cast<int32_t>(c.skewed ? i % 2 : below(c.E + 2) - 1);
+    expert_ids[i] = static_cast<int32_t>(c.skewed ? i % 2 : below(c.E + 2) - 1);
     const float special[] = {NAN, -NAN, INFINITY, -INFINITY, -0.0f};
     priority[i] = below(6) == 0 ? special[below(5)] : static_cast<float>(below(6) - 2);
   }
   MadePlan made{Array<int32_t>(c.T * c.K), Array<int32_t>(rows_of(c)), Array<int32_t>(c.E + 1),
                 Array<int32_t>(c.E)};
   Array<int32_t> scratch(plan_scratch(c.T * c.K, c.E, c.priority));
-  plan({experts.data(), c.priority ? priority.data() : nullptr, c.T, c.K, c.E, c.capacity,
+  plan({expert_ids.data(), c.priority ? priority.data() : nullptr, c.T, c.K, c.E, c.capacity,
         c.choice_major, c.align, rows_of(c), made.slots.data(), made.sources.data(),
         made.offsets.data(), made.load.data(), scratch.data()},
        nullptr);
@@ -341,14 +341,14 @@ MadePlan make_plan(const PlanCase& c, Array<int32_t>& experts, Array<float>& pri
 }
 
 void test_plan(const PlanCase& c) {
-  Array<int32_t> experts(c.T * c.K);
+  Array<int32_t> expert_ids(c.T * c.K);
   Array<float> priority(c.T * c.K);
-  MadePlan made = make_plan(c, experts, priority);
+  MadePlan made = make_plan(c, expert_ids, priority);
 
   std::vector<std::vector<int64_t>> waiting(c.E);
   for (int64_t place = 0; place < c.T * c.K; ++place) {
     const int64_t route = c.choice_major ? place % c.T * c.K + place / c.T : place;
-    const int32_t e = experts[route];
+    const int32_t e = expert_ids[route];
     if (e >= 0 && e < c.E) waiting[e].push_back(route);
   }
   std::vector<int64_t> slots(c.T * c.K, -1), sources(rows_of(c), -1);
@@ -411,17 +411,18 @@ void test_plans() {
   }
 }
 
-// ---- Keep ---------------------------------------------------------------------------------------
+// ---- MaskWeights
+// ---------------------------------------------------------------------------------------
 
 template <typename T>
-void test_keep(int64_t num_tokens, int64_t K, bool renormalise) {
-  const double least = 0.4, scale = 1.5;
+void test_mask_weights(int64_t num_tokens, int64_t K, bool normalize) {
+  const double eps = 0.4, scale = 1.5;
   Array<T> weights(num_tokens * K), grad(num_tokens * K), kept(num_tokens * K);
   Array<T> grad_weights(num_tokens * K);
   Array<int32_t> slots(num_tokens * K);
   fill(grad);
   for (int64_t route = 0; route < slots.size(); ++route) {
-    // Some tokens' sums are below the least, and of some one weight is nearly all; what stands
+    // Some tokens' sums are below the eps, and of some one weight is nearly all; what stands
     // beside a dropped route is poison.
     slots[route] = below(3) ? static_cast<int32_t>(route) : -1;
     const double weight = route / K % 4 == 0               ? 0.1 / K
@@ -431,23 +432,23 @@ void test_keep(int64_t num_tokens, int64_t K, bool renormalise) {
     weights[route] = make<T>(slots[route] < 0 ? NAN : weight * (1 + 1e-3 * below(9)));
     if (slots[route] < 0) grad[route] = make<T>(INFINITY);
   }
-  const Keep call{dtype_of<T>, weights.data(), slots.data(), num_tokens,
-                  K,           renormalise,    least,        scale};
-  keep(call, kept.data(), nullptr);
-  keep_backward(call, grad.data(), grad_weights.data(), nullptr);
+  const MaskWeights call{dtype_of<T>, weights.data(), slots.data(), num_tokens,
+                         K,           normalize,      eps,          scale};
+  mask_weights(call, kept.data(), nullptr);
+  mask_weights_backward(call, grad.data(), grad_weights.data(), nullptr);
   for (int64_t t = 0; t < num_tokens; ++t) {
     double sum = 0;
     std::vector<int64_t> with_row;
     for (int64_t i = t * K; i < (t + 1) * K; ++i) {
       if (slots[i] >= 0) with_row.push_back(i), sum += number(weights[i]);
     }
-    const double divisor = renormalise ? std::max(sum, least) : 1;
+    const double divisor = normalize ? std::max(sum, eps) : 1;
     for (int64_t i = t * K; i < (t + 1) * K; ++i) {
       const bool has_row = slots[i] >= 0;
       const double weight = has_row ? number(weights[i]) * scale / divisor : 0;
       CHECK(close(kept[i], weight, weight, K + 4));
       double g = has_row ? number(grad[i]) : 0, size = std::abs(g);
-      if (has_row && renormalise && sum >= least) {
+      if (has_row && normalize && sum >= eps) {
         // The mean is subtracted term by term.
         g = size = 0;
         for (const int64_t other : with_row) {
@@ -462,14 +463,14 @@ void test_keep(int64_t num_tokens, int64_t K, bool renormalise) {
   }
 }
 
-void test_keeps() {
+void test_mask_weights() {
   const std::pair<int64_t, int64_t> cases[] = {{0, 2},   {1, 1},   {255, 2},
                                                {256, 8}, {257, 3}, {9, 40}};
   for (const auto& [T, K] : cases) {
-    context = "keep T" + std::to_string(T) + " K" + std::to_string(K);
-    for (const bool renormalise : {false, true}) {
-      test_keep<float>(T, K, renormalise);
-      test_keep<double>(T, K, renormalise);
+    context = "mask_weights T" + std::to_string(T) + " K" + std::to_string(K);
+    for (const bool normalize : {false, true}) {
+      test_mask_weights<float>(T, K, normalize);
+      test_mask_weights<double>(T, K, normalize);
     }
   }
 }
@@ -486,9 +487,9 @@ struct RowsCase {
 // Where it is not consistent, slots and sources of no plan.
 MadePlan plan_of(const RowsCase& c) {
   const int64_t N = c.plan.T * c.plan.K, R = rows_of(c.plan);
-  Array<int32_t> experts(N);
+  Array<int32_t> expert_ids(N);
   Array<float> priority(N);
-  MadePlan made = make_plan(c.plan, experts, priority);
+  MadePlan made = make_plan(c.plan, expert_ids, priority);
   if (!c.consistent) {
     for (int64_t i = 0; i < N; ++i) made.slots[i] = static_cast<int32_t>(below(R + 4) - 2);
     for (int64_t i = 0; i < R; ++i) made.sources[i] = static_cast<int32_t>(below(N + 4) - 2);
@@ -548,8 +549,8 @@ void test_rows(const RowsCase& c, bool weighted) {
     CHECK(close(dispatched[i], expected[i], std::abs(expected[i]), 1));
   }
   if (!weighted) return;
-  dispatch_dot(dtype_of<T>, tokens, rows.data(), routes, H, again.data(), dots_again.data(),
-               nullptr);
+  combine_backward(dtype_of<T>, tokens, rows.data(), routes, H, again.data(), dots_again.data(),
+                   nullptr);
   CHECK(!std::memcmp(again.data(), dispatched.data(), R * H * sizeof(T)));
   CHECK(!std::memcmp(dots_again.data(), dots.data(), N * sizeof(Sum)));
 }
@@ -588,16 +589,17 @@ void test_activation(const RowsCase& c, Activation activation, bool weighted) {
   const PlanCase& p = c.plan;
   const int64_t N = p.T * p.K, R = rows_of(p), F = c.H, G = is_gated(activation) ? 2 * F : F;
   MadePlan made = plan_of(c);
-  Array<T> inner(R * G), grad(R * F), out(R * F), grad_inner(R * G), active(R * F);
+  Array<T> pre_activation(R * G), grad(R * F), out(R * F), grad_pre_activation(R * G),
+      active(R * F);
   Array<Sum> weights(N), grad_weights(N);
-  fill(inner), fill(grad), fill(weights);
+  fill(pre_activation), fill(grad), fill(weights);
   std::vector<int64_t> route(R, -1);
   std::vector<bool> has_row(N);
   for (int64_t r = 0; r < R; ++r) {
     const int64_t source = made.sources[r];
     if (source < 0 || source >= N || made.slots[source] != r) {
       // What no route has is not read.
-      for (int64_t i = 0; i < G; ++i) inner[r * G + i] = make<T>(NAN);
+      for (int64_t i = 0; i < G; ++i) pre_activation[r * G + i] = make<T>(NAN);
       for (int64_t i = 0; i < F; ++i) grad[r * F + i] = make<T>(NAN);
       continue;
     }
@@ -606,10 +608,10 @@ void test_activation(const RowsCase& c, Activation activation, bool weighted) {
   }
   const Routes routes{
       made.slots.data(), made.sources.data(), weighted ? weights.data() : nullptr, p.T, p.K, R};
-  activate(dtype_of<T>, inner.data(), routes, F, activation, out.data(), nullptr);
+  activate(dtype_of<T>, pre_activation.data(), routes, F, activation, out.data(), nullptr);
   if (weighted) {
-    activate_backward({dtype_of<T>, grad.data(), inner.data(), F, activation, grad_inner.data(),
-                       active.data(), grad_weights.data()},
+    activate_backward({dtype_of<T>, grad.data(), pre_activation.data(), F, activation,
+                       grad_pre_activation.data(), active.data(), grad_weights.data()},
                       routes, nullptr);
     CHECK(!std::memcmp(active.data(), out.data(), R * F * sizeof(T)));
   }
@@ -619,18 +621,19 @@ void test_activation(const RowsCase& c, Activation activation, bool weighted) {
     for (int64_t f = 0; f < F; ++f) {
       double value = 0, slope = 0, up = 1, upstream = 0;
       if (route[r] >= 0) {
-        const auto of_gate = activated<double>(activation, number(inner[r * G + f]));
+        const auto of_gate = activated<double>(activation, number(pre_activation[r * G + f]));
         value = of_gate.value, slope = of_gate.slope;
-        if (G != F) up = number(inner[r * G + F + f]);
+        if (G != F) up = number(pre_activation[r * G + F + f]);
         upstream = number(grad[r * F + f]);
       }
       const double terms = std::abs(up) + std::abs(value * up);
       CHECK(close(out[r * F + f], weight * value * up, std::abs(weight) * terms, 8));
       if (!weighted) continue;
       const double size = std::abs(weight * upstream) * (1 + terms);
-      CHECK(close(grad_inner[r * G + f], weight * upstream * slope * up, size, 8));
+      CHECK(close(grad_pre_activation[r * G + f], weight * upstream * slope * up, size, 8));
       if (G != F) {
-        CHECK(close(grad_inner[r * G + F + f], weight * upstream * value, size + 1e-30, 8));
+        CHECK(
+            close(grad_pre_activation[r * G + F + f], weight * upstream * value, size + 1e-30, 8));
       }
       dot += upstream * value * up, dot_terms += std::abs(upstream) * terms;
     }
@@ -668,11 +671,13 @@ void test_activations() {
 // What __launch_bounds__ promises to nvcc; the emulator does not see it.
 void check_launches() {
   const std::map<std::string, std::size_t> bounds = {
-      {"gate", 256},       {"gate_importance", 1024}, {"gate_backward", 256},
-      {"plan_count", 256}, {"plan_place", 256},       {"plan_keep", 512},
-      {"keep", 256},       {"keep_backward", 256},    {"dispatch", 256},
-      {"combine", 256},    {"route_dot", 256},        {"dispatch_dot", 256},
-      {"activate", 256},   {"activate_backward", 256}};
+      {"gate", 256},          {"gate_importance", 1024},
+      {"gate_backward", 256}, {"plan_count", 256},
+      {"plan_place", 256},    {"plan_keep", 512},
+      {"mask_weights", 256},  {"mask_weights_backward", 256},
+      {"dispatch", 256},      {"combine", 256},
+      {"route_dot", 256},     {"combine_backward", 256},
+      {"activate", 256},      {"activate_backward", 256}};
   for (const cusim::Launch& launch : cusim::launches()) {
     context = launch.name;
     CHECK(launch.threads <= bounds.at(launch.name) && launch.threads % 32 == 0);
@@ -685,8 +690,9 @@ void check_launches() {
 int main(int argc, char** argv) {
   const std::set<std::string> named(argv + 1, argv + argc);
   for (const std::string& name : named) {
-    if (std::set<std::string>{"gate", "plan", "keep", "rows", "activate"}.count(name)) continue;
-    std::printf("usage: %s [gate] [plan] [keep] [rows] [activate], got %s\n", argv[0],
+    if (std::set<std::string>{"gate", "plan", "mask_weights", "rows", "activate"}.count(name))
+      continue;
+    std::printf("usage: %s [gate] [plan] [mask_weights] [rows] [activate], got %s\n", argv[0],
                 name.c_str());
     return 2;
   }
@@ -698,7 +704,7 @@ int main(int argc, char** argv) {
       generator.seed(static_cast<unsigned>(cusim::options().seed));
       if (wants("gate")) test_gates();
       if (wants("plan")) test_plans();
-      if (wants("keep")) test_keeps();
+      if (wants("mask_weights")) test_mask_weights();
       if (wants("rows")) test_rows();
       if (wants("activate")) test_activations();
       check_launches();

@@ -26,8 +26,8 @@ SECONDS = 300  # a mutant may run for ever
 OPERATORS = {
     "gate.cu": ["gate"],
     "plan.cu": ["plan"],
-    "keep.cu": ["keep"],
-    "../scoring.h": ["gate", "keep"],
+    "mask_weights.cu": ["mask_weights"],
+    "../scoring.h": ["gate", "mask_weights"],
     "activate.cu": ["activate"],
     "rows.cuh": ["rows", "activate"],
     "vec.cuh": [],
@@ -72,7 +72,7 @@ GATE = [
     Mutant("gate.cu", "-INFINITY, row", "0, row", after="if (choice_scores != logits)"),
     Mutant("gate.cu", "std::isnan(score) ? ~decltype(key){0} : key", "key"),
     Mutant("gate.cu", "if (K > kLanes) store(weights", "if (K > 2 * kLanes) store(weights"),
-    Mutant("gate.cu", "renormalise ? clamped(chosen_sum) : 1", "clamped(chosen_sum)"),
+    Mutant("gate.cu", "normalize ? clamped(chosen_sum) : 1", "clamped(chosen_sum)"),
     Mutant("gate.cu", "kThreads + kWarp / kPack", "kThreads - kWarp / kPack"),
     Mutant("gate.cu", "if (keys[i] == best) id =", "if (keys[i] >= best - 1) id ="),
     Mutant(
@@ -135,7 +135,7 @@ PLAN = [
     Mutant("plan.cu", "return p % T * top_k + p / T;", "return p / T * top_k + p % T;"),
     Mutant("plan.cu", "min(begin + queue.chunk, queue.num_routes)", "begin + queue.chunk"),
     Mutant("plan.cu", "min(begin + part, queue.num_routes)", "begin + part"),
-    Mutant("plan.cu", "experts[i] = place < end ?", "experts[i] = place <= end ?"),
+    Mutant("plan.cu", "expert_ids[i] = place < end ?", "expert_ids[i] = place <= end ?"),
     Mutant("plan.cu", "if (threadIdx.x == 0) offsets[0] = 0;", ""),
     Mutant("plan.cu", "if (lane == kWarp - 1) of_warps", "if (lane == kWarp - 2) of_warps"),
     Mutant("plan.cu", "(load + align - 1) / align * align", "load / align * align"),
@@ -213,21 +213,21 @@ PLAN = [
 ]
 
 KEEP = [
-    Mutant("keep.cu", "if (token >= num_tokens) return;", ""),
-    Mutant("keep.cu", "blockDim.x + threadIdx.x", "blockDim.x + threadIdx.x + 1"),
-    Mutant("keep.cu", "if (load(slots + k) < 0) continue;", ""),
-    Mutant("keep.cu", "load(slots + k) >= 0;", "true;"),
-    Mutant("keep.cu", "kept.divide(least);", "kept.divide();"),
-    Mutant("keep.cu", "if (!grad) kept.shift = kept.mean = 0;", ""),
-    Mutant("keep.cu", "kept.centred(load(from + k))", "load(from + k)"),
-    Mutant("keep.cu", "/ kept.divisor * scale", "/ kept.divisor"),
-    Mutant("keep.cu", "if (renormalise) {", "if (true) {"),
-    Mutant("keep.cu", "divide_up(call.num_tokens, kThreads)", "call.num_tokens / kThreads"),
+    Mutant("mask_weights.cu", "if (token >= num_tokens) return;", ""),
+    Mutant("mask_weights.cu", "blockDim.x + threadIdx.x", "blockDim.x + threadIdx.x + 1"),
+    Mutant("mask_weights.cu", "if (load(slots + k) < 0) continue;", ""),
+    Mutant("mask_weights.cu", "load(slots + k) >= 0;", "true;"),
+    Mutant("mask_weights.cu", "kept.divide(eps);", "kept.divide();"),
+    Mutant("mask_weights.cu", "if (!grad) kept.shift = kept.mean = 0;", ""),
+    Mutant("mask_weights.cu", "kept.centred(load(from + k))", "load(from + k)"),
+    Mutant("mask_weights.cu", "/ kept.divisor * scale", "/ kept.divisor"),
+    Mutant("mask_weights.cu", "if (normalize) {", "if (true) {"),
+    Mutant("mask_weights.cu", "divide_up(call.num_tokens, kThreads)", "call.num_tokens / kThreads"),
 ]
 
 SCORING = [
-    Mutant("../scoring.h", "return sum < least ? least : sum;", "return sum;"),
-    Mutant("../scoring.h", "if (sum < least) mean = shift = 0;", ""),
+    Mutant("../scoring.h", "return sum < eps ? eps : sum;", "return sum;"),
+    Mutant("../scoring.h", "if (sum < eps) mean = shift = 0;", ""),
     Mutant("../scoring.h", "if (p > largest) {", "if (largest == -INFINITY) {"),
     Mutant("../scoring.h", "mean += sum * (shift - g);", ""),
     Mutant("../scoring.h", "share > T{0.5}", "share > T{0.99}"),

@@ -1,0 +1,66 @@
+// mask_weights: the weights of routes that have a row, and the gradient.
+//
+//   kept[t, k] = weights[t, k]                    where slots[t, k] >= 0, else 0
+//   out[t, k]  = scale * kept[t, k] / max(sum over k of kept[t, k], eps)
+
+#include "common.h"
+
+namespace moe_ext {
+namespace {
+
+// grad: null for the weights, else the gradient of what they give.
+template <typename T>
+void mask_weights_kernel(const MaskWeightsArgs& a, const T* grad, const Tensor& result) {
+  const int64_t K = a.top_k;
+  const T eps = static_cast<T>(a.eps), scale = static_cast<T>(a.scale);
+  const T* weights = const_data<T>(a.weights);
+  const int32_t* slots = const_data<int32_t>(a.slots);
+  T* out = data<T>(result);
+  parallel_for(0, a.num_tokens, grain(K * 4 * sizeof(T)), [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * K; first < end * K; first += K) {
+      const T* from = grad ? grad : weights;
+      Normalized<T> kept;
+      if (a.normalize) {
+        for (int64_t i = first; i < first + K; ++i) {
+          if (slots[i] >= 0) kept.add(weights[i], from[i]);
+        }
+        kept.divide(eps);
+      }
+      // From a weight itself nothing is subtracted.
+      if (!grad) kept.shift = kept.mean = 0;
+      for (int64_t i = first; i < first + K; ++i) {
+        out[i] = slots[i] < 0 ? T{0} : kept.centred(from[i]) / kept.divisor * scale;
+      }
+    }
+  });
+}
+
+Tensor kept(const MaskWeightsArgs& a, const OptionalTensor& grad) {
+  Tensor result = empty(a.weights, {a.num_tokens, a.top_k}, a.weights.scalar_type());
+  if (a.weights.scalar_type() == ScalarType::Double) {
+    mask_weights_kernel(a, data_or_null<double>(grad), result);
+  } else {
+    mask_weights_kernel(a, data_or_null<float>(grad), result);
+  }
+  return result;
+}
+
+Tensor mask_weights_cpu(const Tensor& weights, const Tensor& slots, bool normalize, double eps,
+                        double scale) {
+  return kept(mask_weights_args(weights, slots, normalize, eps, scale), std::nullopt);
+}
+
+Tensor mask_weights_backward_cpu(const Tensor& grad, const Tensor& weights, const Tensor& slots,
+                                 bool normalize, double eps, double scale) {
+  const MaskWeightsBackwardArgs a =
+      mask_weights_backward_args(grad, weights, slots, normalize, eps, scale);
+  return kept(a.forward, a.grad);
+}
+
+}  // namespace
+}  // namespace moe_ext
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
+  m.impl("mask_weights", TORCH_BOX(&moe_ext::mask_weights_cpu));
+  m.impl("mask_weights_backward", TORCH_BOX(&moe_ext::mask_weights_backward_cpu));
+}

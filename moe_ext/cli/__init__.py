@@ -1,0 +1,1 @@
+"""Command-line tools: demo, doctor and the launcher that they share."""

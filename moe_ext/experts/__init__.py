@@ -1,0 +1,1 @@
+"""Experts: the networks that routed tokens go through."""

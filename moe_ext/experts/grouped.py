@@ -1,0 +1,156 @@
+"""Feed-forward experts with stacked weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.types import Device
+
+from .. import options
+from ..ops import checks
+from ..ops.feed_forward import feed_forward
+from ..ops.functional import activate, grouped_mm
+from ..ops.plan import Plan
+from ..options import Activation
+from . import convert
+from .base import Experts
+
+
+class GroupedExperts(Experts):
+    """Feed-forward experts with stacked weights, in Hugging Face's layout.
+
+    The parameters are gate_up_proj [E, 2F, H], gate first (up_proj [E, F, H] without a gate), and
+    down_proj [E, H, F]; with bias gate_up_proj_bias [E, 2F] (up_proj_bias [E, F]) and
+    down_proj_bias [E, H]. Every expert starts like an nn.Linear of its size. load_state_dict takes
+    weights kept expert by expert too, under the names of Mixtral, Qwen, DeepSeek or Nemotron
+    (convert.py). A subclass with a forward of its own is used by that: dispatch, forward, combine.
+
+    Args:
+        num_experts: E
+        hidden_size: H
+        ffn_size: F
+        activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
+        bias: a bias on both products
+        score_before_experts: multiply a route's activation by its weight, not the expert's output:
+            the same but for rounding
+        recompute: save for the backward tokens and pre-activations alone, dispatch and activate
+            again there. No product is repeated. Without it everything between is saved too.
+        device: of the parameters
+        dtype: of the parameters
+
+    Raises:
+        ValueError: an argument is out of range
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        ffn_size: int,
+        activation: Activation = "swiglu",
+        bias: bool = False,
+        *,
+        score_before_experts: bool = False,
+        recompute: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_experts)
+        options.names(
+            "GroupedExperts",
+            activation=(activation, checks.ACTIVATIONS),
+            score_before_experts=(score_before_experts, (True, False)),
+        )
+        self.hidden_size = options.integer("GroupedExperts", "hidden_size", hidden_size, 0)
+        self.ffn_size = options.integer("GroupedExperts", "ffn_size", ffn_size, 0)
+        self.activation = activation
+        self.has_gate = activation in checks.GATED
+        self.has_bias = bias
+        self.score_before_experts = score_before_experts
+        self.recompute = recompute
+        self._up_name = "gate_up_proj" if self.has_gate else "up_proj"
+        up_size = 2 * ffn_size if self.has_gate else ffn_size
+
+        def parameter(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
+
+        self.register_parameter(self._up_name, parameter(num_experts, up_size, hidden_size))
+        self.down_proj = parameter(num_experts, hidden_size, ffn_size)
+        if bias:
+            self.register_parameter(f"{self._up_name}_bias", parameter(num_experts, up_size))
+            self.down_proj_bias = parameter(num_experts, hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, fan_in in ((self._up_name, self.hidden_size), ("down_proj", self.ffn_size)):
+            bound = 1 / math.sqrt(max(fan_in, 1))
+            nn.init.uniform_(getattr(self, name), -bound, bound)
+            if self.has_bias:
+                nn.init.uniform_(getattr(self, f"{name}_bias"), -bound, bound)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"ffn_size={self.ffn_size}, activation={self.activation!r}, bias={self.has_bias}"
+        )
+
+    def _parameters_of(self, name: str) -> tuple[Tensor, Tensor | None]:
+        return getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
+
+    def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        if type(self).forward is not GroupedExperts.forward or "forward" in vars(self):
+            return super().routed(tokens, plan, weights)
+        # As a call of the module: hooks, FSDP and offloading see it.
+        return self(tokens, plan, weights)
+
+    def forward(self, rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
+        """Every row through its expert; with weights, every token through its experts.
+
+        Args:
+            rows: [R, H]; with weights tokens [T, H]
+            plan: of the same rows or tokens
+            weights: [T, K]
+
+        Returns:
+            [R, H]; with weights [T, H], the weighted sum of every token's experts
+        """
+        up, up_bias = self._parameters_of(self._up_name)
+        down, down_bias = self._parameters_of("down_proj")
+        if rows.dtype != up.dtype and not torch.is_autocast_enabled(rows.device.type):
+            autocast = ", or use torch.autocast" if rows.is_floating_point() else ""
+            raise RuntimeError(
+                f"GroupedExperts: tokens are {rows.dtype}, the weights {up.dtype}; convert one of "
+                f"the two with .to(dtype){autocast}"
+            )
+        if weights is not None:
+            # Data-parallel wrappers may cast what they pass on.
+            weights = weights.to(checks.accumulate_dtype(rows.dtype))
+            return feed_forward(
+                *(rows, plan, weights, up, down, self.activation, up_bias, down_bias),
+                score_before_experts=self.score_before_experts,
+                recompute=self.recompute,
+            )
+        pre_activation = grouped_mm(rows, up, plan, up_bias)
+        return grouped_mm(activate(pre_activation, plan, self.activation), down, plan, down_bias)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        layout = convert.detect(state_dict, prefix)
+        try:
+            if isinstance(layout, convert.PerExpert):
+                grouped = convert.to_grouped(state_dict, layout, prefix)
+                state_dict = {n: t for n, t in state_dict.items() if not layout.has(n, prefix)}
+                state_dict |= {prefix + name: tensor for name, tensor in grouped.items()}
+            elif layout == convert.GPT_OSS:
+                raise ValueError(
+                    f"{prefix}gate_up_proj is laid out as in gpt-oss, whose gate is clamped and "
+                    "scaled as no activation here is; convert.to_grouped gives the weights"
+                )
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            *(state_dict, prefix, local_metadata, strict),
+            *(missing_keys, unexpected_keys, error_msgs),
+        )

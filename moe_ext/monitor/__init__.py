@@ -1,0 +1,1 @@
+"""Monitoring: statistics, sinks, plots, profiling and explain."""

@@ -1,0 +1,283 @@
+"""What runs in a call of a layer, and why nothing faster."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..layer import MOELayer
+from ..ops import reference, registry, torch_grouped_mm
+from .patching import entry, is_of_transformers, named_layers, replaced
+
+# What reads a tensor's values back to the host, or how many there are.
+_READS = {
+    *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive"),
+}
+_HOST = "cpu"
+# What a MOELayer keeps of its last call.
+_KEPT = "l_aux", "exp_counts"
+
+
+class Call(NamedTuple):
+    """One operator of moe_ext in a call.
+
+    Attributes:
+        operator: its name
+        operands: shapes of its tensors, and the dtype of the first
+        backend: as of `registry.backend`
+        how: the path that was taken, and why none before it; "" where there is nothing to say
+        synchronisations: how often the host waited for the device in it
+        layer: the name of the layer that called it, "" outside of layers
+    """
+
+    operator: str
+    operands: str
+    backend: str
+    how: str
+    synchronisations: int
+    layer: str = ""
+
+
+class Explanation(NamedTuple):
+    """What `explain` found. Printed as a table.
+
+    Attributes:
+        calls: operators of moe_ext, in order
+        others: how often each other operator ran, those inside the calls left out
+        synchronisations: how often the host waited for the device outside of the calls
+        notes: of layers whose experts run one after the other, or by other code than ours
+        is_away: whether anything ran on another device than the CPU
+    """
+
+    calls: list[Call]
+    others: dict[str, int]
+    synchronisations: int
+    notes: list[str]
+    is_away: bool
+
+    def __str__(self) -> str:
+        lines = [*_table(self.calls), *self.notes]
+        names = (f"{name} {n}" for name, n in Counter(self.others).most_common())
+        lines.append(f"other operators: {', '.join(names) or 'none'}")
+        waits = self.synchronisations + sum(call.synchronisations for call in self.calls)
+        often = (
+            "never, all ran on the CPU"
+            if not self.is_away
+            else f"{waits} times"
+            if waits
+            else "never"
+        )
+        lines.append(f"the host waits for the device: {often}")
+        return "\n".join(lines)
+
+
+def _table(calls: list[Call]) -> Iterator[str]:
+    """The calls of every layer; neighbours that call the same are one."""
+    if not calls:
+        yield "no operator of moe_ext ran"
+        return
+    of_layers = [
+        (name, [(c.operator, c.operands, c.backend + (c.how and f": {c.how}")) for c in group])
+        for name, group in groupby(calls, key=lambda call: call.layer)
+    ]
+    head = ("operator", "operands", "runs")
+    rows = [head, *(row for _, group in of_layers for row in group)]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+
+    def line(row: tuple[str, str, str]) -> str:
+        return f"  {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}"
+
+    yield line(head)
+    for group, alike in groupby(of_layers, key=lambda of_layer: of_layer[1]):
+        first, *others = [name for name, _ in alike]
+        more = f" to {others[-1]}, {1 + len(others)} alike" if others else ""
+        yield f"{first or 'outside of layers'}{more}:"
+        yield from map(line, group)
+
+
+def explain(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Explanation:
+    """Call `layer(*args, **kwargs)` once, eagerly and without gradients, and say what ran.
+
+    What is said is what was seen: operators, and on another device than the CPU those that read
+    values back. Random generators and what layers keep of a call are afterwards as before it.
+    `print(moe_ext.explain(layer, hidden))` shows it.
+
+    Args:
+        layer: a MOELayer, or any module, as one of transformers with
+            experts_implementation="moe_ext"
+        *args: of the call
+        **kwargs: of the call
+    """
+    trace = _Trace()
+    layers = list(named_layers(layer))
+    with (
+        torch.no_grad(),
+        # What is compiled would run unseen, or never be compiled again.
+        torch.compiler.set_stance("force_eager"),
+        _drawn_again(layer),
+        replaced(_watched(layers, trace)),
+        trace,
+    ):
+        layer(*args, **kwargs)
+    notes = [note for name, module in layers for note in _notes(name, module)]
+    notes += _by_others(layer)
+    if not layers and not notes:
+        notes.append(f"{type(layer).__name__} has no MOELayer, nor experts of transformers")
+    return Explanation(trace.calls, dict(trace.others), trace.reads, notes, trace.is_away)
+
+
+def _drawn_again(module: nn.Module) -> AbstractContextManager[None]:
+    """What is drawn inside is drawn again afterwards."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.random.fork_rng([])
+    kind = accelerator.type
+    devices = {p.device.index for p in module.parameters() if p.device.type == kind}
+    here = torch.accelerator.current_device_index()
+    return torch.random.fork_rng(devices | {here}, device_type=kind)
+
+
+def _watched(layers: list, trace: "_Trace") -> Iterator[tuple[nn.Module, str, object]]:
+    for name, module in layers:
+        method = entry(module)
+        yield module, method, _named(getattr(module, method), name, trace)
+        # Nobody else is told of this call, which leaves nothing.
+        yield module, "observer", None
+        if isinstance(module, MOELayer):
+            yield from ((module, kept, getattr(module, kept)) for kept in _KEPT)
+            for part in module.modules():
+                if hasattr(part, "wall_clock_breakdown"):
+                    yield part, "wall_clock_breakdown", False
+                met = getattr(part, "_met", None)
+                if isinstance(met, set):  # an ExpertParallel's, whose first calls differ
+                    yield part, "_met", set(met)
+
+
+def _named(function: Callable, name: str, trace: "_Trace") -> Callable:
+    def named(*args, **kwargs):
+        outer, trace.layer = trace.layer, name
+        try:
+            return function(*args, **kwargs)
+        finally:
+            trace.layer = outer
+
+    return named
+
+
+def _notes(name: str, layer: nn.Module) -> Iterator[str]:
+    if not isinstance(layer, MOELayer):
+        return
+    for module in layer.experts.modules():
+        # The experts of an ExpertParallel are no submodule of it.
+        here = getattr(module, "experts_here", None)
+        experts = here() if callable(here) else module
+        for attribute in getattr(experts, "expert_lists", ()):
+            count = len(getattr(experts, attribute))
+            if count > 1:
+                yield (
+                    f"{name}: {type(experts).__name__} runs {count} experts one after the other; "
+                    "GroupedExperts runs feed-forward ones together (weights: moe_ext.convert)"
+                )
+
+
+def _by_others(model: nn.Module) -> Iterator[str]:
+    """Of experts in a model of transformers that others compute, as moe_ext might."""
+    implementations = Counter(
+        getattr(getattr(module, "config", None), "_experts_implementation", None)
+        for module in model.modules()
+        if is_of_transformers(module)
+    )
+    for name, count in implementations.items():
+        if name != "moe_ext":
+            yield (
+                f"{count} experts modules of transformers have experts_implementation={name!r}: "
+                'where moe_ext.hf.check(model) passes, model.set_experts_implementation("moe_ext")'
+            )
+
+
+class _Trace(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.others: Counter[str] = Counter()
+        self.reads = 0
+        self.is_away = False
+        self.layer = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not isinstance(func, torch._ops.OpOverload):  # as torch.cond, whose branch is not seen
+            self.others[func.name()] += 1
+            return func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
+        self.is_away |= not devices <= {_HOST, "meta"}
+        if func.namespace == "moe_ext":
+            return self._called(name, func, args)
+        self.others[name] += 1
+        result = func(*args, **(kwargs or {}))
+        self.reads += _waits(name, args, result)
+        return result
+
+    def _called(self, name: str, func, args: tuple):
+        call = _call(name, args)._replace(layer=self.layer)
+        # What is made of other operators is called without the dispatcher, to see them.
+        made = {
+            "torch": torch_grouped_mm.OPERATORS.get(name),
+            "reference": getattr(reference, name),
+        }
+        if call.backend not in made:
+            self.calls.append(call)
+            return func(*args)
+        inside = _Trace()
+        with inside:
+            result = made[call.backend](*args)
+        self.calls.append(call._replace(synchronisations=inside.reads))
+        return result
+
+
+def _waits(name: str, args: tuple, result) -> bool:
+    """Whether the host waited for a device: for a value, or for a copy of a tensor."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    is_away = [tensor.device.type != _HOST for tensor in tensors]
+    if name in _READS or (name == "index" and _has_mask(args[1])):
+        return is_away[0]
+    if name == "copy_":
+        return is_away == [False, True]
+    return name == "_to_copy" and is_away[0] and result.device.type == _HOST
+
+
+def _has_mask(indices: list[Tensor | None]) -> bool:
+    return any(index is not None and index.dtype == torch.bool for index in indices)
+
+
+def _call(name: str, args: tuple) -> Call:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    shapes = " ".join(str(list(tensor.shape)) for tensor in tensors)
+    device = tensors[0].device
+    backend = registry.backend(name, device)
+    how = registry.why_reference(device) if backend == "reference" else _how(name, args, backend)
+    return Call(name, f"{dtype} {shapes}", backend, how, 0)
+
+
+def _how(name: str, args: tuple, backend: str) -> str:
+    if name not in torch_grouped_mm.OPERATORS:
+        return ""
+    first = args[0]
+    if backend == "torch":
+        second = args[1]
+        widths = second.shape[1:] if name == "grouped_mm" else (first.shape[1], second.shape[1])
+        path, why = torch_grouped_mm.choose(first, tuple(widths), args[-1])
+        return f"{path}, as {why}" if why else path
+    if backend == "compiled" and torch.ops.moe_ext.widens(first):
+        dtype = str(first.dtype).removeprefix("torch.")
+        return f"in float32, as this CPU's torch has no {dtype} instructions"
+    return ""

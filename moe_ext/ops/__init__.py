@@ -1,0 +1,1 @@
+"""The operators: their kernels, gradients, contracts and plain-PyTorch reference."""

@@ -1,0 +1,411 @@
+"""The operators in plain PyTorch: what every kernel has to compute, and what runs without one.
+
+Written to be read and to be right, not to be fast. Output shapes follow from input shapes. Off the
+CPU nothing is read back to the host, except in `grouped_mm` and `grouped_outer`, which loop over
+the experts' rows.
+
+Letters: T tokens, K choices, E experts, R rows, H hidden, N and M the widths of an expert's weight.
+A route is a (token, choice) pair, numbered t * K + k. Ids, slots, sources, offsets and load are
+int32.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import checks
+
+# The signatures below give the operators' schemas where no compiled library defines them, through
+# torch.library.infer_schema, which reads Optional[...] and tuple[...].
+
+
+def scored(logits: Tensor, scoring: str) -> Tensor:
+    """The score of every expert."""
+    if scoring == "softmax":
+        return logits.softmax(dim=-1)
+    if scoring == "sigmoid":
+        return logits.sigmoid()
+    return torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
+
+
+def _divisor(chosen: Tensor) -> Tensor:
+    """The sum over a token's chosen probabilities, kept off zero. chosen: [T, K] -> [T, 1]."""
+    return chosen.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
+
+
+def gate(
+    logits: Tensor,
+    choice_scores: Optional[Tensor],
+    k: int,
+    scoring: str,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score the experts, choose the k largest `choice_scores` (the logits where None), weigh them.
+
+    logits, choice_scores: [T, E] -> weights [T, K], experts [T, K], probs [T, E], importance [E].
+    NaN ranks above +inf and equal scores go to the lower id, as in a stable descending sort.
+    """
+    checks.gate(logits, choice_scores, k, scoring, normalize, scale)
+    choice_scores = logits if choice_scores is None else choice_scores
+    order = torch.sort(choice_scores, dim=-1, descending=True, stable=True).indices
+    expert_ids = order[:, :k]
+    probs = scored(logits.to(checks.accumulate_dtype(logits.dtype)), scoring)
+    weights = probs.gather(-1, expert_ids)
+    if normalize:
+        weights = weights / _divisor(weights)
+    return weights * scale, expert_ids.to(torch.int32), probs, probs.sum(dim=0)
+
+
+def _centred(grad: Tensor, shares: Tensor) -> Tensor:
+    """grad minus its mean, sum over j of shares[j] * grad[j]; the shares of a row sum to 1."""
+    # Where one share is near 1, its gradient is nearly the mean, and their difference would be
+    # mostly rounding. So every gradient is first taken as a difference from that one.
+    grad = grad - torch.where(shares > 0.5, grad, 0).sum(dim=-1, keepdim=True)
+    return grad - (shares * grad).sum(dim=-1, keepdim=True)
+
+
+def _normalized(grad: Tensor, weights: Tensor, eps: float) -> Tensor:
+    """The gradient of weights from that of weights / max(their sum, eps)."""
+    total = weights.sum(dim=-1, keepdim=True)
+    divisor = total.clamp(min=eps)
+    # The eps is a constant divisor, which has no gradient.
+    return torch.where(total < eps, grad, _centred(grad, weights / divisor)) / divisor
+
+
+def gate_backward(
+    grad_weights: Optional[Tensor],
+    grad_probs: Optional[Tensor],
+    grad_importance: Optional[Tensor],
+    probs: Tensor,
+    expert_ids: Tensor,
+    scoring: str,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """The gradient of `gate` with respect to logits, [T, E], from the probabilities alone.
+
+    Made of differentiable torch operators: its own derivative is the gate's second one.
+    """
+    checks.gate_backward(
+        grad_weights, grad_probs, grad_importance, probs, expert_ids, scoring, normalize, scale
+    )
+    grad = torch.zeros_like(probs)
+    if grad_probs is not None:
+        grad = grad + grad_probs
+    if grad_importance is not None:
+        grad = grad + grad_importance
+    if grad_weights is not None:
+        index = expert_ids.long()
+        chosen = probs.gather(-1, index)
+        grad_chosen = grad_weights * scale
+        if normalize:
+            grad_chosen = _normalized(grad_chosen, chosen, torch.finfo(chosen.dtype).tiny)
+        grad = grad.scatter_add(-1, index, grad_chosen)
+    if scoring == "softmax":
+        return probs * _centred(grad, probs)
+    if scoring == "sigmoid":
+        return grad * (probs * (1 - probs))
+    # probs = sqrt(softplus(logits)), so sigmoid(logits) = 1 - exp(-probs ** 2). Where the next term
+    # is lost in rounding, half of it; probs ** 2 may underflow.
+    small = 1e-4 if probs.dtype == torch.float32 else 1e-8
+    slope = -torch.expm1(-probs * probs) / (2 * probs.clamp(min=small))
+    return grad * torch.where(probs < small, probs / 2, slope)
+
+
+def _ranks(keys: Tensor, num_keys: int) -> Tensor:
+    """How many earlier entries have the same key. keys: [N] in 0..num_keys-1 -> [N] int64."""
+    order = torch.argsort(keys, stable=True)
+    counts = torch.zeros(num_keys, dtype=torch.int64, device=keys.device)
+    counts = counts.scatter_add(0, keys, torch.ones_like(keys))
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(keys.shape[0], device=keys.device) - starts[keys[order]]
+    return torch.empty_like(keys).scatter(0, order, place)
+
+
+def plan(
+    expert_ids: Tensor,
+    priority: Optional[Tensor],
+    num_experts: int,
+    capacity: Optional[int],
+    order: str,
+    align: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give every kept route a row.
+
+    expert_ids, priority: [T, K] -> slots [T, K], sources [R], offsets [E+1], load [E]. An id
+    outside 0..E-1 is no route. Routes queue choice-major or token-major; an expert keeps the first
+    `capacity` of its queue, or with a priority the largest (NaN below every number, equal ones by
+    the queue), and gives its rows in the order of the queue.
+    """
+    checks.plan(expert_ids, priority, num_experts, capacity, order, align)
+    if expert_ids.device.type == "cpu":
+        checks.plan_values(expert_ids, num_experts)
+    T, K = expert_ids.shape
+    N, E = T * K, num_experts
+    device = expert_ids.device
+    route = torch.arange(N, device=device).view(T, K)
+    queue = route.t().reshape(-1) if order == "choice" else route.reshape(-1)
+    expert = expert_ids.reshape(-1)[queue].long()
+    # Key E collects what has no row: no route at first, then the dropped ones too.
+    key = torch.where((expert >= 0) & (expert < E), expert, E)
+    load = torch.zeros(E + 1, dtype=torch.int64, device=device)
+    load = load.scatter_add(0, key, torch.ones_like(key))[:E]
+
+    if capacity is None:
+        R = checks.dropless_rows(N, E, align)
+        room = (load + (align - 1)) // align * align
+    else:
+        R = E * capacity
+        room = torch.full((E,), capacity, dtype=torch.int64, device=device)
+        if priority is None:
+            rank = _ranks(key, E + 1)
+        else:
+            # Ascending, a NaN comes last.
+            by_priority = torch.argsort(-priority.reshape(-1)[queue], stable=True)
+            rank = torch.empty_like(key).scatter(0, by_priority, _ranks(key[by_priority], E + 1))
+        key = torch.where(rank < capacity, key, E)
+
+    offsets = torch.cat([torch.zeros_like(room[:1]), room.cumsum(0)])
+    slot = torch.where(key < E, offsets[key] + _ranks(key, E + 1), -1)
+    slots = torch.empty_like(slot).scatter(0, queue, slot).view(T, K)
+    # A last row takes what has no row, and is cut off.
+    sources = torch.full((R + 1,), -1, dtype=torch.int64, device=device)
+    sources = sources.scatter(0, torch.where(slot < 0, R, slot), queue)[:R]
+    return (
+        slots.to(torch.int32),
+        sources.to(torch.int32),
+        offsets.to(torch.int32),
+        load.to(torch.int32),
+    )
+
+
+def mask_weights(
+    weights: Tensor, slots: Tensor, normalize: bool, eps: float, scale: float
+) -> Tensor:
+    """The weights of routes that have a row, 0 of others, divided by their sum or by `eps` where
+    the sum is below it. weights, slots: [T, K] -> [T, K]."""
+    checks.mask_weights(weights, slots, normalize, eps, scale)
+    kept = weights.masked_fill(slots < 0, 0)
+    if normalize:
+        # The sum may be NaN, and a dropped route has weight 0.
+        kept = kept / kept.sum(dim=-1, keepdim=True).clamp(min=eps)
+        kept = kept.masked_fill(slots < 0, 0)
+    return kept * scale
+
+
+def mask_weights_backward(
+    grad: Tensor, weights: Tensor, slots: Tensor, normalize: bool, eps: float, scale: float
+) -> Tensor:
+    """The gradient of `mask_weights` with respect to weights, [T, K]: as there, of differentiable
+    torch operators."""
+    checks.mask_weights_backward(grad, weights, slots, normalize, eps, scale)
+    kept, grad = weights.masked_fill(slots < 0, 0), grad.masked_fill(slots < 0, 0)
+    if normalize:
+        grad = _normalized(grad, kept, eps).masked_fill(slots < 0, 0)
+    return grad * scale
+
+
+def _with_zero_row(matrix: Tensor) -> Tensor:
+    return torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])
+
+
+def dispatch(tokens: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
+    """rows[slots[t, k]] = weights[t, k] * tokens[t]; a row without a route is zero. -> [R, H]."""
+    checks.dispatch(tokens, slots, sources, weights)
+    if slots.device.type == "cpu":
+        checks.route_values("dispatch", slots, sources)
+        checks.source_values("dispatch", slots, sources)
+    T, K = slots.shape
+    filled = (sources >= 0) & (sources < T * K)
+    token = torch.where(filled, sources // max(K, 1), T)
+    rows = _with_zero_row(tokens)[token]
+    if weights is None:
+        return rows
+    route = torch.where(filled, sources, T * K)
+    weight = torch.cat([weights.reshape(-1), weights.new_zeros(1)])[route]
+    return (rows.to(weights.dtype) * weight.unsqueeze(-1)).to(tokens.dtype)
+
+
+def _rows_of_routes(rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of every route, zero where it has none [T, K, H], and whether it has one [T, K]."""
+    R = rows.shape[0]
+    kept = (slots >= 0) & (slots < R)
+    return _with_zero_row(rows)[torch.where(kept, slots, R)], kept
+
+
+def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
+    """tokens[t] = sum over k, in order, of weights[t, k] * rows[slots[t, k]]. -> [T, H]."""
+    checks.combine(rows, slots, sources, weights)
+    if slots.device.type == "cpu":
+        checks.route_values("combine", slots, sources)
+    routed, kept = _rows_of_routes(rows, slots)
+    routed = routed.to(checks.accumulate_dtype(rows.dtype))
+    if weights is not None:
+        routed = routed * torch.where(kept, weights, 0).unsqueeze(-1)
+    total = routed.new_zeros(slots.shape[0], rows.shape[1])
+    for k in range(slots.shape[1]):
+        total = total + routed[:, k]
+    return total.to(rows.dtype)
+
+
+def route_dot(tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
+    """weights[t, k] = <tokens[t], rows[slots[t, k]]>, 0 where the slot is -1. -> [T, K]."""
+    checks.route_dot(tokens, rows, slots, sources)
+    if slots.device.type == "cpu":
+        checks.route_values("route_dot", slots, sources)
+    routed, kept = _rows_of_routes(rows, slots)
+    dtype = checks.accumulate_dtype(rows.dtype)
+    dots = (tokens.unsqueeze(1).to(dtype) * routed.to(dtype)).sum(dim=-1)
+    return torch.where(kept, dots, 0)
+
+
+def combine_backward(
+    tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dispatch(tokens, weights) [R, H] and route_dot(tokens, rows) [T, K], which a kernel computes
+    in one pass over the tokens: together the gradients of a combine of `rows`."""
+    checks.combine_backward(tokens, rows, slots, sources, weights)
+    if slots.device.type == "cpu":
+        checks.route_values("combine_backward", slots, sources)
+        checks.source_values("combine_backward", slots, sources)
+    dispatched = dispatch(tokens, slots, sources, weights)
+    return dispatched, route_dot(tokens, rows, slots, sources)
+
+
+def owned_rows(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> list[tuple[int, int]]:
+    """Of every expert, the range of the rows that routes own; both tensors are read at once."""
+    numbers = torch.cat([offsets, load]).tolist()
+    bounds, counts = numbers[: len(offsets)], numbers[len(offsets) :]
+    checks.group_values(op, bounds, counts, num_rows)
+    ends = zip(bounds[:-1], bounds[1:], counts, strict=True)
+    return [(begin, begin + min(count, end - begin)) for begin, end, count in ends]
+
+
+def grouped_mm(
+    rows: Tensor,
+    weights: Tensor,
+    bias: Optional[Tensor],
+    offsets: Tensor,
+    load: Tensor,
+    capacity: Optional[int],
+) -> Tensor:
+    """out[r] = weights[e] @ rows[r] + bias[e] for the rows that routes of e own, else zero.
+    -> [R, N]."""
+    checks.grouped_mm(rows, weights, bias, offsets, load, capacity)
+    bounds = owned_rows("grouped_mm", offsets, load, rows.shape[0])
+    out = rows.new_zeros(rows.shape[0], weights.shape[1])
+    for e, (begin, end) in enumerate(bounds):
+        expert_bias = None if bias is None else bias[e]
+        out[begin:end] = F.linear(rows[begin:end], weights[e], expert_bias)
+    return out
+
+
+def grouped_outer(
+    left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: Optional[int]
+) -> Tensor:
+    """out[e] = left[e's rows].T @ right[e's rows], over the rows that routes own. -> [E, N, M]."""
+    checks.grouped_outer(left, right, offsets, load, capacity)
+    bounds = owned_rows("grouped_outer", offsets, load, left.shape[0])
+    out = left.new_zeros(load.shape[0], left.shape[1], right.shape[1])
+    for e, (begin, end) in enumerate(bounds):
+        out[e] = left[begin:end].t() @ right[begin:end]
+    return out
+
+
+def _active(pre_activation: Tensor, activation: str) -> Tensor:
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "swiglu": F.silu,
+        "geglu": F.gelu,
+        "gelu": F.gelu,
+        "relu": F.relu,
+    }
+    function = functions[activation]
+    if activation not in checks.GATED:
+        return function(pre_activation)
+    gate, up = pre_activation.chunk(2, dim=-1)
+    return function(gate) * up
+
+
+def _of_rows(weights: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of every row's route, zero where it has none [R, 1], and whether it has one."""
+    N = weights.numel()
+    filled = (sources >= 0) & (sources < N)
+    padded = torch.cat([weights.reshape(-1), weights.new_zeros(1)])
+    return padded[torch.where(filled, sources, N)].unsqueeze(-1), filled.unsqueeze(-1)
+
+
+def activate(
+    pre_activation: Tensor,
+    slots: Tensor,
+    sources: Tensor,
+    weights: Optional[Tensor],
+    activation: str,
+) -> Tensor:
+    """out[r] = weights[t, k] * fn(pre_activation[r]), [R, F]; with a gate
+    fn(pre_activation[r, :F]) * pre_activation[r, F:]. [t, k] is the route of row r; a row without a
+    route is not read and comes out zero."""
+    checks.activate(pre_activation, slots, sources, weights, activation)
+    if slots.device.type == "cpu":
+        checks.route_values("activate", slots, sources)
+        checks.source_values("activate", slots, sources)
+    dtype = checks.accumulate_dtype(pre_activation.dtype)
+    if weights is None:
+        weights = pre_activation.new_ones(slots.shape, dtype=dtype)
+    weight, filled = _of_rows(weights, sources)
+    active = _active(torch.where(filled, pre_activation, 0).to(dtype), activation)
+    return torch.where(filled, weight * active, 0).to(pre_activation.dtype)
+
+
+def activate_backward(
+    grad: Tensor,
+    pre_activation: Tensor,
+    slots: Tensor,
+    sources: Tensor,
+    weights: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `activate` [R, G] and [T, K], and between them its result once more."""
+    checks.activate_backward(grad, pre_activation, slots, sources, weights, activation)
+    if slots.device.type == "cpu":
+        checks.route_values("activate_backward", slots, sources)
+        checks.source_values("activate_backward", slots, sources)
+    return activate_gradients(grad, pre_activation, slots, sources, weights, activation)
+
+
+def activate_gradients(grad, pre_activation, slots, sources, weights, activation):
+    """activate_backward without looking at values: it is differentiated too, while compiling."""
+    dtype = checks.accumulate_dtype(pre_activation.dtype)
+    weight, filled = _of_rows(weights, sources)
+    inner_wide = torch.where(filled, pre_activation, 0).to(dtype)
+    grad_wide = torch.where(filled, grad, 0).to(dtype)
+    gate, *up = inner_wide.chunk(2, dim=-1) if activation in checks.GATED else (inner_wide,)
+    value, slope = _value_and_slope(gate, activation)
+    active = value * up[0] if up else value
+    weighed = weight * grad_wide
+    parts = [weighed * slope * up[0], weighed * value] if up else [weighed * slope]
+    dots, _ = _rows_of_routes((grad_wide * active).sum(-1, keepdim=True), slots)
+    return (
+        torch.cat(parts, dim=-1).to(pre_activation.dtype),
+        torch.where(filled, weight * active, 0).to(pre_activation.dtype),
+        dots.squeeze(-1),
+    )
+
+
+def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    if activation == "relu":
+        return F.relu(x), torch.where(x <= 0, 0.0, 1.0).to(x.dtype)
+    if activation == "swiglu":
+        sigmoid = torch.sigmoid(x)
+        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+    below = torch.special.ndtr(x)
+    return x * below, below + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def widens(rows: Tensor) -> bool:
+    """Whether grouped_mm and grouped_outer of such rows are float32 products of copies."""
+    return False

@@ -1,0 +1,362 @@
+"""Which code runs: the one place that decides it.
+
+Every operator is `torch.ops.moe_ext.<name>`. Compiled libraries register kernels for a device;
+`reference.py` is registered for all devices that have none, and `torch_grouped_mm.py` before it for
+expert GEMMs, so torch's dispatcher makes the choice per call. Where no library is built, the
+schemas come from the reference's signatures.
+
+The operators are private; the functions of the package say what they take. Their gradients are
+autograd.Functions (autograd.py), which also stand behind the raw operators: a program from
+torch.export, which calls those, can be trained. torch.func does not reach through them.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import build
+from . import checks, reference, torch_grouped_mm
+
+NAMES = (
+    "gate",
+    "gate_backward",
+    "plan",
+    "mask_weights",
+    "mask_weights_backward",
+    "dispatch",
+    "combine",
+    "route_dot",
+    "combine_backward",
+    "grouped_mm",
+    "grouped_outer",
+    "activate",
+    "activate_backward",
+)
+QUESTIONS = ("widens",)  # of a tensor that is not looked into
+
+_FAKES: dict[str, Callable] = {}
+
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces; torch.compiler's own says so of torch.compile too in 2.10."""
+    return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
+
+
+def _fake(function: Callable) -> Callable:
+    _FAKES[function.__name__] = function
+    return function
+
+
+@_fake
+def gate(logits, choice_scores, k, scoring, normalize, scale):
+    checks.gate(logits, choice_scores, k, scoring, normalize, scale)
+    T, E = logits.shape
+    dtype = checks.accumulate_dtype(logits.dtype)
+    return (
+        logits.new_empty(T, k, dtype=dtype),
+        logits.new_empty(T, k, dtype=torch.int32),
+        logits.new_empty(T, E, dtype=dtype),
+        logits.new_empty(E, dtype=dtype),
+    )
+
+
+@_fake
+def gate_backward(
+    grad_weights, grad_probs, grad_importance, probs, expert_ids, scoring, normalize, scale
+):
+    checks.gate_backward(
+        grad_weights, grad_probs, grad_importance, probs, expert_ids, scoring, normalize, scale
+    )
+    return probs.new_empty(probs.shape)
+
+
+@_fake
+def plan(expert_ids, priority, num_experts, capacity, order, align):
+    checks.plan(expert_ids, priority, num_experts, capacity, order, align)
+    T, K = expert_ids.shape
+    rows = (
+        checks.dropless_rows(T * K, num_experts, align)
+        if capacity is None
+        else num_experts * capacity
+    )
+    return (
+        expert_ids.new_empty(T, K),
+        expert_ids.new_empty(rows),
+        expert_ids.new_empty(num_experts + 1),
+        expert_ids.new_empty(num_experts),
+    )
+
+
+@_fake
+def mask_weights(weights, slots, normalize, eps, scale):
+    checks.mask_weights(weights, slots, normalize, eps, scale)
+    return weights.new_empty(weights.shape)
+
+
+@_fake
+def mask_weights_backward(grad, weights, slots, normalize, eps, scale):
+    checks.mask_weights_backward(grad, weights, slots, normalize, eps, scale)
+    return weights.new_empty(weights.shape)
+
+
+@_fake
+def dispatch(tokens, slots, sources, weights):
+    checks.dispatch(tokens, slots, sources, weights)
+    return tokens.new_empty(sources.shape[0], tokens.shape[1])
+
+
+@_fake
+def combine(rows, slots, sources, weights):
+    checks.combine(rows, slots, sources, weights)
+    return rows.new_empty(slots.shape[0], rows.shape[1])
+
+
+@_fake
+def route_dot(tokens, rows, slots, sources):
+    checks.route_dot(tokens, rows, slots, sources)
+    return tokens.new_empty(slots.shape, dtype=checks.accumulate_dtype(tokens.dtype))
+
+
+@_fake
+def combine_backward(tokens, rows, slots, sources, weights):
+    checks.combine_backward(tokens, rows, slots, sources, weights)
+    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+@_fake
+def grouped_mm(rows, weights, bias, offsets, load, capacity):
+    checks.grouped_mm(rows, weights, bias, offsets, load, capacity)
+    return rows.new_empty(rows.shape[0], weights.shape[1])
+
+
+@_fake
+def grouped_outer(left, right, offsets, load, capacity):
+    checks.grouped_outer(left, right, offsets, load, capacity)
+    return left.new_empty(load.shape[0], left.shape[1], right.shape[1])
+
+
+@_fake
+def activate(pre_activation, slots, sources, weights, activation):
+    F = checks.activate(pre_activation, slots, sources, weights, activation)
+    return pre_activation.new_empty(pre_activation.shape[0], F)
+
+
+@_fake
+def activate_backward(grad, pre_activation, slots, sources, weights, activation):
+    checks.activate_backward(grad, pre_activation, slots, sources, weights, activation)
+    return (
+        pre_activation.new_empty(pre_activation.shape),
+        grad.new_empty(grad.shape),
+        weights.new_empty(weights.shape),
+    )
+
+
+@_fake
+def widens(rows):
+    return False
+
+
+class Libraries:
+    """The registrations of this process: the compiled libraries, if any, and the reference."""
+
+    _python: torch.library.Library
+
+    def __init__(self) -> None:
+        self.library: Path | None = None
+        self.load_error: str | None = None
+        self.cuda_library: Path | None = None
+        self.cuda_load_error: str | None = None
+        self._gradients: dict[str, type[torch.autograd.Function]] = {}
+
+    def load_installed(self) -> None:
+        """Register the library that was built with the package, else the reference alone."""
+        folder = Path(__file__).parents[1]
+        built = [p for p in folder.glob("_C.*") if p.suffix in (".so", ".pyd", ".dylib")]
+        self.load_error = "no compiled library was built with this package"
+        cure = "with a C++ compiler, pip install --no-cache-dir --force-reinstall it"
+        for path in built:
+            try:
+                self._load(path)
+                break
+            except OSError as error:
+                self.load_error = f"{path.name} could not be loaded: {error.__cause__ or error}"
+                cure = "remove it and install again"
+        self._register_python()
+        if self.library is None:
+            warnings.warn(
+                f"moe_ext runs on its plain-PyTorch reference, a slower one: {self.load_error}; "
+                f"{cure}; in a source tree pip install -e ., or call moe_ext.build.jit(), or run "
+                "elsewhere",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def load(self, path: Path) -> None:
+        """Load a compiled library and use it from now on.
+
+        Raises RuntimeError where one is loaded already: a second library with the same operators
+        would end the process.
+        """
+        if self.library is not None:
+            raise RuntimeError(f"moe_ext: a compiled library is already loaded, {self.library}")
+        # The library defines the schemas that the reference's registration has defined.
+        self._python._destroy()
+        try:
+            self._load(path)
+        finally:
+            self._register_python()
+
+    def _load(self, path: Path) -> None:
+        torch.ops.load_library(str(path))
+        self.library, self.load_error = path, None
+        self._load_cuda(path)
+        for name in (*NAMES, *QUESTIONS):
+            operator = getattr(torch.ops.moe_ext, name, None)
+            if operator is None or operator.default._schema != _schema(name):
+                raise ImportError(
+                    f"moe_ext: {path} was built from other sources than this package (operator "
+                    f"{name}); build it again, with pip install or by removing it and jit()"
+                )
+
+    def _load_cuda(self, library: Path) -> None:
+        """Load the CUDA kernels beside the CPU library, where torch has CUDA."""
+        path = library.with_name(library.name.replace("_C", "_C_cuda", 1))
+        if torch.version.cuda is None:
+            self.cuda_load_error = "this torch has no CUDA"
+        elif not path.exists():
+            choice = build.choose_toolkit()
+            why = "" if choice.toolkit else f"; on this machine: {choice.why}"
+            self.cuda_load_error = f"no CUDA kernels were built with this package{why}"
+        else:
+            try:
+                torch.ops.load_library(str(path))
+                self.cuda_library, self.cuda_load_error = path, None
+            except OSError as error:
+                self.cuda_load_error = (
+                    f"{path.name} could not be loaded: {error.__cause__ or error}"
+                )
+
+    def _register_python(self) -> None:
+        self._python = torch.library.Library("moe_ext", "FRAGMENT")
+        for name in (*NAMES, *QUESTIONS):
+            if self.library is None:
+                self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
+            kernel = torch_grouped_mm.OPERATORS.get(name) or _loud_on_cuda(getattr(reference, name))
+            self._python.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"moe_ext::{name}", _FAKES[name], lib=self._python)
+        self.register_gradients(self._gradients)
+
+    def register_gradients(self, functions: dict[str, type[torch.autograd.Function]]) -> None:
+        """Stand autograd.Functions of the operators' arguments behind them."""
+        self._gradients = functions
+        for name, function in functions.items():
+            self._python.impl(name, _differentiable(name, function), "Autograd")
+
+
+def _schema(name: str) -> torch.FunctionSchema:
+    """The schema of an operator, by the reference's signature."""
+    signature = torch.library.infer_schema(getattr(reference, name), mutates_args=())
+    return torch._C.parse_schema(f"moe_ext::{name}{signature}")
+
+
+def _loud_on_cuda(kernel: Callable) -> Callable:
+    """The reference stands in on cuda where kernels could run: Python shows a warning once."""
+
+    @functools.wraps(kernel)
+    def loud(*args):
+        if libraries.cuda_load_error and any(getattr(arg, "is_cuda", False) for arg in args):
+            warnings.warn(
+                "moe_ext runs on its plain-PyTorch reference on cuda, a slower one: "
+                f"{libraries.cuda_load_error}; `python -m moe_ext doctor` says how to fix it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return kernel(*args)
+
+    return loud
+
+
+def _without_autocast(kernel: Callable) -> Callable:
+    """The products inside take the operands' dtype: a backward may run where autocast is on and its
+    forward's was off."""
+
+    @functools.wraps(kernel)
+    def plain(*args):
+        # The first argument may be None.
+        device_type = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        if not torch.is_autocast_enabled(device_type):
+            return kernel(*args)
+        with torch.autocast(device_type, enabled=False):
+            return kernel(*args)
+
+    return plain
+
+
+def _differentiable(name: str, function: type[torch.autograd.Function]) -> Callable:
+    def kernel(*args):
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if _has_tangent(tensors):
+            raise NotImplementedError(
+                f"moe_ext::{name} has no jvp: forward-mode is not implemented"
+            )
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            return _below_autograd(name, *args)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotImplementedError(
+                f"moe_ext::{name}: torch.func does not differentiate raw operators, nor programs "
+                "from torch.export; use the functions and modules of moe_ext"
+            )
+        return function.apply(*args)
+
+    return kernel
+
+
+def _has_tangent(tensors: list[torch.Tensor]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _below_autograd(name: str, *args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.moe_ext, name).default(*args)
+
+
+def run(name: str, *args):
+    """Call an operator from its autograd.Function."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.moe_ext, name).default(*args)
+    # Not by way of the Function again.
+    return _below_autograd(name, *args)
+
+
+def backend(name: str, device: torch.device | str) -> str:
+    """What runs operator `name` on a device: "compiled", "torch" (torch_grouped_mm.py),
+    "reference", or "fake" on meta."""
+    kind = torch.device(device).type
+    if kind == "meta":
+        return "fake"
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(kind)
+    if key and torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_ext::{name}", key):
+        return "compiled"
+    return "torch" if name in torch_grouped_mm.OPERATORS and kind != "cpu" else "reference"
+
+
+def why_reference(device: torch.device | str) -> str:
+    """Why no compiled kernel runs on a device, "" where one does."""
+    kind = torch.device(device).type
+    errors = {
+        "cpu": libraries.load_error,
+        "cuda": libraries.cuda_load_error or libraries.load_error,
+    }
+    return errors.get(kind, f"there are no kernels for {kind}") or ""
+
+
+libraries = Libraries()
+libraries.load_installed()

@@ -1,0 +1,165 @@
+"""What a choice of experts is made on, where it is not the logits: noise, groups, balance.
+
+Functions of the scores that `gate` takes as `choice_scores`, T tokens by E experts. No gradient
+flows through a choice, so none has one.
+"""
+
+import math
+from typing import get_args
+
+import torch
+from torch import Tensor
+from torch.types import Device
+
+from .. import options
+from ..options import GroupScore
+from .capacity import float32
+
+GROUP_SCORES = get_args(GroupScore)
+
+
+def uniform(x: Tensor, low: float, high: float) -> Tensor:
+    """A number of [low, high) for every one of x.
+
+    One torch.rand in float32, by which equal seeds give equal draws whatever the dtype; DeepSpeed's
+    to the bit.
+
+    Args:
+        x: any shape; its shape and device are used
+        low: the least number
+        high: above every number
+    """
+    low, high = (
+        math.copysign(float32(abs(bound)), bound) if bound else 0.0 for bound in (low, high)
+    )
+    return low + torch.rand(x.shape, device=x.device, dtype=torch.float32) * (high - low)
+
+
+def gumbel(x: Tensor) -> Tensor:
+    """Gumbel(0, 1) noise for every number of x.
+
+    The largest of x + gumbel(x) is a draw from softmax(x).
+
+    Args:
+        x: any shape; its shape and device are used
+    """
+    info = torch.finfo(torch.float32)
+    return -(-uniform(x, info.tiny, 1 - info.eps).log()).log()
+
+
+def keep_first(scores: Tensor, drawn: Tensor) -> Tensor:
+    """`drawn` with the first choice of `scores` above all: a NaN ranks above infinity and noise.
+
+    Args:
+        scores: [T, E]
+        drawn: [T, E], scores with noise
+    """
+    return drawn.scatter(-1, scores.argmax(dim=-1, keepdim=True), torch.nan)
+
+
+def group_mask(
+    scores: Tensor, num_groups: int, topk_groups: int, group_score: GroupScore
+) -> Tensor:
+    """The experts in the best groups of every token.
+
+    Args:
+        scores: [T, E]
+        num_groups: neighbouring experts form groups of E / num_groups
+        topk_groups: how many groups a token may use
+        group_score: a group is worth its largest score, "max" (DeepSeek-V2, arXiv 2405.04434), or
+            the sum of its two largest, "top2_sum" (DeepSeek-V3, arXiv 2412.19437)
+
+    Returns:
+        [T, E] bool
+    """
+    groups = scores.unflatten(-1, (num_groups, -1))
+    if group_score == "max":
+        worth = groups.amax(dim=-1)
+    else:
+        worth = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
+    # Stable, as the gate's own choice: equal groups go to the lower one.
+    best = torch.sort(worth, dim=-1, descending=True, stable=True).indices[:, :topk_groups]
+    chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, True)
+    return chosen.unsqueeze(-1).expand_as(groups).flatten(-2)
+
+
+def check_groups(owner: str, num_experts: int, k: int, num_groups: int, topk_groups: int) -> None:
+    """Check that groups can be made, and leave k experts.
+
+    Args:
+        owner: whose options they are
+        num_experts: E
+        k: choices per token
+        num_groups: as of `group_mask`
+        topk_groups: as of `group_mask`
+
+    Raises:
+        ValueError: they cannot, or leave fewer
+    """
+    options.integer(owner, "num_groups", num_groups, 1)
+    options.integer(owner, "topk_groups", topk_groups, 1)
+    if num_experts % num_groups:
+        raise ValueError(
+            f"{owner}: num_groups must divide num_experts = {num_experts}, got {num_groups}"
+        )
+    if topk_groups > num_groups:
+        raise ValueError(
+            f"{owner}: topk_groups must be in 1..num_groups = {num_groups}, got {topk_groups}"
+        )
+    if k > num_experts // num_groups * topk_groups:
+        raise ValueError(
+            f"{owner}: topk_groups must leave k = {k} experts to choose from, "
+            f"got {topk_groups} groups of {num_experts // num_groups}"
+        )
+
+
+def within(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Scores with all that is not allowed below all that is, -inf too.
+
+    Args:
+        scores: [T, E]
+        allowed: [T, E] bool
+    """
+    lowest = torch.finfo(scores.dtype).min
+    return torch.where(allowed, scores.clamp(min=lowest), -torch.inf)
+
+
+def sinkhorn(logits: Tensor, used_token: Tensor | None = None, iterations: int = 8) -> Tensor:
+    """Logits plus a number for every expert that makes all experts be asked for alike.
+
+    The softmax of what is returned has column sums near T / E: Sinkhorn's algorithm in logarithms,
+    the last step over the columns (S-BASE of arXiv 2202.01169). A token that is not used, or whose
+    logsumexp is not finite, takes no part and keeps its logits.
+
+    Args:
+        logits: [T, E]
+        used_token: T values of any shape and dtype; a token with 0 (or False) is not used
+        iterations: of rows and columns
+    """
+    takes_part = logits.logsumexp(dim=-1, keepdim=True).isfinite()
+    if used_token is not None:
+        takes_part = takes_part & (used_token.reshape(-1, 1) != 0)
+    x = torch.where(takes_part, logits, 0)
+    columns = torch.zeros_like(x[:1])
+    for _ in range(iterations):
+        rows = -(x + columns).logsumexp(dim=-1, keepdim=True)
+        asked = torch.where(takes_part, x + rows, -torch.inf).logsumexp(dim=0, keepdim=True)
+        # An expert that no token may ask stays as it is.
+        columns = torch.where(asked.isfinite(), -asked, 0)
+    return torch.where(takes_part, x + columns, logits)
+
+
+def round_robin(num_tokens: int, k: int, num_experts: int, device: Device = None) -> Tensor:
+    """Expert t * K + k modulo E for every route: a balanced load whatever the router says.
+
+    Args:
+        num_tokens: T
+        k: K
+        num_experts: E
+        device: of the result
+
+    Returns:
+        [T, K] int32
+    """
+    routes = torch.arange(num_tokens * k, device=device)
+    return (routes % num_experts).to(torch.int32).view(num_tokens, k)

@@ -1,0 +1,186 @@
+"""From logits to a routing: who goes where, with what weight, and who is dropped."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .. import options
+from ..ops import checks
+from ..ops.autograd import MaskWeights
+from ..ops.functional import Choice, gate, mask_weights
+from ..ops.plan import Plan, make_plan
+from ..options import DropPolicy, Normalize, Order, Scoring
+from . import losses
+
+DROP_POLICIES = get_args(DropPolicy)
+NORMALIZE = get_args(Normalize)
+
+
+class Routing(NamedTuple):
+    """What a gate decides for T tokens. A pytree.
+
+    Attributes:
+        weights: [T, K] float32 (float64 for float64 tokens), 0 where the route was dropped
+        plan: where every route goes
+        probs: [T, E], the scores of all experts
+        importance: [E], their column sums
+        l_aux: [] auxiliary loss, not scaled; None before it is computed
+        logits: [T, E] that the scores are of
+    """
+
+    weights: Tensor
+    plan: Plan
+    probs: Tensor
+    importance: Tensor
+    # `Tensor | None` would have every reader rule out what only aux_loss sees.
+    l_aux: Tensor | Any
+    logits: Tensor
+
+    def as_hf_tuple(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What routers of Hugging Face's transformers return: (logits [T, E], weights [T, K],
+        experts [T, K] int64). Plans are not theirs: a dropped route has weight 0."""
+        return self.logits, self.weights, self.plan.expert_ids.long()
+
+
+def route(
+    logits: Tensor,
+    k: int,
+    *,
+    choice_scores: Tensor | None = None,
+    expert_ids: Tensor | None = None,
+    used_token: Tensor | None = None,
+    scoring: Scoring = "softmax",
+    normalize: Normalize = "never",
+    scale: float = 1.0,
+    capacity: int | None = None,
+    drop_policy: DropPolicy = "position",
+    order: Order = "choice",
+    aux_loss: Callable[[Routing], Tensor] | None = None,
+) -> Routing:
+    """Choose k experts for every token, give the routes their rows, weigh what is kept.
+
+    Args:
+        logits: [T, E], as of `gate`
+        k: choices per token, 1..E
+        choice_scores: [T, E] like logits, what the choice is made on; the logits where None
+        expert_ids: [T, K] int32, K = k, the choice where it is made already: a recorded one, or a
+            forced one. -1 is no choice; choice_scores then decide nothing.
+        used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
+        scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
+        normalize: divide a token's weights by their sum "before" or "after" dropping, or "never"
+        scale: factor on the weights
+        capacity: rows per expert; None drops nothing
+        drop_policy: who is dropped. "position", the last to queue; "probs", the smallest score;
+            "random", by one torch.rand(T, E)
+        order: how routes queue, "choice" (all first choices, then all second ones) or "token"
+        aux_loss: gives l_aux from the routing, whose own l_aux is None then; None is the
+            load-balance loss, of first choices for k <= 2 and of all for more, over all T tokens
+
+    Raises:
+        RuntimeError: an argument breaks this contract
+    """
+    check = checks.Check("route")
+    check.one_of("normalize", normalize, NORMALIZE)
+    check.one_of("drop_policy", drop_policy, DROP_POLICIES)
+    check.shape("logits", logits, [("T", None), ("E", None)])
+    if not isinstance(k, int):
+        check.fail(f"k must be an integer, got {k!r}")
+    can_drop = not (capacity is None and used_token is None and expert_ids is None)
+    # The gate may do it at once where nothing comes between. Experts chosen by other scores may
+    # have probabilities that vanish, which it treats in another way (below).
+    is_before = normalize == "before" or (
+        normalize == "after" and not can_drop and choice_scores is None
+    )
+    is_after = normalize == "after" and not is_before
+    scale_before, scale_after = (1.0, scale) if is_after else (scale, 1.0)
+    if expert_ids is None:
+        choice = gate(
+            logits,
+            k,
+            choice_scores=choice_scores,
+            scoring=scoring,
+            normalize=is_before,
+            scale=scale_before,
+        )
+    else:
+        choice = _weigh(
+            logits, k, expert_ids, scoring=scoring, normalize=is_before, scale=scale_before
+        )
+    expert_ids = choice.expert_ids
+    if used_token is not None:
+        options.used_token("route", used_token, logits.shape[0])
+        expert_ids = torch.where(used_token.reshape(-1, 1) != 0, expert_ids, -1)
+    are_scores = not is_before and scale_before == 1
+    priority = _priority(choice, drop_policy, capacity, are_scores)
+    plan = make_plan(expert_ids, logits.shape[1], capacity, priority=priority, order=order)
+    weights = choice.weights
+    if can_drop or is_after:
+        info = torch.finfo(weights.dtype)
+        # Probabilities as small as eps are noise beside those of other experts; scores that stand
+        # alone are not.
+        eps = info.eps if scoring == "softmax" else info.tiny
+        weights = mask_weights(weights, plan, normalize=is_after, eps=eps, scale=scale_after)
+    routing = Routing(weights, plan, choice.probs, choice.importance, None, logits)
+    l_aux = _balance(routing, scoring) if aux_loss is None else aux_loss(routing)
+    if not isinstance(l_aux, Tensor) or l_aux.dim() != 0:
+        got = list(l_aux.shape) if isinstance(l_aux, Tensor) else type(l_aux).__name__
+        raise RuntimeError(f"route: aux_loss must return a tensor [], got {got}")
+    return routing._replace(l_aux=l_aux)
+
+
+def _weigh(
+    logits: Tensor, k: int, expert_ids: Tensor, *, scoring: Scoring, normalize: bool, scale: float
+) -> Choice:
+    """`gate` where the choice is made already."""
+    T, E = logits.shape
+    check = checks.Check("route")
+    check.shape("expert_ids", expert_ids, [("T", T), ("K", k)])
+    check.dtype("expert_ids", expert_ids, torch.int32)
+    if expert_ids.device.type != "cpu":
+        # As of a plan; on the CPU that is an error, which the plan raises.
+        expert_ids = torch.where(expert_ids < E, expert_ids, -1)
+    choice = gate(logits, 1, scoring=scoring)
+    chosen = choice.probs.gather(-1, _indices(expert_ids, E))
+    # A choice of -1 has no weight, as a route without a row has none.
+    tiny = torch.finfo(chosen.dtype).tiny
+    weights = MaskWeights.call(chosen, expert_ids, normalize, tiny, scale)
+    return choice._replace(weights=weights, expert_ids=expert_ids)
+
+
+def _priority(
+    choice: Choice, drop_policy: str, capacity: int | None, are_scores: bool
+) -> Tensor | None:
+    """Who is kept, the largest first. [T, K] float32; None is the queue.
+
+    are_scores: the weights are the scores as they are
+    "random" draws where nothing is dropped too, as DeepSpeed does: what is drawn later with the
+    same seed stays the same.
+    """
+    if drop_policy == "position" or (drop_policy == "probs" and capacity is None):
+        return None
+    if drop_policy == "probs" and are_scores:
+        return choice.weights.detach().to(torch.float32)
+    scores = choice.probs.detach()
+    if drop_policy == "random":
+        scores = torch.rand(scores.shape, device=scores.device, dtype=torch.float32)
+    return scores.gather(-1, _indices(choice.expert_ids, scores.shape[1])).to(torch.float32)
+
+
+def _indices(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """Ids that can be gathered by; what they give where there is no choice is not used."""
+    return expert_ids.clamp(0, num_experts - 1).long()
+
+
+def _balance(routing: Routing, scoring: str) -> Tensor:
+    T, E = routing.probs.shape
+    K = routing.weights.shape[1]
+    importance = routing.importance
+    if scoring != "softmax":
+        importance = losses.shares(routing.probs).sum(dim=0)
+    counted = 1 if K <= 2 else K
+    load = routing.plan.load
+    if counted < K:
+        load = make_plan(routing.plan.expert_ids[:, :counted], E).load
+    return losses.load_balance_loss(importance, load, T, counted)

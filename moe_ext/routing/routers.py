@@ -1,0 +1,89 @@
+"""Routers: modules that give every token its logits, [T, H] -> [T, E].
+
+An nn.Linear is one, and so is any other module. `logits_of` runs them in the dtype of the tokens,
+which the gate makes float32 or float64: weights are cast per call and keep their own dtype.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.types import Device
+
+from .. import options
+
+
+class CosineRouter(nn.Module):
+    """The cosine between a projected token and every expert's direction, over a learned temperature
+    (X-MoE, arXiv 2204.09179). A router for `TopKGate(router=...)`.
+
+    It has the parameters proj.weight [P, H], directions [E, P] and log_scale [1], which is
+    log(1 / temperature).
+
+    Args:
+        model_dim: H
+        num_experts: E
+        proj_dim: width P in which token and expert meet
+        temperature: what the cosines are divided by at first. It is learned, and never below 0.01.
+        device: of the parameters
+        dtype: of the parameters
+
+    Raises:
+        ValueError: an argument is out of range
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        proj_dim: int = 256,
+        temperature: float = 0.5,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        H = options.integer("CosineRouter", "model_dim", model_dim, 0)
+        E = options.integer("CosineRouter", "num_experts", num_experts, 1)
+        P = options.integer("CosineRouter", "proj_dim", proj_dim, 1)
+        if not temperature >= 0.01:
+            raise ValueError(f"CosineRouter: temperature must be 0.01 or more, got {temperature}")
+        self.temperature = temperature
+        self.proj = nn.Linear(H, P, bias=False, device=device, dtype=dtype)
+        self.directions = nn.Parameter(torch.empty(E, P, device=device, dtype=dtype))
+        self.log_scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.proj.reset_parameters()
+        nn.init.normal_(self.directions, std=0.01)
+        nn.init.constant_(self.log_scale, -math.log(self.temperature))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        projected = self.proj(tokens)
+        # Below this length a token's gradient would grow without bound, at zero to 1 / eps.
+        projected = F.normalize(projected, dim=-1, eps=1e-4)
+        directions = F.normalize(self.directions, dim=-1)
+        scale = self.log_scale.clamp(max=math.log(100)).exp()
+        return F.linear(projected, directions) * scale
+
+
+def logits_of(router: nn.Module, tokens: Tensor) -> Tensor:
+    """What a router gives, with its weights in the dtype of the tokens."""
+    buffers = dict(router.named_buffers())
+    other = {
+        name: value.to(tokens.dtype)
+        for name, value in (*router.named_parameters(), *buffers.items())
+        if value.is_floating_point() and value.dtype != tokens.dtype
+    }
+    if not other:
+        return router(tokens)
+    logits = functional_call(router, other, (tokens,))
+    if router.training:  # as a BatchNorm's, which change
+        with torch.no_grad():
+            for name in buffers.keys() & other.keys():
+                if buffers[name].itemsize < other[name].itemsize:
+                    buffers[name].copy_(other[name])
+    return logits

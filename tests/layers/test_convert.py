@@ -1,0 +1,403 @@
+"""Layouts of weights: exact both ways, the same function, errors that name what is wrong."""
+
+import tracemalloc
+
+import pytest
+import torch
+from cases import random_experts, relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_ext import GroupedExperts, make_plan
+from moe_ext.experts.convert import (
+    DEEPSEEK,
+    GPT_OSS,
+    GROUPED,
+    MIXTRAL,
+    NEMOTRON,
+    QWEN,
+    PerExpert,
+    Stacked,
+    convert_state_dict,
+    deepspeed,
+    detect,
+    from_grouped,
+    to_grouped,
+)
+
+E, H, FFN = 3, 6, 5
+PREFIX = "model.layers.0.mlp.experts."
+SEQUENTIAL = deepspeed(PerExpert(up="0", down="2"))
+
+GATED = {
+    "mixtral": MIXTRAL,
+    "qwen": QWEN,
+    "deepspeed of mixtral": deepspeed(MIXTRAL),
+    "grouped": GROUPED,
+    "transposed": Stacked(transposed=True),
+    "interleaved": Stacked(interleaved=True),
+    "gpt-oss": GPT_OSS,
+}
+UNGATED = {
+    "nemotron": NEMOTRON,
+    "sequential": SEQUENTIAL,
+    "wi, wo": deepspeed(PerExpert(up="wi", down="wo")),
+    "grouped without gate": GROUPED,
+    "transposed without gate": Stacked(transposed=True),
+}
+CASES = [(layout, True) for layout in GATED.values()]
+CASES += [(layout, False) for layout in UNGATED.values()]
+layouts = pytest.mark.parametrize(("layout", "gated"), CASES, ids=[*GATED, *UNGATED])
+
+
+def grouped_experts(gated=True, bias=True, num_experts=E, **options) -> GroupedExperts:
+    activation = "swiglu" if gated else "relu"
+    return GroupedExperts(num_experts, H, FFN, activation, bias, **options)
+
+
+def same(actual: dict, expected: dict) -> bool:
+    """Names, dtypes, devices and bits."""
+    return actual.keys() == expected.keys() and all(
+        actual[name].dtype == tensor.dtype
+        and actual[name].device == tensor.device
+        and torch.equal(actual[name], tensor)
+        for name, tensor in expected.items()
+    )
+
+
+def per_expert(layout: PerExpert, prefix: str = "") -> dict[str, Tensor]:
+    return from_grouped(grouped_experts(layout.gate is not None).state_dict(), layout, prefix)
+
+
+@pytest.mark.parametrize("num_experts", [1, E])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@layouts
+def test_there_and_back_is_the_identity(layout, gated, bias, dtype, num_experts):
+    state = grouped_experts(gated, bias, num_experts, dtype=dtype).state_dict()
+    there = from_grouped(state, layout, PREFIX)
+    assert all(name.startswith(PREFIX + layout.parent) for name in there)
+    assert all(tensor.is_contiguous() for tensor in there.values())
+    teacher = {f"teacher.{name}": torch.zeros_like(tensor) for name, tensor in there.items()}
+    back = to_grouped(there | teacher, layout, PREFIX)
+    assert all(tensor.is_contiguous() for tensor in back.values())
+    assert same(back, state)
+    assert same(from_grouped(back, layout, PREFIX), there)
+
+
+@layouts
+def test_the_device_stays(layout, gated):
+    there = from_grouped(grouped_experts(gated, device="meta").state_dict(), layout)
+    assert {tensor.device.type for tensor in there.values()} == {"meta"}
+    assert {tensor.device.type for tensor in to_grouped(there, layout).values()} == {"meta"}
+
+
+def test_pieces_do_not_keep_the_whole():
+    for tensor in per_expert(QWEN).values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+class Expert(nn.Module):
+    """One with the layers of a PerExpert layout."""
+
+    def __init__(self, layout: PerExpert, bias: bool) -> None:
+        super().__init__()
+        self.layout = layout
+        for name in (layout.up, layout.gate):
+            if name is not None:
+                self.add_module(name, nn.Linear(H, FFN, bias))
+        self.add_module(layout.down, nn.Linear(FFN, H, bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.get_submodule(self.layout.up)(x)
+        if self.layout.gate is None:
+            pre_activation = F.relu(up)
+        else:
+            pre_activation = F.silu(self.get_submodule(self.layout.gate)(x)) * up
+        return self.get_submodule(self.layout.down)(pre_activation)
+
+
+def agree(experts: GroupedExperts, outputs: list[Tensor], x: Tensor) -> bool:
+    """Whether the experts give what every expert, in `outputs`, gives for all of x."""
+    chosen, weights = random_experts(len(x), 2, E), torch.rand(len(x), 2, dtype=x.dtype)
+    out = experts.routed(x, make_plan(chosen, E), weights)
+    rows = torch.arange(len(x))
+    every = torch.stack(outputs)
+    by_hand = sum(weights[:, k, None] * every[chosen[:, k].long(), rows] for k in range(2))
+    return relative_error(out, by_hand) < 1e-12
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", [MIXTRAL, QWEN, NEMOTRON, deepspeed(QWEN), SEQUENTIAL])
+def test_the_same_function_per_expert(layout, bias):
+    modules = nn.ModuleList(Expert(layout, bias) for _ in range(E)).double()
+    state = {layout.parent + name: tensor for name, tensor in modules.state_dict().items()}
+    experts = grouped_experts(layout.gate is not None, bias, dtype=torch.float64)
+    experts.load_state_dict(to_grouped(state, layout))
+    x = torch.randn(40, H, dtype=torch.float64)
+    assert agree(experts, [module(x) for module in modules], x)
+
+
+def test_the_same_function_gpt_oss():
+    sizes = {
+        "gate_up_proj": (E, H, 2 * FFN),
+        "gate_up_proj_bias": (E, 2 * FFN),
+        "down_proj": (E, FFN, H),
+        "down_proj_bias": (E, H),
+    }
+    state = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
+    experts = grouped_experts(dtype=torch.float64)
+    experts.load_state_dict(to_grouped(state, GPT_OSS))
+    x = torch.randn(40, H, dtype=torch.float64)
+    outputs = []
+    for e in range(E):
+        pre_activation = x @ state["gate_up_proj"][e] + state["gate_up_proj_bias"][e]
+        pre_activation = F.silu(pre_activation[:, ::2]) * pre_activation[:, 1::2]
+        outputs.append(pre_activation @ state["down_proj"][e] + state["down_proj_bias"][e])
+    assert agree(experts, outputs, x)
+
+
+def test_deepspeed_experts_of_a_sequential():
+    from moe_ext.deepspeed.experts import Experts
+
+    module = nn.Sequential(nn.Linear(H, FFN), nn.ReLU(), nn.Linear(FFN, H)).double()
+    theirs = Experts(module, E)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    experts = grouped_experts(gated=False, dtype=torch.float64)
+    experts.load_state_dict(to_grouped(theirs.state_dict(), SEQUENTIAL))
+    x = torch.randn(40, H, dtype=torch.float64)
+    assert agree(experts, [expert(x) for expert in theirs.deepspeed_experts], x)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [MIXTRAL, QWEN, NEMOTRON, *map(deepspeed, (MIXTRAL, QWEN, NEMOTRON)), GROUPED, GPT_OSS],
+)
+def test_detect(layout):
+    gated = getattr(layout, "gate", "") is not None
+    state = from_grouped(grouped_experts(gated).state_dict(), layout, PREFIX)
+    assert detect(state, PREFIX) == layout
+    assert detect(state) is None
+    assert detect(state, "model.layers.1.mlp.experts.") is None
+
+
+def test_detect_only_what_is_known():
+    state = grouped_experts(bias=False).state_dict()
+    assert detect(state) == GROUPED
+    assert detect(grouped_experts(gated=False).state_dict()) == GROUPED
+    assert detect(from_grouped(state, Stacked(transposed=True))) is None
+    assert detect({"gate_up_proj": state["gate_up_proj"]}) is None
+    assert detect(per_expert(SEQUENTIAL)) is None
+    assert DEEPSEEK is QWEN
+
+
+EXPERT = [f"1.{x}_proj.{y}" for x in ("gate", "up", "down") for y in ("weight", "bias")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict.fromkeys(EXPERT), r"missing: \S*experts\.1\.down_proj\.bias, .* and 2 more"),
+        ({"2.up_proj.weight": None}, r"missing: \S*\.mlp\.experts\.2\.up_proj\.weight$"),
+        ({"0.down_proj.bias": None}, r"missing: \S*\.mlp\.experts\.0\.down_proj\.bias$"),
+        (
+            {"1.up_proj.weight_scale": torch.ones(())},
+            r"not of the layout: \S*experts\.1\.up_proj\.weight_scale$",
+        ),
+        (
+            {"1.up_proj.weight": torch.zeros(FFN + 1, H)},
+            r"experts\.1\.up_proj\.weight must be \[5, 6\] float32 on cpu like "
+            r"\S*experts\.0\.gate_proj\.weight, got \[6, 6\] float32 on cpu",
+        ),
+        (
+            {"2.down_proj.bias": torch.zeros(H, dtype=torch.float16)},
+            r"2\.down_proj\.bias must be \[6\] float32 on cpu .*, got \[6\] float16 on cpu",
+        ),
+        (
+            {"2.down_proj.bias": torch.zeros(H, device="meta")},
+            r"2\.down_proj\.bias must be \[6\] float32 on cpu .*, got \[6\] float32 on meta",
+        ),
+        (
+            {"0.gate_proj.weight": torch.zeros(H)},
+            r"0\.gate_proj\.weight must have 2 dimensions, got \[6\]",
+        ),
+        (
+            {f"{e}.down_proj.weight": torch.zeros(FFN, H) for e in range(E)},
+            r"experts\.down_proj must be \[3, 6, 5\] beside .*, got \[3, 5, 6\]",
+        ),
+    ],
+    ids=["expert", "layer", "bias", "scale", "shape", "dtype", "device", "dimensions", "turned"],
+)
+def test_what_does_not_fit_per_expert(changes, message):
+    state = per_expert(QWEN, PREFIX) | {PREFIX + name: x for name, x in changes.items()}
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    with pytest.raises(ValueError, match=f"convert: .*{message}"):
+        to_grouped(state, QWEN, PREFIX)
+
+
+@pytest.mark.parametrize("number", ["10000000", str(10**30), "9" * 5000, "007", "00"])
+@pytest.mark.parametrize(
+    "convert", [to_grouped, lambda *a: convert_state_dict(a[0], a[1], GROUPED)]
+)
+def test_experts_are_numbered_without_a_gap(convert, number):
+    """A number decides how many names are listed; two names must not list millions."""
+    names = [f"{PREFIX}{e}.{layer}_proj.weight" for e in (0, number) for layer in ("up", "down")]
+    state = dict.fromkeys(names, torch.zeros(2, 2))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"convert: experts must be numbered .*\.{number}\.down"):
+        to_grouped(state, NEMOTRON, PREFIX)
+    with pytest.raises(ValueError, match="convert: experts must be numbered"):
+        convert_state_dict(state, NEMOTRON, GROUPED)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_no_experts():
+    message = r"no experts of PerExpert\(.*parent='model\.layers\.1\.mlp\.experts\.'\)"
+    with pytest.raises(ValueError, match=message):
+        to_grouped(per_expert(QWEN, PREFIX), QWEN, "model.layers.1.mlp.experts.")
+
+
+@pytest.mark.parametrize(
+    ("layout", "shapes", "message"),
+    [
+        (GPT_OSS, {"gate_up_proj": (E, H, 7)}, r"gate_up_proj must be of even .*, got \[3, 6, 7\]"),
+        (GPT_OSS, {"gate_up_proj": (E, H)}, r"gate_up_proj must have 3 dimensions, got \[3, 6\]"),
+        (GPT_OSS, {"down_proj": (E, H, FFN)}, r"down_proj must be .*, got \[3, 5, 6\]"),
+        (GPT_OSS, {"gate_up_proj_bias": (E, 9)}, r"_bias must be of even .*, got \[3, 9\]"),
+        (GPT_OSS, {"gate_up_proj_bias": (E, 8)}, r"_bias must be \[3, 10\] .*, got \[3, 8\]"),
+        (GPT_OSS, {"down_proj_bias": (E, 1)}, r"_bias must be \[3, 6\] .*, got \[3, 1\]"),
+        (GPT_OSS, {"down_proj_bias": None}, "missing: x.down_proj_bias$"),
+        (GPT_OSS, {"gate_up_proj_blocks": (E, 2)}, "not of the layout: x.gate_up_proj_blocks$"),
+        (GROUPED, {}, r"down_proj must be \[3, 10, 3\] beside gate_up_proj \[3, 6, 10\]"),
+    ],
+)
+def test_what_does_not_fit_stacked(layout, shapes, message):
+    state = from_grouped(grouped_experts().state_dict(), GPT_OSS, "x.")
+    for name, shape in shapes.items():
+        state.pop(f"x.{name}", None)
+        if shape is not None:
+            state[f"x.{name}"] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=f"convert: .*{message}"):
+        to_grouped(state, layout, "x.")
+
+
+def test_a_gate_needs_its_place():
+    with pytest.raises(ValueError, match=r"PerExpert\(.*\) has no place for gate_up_proj"):
+        from_grouped(grouped_experts().state_dict(), NEMOTRON)
+    with pytest.raises(ValueError, match=r"PerExpert\(.*\) has no place for up_proj"):
+        from_grouped(grouped_experts(gated=False).state_dict(), MIXTRAL)
+    with pytest.raises(ValueError, match="missing: down_proj"):
+        from_grouped({"gate_up_proj": torch.zeros(E, 2 * FFN, H)}, MIXTRAL)
+
+
+PLACES = ("model.layers.0.mlp.experts.", "model.layers.11.mlp.experts.", "experts.")
+OTHERS = (
+    "model.embed_tokens.weight",
+    "model.layers.0.mlp.gate_proj.weight",
+    "model.layers.0.mlp.shared_experts.0.w1.weight",
+    "model.layers.0.mlp.experts.e_score_correction_bias",
+    "0.weight",
+    "0.w1.weight",
+    "up_proj",
+)
+
+
+@layouts
+def test_a_model_there_and_back(layout, gated):
+    others = {name: torch.randn(2) for name in OTHERS}
+    modules = {place: grouped_experts(gated).state_dict() for place in PLACES}
+    ours = {place + name: x for place, state in modules.items() for name, x in state.items()}
+    theirs = convert_state_dict(others | ours, GROUPED, layout)
+    expected = dict(others)
+    for place, state in modules.items():
+        expected |= from_grouped(state, layout, place)
+    assert same(theirs, expected)
+    back = convert_state_dict(theirs, layout, GROUPED)
+    assert same(back, others | ours)
+    assert all(theirs[name] is back[name] is others[name] for name in OTHERS)
+
+
+def test_a_model_between_two_others():
+    theirs = per_expert(MIXTRAL, PREFIX)
+    qwen = convert_state_dict(theirs, MIXTRAL, QWEN)
+    assert f"{PREFIX}2.down_proj.bias" in qwen
+    assert same(convert_state_dict(qwen, QWEN, MIXTRAL), theirs)
+
+
+def test_a_model_that_cannot_be_converted():
+    state = per_expert(MIXTRAL, PREFIX)
+    with pytest.raises(ValueError, match=r"no experts of Stacked\("):
+        convert_state_dict(state, GROUPED, MIXTRAL)
+    with pytest.raises(ValueError, match=r"not of the layout: \S*experts\.0\.w1\.bias"):
+        convert_state_dict(state, QWEN, GROUPED)
+    with pytest.raises(ValueError, match=r"has \['model\.\S*experts\.down_proj'\] already"):
+        convert_state_dict(state | {f"{PREFIX}down_proj": torch.zeros(1)}, MIXTRAL, GROUPED)
+
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+MODELS = {
+    "Mixtral": (MIXTRAL, {"num_local_experts": 4}),
+    "Qwen3Moe": (QWEN, {"num_experts": 4, "moe_intermediate_size": 12}),
+    "DeepseekV3": (
+        DEEPSEEK,
+        {
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 12,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    ),
+    "GptOss": (GPT_OSS, {"num_local_experts": 4}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints_of_transformers(name, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra peers")
+    from safetensors.torch import load_file
+
+    layout, options = MODELS[name]
+    config = getattr(transformers, f"{name}Config")(**SIZES, **options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for tensor in model.parameters():
+        nn.init.normal_(tensor)
+    model.save_pretrained(tmp_path)
+    disk = {}
+    for file in tmp_path.glob("*.safetensors"):
+        disk |= load_file(file)
+
+    # In memory gpt-oss keeps its own layout, the others have GroupedExperts'.
+    memory = model.state_dict()
+    own = GPT_OSS if name == "GptOss" else GROUPED
+    places = {key.rpartition("down_proj")[0] for key in memory if key.endswith("experts.down_proj")}
+    assert len(places) == (1 if name == "DeepseekV3" else 2)
+    for place in places:
+        saved = place.replace("mlp", "block_sparse_moe") if name == "Mixtral" else place
+        assert detect(disk, saved) == layout
+        grouped = to_grouped(disk, layout, saved)
+        in_memory = {
+            key.removeprefix(place): tensor for key, tensor in memory.items() if place in key
+        }
+        assert same(from_grouped(grouped, own), in_memory)
+    whole = convert_state_dict(disk, layout, own)
+    whole = {key.replace("block_sparse_moe", "mlp"): tensor for key, tensor in whole.items()}
+    assert same(whole, memory)
+    assert same(
+        convert_state_dict(convert_state_dict(disk, layout, GROUPED), GROUPED, layout), disk
+    )

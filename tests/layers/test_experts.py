@@ -1,0 +1,382 @@
+"""Experts: the networks, what they save, and their state."""
+
+import re
+
+import pytest
+import torch
+from cases import plans, random_experts, relative_error, values, weights_for
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+import moe_ext
+from moe_ext import GroupedExperts, SharedExperts
+from moe_ext.ops import checks
+
+E, H, FFN = 3, 6, 4
+
+
+def experts_of(activation="swiglu", bias=False, dtype=torch.float64, **options) -> GroupedExperts:
+    experts = GroupedExperts(E, H, FFN, activation, bias, dtype=dtype, **options)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    return experts
+
+
+def by_hand(experts: GroupedExperts, tokens, plan, weights) -> torch.Tensor:
+    """Token by token and choice by choice."""
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    state = dict(experts.named_parameters())
+    function = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
+    rows = []
+    for t, token in enumerate(tokens):
+        total = torch.zeros_like(token)
+        for k in range(plan.slots.shape[1]):
+            if plan.slots[t, k] < 0:
+                continue
+            e = int(plan.expert_ids[t, k])
+            pre_activation = state[up_name][e] @ token
+            if experts.has_bias:
+                pre_activation = pre_activation + state[f"{up_name}_bias"][e]
+            pre_activation, *up = pre_activation.chunk(2) if experts.has_gate else (pre_activation,)
+            active = function[experts.activation](pre_activation) * (up[0] if up else 1)
+            out = state["down_proj"][e] @ active
+            if experts.has_bias:
+                out = out + state["down_proj_bias"][e]
+            total = total + weights[t, k] * out
+        rows.append(total)
+    return torch.stack(rows) if rows else torch.zeros_like(tokens)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+def test_is_a_network_per_route(activation, bias, before):
+    T, K = 9, 2
+    tokens = values(T, H, dtype=torch.float64).requires_grad_()
+    weights = weights_for(torch.float64, T, K).requires_grad_()
+    for recompute in (True, False):
+        experts = experts_of(activation, bias, score_before_experts=before, recompute=recompute)
+        leaves = [tokens, weights, *experts.parameters()]
+        for plan in plans(T, K, E):
+            out = experts.routed(tokens, plan, weights)
+            expected = by_hand(experts, tokens, plan, weights)
+            torch.testing.assert_close(out, expected)
+            upstream = torch.randn_like(out)
+            if not out.requires_grad or not expected.requires_grad:
+                continue
+            mine = torch.autograd.grad(out, leaves, upstream)
+            theirs = torch.autograd.grad(expected, leaves, upstream, allow_unused=True)
+            for one, other in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_gradients_of_every_order(activation, bias, before):
+    experts = experts_of(activation, bias, score_before_experts=before)
+    names = [name for name, _ in experts.named_parameters()]
+    tokens = values(5, H, dtype=torch.float64).requires_grad_()
+    weights = weights_for(torch.float64, 5, 2).requires_grad_()
+    for plan in plans(5, 2, E)[:4]:
+
+        def routed(tokens, weights, *parameters, plan=plan):
+            state = dict(zip(names, parameters, strict=True))
+            return torch.func.functional_call(
+                _Routed(experts),
+                {f"experts.{n}": p for n, p in state.items()},
+                (tokens, plan, weights),
+            )
+
+        leaves = (tokens, weights, *experts.parameters())
+        assert gradcheck(routed, leaves, check_batched_grad=True)
+        assert gradgradcheck(routed, leaves)
+
+
+class _Routed(nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *args):
+        return self.experts.routed(*args)
+
+
+@pytest.mark.parametrize("needed", ["tokens", "weights", "up", "down", "up_bias", "down_bias"])
+def test_each_gradient_alone(needed):
+    plan = moe_ext.make_plan(random_experts(7, 2, E), E, 4)
+    shapes = {
+        "tokens": (7, H),
+        "weights": (7, 2),
+        "up": (E, FFN, H),
+        "down": (E, H, FFN),
+        "up_bias": (E, FFN),
+        "down_bias": (E, H),
+    }
+    leaves = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    def grads(names):
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name in names).grad = None
+        out = moe_ext.feed_forward(plan=plan, activation="gelu", **leaves)
+        out.square().sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    together = grads(shapes)[needed].clone()
+    alone = grads([needed])
+    assert torch.equal(alone.pop(needed), together)
+    assert all(grad is None for grad in alone.values())
+
+
+def saved_bytes(function) -> int:
+    seen = {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function()
+    assert out.requires_grad
+    return sum(seen.values())
+
+
+def test_saves_tokens_and_inner_values_alone():
+    T, K, hidden, ffn = 200, 4, 32, 24
+    experts = GroupedExperts(8, hidden, ffn)
+    tokens = torch.randn(T, hidden, requires_grad=True)
+    weights = torch.rand(T, K, requires_grad=True)
+    plan = moe_ext.make_plan(random_experts(T, K, 8), 8)
+    parameters = sum(p.nbytes for p in experts.parameters())
+    of_plan = sum(x.nbytes for x in (plan.slots, plan.sources, plan.offsets, plan.load))
+    pre_activation = T * K * 2 * ffn * 4
+    least = parameters + of_plan + tokens.nbytes + weights.nbytes + pre_activation
+    assert saved_bytes(lambda: experts.routed(tokens, plan, weights)) == least
+    experts.recompute = False
+    rows, active, out = T * K * hidden * 4, T * K * ffn * 4, T * K * hidden * 4
+    everything = least - tokens.nbytes + rows + active + out
+    assert saved_bytes(lambda: experts.routed(tokens, plan, weights)) == everything
+
+
+def test_an_own_forward_is_used():
+    class Doubled(GroupedExperts):
+        def forward(self, rows, plan):
+            return 2 * super().forward(rows, plan)
+
+    doubled = Doubled(E, H, FFN)
+    plain = GroupedExperts(E, H, FFN)
+    plain.load_state_dict(doubled.state_dict())
+    tokens, weights = torch.randn(5, H), torch.rand(5, 2)
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    expected = 2 * plain.routed(tokens, plan, weights)
+    assert relative_error(doubled.routed(tokens, plan, weights), expected) < 1e-6
+
+
+def test_is_called_as_a_module():
+    """What hangs on a call of the module is seen: hooks, and what FSDP and offloading do there."""
+    experts = GroupedExperts(E, H, FFN)
+    tokens, weights = torch.randn(5, H), torch.rand(5, 2)
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    expected = experts.routed(tokens, plan, weights)
+    seen = []
+    experts.register_forward_hook(lambda module, args, out: seen.append(out))
+    assert torch.equal(experts.routed(tokens, plan, weights), expected)
+    assert len(seen) == 1
+    assert seen[0] is not None
+    experts.forward = lambda rows, plan: torch.zeros_like(rows)
+    assert (experts.routed(tokens, plan, weights) == 0).all()
+
+
+WRONG = [
+    ({"down": (E, H + 1, FFN)}, "down must be [E, H, F] with E = 3, H = 6, F = 4, got [3, 7, 4]"),
+    ({"up": (E, 2 * FFN, H + 1)}, "up must be [E, G, H] with E = 3, H = 6, got [3, 8, 7]"),
+    ({"up": (E + 1, 2 * FFN, H)}, "up must be [E, G, H] with E = 3, H = 6, got [4, 8, 6]"),
+    ({"up": (E, 7, H)}, "up must be [E, 2F, H], got [3, 7, 6]"),
+    ({"up_bias": (E, FFN)}, "up_bias must be [E, G] with E = 3, G = 8, got [3, 4]"),
+    ({"down_bias": (E, 1)}, "down_bias must be [E, H] with E = 3, H = 6, got [3, 1]"),
+    ({"activation": "silu"}, "activation must be swiglu, geglu, gelu or relu, got silu"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG)
+def test_feed_forward_names_what_is_wrong(wrong, message):
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    right = {"up": (E, 2 * FFN, H), "down": (E, H, FFN), "activation": "swiglu"}
+    given = {n: torch.randn(v) if isinstance(v, tuple) else v for n, v in (right | wrong).items()}
+    with pytest.raises(RuntimeError, match="^" + re.escape(f"feed_forward: {message}")):
+        moe_ext.feed_forward(torch.randn(5, H), plan, torch.rand(5, 2), **given)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("which", range(6))
+def test_vmap_over_any_operand(which, before):
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    operands = [(5, H), (5, 2), (E, FFN, H), (E, H, FFN), (E, FFN), (E, H)]
+    operands = [torch.randn(shape, dtype=torch.float64) for shape in operands]
+
+    def function(tokens, weights, *parameters):
+        up, down, *biases = parameters
+        return moe_ext.feed_forward(
+            tokens, plan, weights, up, down, "gelu", *biases, score_before_experts=before
+        )
+
+    many = torch.randn(3, *operands[which].shape, dtype=torch.float64)
+    dims = tuple(0 if i == which else None for i in range(6))
+    batched = [many if i == which else operand for i, operand in enumerate(operands)]
+    out = torch.vmap(function, in_dims=dims)(*batched)
+    for one, given in zip(out, many, strict=True):
+        torch.testing.assert_close(
+            one, function(*(given if i == which else x for i, x in enumerate(operands)))
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit(dtype):
+    """Within a few roundings of the same numbers in float64, at the scale of a real layer."""
+    T, K, hidden, ffn = 300, 4, 256, 128
+    experts = GroupedExperts(8, hidden, ffn, bias=True, dtype=dtype)
+    wide = GroupedExperts(8, hidden, ffn, bias=True, dtype=torch.float64)
+    wide.load_state_dict(experts.state_dict())
+    tokens = torch.randn(T, hidden).to(dtype).requires_grad_()
+    tokens_wide = tokens.detach().double().requires_grad_()
+    weights = torch.rand(T, K, requires_grad=True)
+    weights_wide = weights.detach().double().requires_grad_()
+    plan = moe_ext.make_plan(random_experts(T, K, 8), 8)
+    upstream = torch.randn(T, hidden).to(dtype)
+    out = experts.routed(tokens, plan, weights)
+    exact = wide.routed(tokens_wide, plan, weights_wide)
+    out.backward(upstream)
+    exact.backward(upstream.double())
+    eps = torch.finfo(dtype).eps
+    assert out.dtype == dtype
+    assert relative_error(out, exact) < 2 * eps
+    assert weights.grad.dtype == torch.float32
+    pairs = [(tokens, tokens_wide), (weights, weights_wide)]
+    pairs += zip(experts.parameters(), wide.parameters(), strict=True)
+    for mine, its in pairs:
+        assert relative_error(mine.grad, its.grad) < 2 * eps
+
+
+def test_autocast():
+    experts = GroupedExperts(E, H, FFN, bias=True)
+    tokens, weights = torch.randn(5, H, requires_grad=True), torch.rand(5, 2)
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    for recompute in (True, False):
+        experts.recompute = recompute
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+            out = experts.routed(tokens, plan, weights)
+        assert out.dtype == torch.bfloat16
+        out.float().sum().backward()
+        assert tokens.grad.dtype == torch.float32
+        assert all(p.grad.dtype == torch.float32 for p in experts.parameters())
+
+
+def test_tokens_of_another_dtype_are_named():
+    experts = GroupedExperts(E, H, FFN)
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    expected = r"tokens are torch\.bfloat16, the weights torch\.float32; convert one of the two"
+    with pytest.raises(RuntimeError, match=expected):
+        experts.routed(torch.randn(5, H).bfloat16(), plan, torch.rand(5, 2))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_shared_experts(gated):
+    routed = GroupedExperts(E, H, FFN, dtype=torch.float64)
+    shared = nn.Sequential(nn.Linear(H, 5), nn.ReLU(), nn.Linear(5, H)).double()
+    gate = nn.Linear(H, 1, bias=False).double() if gated else None
+    layer = moe_ext.MOELayer(
+        moe_ext.TopKGate(H, E, 2, drop_tokens=False, top2_2nd_expert_sampling=False),
+        SharedExperts(routed, shared, gate),
+    )
+    alone = moe_ext.MOELayer(layer.gate, routed)
+    x = torch.randn(7, H, dtype=torch.float64)
+    of_shared = shared(x) * (torch.sigmoid(gate(x)) if gated else 1)
+    torch.testing.assert_close(layer(x), alone(x) + of_shared)
+
+
+def test_shared_experts_are_called_as_a_module():
+    shared = SharedExperts(GroupedExperts(E, H, FFN), nn.Linear(H, H))
+    plan, seen = moe_ext.make_plan(random_experts(5, 2, E), E), []
+    shared.register_forward_hook(lambda module, args, out: seen.append(out))
+    out = shared.routed(torch.randn(5, H), plan, torch.rand(5, 2))
+    assert seen[0] is out
+
+
+def test_shared_experts_check_their_parts():
+    routed = GroupedExperts(E, H, FFN)
+    with pytest.raises(ValueError, match="SharedExperts: experts must be Experts, got Linear"):
+        SharedExperts(nn.Linear(H, H), nn.Linear(H, H))
+    with pytest.raises(ValueError, match="SharedExperts: shared must be a module, got function"):
+        SharedExperts(routed, test_autocast)
+    layer = SharedExperts(routed, nn.Linear(H, H + 1))
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    with pytest.raises(
+        RuntimeError, match=r"SharedExperts: shared must return \[T, H\] = \[5, 6\]"
+    ):
+        layer.routed(torch.randn(5, H), plan, torch.rand(5, 2))
+    layer = SharedExperts(routed, nn.Linear(H, H), nn.Linear(H, 5))
+    with pytest.raises(RuntimeError, match=r"SharedExperts: gate must return \[T, 1\] = \[5, 1\]"):
+        layer.routed(torch.randn(5, H), plan, torch.rand(5, 2))
+
+
+class PerExpert(nn.Module):
+    """As checkpoints of Mixtral name them."""
+
+    def __init__(self, bias=False):
+        super().__init__()
+        for e in range(E):
+            expert = nn.Module()
+            expert.w1, expert.w3 = nn.Linear(H, FFN, bias), nn.Linear(H, FFN, bias)
+            expert.w2 = nn.Linear(FFN, H, bias)
+            self.add_module(str(e), expert)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_loads_weights_kept_expert_by_expert(bias):
+    theirs = PerExpert(bias)
+    layer = nn.ModuleDict(
+        {"experts": GroupedExperts(E, H, FFN, bias=bias), "other": nn.Linear(2, 2)}
+    )
+    state = {f"experts.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    state |= {f"other.{name}": tensor for name, tensor in layer["other"].state_dict().items()}
+    given = dict(state)
+    layer.load_state_dict(state)
+    assert state == given
+    for e in range(E):
+        expert = getattr(theirs, str(e))
+        gate, up = layer["experts"].gate_up_proj[e].chunk(2)
+        assert torch.equal(gate, expert.w1.weight)
+        assert torch.equal(up, expert.w3.weight)
+        assert torch.equal(layer["experts"].down_proj[e], expert.w2.weight)
+        if bias:
+            assert torch.equal(layer["experts"].down_proj_bias[e], expert.w2.bias)
+
+
+def test_other_names_beside_the_experts_are_torchs_matter():
+    class Scaled(GroupedExperts):
+        def __init__(self):
+            super().__init__(E, H, FFN)
+            self.scale = nn.Parameter(torch.zeros(1))
+
+    state = PerExpert().state_dict()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weird"):
+        GroupedExperts(E, H, FFN).load_state_dict(state | {"weird": torch.ones(1)})
+    scaled = Scaled()
+    scaled.load_state_dict(state | {"scale": torch.ones(1)})
+    assert scaled.scale == 1
+
+
+def test_says_what_a_checkpoint_lacks():
+    state = PerExpert().state_dict()
+    del state["1.w2.weight"]
+    with pytest.raises(RuntimeError, match=r"1\.w2\.weight"):
+        GroupedExperts(E, H, FFN).load_state_dict(state)
+    gpt_oss = {
+        "gate_up_proj": torch.randn(E, H, 2 * FFN),
+        "gate_up_proj_bias": torch.randn(E, 2 * FFN),
+        "down_proj": torch.randn(E, FFN, H),
+        "down_proj_bias": torch.randn(E, H),
+    }
+    with pytest.raises(RuntimeError, match="clamp"):
+        GroupedExperts(E, H, FFN, bias=True).load_state_dict(gpt_oss)

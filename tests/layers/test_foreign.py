@@ -1,0 +1,244 @@
+"""Gates and experts written for DeepSpeed, in our layer."""
+
+import pytest
+import torch
+from cases import relative_error
+from torch import nn
+
+import moe_ext
+from moe_ext import GroupedExperts, MoE, MOELayer, TopKGate
+
+E, H, S = 6, 10, 40
+
+
+@pytest.mark.parametrize("use_residual", [False, True])
+def test_an_expert_may_return_a_tuple(use_residual):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(H, H)
+
+        def forward(self, x):
+            return self.linear(x), "bias"
+
+    torch.manual_seed(0)
+    pair = MoE(H, Pair(), E, k=2, use_residual=use_residual).eval()
+    plain = MoE(H, nn.Linear(H, H), E, k=2, use_residual=use_residual).eval()
+    state = {name.replace("linear.", ""): value for name, value in pair.state_dict().items()}
+    plain.load_state_dict(state)
+    x = torch.randn(S, H)
+    assert torch.equal(pair(x)[0], plain(x)[0])
+
+
+class Gate(nn.Module):
+    """A gate of one's own: every token to the expert of its largest number."""
+
+    def __init__(self, change=lambda result: result):
+        super().__init__()
+        self.change = change
+        self.seen = None
+
+    def forward(self, tokens, used_token):
+        self.seen = used_token
+        expert = tokens[:, :E].argmax(-1)
+        place = (
+            torch.nn.functional.one_hot(expert, E).cumsum(0).gather(1, expert[:, None])[:, 0] - 1
+        )
+        mask = torch.zeros(len(tokens), E, len(tokens), dtype=torch.bool)
+        mask[torch.arange(len(tokens)), expert, place] = True
+        return self.change(
+            (tokens.sum() * 0 + 7, mask * 0.5, mask, torch.bincount(expert, minlength=E))
+        )
+
+
+def test_a_gate_of_ones_own():
+    gate, experts = Gate(), GroupedExperts(E, H, 7)
+    layer = MOELayer(gate, experts)
+    x, used = torch.randn(4, S // 4, H), torch.ones(S)
+    out = layer(x, used)
+    tokens = x.view(S, H)
+    expert = tokens[:, :E].argmax(-1)
+    plan = moe_ext.make_plan(expert.to(torch.int32).view(-1, 1), E)
+    assert (
+        relative_error(out.view(S, H), experts.routed(tokens, plan, torch.full((S, 1), 0.5))) < 1e-6
+    )
+    assert layer.l_aux == 7
+    assert torch.equal(layer.exp_counts, torch.bincount(expert, minlength=E))
+    assert gate.seen is used
+    with pytest.raises(RuntimeError, match="expert_ids must be None with a gate of type Gate"):
+        layer(x, expert_ids=plan.expert_ids)
+
+    class Own(nn.Module):
+        num_experts = E
+
+        def route(self, tokens, used_token=None):
+            return moe_ext.route(tokens[:, :E], 1)
+
+    with pytest.raises(RuntimeError, match="expert_ids must be None with a gate of type Own"):
+        MOELayer(Own(), experts)(x, expert_ids=plan.expert_ids)
+    short = MOELayer(Gate(lambda r: (r[0], r[1].bfloat16(), r[2], r[3])), experts)
+    assert relative_error(short(x), out) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda r: r[1], "gate must return .* got Tensor$"),
+        (lambda r: r[:3], "gate must return .* got 3 things$"),
+        (lambda r: None, "gate must return .* got NoneType$"),
+        (lambda r: (r[0], r[2], r[1], r[3]), "combine_weights must be float"),
+        (lambda r: (r[0], r[1], r[2][:, :, :3], r[3]), r"dispatch_mask must be \[S, E, C\] with"),
+        (lambda r: (r[0], r[1][:5], r[2][:5], r[3]), r"combine_weights must be \[S, E, C\] with"),
+        (
+            lambda r: (r[0], r[1][:, :5], r[2][:, :5], r[3]),
+            "must choose among E = 6 experts, got 5",
+        ),
+        (lambda r: sparse(r, 1), r"gates must be \[S, K\] with S = 40, K = 1, got \[40, 2\]"),
+    ],
+)
+def test_a_gate_that_returns_something_else(change, got):
+    layer = MOELayer(Gate(change), GroupedExperts(E, H, 7))
+    with pytest.raises(RuntimeError, match=f"MOELayer: .*{got}"):
+        layer(torch.randn(S, H))
+
+
+def sparse(routes, k):
+    ids = torch.zeros(k, S, dtype=torch.int32)
+    return routes[0], torch.tensor(S), E, ids, ids, torch.ones(2, S), routes[3]
+
+
+def test_a_gate_with_a_forward_of_its_own_is_used_by_it():
+    class Scaled(TopKGate):
+        def forward(self, input, used_token=None, sparse_routes=False, use_tutel=False):
+            l_aux, *rest = super().forward(input, used_token, sparse_routes, use_tutel)
+            return (l_aux * 100, *rest)
+
+    torch.manual_seed(0)
+    gate, experts = Scaled(H, E), GroupedExperts(E, H, 7)
+    plain = TopKGate(H, E)
+    plain.load_state_dict(gate.state_dict())
+    x = torch.randn(S, H)
+    results = []
+    for layer in (MOELayer(gate, experts), MOELayer(plain, experts)):
+        torch.manual_seed(1)
+        results.append((layer(x), layer.l_aux, layer.exp_counts))
+    (out, l_aux, counts), (wanted, wanted_l_aux, wanted_counts) = results
+    assert relative_error(out, wanted) < 1e-6
+    assert relative_error(l_aux, 100 * wanted_l_aux) < 1e-6
+    assert torch.equal(counts, wanted_counts)
+
+
+def test_a_dispatched_token_of_no_weight_has_a_gradient():
+    weight = torch.zeros((), requires_grad=True)
+    gate = Gate(lambda r: (r[0], r[2] * weight, r[2], r[3]))
+    x = torch.rand(S, H) + 1
+    experts = GroupedExperts(E, H, 7)
+    MOELayer(gate, experts)(x).sum().backward()
+    (wanted,) = MOELayer(Gate(), experts)(x).detach().sum().view(1)
+    assert relative_error(weight.grad, 2 * wanted) < 1e-5
+
+
+def test_gate_and_experts_may_be_replaced():
+    moe = MoE(H, nn.Linear(H, H), E)
+    moe.deepspeed_moe.gate = Gate()
+    x = torch.randn(S, H)
+    assert moe(x)[1] == 7
+    grouped = GroupedExperts(E, H, 7)
+    moe.deepspeed_moe.experts = grouped
+    assert relative_error(moe(x)[0], MOELayer(Gate(), grouped)(x)) == 0
+    moe.deepspeed_moe.gate = TopKGate(H, E, drop_tokens=False)
+    _, aux = moe.forward_with_aux(x)
+    assert torch.equal(moe(x, expert_ids=aux.expert_ids)[0], moe.forward_with_aux(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda x: x.transpose(-1, -2), r"\[1, 1, 10, \d+\]"),
+        (lambda x: x[0], r"\[1, \d+, 10\]"),
+        (lambda x: {}, "dict"),
+        (lambda x: (), "tuple"),
+    ],
+)
+def test_an_expert_that_returns_something_else(change, got):
+    class Expert(nn.Module):
+        def forward(self, x):
+            return change(x)
+
+    with pytest.raises(RuntimeError, match=rf"Experts: expert 0 must return .* got {got}$"):
+        MoE(H, Expert(), E)(torch.randn(S, H))
+
+
+@pytest.mark.parametrize("drop_tokens", [True, False])
+def test_experts_of_deepspeeds_form(drop_tokens):
+    shapes = []
+
+    class Scale(nn.Module):
+        def forward(self, rows):
+            shapes.append(tuple(rows.shape))
+            return rows * torch.arange(1, E + 1).view(1, E, 1, 1)
+
+    gate = TopKGate(H, E, 2, drop_tokens=drop_tokens, min_capacity=9).eval()
+    layer = MOELayer(gate, Scale(), "group", 1, E)
+    x = torch.randn(30, H)
+    routing = gate.route(x)
+    factor = (routing.weights * (routing.plan.expert_ids + 1)).sum(-1, keepdim=True)
+    assert relative_error(layer(x), x * factor) < 1e-6
+    C = gate.capacity(30) if drop_tokens else int(routing.plan.load.max())
+    assert shapes == [(1, E, C, H)]
+    assert layer(x[:0]).shape == (0, H)
+
+
+def test_experts_of_deepspeeds_form_that_return_something_else():
+    gate, x = TopKGate(H, E), torch.randn(30, H)
+
+    class Bad(nn.Module):
+        def forward(self, rows):
+            return rows[:, :1]
+
+    class Permuted(nn.Module):
+        def forward(self, rows):
+            return rows.transpose(1, 2)
+
+    with pytest.raises(RuntimeError, match=r"experts must return .* got \[1, 8, 6, 10\]"):
+        MOELayer(gate, Permuted(), num_local_experts=E)(x)
+    with pytest.raises(
+        RuntimeError,
+        match=r"experts must return \[ep, E, C, H\] = \[1, 6, 8, 10\], got \[1, 1, 8, 10\]",
+    ):
+        MOELayer(gate, Bad(), num_local_experts=E)(x)
+
+
+def test_padded_experts_need_the_host_only_without_dropping():
+    moe = MoE(H, nn.Linear(H, H), E, use_rts=False).eval()
+    x = torch.randn(S, H)
+    torch._dynamo.reset()
+    compiled = torch.compile(moe.deepspeed_moe.forward_with_aux, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x)[0], moe(x)[0])
+    torch._dynamo.reset()
+    dropless = MoE(H, nn.Linear(H, H), E, drop_tokens=False).to("meta")
+    with pytest.raises(RuntimeError, match="the largest load on the host"):
+        dropless(x.to("meta"))
+
+
+@pytest.mark.parametrize("returned", [None, (1, 2)])
+def test_a_gate_whose_route_returns_something_else(returned):
+    class Gate(nn.Module):
+        num_experts = 2
+
+        def route(self, tokens, used_token):
+            return returned
+
+    layer = MOELayer(Gate(), GroupedExperts(2, 4, 4))
+    got = type(returned).__name__
+    with pytest.raises(RuntimeError, match=f"Gate.route must return a moe_ext.Routing, got {got}"):
+        layer(torch.randn(3, 4))
+
+
+def test_a_gate_with_route_needs_its_number():
+    class Gate(nn.Module):
+        def route(self, tokens, used_token):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="MOELayer: Gate has route, but no num_experts"):
+        MOELayer(Gate(), GroupedExperts(2, 4, 4))

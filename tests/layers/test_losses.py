@@ -1,0 +1,228 @@
+"""The losses: their formulas, and that they mean the same however a batch is split."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import relative_error
+from processes import on_processes
+
+from moe_ext import TopKGate, losses
+
+T, E, H, K = 48, 6, 10, 2
+
+
+def routing_of(x, k=K, **options):
+    gate = TopKGate(
+        H, E, k, drop_tokens=False, top2_2nd_expert_sampling=False, dtype=torch.float64, **options
+    )
+    torch.manual_seed(3)
+    with torch.no_grad():
+        gate.wg.weight.copy_(torch.randn(E, H, dtype=torch.float64))
+    return gate, gate.route(x)
+
+
+def all_choices(routing, **options):
+    tokens, k = routing.weights.shape
+    load = options.pop("load", routing.plan.load)
+    return losses.load_balance_loss(routing.importance, load, tokens, k, **options)
+
+
+def first_choices(routing):
+    load = losses.expert_load(routing.plan.expert_ids[:, :1], E)
+    return losses.load_balance_loss(routing.importance, load, len(routing.weights), 1)
+
+
+def per_sequence(routing, sequences=4):
+    return losses.sequence_balance_loss(routing.probs, routing.plan.expert_ids, sequences)
+
+
+def z(routing):
+    return losses.z_loss(routing.logits)
+
+
+def importance(routing):
+    return losses.importance_loss(routing.importance)
+
+
+ALL = [all_choices, first_choices, per_sequence, z, importance]
+
+
+def tokens(number=T):
+    return torch.randn(number, H, dtype=torch.float64)
+
+
+def by_hand(loss, routing):
+    probs, experts = routing.probs, routing.plan.expert_ids.tolist()
+    if loss is z:
+        return sum(row.exp().sum().log() ** 2 for row in routing.logits) / len(probs)
+    if loss is importance:
+        sums = probs.sum(0)
+        return sums.var(unbiased=False) / sums.mean() ** 2
+    if loss is per_sequence:
+        parts = zip(
+            probs.chunk(4), [experts[i : i + T // 4] for i in range(0, T, T // 4)], strict=True
+        )
+        return sum(balance_by_hand(p, e, K) for p, e in parts) / 4
+    return balance_by_hand(probs, experts, K if loss is all_choices else 1)
+
+
+def balance_by_hand(probs, experts, counted):
+    total = 0
+    for e in range(E):
+        asked = sum(ids[:counted].count(e) for ids in experts) / len(experts)
+        total = total + asked * probs[:, e].mean()
+    return E / counted * total
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_formula(loss):
+    _, routing = routing_of(tokens())
+    assert relative_error(loss(routing), by_hand(loss, routing)) < 1e-12
+
+
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_gradient_reaches_the_router(loss, k):
+    gate, routing = routing_of(tokens(), k, aux_loss=loss)
+    routing.l_aux.backward()
+    assert gate.wg.weight.grad.abs().sum() > 1e-3
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_no_token(loss):
+    _, routing = routing_of(tokens(0))
+    assert loss(routing).item() == 0
+    loss(routing).backward()
+
+
+def test_an_even_router_has_loss_one_and_the_worst_one_e():
+    even = torch.full((E,), T / E, dtype=torch.float64)
+    assert losses.load_balance_loss(even, even.long(), T, 1) == pytest.approx(1)
+    assert losses.load_balance_loss(even, K * even.long(), T, K) == pytest.approx(1)
+    assert losses.importance_loss(even) == pytest.approx(0)
+    one = torch.tensor([T] + [0] * (E - 1), dtype=torch.float64)
+    assert losses.load_balance_loss(one, one.long(), T, 1) == pytest.approx(E)
+    assert losses.importance_loss(one) == pytest.approx(E - 1)
+
+
+def gradient_by_x(loss, x):
+    x = x.clone().requires_grad_()
+    value = loss(routing_of(x)[1])
+    return value.detach(), torch.autograd.grad(value, x)[0]
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_equal_micro_batches_are_worth_one(loss):
+    """n times the same micro-batch, at a weight of 1 / n, is the micro-batch; and so are n copies
+    of it in one batch."""
+    x = tokens()
+    value, grad = gradient_by_x(loss, x)
+    whole = functools.partial(loss, sequences=12) if loss is per_sequence else loss
+    copies, copies_grad = gradient_by_x(whole, x.repeat(3, 1))
+    assert relative_error(copies, value) < 1e-12
+    assert relative_error(copies_grad.view(3, T, H).sum(0), grad) < 1e-12
+
+
+@pytest.mark.parametrize("loss", ["z", "per sequence", "common load"])
+def test_micro_batches_of_one_batch_average_to_it(loss):
+    x = tokens()
+    common = routing_of(x)[1].plan.load
+    parts = 4
+    whole, part = {
+        "z": (z, z),
+        "per sequence": (per_sequence, functools.partial(per_sequence, sequences=1)),
+        "common load": (
+            all_choices,
+            functools.partial(all_choices, load=common, load_tokens=T),
+        ),
+    }[loss]
+    value, grad = gradient_by_x(whole, x)
+    values, grads = zip(*(gradient_by_x(part, piece) for piece in x.chunk(parts)), strict=True)
+    assert relative_error(sum(values) / parts, value) < 1e-12
+    assert relative_error(torch.cat(grads) / parts, grad) < 1e-12
+
+
+def _global_loss(rank: int, x: torch.Tensor, pieces: list[int]) -> list[torch.Tensor]:
+    mine = x.split(pieces)[rank]
+    loss = functools.partial(all_choices, group=dist.group.WORLD)
+    value, grad = gradient_by_x(loss, mine)
+    dist.all_reduce(value)
+    padded = torch.zeros_like(x)
+    padded[sum(pieces[:rank]) : sum(pieces[: rank + 1])] = grad
+    dist.all_reduce(padded)
+    return [value / len(pieces), padded / len(pieces)]
+
+
+@pytest.mark.parametrize("pieces", [[T // 2, T // 2], [T - 5, 5], [T, 0], [0, 1]])
+def test_the_loss_of_the_global_batch_is_that_of_one_process(pieces):
+    """However the tokens lie over the processes: the means of loss and gradient are the whole's."""
+    x = tokens(sum(pieces))
+    expected = gradient_by_x(all_choices, x)
+    for results in on_processes(2, _global_loss, x, pieces):
+        for actual, wanted in zip(results, expected, strict=True):
+            assert relative_error(actual, wanted) < 1e-12
+
+
+def test_sequences_must_divide_the_tokens():
+    routing = routing_of(tokens())[1]
+    with pytest.raises(RuntimeError, match="num_sequences must divide T = 48, got 5"):
+        per_sequence(routing, 5)
+    with pytest.raises(RuntimeError, match="num_sequences must divide T = 48, got 0"):
+        per_sequence(routing, 0)
+
+
+def test_shares_of_next_to_nothing():
+    tiny = torch.full((2, 4), 1e-30)
+    assert torch.equal(losses.shares(tiny), torch.full((2, 4), 0.25))
+    assert torch.equal(losses.shares(torch.zeros(2, 4)), torch.zeros(2, 4))
+
+
+def _accumulated(rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+    """Two processes of two micro-batches each; the load is that of both micro-batches."""
+    parts = x.chunk(2)[rank].chunk(2)
+    load = sum(routing_of(part)[1].plan.load for part in parts)
+    value = sum(
+        all_choices(routing_of(part)[1], load=load, load_tokens=T // 2, group=dist.group.WORLD)
+        for part in parts
+    )
+    value = value.detach() / 2
+    dist.all_reduce(value)
+    return [value / 2]
+
+
+def test_the_loss_of_a_global_batch_in_micro_batches():
+    x = tokens()
+    expected = all_choices(routing_of(x)[1])
+    for (value,) in on_processes(2, _accumulated, x):
+        assert relative_error(value, expected) < 1e-12
+
+
+def test_losses_of_the_wrong_shape():
+    routing = routing_of(tokens())[1]
+    with pytest.raises(
+        RuntimeError, match=r"importance and load must be .* got \[48, 6\] and \[6\]"
+    ):
+        losses.load_balance_loss(routing.probs, routing.plan.load, T, K)
+    with pytest.raises(RuntimeError, match=r"load must be \[E\] with a group, got \[4, 6\]"):
+        losses.load_balance_loss(
+            torch.ones(4, E), torch.ones(4, E), T, K, group=dist.GroupMember.NON_GROUP_MEMBER
+        )
+    with pytest.raises(RuntimeError, match=r"importance must be \[E\], got \[48, 6\]"):
+        losses.importance_loss(routing.probs)
+
+
+def test_batches_of_sequences():
+    routing = routing_of(tokens())[1]
+    assert torch.equal(losses.z_loss(routing.logits.view(4, -1, E)), z(routing))
+    shaped = losses.sequence_balance_loss(
+        routing.probs.view(4, -1, E), routing.plan.expert_ids.view(4, -1, K), 4
+    )
+    assert torch.equal(shaped, per_sequence(routing))
+
+
+def test_load_counts_no_choice_as_none():
+    experts = torch.tensor([[0, 2], [2, -1], [-1, -1]], dtype=torch.int32)
+    assert losses.expert_load(experts, 4).tolist() == [1, 0, 2, 0]
+    assert losses.expert_load(experts[None], 4).tolist() == [[1, 0, 2, 0]]

@@ -1,0 +1,290 @@
+"""What follows a choice: weights, dropping, replay, losses; and a gate's other sides."""
+
+import copy
+import math
+
+import pytest
+import torch
+from cases import relative_error
+from rules import SCORES, E, H, T, chosen, gate_for, tokens
+
+from moe_ext import GroupedExperts, MOELayer, TopKGate, losses, route
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.mark.parametrize("scoring", SCORES)
+@pytest.mark.parametrize("normalize", ["never", "before", "after"])
+@pytest.mark.parametrize("policy", ["random", "position", "probs"])
+@pytest.mark.parametrize(("k", "scale"), [(1, 1.0), (2, 2.5), (5, 0.5)])
+def test_weights(scoring, normalize, policy, k, scale):
+    gate = gate_for(
+        k,
+        capacity_factor=0.7,
+        scoring=scoring,
+        normalize=normalize,
+        scale=scale,
+        drop_policy=policy,
+    )
+    x = tokens().requires_grad_()
+    routing = gate.route(x)
+    probs = SCORES[scoring](x @ gate.wg.weight.T)
+    kept = routing.plan.slots >= 0
+    assert 0 < kept.sum() < kept.numel()
+    weights = probs.gather(-1, chosen(routing))
+    if normalize == "before":
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights * kept
+    if normalize == "after":
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
+    weights = weights * scale
+    assert relative_error(routing.weights, weights) < 1e-12
+    assert relative_error(routing.probs, probs) < 1e-12
+    upstream = torch.randn_like(weights)
+    grads = [torch.autograd.grad((w * upstream).sum(), x)[0] for w in (routing.weights, weights)]
+    # A normalized single choice has weight one and gradient zero.
+    assert (grads[0] - grads[1]).norm() < 1e-12 * (grads[1].norm() + 1)
+
+
+def test_softmax_before_dropping_is_the_softmax_over_the_chosen():
+    gate = gate_for(4, normalize="before")
+    x = tokens()
+    logits = (x @ gate.wg.weight.T).topk(4, dim=-1).values
+    assert relative_error(gate.route(x).weights, logits.softmax(-1)) < 1e-12
+
+
+def test_who_is_dropped_by_its_place():
+    """First choices queue before second ones, or every token's choices one after the other."""
+    logits = torch.tensor([[3.0, 2.0, 0.0]] * 3 + [[2.0, 3.0, 0.0]] * 3)
+    # Of expert 1 the tokens 0..2 are first in the queue by token, 3..5 by choice.
+    for order, kept_tokens in (("choice", [0, 3, 4, 5]), ("token", [0, 1, 2, 3])):
+        plan = route(logits, 2, capacity=4, order=order).plan
+        kept = ((plan.expert_ids == 1) & (plan.slots >= 0)).any(-1).nonzero().flatten().tolist()
+        assert kept == kept_tokens
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_random_token_selection_for_any_k(k):
+    gate = gate_for(k, capacity_factor=0.5, drop_policy="random")
+    x = tokens()
+    torch.manual_seed(5)
+    plan = gate.route(x).plan
+    torch.manual_seed(5)
+    uniform = torch.rand(T, E)
+    for e in range(E):
+        asked = plan.expert_ids == e
+        kept = (asked & (plan.slots >= 0)).any(-1)
+        best = torch.where(asked.any(-1), uniform[:, e], -1).topk(int(kept.sum())).indices
+        assert set(kept.nonzero().flatten().tolist()) == set(best.tolist())
+        assert kept.sum() == min(gate.capacity(T), asked.sum())
+
+
+@pytest.mark.parametrize("normalize", ["never", "before", "after"])
+def test_the_least_probable_are_dropped_by_their_score(normalize):
+    gate = gate_for(3, capacity_factor=0.5, drop_policy="probs", normalize=normalize)
+    routing = gate.route(tokens())
+    scores = routing.probs.gather(-1, chosen(routing))
+    for e in range(E):
+        asked, kept = chosen(routing) == e, routing.plan.slots >= 0
+        best = scores[asked].sort(descending=True).values[: gate.capacity(T)]
+        assert torch.equal(scores[asked & kept].sort(descending=True).values, best)
+
+
+def test_options_may_be_changed_later():
+    """As DeepSpeed's callers do: what is then decided is what a gate made so decides."""
+    x = torch.randn(T, H)
+    for name, value in (
+        ("use_rts", False),
+        ("k", 2),
+        ("k", 3),
+        ("noisy_gate_policy", "RSample"),
+        ("noisy_gate_policy", "Jitter"),
+        ("noisy_gate_policy", "Gaussian"),
+        ("capacity_factor", 0.2),
+        ("drop_tokens", False),
+        ("min_capacity", 30),
+    ):
+        made = TopKGate(H, E, **({"capacity_factor": 0.5, "min_capacity": 0} | {name: value}))
+        changed = TopKGate(H, E, capacity_factor=0.5, min_capacity=0)
+        changed.load_state_dict(made.state_dict())
+        torch.manual_seed(1)
+        before = changed.route(x)
+        setattr(changed, name, value)
+        results = []
+        for gate in (made, changed):
+            torch.manual_seed(1)
+            results.append(gate.route(x))
+        assert torch.equal(results[0].weights, results[1].weights)
+        assert torch.equal(results[0].plan.slots, results[1].plan.slots)
+        assert not torch.equal(before.weights, results[1].weights)
+
+
+def test_small_scores_that_stand_alone_are_shared_out():
+    logits = torch.full((1, 4), -20.0)
+    for scoring in ("sigmoid", "sqrtsoftplus"):
+        weights = route(logits, 2, scoring=scoring, normalize="after").weights
+        torch.testing.assert_close(weights, torch.full((1, 2), 0.5))
+
+
+def test_a_gate_shows_what_is_not_default():
+    text = str(gate_for(2, scoring="sigmoid", num_groups=3, topk_groups=2))
+    for option in ("k=2", "scoring='sigmoid'", "num_groups=3", "drop_tokens=False"):
+        assert option in text
+    assert "balancing" not in text
+
+
+def test_expert_choice():
+    """Every expert takes its best tokens: all ask all, and the least probable are dropped."""
+    c = 2
+    gate = gate_for(
+        E, drop_policy="probs", normalize="never", capacity_factor=c / E, drop_tokens=True
+    )
+    x = tokens().requires_grad_()
+    layer = MOELayer(gate, GroupedExperts(E, H, 7, dtype=torch.float64))
+    probs = (x @ gate.wg.weight.T).softmax(-1)
+    C = c * T // E
+    assert gate.capacity(T) == C
+    out = torch.zeros_like(x)
+    for e in range(E):
+        best = probs[:, e].topk(C).indices
+        everything = torch.zeros(C, dtype=torch.int32)
+        alone = gate_for(1, dtype=torch.float64)
+        plan = alone.route(x[best], expert_ids=everything.view(-1, 1) + e).plan
+        rows = layer.experts.routed(x[best], plan, torch.ones(C, 1, dtype=torch.float64))
+        out = out.index_add(0, best, rows * probs[best, e].unsqueeze(-1))
+    assert relative_error(layer(x), out) < 1e-12
+    grads = [
+        torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (layer(x), out)
+    ]
+    assert relative_error(*grads) < 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 3, E])
+def test_forced_balance(k):
+    gate = gate_for(k, balancing="forced")
+    routing = gate.route(tokens(T + 1))
+    load = routing.plan.load
+    assert load.max() - load.min() <= 1
+    assert load.sum() == (T + 1) * k
+    assert (chosen(routing).sort(-1).values.diff(dim=-1) > 0).all()
+    routing.weights.square().sum().backward()
+    assert gate.wg.weight.grad.abs().sum() > 0
+
+
+def test_weights_of_choices_with_next_to_no_score():
+    """After dropping, DeepSpeed's smallest divisor; before, none that is seen."""
+    logits = torch.tensor([[0.0, -25.0]])
+    experts = torch.ones(1, 1, dtype=torch.int32)
+    score = math.exp(-25)
+    for normalize, weight in (
+        ("never", score),
+        ("before", 1),
+        ("after", score / torch.finfo(torch.float32).eps),
+    ):
+        routing = route(logits, 1, expert_ids=experts, normalize=normalize)
+        assert routing.weights.item() == pytest.approx(weight, rel=1e-5)
+    assert route(logits, 1, expert_ids=experts, normalize="before", scale=2.5).weights == 2.5
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.6}, {"balancing": "forced"}])
+def test_a_recorded_routing_is_made_again(options):
+    gate = gate_for(
+        2, noisy_gate_policy="RSample", top2_2nd_expert_sampling=True, scale=1.5, **options
+    )
+    layer = MOELayer(gate, GroupedExperts(E, H, 7, dtype=torch.float64))
+    x = tokens().requires_grad_()
+    used = torch.rand(T) < 0.8
+    gate.balancing = None
+    out, aux = layer.forward_with_aux(x, used)
+    gate.balancing = options.get("balancing")
+    assert not torch.equal(layer.forward_with_aux(x, used)[1].expert_ids, aux.expert_ids)
+    again, aux_again = layer.forward_with_aux(x, expert_ids=aux.expert_ids)
+    assert torch.equal(again, out)
+    for a, b in zip(aux, aux_again, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(layer(x, expert_ids=aux.expert_ids), out)
+    grads = [torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (out, again)]
+    assert relative_error(*grads) < 1e-12
+
+
+@pytest.mark.parametrize("normalize", ["before", "after", "never"])
+def test_a_recording_may_leave_choices_out(normalize):
+    gate = gate_for(2, normalize=normalize)
+    x = tokens(3)
+    recorded = torch.tensor([[4, -1], [-1, 7], [-1, -1]], dtype=torch.int32)
+    routing = gate.route(x, expert_ids=recorded)
+    assert torch.equal(routing.plan.expert_ids, recorded)
+    probs = routing.probs.detach()
+    first, second = (probs[0, 4], probs[1, 7]) if normalize == "never" else (1, 1)
+    weights = torch.tensor([[first, 0], [0, second], [0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(routing.weights, weights)
+    with pytest.raises(RuntimeError, match="route: expert_ids must be int32, got int64"):
+        gate.route(x, expert_ids=recorded.long())
+    for other in (recorded[:2], recorded[:, :1]):
+        message = r"route: expert_ids must be \[T, K\] with T = 3, K = 2, got"
+        with pytest.raises(RuntimeError, match=message):
+            gate.route(x, expert_ids=other)
+
+
+def test_hugging_face_order():
+    gate = gate_for(2, normalize="before")
+    x = tokens()
+    logits, weights, experts = gate.route(x).as_hf_tuple()
+    values, ids = (x @ gate.wg.weight.T).topk(2, dim=-1)
+    assert relative_error(logits, x @ gate.wg.weight.T) < 1e-12
+    assert relative_error(weights, values.softmax(-1)) < 1e-12
+    assert torch.equal(experts, ids)
+
+
+def test_a_loss_of_ones_own():
+    def loss(routing):
+        return losses.z_loss(routing.logits) + routing.weights.sum()
+
+    layer = MOELayer(gate_for(2, aux_loss=loss), GroupedExperts(E, H, 7, dtype=torch.float64))
+    x = tokens()
+    layer(x)
+    assert torch.equal(layer.l_aux, loss(layer.gate.route(x)))
+    for wrong, got in ((lambda r: 0.1, "float"), (lambda r: r.probs.sum(0), r"\[12\]")):
+        layer.gate.aux_loss = wrong
+        with pytest.raises(RuntimeError, match=rf"aux_loss must return a tensor \[\], got {got}"):
+            layer(x)
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "sqrtsoftplus"])
+def test_the_loss_of_scores_that_do_not_sum_to_one(scoring):
+    gate = gate_for(3, scoring=scoring)
+    routing = gate.route(tokens())
+    shares = routing.probs / routing.probs.sum(-1, keepdim=True)
+    by_hand = E / 3 * (shares.mean(0) * routing.plan.load / T).sum()
+    assert relative_error(routing.l_aux, by_hand) < 1e-12
+
+
+def test_timers():
+    layer = MOELayer(gate_for(2), GroupedExperts(E, H, 7, dtype=torch.float64))
+    x = tokens()
+    layer(x)
+    assert layer.time_moe == layer.gate.gate_time == 0
+    layer.wall_clock_breakdown = layer.gate.wall_clock_breakdown = True
+    expected = layer(x)
+    first = layer.time_moe
+    assert 0 < layer.gate.gate_time < first
+    layer(x)
+    assert layer.time_moe > first
+    with pytest.raises(RuntimeError):
+        layer(x[:, 1:])
+    assert torch.equal(layer(x), expected)
+    assert (
+        layer.gate.timers("topk_gate").elapsed(reset=False) > layer.gate.timers("topk_gate").mean()
+    )
+    assert layer.timers("moe").elapsed(reset=True) == layer.time_moe
+    timer = layer.timers("moe")
+    for _ in range(2):
+        timer.start()
+        timer.stop()
+    assert timer.elapsed(reset=False) == pytest.approx(2 * timer.mean())
+    timer.start()
+    timer.stop(reset=True)
+    assert timer.elapsed(reset=False) == timer.mean()
+    timer.reset()
+    assert layer.timers("moe").elapsed() == 0
+    assert torch.equal(copy.deepcopy(layer)(x), expected)

@@ -1,0 +1,121 @@
+"""Routers: what gives a gate its logits."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from cases import relative_error
+from rules import E, H, T, gate_for, tokens
+from torch import nn
+
+from moe_ext import CosineRouter, GroupedExperts, MOELayer, TopKGate
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def test_cosine_router():
+    router = CosineRouter(H, E, proj_dim=7, dtype=torch.float64)
+    gate = gate_for(2, router=router)
+    x = tokens()
+    logits = gate.route(x).logits
+    by_hand = torch.empty(T, E, dtype=torch.float64)
+    for t, e in itertools.product(range(T), range(E)):
+        token = router.proj.weight @ x[t]
+        cosine = token @ router.directions[e] / token.norm() / router.directions[e].norm()
+        by_hand[t, e] = cosine / 0.5
+    assert relative_error(logits, by_hand) < 1e-12
+    assert relative_error(gate.route(3 * x).logits, logits) < 1e-12
+    routing = gate.route(x)
+    (routing.weights.square().sum() + routing.l_aux).backward()
+    assert all(p.grad.abs().sum() > 0 for p in gate.parameters())
+    assert set(gate.state_dict()) == {"wg.proj.weight", "wg.directions", "wg.log_scale"}
+    with torch.no_grad():
+        router.log_scale.fill_(math.log(1e6))
+    assert gate.route(x).logits.abs().max() <= 100
+    with torch.no_grad():
+        router.log_scale.fill_(math.log(0.1))
+    assert relative_error(gate.route(x).logits, by_hand * 0.05) < 1e-12
+    gate.bfloat16()
+    assert gate.route(x.float()).probs.dtype == torch.float32
+
+
+def test_any_module_is_a_router():
+    router = nn.Sequential(nn.Linear(H, 5), nn.Tanh(), nn.Linear(5, E))
+    gate = TopKGate(H, E, 2, router=router)
+    x = torch.randn(T, H)
+    assert torch.equal(gate.route(x).logits, router(x))
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        assert torch.equal(gate.route(x).logits, router(x).float()) is False
+        assert gate.route(x).logits.dtype == torch.float32
+
+
+class Reopens(nn.Module):
+    """A router that wants autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(H, E)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"noisy_gate_policy": "RSample"}, {"expert_bias": True}, {"balancing": "sinkhorn"}],
+)
+def test_routers_of_other_dtypes(options):
+    x = torch.randn(T, H)
+    reopens = Reopens()
+    routing = TopKGate(H, E, 2, router=reopens, **options).route(x)
+    assert torch.equal(routing.logits, reopens(x).float())
+    linear = nn.Linear(H, E)
+    gate = TopKGate(H, E, 2, router=linear, **options).bfloat16()
+    gate.route(x.bfloat16()).l_aux.backward()
+    assert linear.weight.grad.dtype == linear.weight.dtype == torch.bfloat16
+    assert linear.weight.grad.abs().sum() > 0
+    logits = gate.route(x.bfloat16()).logits
+    exact = x.bfloat16().float() @ linear.weight.float().T + linear.bias.float()
+    assert relative_error(logits, exact) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make_router", "got"),
+    [
+        (lambda: nn.Linear(H, E + 1), r"\[60, 13\]"),
+        (lambda: nn.LSTM(H, E), "tuple"),
+        (lambda: nn.Flatten(0), r"\[600\]"),
+    ],
+)
+def test_routers_that_return_something_else(make_router, got):
+    gate = TopKGate(H, E, router=make_router())
+    with pytest.raises(RuntimeError, match=rf"router must return \[T, E\] = \[60, 12\], got {got}"):
+        gate.route(torch.randn(T, H))
+
+
+def test_a_zero_token_has_no_large_gradient():
+    layer = MOELayer(
+        TopKGate(H, E, 2, router=CosineRouter(H, E), drop_tokens=False), GroupedExperts(E, H, 7)
+    )
+    x = torch.randn(T, H)
+    x[5] = 0
+    x.requires_grad_()
+    (layer(x).sum() + layer.l_aux).backward()
+    assert x.grad[5].norm() < 1e3
+    assert x.grad[4].norm() > 0
+
+
+def test_buffers_of_a_router_in_16_bit_change():
+    """As those of a BatchNorm, whose numbers are computed wider."""
+    norm = nn.BatchNorm1d(H)
+    gate = TopKGate(H, E, 2, router=nn.Sequential(norm, nn.Linear(H, E))).bfloat16()
+    x = 3 + torch.randn(T, H).bfloat16()
+    gate.route(x)
+    expected = 0.1 * x.float().mean(0)
+    assert norm.running_mean.dtype == torch.bfloat16
+    assert relative_error(norm.running_mean, expected) < 0.01
+    before = norm.running_mean.clone()
+    gate.eval().route(x)
+    assert torch.equal(norm.running_mean, before)

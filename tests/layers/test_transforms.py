@@ -1,0 +1,327 @@
+"""What the rest of PyTorch does with the functions and the layer: compile, export, torch.func,
+opcheck."""
+
+import pytest
+import torch
+from cases import DTYPES, relative_error
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import moe_ext
+from moe_ext import CosineRouter, GroupedExperts, MOELayer, TopKGate, losses
+from moe_ext.ops import registry
+
+E, H, FFN = 6, 8, 8
+TOKENS = (33, 5, 64, 127, 200)
+
+
+def layer_for(k=2, **options) -> MOELayer:
+    options = {"top2_2nd_expert_sampling": False} | options
+    gate = TopKGate(H, E, k=k, **options)
+    return MOELayer(gate, GroupedExperts(E, H, FFN))
+
+
+OPTIONS = [
+    {"drop_tokens": False},
+    {"capacity_factor": 0.8, "min_capacity": 1},
+    {"k": 1, "min_capacity": 2, "use_rts": False},
+    {"k": 3, "capacity_factor": 1.2},
+]
+
+
+@pytest.fixture
+def compiled():
+    """torch.compile from a clean state; gives how many graphs it made."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def loss_and_gradients(layer, function, x):
+    out, aux = function(x)
+    grads = torch.autograd.grad(out.square().sum() + aux.l_aux, [x, *layer.parameters()])
+    return [out.detach(), aux.l_aux.detach(), aux.exp_counts, *grads]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_one_compilation_serves_five_values_of_t(compiled, options):
+    layer = layer_for(**options)
+    function = torch.compile(
+        layer.forward_with_aux, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for T in TOKENS:
+        x = torch.randn(T, H, requires_grad=True)
+        actual = loss_and_gradients(layer, function, x)
+        expected = loss_and_gradients(layer, layer.forward_with_aux, x)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert compiled() == 1
+
+
+RULES = [
+    {"noisy_gate_policy": "Jitter", "use_rts": True, "k": 1},
+    {"noisy_gate_policy": "RSample", "drop_policy": "random"},
+    {"noisy_gate_policy": "Gaussian", "scoring": "sqrtsoftplus", "normalize": "before"},
+    {"top2_2nd_expert_sampling": True, "drop_tokens": False},
+    {"scoring": "sigmoid", "num_groups": 3, "topk_groups": 2, "group_score": "top2_sum"},
+    {"expert_bias": True, "num_groups": 2, "k": 3, "scale": 2.5},
+    {"balancing": "sinkhorn", "drop_policy": "probs", "order": "choice"},
+    {"balancing": "forced", "drop_tokens": False},
+    {"k": E, "drop_policy": "probs", "normalize": "never", "capacity_factor": 2 / E},
+    {"router": lambda: CosineRouter(H, E, proj_dim=5)},
+    {"aux_loss": lambda r: losses.z_loss(r.logits) + losses.importance_loss(r.importance)},
+    {
+        "aux_loss": lambda r: losses.sequence_balance_loss(r.probs, r.plan.expert_ids, 1),
+        "scoring": "sigmoid",
+    },
+]
+
+
+@pytest.mark.parametrize("options", RULES, ids=lambda options: " ".join(options))
+def test_every_rule_is_one_graph(compiled, options):
+    if make_router := options.get("router"):
+        options = options | {"router": make_router()}
+    layer = layer_for(**options)
+    function = torch.compile(
+        layer.forward_with_aux, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    used = torch.rand(max(TOKENS)) < 0.8
+    for T in TOKENS[:3]:
+        x = torch.randn(T, H, requires_grad=True)
+        results = []
+        for step in (function, layer.forward_with_aux):
+            torch.manual_seed(T)
+            results.append(
+                loss_and_gradients(layer, lambda x, step=step, T=T: step(x, used[:T]), x)
+            )
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b) or relative_error(a, b) < 1e-6
+    assert compiled() == 1
+
+
+def test_inductor(compiled):
+    layer = layer_for(drop_tokens=False)
+    function = torch.compile(layer.forward_with_aux, fullgraph=True, dynamic=True)
+    for T in TOKENS:
+        x = torch.randn(T, H, requires_grad=True)
+        actual = loss_and_gradients(layer, function, x)
+        expected = loss_and_gradients(layer, layer.forward_with_aux, x)
+        for a, b in zip(actual, expected, strict=True):
+            assert relative_error(a, b) < 1e-5
+    assert compiled() == 1
+
+
+def test_compiled_layer_sets_its_attributes(compiled):
+    layer = layer_for()
+    x = torch.randn(40, H)
+    expected = layer(x)
+    l_aux, exp_counts = layer.l_aux, layer.exp_counts
+    layer.l_aux = layer.exp_counts = None
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+    assert torch.equal(layer.l_aux, l_aux)
+    assert torch.equal(layer.exp_counts, exp_counts)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2])
+def test_compile_with_checkpoint(compiled, options):
+    layer = layer_for(**options)
+
+    def function(x):
+        return checkpoint(layer.forward_with_aux, x, use_reentrant=False)
+
+    x = torch.randn(40, H, requires_grad=True)
+    actual = loss_and_gradients(
+        layer, torch.compile(function, fullgraph=True, backend="aot_eager"), x
+    )
+    expected = loss_and_gradients(layer, layer.forward_with_aux, x)
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+class Pure(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden):
+        return self.layer.forward_with_aux(hidden)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_export_gives_a_program_that_trains(options):
+    layer = layer_for(**options)
+    is_dynamic = layer.gate.capacity(64) is None
+    shapes = {"hidden": {0: torch.export.Dim("T")}} if is_dynamic else None
+    program = torch.export.export(Pure(layer), (torch.randn(64, H),), dynamic_shapes=shapes)
+    called = {str(node.target) for node in program.graph.nodes}
+    assert {f"moe_ext.{name}.default" for name in ("gate", "plan", "dispatch", "combine")} <= called
+    module = program.module()
+    for T in TOKENS if is_dynamic else (64,):
+        x = torch.randn(T, H, requires_grad=True)
+        out, aux = module(x)
+        actual = torch.autograd.grad(
+            out.square().sum() + aux.l_aux, [x, module.layer.gate.wg.weight]
+        )
+        expected = loss_and_gradients(layer, layer.forward_with_aux, x)
+        assert torch.equal(out, expected[0])
+        # The program calls raw operators: a route's weight has its gradient from the saved output.
+        assert relative_error(actual[0], expected[3]) < 1e-6
+        assert relative_error(actual[1], expected[4]) < 1e-6
+
+
+def test_export_with_a_capacity_needs_a_fixed_number_of_tokens():
+    shapes = {"hidden": {0: torch.export.Dim("T")}}
+    with pytest.raises(RuntimeError, match="with a capacity needs a fixed number"):
+        torch.export.export(Pure(layer_for()), (torch.randn(64, H),), dynamic_shapes=shapes)
+
+
+def test_an_exported_program_is_saved_and_loaded(tmp_path):
+    layer = layer_for(drop_tokens=False)
+    x = torch.randn(64, H)
+    torch.export.save(torch.export.export(Pure(layer), (x,)), tmp_path / "layer.pt2")
+    out, aux = torch.export.load(tmp_path / "layer.pt2").module()(x)
+    expected, expected_aux = layer.forward_with_aux(x)
+    assert torch.equal(out, expected)
+    assert torch.equal(aux.l_aux, expected_aux.l_aux)
+
+    class Parts(torch.nn.Module):
+        def forward(self, logits):
+            choice = moe_ext.gate(logits, 2)
+            return choice, moe_ext.make_plan(choice.expert_ids, E), layer.gate.route(x)
+
+    parts = torch.export.export(Parts(), (torch.randn(5, E),), strict=False)
+    torch.export.save(parts, tmp_path / "parts.pt2")
+    choice, plan, routing = torch.export.load(tmp_path / "parts.pt2").module()(torch.ones(5, E))
+    assert isinstance(choice, moe_ext.Choice)
+    assert isinstance(plan, moe_ext.Plan)
+    assert isinstance(routing, moe_ext.Routing)
+
+
+def test_one_compilation_of_an_aligned_plan(compiled):
+    def function(experts):
+        return moe_ext.make_plan(experts, E, align=8)[:4]
+
+    fast = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (3, 4, 1000, 33):
+        experts = torch.rand(T, E).topk(2).indices.to(torch.int32)
+        for actual, expected in zip(fast(experts), function(experts), strict=True):
+            assert torch.equal(actual, expected)
+    assert compiled() == 1
+
+
+def test_raw_operators_have_gradients():
+    plan = moe_ext.make_plan(torch.tensor([[0, 1], [1, 0]], dtype=torch.int32), 2)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    raw = torch.ops.moe_ext.dispatch(x, plan.slots, plan.sources, None)
+    (grad,) = torch.autograd.grad(raw.square().sum(), x)
+    torch.testing.assert_close(grad, 4 * x)
+
+
+def _arguments(dtype):
+    T, K = 13, 2
+    logits = torch.randn(T, E).to(dtype)
+    experts = logits.topk(K).indices.to(torch.int32)
+    plan = moe_ext.make_plan(experts, E, 5)
+    choice = moe_ext.gate(logits, K)
+    x, rows = torch.randn(T, H).to(dtype), torch.randn(len(plan.sources), H).to(dtype)
+    routes, groups = (plan.slots, plan.sources), (plan.offsets, plan.load)
+    grads = (choice.weights, None, choice.importance)
+    outer = torch.randn(len(rows), 3).to(dtype)
+    pre_activation = torch.randn(len(rows), 6).to(dtype)
+    bias = torch.randn(E, 3).to(dtype)
+    return {
+        "gate": (logits, None, K, "softmax", True, 1.5),
+        "gate_backward": (*grads, choice.probs, choice.expert_ids, "sigmoid", False, 1.0),
+        "plan": (experts, torch.rand(T, K), E, 5, "choice", 1),
+        "mask_weights": (choice.weights, plan.slots, True, 1e-9, 1.5),
+        "mask_weights_backward": (choice.weights, choice.weights, plan.slots, True, 1e-9, 1.5),
+        "dispatch": (x, *routes, choice.weights),
+        "combine": (rows, *routes, choice.weights),
+        "route_dot": (x, rows, *routes),
+        "combine_backward": (x, rows, *routes, choice.weights),
+        "grouped_mm": (rows, torch.randn(E, 3, H).to(dtype), bias, *groups, 5),
+        "grouped_outer": (outer, rows, *groups, 5),
+        "activate": (pre_activation, *routes, choice.weights, "swiglu"),
+        "activate_backward": (outer, pre_activation, *routes, choice.weights, "geglu"),
+    }
+
+
+def _leaves(args):
+    return tuple(
+        a.detach().clone().requires_grad_()
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+        else a
+        for a in args
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_opcheck(name, dtype):
+    args = _arguments(dtype)[name]
+    operator = getattr(torch.ops.moe_ext, name).default
+    torch.library.opcheck(operator, args)
+    if name != "plan":
+        torch.library.opcheck(operator, _leaves(args))
+
+
+def test_opcheck_dropless_plan():
+    experts = _arguments(torch.float32)["plan"][0]
+    for align in (1, 4):
+        args = (experts, None, E, None, "token", align)
+        torch.library.opcheck(torch.ops.moe_ext.plan.default, args)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2])
+def test_func_grad_and_per_sample_gradients(options):
+    layer = layer_for(**options).eval()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        out = torch.func.functional_call(layer, parameters, (x,))
+        return out.square().sum()
+
+    x = torch.randn(3, 10, H)
+    grads = torch.func.grad(loss)(parameters, x[0])
+    layer(x[0]).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert relative_error(grads[name], parameter.grad) < 1e-5
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        expected = torch.func.grad(loss)(parameters, x[i])
+        for name in parameters:
+            assert relative_error(per_sample[name][i], expected[name]) < 1e-5
+
+
+def test_hessian():
+    x = torch.randn(4, E, dtype=torch.float64)
+
+    def loss(logits):
+        return (moe_ext.gate(logits, 2, normalize=True).weights ** 2).sum()
+
+    hessian = torch.func.jacrev(torch.func.jacrev(loss))(x)
+    twice = torch.autograd.functional.hessian(loss, x)
+    torch.testing.assert_close(hessian, twice)
+
+
+def test_forward_mode_says_no():
+    x = torch.randn(4, E)
+    plan = moe_ext.make_plan(torch.zeros(4, 1, dtype=torch.int32), 1)
+    for function in (lambda x: moe_ext.gate(x, 2).weights, lambda x: moe_ext.dispatch(x, plan)):
+        with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+            torch.func.jvp(function, (x,), (x,))
+
+
+def test_raw_operators_say_what_they_do_not_do():
+    x = torch.randn(4, E)
+    plan = moe_ext.make_plan(torch.zeros(4, 1, dtype=torch.int32), 1)
+
+    def raw(x):
+        return torch.ops.moe_ext.dispatch(x, plan.slots, plan.sources, None)
+
+    with pytest.raises(NotImplementedError, match="moe_ext::dispatch has no jvp"):
+        torch.func.jvp(raw, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no jvp"):
+        raw(forward_ad.make_dual(x, x))
+    with pytest.raises(NotImplementedError, match="does not differentiate raw operators"):
+        torch.func.grad(lambda x: raw(x).sum())(x)

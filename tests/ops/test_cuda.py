@@ -1,0 +1,238 @@
+"""What only a GPU can show: graphs, streams, no waiting, the same bits again and again."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import masked_experts, random_experts
+from torch import Tensor, nn
+
+import moe_ext
+from moe_ext import Experts, MOELayer, Plan, TopKGate
+
+T, H, E, K = 512, 64, 16, 4
+
+
+class BatchedExperts(Experts):
+    """One linear map for each expert, over the [E, C, H] view of the rows."""
+
+    def __init__(self) -> None:
+        super().__init__(E)
+        self.weight = nn.Parameter(torch.randn(E, H, H) / H**0.5)
+
+    def forward(self, rows: Tensor, plan: Plan) -> Tensor:
+        return torch.bmm(rows.view(E, -1, H), self.weight).view(rows.shape)
+
+
+def layer_on(device: torch.device, k: int = K, **options) -> MOELayer:
+    return MOELayer(TopKGate(H, E, k=k, **options), BatchedExperts()).to(device)
+
+
+def step(layer: MOELayer, hidden: Tensor, used_token: Tensor | None = None) -> list[Tensor]:
+    """Forward and backward; the output, what the layer says, and every gradient."""
+    layer.zero_grad()
+    hidden.grad = None
+    out, aux = layer.forward_with_aux(hidden, used_token)
+    (out.square().sum() + aux.l_aux).backward()
+    return [out.detach(), *aux, hidden.grad, *(p.grad for p in layer.parameters())]
+
+
+def warm_up(function: Callable, *args) -> None:
+    """What PyTorch asks for before a capture: the first calls, on another stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function(*args)
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@pytest.mark.parametrize("drop_policy", ["probs", "position"])
+def test_a_graph_holds_forward_and_backward(cuda, drop_policy):
+    layer, twin = (layer_on(cuda, drop_policy=drop_policy) for _ in range(2))
+    twin.load_state_dict(layer.state_dict())
+    hidden = torch.randn(T, H, device=cuda, requires_grad=True)
+    warm_up(step, layer, hidden)
+    layer.zero_grad(set_to_none=True)
+    hidden.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, aux = layer.forward_with_aux(hidden)
+        (out.square().sum() + aux.l_aux).backward()
+    for _ in range(3):
+        with torch.no_grad():
+            hidden.copy_(torch.randn(T, H, device=cuda))
+        graph.replay()
+        replayed = [out.detach(), *aux, hidden.grad, *(p.grad for p in layer.parameters())]
+        replayed = [tensor.clone() for tensor in replayed]
+        fresh = hidden.detach().clone().requires_grad_()
+        eager = step(twin, fresh)
+        assert all(torch.equal(a, b) for a, b in zip(replayed, eager, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{"k": 1}, {"k": 2}, {"k": 1, "noisy_gate_policy": "RSample"}], ids=str
+)
+def test_a_graph_draws_anew_at_every_replay(cuda, options):
+    """Random token selection, the sampled second choice and noise."""
+    gate = TopKGate(H, E, capacity_factor=0.5, min_capacity=0, **options).to(cuda)
+    hidden = torch.randn(T, H, device=cuda)
+    warm_up(gate.route, hidden)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan = gate.route(hidden).plan
+    drawn = []
+    for _ in range(4):
+        graph.replay()
+        drawn.append(plan.slots.clone())
+        assert torch.equal((plan.slots >= 0).sum(), plan.kept().sum())
+        assert plan.load.sum() == T * gate.k
+    assert not all(torch.equal(drawn[0], other) for other in drawn[1:])
+
+
+def test_the_same_bits_in_ten_runs(cuda):
+    layer = layer_on(cuda)
+    hidden = torch.randn(T, H, device=cuda, requires_grad=True)
+    first = [tensor.clone() for tensor in step(layer, hidden)]
+    for _ in range(9):
+        again = step(layer, hidden)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 20000])
+@pytest.mark.parametrize("routing", [random_experts, masked_experts])
+def test_cpu_and_cuda_give_the_same_integers(cuda, tokens, routing):
+    """Choices and places do not depend on the machine: only sums of reals do."""
+    logits = torch.randn(tokens, E)
+    assert torch.equal(
+        moe_ext.gate(logits.to(cuda), K).expert_ids.cpu(), moe_ext.gate(logits, K)[1]
+    )
+    experts, priority = routing(tokens, K, E), torch.rand(tokens, K).round(decimals=2)
+    for options in (
+        {},
+        {"align": 128},
+        {"order": "token"},
+        {"capacity": tokens // 4},
+        {"capacity": tokens // 4, "priority": priority},
+    ):
+        here = moe_ext.make_plan(experts, E, **options)
+        moved = {k: v.to(cuda) if isinstance(v, Tensor) else v for k, v in options.items()}
+        there = moe_ext.make_plan(experts.to(cuda), E, **moved)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(here[:4], there[:4], strict=True))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("gate", "gate_backward", "plan", "dispatch", "combine", "route_dot", "combine_backward"),
+        *("mask_weights", "mask_weights_backward", "activate", "activate_backward"),
+    ],
+)
+def test_work_goes_to_the_current_stream_and_is_not_awaited(cuda, op):
+    """Operands come late to a stream of its own: only what runs behind them there sees them."""
+    call, operands = calls(cuda)[op]
+    expected = call(*operands)
+    late = [torch.zeros_like(operand) for operand in operands]
+    stream, done = torch.cuda.Stream(), torch.cuda.Event()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        call(*late)  # from now on there is memory for this stream
+        stream.synchronize()
+        torch.cuda._sleep(1_000_000_000)
+        for to, operand in zip(late, operands, strict=True):
+            to.copy_(operand)
+        out = call(*late)
+        done.record()
+    assert not done.query()
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+def calls(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]]]:
+    """Every operator that is compiled for CUDA, as a function of tensors, and tensors for it."""
+    op = torch.ops.moe_ext
+    logits, tokens = torch.randn(T, E, device=device), torch.randn(T, H, device=device)
+    weights, experts, probs, _ = op.gate(logits, None, K, "softmax", True, 1.0)
+    slots, sources, _, _ = op.plan(experts, weights, E, T // 4, "choice", 1)
+    rows = torch.randn(len(sources), H, device=device)
+
+    def backward(grad: Tensor, probs: Tensor, experts: Tensor) -> tuple[Tensor]:
+        return (op.gate_backward(grad, None, None, probs, experts, "softmax", True, 1.0),)
+
+    pre_activation, routes = (
+        torch.randn(len(sources), 2 * H, device=device),
+        [slots, sources, weights],
+    )
+    rule = True, 1e-9, 1.5
+    return {
+        "mask_weights": (lambda *x: (op.mask_weights(*x, *rule),), [weights, slots]),
+        "mask_weights_backward": (
+            lambda *x: (op.mask_weights_backward(*x, *rule),),
+            [torch.randn_like(weights), weights, slots],
+        ),
+        "gate": (lambda x: op.gate(x, None, K, "softmax", True, 1.0), [logits]),
+        "gate_backward": (backward, [torch.randn_like(weights), probs, experts]),
+        "plan": (lambda x, p: op.plan(x, p, E, T // 4, "choice", 1), [experts, weights]),
+        "dispatch": (lambda *x: (op.dispatch(*x),), [tokens, slots, sources, weights]),
+        "combine": (lambda *x: (op.combine(*x),), [rows, slots, sources, weights]),
+        "route_dot": (lambda *x: (op.route_dot(*x),), [tokens, rows, slots, sources]),
+        "combine_backward": (op.combine_backward, [tokens, rows, slots, sources, weights]),
+        "activate": (lambda *x: (op.activate(*x, "swiglu"),), [pre_activation, *routes]),
+        "activate_backward": (
+            lambda *x: op.activate_backward(*x, "swiglu"),
+            [rows, pre_activation, *routes],
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"drop_policy": "probs"}, {"k": 1}, {"k": 2}, {"k": 1, "noisy_gate_policy": "Jitter"}],
+    ids=str,
+)
+def test_a_layer_waits_for_nothing(cuda, options):
+    layer = layer_on(cuda, **options)
+    hidden = torch.randn(T, H, device=cuda, requires_grad=True)
+    used_token = torch.ones(T, device=cuda)
+    step(layer, hidden, used_token)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(layer, hidden, used_token)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_are_not_at_a_multiple_of_16_bytes(cuda, dtype):
+    plan = moe_ext.make_plan(random_experts(T, K, E, cuda), E)
+    shifted = torch.randn(T * H + 1, device=cuda).to(dtype)[1:].view(T, H)
+    assert shifted.data_ptr() % 16 > 0
+    aligned = shifted.clone()
+    rows = moe_ext.dispatch(aligned, plan)
+    assert torch.equal(moe_ext.dispatch(shifted, plan), rows)
+    assert torch.allclose(
+        moe_ext.route_dot(shifted, rows, plan), moe_ext.route_dot(aligned, rows, plan), rtol=1e-4
+    )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_another_device_than_the_current_one(cuda):
+    second = torch.device("cuda", 1)
+    experts = random_experts(T, K, E)
+    plan = moe_ext.make_plan(experts.to(second), E)
+    assert plan.slots.device == second
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(plan.slots.cpu(), moe_ext.make_plan(experts, E).slots)
+
+
+def test_large_rows_beyond_two_to_the_31_elements(cuda):
+    """Of 4 GiB each."""
+    if torch.cuda.get_device_properties(cuda).total_memory < 14 << 30:
+        pytest.skip("needs 14 GiB of device memory")
+    tokens, hidden = 2**18 + 1, 2**13
+    plan = moe_ext.make_plan(torch.zeros(tokens, 1, dtype=torch.int32, device=cuda), 1)
+    x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=cuda)
+    x[:] = torch.arange(tokens, device=cuda).remainder(251)[:, None].to(x.dtype)
+    rows = moe_ext.dispatch(x, plan)
+    assert torch.equal(rows, x)
+    del x
+    assert torch.equal(moe_ext.combine(rows, plan), rows)

@@ -1,0 +1,262 @@
+"""grouped_mm and its gradient grouped_outer."""
+
+import pytest
+import torch
+from cases import DTYPES, SIZES, plans, random_experts, relative_error, values
+from torch.autograd import gradcheck, gradgradcheck
+
+import moe_ext
+from moe_ext.ops import reference, torch_grouped_mm
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def owned(plan: moe_ext.Plan) -> torch.Tensor:
+    return plan.sources >= 0
+
+
+def rounding(dtype: torch.dtype, terms: int) -> float:
+    """A relative error that a sum of so many terms may have: in 16 bit it is made in float32 and
+    rounded once, with its bias a second time."""
+    eps = torch.finfo(dtype).eps
+    return 2 * eps if eps > 1e-4 else 2 * eps * terms**0.5
+
+
+def groups(plan: moe_ext.Plan) -> tuple:
+    return plan.offsets, plan.load, plan.capacity
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
+def test_matches_reference(device, T, K, E, H, dtype):
+    N = 6
+    for plan in plans(T, K, E, device):
+        R = len(plan.sources)
+        x, g = values(R, H, dtype=dtype, device=device), values(R, N, dtype=dtype, device=device)
+        w = values(E, N, H, dtype=dtype, device=device)
+        bias = values(E, N, dtype=dtype, device=device)
+        # What no route owns is not even read.
+        x[~owned(plan)], g[~owned(plan)] = torch.nan, torch.nan
+
+        for b in (None, bias):
+            out = moe_ext.grouped_mm(x, w, plan, b)
+            exact_bias = None if b is None else b.double()
+            exact = reference.grouped_mm(x.double(), w.double(), exact_bias, *groups(plan))
+            assert out.dtype == dtype
+            assert (out[~owned(plan)] == 0).all()
+            assert relative_error(out, exact) < rounding(dtype, H)
+
+        strided = values(E, H, N, dtype=dtype, device=device).transpose(1, 2)
+        exact = reference.grouped_mm(x.double(), strided.double(), None, *groups(plan))
+        assert relative_error(moe_ext.grouped_mm(x, strided, plan), exact) < rounding(dtype, H)
+
+        outer = torch.ops.moe_ext.grouped_outer(g, x, *groups(plan))
+        exact = reference.grouped_outer(g.double(), x.double(), *groups(plan))
+        assert outer.dtype == dtype
+        assert relative_error(outer, exact) < rounding(dtype, R + 1)
+
+
+# An expert with more rows than a tile, of a number that is no multiple of anything, beside a small
+# one and one without rows; more columns than a tile.
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_than_a_tile(device, dtype):
+    M, N = 40, 1100
+    experts = torch.tensor([0] * 601 + [2] * 3 + [3] * 40, dtype=torch.int32, device=device)
+    plan = moe_ext.make_plan(experts.unsqueeze(1), 5)
+    x = values(len(experts), M, dtype=dtype, device=device)
+    w, bias = values(5, N, M, dtype=dtype, device=device), values(5, N, dtype=dtype, device=device)
+    out = moe_ext.grouped_mm(x, w, plan, bias)
+    outer = torch.ops.moe_ext.grouped_outer(out, x, *groups(plan))
+    for e in range(5):
+        mine = slice(int(plan.offsets[e]), int(plan.offsets[e + 1]))
+        exact = x[mine].double() @ w[e].double().T + bias[e].double()
+        assert relative_error(out[mine], exact) < rounding(dtype, 1)
+        exact = out[mine].double().T @ x[mine].double()
+        assert relative_error(outer[e], exact) < rounding(dtype, M)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_bits_on_every_run(threads):
+    """Whichever thread takes a tile. torch's GEMM itself depends on how many there are."""
+    plan = moe_ext.make_plan(random_experts(900, 2, 3), 3)
+    x, w = torch.randn(1800, 70), torch.randn(3, 2100, 70)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        results = []
+        for _ in range(8):
+            out = moe_ext.grouped_mm(x, w, plan)
+            results.append((out, torch.ops.moe_ext.grouped_outer(out, x, *groups(plan))))
+    finally:
+        torch.set_num_threads(before)
+    for out, outer in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(outer, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inference_mode_on_all_threads(device, dtype):
+    plan = moe_ext.make_plan(random_experts(900, 2, 8, device), 8)
+    x = values(1800, 40, dtype=dtype, device=device)
+    w = values(8, 30, 40, dtype=dtype, device=device).requires_grad_()
+    expected = moe_ext.grouped_mm(x, w, plan).detach()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with torch.inference_mode():
+            inside = moe_ext.make_plan(plan.expert_ids, 8)
+            assert torch.equal(moe_ext.grouped_mm(x.clone(), w, inside), expected)
+            assert torch.equal(moe_ext.grouped_mm(x, w.clone(), plan), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_is_a_product_per_row(device):
+    T, K, E, M, N = 20, 2, 4, 5, 3
+    plan = moe_ext.make_plan(random_experts(T, K, E, device), E, 8)
+    x = values(len(plan.sources), M, dtype=torch.float64, device=device)
+    w = values(E, N, M, dtype=torch.float64, device=device)
+    bias = values(E, N, dtype=torch.float64, device=device)
+    out = moe_ext.grouped_mm(x, w, plan, bias)
+    for t, k in (plan.slots >= 0).nonzero().tolist():
+        row, e = plan.slots[t, k], plan.expert_ids[t, k]
+        torch.testing.assert_close(out[row], w[e] @ x[row] + bias[e])
+
+
+@pytest.mark.parametrize(("T", "K", "E"), [(5, 2, 3), (1, 1, 1), (3, 2, 4)])
+def test_gradients(device, T, K, E):
+    for plan in plans(T, K, E, device):
+        R = len(plan.sources)
+        x = values(R, 3, dtype=torch.float64, device=device).requires_grad_()
+        w = values(E, 2, 3, dtype=torch.float64, device=device).requires_grad_()
+        bias = values(E, 2, dtype=torch.float64, device=device).requires_grad_()
+
+        def function(x, w, bias, plan=plan):
+            return moe_ext.grouped_mm(x, w, plan, bias)
+
+        assert gradcheck(function, (x, w, bias), check_batched_grad=R > 0)
+        assert gradgradcheck(function, (x, w, bias))
+
+
+def test_gradient_lies_as_its_weight(device):
+    plan = moe_ext.make_plan(random_experts(9, 2, 3, device), 3)
+    x = torch.randn(18, 5, device=device)
+    for lies in ((3, 4, 5), (3, 5, 4)):
+        w = torch.randn(lies, device=device, requires_grad=True)
+        used = w if lies[1] == 4 else w.transpose(1, 2)
+        (grad,) = torch.autograd.grad(moe_ext.grouped_mm(x, used, plan).square().sum(), used)
+        assert grad.stride() == used.stride()
+
+
+def test_autocast_casts_as_mm_does(device):
+    plan = moe_ext.make_plan(random_experts(9, 1, 2, device), 2)
+    x, w = torch.randn(9, 8, device=device), torch.randn(2, 4, 8, device=device)
+    bias = torch.randn(2, 4, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = moe_ext.grouped_mm(x, w, plan, bias)
+        wide = moe_ext.grouped_mm(x.double(), w.double(), plan, bias.double())
+    assert out.dtype == torch.bfloat16
+    assert wide.dtype == torch.float64
+    assert torch.equal(out, moe_ext.grouped_mm(x.bfloat16(), w.bfloat16(), plan, bias.bfloat16()))
+    with (
+        torch.autocast(device.type, dtype=torch.bfloat16),
+        pytest.raises(RuntimeError, match="weights must be bfloat16 like rows, got float64"),
+    ):
+        moe_ext.grouped_mm(x, w.double(), plan)
+
+
+# What torch's own products are made to give, where no kernel of ours is compiled.
+
+
+def _from_odd_address(tensor: torch.Tensor) -> torch.Tensor:
+    """As a parameter in a flat buffer, behind one of an odd size."""
+    flat = tensor.new_empty(tensor.numel() + 1)[1:]
+    return flat.copy_(tensor.flatten()).view(tensor.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", ["native", "batched"])
+@pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
+def test_torchs_products(device, T, K, E, H, path, dtype):
+    # torch takes rows of a multiple of 16 bytes, or a single column as zeros are put beside it.
+    M, N = 8 * (H % 50 + 1), 8
+    for plan in plans(T, K, E, device):
+        if path == "batched" and plan.capacity is None:
+            continue
+        R = len(plan.sources)
+        x, g = values(R, M, dtype=dtype, device=device), values(R, N, dtype=dtype, device=device)
+        w = values(E, N, M, dtype=dtype, device=device)
+        bias = values(E, N, dtype=dtype, device=device)
+        x[~owned(plan)], g[~owned(plan)] = torch.nan, torch.nan
+        expanded = torch.where(owned(plan), 1.0, torch.nan).to(x)[:, None].expand(R, M)
+        for rows, weights, b in (
+            (x, w, None),
+            (x, w, bias),
+            (x, values(E, M, N, dtype=dtype, device=device).transpose(1, 2), None),
+            (x, w[:, :1], bias[:, :1]),
+            (x[:, :1], w[:, :, :1], None),
+            (expanded, w, None),
+            (x, _from_odd_address(w), None),
+            (x, torch.cat([w, w[..., :1]], dim=-1)[..., :M], None),
+            (x.t().contiguous().t(), w, None),
+        ):
+            out = torch_grouped_mm.MM[path](rows, weights, b, *groups(plan))
+            exact_bias = None if b is None else b.double()
+            exact = reference.grouped_mm(rows.double(), weights.double(), exact_bias, *groups(plan))
+            assert out.dtype == dtype
+            assert (out[~owned(plan)] == 0).all()
+            assert relative_error(out, exact) < 2 * rounding(dtype, M)
+        turned = g.t().contiguous().t()
+        for left, right in ((g, x), (g, x[:, :1]), (g[:, :1], x), (turned, x)):
+            outer = torch_grouped_mm.OUTER[path](left, right, *groups(plan))
+            exact = reference.grouped_outer(left.double(), right.double(), *groups(plan))
+            assert relative_error(outer, exact) < 2 * rounding(dtype, R + 1)
+
+
+@pytest.mark.parametrize("path", ["native", "batched", "loop"])
+def test_torchs_products_check_their_arguments(monkeypatch, path):
+    monkeypatch.setattr(torch_grouped_mm, "choose", lambda *args: (path, ""))
+    plan = moe_ext.make_plan(random_experts(8, 1, 2), 2, 4)
+    x, w = torch.randn(8, 8), torch.randn(2, 8, 8)
+    with pytest.raises(
+        RuntimeError, match="grouped_mm: bias must be float32 like rows, got float64"
+    ):
+        torch_grouped_mm.grouped_mm(x, w, torch.randn(2, 8).double(), *groups(plan))
+    with pytest.raises(RuntimeError, match=r"grouped_mm: bias must be \[E, N\] with E = 2, N = 8"):
+        torch_grouped_mm.grouped_mm(x, w, torch.randn(2, 1), *groups(plan))
+    with pytest.raises(RuntimeError, match="grouped_outer: right must be float32 like left"):
+        torch_grouped_mm.grouped_outer(x, x.double(), *groups(plan))
+
+
+class Fake:
+    """A tensor's answers, of a device that is not here."""
+
+    def __init__(self, device, dtype):
+        self.device, self.dtype = torch.device(device), dtype
+
+    def element_size(self):
+        return self.dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("device_name", "capability", "dtype", "widths", "capacity", "path", "why"),
+    [
+        ("cuda", (9, 0), torch.bfloat16, (8, 16), None, "native", ""),
+        ("cuda", (10, 0), torch.bfloat16, (8, 16), 4, "native", ""),
+        ("cuda", (8, 6), torch.bfloat16, (8, 16), 4, "batched", "loops on compute capability 8.6"),
+        ("cuda", (8, 6), torch.bfloat16, (8, 16), None, "loop", "without capacity has no batches"),
+        ("cuda", (12, 0), torch.bfloat16, (8, 16), 4, "batched", "capability 12.0"),
+        ("cuda", (9, 0), torch.float16, (8, 16), 4, "batched", "takes bfloat16, not torch.float16"),
+        ("cuda", (9, 0), torch.bfloat16, (12, 16), 4, "batched", "not (12, 16) values"),
+        ("cuda", (9, 0), torch.bfloat16, (16, 1), None, "native", ""),  # of a bias
+        ("mps", None, torch.float32, (8, 16), 4, "batched", "no grouped_mm of its own on mps"),
+        ("cpu", None, torch.float32, (8, 16), 4, "loop", "the reference runs"),
+    ],
+)
+def test_the_path_of_a_device(
+    monkeypatch, device_name, capability, dtype, widths, capacity, path, why
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    chosen, reason = torch_grouped_mm.choose(Fake(device_name, dtype), widths, capacity)
+    assert chosen == path
+    assert why in reason

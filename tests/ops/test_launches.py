@@ -1,0 +1,269 @@
+"""What the CUDA kernels launch and move, as the emulator counts it: for --cusim."""
+
+from types import ModuleType
+
+import pytest
+import torch
+from cases import DTYPES, masked_experts, random_experts, skewed_experts, values, weights_for
+
+import moe_ext
+
+ORDERS = ("forward", "reverse", "random1", "random2", "random3")
+
+
+@pytest.fixture
+def launches_of(cusim: ModuleType):
+    """launches_of(function, ...): what the call launched, a dict for each launch."""
+
+    def launches_of(function, *args, **kwargs) -> list[dict]:
+        cusim.take_launches()
+        cusim.record(True)
+        try:
+            function(*args, **kwargs)
+        finally:
+            cusim.record(False)
+        return cusim.take_launches()
+
+    return launches_of
+
+
+def kernels(launches: list[dict]) -> list[str]:
+    return [launch["kernel"] for launch in launches]
+
+
+def moved(launch: dict) -> int:
+    """Bytes of global memory that a launch reads and writes."""
+    sizes = [*launch["loads"].items(), *launch["stores"].items()]
+    return sum(size * count for size, count in sizes)
+
+
+@pytest.mark.parametrize("T", [1, 100, 3000])
+@pytest.mark.parametrize("E", [8, 60, 61, 256, 1024])
+@pytest.mark.parametrize("scoring", moe_ext.ops.checks.SCORINGS)
+def test_gate(launches_of, T, E, scoring):
+    """Logits are read once and probs written once, in vectors where E keeps them aligned."""
+    logits = torch.randn(T, E, requires_grad=True)
+    out = None
+
+    def forward():
+        nonlocal out
+        out = moe_ext.gate(logits, 4, scoring=scoring, normalize=True)
+
+    gate, *importance = launches_of(forward)
+    assert gate["kernel"] == "gate"
+    width = 16 if E % 4 == 0 else 4
+    assert gate["loads"][width] * width >= logits.nbytes
+    if width == 16:
+        assert gate["loads"][16] * 16 == gate["stores"][16] * 16 == logits.nbytes
+    if gate["blocks"] == 1:
+        assert importance == []
+    else:
+        assert kernels(importance) == ["gate_importance"]
+        assert importance[0]["loads"] == {4: gate["blocks"] * E}
+
+    total = out.weights.sum() + out.probs.square().sum() + out.importance.square().sum()
+    assert kernels(launches_of(total.backward)) == ["gate_backward"]
+
+
+@pytest.mark.parametrize(("T", "K"), [(1, 1), (256, 2), (1000, 8)])
+def test_mask_weights(launches_of, T, K):
+    """One launch each way; a weight is read twice, as a first sum needs all of them."""
+    plan = moe_ext.make_plan(random_experts(T, K, 8), 8, T)
+    weights = torch.rand(T, K, requires_grad=True)
+    kept = None
+
+    def forward():
+        nonlocal kept
+        kept = moe_ext.mask_weights(weights, plan, normalize=True)
+
+    (launch,) = launches_of(forward)
+    assert launch["kernel"] == "mask_weights"
+    assert launch["loads"] == {4: 4 * T * K}
+    assert launch["stores"] == {4: T * K}
+    assert kernels(launches_of(kept.square().sum().backward)) == ["mask_weights_backward"]
+
+
+@pytest.mark.parametrize(("T", "K"), [(0, 2), (1, 1), (512, 8), (513, 8), (20000, 3)])
+@pytest.mark.parametrize("order", moe_ext.ops.checks.ORDERS)
+def test_plan(launches_of, T, K, order):
+    E = 16
+    experts, priority = random_experts(T, K, E), torch.rand(T, K)
+    sort = ["plan_place"] if T * K <= 4096 else ["plan_count", "plan_place"]
+    for capacity in (None, 0, T * K // E + 1):
+        calls = launches_of(moe_ext.make_plan, experts, E, capacity, order=order)
+        assert kernels(calls) == sort
+        calls = launches_of(moe_ext.make_plan, experts, E, capacity, order=order, priority=priority)
+        if capacity is None or T == 0:  # there is nothing to choose
+            assert kernels(calls) == sort
+        else:
+            assert kernels(calls) == [*sort, "plan_keep"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H", [8, 1024, 2056])
+@pytest.mark.parametrize("capacity", [None, 40])
+def test_rows_move_once_and_in_vectors(launches_of, dtype, H, capacity):
+    """dispatch reads every token once and writes every row once; combine the reverse. Beyond that
+    a route costs a few integers, which count for nothing beside rows of a model's width."""
+    T, K, E = 150, 4, 8
+    plan = moe_ext.make_plan(masked_experts(T, K, E), E, capacity)
+    tokens = values(T, H, dtype=dtype)
+    rows = values(len(plan.sources), H, dtype=dtype)
+    weights = weights_for(dtype, T, K)
+    row_vectors = rows[0].nbytes // 16
+    kept = int(plan.kept().sum())
+    for w in (None, weights):
+        (dispatch,) = launches_of(moe_ext.dispatch, tokens, plan, w)
+        assert dispatch["kernel"] == "dispatch"
+        assert dispatch["loads"][16] == T * row_vectors
+        assert dispatch["stores"] == {16: len(rows) * row_vectors}
+
+        (combine,) = launches_of(moe_ext.combine, rows, plan, w)
+        assert combine["kernel"] == "combine"
+        assert combine["loads"][16] == kept * row_vectors
+        assert combine["stores"] == {16: T * row_vectors}
+        if H >= 1024:
+            assert moved(dispatch) <= 1.03 * (tokens.nbytes + rows.nbytes)
+            assert moved(combine) <= 1.03 * (tokens.nbytes + kept * rows[0].nbytes)
+
+
+@pytest.mark.parametrize("H", [1024, 1])
+def test_gradients_of_combine_in_one_launch(launches_of, H):
+    plan = moe_ext.make_plan(random_experts(150, 3, 8), 8, 40)
+    rows = torch.randn(len(plan.sources), H, requires_grad=True)
+    weights = torch.rand(150, 3, requires_grad=True)
+    out = moe_ext.combine(rows, plan, weights)
+    calls = launches_of(out.backward, torch.randn_like(out))
+    assert kernels(calls) == ["combine_backward"]
+    (dot,) = launches_of(moe_ext.route_dot, out.detach(), rows.detach(), plan)
+    assert dot["kernel"] == "route_dot"
+    if H == 1024:
+        kept = int(plan.kept().sum())
+        # The incoming gradient and the kept rows are read, every row of the gradient is written.
+        assert moved(calls[0]) <= 1.03 * (out.nbytes + kept * rows[0].nbytes + rows.nbytes)
+        assert moved(dot) <= 1.03 * (out.nbytes + kept * rows[0].nbytes)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_activation_reads_and_writes_once(launches_of, activation):
+    plan = moe_ext.make_plan(random_experts(150, 3, 8), 8, 40)
+    kept, R = int(plan.kept().sum()), len(plan.sources)
+    pre_activation, weights = torch.randn(R, 1024), torch.rand(150, 3)
+    (call,) = launches_of(moe_ext.activate, pre_activation, plan, activation, weights)
+    out = moe_ext.activate(pre_activation, plan, activation)
+    assert call["kernel"] == "activate"
+    assert call["loads"][16] == kept * pre_activation[0].nbytes // 16
+    assert call["stores"] == {16: out.nbytes // 16}
+    args = torch.randn_like(out), pre_activation, plan.slots, plan.sources, weights, activation
+    (call,) = launches_of(torch.ops.moe_ext.activate_backward, *args)
+    assert call["kernel"] == "activate_backward"
+    assert call["loads"][16] == kept * (pre_activation[0].nbytes + out[0].nbytes) // 16
+    assert call["stores"] == {16: (pre_activation.nbytes + out.nbytes) // 16, 4: weights.numel()}
+
+
+def test_nothing_to_do_is_not_launched(launches_of):
+    plan = moe_ext.make_plan(torch.empty(0, 2, dtype=torch.int32), 4)
+    assert launches_of(moe_ext.dispatch, torch.empty(0, 8), plan) == []
+    assert launches_of(moe_ext.combine, torch.empty(0, 8), plan) == []
+    plan = moe_ext.make_plan(random_experts(5, 2, 4), 4)
+    assert launches_of(moe_ext.dispatch, torch.empty(5, 0), plan) == []
+
+
+def test_launches_fit_the_device(launches_of):
+    """Blocks of whole warps, and no more shared memory than a block has without asking."""
+    logits = torch.randn(9000, 1024)
+    plan = moe_ext.make_plan(random_experts(3000, 2, 1024), 1024)
+    calls = launches_of(moe_ext.gate, logits, 8)
+    calls += launches_of(moe_ext.gate, logits.double(), 8)
+    calls += launches_of(moe_ext.make_plan, plan.expert_ids, 1024, 3, priority=torch.rand(3000, 2))
+    calls += launches_of(moe_ext.dispatch, torch.randn(3000, 1), plan, torch.rand(3000, 2))
+    assert len(calls) == 8
+    for call in calls:
+        assert call["threads"] % 32 == 0
+        assert 0 < call["threads"] <= 1024
+        assert 0 < call["shared_bytes"] <= 48 << 10
+
+
+@pytest.mark.parametrize("routing", [random_experts, skewed_experts, masked_experts])
+def test_the_same_bits_in_every_order(cusim, request, routing):
+    """No turn of threads or blocks shows in a result."""
+    T, K, E, H = 900, 5, 8, 24
+    experts = routing(T, K, E)
+    logits, priority = torch.randn(T, E), torch.rand(T, K).round(decimals=1)
+    tokens, weights = torch.randn(T, H), torch.rand(T, K)
+
+    def everything() -> list[torch.Tensor]:
+        plans = [moe_ext.make_plan(experts, E, capacity, priority=priority) for capacity in (0, 99)]
+        plans += [moe_ext.make_plan(experts, E, align=8), moe_ext.make_plan(experts, E, 99)]
+        results = [*moe_ext.gate(logits, K)]
+        for plan in plans:
+            rows = moe_ext.dispatch(tokens, plan, weights)
+            routes = plan.slots, plan.sources
+            results += [plan.load, plan.offsets, *routes, rows]
+            results += [moe_ext.combine(rows, plan, weights), moe_ext.route_dot(tokens, rows, plan)]
+            results += torch.ops.moe_ext.combine_backward(tokens, rows, *routes, weights)
+            pre_activation = rows, *routes, weights, "swiglu"
+            results += torch.ops.moe_ext.activate_backward(rows[:, : H // 2], *pre_activation)
+        return results
+
+    try:
+        runs = []
+        for order in ORDERS:
+            cusim.set_order(order)
+            runs.append(everything())
+    finally:
+        cusim.set_order(request.config.getoption("--cusim-order"))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_too_many_experts(unchecked):
+    too_many = r"num_experts must be at most 1024 on cuda, got 1025"
+    with pytest.raises(RuntimeError, match=f"gate: {too_many}"):
+        moe_ext.gate(torch.randn(3, 1025, device=unchecked), 2)
+    with pytest.raises(RuntimeError, match=f"plan: {too_many}"):
+        moe_ext.make_plan(random_experts(3, 2, 1025, unchecked), 1025)
+
+
+def test_an_order_that_there_is_not(cusim):
+    with pytest.raises(
+        ValueError, match="order must be forward, reverse or random<seed>, got rand"
+    ):
+        cusim.set_order("rand")
+
+
+def test_ids_out_of_range_count_as_masked(unchecked):
+    """The kernels cannot raise; they leave out what no expert is asked by."""
+    masked = masked_experts(40, 3, 8, unchecked)
+    priority = torch.rand(40, 3, device=unchecked)
+    for stray in (-2, 8, torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max):
+        strays = torch.where(masked < 0, stray, masked)
+        for options in ({}, {"capacity": 5}, {"capacity": 5, "priority": priority}):
+            right = moe_ext.make_plan(masked, 8, **options)
+            plan = moe_ext.make_plan(strays, 8, **options)
+            assert all(torch.equal(a, b) for a, b in zip(plan[:4], right[:4], strict=True))
+
+
+def test_a_wrong_plan_writes_every_row_once(unchecked, poisoned):
+    """Slots and sources that disagree make no route, as in the reference."""
+    T, K, R, H = 30, 3, 64, 8
+    generator = torch.Generator().manual_seed(5)
+    slots = torch.randint(-3, R + 3, (T, K), generator=generator, dtype=torch.int32)
+    sources = torch.randint(-3, T * K + 3, (R,), generator=generator, dtype=torch.int32)
+    slots[0, 0], sources[0] = 0, 0
+    tokens, rows, weights = torch.randn(T, H), torch.randn(R, H), torch.rand(T, K)
+    agree = torch.zeros(T, K, dtype=torch.bool)
+    for route, slot in enumerate(slots.flatten().tolist()):
+        agree.view(-1)[route] = 0 <= slot < R and int(sources[slot]) == route
+    assert agree.any()
+    here = [x.to(unchecked) for x in (tokens, rows, slots, sources, weights)]
+    x, y, *routes, w = here
+    out = torch.ops.moe_ext.dispatch(x, *routes, w).cpu()
+    sums = torch.ops.moe_ext.combine(y, *routes, w).cpu()
+    expected = torch.zeros(R, H)
+    expected_sums = torch.zeros(T, H)
+    for t, k in agree.nonzero().tolist():
+        expected[slots[t, k]] = weights[t, k] * tokens[t]
+        expected_sums[t] += weights[t, k] * rows[slots[t, k]]
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,143 @@
+import math
+
+import pytest
+import torch
+from cases import ROUTINGS, SIZES, masked_experts, random_experts
+
+import moe_ext
+from moe_ext.ops import checks, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+ORDERS = checks.ORDERS
+
+
+def queue_of(T: int, K: int, order: str) -> list[tuple[int, int]]:
+    if order == "choice":
+        return [(t, k) for k in range(K) for t in range(T)]
+    return [(t, k) for t in range(T) for k in range(K)]
+
+
+def plan_by_hand(experts, E, capacity, priority, order, align):
+    """The definition, one route at a time. -> slots {(t, k): row}, offsets, load."""
+    T, K = experts.shape
+    waiting = {e: [] for e in range(E)}
+    for t, k in queue_of(T, K, order):
+        if experts[t, k] >= 0:
+            waiting[int(experts[t, k])].append((t, k))
+    slots, offsets, load, row = {}, [], [], 0
+    for e in range(E):
+        routes = waiting[e]
+        load.append(len(routes))
+        offsets.append(row)
+        kept = routes
+        if capacity is not None:
+            if priority is not None:
+
+                def rank(i, routes=routes):
+                    p = float(priority[routes[i]])
+                    return (math.isnan(p), 0.0 if math.isnan(p) else -p, i)
+
+                best = sorted(range(len(routes)), key=rank)[:capacity]
+                kept = [routes[i] for i in sorted(best)]
+            else:
+                kept = routes[:capacity]
+        slots |= {route: row + i for i, route in enumerate(kept)}
+        row += math.ceil(len(routes) / align) * align if capacity is None else capacity
+    return slots, [*offsets, row], load
+
+
+def assert_plan_by_hand(plan, priority, order, align):
+    experts, E = plan.expert_ids.cpu(), plan.num_experts
+    slots, offsets, load = plan_by_hand(experts, E, plan.capacity, priority, order, align)
+    T, K = experts.shape
+    expected_slots = torch.full((T, K), -1, dtype=torch.int32)
+    expected_sources = torch.full((len(plan.sources),), -1, dtype=torch.int32)
+    for (t, k), row in slots.items():
+        expected_slots[t, k] = row
+        expected_sources[row] = t * K + k
+    assert torch.equal(plan.slots.cpu(), expected_slots)
+    assert torch.equal(plan.sources.cpu(), expected_sources)
+    assert plan.offsets.tolist() == offsets
+    assert plan.load.tolist() == load
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
+def test_is_the_definition(device, T, K, E, H, order, routing):
+    experts = routing(T, K, E, device)
+    for align in (1, 2, 8):
+        plan = moe_ext.make_plan(experts, E, order=order, align=align)
+        assert_plan_by_hand(plan, None, order, align)
+    for capacity in (0, 1, max(1, T * K // (2 * E)), T + 3):
+        plan = moe_ext.make_plan(experts, E, capacity, order=order)
+        assert_plan_by_hand(plan, None, order, 1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", ["uniform", "ties", "special"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_priority_decides_who_is_kept(device, order, kind, routing):
+    T, K, E = 90, 3, 5
+    experts = routing(T, K, E, device)
+    priority = torch.rand(T, K, device=device)
+    if kind == "ties":
+        priority = (4 * priority).floor()
+    if kind == "special":
+        special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0], device=device)
+        priority = special[torch.randint(len(special), (T, K), device=device)]
+    for capacity in (0, 1, 17, 40, T):
+        plan = moe_ext.make_plan(experts, E, capacity, priority=priority, order=order)
+        assert_plan_by_hand(plan, priority.cpu(), order, 1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("with_priority", [False, True])
+def test_matches_reference_where_threads_share_the_queue(device, order, with_priority):
+    T, K, E = 70_000, 3, 37
+    experts = masked_experts(T, K, E, device)
+    priority = torch.rand(T, K, device=device) if with_priority else None
+    for capacity, align in ((None, 1), (None, 16), (4000, 1), (T, 1)):
+        args = (experts, priority, E, capacity, order, align)
+        actual, expected = torch.ops.moe_ext.plan(*args), reference.plan(*args)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_a_priority_drops_nobody_where_there_is_room(device):
+    experts = random_experts(50, 2, 4, device)
+    plain = moe_ext.make_plan(experts, 4)
+    ranked = moe_ext.make_plan(experts, 4, priority=torch.rand(50, 2, device=device))
+    assert torch.equal(plain.slots, ranked.slots)
+
+
+@pytest.mark.parametrize("align", [1, 4, 128])
+def test_rows_of_a_dropless_plan_follow_from_shapes_and_suffice(device, align):
+    for T, K, E in ((0, 2, 3), (1, 1, 8), (3, 2, 64), (200, 4, 7)):
+        N = T * K
+        used = min(E, N)
+        rows = N if align == 1 else align * ((N + used * (align - 1)) // align)
+        for routing in ROUTINGS:
+            if K <= E:
+                plan = moe_ext.make_plan(routing(T, K, E, device), E, align=align)
+                assert len(plan.sources) == rows
+                assert plan.offsets[-1] <= rows
+
+
+def test_expert_choice_is_a_plan_with_k_equal_to_e(device):
+    """Every token asks every expert, the score is the priority: experts take their best C."""
+    T, E, C = 60, 6, 9
+    scores = torch.rand(T, E, device=device)
+    experts = torch.arange(E, dtype=torch.int32, device=device).repeat(T, 1)
+    plan = moe_ext.make_plan(experts, E, C, priority=scores)
+    chosen = (plan.slots >= 0).T
+    for e in range(E):
+        assert set(chosen[e].nonzero().flatten().tolist()) == set(
+            scores[:, e].topk(C).indices.tolist()
+        )
+
+
+def test_kept_counts_rows(device):
+    plan = moe_ext.make_plan(masked_experts(90, 2, 5, device), 5, 20)
+    by_expert = torch.bincount(plan.expert_ids[plan.slots >= 0].long(), minlength=5)
+    assert torch.equal(plan.kept().long(), by_expert)

@@ -1,0 +1,241 @@
+"""dispatch, combine and route_dot: the three derivatives of one form."""
+
+import math
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    SIZES,
+    assert_within,
+    masked_experts,
+    plans,
+    random_experts,
+    values,
+    weights_for,
+)
+from torch.autograd import gradcheck, gradgradcheck
+
+import moe_ext
+from moe_ext.ops import checks, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
+def test_one_form(device, T, K, E, H):
+    """<dispatch(x, w), y> = <x, combine(y, w)> = <w, route_dot(x, y)>, by hand as well."""
+    for plan in plans(T, K, E, device):
+        R = len(plan.sources)
+        x = values(T, H, dtype=torch.float64, device=device)
+        y = values(R, H, dtype=torch.float64, device=device)
+        w = weights_for(torch.float64, T, K, device=device)
+        form = 0.0
+        for t, k in (plan.slots >= 0).nonzero().tolist():
+            form += w[t, k] * (x[t] @ y[plan.slots[t, k]])
+        form = torch.as_tensor(form, dtype=torch.float64, device=device)
+        scale = max(1.0, math.sqrt(T * K * H))
+        for product in (
+            (moe_ext.dispatch(x, plan, w) * y).sum(),
+            (x * moe_ext.combine(y, plan, w)).sum(),
+            (w * moe_ext.route_dot(x, y, plan)).sum(),
+        ):
+            assert (product - form).abs() < 1e-12 * scale
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
+def test_matches_reference(device, T, K, E, H, dtype, weighted):
+    for plan in plans(T, K, E, device):
+        R = len(plan.sources)
+        x, y = values(T, H, dtype=dtype, device=device), values(R, H, dtype=dtype, device=device)
+        w = weights_for(dtype, T, K, device=device) if weighted else None
+        wide = None if w is None else w.double()
+        routes = (plan.slots, plan.sources)
+
+        rows = moe_ext.dispatch(x, plan, w)
+        exact = reference.dispatch(x.double(), *routes, wide)
+        assert rows.dtype == dtype
+        if weighted:
+            assert_within(rows, exact, exact.abs(), additions=1)
+        else:
+            assert torch.equal(rows.double(), exact)
+
+        tokens = moe_ext.combine(y, plan, w)
+        exact = reference.combine(y.double(), *routes, wide)
+        terms = reference.combine(y.double().abs(), *routes, wide)
+        assert tokens.dtype == dtype
+        assert_within(tokens, exact, terms, additions=2 * K)
+
+        dots = moe_ext.route_dot(x, y, plan)
+        exact = reference.route_dot(x.double(), y.double(), *routes)
+        terms = reference.route_dot(x.double().abs(), y.double().abs(), *routes)
+        assert dots.dtype == checks.accumulate_dtype(dtype)
+        assert_within(dots, exact, terms, additions=H + 1)
+
+        if weighted:
+            both = torch.ops.moe_ext.combine_backward(x, y, *routes, w)
+            assert torch.equal(both[0], rows)
+            assert torch.equal(both[1], dots)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dispatch_copies_bits(device, dtype):
+    """An unweighted row is the token, NaN and all; an empty row is +0."""
+    T, H, E = 40, 9, 4
+    x = values(T, H, dtype=dtype, device=device)
+    x[3, 2], x[4, 0], x[5, 1] = math.nan, -math.inf, -0.0
+    plan = moe_ext.make_plan(random_experts(T, 2, E, device), E, 30)
+    rows = moe_ext.dispatch(x, plan)
+    filled = plan.sources >= 0
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    expected = x[plan.sources[filled].long() // 2]
+    assert torch.equal(rows[filled].view(integer), expected.view(integer))
+    assert (rows[~filled].view(integer) == 0).all()
+
+
+def test_a_dropped_route_adds_nothing_whatever_its_weight(device):
+    T, E, H = 30, 3, 5
+    plan = moe_ext.make_plan(masked_experts(T, 2, E, device), E, 4)
+    y = values(len(plan.sources), H, dtype=torch.float32, device=device)
+    w = weights_for(torch.float32, T, 2, device=device)
+    poisoned = torch.where(plan.slots < 0, math.nan, w)
+    assert torch.equal(moe_ext.combine(y, plan, poisoned), moe_ext.combine(y, plan, w))
+    grad = moe_ext.route_dot(values(T, H, dtype=torch.float32, device=device), y, plan)
+    assert (grad[plan.slots < 0] == 0).all()
+
+
+def test_nan_stays_in_its_token(device):
+    T, E, H = 64, 4, 8
+    plan = moe_ext.make_plan(random_experts(T, 2, E, device), E)
+    x = values(T, H, dtype=torch.float32, device=device)
+    x[5] = math.nan
+    back = moe_ext.combine(moe_ext.dispatch(x, plan), plan)
+    assert back[5].isnan().all()
+    assert back.isnan().any(dim=-1).sum() == 1
+
+
+def test_combine_rounds_once(device):
+    """Eight halves of a unit in the last place are four units: bfloat16 sums would lose them."""
+    experts = torch.arange(9, dtype=torch.int32, device=device).view(1, 9)
+    plan = moe_ext.make_plan(experts, 9)
+    ulp = torch.finfo(torch.bfloat16).eps
+    rows = torch.full((9, 1), ulp / 2, dtype=torch.bfloat16, device=device)
+    rows[0] = 1.0
+    assert moe_ext.combine(rows, plan).item() == 1 + 4 * ulp
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_non_contiguous_inputs(device, dtype):
+    T, K, E, H = 33, 2, 4, 12
+    dense = moe_ext.make_plan(random_experts(T, K, E, device), E)
+    plan = dense._replace(slots=dense.slots.t().contiguous().t())
+    R = len(plan.sources)
+    x = values(H, T, dtype=dtype, device=device).t()
+    y = values(R, 2 * H, dtype=dtype, device=device)[:, ::2]
+    w = weights_for(dtype, K, T, device=device).t()
+    assert not any(t.is_contiguous() for t in (x, y, w, plan.slots))
+    for function, args in (
+        (moe_ext.dispatch, (x, w)),
+        (moe_ext.combine, (y, w)),
+    ):
+        strided = function(args[0], plan, args[1])
+        assert torch.equal(strided, function(args[0].contiguous(), dense, args[1].contiguous()))
+    dots = moe_ext.route_dot(x.contiguous(), y.contiguous(), dense)
+    assert torch.equal(moe_ext.route_dot(x, y, plan), dots)
+
+
+def test_no_column(device):
+    plan = moe_ext.make_plan(random_experts(4, 2, 3, device), 3)
+    x = torch.empty(4, 0, device=device)
+    rows = moe_ext.dispatch(x, plan)
+    assert rows.shape == (8, 0)
+    assert moe_ext.combine(rows, plan).shape == (4, 0)
+    assert torch.equal(moe_ext.route_dot(x, rows, plan), torch.zeros(4, 2, device=device))
+
+
+def test_bitwise_the_same_for_any_number_of_threads():
+    T, K, E, H = 2000, 3, 16, 100
+    plan = moe_ext.make_plan(random_experts(T, K, E), E, 300)
+    x, w = values(T, H, dtype=torch.bfloat16), weights_for(torch.bfloat16, T, K)
+    y = values(len(plan.sources), H, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = moe_ext.make_plan(plan.expert_ids, E, 300)
+            results.append(
+                [
+                    again.slots,
+                    again.sources,
+                    moe_ext.dispatch(x, plan, w),
+                    moe_ext.combine(y, plan, w),
+                    moe_ext.route_dot(x, y, plan),
+                ]
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("T", "K", "E", "H"), [(5, 2, 3, 3), (1, 1, 1, 1), (4, 3, 3, 2)])
+def test_gradients(device, T, K, E, H, weighted):
+    for plan in plans(T, K, E, device):
+        R = len(plan.sources)
+
+        def leaf(*size):
+            return values(*size, dtype=torch.float64, device=device).requires_grad_()
+
+        x, y = leaf(T, H), leaf(R, H)
+        w = (leaf(T, K),) if weighted else ()
+        cases = [
+            (lambda x, *w, plan=plan: moe_ext.dispatch(x, plan, *w), (x, *w)),
+            (lambda y, *w, plan=plan: moe_ext.combine(y, plan, *w), (y, *w)),
+        ]
+        if not weighted:
+            cases.append((lambda x, y, plan=plan: moe_ext.route_dot(x, y, plan), (x, y)))
+        else:
+
+            def combine_backward(x, y, w, routes=(plan.slots, plan.sources)):
+                return torch.ops.moe_ext.combine_backward(x, y, *routes, w)
+
+            cases.append((combine_backward, (x, y, *w)))
+        for function, inputs in cases:
+            assert gradcheck(function, inputs, check_batched_grad=R > 0)
+            assert gradgradcheck(function, inputs)
+
+
+def test_only_the_needed_gradients(device):
+    plan = moe_ext.make_plan(random_experts(6, 2, 3, device), 3)
+    x = values(6, 4, dtype=torch.float32, device=device)
+    w = weights_for(torch.float32, 6, 2, device=device).requires_grad_()
+    moe_ext.dispatch(x, plan, w).sum().backward()
+    torch.testing.assert_close(w.grad, x.sum(-1, keepdim=True).expand(6, 2))
+
+
+def test_gradients_of_combine_one_by_one(device):
+    """Both come from one pass over the incoming gradient, each alone from its own operator."""
+    plan = moe_ext.make_plan(masked_experts(20, 2, 3, device), 3, 8)
+    rows = values(len(plan.sources), 5, dtype=torch.float32, device=device)
+    w = weights_for(torch.float32, 20, 2, device=device)
+    grad = values(20, 5, dtype=torch.float32, device=device)
+
+    def gradients(*needed):
+        leaves = [t.clone().requires_grad_(need) for t, need in zip((rows, w), needed, strict=True)]
+        moe_ext.combine(leaves[0], plan, leaves[1]).backward(grad)
+        return [leaf.grad for leaf in leaves]
+
+    both = gradients(True, True)
+    assert torch.equal(gradients(True, False)[0], both[0])
+    assert torch.equal(gradients(False, True)[1], both[1])
+
+
+def test_float16_rows_that_overflow_become_infinite(device):
+    plan = moe_ext.make_plan(torch.zeros(1, 1, dtype=torch.int32, device=device), 1)
+    x = torch.tensor([[6e4, -6e4]], dtype=torch.float16, device=device)
+    rows = moe_ext.dispatch(x, plan, torch.full((1, 1), 4.0, device=device))
+    assert rows.tolist() == [[math.inf, -math.inf]]

@@ -1,0 +1,102 @@
+"""ExpertParallel by DeepEP's interface, on a stand-in for its buffer: DeepEP itself needs GPUs."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_expert_parallel import Case, assert_like_one_process, gradients, layer_of, step
+
+from moe_ext import ExpertParallel
+
+
+class Buffer:
+    """What DeepEP documents of `ElasticBuffer`, by collectives: a token is received once by every
+    process that has one of its experts, in the order of processes and tokens, ids are of the
+    experts there, -1 for others; combine sums what the receivers of a token have."""
+
+    def __init__(self) -> None:
+        self.waited = True
+
+    def dispatch(
+        self,
+        x,
+        topk_idx=None,
+        topk_weights=None,
+        num_experts=None,
+        handle=None,
+        do_cpu_sync=None,
+        do_expand=False,
+        async_with_compute_stream=False,
+    ):
+        assert (topk_idx is None) == (handle is not None) == (topk_weights is None)
+        if handle is not None:
+            topk_idx, num_experts = handle
+        assert topk_idx.dtype == torch.int64
+        everyones = self._of_all((x, topk_idx, topk_weights))
+        first, past = self._mine(num_experts)
+        received = []
+        for rows, ids, weights in everyones:
+            is_mine = (ids >= first) & (ids < past)
+            comes = is_mine.any(dim=1)
+            local = torch.where(is_mine, ids - first, -1)
+            received.append(
+                (rows[comes], local[comes], None if weights is None else weights[comes])
+            )
+        rows, ids, weights = zip(*received, strict=True)
+        self.waited = not async_with_compute_stream
+        return (
+            torch.cat(rows),
+            torch.cat(ids),
+            None if handle else torch.cat(weights),
+            (topk_idx, num_experts),
+            self,
+        )
+
+    def current_stream_wait(self) -> None:
+        self.waited = True
+
+    def combine(self, x, handle, topk_weights=None):
+        assert self.waited
+        topk_idx, num_experts = handle
+        everyones = self._of_all((x, topk_idx, topk_weights))
+        out = torch.zeros(len(topk_idx), x.shape[1], dtype=x.dtype)
+        weights = (
+            None if topk_weights is None else torch.zeros(topk_idx.shape, dtype=topk_weights.dtype)
+        )
+        size = num_experts // len(everyones)
+        for receiver, (rows, _, weights_there) in enumerate(everyones):
+            done = 0
+            for sender, (_, ids, _) in enumerate(everyones):
+                is_there = (ids >= 0) & (ids // size == receiver)
+                comes = is_there.any(dim=1)
+                end = done + int(comes.sum())
+                if sender == dist.get_rank():
+                    out[comes] += rows[done:end]
+                    if weights is not None:
+                        weights[comes] += torch.where(is_there[comes], weights_there[done:end], 0)
+                done = end
+        return out, weights, self
+
+    def _of_all(self, mine: tuple) -> list[tuple]:
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, mine)
+        return everyones
+
+    def _mine(self, num_experts: int) -> tuple[int, int]:
+        size = num_experts // dist.get_world_size()
+        return dist.get_rank() * size, (dist.get_rank() + 1) * size
+
+
+def _by_deepep(rank: int, case: Case):
+    layer = layer_of(case)
+    layer.experts = ExpertParallel.of(layer.experts, dist.group.WORLD, deepep=Buffer())
+    out, grad_tokens = step(layer, case, rank)
+    return out, grad_tokens, gradients(layer.gate), gradients(layer.experts)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(k=1), Case(k=3), Case((6, 6), k=3, drop_tokens=True), Case((5, 0, 3, 7), k=4)],
+    ids=str,
+)
+def test_like_one_process(case):
+    assert_like_one_process(case, _by_deepep)

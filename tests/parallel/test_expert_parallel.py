@@ -1,0 +1,434 @@
+"""Expert parallelism gives what one process gives."""
+
+import copy
+import itertools
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import relative_error
+from processes import on_processes
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from moe_ext import ExpertParallel, GroupedExperts, ModuleExperts, MOELayer, SharedExperts, TopKGate
+from moe_ext.parallel import make_groups
+
+H, F, E = 10, 6, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer whose experts are divided among all processes.
+
+    tokens: of every process
+    nodes: 0, or how many nodes the processes are in, for an exchange in two levels
+    """
+
+    tokens: tuple[int, ...] = (9, 5)
+    k: int = 2
+    drop_tokens: bool = False
+    kind: str = "grouped"
+    nodes: int = 0
+    options: dict = field(default_factory=dict)
+    score_before_experts: bool = False
+
+    def __str__(self) -> str:
+        drop = "capacity" if self.drop_tokens else "dropless"
+        how = ",".join(f"{name}={value}" for name, value in self.options.items())
+        nodes = f"{self.nodes} nodes," if self.nodes else ""
+        return f"{list(self.tokens)},k={self.k},{drop},{self.kind},{nodes}{how}"
+
+
+def layer_of(case: Case) -> MOELayer:
+    torch.manual_seed(1)
+    gate = TopKGate(
+        *(H, E, case.k),
+        capacity_factor=0.8,
+        min_capacity=2,
+        drop_tokens=case.drop_tokens,
+        drop_policy="position",
+        top2_2nd_expert_sampling=False,
+    )
+    if case.kind == "grouped":
+        experts = GroupedExperts(
+            E, H, F, "geglu", bias=True, score_before_experts=case.score_before_experts
+        )
+    else:
+        network = nn.Sequential(nn.Linear(H, F), nn.Tanh(), nn.Linear(F, H))
+        experts = ModuleExperts(network, E)
+        for expert in experts.experts:
+            for parameter in expert.parameters():
+                nn.init.normal_(parameter)
+    return MOELayer(gate, experts).double()
+
+
+def inputs_of(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(10 + rank)
+    tokens, grad = torch.randn(2, case.tokens[rank], H, generator=generator, dtype=torch.float64)
+    return tokens.requires_grad_(), grad
+
+
+def step(layer: MOELayer, case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, grad = inputs_of(case, rank)
+    out = layer(tokens)
+    ((out * grad).sum() + layer.l_aux).backward()
+    return out.detach(), tokens.grad
+
+
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def group_of(case: Case):
+    world = dist.get_world_size()
+    return make_groups((case.nodes, world // case.nodes) if case.nodes else world).ep
+
+
+def parallel_step(rank: int, case: Case):
+    layer = layer_of(case)
+    layer.experts = ExpertParallel.of(layer.experts, group_of(case), **case.options)
+    out, grad_tokens = step(layer, case, rank)
+    return out, grad_tokens, gradients(layer.gate), gradients(layer.experts)
+
+
+def assert_same(actual, expected) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def assert_like_one_process(case: Case, function=parallel_step) -> None:
+    found = on_processes(len(case.tokens), function, case)
+    layer = layer_of(case)
+    for rank, (out, grad_tokens, _, _) in enumerate(found):
+        expected_out, expected_grad = step(layer, case, rank)
+        assert_same(out, expected_out)
+        assert_same(grad_tokens, expected_grad)
+    gate, experts = gradients(layer.gate), gradients(layer.experts)
+    for name, expected in gate.items():
+        assert_same(sum(of_gate[name] for _, _, of_gate, _ in found), expected)
+    local = E // len(case.tokens)
+    for rank, (_, _, _, of_experts) in enumerate(found):
+        for name, actual in of_experts.items():
+            assert_same(actual, expected_part(experts, name, rank, local))
+
+
+def expected_part(gradients: dict, name: str, rank: int, local: int) -> torch.Tensor:
+    if not name.startswith("experts."):
+        return gradients[name][rank * local : (rank + 1) * local]
+    _, number, rest = name.split(".", 2)
+    return gradients[f"experts.{rank * local + int(number)}.{rest}"]
+
+
+CASES = [
+    Case((7,)),
+    *(Case(k=k) for k in (1, 2, 3, 4)),
+    *(Case((6, 6), k=k, drop_tokens=True) for k in (1, 2, 3, 4)),
+    Case((9, 0)),
+    Case((9, 5), drop_tokens=True, options={"uneven_tokens": True}),
+    Case((0, 5), drop_tokens=True, options={"uneven_tokens": True}),
+    Case((0, 0)),
+    Case(k=4, options={"dedup": True}),
+    Case((9, 0), k=3, options={"dedup": True}, score_before_experts=True),
+    Case((9, 0), k=1, options={"dedup": True}),
+    Case((1, 2), k=1, options={"dedup": True, "overlap": 2}),
+    Case((6, 6), k=3, drop_tokens=True, options={"dedup": True}),
+    Case(options={"overlap": 3}),
+    Case((1, 5), options={"overlap": 3}),
+    Case((6, 6), drop_tokens=True, options={"overlap": 2}),
+    Case(k=3, options={"overlap": 2, "dedup": True}),
+    Case(kind="modules"),
+    Case((6, 6), drop_tokens=True, kind="modules"),
+    Case((5, 3, 0, 7), k=3),
+    Case((5, 3, 0, 7), k=3, nodes=2),
+    Case((5, 3, 0, 7), k=4, nodes=2, options={"dedup": True, "overlap": 2}),
+    Case((5, 3, 0, 7), k=3, nodes=2, kind="modules", options={"dedup": True}),
+    Case((4, 4, 4, 4), drop_tokens=True),
+    Case((4, 4, 4, 4), drop_tokens=True, nodes=2, options={"overlap": 2}),
+    Case((4, 4, 4, 4), drop_tokens=True, nodes=2, kind="modules"),
+    Case((4, 4, 4, 4), drop_tokens=True, nodes=1),
+    Case((5, 3, 0, 7), nodes=4),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_like_one_process(case):
+    assert_like_one_process(case)
+
+
+def test_an_exchange_is_skipped_in_a_group_of_one():
+    (names,) = on_processes(1, _collectives_of_one)
+    assert names == []
+
+
+def _collectives_of_one(rank: int) -> list[str]:
+    layer = layer_of(Case())
+    layer.experts = ExpertParallel.of(layer.experts, dist.group.WORLD)
+    with CountCollectives() as counted:
+        layer(torch.randn(4, H, dtype=torch.float64)).sum().backward()
+    return counted.names
+
+
+class CountCollectives(TorchDispatchMode):
+    """What runs: collectives, and their order with products of a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.order = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if name.startswith(("_c10d_functional::", "c10d::")) and "wait" not in name:
+            self.names.append(name)
+        short = {
+            "_c10d_functional::all_to_all_single": "all_to_all",
+            "_c10d_functional::wait_tensor": "wait",
+            "aten::addmm": "shared",
+        }
+        self.order += [short[name]] if name in short else []
+        return func(*args, **kwargs or {})
+
+
+class CountReads(TorchFunctionMode):
+    """How often the host reads values of tensors, which on a GPU it would wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        reads = ("tolist", "item", "cpu", "numpy", "nonzero", "unique", "__bool__", "__int__")
+        is_masked = name == "__getitem__" and getattr(args[1], "dtype", None) == torch.bool
+        is_sized = name == "repeat_interleave" and "output_size" not in kwargs
+        self.reads += name in reads or is_masked or is_sized
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("case", "reads"),
+    [
+        (Case((6, 6), drop_tokens=True), 0),
+        (Case((6, 6), drop_tokens=True, options={"overlap": 3}), 0),
+        (Case(), 1),
+        (Case(options={"overlap": 3}), 1),
+        (Case(k=3, options={"dedup": True, "overlap": 2}), 1),
+        (Case((4, 4, 4, 4), nodes=2), 1),
+        (Case((4, 4, 4, 4), nodes=2, options={"dedup": True}), 2),
+    ],
+    ids=str,
+)
+def test_the_host_reads_once_at_the_most(case, reads):
+    for names, found in on_processes(len(case.tokens), _reads, case):
+        assert found == reads
+        assert names
+
+
+def _reads(rank: int, case: Case) -> tuple[list[str], int]:
+    layer = layer_of(case)
+    layer.experts = ExpertParallel.of(layer.experts, group_of(case), **case.options)
+    step(layer, case, rank)
+    with CountCollectives() as counted, CountReads() as read:
+        step(layer, case, rank)
+    return counted.names, read.reads
+
+
+def _with_shared(layer: MOELayer) -> MOELayer:
+    torch.manual_seed(2)
+    layer.experts = SharedExperts(layer.experts, nn.Linear(H, H), nn.Linear(H, 1))
+    return layer.double()
+
+
+def _shared_step(rank: int, case: Case):
+    layer = layer_of(case)
+    layer.experts = ExpertParallel.of(layer.experts, dist.group.WORLD, **case.options)
+    layer = _with_shared(layer)
+    with CountCollectives() as counted:
+        out, grad_tokens = step(layer, case, rank)
+    return out, grad_tokens, gradients(layer.experts.shared), counted.order
+
+
+@pytest.mark.parametrize("case", [Case(), Case((6, 6), drop_tokens=True)], ids=str)
+def test_shared_experts_work_while_rows_travel(case):
+    layer = _with_shared(layer_of(case))
+    found = on_processes(2, _shared_step, case)
+    for rank, (out, grad_tokens, _, order) in enumerate(found):
+        assert_same([out, grad_tokens], list(step(layer, case, rank)))
+        # Its products come between the rows' start and their arrival.
+        assert ("all_to_all", "shared") in itertools.pairwise(order)
+    for name, expected in gradients(layer.experts.shared).items():
+        assert_same(sum(grads[name] for _, _, grads, _ in found), expected)
+
+
+def _tensor_parallel_step(rank: int, case: Case):
+    """Four processes, of which each two hold the same tokens."""
+    tensor_group = make_groups(2).ep
+    layer = layer_of(case)
+    layer.experts = ExpertParallel.of(
+        *(layer.experts, dist.group.WORLD), tensor_group=tensor_group, **case.options
+    )
+    out, grad_tokens = step(layer, case, rank // 2)
+    return out, grad_tokens, gradients(layer.gate), gradients(layer.experts)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((5, 4)),
+        Case((6, 6), k=3, drop_tokens=True),
+        Case((5, 4), k=3, options={"dedup": True}),
+    ],
+    ids=str,
+)
+def test_duplicates_of_tensor_parallel_processes_travel_once(case):
+    found = on_processes(4, _tensor_parallel_step, case)
+    layer = layer_of(case)
+    expected = [step(layer, case, rank) for rank in range(2)]
+    for rank, (out, grad_tokens, _, _) in enumerate(found):
+        assert_same([out, grad_tokens], list(expected[rank // 2]))
+    gate, experts = gradients(layer.gate), gradients(layer.experts)
+    for name, grad in gate.items():
+        assert_same(sum(of_gate[name] for _, _, of_gate, _ in found[::2]), grad)
+    for rank, (_, _, _, of_experts) in enumerate(found):
+        for name, actual in of_experts.items():
+            assert_same(actual, expected_part(experts, name, rank, E // 4))
+
+
+def _twice_differentiated(rank: int, case: Case):
+    layer = layer_of(case)
+    if dist.get_world_size() > 1:
+        layer.experts = ExpertParallel.of(layer.experts, group_of(case), **case.options)
+        ranks = [rank]
+    else:
+        ranks = range(len(case.tokens))
+    results = []
+    for each in ranks:
+        tokens, grad = inputs_of(case, each)
+        out = layer(tokens)
+        (first,) = torch.autograd.grad((out * grad).sin().sum(), tokens, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), tokens)
+        results.append(second)
+    return results
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case((6, 6), drop_tokens=True),
+        Case(k=3, options={"dedup": True, "overlap": 2}),
+        Case((5, 3, 0, 7), nodes=2),
+    ],
+    ids=str,
+)
+def test_second_gradients(case):
+    """Of a loss that is each process's own: tokens of one do not meet those of another."""
+    found = on_processes(len(case.tokens), _twice_differentiated, case)
+    (expected,) = on_processes(1, _twice_differentiated, case)
+    assert_same([second for (second,) in found], expected)
+
+
+def _narrow(rank: int, dtype: torch.dtype, options: dict):
+    case = Case((6, 6), k=3, options=options)
+    full = layer_of(case).to(dtype)
+    layer = copy.deepcopy(full)
+    layer.experts = ExpertParallel.of(layer.experts, dist.group.WORLD, **options)
+    tokens = inputs_of(case, rank)[0].to(dtype)
+    return layer(tokens).detach(), full(tokens).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_travel_at_their_own_width(dtype):
+    eps = torch.finfo(dtype).eps
+    for out, expected in on_processes(2, _narrow, dtype, {}):
+        # The same sums of the same rows; products of other numbers of rows may differ in the last
+        # bit.
+        assert relative_error(out, expected) < eps
+    for out, expected in on_processes(2, _narrow, dtype, {"dedup": True}):
+        assert out.dtype == dtype
+        # A sum of two sums, each rounded.
+        assert relative_error(out, expected) < 2 * eps
+
+
+def _checkpointed(rank: int, case: Case):
+    layer = layer_of(case)
+    layer.experts = ExpertParallel.of(layer.experts, dist.group.WORLD, **case.options)
+    tokens, grad = inputs_of(case, rank)
+    out, aux = checkpoint(layer.forward_with_aux, tokens, use_reentrant=False)
+    ((out * grad).sum() + aux.l_aux).backward()
+    return out.detach(), tokens.grad, gradients(layer.gate), gradients(layer.experts)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(), Case((6, 6), drop_tokens=True), Case(options={"overlap": 2})], ids=str
+)
+def test_checkpointing(case):
+    assert_like_one_process(case, _checkpointed)
+
+
+def _compiled(rank: int, case: Case):
+    torch._dynamo.reset()
+    layer = layer_of(case)
+    layer.experts = ExpertParallel.of(layer.experts, group_of(case), **case.options)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=case.drop_tokens)
+    return *step(compiled, case, rank), gradients(layer.gate), gradients(layer.experts)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case((6, 6), drop_tokens=True),
+        Case((6, 6), drop_tokens=True, options={"overlap": 2}),
+        Case((4, 4, 4, 4), drop_tokens=True, nodes=2),
+    ],
+    ids=str,
+)
+def test_compiled(case):
+    assert_like_one_process(case, _compiled)
+
+
+def _recompiled(rank: int, options: dict, gate: dict) -> list[bool]:
+    """Whether calls of more sizes than torch.compile makes programs for give what eager ones give,
+    their gradients too, where every rank has sizes of its own."""
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False, **gate)
+    experts = ExpertParallel.of(GroupedExperts(E, H, F), dist.group.WORLD, **options)
+    layer = MOELayer(gate, experts).double()
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="eager", dynamic=False)
+    same = []
+    for call in range(5):
+        # Rank 0 runs eagerly from the third size on; rank 1 has one size.
+        x = torch.randn(3 + (call if rank == 0 else 0), H, dtype=torch.float64)
+        found = []
+        for run in (compiled, eager):
+            tokens = x.clone().requires_grad_()
+            out = run(tokens)
+            (grad,) = torch.autograd.grad(out.square().sum(), tokens)
+            found.append((out, grad))
+        same.append(all(map(torch.equal, *found)))
+    return same
+
+
+@pytest.mark.parametrize(
+    ("options", "gate"),
+    [
+        ({}, {"drop_tokens": False}),
+        ({"uneven_tokens": True}, {"capacity_factor": 1.0}),
+        # As many rows per expert for every number of tokens.
+        ({}, {"min_capacity": 16}),
+    ],
+    ids=["dropless", "uneven", "capacity"],
+)
+def test_a_rank_may_leave_compiled_code_alone(options, gate):
+    assert on_processes(2, _with_few_programs, options, gate) == [[True] * 5] * 2
+
+
+def _with_few_programs(rank: int, *args) -> list[bool]:
+    with torch._dynamo.config.patch(recompile_limit=2):
+        return _recompiled(rank, *args)

@@ -1,0 +1,340 @@
+"""ExpertParallel as a module: its parts, names, buffers, copies, and wrappers around it."""
+
+import copy
+import itertools
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import relative_error
+from processes import on_processes
+from test_expert_parallel import Case, assert_like_one_process, gradients, inputs_of, layer_of, step
+from test_training import batch, divided, everyones, loss_of, model_of
+from torch import nn
+from torch.distributed import fsdp
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.utils import checkpoint
+
+from moe_ext import (
+    ExpertParallel,
+    Experts,
+    GroupedExperts,
+    ModuleExperts,
+    MOELayer,
+    TopKGate,
+    convert,
+    explain,
+    parallel,
+)
+from moe_ext.parallel import make_groups
+
+H, E = 10, 8
+WORLD = 2
+
+
+class Scaled(Experts):
+    """Stacked parameters, and buffers of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__(E)
+        self.weight = nn.Parameter(torch.arange(1.0, E + 1)[:, None, None] * torch.eye(H))
+        self.register_buffer("scale", 10.0 ** torch.arange(E))
+        self.register_buffer("seen", torch.zeros(E), persistent=False)
+
+    def forward(self, rows, plan):
+        e = torch.bucketize(torch.arange(len(rows)), plan.offsets[1:], right=True)
+        e = e.clamp(max=self.num_experts - 1)
+        return (self.weight[e] @ rows[..., None])[..., 0] * self.scale[e][:, None]
+
+
+def test_importing_the_package_loads_no_mesh():
+    """torch's meshes and DTensors take most of a second."""
+    code = "import sys, torch, moe_ext; print('torch.distributed.tensor' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def _copied(rank: int) -> list[bool]:
+    layer = layer_of(Case())
+    layer.experts = ExpertParallel.of(
+        layer.experts, make_groups(2).ep, tensor_group=make_groups(1).ep
+    )
+    layer.gate._set_ep_group(dist.group.WORLD)
+    x = inputs_of(Case(), rank)[0]
+    expected = layer(x)
+    again = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.train().to("cpu")]
+    for other in again[:2]:
+        assert other.experts.down_proj is other.experts.local.down_proj
+        assert other.experts.down_proj is not layer.experts.down_proj
+        assert other.gate.ep_group is dist.group.WORLD
+    for parameter in itertools.chain(*(other.experts.parameters() for other in again)):
+        assert parameter.group_name == "ep_size_2"
+        assert parameter.allreduce is False
+    names = set(layer.state_dict())
+    return [torch.equal(other(x), expected) for other in again] + [
+        names == set(layer_of(Case()).state_dict()),
+        layer.eval().experts.local.training is False,
+        "ExpertParallel(" in repr(layer),
+        MOELayer(layer.gate, layer.experts).num_local_experts == E // WORLD,
+    ]
+
+
+def test_copies_pickles_and_names():
+    assert on_processes(WORLD, _copied) == [[True] * 7] * WORLD
+
+
+def _buffers(rank: int):
+    layer = MOELayer(TopKGate(H, E, drop_tokens=False, use_rts=False), Scaled())
+    layer.gate.wg.weight.data.copy_(torch.eye(E, H))
+    alone = copy.deepcopy(layer)
+    groups = make_groups(WORLD)
+    layer.experts = ExpertParallel.of(layer.experts, groups.ep)
+    assert "experts.seen" not in layer.state_dict()
+    ddp = parallel.data_parallel(layer, groups)
+    x = torch.randn(20, H, generator=torch.Generator().manual_seed(rank))
+    torch.testing.assert_close(ddp(x), alone(x))
+    return layer.experts.scale
+
+
+def test_buffers_are_divided_and_kept():
+    """Also by DistributedDataParallel, which gives all processes the first one's."""
+    assert torch.cat(on_processes(WORLD, _buffers)).tolist() == (10.0 ** torch.arange(E)).tolist()
+
+
+def _names_of_others(rank: int) -> bool:
+    full = GroupedExperts(E, H, 4)
+    names = convert.from_grouped(full.state_dict(), convert.QWEN)
+    part = ExpertParallel.of(GroupedExperts(E, H, 4), dist.group.WORLD)
+    first = part.rank * part.num_local_experts
+    mine = {}
+    for name, value in names.items():
+        number, rest = name.split(".", 1)
+        if first <= int(number) < first + part.num_local_experts:
+            mine[f"{int(number) - first}.{rest}"] = value
+    part.load_state_dict(mine)
+    expected = full.down_proj[first : first + part.num_local_experts]
+    return torch.equal(part.down_proj, expected)
+
+
+def test_loads_weights_kept_expert_by_expert():
+    assert on_processes(WORLD, _names_of_others) == [True] * WORLD
+
+
+def _from_meta(rank: int) -> float:
+    part = ExpertParallel.of(GroupedExperts(E, H, 4, device="meta"), dist.group.WORLD)
+    part.to_empty(device="cpu")
+    for module in part.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return max(float(p.detach().abs().max()) for p in part.parameters())
+
+
+def test_made_on_the_meta_device():
+    assert all(0 < largest <= 0.5 for largest in on_processes(WORLD, _from_meta))
+
+
+class Twice(nn.Module):
+    """Names that end alike: only `ffn.experts` are divided."""
+
+    def __init__(self, group) -> None:
+        super().__init__()
+        self.ffn = MOELayer(TopKGate(H, E), GroupedExperts(E, H, 4))
+        self.ffn.experts = ExpertParallel.of(self.ffn.experts, group)
+        self.mtp = nn.ModuleDict({"ffn": MOELayer(TopKGate(H, E), GroupedExperts(E, H, 4))})
+        self.aux = nn.ModuleDict({"experts": nn.Linear(E // WORLD, 3)})
+
+
+def _converted(rank: int) -> list[str]:
+    groups = make_groups(WORLD)
+    model = Twice(groups.ep)
+    state = model.state_dict()
+    everywhere = parallel.global_state(model, groups, state)
+    again = parallel.local_state(model, groups, everywhere)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    return [name for name in everywhere if everywhere[name] is not state[name]]
+
+
+def test_only_divided_experts_are_converted():
+    expected = ["ffn.experts.gate_up_proj", "ffn.experts.down_proj"]
+    assert on_processes(WORLD, _converted) == [expected] * WORLD
+
+
+def _wrapped(rank: int, kind: str) -> list[bool]:
+    groups = make_groups(WORLD)
+    model = divided(kind, groups.ep)
+    plain = parallel.global_state(model, groups, model.state_dict())
+    ddp = parallel.data_parallel(model, groups)
+    compiled = torch.compile(model)
+    checkpointed = nn.Sequential(model[0], checkpoint_wrapper(model[1]), model[2])
+    results = []
+    for wrapped, state in (
+        (ddp, get_model_state_dict(ddp)),
+        (ddp, ddp.state_dict()),
+        (compiled, get_model_state_dict(compiled)),
+        (compiled, compiled.state_dict()),
+        (checkpointed, checkpointed.state_dict()),
+    ):
+        found = parallel.global_state(wrapped, groups, state)
+        again = parallel.local_state(wrapped, groups, found)
+        assert list(again) == list(state)
+        names = [name.removeprefix("module.").removeprefix("_orig_mod.") for name in found]
+        same = [type(x) is type(y) for x, y in zip(found.values(), plain.values(), strict=True)]
+        results.append(names == list(plain) and all(same))
+    with pytest.raises(ValueError, match=r"state must have the experts' names, as '1\.experts"):
+        parallel.global_state(ddp, groups, {"other": torch.ones(1)})
+    return results
+
+
+@pytest.mark.parametrize("kind", ["grouped", "modules"])
+def test_names_of_wrapped_models(kind):
+    assert on_processes(WORLD, _wrapped, kind) == [[True] * 5] * WORLD
+
+
+def _block_by_block(rank: int, ep: int):
+    groups = make_groups(ep)
+    blocks = nn.Sequential(divided("grouped", groups.ep), nn.Linear(1, H).double())
+    layer = blocks[0][1]
+    parallel.fully_shard(blocks[0], groups)
+    parallel.fully_shard(blocks, groups)
+    loss_of(blocks, layer, batch(rank, 0)).backward()
+    torch.optim.SGD(blocks.parameters(), lr=0.1).step()
+    return everyones(blocks[0], groups)
+
+
+def test_sharded_block_by_block():
+    torch.manual_seed(1)
+    model = model_of("grouped")
+    last = nn.Linear(1, H).double()
+    blocks = nn.Sequential(model, last)
+    found = on_processes(2, _block_by_block, 2)
+    # Same draws as in a process.
+    for rank in range(2):
+        (loss_of(blocks, model[1], batch(rank, 0)) / 2).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for state in found:
+        torch.testing.assert_close(state, dict(model.state_dict()), rtol=1e-10, atol=1e-10)
+
+
+def _mixed(rank: int):
+    groups = make_groups(WORLD)
+    model = divided("grouped", groups.ep).float()
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    parallel.fully_shard(model, groups, mp_policy=policy)
+    loss = loss_of(model, model[1], batch(rank, 0).float())
+    loss.backward()
+    return float(loss), model[1].experts.down_proj.grad.to_local()
+
+
+def test_sharded_in_mixed_precision():
+    model = model_of("grouped").float()
+    losses = [loss_of(model, model[1], batch(rank, 0).float()) for rank in range(WORLD)]
+    (sum(losses) / WORLD).backward()
+    found = on_processes(WORLD, _mixed)
+    for (loss, _), expected in zip(found, losses, strict=True):
+        assert loss == pytest.approx(expected.item(), rel=0.05)
+    grad = torch.cat([grad for _, grad in found])
+    assert relative_error(grad, model[1].experts.down_proj.grad) < 0.05
+
+
+def _shared_tokens(rank: int):
+    """Four processes, each two with the same tokens, and so two losses."""
+    groups = make_groups(4)
+    model = model_of("grouped")
+    layer = model[1]
+    tensor_group = make_groups(2).ep
+    layer.experts = ExpertParallel.of(layer.experts, groups.ep, tensor_group=tensor_group)
+    ddp = parallel.data_parallel(model, groups)
+    loss_of(ddp, layer, batch(rank // 2, 0)).backward()
+    return layer.experts.down_proj.grad, model[0].weight.grad
+
+
+def test_averages_count_shared_tokens_once():
+    model = model_of("grouped")
+    for rank in range(2):
+        (loss_of(model, model[1], batch(rank, 0)) / 2).backward()
+    for rank, (grad, others) in enumerate(on_processes(4, _shared_tokens)):
+        expected = model[1].experts.down_proj.grad[rank * E // 4 : (rank + 1) * E // 4]
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(others, model[0].weight.grad, rtol=1e-10, atol=1e-10)
+
+
+def _selectively_checkpointed(rank: int, case: Case):
+    layer = layer_of(case)
+    layer.experts = ExpertParallel.of(layer.experts, dist.group.WORLD)
+    saved = [torch.ops._c10d_functional.all_to_all_single.default]
+
+    def contexts():
+        return checkpoint.create_selective_checkpoint_contexts(saved)
+
+    tokens, grad = inputs_of(case, rank)
+    out, aux = checkpoint.checkpoint(
+        layer.forward_with_aux, tokens, use_reentrant=False, context_fn=contexts
+    )
+    ((out * grad).sum() + aux.l_aux).backward()
+    return out.detach(), tokens.grad, gradients(layer.gate), gradients(layer.experts)
+
+
+@pytest.mark.parametrize("case", [Case(), Case((6, 6), drop_tokens=True)], ids=str)
+def test_selective_checkpointing_that_saves_what_was_sent(case):
+    assert_like_one_process(case, _selectively_checkpointed)
+
+
+def _frozen(rank: int) -> float:
+    groups = make_groups(2)
+    model = divided("grouped", groups.ep).bfloat16()
+    if rank == 1:
+        model[1].experts.requires_grad_(False)
+    loss_of(model, model[1], batch(rank, 0).bfloat16()).backward()
+    for p in (*model[0].parameters(), *model[2].parameters(), *model[1].gate.parameters()):
+        dist.all_reduce(p.grad)
+    return float(parallel.clip_grad_norm_(model, groups, 1.0))
+
+
+def test_clips_where_a_process_has_no_gradient():
+    norms = on_processes(2, _frozen)
+    assert norms[0] == norms[1] > 0
+
+
+def _timeouts(rank: int):
+    world = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    groups = make_groups((2, 2))
+    return [
+        g._get_backend(torch.device("cpu")).options._timeout == world
+        for g in groups.mesh.get_all_groups()
+    ]
+
+
+def test_groups_wait_as_long_as_the_world():
+    assert on_processes(4, _timeouts) == [[True] * 3] * 4
+
+
+def test_steps_are_repeatable():
+    case = Case((5, 3, 0, 7), k=3, nodes=2, options={"dedup": True})
+    first, second = (on_processes(4, _step, case) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _step(rank: int, case: Case):
+    layer = layer_of(case)
+    layer.experts = ExpertParallel.of(layer.experts, make_groups((2, 2)).ep, **case.options)
+    out, grad = step(layer, case, rank)
+    return out, grad, *gradients(layer.experts).values()
+
+
+def _explained(rank: int) -> tuple:
+    gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False)
+    layer = MOELayer(gate, ExpertParallel.of(ModuleExperts(nn.Linear(H, H), E), dist.group.WORLD))
+    found = explain(layer, torch.randn(3, H))
+    return found.notes, layer.experts._met
+
+
+def test_explain_sees_experts_and_leaves_nothing():
+    for notes, met in on_processes(2, _explained):
+        expected = f"MOELayer: ModuleExperts runs {E // 2} experts one after the other"
+        assert [note.split(";")[0] for note in notes] == [expected]
+        assert met == set()

@@ -1,0 +1,314 @@
+"""Models whose experts are divided train, save and load like the model of one process."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from processes import on_processes
+from test_expert_parallel import CountCollectives
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from moe_ext import ExpertParallel, GroupedExperts, ModuleExperts, MoE, MOELayer, TopKGate, parallel
+from moe_ext.deepspeed.utils import (
+    is_moe_param,
+    split_params_into_different_moe_groups_for_optimizer,
+)
+from moe_ext.parallel import make_groups
+
+H, F, E, T, STEPS = 10, 6, 8, 8, 3
+KINDS = ["grouped", "modules"]
+
+
+def model_of(kind: str) -> nn.Sequential:
+    torch.manual_seed(1)
+    gate = TopKGate(H, E, 2, drop_tokens=False, top2_2nd_expert_sampling=False)
+    if kind == "grouped":
+        experts = GroupedExperts(E, H, F, bias=True)
+    else:
+        experts = ModuleExperts(nn.Sequential(nn.Linear(H, F), nn.Tanh(), nn.Linear(F, H)), E)
+    return nn.Sequential(nn.Linear(H, H), MOELayer(gate, experts), nn.Linear(H, 1)).double()
+
+
+def divided(kind: str, group) -> nn.Sequential:
+    model = model_of(kind)
+    model[1].experts = ExpertParallel.of(model[1].experts, group)
+    return model
+
+
+def batch(rank: int, step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(T, H, generator=generator, dtype=torch.float64)
+
+
+def loss_of(model: nn.Module, layer: MOELayer, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean() + 0.1 * layer.l_aux
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def trained_alone(kind: str, world: int, steps: int = STEPS, micro: int = 1) -> nn.Sequential:
+    """In one process, on the batches of all."""
+    model = model_of(kind)
+    optimizer = optimizer_of(model)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for rank, part in itertools.product(range(world), range(micro)):
+            loss = loss_of(model, model[1], batch(rank, step * micro + part))
+            (loss / world).backward()
+        optimizer.step()
+    return model
+
+
+def train(model, layer, optimizer, rank: int, steps: range, micro: int = 1) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        for part in range(micro):
+            if hasattr(model, "require_backward_grad_sync"):
+                model.require_backward_grad_sync = part == micro - 1
+            loss_of(model, layer, batch(rank, step * micro + part)).backward()
+        optimizer.step()
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value.detach().clone()
+
+
+def everyones(model: nn.Module, groups: parallel.Groups) -> dict[str, torch.Tensor]:
+    """The state of all experts, put together from all processes."""
+    state = parallel.global_state(model, groups, model.state_dict())
+    mine = {name: whole(value) for name, value in state.items()}
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return {name: value for state in every for name, value in state.items()}
+
+
+def _with_ddp(rank: int, kind: str, ep: int, micro: int):
+    groups = make_groups(ep)
+    model = divided(kind, groups.ep)
+    ddp = parallel.data_parallel(model, groups)
+    train(ddp, model[1], optimizer_of(model), rank, range(STEPS), micro)
+    return everyones(model, groups)
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (2, 1)])
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_distributed_data_parallel(kind, micro, world, ep):
+    """micro: batches per step, all but the last without synchronisation, as by `no_sync`."""
+    expected = trained_alone(kind, world, micro=micro).state_dict()
+    for found in on_processes(world, _with_ddp, kind, ep, micro):
+        torch.testing.assert_close(found, dict(expected), rtol=1e-10, atol=1e-10)
+
+
+def _without_synchronisation(rank: int, kind: str):
+    groups = make_groups(2)
+    model = divided(kind, groups.ep)
+    ddp = parallel.data_parallel(model, groups)
+    counts = []
+    for is_last in (False, True):
+        with contextlib.nullcontext() if is_last else ddp.no_sync(), CountCollectives() as counted:
+            loss_of(ddp, model[1], batch(rank, 0)).backward()
+        counts.append(sum("allreduce" in name for name in counted.names))
+    return counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_sync_sends_no_gradients(kind):
+    # A process has half of the experts.
+    parameters = len(list(model_of(kind)[1].experts.parameters()))
+    number = parameters if kind == "grouped" else parameters // 2
+    for without, with_ in on_processes(4, _without_synchronisation, kind):
+        assert without == 0
+        # Every parameter of an expert, beside the buckets of all others.
+        assert with_ >= number
+
+
+def _with_fsdp(rank: int, kind: str, ep: int):
+    groups = make_groups(ep)
+    model = divided(kind, groups.ep)
+    layer = model[1]
+    parallel.fully_shard(model, groups)
+    assert isinstance(layer.experts, FSDPModule) or ep == 1
+    optimizer = optimizer_of(model)
+    train(model, layer, optimizer, rank, range(STEPS))
+    assert all(is_moe_param(p) for p in layer.experts.parameters()) or ep == 1
+    return everyones(model, groups)
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (2, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fully_sharded(kind, world, ep):
+    expected = trained_alone(kind, world).state_dict()
+    for found in on_processes(world, _with_fsdp, kind, ep):
+        torch.testing.assert_close(found, dict(expected), rtol=1e-10, atol=1e-10)
+
+
+def _state(model: nn.Module, optimizer) -> tuple[dict, dict]:
+    options = dcp_state.StateDictOptions(flatten_optimizer_state_dict=True)
+    return (
+        dcp_state.get_model_state_dict(model),
+        dcp_state.get_optimizer_state_dict(model, optimizer, options=options),
+    )
+
+
+def _load_train_save(
+    rank: int, kind: str, before: str, after: str, ep: int, is_sharded: bool, step: int
+):
+    """Go on with the training of four processes by one step."""
+    groups = make_groups(ep)
+    model = divided(kind, groups.ep)
+    layer = model[1]
+    # Every process has the batches of all that it stands for.
+    world = dist.get_world_size()
+    if is_sharded:
+        wrapped = parallel.fully_shard(model, groups)
+    else:
+        wrapped = parallel.data_parallel(model, groups)
+    optimizer = optimizer_of(model)
+    if step > 0:
+        weights, moments = _state(model, optimizer)
+        state = {
+            "model": parallel.global_state(model, groups, weights),
+            "optimizer": parallel.global_state(model, groups, moments),
+        }
+        dcp.load(state, checkpoint_id=before)
+        weights = parallel.local_state(model, groups, state["model"])
+        moments = parallel.local_state(model, groups, state["optimizer"])
+        dcp_state.set_model_state_dict(model, weights)
+        options = dcp_state.StateDictOptions(flatten_optimizer_state_dict=True)
+        dcp_state.set_optimizer_state_dict(model, optimizer, moments, options=options)
+    each = 4 // world
+    for part in range(each):
+        last = part == each - 1
+        if is_sharded:
+            model.set_requires_gradient_sync(last)
+        else:
+            wrapped.require_backward_grad_sync = last
+        (loss_of(wrapped, layer, batch(rank * each + part, step)) / each).backward()
+    optimizer.step()
+    weights, moments = _state(model, optimizer)
+    state = {
+        "model": parallel.global_state(model, groups, weights),
+        "optimizer": parallel.global_state(model, groups, moments),
+    }
+    dcp.save(state, checkpoint_id=after)
+    return everyones(model, groups)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_any_number_of_processes(kind, tmp_path):
+    # Processes, those that share the experts, and whether the rest is sharded.
+    runs = [(4, 4, False), (2, 2, True), (4, 2, True), (4, 2, False), (1, 1, False), (2, 2, False)]
+    for i, (world, ep, is_sharded) in enumerate(runs):
+        before, after = (str(tmp_path / str(j)) for j in (i, i + 1))
+        found = on_processes(world, _load_train_save, kind, before, after, ep, is_sharded, i)
+    expected = trained_alone(kind, 4, len(runs)).state_dict()
+    torch.testing.assert_close(found[0], dict(expected), rtol=1e-9, atol=1e-9)
+
+
+def _resharded(rank: int, kind: str, folder: str, ep: int, has_to_save: bool):
+    groups = make_groups(ep)
+    model = divided(kind, groups.ep)
+    if not has_to_save:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+    state = parallel.global_state(model, groups, model.state_dict())
+    (dcp.save if has_to_save else dcp.load)(state, checkpoint_id=folder)
+    model.load_state_dict(parallel.local_state(model, groups, state))
+    return everyones(model, groups)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resharding_is_exact(kind, tmp_path):
+    expected = dict(model_of(kind).state_dict())
+    on_processes(4, _resharded, kind, str(tmp_path), 4, True)
+    for world in (2, 1, 4):
+        for found in on_processes(world, _resharded, kind, str(tmp_path), world, False):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in found)
+    # The same in a process that knows nothing of groups.
+    alone = {name: torch.zeros_like(value) for name, value in expected.items()}
+    dcp.load(alone, checkpoint_id=tmp_path, no_dist=True)
+    assert all(torch.equal(alone[name], expected[name]) for name in alone)
+
+
+def _deepspeed_way(rank: int, is_strided: bool):
+    torch.manual_seed(1)
+    expert = nn.Linear(H, H)
+    moe = MoE(H, expert, E, ep_size=2, k=1, drop_tokens=True, use_rts=False, min_capacity=T)
+    layer = moe.deepspeed_moe
+    names = set(moe.state_dict())
+    with pytest.raises(RuntimeError, match="with ep_size = 2 its process group must be set first"):
+        moe(torch.randn(T, H))
+    moe.set_deepspeed_parallelism(is_strided)
+    assert isinstance(layer.experts, ExpertParallel)
+    assert layer.ep_group is layer.gate.ep_group is layer.experts.group
+    assert set(moe.state_dict()) == names
+    assert moe.num_local_experts == layer.num_local_experts == E // 2
+    found = split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(moe.parameters()), "name": "all"}
+    )
+    assert [group["name"] for group in found] == ["all", "ep_size_2"]
+    first = layer.experts.rank * E // 2
+    with torch.no_grad():
+        for i, copied in enumerate(layer.experts.deepspeed_experts):
+            copied.weight.mul_(1 + first + i)
+    x = batch(rank, 0).float()
+    out, _, counts = moe(x)
+    chosen = layer.gate.wg(x).softmax(-1)
+    weight, ids = chosen.max(-1, keepdim=True)
+    by_hand = weight * ((1 + ids) * nn.functional.linear(x, expert.weight) + expert.bias)
+    assert counts.sum() == T
+    torch.testing.assert_close(out, by_hand)
+    other = MoE(H, expert, E, ep_size=2)
+    groups = make_groups(2, neighbours_share=not is_strided)
+    other.set_deepspeed_parallelism(groups=groups)
+    assert other.deepspeed_moe.experts.group is groups.ep
+    return dist.get_process_group_ranks(layer.ep_group)
+
+
+def test_deepspeeds_layer():
+    assert on_processes(4, _deepspeed_way, False) == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert on_processes(4, _deepspeed_way, True) == [[0, 2], [1, 3], [0, 2], [1, 3]]
+
+
+def _loads(rank: int):
+    load = torch.arange(E) * (rank + 1)
+    return parallel.rank_load(load, dist.group.WORLD).tolist()
+
+
+def test_load_of_processes():
+    assert on_processes(2, _loads) == [[(0 + 1 + 2 + 3) * 3, (4 + 5 + 6 + 7) * 3]] * 2
+
+
+def _clipped(rank: int, kind: str, ep: int, is_sharded: bool):
+    groups = make_groups(ep)
+    model = divided(kind, groups.ep)
+    wrap = parallel.fully_shard if is_sharded else parallel.data_parallel
+    wrapped = wrap(model, groups)
+    loss_of(wrapped, model[1], batch(rank, 0)).backward()
+    norm = parallel.clip_grad_norm_(model, groups, 0.01)
+    again = parallel.clip_grad_norm_(model, groups, 1.0)
+    return norm, again
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, (2, 2))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipped_gradients(kind, world, ep, is_sharded):
+    model = model_of(kind)
+    for rank in range(world):
+        (loss_of(model, model[1], batch(rank, 0)) / world).backward()
+    expected = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    for norm, again in on_processes(world, _clipped, kind, ep, is_sharded):
+        torch.testing.assert_close(norm, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(again, torch.full_like(again, 0.01), rtol=1e-3, atol=0)

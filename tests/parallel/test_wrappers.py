@@ -1,0 +1,373 @@
+"""What torch wraps around models whose experts are divided: each sees them as they are."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from processes import on_processes
+from test_expert_parallel import CountCollectives
+from test_training import E, H, T, batch, divided, loss_of, model_of
+from torch import nn
+from torch.distributed import fsdp
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_ext import ExpertParallel, GroupedExperts, MoE, MOELayer, TopKGate, parallel
+from moe_ext.parallel import make_groups
+
+
+def _with_checkpointed_experts(rank: int):
+    groups = make_groups(2)
+    model = divided("modules", groups.ep)
+    plain = parallel.global_state(model, groups, model.state_dict())
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, nn.Sequential))
+    here = model.state_dict()
+    state = parallel.global_state(model, groups, here)
+    back = parallel.local_state(model, groups, state)
+    return plain.keys() == state.keys(), here.keys() == back.keys()
+
+
+def test_names_of_checkpointed_experts():
+    assert on_processes(2, _with_checkpointed_experts) == [(True, True)] * 2
+
+
+def by_columns(parameter: nn.Parameter) -> Shard | None:
+    return Shard(2) if parameter.dim() == 3 else None
+
+
+def _sharded_by_columns(rank: int):
+    groups = make_groups(2)
+    model = divided("grouped", groups.ep)
+    parallel.fully_shard(model, groups, shard_placement_fn=by_columns)
+    before = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    state = parallel.global_state(model, groups, model.state_dict())
+    whole = {name: value.full_tensor() for name, value in state.items()}
+    model.load_state_dict(parallel.local_state(model, groups, state))
+    after = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    return whole, all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_shards_of_another_dimension():
+    expected = model_of("grouped").state_dict()
+    for whole, is_same in on_processes(4, _sharded_by_columns):
+        assert is_same
+        torch.testing.assert_close(whole, dict(expected), rtol=0, atol=0)
+
+
+def _decided_in_the_forward(rank: int, syncs_in_forward: bool):
+    groups = make_groups(2)
+    model = divided("grouped", groups.ep)
+    ddp = parallel.data_parallel(model, groups)
+    ddp.require_backward_grad_sync = syncs_in_forward
+    loss = loss_of(ddp, model[1], batch(rank, 0))
+    ddp.require_backward_grad_sync = not syncs_in_forward
+    loss.backward()
+    grads = [model[0].weight.grad, model[1].experts.down_proj.grad]
+    mine = [grad.clone() for grad in grads]
+    for grad in grads:
+        dist.broadcast(grad, group=groups.dp, group_src=0)
+    return [torch.equal(a, b) for a, b in zip(mine, grads, strict=True)]
+
+
+@pytest.mark.parametrize("syncs_in_forward", [True, False])
+def test_a_forward_decides_whether_its_backward_reduces(syncs_in_forward):
+    """Of all parameters alike, as DistributedDataParallel does of its own."""
+    found = on_processes(4, _decided_in_the_forward, syncs_in_forward)
+    assert found[-1] == [syncs_in_forward] * 2
+
+
+def _other_way_in(rank: int):
+    groups = make_groups(2)
+    layer = divided("grouped", groups.ep)[1]
+    x = batch(rank, 0)
+    expected = layer.forward_with_aux(x)[0].detach()
+    parallel.fully_shard(layer, groups)
+    return torch.equal(layer.forward_with_aux(x)[0].detach(), expected)
+
+
+def test_a_sharded_layer_called_by_forward_with_aux():
+    assert on_processes(2, _other_way_in) == [True, True]
+
+
+def _gathers(rank: int, reshard: bool):
+    groups = make_groups(2)
+    layer = divided("grouped", groups.ep)[1]
+    parallel.fully_shard(layer, groups, reshard_after_forward=reshard)
+    with CountCollectives() as counted:
+        layer(batch(rank, 0)).sum().backward()
+    return sum("allgather" in name for name in counted.names)
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_a_sharded_layer_is_gathered_as_it_is_told(reshard):
+    """Once, or again for the backward."""
+    assert on_processes(2, _gathers, reshard) == [1 + reshard] * 2
+
+
+def _experts_alone(rank: int):
+    moe = MoE(H, nn.Linear(H, H), E)
+    moe.deepspeed_moe.gate.requires_grad_(False)
+    groups = make_groups(2)
+    ddp = parallel.data_parallel(moe, groups)
+    ddp(torch.randn(T, H) * (1 + rank))[0].sum().backward()
+    (grad, *_) = (p.grad for p in moe.deepspeed_moe.experts.parameters())
+    total = grad.clone()
+    dist.all_reduce(total)
+    return torch.allclose(total, 2 * grad)
+
+
+def test_experts_that_are_not_divided_are_reduced_by_ddp():
+    assert on_processes(2, _experts_alone) == [True, True]
+
+
+def _overflowed(rank: int):
+    """In the experts of one process."""
+    groups = make_groups(2)
+    model = divided("grouped", groups.ep)
+    parallel.data_parallel(model, groups)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    assert dist.get_world_size(groups.dp) == 1
+    scaler = ShardedGradScaler(device="cpu", init_scale=8.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.scale(loss_of(model, model[1], batch(rank, 0))).backward()
+    if rank == 0:
+        model[1].experts.down_proj.grad[0, 0, 0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale(), all(map(torch.equal, before, model.parameters()))
+
+
+def test_an_overflow_in_one_process_skips_the_step_of_all():
+    assert on_processes(2, _overflowed) == [(4.0, True)] * 2
+
+
+def _compiled(rank: int):
+    moe = MoE(H, nn.Linear(H, H), E, ep_size=2, use_rts=False)
+    moe.set_deepspeed_parallelism()
+    x = batch(rank, 0).float()
+    expected = moe(x)[0]
+    return torch.equal(torch.compile(moe, fullgraph=True, backend="aot_eager")(x)[0], expected)
+
+
+def test_deepspeeds_layer_compiles_whole():
+    assert on_processes(2, _compiled) == [True, True]
+
+
+def _compiled_with_shared_tokens(rank: int):
+    gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
+    torch.manual_seed(1)
+    experts = ExpertParallel.of(
+        GroupedExperts(E, H, 6), mesh.get_group("ep"), tensor_group=mesh.get_group("tp")
+    )
+    layer, x = MOELayer(gate, experts), batch(rank // 2, 0).float()
+    for parameter in layer.gate.parameters():
+        dist.broadcast(parameter.detach(), 0)
+    expected = layer(x)
+    return torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_layers_with_shared_tokens_compile_whole():
+    assert on_processes(4, _compiled_with_shared_tokens) == [True] * 4
+
+
+def _error_of(function) -> str:
+    try:
+        function()
+    except (RuntimeError, CheckpointException) as error:
+        return str(error)
+    return "no error"
+
+
+def _plain(rank: int, kind: str, wrap: str, compiles: bool) -> str:
+    torch._dynamo.reset()
+    model = divided(kind, make_groups(2).ep)
+    if not compiles:
+        model(batch(rank, 0))  # a layer in use is refused too
+    if compiles:
+        gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
+        model[1] = MOELayer(gate, model[1].experts).double()
+        model[1].compile(backend="eager")
+    wrapped = fsdp.fully_shard(model) if wrap == "fsdp" else DistributedDataParallel(model)
+    return _error_of(lambda: wrapped(batch(rank, 0)))
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("wrap", "instead"), [("ddp", "parallel.data_parallel"), ("fsdp", "parallel.fully_shard")]
+)
+@pytest.mark.parametrize("kind", ["grouped", "modules"])
+def test_wrappers_that_know_no_division_are_refused(kind, wrap, instead, compiles):
+    """They would mix the experts of different ranks."""
+    if kind == "modules" and compiles:
+        pytest.skip("its forward is not traced")
+    for error in on_processes(2, _plain, kind, wrap, compiles):
+        assert f"wrap it by moe_ext.{instead}(model, groups)" in error
+
+
+def _flattened(rank: int, kind: str, strategy: str, use_orig_params: bool, trains: bool) -> str:
+    model = fsdp.FullyShardedDataParallel(
+        divided(kind, make_groups(2).ep),
+        use_orig_params=use_orig_params,
+        sharding_strategy=fsdp.ShardingStrategy[strategy],
+        device_id=torch.device("cpu"),
+    )
+    with torch.set_grad_enabled(trains):
+        return _error_of(lambda: model(batch(rank, 0)))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD"])
+@pytest.mark.parametrize("kind", ["grouped", "modules"])
+def test_parameters_in_one_flat_parameter_are_refused(kind, strategy, use_orig_params, trains):
+    for error in on_processes(2, _flattened, kind, strategy, use_orig_params, trains):
+        assert "ExpertParallel: FullyShardedDataParallel takes" in error
+        assert "wrap it by moe_ext.parallel.fully_shard(model, groups)" in error
+
+
+def _sharded_alone(rank: int) -> str:
+    model = divided("grouped", make_groups(2).ep)
+    fsdp.fully_shard(model[1].experts)
+    fsdp.fully_shard(model)
+    return _error_of(lambda: model(batch(rank, 0)))
+
+
+def test_experts_sharded_among_ranks_with_other_experts_are_refused():
+    for error in on_processes(2, _sharded_alone):
+        assert "parallel.fully_shard(model, groups)" in error
+
+
+def _replaced(rank: int) -> tuple[str, str]:
+    layer = divided("grouped", make_groups(2).ep)[1]
+    layer.experts.gate_up_proj = nn.Parameter(layer.experts.gate_up_proj.detach().clone())
+    before = _error_of(lambda: layer(batch(rank, 0)))
+    layer.experts.mark()
+    return before, _error_of(lambda: layer(batch(rank, 0)))
+
+
+def test_experts_take_other_parameters_that_are_marked():
+    for before, after in on_processes(2, _replaced):
+        assert "call experts.mark()" in before
+        assert after == "no error"
+
+
+def _adapted(rank: int) -> str:
+    """Parameters that were added are no reason to refuse the others."""
+    layer = divided("modules", make_groups(2).ep)[1]
+    for expert in layer.experts.experts:
+        expert[0].adapter = nn.Parameter(torch.zeros(1))
+    return _error_of(lambda: layer(batch(rank, 0)))
+
+
+def test_experts_may_have_adapters():
+    assert on_processes(2, _adapted) == ["no error"] * 2
+
+
+def _saved_plainly(rank: int, kind: str, folder: str, is_sharded: bool) -> list[str]:
+    groups = make_groups(2)
+    model = divided(kind, groups.ep)
+    if is_sharded:
+        parallel.fully_shard(model, groups)
+    whole = parallel.global_state(model, groups, model.state_dict())
+    dcp.save(whole, checkpoint_id=folder)
+    return [
+        _error_of(lambda: dcp.save(model.state_dict(), checkpoint_id=f"{folder}/plain")),
+        _error_of(lambda: dcp.save(get_model_state_dict(model), checkpoint_id=f"{folder}/plain")),
+        _error_of(lambda: dcp.load(model.state_dict(), checkpoint_id=folder)),
+    ]
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("kind", ["grouped", "modules"])
+def test_checkpoints_of_one_ranks_experts_are_refused(kind, is_sharded, tmp_path):
+    """torch.distributed.checkpoint would write one rank's experts as those of all."""
+    world = 4 if is_sharded else 2
+    for errors in on_processes(world, _saved_plainly, kind, str(tmp_path), is_sharded):
+        *saves, load = errors
+        for error in saves:
+            assert "moe_ext.parallel.global_state(model, groups, state)" in error
+        assert "moe_ext.parallel.global_state" in load or "Size mismatch between saved" in load
+
+
+def _saved_by_rank(rank: int, folder: str) -> tuple[bool, str, bool]:
+    model = divided("modules", make_groups(2).ep)
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    dist.barrier()
+    mine = torch.load(f"{folder}/{rank}.pt", weights_only=True)
+    model.load_state_dict(mine)
+    is_same = all(map(torch.equal, mine.values(), model.state_dict().values()))
+    others = torch.load(f"{folder}/{1 - rank}.pt", weights_only=True)
+    are_plain = all(type(value) is torch.Tensor and not vars(value) for value in mine.values())
+    return is_same, _error_of(lambda: model.load_state_dict(others)), are_plain
+
+
+def test_a_file_per_rank_loads_into_its_rank_alone(tmp_path):
+    for rank, (is_same, error, are_plain) in enumerate(
+        on_processes(2, _saved_by_rank, str(tmp_path))
+    ):
+        assert is_same
+        assert f"holds the experts of rank {1 - rank} of 2, and this is rank {rank} of 2" in error
+        assert are_plain
+
+
+def _whole_by_rank(rank: int, folder: str) -> list[str]:
+    model = divided("grouped", make_groups(2).ep)
+    torch.save(model, f"{folder}/{rank}.pt")
+    dist.barrier()
+
+    def call(file: int) -> str:
+        model = torch.load(f"{folder}/{file}.pt", weights_only=False)
+        return _error_of(lambda: model(batch(rank, 0)))
+
+    return [call(rank), *([call(0)] if rank == 1 else [])]
+
+
+def test_a_whole_model_of_another_rank_is_refused(tmp_path):
+    (first,), (second, refused) = on_processes(2, _whole_by_rank, str(tmp_path))
+    assert first == second == "no error"
+    assert "holds the experts of rank 0 of 2, and was loaded on another rank" in refused
+
+
+def _groups_again(rank: int) -> tuple[bool, bool]:
+    before = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    first, second = (make_groups(2, timeout=timedelta(seconds=3)) for _ in range(2))
+    after = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    names = {g.ep.group_name for g in (first, second)} | {dist.group.WORLD.group_name}
+    return len(names) == 3, before == after
+
+
+def test_groups_are_new_ones():
+    """So that a fault in one, and its timeout, are not another's."""
+    assert on_processes(2, _groups_again) == [(True, True)] * 2
+
+
+def _over_copies(rank: int) -> str:
+    """Of ranks that hold the same experts and share their tokens."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    model = divided("grouped", mesh.get_group("ep"))
+    parallel = DistributedDataParallel(model, process_group=mesh.get_group("dp"))
+    return _error_of(lambda: parallel(batch(rank, 0)).sum().backward())
+
+
+def test_plain_wrappers_over_copies_are_not_refused():
+    assert on_processes(4, _over_copies) == ["no error"] * 4
+
+
+def _functional(rank: int) -> str:
+    model = divided("grouped", make_groups(2).ep)
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return _error_of(lambda: torch.func.functional_call(model, parameters, (batch(rank, 0),)))
+
+
+def test_functional_call_is_not_refused():
+    assert on_processes(2, _functional) == ["no error"] * 2

@@ -1,0 +1,531 @@
+"""moe_ext.deepspeed against the DeepSpeed of PyPI, on random cases.
+
+Both draw the same random numbers from the same seed, so noise and random token selection are
+compared too. Left out is what in DeepSpeed hangs on a rounding or on the order in which torch.topk
+takes equal numbers: who is kept by use_rts=False over capacity, and by probabilities that are equal
+but for rounding; 16-bit logits are drawn without ties.
+"""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import functools
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("deepspeed", reason="needs the extra peers")
+
+from deepspeed.moe import experts as ds_experts
+from deepspeed.moe import layer as ds_layer
+from deepspeed.moe import mappings as ds_mappings
+from deepspeed.moe import sharded_moe as ds
+from deepspeed.moe import utils as ds_utils
+
+import moe_ext
+import moe_ext.deepspeed.experts
+from moe_ext.deepspeed import layer as our_layer
+from moe_ext.deepspeed import mappings, sharded_moe, utils
+
+BATCHES = range(20)
+CASES = range(50)
+DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_per_shape(monkeypatch):
+    """DeepSpeed compiles small helpers anew for every shape, and oneDNN keeps kernels for each."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+class Case:
+    """A random case. The draws do not touch the generator that noise comes from."""
+
+    def __init__(self, *numbers: int) -> None:
+        seed = sum(number * 1009**i for i, number in enumerate(numbers))
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.S = self.of(self.integer(1, 12), self.integer(13, 90), self.integer(91, 200))
+        self.dtype = self.of(*DTYPES)
+        self.E = self.integer(1, 16 if self.is_short else 64)
+        # Above E a capacity is larger than S; its masks are, too.
+        large = 1.1 * self.E if self.S * self.E < 1000 else 2.0
+        self.factor = self.of(self.number(0.05, 1), self.number(1, 3), 1.0, 1.25, large)
+        self.min_capacity = self.of(0, 1, 4, 8, self.S + 3)
+        self.drops = self.of(True, True, False)
+
+    @property
+    def is_short(self) -> bool:
+        return self.dtype.itemsize == 2
+
+    def integer(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    def number(self, low: float, high: float) -> float:
+        return float(torch.rand((), generator=self.generator)) * (high - low) + low
+
+    def of(self, *options):
+        return options[self.integer(0, len(options) - 1)]
+
+    def rand(self, *size: int) -> Tensor:
+        return torch.rand(size, generator=self.generator)
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """[S, E] with an uneven load, no two of a row near each other."""
+        keys = self.rand(self.S, self.E) + self.of(0, 0.5, 3) * self.rand(self.E)
+        steps = keys.argsort(-1).argsort(-1) + 0.4 * self.rand(self.S, self.E)
+        return (steps * self.of(0.3, 0.3 if self.is_short else 0.05) - 2).to(self.dtype)
+
+    def used_token(self, *shape: int) -> Tensor | None:
+        used = (self.rand(*shape) < 0.7).to(self.of(torch.int64, torch.int32, torch.bool))
+        return self.of(None, used)
+
+    def run(self, function, *args):
+        """With the noise of this case."""
+        torch.manual_seed(self.seed)
+        return function(*args)
+
+    def assert_near(self, actual: Tensor, expected: Tensor, in_float32: bool = False) -> None:
+        """in_float32: DeepSpeed computes it in float32 for float64 logits too."""
+        short = torch.finfo(torch.float32).eps
+        eps = torch.finfo(self.dtype).eps
+        computed = short if self.is_short or in_float32 else eps
+        eps = max(eps, computed)
+        assert actual.shape == expected.shape
+        error = (actual.double() - expected.double()).norm()
+        # The numbers are sums of some of size one: where they cancel, its rounding stays.
+        assert error <= 16 * eps * expected.double().norm() + computed * expected.numel() ** 0.5
+
+
+def hangs_on_rounding(probs: Tensor, k: int, C: int) -> bool:
+    """Whether an expert's last kept probability and its first dropped one are nearly equal."""
+    values, ids = probs.double().topk(k, dim=-1)
+    chosen = torch.zeros_like(probs, dtype=torch.float64).scatter(1, ids, values)
+    chosen = chosen.sort(dim=0, descending=True).values
+    if not 0 < C < len(chosen):
+        return False
+    last, first = chosen[C - 1], chosen[C]
+    return bool(((first > 0) & (last - first <= 2 * torch.finfo(probs.dtype).eps * last)).any())
+
+
+def compare(case: Case, mine, theirs) -> None:
+    """Outputs in both forms, and the gradient of weights and loss. mine, theirs: of (logits,
+    sparse_routes)."""
+    logits = case.logits
+    for sparse in (False, True):
+        results, grads, upstream = [], [], None
+        # DeepSpeed's own gradient through 16-bit probabilities is off by several percent.
+        for function, dtype in (
+            (mine, case.dtype),
+            (theirs, torch.float64 if case.is_short else case.dtype),
+        ):
+            leaf = logits.to(dtype, copy=True).requires_grad_()
+            # DeepSpeed adds its noise to the logits that it is given.
+            out = case.run(function, leaf * 1, sparse)
+            weights = out[-2] if sparse else out[1]
+            if upstream is None:
+                upstream = torch.randn(weights.shape, generator=case.generator)
+            # So that the gradients of both are of one size, and neither is small by cancellation.
+            loss = (weights * upstream).sum() + case.S * out[0]
+            grads.append(torch.autograd.grad(loss, leaf)[0])
+            results.append(out)
+        ours, wanted = results
+        assert len(ours) == len(wanted)
+        # The share of every expert in the loss is a float32 number.
+        case.assert_near(ours[0], wanted[0], in_float32=True)
+        assert torch.equal(ours[-1], wanted[-1])
+        assert ours[-1].dtype == wanted[-1].dtype
+        if sparse:
+            assert int(ours[1]) == int(wanted[1])
+            assert ours[2] == wanted[2]
+            assert all(torch.equal(a, b) for a, b in zip(ours[3:5], wanted[3:5], strict=True))
+            case.assert_near(ours[5], wanted[5])
+        else:
+            case.assert_near(ours[1], wanted[1])
+            assert torch.equal(ours[2], wanted[2])
+        case.assert_near(*grads, in_float32=True)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_top1gating(batch):
+    for i in CASES:
+        case = Case(1, batch, i)
+        case.min_capacity = min(case.min_capacity, case.S)
+        options = [
+            case.factor,
+            case.min_capacity,
+            case.used_token(case.S),
+            case.of(None, "RSample"),
+            case.drops,
+        ]
+        C = sharded_moe._capacity(torch.empty(case.S, case.E), case.factor, case.min_capacity)
+        # Everybody unused gives DeepSpeed no capacity at all.
+        if options[2] is not None and not case.drops:
+            options[2][0] = 1
+        use_rts = bool(case.drops and C < case.S) or case.of(True, False)
+
+        def mine(logits, sparse, options=options, use_rts=use_rts):
+            return sharded_moe.top1gating(logits, *options, use_rts, None, sparse)
+
+        def theirs(logits, sparse, options=options, use_rts=use_rts):
+            return ds.top1gating(logits, *options, use_rts, None, sparse)
+
+        compare(case, mine, theirs)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_top2gating(batch):
+    for i in CASES:
+        case = Case(2, batch, i)
+        case.E = max(case.E, 2)
+        case.dtype = torch.float32
+        options = case.factor, case.min_capacity, case.drops, None, case.of(True, False)
+
+        def mine(logits, sparse, options=options):
+            return sharded_moe.top2gating(logits, *options, sparse)
+
+        def theirs(logits, sparse, options=options):
+            return ds.top2gating(logits, *options, sparse)
+
+        compare(case, mine, theirs)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_topkgating(batch):
+    left_out = 0
+    for i in CASES:
+        case = Case(3, batch, i)
+        k = case.integer(1, min(case.E, 9))
+        policy = case.of("probs", "position")
+        options = k, case.factor, case.min_capacity, case.drops, None, policy
+        C = sharded_moe._capacity(torch.empty(case.S, case.E), k * case.factor, case.min_capacity)
+        by_probs = case.drops and policy == "probs"
+        if by_probs and hangs_on_rounding(case.logits.softmax(-1), k, int(C)):
+            left_out += 1
+            continue
+
+        def mine(logits, sparse, options=options):
+            return sharded_moe.topkgating(logits, *options, sparse)
+
+        def theirs(logits, sparse, options=options):
+            return ds.topkgating(logits, *options, sparse)
+
+        compare(case, mine, theirs)
+    assert left_out < len(CASES) / 2
+
+
+def test_noise_is_drawn_alike():
+    x = torch.randn(50, 7)
+    for mine, theirs in (
+        (
+            lambda: sharded_moe.multiplicative_jitter(x, x.device),
+            lambda: ds.multiplicative_jitter(x, x.device),
+        ),
+        (
+            lambda: sharded_moe.gumbel_rsample(x.shape, x.device),
+            lambda: ds.gumbel_rsample(x.shape, x.device),
+        ),
+    ):
+        case = Case(0)
+        assert torch.equal(case.run(mine), case.run(theirs))
+
+
+class Modules:
+    """Of a case: gates or layers of both sides with equal weights, and a hidden state."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        case.dtype = case.of(torch.float32, torch.float32, torch.bfloat16, torch.float16)
+        case.E = case.integer(2, 12)
+        self.H = case.integer(8, 24)
+        self.k = case.integer(1, 4) if case.E >= 4 else case.integer(1, 2)
+        self.trains = case.of(True, False)
+        shape = case.of((case.S,), (1, case.S), (case.S, 2))
+        self.hidden = torch.randn(*shape, self.H, generator=case.generator).to(case.dtype)
+        # DeepSpeed masks tokens for k = 1 only, and its top-1 gate wants min_capacity tokens.
+        self.used_token = None
+        if self.k == 1:
+            case.min_capacity = min(case.min_capacity, case.S)
+            self.used_token = case.used_token(self.hidden[..., 0].numel())
+            if self.used_token is not None:
+                self.used_token[0] = 1
+        self.options = {
+            "k": self.k,
+            "capacity_factor": case.factor,
+            "eval_capacity_factor": case.number(0.3, 2),
+            "min_capacity": case.min_capacity,
+            "noisy_gate_policy": case.of(None, "Jitter", *["RSample"] * (self.k == 1)),
+            "drop_tokens": case.drops,
+            "use_rts": True,
+            "top2_2nd_expert_sampling": case.of(True, False),
+        }
+
+    def hangs_on_rounding(self, gate: nn.Module) -> bool:
+        """Of dropping by probability, with the noise of this case."""
+        if self.k <= 2 or not self.case.drops:
+            return False
+        tokens = self.hidden.reshape(-1, self.H).float()
+        torch.manual_seed(self.case.seed)
+        if self.options["noisy_gate_policy"] == "Jitter" and self.trains:
+            tokens = ds.multiplicative_jitter(tokens, tokens.device)
+        probs = (tokens @ gate.wg.weight.float().t()).softmax(-1)
+        name = "capacity_factor" if self.trains else "eval_capacity_factor"
+        C = sharded_moe._capacity(probs, self.k * self.options[name], self.case.min_capacity)
+        return hangs_on_rounding(probs, self.k, int(C))
+
+    def step(self, layer: nn.Module, call) -> list[Tensor]:
+        """The outputs, then the gradient of the first two by the hidden state and parameters."""
+        layer.train(self.trains)
+        hidden = self.hidden.clone().requires_grad_()
+        out = self.case.run(call, layer, hidden)
+        upstream = torch.arange(out[0].numel()).mul(1.7).sin().view_as(out[0])
+        loss = (out[0] * upstream).sum() + 7 * out[1]
+        inputs = [hidden, *layer.parameters()]
+        return [*out, *torch.autograd.grad(loss, inputs, allow_unused=True)]
+
+    def assert_alike(self, ours: list[Tensor], theirs: list[Tensor]) -> None:
+        eps = torch.finfo(self.case.dtype).eps
+        for a, b in zip(ours, theirs, strict=True):
+            if b is None or not b.is_floating_point():
+                assert a is b is None or torch.equal(a, b)
+                continue
+            assert a.dtype == b.dtype
+            error = (a.double() - b.double()).norm()
+            # Sums over tokens, of numbers of size one at most, may cancel.
+            assert error <= eps * (64 * b.double().norm() + (b.numel() * self.case.S) ** 0.5)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gate(batch):
+    for i in CASES:
+        case = Case(4, batch, i)
+        modules = Modules(case)
+        theirs = ds.TopKGate(modules.H, case.E, **modules.options).to(case.dtype)
+        if modules.hangs_on_rounding(theirs):
+            continue
+        ours = sharded_moe.TopKGate(
+            modules.H, case.E, **modules.options, sampling_in_eval=True, dtype=case.dtype
+        )
+        ours.load_state_dict(theirs.state_dict())
+
+        def call(gate, hidden, modules=modules):
+            tokens = hidden.reshape(-1, modules.H)
+            l_aux, C, _, indices, locations, gates, counts = gate(tokens, modules.used_token, True)
+            return gates, l_aux, torch.as_tensor(int(C)), indices, locations, counts
+
+        modules.assert_alike(modules.step(ours, call), modules.step(theirs, call))
+
+
+def expert(H: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(H, 2 * H), nn.GELU(), nn.Linear(2 * H, H))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_moe(batch):
+    """The whole layer: built and loaded alike, same outputs, same gradients."""
+    for i in CASES:
+        case = Case(5, batch, i)
+        modules = Modules(case)
+        residual = case.of(True, False)
+
+        def make(MoE, case=case, modules=modules, residual=residual, **options):
+            torch.manual_seed(case.seed)
+            return MoE(
+                modules.H,
+                expert(modules.H),
+                num_experts=case.E,
+                use_residual=residual,
+                **modules.options,
+                **options,
+            ).to(case.dtype)
+
+        theirs = make(ds_layer.MoE)
+        if modules.hangs_on_rounding(theirs.deepspeed_moe.gate):
+            continue
+        ours = make(our_layer.MoE, sampling_in_eval=True)
+        for (name, a), (their_name, b) in zip(
+            ours.state_dict().items(), theirs.state_dict().items(), strict=True
+        ):
+            assert name == their_name
+            assert torch.equal(a, b)
+
+        def call(moe, hidden, modules=modules):
+            return moe(hidden, modules.used_token)
+
+        modules.assert_alike(modules.step(ours, call), modules.step(theirs, call))
+
+
+class Masks(nn.Module):
+    """A gate that knows one form only, as those written before DeepSpeed had sparse routes."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, tokens, used_token=None):
+        return self.gate(tokens, used_token)
+
+
+@pytest.mark.parametrize("batch", range(4))
+@pytest.mark.parametrize("foreign", ["gate", "masks", "experts", "both", "our gate in their layer"])
+def test_parts_of_deepspeed_in_our_layer(foreign, batch):
+    for i in CASES:
+        case = Case(6, batch, i)
+        modules = Modules(case)
+        torch.manual_seed(case.seed)
+        their_gate = ds.TopKGate(modules.H, case.E, **modules.options)
+        their_experts = ds_experts.Experts(expert(modules.H), case.E, "ep_size_1")
+        if modules.hangs_on_rounding(their_gate.to(case.dtype)):
+            continue
+        our_gate = sharded_moe.TopKGate(modules.H, case.E, **modules.options, sampling_in_eval=True)
+        our_gate.load_state_dict(their_gate.state_dict())
+        our_experts = moe_ext.deepspeed.experts.Experts(expert(modules.H), case.E, "ep_size_1")
+        our_experts.load_state_dict(their_experts.state_dict())
+        theirs = ds.MOELayer(their_gate, their_experts, "ep_size_1", 1, case.E)
+        if foreign == "our gate in their layer":
+            ours = ds.MOELayer(our_gate, their_experts, "ep_size_1", 1, case.E)
+        else:
+            ours = moe_ext.MOELayer(
+                our_gate
+                if foreign == "experts"
+                else Masks(their_gate)
+                if foreign == "masks"
+                else their_gate,
+                our_experts if foreign == "gate" else their_experts,
+                "ep_size_1",
+                1,
+                case.E,
+            )
+
+        def call(layer, hidden, modules=modules):
+            out = layer(hidden, modules.used_token)
+            return out, layer.l_aux, layer.exp_counts
+
+        modules.assert_alike(
+            modules.step(ours.to(case.dtype), call), modules.step(theirs.to(case.dtype), call)
+        )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        *((getattr(sharded_moe, name), getattr(ds, name)) for name in (
+            "TopKGate", "MOELayer", "top1gating", "top2gating", "topkgating", "einsum",
+            "multiplicative_jitter", "gumbel_rsample", "_capacity",
+        )),
+        (sharded_moe.TopKGate.forward, ds.TopKGate.forward),
+        (moe_ext.deepspeed.experts.Experts, ds_experts.Experts),
+        (our_layer.MoE, ds_layer.MoE),
+        (our_layer.MoE.forward, ds_layer.MoE.forward),
+        (mappings.drop_tokens, ds_mappings.drop_tokens),
+        (mappings.gather_tokens, ds_mappings.gather_tokens),
+        *((getattr(utils, name), getattr(ds_utils, name)) for name in dir(ds_utils)
+          if getattr(getattr(ds_utils, name), "__module__", "") == ds_utils.__name__),
+    ],
+)  # fmt: skip
+def test_signatures(ours, theirs):
+    """A call that DeepSpeed takes is taken, by position and by keyword, and means the same."""
+    ours = list(inspect.signature(ours).parameters.values())
+    theirs = list(inspect.signature(theirs).parameters.values())
+    for mine, wanted in zip(ours, theirs, strict=False):
+        assert (mine.name, mine.kind) == (wanted.name, wanted.kind)
+        assert mine.default == wanted.default or wanted.default is inspect.Parameter.empty
+    # What is ours alone has a default.
+    assert len(ours) >= len(theirs)
+    for mine in ours[len(theirs) :]:
+        assert mine.default is not mine.empty or mine.kind == mine.VAR_KEYWORD
+
+
+def test_capacity():
+    draw = Case(7)
+    for _ in range(3000):
+        gates = torch.empty(draw.integer(1, 5000), draw.integer(1, 300))
+        factor, least = torch.tensor(draw.number(0.01, 5)), torch.tensor(draw.integer(0, 9))
+        ours, theirs = (module._capacity(gates, factor, least) for module in (sharded_moe, ds))
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("rule", list(sharded_moe._REWRITES))
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_einsum(monkeypatch, rule, rewritten):
+    monkeypatch.setattr(sharded_moe, "USE_EINSUM", not rewritten)
+    sizes = {letter: size for size, letter in enumerate("kecms", start=2)}
+    a, b = (
+        torch.randn([sizes[letter] for letter in side], dtype=torch.float64)
+        for side in rule.split("->")[0].split(",")
+    )
+    torch.testing.assert_close(sharded_moe.einsum(rule, a, b), torch.einsum(rule, a, b))
+
+
+def test_a_training_script_with_its_imports_changed(tmp_path):
+    """The example as it was written for DeepSpeed, and as it is: the same losses."""
+    example = Path(__file__).parents[2] / "examples" / "train_moe.py"
+    text = example.read_text()
+    original = tmp_path / "train_moe.py"
+    original.write_text(text.replace("from moe_ext.deepspeed.", "from deepspeed.moe."))
+    changed = [line for line in original.read_text().splitlines() if line not in text.splitlines()]
+    assert [line.split()[:2] for line in changed] == [
+        ["from", "deepspeed.moe.layer"],
+        ["from", "deepspeed.moe.utils"],
+    ]
+    outputs = []
+    for script in (original, example):
+        run = subprocess.run(
+            [sys.executable, script, "--steps", "41"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        lines = [line for line in run.stdout.splitlines() if line.startswith("step")]
+        outputs.append([[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in lines])
+    theirs, ours = (torch.tensor(output) for output in outputs)
+    assert len(theirs) == 5
+    assert torch.allclose(ours, theirs, rtol=0, atol=2e-3)
+    assert theirs[-1, 0] < 3.5
+
+
+def test_optimizer_groups():
+    model = nn.Sequential(nn.Linear(8, 8), ds_layer.MoE(8, expert(8), num_experts=3))
+    parameters = list(model.parameters())
+    model[1](model[0](torch.randn(5, 8)))[0].sum().backward()
+    for p in model[1].deepspeed_moe.experts.deepspeed_experts[0].parameters():
+        p.grad = None
+    assert [utils.is_moe_param(p) for p in parameters] == [
+        ds_utils.is_moe_param(p) for p in parameters
+    ]
+    for name in (
+        "split_params_into_shared_and_expert_params",
+        "split_params_grads_into_shared_and_expert_params",
+    ):
+        for mine, theirs in zip(
+            getattr(utils, name)(parameters), getattr(ds_utils, name)(parameters), strict=True
+        ):
+            assert len(mine) == len(theirs)
+            assert all(a is b for a, b in zip(mine, theirs, strict=True))
+    for max_size in (178956971, 300, None):
+        mine, theirs = (
+            module.split_params_into_different_moe_groups_for_optimizer(
+                {"params": list(parameters), "name": "all", "lr": 0.1}, max_size
+            )
+            for module in (utils, ds_utils)
+        )
+        # A first parameter above the limit leaves DeepSpeed an empty group.
+        theirs = [group for group in theirs if group["params"]]
+        assert len(mine) == len(theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.keys() == b.keys()
+            assert all(p is q for p, q in zip(a.pop("params"), b.pop("params"), strict=True))
+            assert a == b

@@ -1,0 +1,232 @@
+"""moe_ext.deepspeed in DeepSpeed's engine trains as deepspeed.moe does."""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import on_processes
+from torch import Tensor, nn
+
+pytest.importorskip("deepspeed", reason="needs the extra peers")
+
+from engines import (
+    GROUPED,
+    HALF,
+    OURS,
+    THEIRS,
+    Grouped,
+    H,
+    Model,
+    Result,
+    Run,
+    assert_alike,
+    engine_of,
+    train,
+    trained,
+    weights_of,
+    without_compiler,
+)
+
+import moe_ext
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_moe.py"
+
+
+RUNS = [
+    (ranks, Run(ep_size, stage, dtype, drops=dtype == "bf16"))
+    for ranks, ep_size in ((1, 1), (2, 1), (2, 2))
+    for stage in (0, 1, 2)
+    for dtype in ("fp32", "bf16")
+]
+
+
+@pytest.mark.parametrize(("ranks", "run"), RUNS, ids=str)
+def test_training_is_deepspeeds(ranks, run):
+    """Losses, expert counts and weights, with clipping and accumulation."""
+    theirs, ours = (on_processes(ranks, train, package, run) for package in (THEIRS, OURS))
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert_alike(mine, wanted, run.dtype)
+        assert wanted.losses[-1] < wanted.losses[0]
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_training_without_dropping_is_deepspeeds_but_for_rounding(ep_size):
+    run = Run(ep_size, 1, "bf16")
+    theirs, ours = (on_processes(2, train, package, run) for package in (THEIRS, OURS))
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert_alike(mine._replace(counts=wanted.counts), wanted, run.dtype)
+        counts = torch.tensor([*map(sum, mine.counts)])
+        assert torch.equal(counts, torch.tensor([*map(sum, wanted.counts)]))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_optimizer_groups_of_either_package(stage):
+    run = Run(2, stage)
+    ours = [
+        on_processes(2, train, OURS, run._replace(splitter=splitter))
+        for splitter in (None, THEIRS, OURS)
+    ]
+    for rank, wanted in enumerate(on_processes(2, train, THEIRS, run._replace(splitter=THEIRS))):
+        for mine in ours:
+            assert_alike(mine[rank], wanted, run.dtype)
+
+
+class WithoutMoE(nn.Module):
+    """moe_ext's own layer, whose parameters are like all others to the engine."""
+
+    def __init__(self, *args) -> None:
+        super().__init__()
+        gate = moe_ext.TopKGate(H, 4, 2, drop_tokens=False, top2_2nd_expert_sampling=False)
+        self.first = nn.Linear(H, H)
+        self.layer = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(4, H, H))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        out = self.layer(self.first(x))
+        return out, self.layer.l_aux, [self.layer.exp_counts]
+
+
+def _train_without_moe(rank: int, stage: int) -> Result:
+    return trained(engine_of(rank, OURS, Run(stage=stage), make=WithoutMoE), rank)
+
+
+def test_the_engine_trains_a_layer_with_grouped_experts():
+    found = [on_processes(1, _train_without_moe, stage)[0] for stage in (0, 1, 2)]
+    assert found[0].losses[-1] < found[0].losses[0]
+    assert found[0].losses == found[1].losses == found[2].losses
+
+
+def _timed(rank: int) -> dict:
+    engine = engine_of(rank, OURS, Run(), wall_clock_breakdown=True, steps_per_print=1)
+    trained(engine, rank, range(4))
+    return {
+        "gates": [type(gate).__module__ for gate in engine.gate_modules],
+        "layers": [type(layer).__module__ for layer in engine.moe_layers],
+        "times": [layer.time_moe for layer in engine.moe_layers],
+        "gate times": [gate.gate_time for gate in engine.gate_modules],
+    }
+
+
+def test_the_engine_times_the_layers():
+    (found,) = on_processes(1, _timed)
+    assert found["gates"] == found["layers"] == ["moe_ext.deepspeed.sharded_moe"] * 3
+    assert min(found["times"] + found["gate times"]) > 0
+
+
+def _parallel_before(rank: int, groups_are_given: bool) -> Result:
+    """set_deepspeed_parallelism is called before deepspeed.initialize, which calls it too."""
+
+    def make(*args) -> nn.Module:
+        model = Model(*args)
+        groups = moe_ext.parallel.make_groups(2) if groups_are_given else None
+        for layer in model.layers:
+            layer.set_deepspeed_parallelism(groups=groups)
+        return model
+
+    without_compiler(rank).init_distributed("gloo")
+    return trained(engine_of(rank, OURS, Run(2), make=make), rank, range(HALF))
+
+
+def test_groups_made_before_the_engine_are_the_engines():
+    for mine, wanted in zip(
+        on_processes(2, _parallel_before, False), on_processes(2, train, OURS, Run(2)), strict=True
+    ):
+        assert mine.losses == wanted.losses[:HALF]
+
+
+def test_groups_given_before_the_engine_are_refused():
+    with pytest.raises(RuntimeError, match=r"build the model anew and leave out the call before"):
+        on_processes(2, _parallel_before, True)
+
+
+def _initialize_twice(rank: int) -> tuple[Result, Result]:
+    first = engine_of(rank, OURS, Run(2))
+    trained(first, rank, range(2))
+    weights = weights_of(first)
+
+    def same_weights(*args) -> nn.Module:
+        model = Model(*args)
+        for layer in model.layers:
+            layer.set_deepspeed_parallelism()
+        model.load_state_dict(weights)
+        return model
+
+    makers = (same_weights, lambda *args: first.module)
+    fresh, again = (
+        trained(engine_of(rank, OURS, Run(2), make=make), rank, range(HALF)) for make in makers
+    )
+    return again, fresh
+
+
+def test_a_model_may_have_a_second_engine():
+    """DeepSpeed's own layer refuses it: "Attempting to override an existing ep_group"."""
+    for again, fresh in on_processes(2, _initialize_twice):
+        assert again.losses == fresh.losses
+
+
+def _train_grouped(rank: int, run: Run) -> Result:
+    return trained(engine_of(rank, OURS, run, make=Grouped), rank)
+
+
+def _train_split(rank: int, run: Run) -> Result:
+    """The script makes optimizer groups of grouped experts itself."""
+
+    def make(*args) -> nn.Module:
+        model = Grouped(*args)
+        for layer in model.layers:
+            layer.set_deepspeed_parallelism()
+        return model
+
+    without_compiler(rank).init_distributed("gloo")
+    return trained(engine_of(rank, OURS, run, make=make), rank, range(HALF))
+
+
+@pytest.mark.parametrize("splitter", [OURS, THEIRS])
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_optimizer_groups_of_grouped_experts(ep_size, splitter):
+    run = Run(ep_size, 1, splitter=splitter)
+    mine = on_processes(2, _train_split, run)
+    wanted = on_processes(2, _train_grouped, run._replace(splitter=None))
+    for a, b in zip(mine, wanted, strict=True):
+        assert a.losses == b.losses[:HALF]
+
+
+@pytest.mark.parametrize(("ranks", "run"), GROUPED, ids=str)
+def test_grouped_experts_train_as_modules_do(ranks, run):
+    ours = on_processes(ranks, _train_grouped, run)
+    for mine, wanted in zip(ours, on_processes(ranks, train, OURS, run), strict=True):
+        for a, b in zip(mine.losses, wanted.losses, strict=True):
+            assert abs(a - b) < 1e-5
+        assert mine.counts == wanted.counts
+
+
+def printed(script: Path, *launcher: str) -> list[float]:
+    arguments = ["--engine", "--zero", "1", "--ep-size", "2", "--steps", "21"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # DeepSpeed compiles its gate, which takes long.
+        env={**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [float(x) for x in re.findall(r"loss (\d+\.\d+), l_aux (?:\d+\.\d+)", done.stdout)]
+
+
+def test_the_example_trains_in_the_engine_with_either_import(tmp_path):
+    original = tmp_path / "train_moe.py"
+    text = EXAMPLE.read_text()
+    original.write_text(text.replace("from moe_ext.deepspeed.", "from deepspeed.moe."))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    theirs, ours = (printed(script, *launcher) for script in (original, EXAMPLE))
+    assert len(theirs) == 3
+    assert ours == pytest.approx(theirs, abs=2e-3)
+    assert theirs[-1] < 0.8 * theirs[0]

@@ -1,0 +1,157 @@
+"""The gate beside the routers of Hugging Face's transformers: their models' rules, as options."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import relative_error
+
+pytest.importorskip("transformers", reason="needs the extra peers")
+
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4HashRouter,
+    DeepseekV4TopKRouter,
+)
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from moe_ext import TopKGate
+
+T, H = 200, 24
+
+# Of docs/routing.md: the router, its configuration, and the gate's options.
+MODELS = {
+    "Mixtral": (MixtralTopKRouter, {}, {"k": 2, "normalize": "before"}),
+    "Qwen3-MoE": (
+        Qwen3MoeTopKRouter,
+        {"norm_topk_prob": True, "num_experts_per_tok": 8},
+        {"k": 8, "normalize": "before"},
+    ),
+    "OLMoE": (
+        OlmoeTopKRouter,
+        {"norm_topk_prob": False, "num_experts_per_tok": 8},
+        {"k": 8, "normalize": "never"},
+    ),
+    "gpt-oss": (
+        GptOssTopKRouter,
+        {"num_experts_per_tok": 4},
+        {"k": 4, "normalize": "before", "router": torch.nn.Linear(H, 32)},
+    ),
+    "DeepSeek-V2": (
+        DeepseekV2TopkRouter,
+        {
+            "topk_method": "group_limited_greedy",
+            "n_group": 8,
+            "topk_group": 3,
+            "num_experts_per_tok": 6,
+            "routed_scaling_factor": 16.0,
+        },
+        {"k": 6, "normalize": "never", "scale": 16.0, "num_groups": 8, "topk_groups": 3},
+    ),
+    "DeepSeek-V3": (
+        DeepseekV3TopkRouter,
+        {
+            "n_group": 8,
+            "topk_group": 4,
+            "num_experts_per_tok": 8,
+            "routed_scaling_factor": 2.5,
+            "norm_topk_prob": True,
+        },
+        {
+            "k": 8,
+            "scoring": "sigmoid",
+            "normalize": "before",
+            "scale": 2.5,
+            "expert_bias": True,
+            "num_groups": 8,
+            "topk_groups": 4,
+            "group_score": "top2_sum",
+        },
+    ),
+    "DeepSeek-V4": (
+        DeepseekV4TopKRouter,
+        {
+            "num_experts_per_tok": 6,
+            "routed_scaling_factor": 1.5,
+            "scoring_func": "sqrtsoftplus",
+        },
+        {
+            "k": 6,
+            "scoring": "sqrtsoftplus",
+            "normalize": "before",
+            "scale": 1.5,
+            "expert_bias": True,
+        },
+    ),
+}
+
+
+def by_expert(weights, experts):
+    """Some routers leave a token's choices unsorted."""
+    order = experts.argsort(dim=-1)
+    return weights.gather(-1, order), experts.gather(-1, order)
+
+
+def pair(name):
+    """A model's router and the gate, with one weight."""
+    Router, config, options = MODELS[name]
+    defaults = {"hidden_size": H, "num_experts": 32, "num_local_experts": 32}
+    router = Router(SimpleNamespace(**({"num_experts_per_tok": 2} | defaults | config)))
+    gate = TopKGate(H, 32, drop_tokens=False, top2_2nd_expert_sampling=False, **options)
+    with torch.no_grad():
+        for mine, theirs in ((gate.wg.weight, "weight"), (gate.wg.bias, "bias")):
+            if mine is not None:
+                torch.nn.init.normal_(getattr(router, theirs), std=0.3)
+                mine.copy_(getattr(router, theirs))
+        if gate.expert_bias is not None:
+            gate.expert_bias.copy_(0.1 * torch.randn(32))
+            router.e_score_correction_bias.copy_(gate.expert_bias)
+    return router, gate
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_router(name):
+    router, gate = pair(name)
+    x = torch.randn(T, H, requires_grad=True)
+    grads = []
+    results = []
+    for logits, weights, experts in (router(x), gate.route(x).as_hf_tuple()):
+        weights, experts = by_expert(weights, experts)
+        results.append((logits, weights, experts))
+        upstream = torch.arange(weights.numel()).mul(1.7).sin().view_as(weights)
+        grads.append(torch.autograd.grad((weights * upstream).sum() + logits.sum(), x)[0])
+    (their_logits, their_weights, their_experts), (logits, weights, experts) = results
+    assert torch.equal(logits, their_logits)
+    assert torch.equal(experts, their_experts)
+    assert experts.dtype == their_experts.dtype
+    assert relative_error(weights, their_weights) < 1e-6
+    assert relative_error(grads[1], grads[0]) < 1e-5
+
+
+def test_hash_routing_is_a_choice_made_already():
+    config = SimpleNamespace(
+        hidden_size=H,
+        num_local_experts=32,
+        num_experts_per_tok=6,
+        routed_scaling_factor=1.5,
+        scoring_func="sqrtsoftplus",
+        vocab_size=50,
+    )
+    router = DeepseekV4HashRouter(config)
+    gate = TopKGate(
+        H, 32, 6, scoring="sqrtsoftplus", normalize="before", scale=1.5, drop_tokens=False
+    )
+    torch.nn.init.normal_(router.weight)
+    table = torch.rand(50, 32).argsort(-1)[:, :6]
+    router.tid2eid.copy_(table)
+    gate.wg.load_state_dict({"weight": router.weight})
+    x, ids = torch.randn(T, H), torch.randint(50, (T,))
+    their_logits, their_weights, their_experts = router(x, ids)
+    logits, weights, experts = gate.route(x, expert_ids=table[ids].int()).as_hf_tuple()
+    assert torch.equal(experts, their_experts)
+    assert torch.equal(logits, their_logits)
+    assert relative_error(weights, their_weights) < 1e-6

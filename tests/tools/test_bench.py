@@ -1,0 +1,337 @@
+"""The bench runs, checks what it times, and keeps what it has when it is stopped."""
+
+import ctypes
+import importlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from moe_ext.ops import reference
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+SMALL = ["--device", "cpu", "--tokens", "40", "--seconds", "0.001"]
+
+
+def load(name: str):
+    return importlib.import_module(name)
+
+
+@pytest.fixture(autouse=True)
+def _benches(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield
+    # fairscale's layer wants one.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def bench_ops(monkeypatch):
+    module = load("bench_ops")
+    monkeypatch.setattr(module, "cache_bytes", lambda device: 1 << 16)
+    return module
+
+
+def test_every_operator_is_timed(bench_ops, tmp_path):
+    out = tmp_path / "folder" / "ops.json"
+    bench_ops.main([*SMALL, "--shape", "gshard", "mixtral", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert report["complete"]
+    assert [shape["shape"] for shape in report["shapes"]] == ["gshard", "mixtral"]
+    for shape in report["shapes"]:
+        assert [line["op"] for line in shape["ops"]] == bench_ops.TITLES
+        for line in shape["ops"]:
+            ours = line["alone"]
+            assert 0 < ours["fast"] <= ours["median"] <= ours["slow"]
+            speed = line["bytes"] / ours["median"] / 1e9
+            assert math.isclose(line["gigabytes_per_second"], speed)
+            assert math.isclose(line["of_copy"], speed / shape["copy"]["gigabytes_per_second"])
+            assert set(line["ratio"]) == set(line["seconds"]) - {"moe_ext"}
+    by_op = {line["op"]: line for line in report["shapes"][1]["ops"]}
+    # A row of bfloat16 read and K written for each token; a slot and a source for each route.
+    assert by_op["dispatch"]["bytes"] == 40 * 4096 * 2 * 3 + 40 * 2 * (4 + 4)
+    assert {"embedding_bag", "index_add_"} <= set(by_op["combine"]["ratio"])
+    assert {"torch", "torch.argsort"} <= {*by_op["gate"]["ratio"], *by_op["plan"]["ratio"]}
+    assert all(set(by_op[f"activate, {name}"]["ratio"]) == {"torch"} for name in ("gelu", "swiglu"))
+
+
+def test_peers_that_are_missing_are_named(bench_ops, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+
+    def without_deepspeed(name, *args):
+        return None if name == "deepspeed" else find(name, *args)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_deepspeed)
+    out = tmp_path / "ops.json"
+    bench_ops.main([*SMALL, "--shape", "gshard", "--op", "gate", "--out", str(out)])
+    (gate,) = json.loads(out.read_text())["shapes"][0]["ops"]
+    assert gate["excluded"]["DeepSpeed, with positions and loss"] == "needs deepspeed"
+    assert "moe-ops" in gate["excluded"]
+
+
+@pytest.mark.parametrize("state", ["new", "huge", "kept"])
+def test_states_of_memory(bench_ops, tmp_path, state):
+    out = tmp_path / "ops.json"
+    options = ["--shape", "gshard", "--op", "plan", "--memory", state, "--threads", "1"]
+    bench_ops.main([*SMALL, *options, "--out", str(out)])
+    (shape,) = json.loads(out.read_text())["shapes"]
+    assert (shape["memory"], shape["threads"]) == (state, 1)
+
+
+def what_is_in_force(*_) -> tuple[str | None, bool]:
+    """Whether torch asks for huge pages, and whether a block that is freed is there at once."""
+    block = ctypes.create_string_buffer(64 << 20)
+    ctypes.memset(block, 1, len(block))
+    before = load("memory")._resident("VmRSS")
+    del block
+    is_kept = before - load("memory")._resident("VmRSS") < 32 << 20
+    return os.environ.get("THP_MEM_ALLOC_ENABLE"), is_kept
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"), [("new", (None, False)), ("huge", ("1", False)), ("kept", (None, True))]
+)
+def test_a_state_of_memory_is_in_force(bench_ops, monkeypatch, state, expected):
+    monkeypatch.setattr(bench_ops, "measure", what_is_in_force)
+    assert bench_ops.measure_in(None, "", state) == expected
+
+
+def test_a_part_is_not_kept_as_the_whole(bench_ops, tmp_path, monkeypatch):
+    monkeypatch.setattr(load("timing"), "RESULTS", tmp_path)
+    bench_ops.main([*SMALL, "--shape", "gshard", "--op", "plan"])
+    assert list(tmp_path.iterdir()) == []
+    bench_ops.main([*SMALL, "--shape", "gshard", "--op", "plan", "--name", "part"])
+    assert [path.name for path in tmp_path.glob("*/*")] == ["part.json"]
+
+
+@pytest.mark.parametrize("fault", ["scaled", "a token lost"])
+def test_a_wrong_operator_is_not_timed(bench_ops, tmp_path, monkeypatch, fault):
+    right = reference.combine
+
+    def wrong(*args):
+        out = right(*args) * (1.04 if fault == "scaled" else 1)
+        if fault == "a token lost":
+            out[17] = 0
+        return out
+
+    monkeypatch.setattr(reference, "combine", wrong)
+    with pytest.raises(AssertionError, match="combine: relative error"):
+        bench_ops.main([*SMALL, "--shape", "gshard", "--out", str(tmp_path / "ops.json")])
+    assert not json.loads((tmp_path / "ops.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("title", ["gate", "plan", "dispatch", "combine"])
+def test_a_wrong_peer_is_not_timed(bench_ops, monkeypatch, title):
+    peers = load("peers")
+    peer = peers.OPERATORS[title][0]
+
+    def wrong(operands):
+        function = peer.make(operands)
+
+        def call():
+            first, *rest = function()
+            first = first.clone()
+            first[1] = first[0]
+            return first, *rest
+
+        return call
+
+    monkeypatch.setitem(peers.OPERATORS, title, [peer._replace(make=wrong)])
+    with pytest.raises(AssertionError, match=peer.name.replace(".", r"\.")):
+        bench_ops.main([*SMALL, "--shape", "gshard", "--op", title])
+
+
+def test_layers_are_checked_before_they_are_timed(tmp_path, monkeypatch):
+    bench, peers = load("bench_layer"), load("peers")
+    point = bench.Point(64, 16, 8, 4, 2, "zipf")
+    result = bench.measure(point, torch.float32, 1, 0.0)
+    assert set(result["ratio"]) | set(result["excluded"]) == {p.name for p in peers.LAYERS}
+    assert "plain PyTorch" in result["ratio"]
+    assert all(error < 1e-5 for error in result["relative_error"].values())
+    assert {"moe_ext", "bound"} <= set(result["seconds"])
+
+    class Wrong(peers.PlainLayer):
+        def forward(self, tokens):
+            return super().forward(tokens).index_fill(0, torch.tensor([3]), 0.0)
+
+    monkeypatch.setattr(peers, "LAYERS", [peers.Peer("wrong", None, Wrong)])
+    with pytest.raises(AssertionError, match="wrong: relative error"):
+        bench.measure(point, torch.float32, 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "load_of", ["balanced", "zipf", "one hot expert", "half of the experts empty"]
+)
+def test_layers_get_the_load_they_are_named_for(load_of):
+    bench = load("bench_layer")
+    case = bench.Case(bench.Point(512, 32, 8, 8, 2, load_of), torch.float32)
+    load_of_experts = torch.tensor(case.load)
+    assert load_of_experts.sum() == 1024
+    share = load_of_experts / 512
+    if load_of == "balanced":
+        assert share.max() < 2 * share.min()
+    elif load_of == "zipf":
+        assert share[0] > 3 * share[-1] > 0
+    elif load_of == "one hot expert":
+        assert share[0] == 1
+        assert share[1:].max() < 0.4
+    else:
+        assert (share[4:] == 0).all()
+        assert (share[:4] > 0).all()
+
+
+def test_growth(tmp_path, monkeypatch):
+    growth = load("bench_growth")
+    counts = growth.token_counts(1_000_000)
+    assert (counts[0], counts[-1]) == (1000, 1_000_000)
+    assert math.isclose(growth.slope(counts, [3e-6 * t for t in counts]), 1.0)
+    assert math.isclose(growth.slope(counts, [1e-9 * t**2 for t in counts]), 2.0)
+    seconds, grown = growth.cost_of("moe_ext", 20_000, 4, 0.0)
+    assert seconds > 0
+    rows = 2 * 20_000 * 64 * 4
+    assert rows < grown < 100 * rows
+
+
+def test_bytes_of_an_exchange(tmp_path):
+    out = tmp_path / "parallel.json"
+    options = ["--processes", "2", "--top-k", "3", "--tokens", "64", "--seconds", "0"]
+    subprocess.run(
+        [sys.executable, BENCH / "bench_parallel.py", *options, "--out", out],
+        check=True,
+        capture_output=True,
+    )
+    points = {point["way"]: point for point in json.loads(out.read_text())["points"]}
+    per_route, per_process = points["a row per route"], points["a token per process"]
+    assert points.keys() >= {"capacity 1.25", "a row per route, in 2 parts"}
+    row = 512 * 2
+    assert math.isclose(
+        per_process["least_bytes_per_token"], 4 * row * per_process["others_per_token"]
+    )
+    # Ids, weights and counts beside the rows.
+    assert 1 < per_process["of_least"] < 1.1
+    # A route in two leaves its process.
+    assert per_route["bytes_per_token"] / (4 * row) == pytest.approx(1.5, rel=0.2)
+    assert all(point["seconds"] > 0 for point in points.values())
+
+
+def test_model_of_many_gpus(monkeypatch):
+    scaling = load("scaling")
+    layer = scaling.Layer(num_experts=12, k=3)
+    choices = list(itertools.combinations(range(12), 3))
+    for parts in (1, 2, 3, 4, 12):
+        share = [any(e < 12 // parts for e in choice) for choice in choices]
+        assert math.isclose(scaling.chance(layer, parts), sum(share) / len(share))
+    lines = {"a": [1.0] * 8, "b": [2.0] * 8, "c": [3.0] * 8, "d": [4.0] * 8, "least": [0.5] * 8}
+    gpus = [2**i for i in range(8)]
+    figure = drawn(monkeypatch, scaling.draw, gpus, lines, 1.0, 16, None)
+    (axis,) = figure.axes
+    assert axis.get_title().startswith("Modelled, not measured: ")
+    assert axis.get_ylabel().endswith(", ms")
+    assert [text.get_text() for text in axis.get_legend().get_texts()[:2]] == ["a", "b"]
+    machine = scaling.Machine()
+    for processes in (8, 64, 256):
+        least = scaling.least(scaling.Layer(), machine, processes)
+        for way in scaling.WAYS.values():
+            assert scaling.trip(scaling.Layer(), machine, processes, *way) > least
+
+
+@pytest.fixture
+def measured():
+    """The results that the pages show."""
+    report = load("report")
+    readme = report.PAGES[0].read_text()
+    found = [report.results(path.parent) for path in report.RESULTS.glob("*/growth.json")]
+    found = [results for results in found if results["layer-float32"]["machine"] in readme]
+    if not found:
+        pytest.skip("the results are not here")
+    return found[0]
+
+
+def texts_of(figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def drawn(monkeypatch, draw, *arguments) -> Figure:
+    """The figure that a function draws, instead of its file."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw(*arguments)
+    return figures[0]
+
+
+def test_bars_of_ratios_begin_where_both_take_as_long(measured, monkeypatch):
+    figure = drawn(monkeypatch, load("report").draw_ratios, measured, None)
+    assert len(figure.axes) == 3
+    for axis in figure.axes:
+        assert {bar.get_x() for bar in axis.patches} == {1}
+        least, most = axis.get_xlim()
+        assert least < 1 < most
+        whiskers = [line.get_xdata() for line in axis.lines]
+        assert all(least < x < most for line in whiskers for x in line)
+    # Names of operators stand once, at the left.
+    shown = [bool(axis.yaxis.get_tick_params()["labelleft"]) for axis in figure.axes]
+    assert shown == [True, False, False]
+    said = texts_of(figure)
+    for words in ("median over", "lowest to highest", "moe_ext is faster", "torch 2", "threads"):
+        assert words in said
+
+
+def test_a_throughput_above_a_copy_is_explained(measured, monkeypatch):
+    report = load("report")
+    figure = drawn(monkeypatch, report.draw_roofline, measured, None)
+    shares = [
+        line["of_copy"]
+        for group in report.operator_runs(measured)
+        for run in group["runs"].values()
+        for line in run["ops"]
+    ]
+    (axis,) = figure.axes
+    assert axis.get_ylim()[0] == 0
+    assert axis.get_ylim()[1] > max(shares)
+    (note,) = axis.texts
+    assert note.get_text().startswith(f"{max(shares):.2f}: ")
+    assert note.xy[1] == max(shares)
+    said = texts_of(figure)
+    for words in (
+        "relative to a plain copy",
+        "copy_ of large tensors",
+        "GB/s",
+        "lowest to highest",
+    ):
+        assert words in said
+
+
+def test_growth_is_drawn_with_units(measured, monkeypatch):
+    figure = drawn(monkeypatch, load("report").draw_growth, measured, None)
+    said = texts_of(figure)
+    for words in (
+        "seconds",
+        "MiB",
+        "tokens T",
+        "slope",
+        "does not fit",
+        "one MoE layer",
+        "torch 2",
+    ):
+        assert words in said
+
+
+def test_pages_show_what_was_measured(measured):
+    report = load("report")
+    texts = report.tables(measured)
+    for page in report.PAGES:
+        shown = page.read_text()
+        assert report.filled(shown, texts) == shown
+        assert "<!-- bench: " in shown
+    assert set(texts) == {name for page in report.PAGES for name in report.marks(page.read_text())}

@@ -1,0 +1,187 @@
+"""What the pages say that can be checked."""
+
+import doctest
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_ext
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_drawing_is_of_this_plan():
+    experts = torch.tensor([[2, 0], [0, 1], [2, 1], [2, 0]], dtype=torch.int32)
+    plan = moe_ext.make_plan(experts, 3, 2)
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    for t, (ids, slots) in enumerate(zip(experts.tolist(), plan.slots.tolist(), strict=True)):
+        row = rf"t{t} +{ids[0]} {ids[1]} +t{t} +{slots[0]} +{slots[1]} "
+        assert re.search(row, text), row
+    for row, route in enumerate(plan.sources.tolist()):
+        assert f"row {row}  route {route} (t{route // 2}, k{route % 2})" in text
+    for e, offset in enumerate(plan.offsets.tolist()[:3]):
+        assert f"e{e} from {offset}\n" in text
+    assert f"load  {' '.join(map(str, plan.load.tolist()))} " in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_and_files_that_are_named_are_there(page):
+    text = page.read_text()
+    last = None
+    for name, function in re.findall(r"`(?:tests/\w+/)?(test_\w+\.py)?(?:::(\w+))?`", text):
+        if not name and not function:
+            continue
+        last = name or last
+        (path,) = (ROOT / "tests").rglob(last)
+        assert not function or f"def {function}(" in path.read_text(), (last, function)
+    for name in re.findall(r"`((?:examples|bench|csrc|tests|moe_ext)/[\w/]+\.\w+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def python_blocks(page: Path) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_is_code(page):
+    compile(python_blocks(page), page.name, "exec")
+
+
+def test_one_setuptools_is_asked_for_everywhere():
+    pages = [ROOT / name for name in ("pyproject.toml", "Makefile", "README.md")]
+    pages += (ROOT / "docs").glob("*.md")
+    asked = [re.findall(r'"(setuptools[<>=][^"]*)"', page.read_text()) for page in pages]
+    assert {one for some in asked for one in some} == {"setuptools>=77,<82"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_first_layer_is_causal_and_drops_nothing(page, training):
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[1], names)
+    layer, hidden, k = names["layer"].train(training), names["hidden"], names["gate"].k
+    assert all(p.grad is not None for p in layer.parameters())
+    length = hidden.shape[1] // 3
+    torch.testing.assert_close(layer(hidden[:, :length]), layer(hidden)[:, :length])
+    plan = layer.gate.route(hidden.flatten(0, 1)).plan
+    assert (plan.slots >= 0).all()
+    assert plan.kept().sum() == layer.exp_counts.sum() == k * hidden[..., 0].numel()
+
+
+def test_faster_experts_give_the_same():
+    class Expert(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+
+        def forward(self, x):
+            return self.down(torch.nn.functional.gelu(self.up(x)))
+
+    moe, hidden = moe_ext.MoE(8, Expert(), 4), torch.randn(20, 8)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    moe.eval()
+    before = moe(hidden)[0]
+    text = (ROOT / "docs" / "deepspeed.md").read_text().split("## Faster experts")[1]
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {"moe": moe})
+    torch.testing.assert_close(moe(hidden)[0], before)
+
+
+def entries() -> dict[str, list[str]]:
+    """What the API page shows, with the members of a module that are chosen, or none."""
+    text = (ROOT / "docs" / "api.md").read_text()
+    found = re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, re.M)
+    chosen = {name: re.search(r"members: \[(.*)\]", options) for name, options in found}
+    return {name: match[1].split(", ") if match else [] for name, match in chosen.items()}
+
+
+def test_every_public_name_is_on_the_api_page():
+    names = set(entries())
+    hidden = {"build", "ops"}
+    assert {f"moe_ext.{name}" for name in set(moe_ext.__all__) - hidden} <= names
+
+
+def shown(name: str, members: list[str]) -> Iterator[tuple[str, object]]:
+    """The classes, functions and methods of an entry that have arguments to describe."""
+    owner, _, last = name.rpartition(".")
+    try:
+        what = importlib.import_module(name)
+    except ModuleNotFoundError:
+        what = getattr(importlib.import_module(owner), last)
+    if inspect.ismodule(what):
+        own = {k: v for k, v in vars(what).items() if getattr(v, "__module__", "") == what.__name__}
+        for member in members or [k for k in own if not k.startswith("_")]:
+            one = getattr(what, member)
+            if inspect.isclass(one) or inspect.isfunction(one):
+                yield from shown_of(f"{name}.{member}", one)
+    else:
+        yield from shown_of(name, what)
+
+
+def shown_of(name: str, what) -> Iterator[tuple[str, object]]:
+    yield name, what
+    for member, value in vars(what).items() if inspect.isclass(what) else ():
+        method = inspect.unwrap(getattr(value, "__func__", value))
+        if inspect.isfunction(method) and method.__doc__ and not member.startswith("_"):
+            yield f"{name}.{member}", method
+
+
+def arguments_of(what) -> tuple[str, list[str]]:
+    """The section that describes them, and their names."""
+    if hasattr(what, "_fields"):
+        return "Attributes", list(what._fields)
+    constructed = "__init__" in vars(what) if inspect.isclass(what) else True
+    function = what.__init__ if inspect.isclass(what) else what
+    names = inspect.signature(function).parameters if constructed else {}
+    return "Args", [name for name in names if name not in ("self", "cls")]
+
+
+@pytest.mark.parametrize("entry", entries())
+def test_the_api_page_describes_every_argument(entry):
+    if entry == "moe_ext.hf":
+        pytest.importorskip("transformers", reason="needs the extra peers")
+    for name, what in shown(entry, entries()[entry]):
+        text = inspect.cleandoc(what.__doc__ or "")
+        section, names = arguments_of(what)
+        found = re.search(rf"^{section}:\n((?: {{4}}.*\n?|\n)+)", text, re.M)
+        described = re.findall(r"^ {4}\*{0,2}(\w+): ", found[1], re.M) if found else []
+        assert described == names, name
+        # A page takes anything else for a tag of HTML, and shows nothing.
+        assert not re.search(r"<\w", re.sub(r"`[^`]*`", "", text)), name
+
+
+@pytest.mark.parametrize("name", ["TopKGate"])
+def test_the_examples_of_a_docstring_run(name):
+    examples = doctest.DocTestFinder(recurse=False).find(getattr(moe_ext, name), name, globs={})
+    runner = doctest.DocTestRunner()
+    for example in examples:
+        runner.run(example)
+    failed, attempted = runner.summarize(verbose=False)
+    assert attempted > 0
+    assert failed == 0
+
+
+def test_dir_lists_the_public_names_and_no_others():
+    names = {name for name in dir(moe_ext) if not name.startswith("__")}
+    assert names == set(moe_ext.__all__)
+    assert "__version__" in dir(moe_ext)
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "doctor", "sinks"])
+def test_a_module_is_there_before_it_is_imported(name):
+    line = f"import moe_ext; print(moe_ext.{name}.__name__)"
+    run = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert run.stdout.endswith(f".{name}\n")
+
+
+def test_every_public_name_has_a_docstring():
+    for name in moe_ext.__all__:
+        assert (getattr(moe_ext, name).__doc__ or "").strip(), name

@@ -1,0 +1,298 @@
+"""What doctor finds, and what it says against each known failure."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_ext
+from moe_ext import build, doctor
+from moe_ext.__main__ import main
+from moe_ext.monitor.sinks import JsonLines
+from moe_ext.ops import registry
+
+LIBRARY = Path(moe_ext.__file__).parent
+
+
+def python(*arguments, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_every_operator_is_tried():
+    report = doctor.examine()
+    assert [operator.name for operator in report.operators[: len(registry.NAMES)]] == list(
+        registry.NAMES
+    )
+    for operator in report.operators:
+        assert operator.failure == ""
+        assert operator.error <= doctor.TOLERANCE
+        assert operator.backend == registry.backend(operator.name, operator.device)
+    text = str(report)
+    assert str(registry.libraries.library) in text
+    assert torch.__version__ in text
+
+
+def test_the_command():
+    done = python("-m", "moe_ext", "doctor")
+    report = json.loads(python("-m", "moe_ext", "doctor", "--json").stdout)
+    assert {operator["name"] for operator in report["operators"]} == set(registry.NAMES)
+    assert done.returncode == bool(report["problems"])
+    assert report["ok"] == (not report["problems"])
+    if report["ok"]:
+        assert re.match(r"OK( \(CPU is busy: load .*\))?$", done.stdout.splitlines()[-1])
+
+
+def test_a_number_that_json_lacks_is_null():
+    wrong = doctor.Operator("gate", "cpu", "compiled", "", float("inf"), "")
+    assert json.dumps(wrong.as_dict(), allow_nan=False)
+    assert (wrong.as_dict()["error"], wrong.as_dict()["ok"]) == (None, False)
+
+
+@pytest.mark.parametrize("command", ["doctor", "plot"])
+def test_a_reader_that_has_read_enough_is_no_error(monkeypatch, tmp_path, command):
+    """As `head -1` is."""
+    run_file = tmp_path / "run.jsonl"
+    layer = moe_ext.MOELayer(moe_ext.TopKGate(8, 4), moe_ext.GroupedExperts(4, 8, 6))
+    stats = moe_ext.stats.track(layer)
+    layer(torch.randn(3, 8))
+    JsonLines(run_file)(stats.read(), step=1)
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = {"doctor": ["doctor"], "plot": ["plot", "--text", str(run_file)]}
+    with open(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        monkeypatch.setattr(sys, "argv", ["moe_ext", *arguments[command]])
+        assert main() == 128 + signal.SIGPIPE
+        assert not gone.closed
+
+
+@pytest.mark.parametrize(
+    ("threads", "load", "others", "is_told"),
+    [
+        (2, 3.1, 99, True),
+        (2, 2.9, 99, False),
+        (2, 0.5, 99, False),
+        (2, 1e3, 0, False),
+        (1, 1e3, 99, False),
+    ],
+    ids=["busy", "a build of its own", "for a moment", "no longer", "one thread"],
+)
+def test_other_work_is_told_once(monkeypatch, threads, load, others, is_told):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert min(doctor._work()) >= 0
+    monkeypatch.setattr(doctor, "_work", lambda: (load, others))
+    report = doctor.examine()
+    assert report.facts["cpu"]["load"] == load
+    assert report.facts["cpu"]["is_busy"] == is_told
+    assert str(report).count("OMP_NUM_THREADS=1") == str(report).count("load") == is_told
+
+
+def libraries() -> tuple[dict[str, dict], list[doctor.Problem]]:
+    problems: list[doctor.Problem] = []
+    return doctor._libraries(problems), problems
+
+
+def changed(monkeypatch, name: str, change) -> list[doctor.Problem]:
+    """What doctor says on the CPU where the reference of an operator gives something else."""
+    right = getattr(moe_ext.ops.reference, name)
+    monkeypatch.setattr(doctor.reference, name, lambda *args: change(right(*args)))
+    report = doctor.examine()
+    assert not report.is_well
+    return [problem for problem in report.problems if "on cpu" in problem.problem]
+
+
+def test_a_wrong_result_is_found(monkeypatch):
+    (problem,) = changed(monkeypatch, "combine", lambda out: 1.01 * out)
+    assert problem.problem.startswith("the self-test of combine on cpu gave an error of")
+    assert "doctor --json" in problem.fix
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_nan_is_found_in_any_output(monkeypatch, which):
+    def change(outputs):
+        outputs = list(outputs)
+        outputs[which] = torch.full_like(outputs[which], torch.nan)
+        return outputs
+
+    (problem,) = changed(monkeypatch, "activate_backward", change)
+    assert problem.problem == "the self-test of activate_backward on cpu gave an error of inf"
+
+
+def test_an_operator_that_fails_is_told_with_its_error(monkeypatch):
+    def fails(out):
+        raise RuntimeError("combine: no such thing")
+
+    (problem,) = changed(monkeypatch, "combine", fails)
+    assert "RuntimeError: combine: no such thing" in problem.problem
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The package alone, with a library that is none."""
+    copy = tmp_path / "moe_ext"
+    copy.mkdir()
+    for path in LIBRARY.rglob("*.py"):
+        target = copy / path.relative_to(LIBRARY)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(path.read_text())
+    return tmp_path
+
+
+def report_of(tree: Path, **environment) -> dict:
+    done = python("-W", "ignore", "-m", "moe_ext", "doctor", "--json", cwd=tree, **environment)
+    assert done.returncode == 1, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_without_a_library(tree):
+    report = report_of(tree)
+    assert report["moe_ext"] == {"version": moe_ext.__version__, "path": str(tree / "moe_ext")}
+    on_cpu = [operator for operator in report["operators"] if operator["device"] == "cpu"]
+    assert {operator["backend"] for operator in on_cpu} == {"reference"}
+    problem = report["problems"][0]
+    assert "no compiled library was built" in problem["problem"]
+    assert problem["fix"].startswith("pip install --no-build-isolation")
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_a_compiler_that_fails_is_as_one_that_is_missing(monkeypatch, compiler):
+    monkeypatch.setattr(registry.libraries, "library", None)
+    monkeypatch.setenv("CXX", compiler)
+    (problem,) = libraries()[1]
+    assert problem.fix == f"install a C++ compiler or set CXX to one; then {doctor.AGAIN}"
+    assert doctor._facts()["compiler"] is None
+
+
+def test_a_library_that_cannot_be_loaded_is_told_verbatim(tree):
+    (tree / "moe_ext" / "_C.abi3.so").write_bytes(b"\x7fELF, but not for long")
+    report = report_of(tree)
+    # The reason is the loader's own.
+    expected = r"_C.abi3.so could not be loaded: .*(file too short|invalid ELF|not a mach-o)"
+    assert re.search(expected, report["libraries"]["_C"]["error"])
+    assert re.search(expected, report["problems"][0]["problem"])
+
+
+@pytest.mark.parametrize(
+    ("direct_url", "source"),
+    [
+        ('{"url": "file:///some/where%20else", "dir_info": {}}', "/some/where else"),
+        ('{"url": "https://some.where/moe_ext.zip"}', "--no-binary moe_ext moe_ext"),
+        (None, "--no-binary moe_ext moe_ext"),
+    ],
+)
+def test_what_is_installed_again(monkeypatch, tmp_path, direct_url, source):
+    class Distribution:
+        def read_text(self, name):
+            assert name == "direct_url.json"
+            return direct_url
+
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor.importlib.metadata, "distribution", lambda name: Distribution())
+    assert doctor._source() == source
+    (tmp_path / "setup.py").touch()
+    assert doctor._source() == f"-e {tmp_path}"
+
+
+# What a torch with CUDA would say, on a machine without one.
+
+
+@pytest.fixture
+def card(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor, "_num_cards", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a card")
+    monkeypatch.setattr(registry.libraries, "cuda_library", None)
+    monkeypatch.setattr(registry.libraries, "cuda_load_error", "no CUDA kernels were built")
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
+
+
+def test_without_a_card_there_is_no_problem(card, monkeypatch):
+    monkeypatch.setattr(doctor, "_num_cards", lambda: 0)
+    said, problems = libraries()
+    assert said["_C_cuda"]["error"] == "no CUDA kernels were built"
+    assert [p for p in problems if "cuda" in p.problem] == []
+    # What a build for a machine with a GPU would take is told all the same.
+    assert said["_C_cuda"]["fix"].endswith(doctor.AGAIN)
+    text = str(doctor.examine())
+    assert f"a machine with a GPU\n fix: {said['_C_cuda']['fix']}\nOK" in text
+    assert doctor._table(doctor._facts())["card"].startswith("none that torch can use")
+
+
+def test_a_card_and_no_kernels(card, monkeypatch):
+    monkeypatch.setattr(build, "find_toolkit", lambda major=None: None)
+    problem = libraries()[1][-1]
+    assert problem.problem == "operators on cuda run as plain PyTorch: no CUDA kernels were built"
+    assert problem.fix.startswith("set CUDA_HOME to a toolkit of CUDA 13 or pip install")
+    assert f"; then {doctor.AGAIN}" in problem.fix
+    facts = doctor._facts()
+    assert facts["cards"] == [{"name": "a card", "compute_capability": "12.0"}]
+    assert doctor._table(facts)["card"] == "a card, compute capability 12.0"
+
+
+def test_a_toolkit_of_another_major_version(card, monkeypatch, tmp_path):
+    toolkit = build.Toolkit(tmp_path, tmp_path, (12, 4))
+    monkeypatch.setattr(
+        build, "find_toolkit", lambda major=None: toolkit if major in (None, 12) else None
+    )
+    loaded = registry.Libraries()
+    loaded._load_cuda(tmp_path / "_C.abi3.so")
+    why = f"torch {torch.__version__} is for CUDA 13.0, the toolkit at {tmp_path} is CUDA 12.4"
+    expected = f"no CUDA kernels were built with this package; on this machine: {why}"
+    assert loaded.cuda_load_error == expected
+    assert libraries()[1][-1].fix.startswith("install a torch for CUDA 12, or set CUDA_HOME to a")
+    assert doctor._facts()["toolkit"] == {"cuda": "12.4", "path": str(tmp_path)}
+
+
+def test_kernels_left_out_on_purpose(card, monkeypatch):
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    assert libraries()[1][-1].fix.startswith("unset FORCE_CUDA to build both; then pip")
+
+
+@pytest.mark.parametrize("built_for", ["7.5,8.0+PTX,9.0+PTX", "7.5,8.0"])
+def test_a_card_that_the_kernels_are_not_for(card, monkeypatch, tmp_path, built_for):
+    library = tmp_path / "_C_cuda.abi3.so"
+    text = f"moe_ext built for compute capability {built_for}"
+    library.write_bytes(b"\x7fELF\0" + text.encode() + b"\0\xff")
+    monkeypatch.setattr(registry.libraries, "cuda_library", library)
+    said, problems = libraries()
+    assert said["_C_cuda"]["path"] == str(library)
+    assert said["_C_cuda"]["built_for"] == built_for.split(",")
+    assert doctor._library(said["_C_cuda"]) == f"{library}, for {built_for}"
+    if "9.0+PTX" in built_for:
+        assert problems == []
+    else:
+        assert problems[0].problem.startswith("card 0 has compute capability 12.0, the kernels are")
+        assert problems[0].fix.startswith('TORCH_CUDA_ARCH_LIST="12.0" pip install')
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "is_served"),
+    [
+        ("9.0", (9, 0), True),
+        ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("9.0+PTX", (8, 9), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a+PTX", (10, 3), False),
+        ("7.5,8.0+PTX,9.0", (12, 0), True),
+        ("Hopper", (9, 0), True),
+    ],
+)
+def test_who_is_served(built_for, capability, is_served):
+    assert doctor.serves(built_for.split(","), capability) is is_served

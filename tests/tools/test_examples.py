@@ -1,0 +1,90 @@
+"""The examples, on small settings: each runs, says what it says it does, and learns."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_ext.monitor.sinks import read_json_lines
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+# One process on a GPU and two on the CPU, which torchrun gives one thread, would not be alike.
+ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def run(name: str, *arguments, launcher: tuple[str, ...] = (), cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / name), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **ALONE, "MASTER_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    return [float(found) for found in re.findall(pattern, text)]
+
+
+def test_train_gpt():
+    said = run("train_gpt.py", "--steps", 60, "--batch", 16, "--write", 40)
+    first, last = numbers(r"step \d+: ([\d.]+) bits", said)
+    assert last < 0.75 * first
+    assert "blocks.0.moe" in said
+    assert "\ndef " in said
+
+
+def test_own_gate():
+    said = run("own_gate.py", "--steps", 150)
+    first, last = numbers(r"step \d+: loss ([\d.]+)", said)
+    assert last < 0.5 * first
+    (routes,) = numbers(r"([\d.]+) experts for a token", said)
+    assert 1 <= routes < 2
+
+
+def test_watch_experts(tmp_path):
+    said = run("watch_experts.py", "--steps", 150, "--out", tmp_path)
+    idle = {}
+    for balance in ("none", "loss", "bias"):
+        readings = list(read_json_lines(tmp_path / f"{balance}.jsonl"))
+        assert [step for step, _ in readings] == [50, 100, 150]
+        (layer,) = readings[-1][1].train.values()
+        idle[balance] = len(layer.scarce)
+    assert idle["none"] >= 4
+    assert max(idle["loss"], idle["bias"]) <= 1
+    assert said.count("a bar for an expert") == 9
+    # What idle experts cost is the example's message.
+    none, loss, bias = numbers(r"(?m)^(?:none|loss|bias) +([\d.]+)$", said)
+    assert none > 1.2 * max(loss, bias)
+
+
+def test_fsdp2_and_experts_on_two_processes():
+    one = run("fsdp2_ep.py", "--steps", 30)
+    two = run("fsdp2_ep.py", "--steps", 30, launcher=TORCHRUN)
+    assert ("1 processes" in one, "2 processes" in two) == (True, True)
+    losses = [numbers(r"step \d+: loss ([\d.]+)", said) for said in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4)
+    assert losses[0][1] < losses[0][0]
+    # What both processes' tokens asked for.
+    tables = [numbers(r"\d+\.\d+", said[said.index("processes\n") :]) for said in (one, two)]
+    assert tables[1] == pytest.approx(tables[0], abs=0.02)
+
+
+def test_train_moe():
+    said = run("train_moe.py", "--steps", 21)
+    losses = numbers(r"step \d+: loss ([\d.]+)", said)
+    assert losses[-1] < 0.8 * losses[0]

@@ -1,0 +1,215 @@
+"""What explain says of a call."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_ext
+from moe_ext import GroupedExperts, MOELayer, TopKGate
+from moe_ext.ops import registry, torch_grouped_mm
+
+E, H = 4, 16
+
+
+def layer_of(experts=None, **options) -> MOELayer:
+    gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False, **options)
+    return MOELayer(gate, experts or GroupedExperts(E, H, 8))
+
+
+def test_names_every_operator_in_order():
+    found = moe_ext.explain(layer_of(drop_tokens=False), torch.randn(3, 5, H))
+    assert [call.operator for call in found.calls] == [
+        *("gate", "plan", "plan", "dispatch", "grouped_mm", "activate", "grouped_mm", "combine")
+    ]
+    assert all(call.backend == "compiled" for call in found.calls)
+    assert found.synchronisations == 0
+    text = str(found)
+    assert "grouped_mm  float32 [30, 16] [4, 16, 16] [5] [4]" in text
+    assert "MOELayer:\n" in text
+    assert text.endswith("the host waits for the device: never, all ran on the CPU")
+
+
+def test_names_layers_and_those_alike_once():
+    model = torch.nn.Sequential(*(layer_of() for _ in range(3)), layer_of(drop_tokens=False))
+    found = moe_ext.explain(model, torch.randn(5, H))
+    names = list(dict.fromkeys(call.layer for call in found.calls))
+    assert names == ["0", "1", "2", "3"]
+    lines = str(found).splitlines()
+    assert [line for line in lines if line.endswith(":")] == ["0 to 2, 3 alike:", "3:"]
+
+
+def test_says_that_experts_run_one_after_the_other():
+    one = moe_ext.ModuleExperts(torch.nn.Linear(H, H), E)
+    shared = moe_ext.SharedExperts(one, torch.nn.Linear(H, H))
+    found = moe_ext.explain(layer_of(shared), torch.randn(5, H))
+    expected = "MOELayer: ModuleExperts runs 4 experts one after the other"
+    assert [note.split(";")[0] for note in found.notes] == [expected]
+    assert found.notes[0] in str(found).splitlines()
+    assert moe_ext.explain(layer_of(), torch.randn(5, H)).notes == []
+
+
+def test_of_a_compiled_model():
+    """It is seen as it is, and is compiled afterwards as before."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    layer, x = layer_of().eval(), torch.randn(5, H)
+    model = torch.compile(layer, backend=backend, fullgraph=True)
+    assert moe_ext.explain(model, x).calls
+    assert not compiled
+    expected = layer(x)
+    torch.testing.assert_close(model(x), expected)
+    assert len(compiled) == 1
+    moe_ext.explain(model, x)
+    model(x)
+    assert len(compiled) == 1
+
+
+def test_of_a_model_with_a_higher_order_operator():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer_of()
+
+        def forward(self, layer):  # a name that explain has too
+            def double(x):
+                return x * 2
+
+            return self.layer(torch.cond(layer.sum() > 0, double, torch.neg, (layer,)))
+
+    found = moe_ext.explain(Model(), layer=torch.randn(5, H))
+    assert found.calls[0].layer == "layer"
+    assert found.others["cond"] == 1
+
+
+def test_of_a_part_of_a_layer():
+    experts = GroupedExperts(E, H, 8)
+    plan = moe_ext.make_plan(torch.zeros(5, 1, dtype=torch.int32), E)
+    text = str(moe_ext.explain(experts, torch.randn(5, H), plan))
+    assert "outside of layers:" in text
+    found = moe_ext.explain(torch.nn.Linear(H, H), torch.randn(5, H))
+    assert found.notes == ["Linear has no MOELayer, nor experts of transformers"]
+
+
+def test_of_no_module():
+    for watch in (moe_ext.explain, moe_ext.stats.track, moe_ext.profiling.ranges):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
+            watch(lambda x: x)
+
+
+def test_says_where_16_bit_products_are_float32_ones():
+    layer = layer_of().bfloat16()
+    x = torch.randn(5, H).bfloat16()
+    how = {c.how for c in moe_ext.explain(layer, x).calls if c.operator == "grouped_mm"}
+    expected = "in float32, as this CPU's torch has no bfloat16 instructions"
+    assert how == {expected if torch.ops.moe_ext.widens(x) else ""}
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="ONEDNN_MAX_CPU_ISA is for x86"
+)
+def test_without_bfloat16_instructions():
+    """In a process whose products are told to do without."""
+    code = (
+        (
+            "import torch, moe_ext;"
+            "layer = moe_ext.GroupedExperts(2, 8, 8, dtype=torch.bfloat16);"
+            "plan = moe_ext.make_plan(torch.zeros(3, 1, dtype=torch.int32), 2);"
+            "class M(torch.nn.Module):\n"
+            "    def forward(self, x): return layer.routed(x, plan, torch.ones(3, 1))\n"
+            "print(moe_ext.explain(M(), torch.randn(3, 8).bfloat16()))"
+        )
+        .replace(";class", "\nclass")
+        .replace(";", "\n")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(moe_ext.__file__).parents[1],
+        env={"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1", "PATH": ""},
+    )
+    assert done.stdout.count("in float32, as this CPU's torch has no bfloat16 instructions") == 2
+
+
+def test_leaves_the_layer_as_it_was():
+    layer = layer_of()
+    layer(torch.randn(5, H))
+    kept = layer.l_aux, layer.exp_counts
+    assert kept[0].requires_grad
+    told = []
+    layer.observer = observer = lambda *call: told.append(call)
+    layer.wall_clock_breakdown = layer.gate.wall_clock_breakdown = True
+    attributes, x = set(vars(layer)), torch.randn(5, H)
+    drawn = torch.random.get_rng_state()
+    moe_ext.explain(layer, x)
+    assert layer.l_aux is kept[0]
+    assert layer.exp_counts is kept[1]
+    assert layer.observer is observer
+    assert not told
+    assert layer.time_moe == layer.gate.gate_time == 0
+    assert set(vars(layer)) == attributes
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def test_counts_what_is_read_back(monkeypatch):
+    """Of another device; here of the CPU, as if it were none."""
+    layer = moe_ext.MoE(H, torch.nn.Linear(H, H), E, k=2, drop_tokens=False)
+    found = moe_ext.explain(layer, torch.randn(5, H))
+    assert found.synchronisations == 0
+    assert "the host waits for the device: never, all ran on the CPU" in str(found)
+    assert "Experts runs 4 experts one after the other" in str(found)
+    monkeypatch.setattr("moe_ext.monitor.explain._HOST", "elsewhere")
+    found = moe_ext.explain(layer, torch.randn(5, H))
+    assert found.synchronisations == 1  # the largest load
+    assert "the host waits for the device: 1 times" in str(found)
+    assert found.is_away
+    assert found.others["addmm"] == E
+
+
+def test_names_operators_whose_first_argument_is_none(monkeypatch):
+    monkeypatch.setattr(registry, "backend", lambda name, device: "reference")
+
+    class Gradient(torch.nn.Module):
+        def forward(self, logits):
+            with torch.enable_grad():
+                (grad,) = torch.autograd.grad(moe_ext.gate(logits, 2).importance.sum(), logits)
+            return grad
+
+    found = moe_ext.explain(Gradient(), torch.randn(5, E, requires_grad=True))
+    assert [call.operator for call in found.calls] == ["gate", "gate_backward"]
+
+
+def test_says_why_torchs_products(monkeypatch):
+    rows, weights = torch.randn(8, 4), torch.randn(2, 3, 4)
+    real = registry.backend
+
+    def backend(name, device):
+        return "torch" if name in torch_grouped_mm.OPERATORS else real(name, device)
+
+    monkeypatch.setattr(registry, "backend", backend)
+    monkeypatch.setattr(
+        torch_grouped_mm, "choose", lambda rows, widths, capacity: ("loop", f"{widths}")
+    )
+    monkeypatch.setattr("moe_ext.monitor.explain._HOST", "elsewhere")
+    call = moe_ext.explain(_Product(rows, weights)).calls[-1]
+    assert (call.operator, call.backend) == ("grouped_mm", "torch")
+    assert call.how == "loop, as (3, 4)"
+
+
+class _Product(torch.nn.Module):
+    def __init__(self, rows, weights):
+        super().__init__()
+        self.operands = rows, weights
+
+    def forward(self):
+        plan = moe_ext.make_plan(torch.zeros(8, 1, dtype=torch.int32), 2)
+        return moe_ext.grouped_mm(*self.operands, plan)

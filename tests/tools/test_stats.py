@@ -1,0 +1,426 @@
+"""What stats counts: every route once, nothing that is not one."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from processes import on_processes
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import moe_ext
+from moe_ext import GroupedExperts, MOELayer, TopKGate, stats
+from moe_ext.monitor import explain
+
+T, H, E = 48, 16, 8
+
+
+def layer_of(k: int = 2, **options) -> MOELayer:
+    options = {"top2_2nd_expert_sampling": False, "use_rts": False} | options
+    return MOELayer(TopKGate(H, E, k, **options), GroupedExperts(E, H, 8))
+
+
+def routings(layer: MOELayer, *calls) -> list:
+    """What the layer's gate decides for each of the inputs."""
+    return [layer.gate.route(x) for x in calls]
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    return [torch.randn(T, H), torch.randn(17, H)]
+
+
+def test_counts_are_those_of_the_plans(inputs):
+    layer = layer_of(capacity_factor=0.7)
+    counting = stats.track(layer)
+    for x in inputs:
+        layer(x)
+    read = counting.read().train["MOELayer"]
+    made = routings(layer, *inputs)
+    assert read.calls == 2
+    assert read.tokens == T + 17
+    assert torch.equal(read.load, sum(r.plan.load for r in made).long())
+    assert torch.equal(read.kept, sum(r.plan.kept() for r in made).long())
+    dropped = sum(int((r.plan.slots < 0).sum()) for r in made)
+    assert dropped > 0
+    assert read.dropped == pytest.approx(dropped / (2 * (T + 17)))
+    assert read.l_aux == pytest.approx(float(sum(r.l_aux for r in made) / 2), rel=1e-6)
+    assert read.pairs is None
+
+
+def test_a_reading_begins_a_new_count(inputs):
+    layer = layer_of()
+    counting = stats.track(layer)
+    layer(inputs[0])
+    first = counting.read(reset=False)
+    assert torch.equal(counting.read().train["MOELayer"].load, first.train["MOELayer"].load)
+    assert counting.read() == stats.Reading({}, {})
+    layer(inputs[0])
+    assert torch.equal(counting.read().train["MOELayer"].load, first.train["MOELayer"].load)
+
+
+def test_evaluation_is_apart(inputs):
+    layer = layer_of(capacity_factor=1.0, eval_capacity_factor=0.3)
+    counting = stats.track(layer)
+    layer(inputs[0])
+    layer.eval()
+    layer(inputs[1])
+    reading = counting.read()
+    assert reading.train["MOELayer"].tokens == T
+    assert reading.eval["MOELayer"].tokens == 17
+
+
+@pytest.mark.parametrize("detailed", [False, True])
+def test_padding_counts_for_nothing(inputs, detailed):
+    layer = layer_of(drop_tokens=False)
+    counting = stats.track(layer, detailed=detailed)
+    layer(inputs[0])
+    without = counting.read().train["MOELayer"]
+    padded = torch.cat([inputs[0], torch.full((5, H), torch.nan)])
+    used = torch.cat([torch.ones(T), torch.zeros(5)])
+    layer(padded, used)
+    read = counting.read().train["MOELayer"]
+    assert read.tokens == T
+    assert torch.equal(read.load, without.load)
+    if detailed:
+        torch.testing.assert_close(read.importance, without.importance)
+        assert read.router_entropy == pytest.approx(without.router_entropy)
+        assert read.z_loss == pytest.approx(without.z_loss)
+        assert read.agreement == without.agreement == 1
+        assert torch.equal(read.pairs, without.pairs)
+
+
+@pytest.mark.parametrize("scoring", moe_ext.ops.checks.SCORINGS)
+def test_detailed_numbers(inputs, scoring):
+    layer = layer_of(k=3, scoring=scoring, drop_tokens=False)
+    counting = stats.track(layer, detailed=True)
+    layer(inputs[0])
+    read = counting.read().train["MOELayer"]
+    (routing,) = routings(layer, inputs[0])
+    shares = routing.probs / routing.probs.sum(-1, keepdim=True)
+    torch.testing.assert_close(read.importance, shares.double().mean(0))
+    entropy = -(shares * shares.log()).sum(-1).mean() / math.log(E)
+    assert read.router_entropy == pytest.approx(float(entropy), rel=1e-5)
+    assert read.z_loss == pytest.approx(float(moe_ext.losses.z_loss(routing.logits)), rel=1e-5)
+    assert read.agreement == 1
+    chosen = torch.zeros(T, E).scatter(1, routing.plan.expert_ids.long(), 1)
+    assert torch.equal(read.pairs.double(), (chosen.t() @ chosen).double())
+    assert torch.equal(read.pairs.diagonal(), read.load)
+
+
+def test_agreement_is_with_the_router_itself(inputs):
+    layer = layer_of(k=1, drop_tokens=False)
+    counting = stats.track(layer, detailed=True)
+    best = layer.gate.route(inputs[0]).plan.expert_ids
+    recorded = best.clone()
+    recorded[: T // 4] = (recorded[: T // 4] + 1) % E
+    layer(inputs[0], expert_ids=recorded)
+    assert counting.read().train["MOELayer"].agreement == 0.75
+
+
+def test_what_is_said_of_a_load():
+    load = torch.tensor([6, 2, 0, 0])
+    layer = stats.LayerStats(4, 1, load, torch.tensor([3, 2, 0, 0]), 1.5)
+    assert layer.dropped == pytest.approx(3 / 8)
+    assert layer.max_over_mean == 3
+    assert layer.cv == pytest.approx(load.double().std(correction=0).item() / 2)
+    assert layer.load_entropy == pytest.approx(
+        -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
+    )
+    assert layer.dead == layer.scarce == [2, 3]
+    few = stats.LayerStats(9, 1, torch.tensor([100, 100, 100, 5]), load, 1.0)
+    assert (few.dead, few.scarce) == ([], [3])
+    even = stats.LayerStats(4, 1, torch.ones(4).long(), torch.ones(4).long(), 1.0)
+    assert (even.max_over_mean, even.cv, even.dead, even.dropped) == (1, 0, [], 0)
+    assert even.load_entropy == pytest.approx(1)
+    both = stats.Reading({"a": layer, "b": even}, {}).scalars()
+    assert both["train/moe/max_over_mean"] == 2
+    assert both["train/moe/max_over_mean_worst"] == 3
+    assert both["train/moe/dead_worst"] == 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_computed_again_is_counted_once(inputs, use_reentrant):
+    layer = layer_of()
+    counting = stats.track(layer)
+    x = inputs[0].requires_grad_()
+    calls = []
+    layer.gate.wg.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
+    assert len(calls) == 4
+    assert counting.read().train["MOELayer"].calls == 2
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, layer: MOELayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda x: self.layer.forward_with_aux(x)[0], x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, Checkpointed])
+@pytest.mark.parametrize("detailed", [False, True])
+def test_compiled(inputs, wrap, detailed):
+    layer = layer_of(capacity_factor=0.7)
+    counting = stats.track(layer, detailed=detailed)
+    x = inputs[0].requires_grad_()
+    wrap(layer)(x).sum().backward()
+    expected = counting.read().train["MOELayer"]
+    torch._dynamo.reset()
+    compiled = torch.compile(wrap(layer), backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        compiled(x).sum().backward()
+    read = counting.read().train["MOELayer"]
+    assert (read.calls, read.tokens) == (3, 3 * T)
+    assert torch.equal(read.load, 3 * expected.load)
+    assert torch.equal(read.kept, 3 * expected.kept)
+    assert read.l_aux == pytest.approx(expected.l_aux, rel=1e-6)
+    if detailed:
+        assert torch.equal(read.pairs, 3 * expected.pairs)
+        assert read.z_loss == pytest.approx(expected.z_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_compiled_and_then_checkpointed_is_counted_once(inputs, use_reentrant):
+    layer = layer_of()
+    counting = stats.track(layer)
+    x = inputs[0].requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        checkpoint(compiled, x, use_reentrant=use_reentrant).sum().backward()
+    assert counting.read().train["MOELayer"].calls == 3
+
+
+def test_a_nan_is_seen(inputs):
+    """Where training diverges the numbers say so."""
+    layer = layer_of()
+    counting = stats.track(layer, detailed=True)
+    layer(torch.full((T, H), torch.nan))
+    read = counting.read().train["MOELayer"]
+    assert math.isnan(read.router_entropy)
+    assert math.isnan(read.z_loss)
+    assert int(read.load.sum()) == 2 * T
+
+
+def test_equal_logits_are_followed():
+    """Which of them topk takes is not defined."""
+    layer = layer_of(k=3, drop_tokens=False)
+    nn.init.zeros_(layer.gate.wg.weight)
+    counting = stats.track(layer, detailed=True)
+    layer(torch.randn(T, H))
+    assert counting.read().train["MOELayer"].agreement == 1
+
+
+def test_expert_choice(inputs):
+    """Every expert is every token's choice: there are no pairs to speak of where they are many."""
+    experts = 40
+    gate = TopKGate(H, experts, experts, drop_policy="probs", normalize="never")
+    layer = MOELayer(gate, GroupedExperts(experts, H, 8))
+    counting = stats.track(layer, detailed=True)
+    layer(inputs[0])
+    read = counting.read().train["MOELayer"]
+    assert read.load.tolist() == [T] * experts
+    assert read.agreement == 1
+    assert read.pairs is None
+
+
+def test_outputs_and_gradients_are_the_same(inputs):
+    layer = layer_of(capacity_factor=0.7)
+    x = inputs[0].requires_grad_()
+
+    def results():
+        out = layer(x)
+        return out, *torch.autograd.grad(
+            out.square().sum() + layer.l_aux, [x, layer.gate.wg.weight]
+        )
+
+    plain = results()
+    with stats.track(layer, detailed=True) as counting:
+        tracked = results()
+    assert all(torch.equal(a, b) for a, b in zip(plain, tracked, strict=True))
+    assert layer.observer is None
+    results()
+    assert counting.read().train["MOELayer"].calls == 1
+
+
+def test_who_is_not_counted(inputs):
+    layer = layer_of(drop_tokens=False)
+    counting = stats.track(layer)
+    copy.deepcopy(layer)(inputs[0])
+    moe_ext.explain(layer, inputs[0])
+    torch.func.vmap(lambda x: layer.forward_with_aux(x)[0])(torch.stack([inputs[0]] * 2))
+    exported = torch.export.export(layer, (inputs[0],), strict=True)
+    exported.module()(inputs[0])
+    assert counting.read() == stats.Reading({}, {})
+
+
+def test_copies_of_modules_without_a_getstate_have_no_counters():
+    """As those of transformers."""
+    module = nn.Linear(2, 2)
+    module.num_experts = 2
+    module.observer = stats._Counters(module, detailed=False)
+    assert copy.deepcopy(module).observer is None
+    assert pickle.loads(pickle.dumps(module)).observer is None
+
+
+def test_a_later_one_takes_the_place(inputs):
+    layer = layer_of()
+    first = stats.track(layer)
+    second = stats.track(layer)
+    layer(inputs[0])
+    first.stop()
+    layer(inputs[0])
+    assert first.read() == stats.Reading({}, {})
+    assert second.read().train["MOELayer"].calls == 2
+
+
+def test_layers_have_their_names(inputs):
+    model = nn.Sequential(layer_of(), nn.Linear(H, H), layer_of())
+    counting = stats.track(model)
+    model(inputs[0])
+    assert list(counting.read().train) == ["0", "2"]
+    with pytest.raises(ValueError, match=r"stats.track: Linear has no MOELayer"):
+        stats.track(nn.Linear(2, 2))
+
+
+def test_a_gate_written_for_deepspeed(inputs):
+    """Its masks hold what it kept; what was asked for is its exp_counts."""
+    mine = layer_of(k=1, capacity_factor=0.5, drop_policy="position")
+
+    class Gate(nn.Module):
+        num_experts = E
+
+        def forward(self, x, used_token=None):
+            return mine.gate(x, used_token)
+
+    layer = MOELayer(Gate(), mine.experts)
+    counting = stats.track(layer, detailed=True)
+    layer(inputs[0])
+    read = counting.read().train["MOELayer"]
+    (routing,) = routings(mine, inputs[0])
+    assert torch.equal(read.load, routing.plan.load.long())
+    assert torch.equal(read.kept, routing.plan.kept().long())
+    assert read.dropped > 0
+    assert read.router_entropy is None
+
+
+def test_no_more_routes_are_kept_than_asked(inputs):
+    """A gate may count its first choices alone, as DeepSpeed's top-2 gate once did."""
+    mine = layer_of(k=2)
+
+    class Gate(nn.Module):
+        num_experts = E
+
+        def forward(self, x, used_token=None):
+            l_aux, weights, mask, exp_counts = mine.gate(x, used_token)
+            return l_aux, weights, mask, exp_counts // 2
+
+    layer = MOELayer(Gate(), mine.experts)
+    counting = stats.track(layer)
+    layer(inputs[0])
+    read = counting.read().train["MOELayer"]
+    assert torch.equal(read.load, read.kept)
+    assert read.dropped == 0
+
+
+@pytest.mark.parametrize("l_aux", [None, 0.5, torch.tensor(0.5)])
+def test_a_gate_without_a_loss_that_is_a_tensor(inputs, l_aux):
+    plain = layer_of()
+
+    class Gate(nn.Module):
+        num_experts = E
+
+        def route(self, tokens, used_token):
+            return plain.gate.route(tokens, used_token)._replace(l_aux=l_aux)
+
+    layer = MOELayer(Gate(), plain.experts)
+    counting = stats.track(layer)
+    layer(inputs[0])
+    read = counting.read().train["MOELayer"]
+    assert read.l_aux == (None if l_aux is None else 0.5)
+    assert ("l_aux" in read.scalars()) == (l_aux is not None)
+
+
+def test_inference_mode(inputs):
+    layer = layer_of().eval()
+    with torch.inference_mode():
+        counting = stats.track(layer)
+        layer(inputs[0])
+    layer(inputs[0])
+    assert counting.read().eval["MOELayer"].calls == 2
+
+
+def test_a_layer_made_on_meta(inputs):
+    layer = layer_of().to("meta")
+    counting = stats.track(layer)
+    layer.to_empty(device="cpu")
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    with torch.inference_mode():
+        layer(inputs[0])
+    layer(inputs[0]).sum().backward()
+    assert counting.read().train["MOELayer"].calls == 2
+
+
+def test_counts_move_with_the_layer(inputs, monkeypatch):
+    layer = layer_of()
+    counting = stats.track(layer)
+    layer(inputs[0])
+    counters = counting._counters["MOELayer"]
+    before = counters.counts["train"].clone()
+    counters._move(torch.device("cpu"))
+    assert torch.equal(counters.counts["train"], before)
+
+
+def test_no_value_is_read_back_before_reading(inputs):
+    layer = layer_of(capacity_factor=0.7)
+    stats.track(layer, detailed=True)
+
+    class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function._schema.name.split("::")[1]
+            assert name not in explain._READS
+            assert name != "index" or not explain._has_mask(args[1])
+            return function(*args, **(kwargs or {}))
+
+    with Reads():
+        layer(inputs[0], torch.ones(T))
+
+
+def test_the_table():
+    load = torch.tensor([8, 4, 2, 1, 1, 0, 0, 0])
+    layer = stats.LayerStats(8, 1, load, load, 1.0)
+    text = str(stats.Reading({"layers.0": layer}, {}))
+    assert "5, 6, 7" in text
+    assert "layers.0  █" in text
+    assert "···" in text
+    assert str(stats.Reading({}, {})) == "nothing was counted since the last reading"
+
+
+def _sums(rank: int) -> stats.LayerStats:
+    torch.manual_seed(0)
+    layer = layer_of(capacity_factor=0.7)
+    x = torch.randn(2, T, H)
+    counting = stats.track(layer)
+    layer(x[rank])
+    return counting.read(group=torch.distributed.group.WORLD).train["MOELayer"]
+
+
+def test_the_sum_over_processes():
+    first, second = on_processes(2, _sums)
+    torch.manual_seed(0)
+    layer = layer_of(capacity_factor=0.7)
+    x = torch.randn(2, T, H)
+    made = routings(layer, *x)
+    for read in (first, second):
+        assert (read.calls, read.tokens) == (2, 2 * T)
+        assert torch.equal(read.load, sum(r.plan.load for r in made).long())
+        assert torch.equal(read.kept, sum(r.plan.kept() for r in made).long())

@@ -1,0 +1,240 @@
+"""The CUDA toolkit: where it is found, when it is used, and what is built with it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moe_ext import build
+from moe_ext.ops import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def fake_toolkit(root: Path, version: int = 13000, include: str = "include") -> Path:
+    """As much of a toolkit as is looked at."""
+    for folder in ("bin", "lib64", include):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    (root / "bin" / "nvcc").chmod(0o755)
+    (root / "lib64" / "libcudart_static.a").touch()
+    (root / include / "cuda_runtime_api.h").write_text(f"#define CUDART_VERSION  {version}\n")
+    return root
+
+
+@pytest.fixture
+def nothing(monkeypatch, tmp_path):
+    """A machine without a toolkit in the environment, on PATH or in site-packages."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(build, "USUAL_PLACES", (str(tmp_path / "usual"),))
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
+    return tmp_path
+
+
+def test_the_first_place_that_has_one(nothing, monkeypatch):
+    """CUDA_HOME, CUDA_PATH, nvcc on PATH, the usual places, PyPI's."""
+    assert build.find_toolkit() is None
+    pypi = fake_toolkit(nothing / "site" / "nvidia" / "cu13")
+    fake_toolkit(nothing / "site" / "nvidia" / "cu12", 12080)
+    assert build.find_toolkit() == build.Toolkit(pypi, pypi / "include", (13, 0))
+    usual = fake_toolkit(nothing / "usual")
+    assert build.find_toolkit().root == usual
+    path = fake_toolkit(nothing / "on_path", 12080)
+    monkeypatch.setenv("PATH", str(path / "bin"))
+    assert build.find_toolkit() == build.Toolkit(path, path / "include", (12, 8))
+    for name in ("CUDA_PATH", "CUDA_HOME"):
+        root = fake_toolkit(nothing / name, 13010, "targets/x86_64-linux/include")
+        monkeypatch.setenv(name, str(root))
+        include = root / "targets/x86_64-linux/include"
+        assert build.find_toolkit() == build.Toolkit(root, include, (13, 1))
+    # A folder that is none is passed over.
+    monkeypatch.setenv("CUDA_HOME", str(nothing / "on_path" / "bin"))
+    assert build.find_toolkit().root == nothing / "CUDA_PATH"
+
+
+def test_an_nvcc_that_is_a_script_or_a_link(nothing, monkeypatch):
+    root = fake_toolkit(nothing / "real")
+    (nothing / "bin").mkdir()
+    nvcc = nothing / "bin" / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\nexec "{root}/bin/nvcc" -ccbin g++ "$@"\n')
+    nvcc.chmod(0o755)
+    assert build.find_toolkit().root == root
+    nvcc.unlink()
+    nvcc.symlink_to(root / "bin" / "nvcc")
+    assert build.find_toolkit().root == root
+
+
+@pytest.fixture
+def toolkit(nothing, monkeypatch):
+    """The toolkit of CUDA 13.0 in CUDA_HOME."""
+    root = fake_toolkit(nothing / "toolkit")
+    monkeypatch.setenv("CUDA_HOME", str(root))
+    return build.Toolkit(root, root / "include", (13, 0))
+
+
+def test_a_torch_without_cuda_gets_kernels_on_demand_alone(toolkit, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    name = f"torch {torch.__version__}"
+    expected = f"{name} has no CUDA: CPU kernels only; set FORCE_CUDA=1 to build both"
+    assert str(build.choose_toolkit()) == expected
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    assert build.require_toolkit().toolkit == toolkit
+    monkeypatch.delenv("CUDA_HOME")
+    with pytest.raises(
+        RuntimeError, match="FORCE_CUDA=1, but no CUDA toolkit found; set CUDA_HOME to a toolkit or"
+    ):
+        build.require_toolkit()
+
+
+def test_a_torch_with_cuda_gets_kernels_unless_forbidden(toolkit, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert build.choose_toolkit().toolkit == toolkit
+    where = f"the toolkit at {toolkit.root}, CUDA 13.0"
+    assert str(build.choose_toolkit()) == f"CUDA kernels with {where}"
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    expected = "FORCE_CUDA=0: CPU kernels only; unset FORCE_CUDA to build both"
+    assert str(build.require_toolkit()) == expected
+
+
+def test_a_toolkit_of_another_major_version_is_not_used(toolkit, nothing, monkeypatch):
+    """Kernels are left out, with FORCE_CUDA=1 it is an error; the next place may have the right
+    one."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    what = f"torch {torch.__version__} is for CUDA 12.8, the toolkit at {toolkit.root} is CUDA 13.0"
+    fix = "install a torch for CUDA 13, or set CUDA_HOME to a toolkit of CUDA 12"
+    said = str(build.require_toolkit())
+    assert said == f"{what}: CPU kernels only; {fix}"
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(RuntimeError) as caught:
+        build.require_toolkit()
+    assert str(caught.value) == f"FORCE_CUDA=1, but {what}; {fix}"
+    usual = fake_toolkit(nothing / "usual", 12040)
+    assert build.require_toolkit().toolkit == build.Toolkit(usual, usual / "include", (12, 4))
+
+
+def test_a_toolkit_without_its_runtime_is_not_used(toolkit, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (toolkit.root / "lib64" / "libcudart_static.a").unlink()
+    said = (
+        f"the CUDA toolkit at {toolkit.root} has no libcudart_static.a: CPU kernels only; install"
+    )
+    assert str(build.choose_toolkit()).startswith(said)
+
+
+def test_the_reference_on_cuda_says_that_it_runs(monkeypatch):
+    """As where the toolkit was none for this torch; without a reason it is silent."""
+    on_cuda, on_cpu = SimpleNamespace(is_cuda=True), torch.zeros(1)
+    kernel = registry._loud_on_cuda(lambda *args: len(args))
+    monkeypatch.setattr(registry.libraries, "cuda_load_error", "no CUDA kernels were built")
+    with pytest.warns(
+        RuntimeWarning, match="on cuda, a slower one: no CUDA kernels were built; `pyt"
+    ):
+        assert kernel(None, on_cuda) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernel(None, on_cpu) == 2
+        monkeypatch.setattr(registry.libraries, "cuda_load_error", None)
+        assert kernel(None, on_cuda) == 2
+
+
+def test_architectures():
+    new, old = (build.Toolkit(Path(), Path(), version) for version in ((13, 0), (12, 6)))
+    assert build.architectures(new) == "7.5;8.0+PTX;9.0;10.0;12.0+PTX"
+    assert build.architectures(old) == "7.5;8.0+PTX;9.0+PTX"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("csrc", "moe_ext"):
+        ignore = shutil.ignore_patterns("_C*", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def setup(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=tree,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_kernels_of_an_earlier_build_do_not_stay(tree):
+    stale = tree / "moe_ext" / "_C_cuda.abi3.so"
+    stale.touch()
+    # A compiler that compiles nothing of ours: what matters comes before it.
+    compiler = tree / "compiler"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\n[ "$last" = - ]\n')
+    compiler.chmod(0o755)
+    run = setup(tree, "build_ext", "--inplace", FORCE_CUDA="0", CXX=str(compiler))
+    assert "moe_ext: FORCE_CUDA=0: CPU kernels only" in run.stderr
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize("force", ["", "1"])
+def test_a_toolkit_that_is_none_for_torch_stops_only_a_forced_build(tree, force):
+    """Else the last line says what was left out."""
+    toolkit = fake_toolkit(tree / "toolkit")
+    code = """
+import runpy, sys, torch
+from torch.utils.cpp_extension import BuildExtension
+torch.version.cuda = "99.1"
+BuildExtension.run = lambda self: print("compiled", file=sys.stderr)
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tree,
+        env={**os.environ, "FORCE_CUDA": force, "CUDA_HOME": str(toolkit)},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode != 0) == (force == "1"), run.stderr
+    assert ("\ncompiled\n" in run.stderr) == (force != "1")
+    expected = f"is for CUDA 99.1, the toolkit at {toolkit} is CUDA 13.0"
+    assert expected in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(build.find_toolkit() is None, reason="there are no CUDA headers")
+def test_the_emulated_kernels_by_jit(tmp_path):
+    """jit_dev gives the module that CMake builds: here it takes the place of the CPU operators."""
+    code = f"""
+import sys, importlib.util, warnings
+import torch, moe_ext
+path = moe_ext.build.jit_dev()
+assert path.is_relative_to({str(tmp_path)!r}), path
+assert moe_ext.build.jit_dev() == path
+spec = importlib.util.spec_from_file_location("moe_ext_dev", path)
+dev = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(dev)
+dev.set_order("random7")
+dev.record(True)
+plan = moe_ext.make_plan(torch.tensor([[1, 0], [1, -1]], dtype=torch.int32), 2)
+rows = moe_ext.dispatch(torch.arange(16.).view(2, 8), plan)
+assert rows[:, 0].tolist() == [0, 0, 8, 0], rows
+for launch in dev.take_launches():
+    print(launch["kernel"], launch["blocks"], launch["threads"], launch["stores"].get(16))
+assert dev.take_launches() == []
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["plan_place 1 256 None", "dispatch 2 256 8"]
