@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING
 from torch.utils import _pytree as pytree
 
 from . import build, ops
+from .deepspeed.gate import TopKGate
+from .deepspeed.moe_layer import MOELayer
 from .experts import convert
-from .experts.base import Experts, ModuleExperts, SharedExperts
+from .experts.base import Experts
 from .experts.grouped import GroupedExperts
-from .layer import Aux, MOELayer, total_l_aux
+from .experts.module import ModuleExperts
+from .experts.shared import SharedExperts
+from .layer import Aux, total_l_aux
 from .monitor import profiling, stats
 from .monitor.explain import explain
 from .ops.feed_forward import feed_forward
@@ -25,7 +29,6 @@ from .ops.functional import (
 )
 from .ops.plan import Plan, make_plan
 from .routing import choice_scores, losses
-from .routing.gate import TopKGate
 from .routing.route import Routing, route
 from .routing.routers import CosineRouter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import parallel
-from ..layer import MOELayer
+from ..layer import Layer as MOELayer
 from ..parallel import ExpertParallel
 
 
@@ -47,7 +48,7 @@ class Processes(NamedTuple):
             dist.all_reduce(value)
         return value
 
-    def wrap(self, model: nn.Module, layers: list[MOELayer]) -> nn.Module:
+    def wrap(self, model: nn.Module, layers: Sequence[MOELayer]) -> nn.Module:
         """The model with the experts of these layers divided, and gradients averaged."""
         if self.groups is None:
             return model

@@ -134,8 +134,8 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
         """
         for parameter in self.deepspeed_moe.experts.parameters():
             # Experts that replaced DeepSpeed's have no marks yet.
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+            parameter.allreduce = False
+            parameter.group_name = self.expert_group_name
         group = None
         if groups is not None:
             group = self._one_level(groups)

@@ -12,18 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import layer
-from ..layer import MOE_TIMER
 from ..ops import checks
 from ..options import DropPolicy, NoisePolicy
-from ..routing import choice_scores, gate
+from ..routing import choice_scores
 from ..routing.capacity import expert_capacity
-from ..routing.gate import TOPK_GATE_TIMER
 from ..routing.losses import load_balance_loss
 from ..routing.route import Routing, route
-from . import engine
+from . import engine, gate, moe_layer
+from .gate import TOPK_GATE_TIMER
 from .mappings import drop_tokens, gather_tokens
 from .masks import form
+from .moe_layer import MOE_TIMER
 
 __all__ = [
     "FIRST_ALLTOALL_TIMER",
@@ -61,7 +60,7 @@ class TopKGate(gate.TopKGate, engine.known_as("sharded_moe", "TopKGate")):  # ty
     """moe_ext.TopKGate, known to DeepSpeed's engine."""
 
 
-class MOELayer(layer.MOELayer, engine.known_as("sharded_moe", "MOELayer")):  # type: ignore[misc]
+class MOELayer(moe_layer.MOELayer, engine.known_as("sharded_moe", "MOELayer")):  # type: ignore[misc]
     """moe_ext.MOELayer, known to DeepSpeed's engine."""
 
 
@@ -150,7 +149,7 @@ def top1gating(
     use_rts: keep a random C of an expert's tokens, else the first C
     ep_group: without dropping, C is the largest of all its processes. A bool, where DeepSpeed 0.7
         has use_tutel, is use_tutel.
-    sparse_routes, use_tutel: give the seven of routes instead (see `route_forms`)
+    sparse_routes, use_tutel: give the seven of routes instead (see masks.py)
     """
     if isinstance(ep_group, bool):
         use_tutel = ep_group

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..layer import MOELayer
+from ..layer import Layer as MOELayer
 from ..ops import reference, registry, torch_grouped_mm
 from .patching import entry, is_of_transformers, named_layers, replaced
 
@@ -20,8 +20,6 @@ _READS = {
     *("_unique", "_unique2", "unique_dim", "unique_consecutive"),
 }
 _HOST = "cpu"
-# What a MOELayer keeps of its last call.
-_KEPT = "l_aux", "exp_counts"
 
 
 class Call(NamedTuple):
@@ -147,16 +145,10 @@ def _watched(layers: list, trace: "_Trace") -> Iterator[tuple[nn.Module, str, ob
     for name, module in layers:
         method = entry(module)
         yield module, method, _named(getattr(module, method), name, trace)
-        # Nobody else is told of this call, which leaves nothing.
         yield module, "observer", None
-        if isinstance(module, MOELayer):
-            yield from ((module, kept, getattr(module, kept)) for kept in _KEPT)
-            for part in module.modules():
-                if hasattr(part, "wall_clock_breakdown"):
-                    yield part, "wall_clock_breakdown", False
-                met = getattr(part, "_met", None)
-                if isinstance(met, set):  # an ExpertParallel's, whose first calls differ
-                    yield part, "_met", set(met)
+        for part in module.modules():
+            unobserved = getattr(part, "unobserved", dict)
+            yield from ((part, attribute, value) for attribute, value in unobserved().items())
 
 
 def _named(function: Callable, name: str, trace: "_Trace") -> Callable:

@@ -9,7 +9,8 @@ from typing import cast
 
 from torch import nn
 
-from ..layer import MOELayer, Observer
+from ..layer import Layer as MOELayer
+from ..layer import Observer
 
 
 class Layer(nn.Module):

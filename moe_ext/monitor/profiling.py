@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..experts.base import Experts
-from ..layer import MOELayer
+from ..layer import Layer as MOELayer
 from .patching import entry, named_layers, replaced
 
 

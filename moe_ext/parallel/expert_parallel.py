@@ -14,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from .. import options
-from ..experts.base import ExpertParameters, Experts, SharedExperts, routed, through_rooms
+from ..experts.base import ExpertParameters, Experts
+from ..experts.padded import routed_by, run_padded
+from ..experts.shared import SharedExperts
 from ..ops.checks import accumulate_dtype
 from ..ops.functional import combine, dispatch, has_autocast
 from ..ops.plan import Plan, make_plan
@@ -236,6 +238,10 @@ class ExpertParallel(ExpertParameters, Experts):
         refuse_state(self, local_metadata)
         self.local._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
+    def unobserved(self) -> dict[str, Any]:
+        """As of `Layer.unobserved`: the first calls of a process compare more."""
+        return {"_met": set(self._met)}
+
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         return self(tokens, plan, weights)[0]
 
@@ -421,10 +427,12 @@ class ExpertParallel(ExpertParameters, Experts):
         return journey.come_back(self._routed_here(arrived, there, weights)), result
 
     def _routed_here(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-        return self._averaged(lambda x, w: routed(self.local, x, plan, w), tokens, weights)
+        return self._averaged(
+            lambda x, w: routed_by(self.local)(self.local, x, plan, w), tokens, weights
+        )
 
     def _rooms_here(self, rooms: Tensor) -> Tensor:
-        return self._averaged(partial(through_rooms, self.local), rooms)
+        return self._averaged(partial(run_padded, self.local), rooms)
 
     def _averaged(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         if not self.average or self.size == 1:

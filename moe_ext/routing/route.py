@@ -87,41 +87,34 @@ def route(
     check.shape("logits", logits, [("T", None), ("E", None)])
     if not isinstance(k, int):
         check.fail(f"k must be an integer, got {k!r}")
-    can_drop = not (capacity is None and used_token is None and expert_ids is None)
-    # The gate may do it at once where nothing comes between. Experts chosen by other scores may
-    # have probabilities that vanish, which it treats in another way (below).
-    is_before = normalize == "before" or (
-        normalize == "after" and not can_drop and choice_scores is None
-    )
-    is_after = normalize == "after" and not is_before
-    scale_before, scale_after = (1.0, scale) if is_after else (scale, 1.0)
+    masks = not (capacity is None and used_token is None and expert_ids is None)
+    # The gate divides at once where nothing comes between. Probabilities that another score chose
+    # may vanish: mask_weights treats those, below.
+    divides_later = normalize == "after" and (masks or choice_scores is not None)
+    in_gate: dict[str, Any] = {
+        "scoring": scoring,
+        "normalize": normalize != "never" and not divides_later,
+        "scale": 1.0 if divides_later else scale,
+    }
     if expert_ids is None:
-        choice = gate(
-            logits,
-            k,
-            choice_scores=choice_scores,
-            scoring=scoring,
-            normalize=is_before,
-            scale=scale_before,
-        )
+        choice = gate(logits, k, choice_scores=choice_scores, **in_gate)
     else:
-        choice = _weigh(
-            logits, k, expert_ids, scoring=scoring, normalize=is_before, scale=scale_before
-        )
+        choice = _recorded(logits, k, expert_ids, **in_gate)
     expert_ids = choice.expert_ids
     if used_token is not None:
         options.used_token("route", used_token, logits.shape[0])
         expert_ids = torch.where(used_token.reshape(-1, 1) != 0, expert_ids, -1)
-    are_scores = not is_before and scale_before == 1
+    are_scores = not in_gate["normalize"] and in_gate["scale"] == 1
     priority = _priority(choice, drop_policy, capacity, are_scores)
     plan = make_plan(expert_ids, logits.shape[1], capacity, priority=priority, order=order)
     weights = choice.weights
-    if can_drop or is_after:
+    if masks or divides_later:
         info = torch.finfo(weights.dtype)
         # Probabilities as small as eps are noise beside those of other experts; scores that stand
         # alone are not.
         eps = info.eps if scoring == "softmax" else info.tiny
-        weights = mask_weights(weights, plan, normalize=is_after, eps=eps, scale=scale_after)
+        later_scale = scale if divides_later else 1.0
+        weights = mask_weights(weights, plan, normalize=divides_later, eps=eps, scale=later_scale)
     routing = Routing(weights, plan, choice.probs, choice.importance, None, logits)
     l_aux = _balance(routing, scoring) if aux_loss is None else aux_loss(routing)
     if not isinstance(l_aux, Tensor) or l_aux.dim() != 0:
@@ -130,7 +123,7 @@ def route(
     return routing._replace(l_aux=l_aux)
 
 
-def _weigh(
+def _recorded(
     logits: Tensor, k: int, expert_ids: Tensor, *, scoring: Scoring, normalize: bool, scale: float
 ) -> Choice:
     """`gate` where the choice is made already."""

@@ -10,7 +10,7 @@ import torch
 
 import moe_ext
 from moe_ext.deepspeed import sharded_moe
-from moe_ext.routing.gate import NOISE_SCALES
+from moe_ext.deepspeed.gate import NOISE_SCALES
 
 E, H, F = 4, 6, 5
 

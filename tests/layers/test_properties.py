@@ -1,6 +1,7 @@
 """What holds for every option of the gate and every input: NaN, infinity, no token, one expert."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moe_ext import Experts, MOELayer, TopKGate
+from moe_ext.deepspeed.gate import NOISE_SCALES
 from moe_ext.ops import checks
+from moe_ext.options import Balancing, DropPolicy, Normalize
 from moe_ext.routing import choice_scores
-from moe_ext.routing import gate as gates_of
-from moe_ext.routing import route as routes_of
 
 # The same examples on every run.
 settings.register_profile(
@@ -24,7 +25,7 @@ settings.register_profile(
 )
 settings.load_profile("moe_ext")
 
-NOISE = st.sampled_from(list(gates_of.NOISE_SCALES))
+NOISE = st.sampled_from(list(NOISE_SCALES))
 
 
 @st.composite
@@ -42,14 +43,14 @@ def gates(draw, **fixed) -> TopKGate:
         "drop_tokens": st.booleans(),
         "use_rts": st.booleans(),
         "top2_2nd_expert_sampling": st.booleans(),
-        "drop_policy": st.sampled_from([None, *routes_of.DROP_POLICIES]),
+        "drop_policy": st.sampled_from([None, *get_args(DropPolicy)]),
         "order": st.sampled_from([None, *checks.ORDERS]),
         "scoring": st.sampled_from(checks.SCORINGS),
-        "normalize": st.sampled_from([None, *routes_of.NORMALIZE]),
+        "normalize": st.sampled_from([None, *get_args(Normalize)]),
         "scale": st.sampled_from([1.0, 0.25, 16.0]),
         "group_score": st.sampled_from(choice_scores.GROUP_SCORES),
         "expert_bias": st.booleans(),
-        "balancing": st.sampled_from(gates_of.BALANCING),
+        "balancing": st.sampled_from([None, *get_args(Balancing)]),
         "noise_in_eval": st.booleans(),
         "sampling_in_eval": st.booleans(),
         "noise_scale": st.sampled_from([None, 0.0, 0.3, 1.0, 2.0]),

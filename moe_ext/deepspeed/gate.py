@@ -1,0 +1,375 @@
+"""DeepSpeed's gate: moe_ext's rule under DeepSpeed's names and arguments."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.types import Device
+
+from .. import options
+from ..options import (
+    Balancing,
+    DropPolicy,
+    GroupScore,
+    NoisePolicy,
+    Normalize,
+    Order,
+    Scoring,
+)
+from ..process_group import GroupAttribute
+from ..routing.gate import Gate
+from ..routing.route import Routing
+from ..routing.rule import Rule
+from . import masks
+from .timers import Timers
+
+# What a None noise_scale is; of "Gaussian" it is 1 / E, as in Tutel.
+NOISE_SCALES: dict[NoisePolicy | None, float | None] = {
+    None: 0.0,
+    "None": 0.0,
+    "Jitter": 1e-2,
+    "RSample": 1.0,
+    "Gaussian": None,
+}
+TOPK_GATE_TIMER = "topk_gate"
+
+
+def rule_of(given: dict[str, Any], num_experts: int, training: bool) -> Rule:
+    """The rule that DeepSpeed's options mean in one mode; None stands for DeepSpeed's choice.
+
+    Args:
+        given: TopKGate's options by name
+        num_experts: E
+        training: the mode
+    """
+    k = given["k"]
+    draws = training or given["sampling_in_eval"]
+    drop_policy, order, normalize = given["drop_policy"], given["order"], given["normalize"]
+    if drop_policy is None:
+        is_random = k == 1 and given["use_rts"]
+        drop_policy = "random" if is_random else "probs" if k > 2 else "position"
+    if order is None:
+        order = "token" if drop_policy == "probs" else "choice"
+    if drop_policy == "random" and not draws:
+        drop_policy = "position"
+    if normalize is None:
+        normalize = "never" if k == 1 else "after"
+    noise = given["noisy_gate_policy"] if training or given["noise_in_eval"] else None
+    noise = None if noise == "None" else noise
+    noise_scale = NOISE_SCALES[noise] if given["noise_scale"] is None else given["noise_scale"]
+    factor = given["capacity_factor" if training else "eval_capacity_factor"]
+    balancing = given["balancing"]
+    samples = k == 2 and given["top2_2nd_expert_sampling"] and draws and noise != "RSample"
+    return Rule(
+        k=k,
+        capacity_factor=factor if given["drop_tokens"] else None,
+        min_capacity=given["min_capacity"],
+        drop_policy=drop_policy,
+        order=order,
+        scoring=given["scoring"],
+        normalize=normalize,
+        scale=given["scale"],
+        num_groups=given["num_groups"],
+        topk_groups=given["topk_groups"],
+        group_score=given["group_score"],
+        balancing=None if balancing == "sinkhorn" and not training else balancing,
+        noise=noise,
+        noise_scale=1 / num_experts if noise_scale is None else noise_scale,
+        sample_second=samples,
+    )
+
+
+class _NotForAutoEP:
+    """An attribute that is not there, and says so to DeepSpeed's AutoEP by an error of its own.
+
+    AutoEP replaces layers by their names in the model, and reads the weight of their gate.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: nn.Module | None, owner: type) -> NoReturn:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("deepspeed.module_inject.auto_ep"):
+            raise RuntimeError(
+                "TopKGate: DeepSpeed's AutoEP cannot replace a layer of moe_ext, which divides its "
+                'experts by itself; leave "expert_parallel" out of the engine\'s config'
+            )
+        raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
+
+
+class TopKGate(Gate):
+    """A router with top-k choice, under DeepSpeed's name and arguments; and every other rule.
+
+    Everything is computed in float32, in float64 where the input or a weight is float64, under
+    autocast too; a router's other weights are cast per call. All arguments but model_dim,
+    num_experts, expert_bias and router may be changed later, as attributes. With
+    `wall_clock_breakdown` set, `gate_time` is the time of all calls in milliseconds; torch.compile
+    does not take that.
+
+    Args:
+        model_dim: H
+        num_experts: E
+        k: choices per token, 1..E
+        capacity_factor: in training an expert takes
+            max(ceil(T / E * k * capacity_factor), min_capacity) routes
+        eval_capacity_factor: the same in evaluation
+        min_capacity: routes that an expert takes at least
+        noisy_gate_policy: "Jitter" multiplies the router's input by a uniform number in
+            1 ± noise_scale; "RSample" adds Gumbel noise times noise_scale to what the choice is
+            made on; "Gaussian" adds normal noise of deviation noise_scale to the logits, thus to
+            the weights too. In training only.
+        drop_tokens: False drops nothing: an expert takes what comes. With True a token's output
+            depends on the other tokens of its batch, which may take its place.
+        use_rts: in training, k = 1 drops at random (random token selection)
+        ep_group: where it has several processes, `forward` gives all the same C without dropping
+        top2_2nd_expert_sampling: in training with k = 2, the second choice is made on scores with
+            Gumbel noise
+        drop_policy: who is dropped. "random"; "position", the last to queue; "probs", the smallest
+            score. None is DeepSpeed's choice: "random" for k = 1 with use_rts, "probs" for k > 2,
+            else "position". In evaluation "random" is "position".
+        order: how routes queue, "choice" (all first choices, then all second ones) or "token". None
+            is DeepSpeed's: "token" for the policy "probs", else "choice".
+        scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
+        normalize: divide a token's weights by their sum "before" or "after" dropping, or "never".
+            None is DeepSpeed's: "never" for k = 1, else "after". With softmax and "before" the
+            weights are the softmax over the chosen logits.
+        scale: factor on the weights
+        num_groups: a token chooses within its best groups (see `choice_scores.group_mask`); one
+            group is no limit
+        topk_groups: how many groups a token may use
+        group_score: how groups are compared, "max" or "top2_sum"
+        expert_bias: a buffer expert_bias [E] is added to the scores that the choice is made on,
+            and to nothing else; `update_bias` balances the load by it
+        balancing: "sinkhorn" chooses on `choice_scores.sinkhorn` of the logits, in training;
+            "forced" gives every expert as many routes of all tokens, whatever the router says, for
+            benchmarks
+        noise_scale: see noisy_gate_policy; None is 0.01, 1 or 1 / E
+        noise_in_eval: noisy_gate_policy in evaluation too
+        sampling_in_eval: random token selection and the second expert's sampling in evaluation too,
+            as DeepSpeed has it
+        aux_loss: gives l_aux [] from a Routing. None is the load-balance loss: of first choices for
+            k <= 2 and of all for more, a mean over all T tokens, those that used_token takes out
+            too, as DeepSpeed's is.
+        router: a module that maps [T, H] to logits [T, E]; None is an nn.Linear without bias
+        device: of the parameters
+        dtype: of the parameters
+
+    Raises:
+        ValueError: an argument is out of range
+
+    Examples:
+        A gate that drops nothing, and what it decides for five tokens:
+
+        >>> import torch, moe_ext
+        >>> gate = moe_ext.TopKGate(
+        ...     model_dim=16, num_experts=4, k=2, drop_tokens=False, normalize="before"
+        ... )
+        >>> routing = gate.eval().route(torch.randn(5, 16))
+        >>> routing.weights.shape, routing.plan.expert_ids.shape, routing.plan.load.sum().item()
+        (torch.Size([5, 2]), torch.Size([5, 2]), 10)
+
+        In a layer:
+
+        >>> layer = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(4, hidden_size=16, ffn_size=32))
+        >>> out = layer(torch.randn(3, 7, 16))
+        >>> out.shape, layer.l_aux.shape
+        (torch.Size([3, 7, 16]), torch.Size([]))
+
+        DeepSeek-V3's rule:
+
+        >>> gate = moe_ext.TopKGate(
+        ...     16, 32, k=8, scoring="sigmoid", normalize="before", scale=2.5, drop_tokens=False,
+        ...     expert_bias=True, num_groups=8, topk_groups=4, group_score="top2_sum",
+        ... )
+        >>> gate.route(torch.randn(5, 16)).weights.sum(-1).detach()
+        tensor([2.5000, 2.5000, 2.5000, 2.5000, 2.5000])
+    """
+
+    k: int
+    capacity_factor: float
+    eval_capacity_factor: float
+    min_capacity: int
+    noisy_gate_policy: NoisePolicy | None
+    drop_tokens: bool
+    use_rts: bool
+    top2_2nd_expert_sampling: bool
+    drop_policy: DropPolicy | None
+    order: Order | None
+    scoring: Scoring
+    normalize: Normalize | None
+    scale: float
+    num_groups: int
+    topk_groups: int
+    group_score: GroupScore
+    balancing: Balancing | None
+    noise_scale: float | None
+    noise_in_eval: bool
+    sampling_in_eval: bool
+
+    ep_group = GroupAttribute()
+    weight = _NotForAutoEP()
+
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        k: int = 1,
+        capacity_factor: float = 1.0,
+        eval_capacity_factor: float = 1.0,
+        min_capacity: int = 8,
+        noisy_gate_policy: NoisePolicy | None = None,
+        drop_tokens: bool = True,
+        use_rts: bool = True,
+        ep_group: dist.ProcessGroup | None = None,
+        top2_2nd_expert_sampling: bool = True,
+        *,
+        drop_policy: DropPolicy | None = None,
+        order: Order | None = None,
+        scoring: Scoring = "softmax",
+        normalize: Normalize | None = None,
+        scale: float = 1.0,
+        num_groups: int = 1,
+        topk_groups: int = 1,
+        group_score: GroupScore = "max",
+        expert_bias: bool = False,
+        balancing: Balancing | None = None,
+        noise_scale: float | None = None,
+        noise_in_eval: bool = False,
+        sampling_in_eval: bool = False,
+        aux_loss: Callable[[Routing], Tensor] | None = None,
+        router: nn.Module | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name in _OPTIONS}
+        given["k"] = options.integer("TopKGate", "k", k, 1)
+        given["min_capacity"] = options.integer("TopKGate", "min_capacity", min_capacity, 0)
+        num_experts = options.integer("TopKGate", "num_experts", num_experts, 1)
+        options.names(
+            "TopKGate",
+            noisy_gate_policy=(noisy_gate_policy, tuple(NOISE_SCALES)),
+            **{
+                name: (given[name], (True, False))
+                for name in (
+                    *("drop_tokens", "use_rts", "top2_2nd_expert_sampling"),
+                    *("noise_in_eval", "sampling_in_eval"),
+                )
+            },
+        )
+        options.numbers(
+            "TopKGate",
+            capacity_factor=(capacity_factor, 1e-6, 1e6),
+            eval_capacity_factor=(eval_capacity_factor, 1e-6, 1e6),
+            noise_scale=(0 if noise_scale is None else noise_scale, 0, 1e6),
+        )
+        if ep_group is not None and not isinstance(ep_group, dist.ProcessGroup):
+            raise ValueError(
+                f"TopKGate: ep_group must be None or a process group, got {ep_group!r}"
+            )
+        super().__init__(
+            model_dim,
+            num_experts,
+            rule_of(given, num_experts, True),
+            rule_of(given, num_experts, False),
+            expert_bias=expert_bias,
+            aux_loss=aux_loss,
+            router=router,
+            device=device,
+            dtype=dtype,
+        )
+        for name, value in given.items():
+            super().__setattr__(name, value)
+        self.ep_group = ep_group
+        self.timers = Timers()
+        self.wall_clock_breakdown = False
+        self.gate_time = 0.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _OPTIONS:
+            given = {option: vars(self)[option] for option in _OPTIONS}
+            self.rule = rule_of(given, self.num_experts, True)
+            self.eval_rule = rule_of(given, self.num_experts, False)
+
+    def extra_repr(self) -> str:
+        """The options that are not what they are by default."""
+        shown = [f"k={self.k}"]
+        for name, parameter in inspect.signature(TopKGate).parameters.items():
+            # A group may be gone.
+            if name in ("model_dim", "num_experts", "k", "router", "ep_group"):
+                continue
+            value = getattr(self, name, parameter.default)
+            if name == "expert_bias":
+                value = value is not None
+            if value != parameter.default:
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
+
+    def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
+        if self.ep_group is not None:
+            raise RuntimeError("TopKGate: ep_group has been set already")
+        self.ep_group = ep_group
+
+    def route(
+        self,
+        tokens: Tensor,
+        used_token: Tensor | None = None,
+        expert_ids: Tensor | None = None,
+    ) -> Routing:
+        """Decide for every token. With `wall_clock_breakdown` the call is added to `gate_time`.
+
+        Args:
+            tokens: [T, H]
+            used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
+            expert_ids: [T, K] int32, a recorded choice to make again (`plan.expert_ids`); -1 is
+                none
+
+        Raises:
+            RuntimeError: an argument breaks this contract
+        """
+        if not self.wall_clock_breakdown:
+            return super().route(tokens, used_token, expert_ids)
+        with self.timers.time(TOPK_GATE_TIMER):
+            routing = super().route(tokens, used_token, expert_ids)
+        self.gate_time = self.timers(TOPK_GATE_TIMER).elapsed(reset=False)
+        return routing
+
+    def unobserved(self) -> dict[str, Any]:
+        """As of `Layer.unobserved`."""
+        return {"wall_clock_breakdown": False}
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        used_token: Tensor | None = None,
+        sparse_routes: bool = False,
+        use_tutel: bool = False,
+    ) -> tuple:
+        """DeepSpeed's forms of `route`, for its callers; the layer does not use them.
+
+        exp_counts counts all choices before dropping, on the input's device. Where nothing is
+        dropped C is the largest load, which is read back from the device.
+
+        Args:
+            input: [T, H]
+            used_token: as of `route`
+            sparse_routes: a tuple of seven, of routes (see masks.py)
+            use_tutel: the same as lists
+
+        Returns:
+            (l_aux, combine_weights [T, E, C], dispatch_mask [T, E, C], exp_counts [E] int64), or a
+            tuple of seven
+        """
+        routing = self.route(input, used_token)
+        return masks.form(routing, sparse_routes, use_tutel, self.ep_group)
+
+
+# Options that may be changed later, as attributes.
+_OPTIONS = tuple(TopKGate.__annotations__)

@@ -1,0 +1,178 @@
+"""DeepSpeed's layer: moe_ext's layer under DeepSpeed's names and arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import options
+from ..experts.base import Experts
+from ..experts.padded import routed_by
+from ..layer import Aux, Layer
+from ..ops.plan import Plan
+from ..process_group import GroupAttribute
+from ..routing.gate import Gate
+from .foreign import Decision, decide_by
+from .timers import Timers
+
+MOE_TIMER = "moe"
+
+
+class MOELayer(Layer):
+    """Mixture of experts under DeepSpeed's name and arguments: a gate, and experts.
+
+    `layer(hidden, used_token=None)` returns a tensor like hidden and leaves `l_aux` and
+    `exp_counts` of that call as attributes; `total_l_aux(model)` sums those of a model. Under
+    checkpointing (use_reentrant=False), export and compile + checkpoint use `forward_with_aux`,
+    which returns them. In checkpoint(use_reentrant=True) the attribute `l_aux` has no gradient: a
+    loss that takes it warns. Copies and pickles hold None for both.
+
+    `observer(plan, aux, routing, used_token)`, where there is one, is told of every call, and that
+    of stats.track counts it; routing is None with a gate written for DeepSpeed. Gate and experts
+    may be replaced by others of as many experts. With `wall_clock_breakdown` set, `time_moe` is the
+    time of all calls in milliseconds; torch.compile does not take that.
+
+    Args:
+        gate: a TopKGate, or a module with its `num_experts` and `route(tokens, used_token)`, which
+            for recorded choices takes a third, `expert_ids`; or a gate written for DeepSpeed, whose
+            `gate(tokens, used_token)` returns (l_aux, combine_weights [T, E, C], dispatch_mask
+            [T, E, C], exp_counts [E]) or, where it knows `sparse_routes`, its seven of routes
+        experts: Experts of as many; or a module written for DeepSpeed, that maps
+            [1, num_local_experts, C, H] to the same shape. Without dropping C is the largest load
+            then, which is read back from the device.
+        ep_group_name: for DeepSpeed's callers, whose `experts` are one of ep_size parts, this
+            process's: `_set_ep_group` makes an ExpertParallel of them. Others give one as experts.
+        ep_size: for DeepSpeed's callers, parts that the experts have
+        num_local_experts: experts in this process, where `experts` does not say it
+        use_tutel: taken for DeepSpeed's callers; Tutel is not used
+
+    Raises:
+        ValueError: gate and experts do not fit
+    """
+
+    ep_group = GroupAttribute()
+
+    def __init__(
+        self,
+        gate: nn.Module,
+        experts: nn.Module,
+        ep_group_name: str | None = None,
+        ep_size: int = 1,
+        num_local_experts: int | None = None,
+        use_tutel: bool = False,
+    ) -> None:
+        decide_by(gate)
+        if not isinstance(experts, nn.Module) or isinstance(experts, Gate):
+            raise ValueError(f"MOELayer: experts must be a module, got {type(experts).__name__}")
+        options.integer("MOELayer", "ep_size", ep_size, 1)
+        if num_local_experts is None:
+            num_local_experts = _num_experts(experts)
+        is_own = isinstance(experts, Experts)
+        here = (
+            getattr(experts, "num_local_experts", num_local_experts)
+            if is_own
+            else num_local_experts
+        )
+        if ep_size > 1 and here < num_local_experts:
+            raise ValueError(
+                f"MOELayer: ep_size must be 1 with experts that are ExpertParallel, got {ep_size}"
+            )
+        if is_own and num_local_experts != experts.num_experts:
+            raise ValueError(
+                f"MOELayer: num_local_experts must be {experts.num_experts}, "
+                f"got {num_local_experts}"
+            )
+        super().__init__(gate, experts, ep_size * num_local_experts)
+        self.ep_group_name = ep_group_name
+        self.ep_group = None
+        self.ep_size = ep_size
+        self.num_local_experts = here
+        self.use_tutel = False
+        self.timers = Timers()
+        self.wall_clock_breakdown = False
+        self.time_moe = 0.0
+        # Exchanges between ranks overlap with other work: they have no time of their own.
+        self.time_falltoall = 0.0
+        self.time_salltoall = 0.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A part is adapted once, when it is assigned.
+        if name == "gate":
+            self._decide = decide_by(value)
+        elif name == "experts":
+            self._run_experts = routed_by(value)
+        super().__setattr__(name, value)
+
+    def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
+        size = 1 if ep_group is None else ep_group.size()
+        if size != self.ep_size:
+            raise RuntimeError(
+                f"MOELayer: ep_group must have ep_size = {self.ep_size} processes, got {size}"
+            )
+        set_group = getattr(self.gate, "_set_ep_group", None)
+        if set_group is not None:
+            set_group(ep_group)
+        self.ep_group = ep_group
+        if ep_group is not None and size > 1:
+            from ..parallel import ExpertParallel
+
+            self.experts = ExpertParallel(
+                self.experts,
+                ep_group,
+                num_local_experts=self.num_local_experts,
+                ep_group_name=self.ep_group_name,
+            )
+
+    def forward_with_aux(
+        self,
+        hidden: Tensor,
+        used_token: Tensor | None = None,
+        *,
+        expert_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Aux]:
+        """`forward` without side effects, but for `time_moe`.
+
+        Args:
+            hidden: as of `forward`
+            used_token: as of `forward`
+            expert_ids: as of `forward`
+
+        Returns:
+            (out, Aux(l_aux, exp_counts, expert_ids))
+        """
+        if not self.wall_clock_breakdown:
+            return super().forward_with_aux(hidden, used_token, expert_ids=expert_ids)
+        with self.timers.time(MOE_TIMER):
+            result = super().forward_with_aux(hidden, used_token, expert_ids=expert_ids)
+        self.time_moe = self.timers(MOE_TIMER).elapsed(reset=False)
+        return result
+
+    def _route(
+        self, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
+    ) -> Decision:
+        if self.ep_size > 1 and self.ep_group is None:
+            raise RuntimeError(
+                f"MOELayer: with ep_size = {self.ep_size} its process group must be set first, by "
+                "MoE.set_deepspeed_parallelism() or _set_ep_group(group). deepspeed.initialize "
+                "does so; deepspeed.init_inference does not, and is not supported with ep_size > 1"
+            )
+        return self._decide(self.gate, tokens, used_token, expert_ids)
+
+    def _routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        return self._run_experts(self.experts, tokens, plan, weights)
+
+    def unobserved(self) -> dict[str, Any]:
+        return {**super().unobserved(), "wall_clock_breakdown": False}
+
+
+def _num_experts(experts: nn.Module) -> int:
+    for name in ("num_experts", "num_local_experts"):
+        if isinstance(getattr(experts, name, None), int):
+            return getattr(experts, name)
+    raise ValueError(
+        "MOELayer: num_local_experts must be given where experts are not moe_ext.Experts, got "
+        f"{type(experts).__name__}; moe_ext.ModuleExperts takes an nn.ModuleList of one module per "
+        "expert, or one module to copy"
+    )

@@ -1,0 +1,104 @@
+"""Any modules as experts."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import checks, reference
+from ..ops.plan import Plan
+from ..ops.registry import is_exporting
+from .base import Experts, first_of, shape_of
+
+
+class ModuleExperts(Experts):
+    """Any modules as experts, run one after the other on their own rows.
+
+    The bounds of the experts are read back from the device: one synchronisation per call. There
+    torch.compile breaks its graph (under checkpointing all of it runs eagerly), and torch.export
+    and the meta device raise: use GroupedExperts.
+
+    Args:
+        module: an nn.ModuleList of one module per expert, which are used as they are; or one
+            module, of which every expert is a copy. A module maps [rows, H] to [rows, H], or to a
+            tuple that begins with it, and is called with no row too.
+        num_experts: E; for an nn.ModuleList its length, or None
+
+    Raises:
+        ValueError: module is neither, or num_experts does not fit
+    """
+
+    expert_lists = ("experts",)
+
+    def __init__(self, module: nn.Module, num_experts: int | None = None) -> None:
+        if isinstance(module, nn.ModuleList):
+            super().__init__(_number_of(module, num_experts))
+            self.experts = nn.ModuleList(module)
+            return
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                "ModuleExperts: module must be an nn.Module, or an nn.ModuleList of one per "
+                f"expert, got {type(module).__name__}"
+            )
+        if num_experts is None:
+            raise ValueError(
+                "ModuleExperts: num_experts must be given beside one module, which is copied; "
+                "a module per expert is an nn.ModuleList"
+            )
+        super().__init__(num_experts)
+        self.experts = nn.ModuleList(copy.deepcopy(module) for _ in range(num_experts))
+
+    def forward(self, rows: Tensor, plan: Plan) -> Tensor:
+        if rows.is_meta or is_exporting():
+            raise RuntimeError(
+                "ModuleExperts: the bounds of the experts are read back from the device, which "
+                "torch.export and the meta device cannot; use GroupedExperts"
+            )
+        bounds = self._bounds(rows, plan)
+        pieces = []
+        done = 0
+        for e, (begin, end) in enumerate(bounds):
+            out = first_of(self.experts[e](rows[begin:end]))
+            if shape_of(out) != [end - begin, rows.shape[1]]:
+                raise RuntimeError(
+                    f"ModuleExperts: expert {e} must return [rows, H] = "
+                    f"{[end - begin, rows.shape[1]]}, got {shape_of(out)}"
+                )
+            pieces += [out.new_zeros(begin - done, rows.shape[1]), out]
+            done = end
+        pieces.append(out.new_zeros(rows.shape[0] - done, rows.shape[1]))
+        return torch.cat(pieces)
+
+    def _bounds(self, rows: Tensor, plan: Plan) -> list[tuple[int, int]]:
+        """The rows of every expert, with the contract of `grouped_mm`."""
+        op = "ModuleExperts"
+        check = checks.Check(op)
+        R, E = plan.sources.shape[0], self.num_experts
+        check.shape("rows", rows, [("R", R), ("H", None)], ("sources", plan.sources))
+        check.shape("load", plan.load, [("E", E)])
+        checks.groups(check, "rows", rows, plan.offsets, plan.load)
+        checks.planned_capacity(check, plan.capacity, R, E)
+        return reference.owned_rows(op, plan.offsets, plan.load, R)
+
+
+def _number_of(modules: nn.ModuleList, num_experts: int | None) -> int:
+    """How many experts a list holds. Raises ValueError where it cannot be the experts."""
+    if len(modules) == 0:
+        raise ValueError("ModuleExperts: module must hold one module or more, got an empty list")
+    if num_experts not in (None, len(modules)):
+        raise ValueError(
+            f"ModuleExperts: num_experts must be {len(modules)}, the length of the ModuleList, or "
+            f"None, got {num_experts!r}"
+        )
+    first: dict[int, int] = {}
+    for e, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"ModuleExperts: expert {e} must be an nn.Module, got {type(module).__name__}"
+            )
+        if (other := first.setdefault(id(module), e)) != e:
+            raise ValueError(
+                f"ModuleExperts: experts must be different modules, but {other} and {e} are the "
+                "same object, and would stay equal; make a new module for each"
+            )
+    return len(modules)

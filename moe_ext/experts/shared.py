@@ -1,0 +1,85 @@
+"""Shared experts: a network beside the routed ones."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import checks
+from ..ops.plan import Plan
+from .base import Experts, shape_of
+
+
+class SharedExperts(Experts):
+    """Experts, and beside them a network that every token goes through (arXiv 2401.06066).
+
+    A token without a route, masked ones too, has the shared output alone.
+
+    Args:
+        experts: Experts, of the routed tokens
+        shared: a module that maps [T, H] to the same shape
+        gate: a module that maps [T, H] to [T, 1]; its sigmoid weighs the shared output, as in
+            Qwen2-MoE
+
+    Raises:
+        ValueError: a part is of another kind
+    """
+
+    def __init__(self, experts: Experts, shared: nn.Module, gate: nn.Module | None = None) -> None:
+        if not isinstance(experts, Experts):
+            raise ValueError(
+                f"SharedExperts: experts must be Experts, got {type(experts).__name__}"
+            )
+        for name, part in (("shared", shared), ("gate", gate)):
+            if not isinstance(part, nn.Module) and (name, part) != ("gate", None):
+                raise ValueError(
+                    f"SharedExperts: {name} must be a module, got {type(part).__name__}"
+                )
+        super().__init__(experts.num_experts)
+        self.experts = experts
+        self.shared = shared
+        self.gate = gate
+
+    @property
+    def hidden_size(self) -> int | None:
+        return getattr(self.experts, "hidden_size", None)
+
+    def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        # As a call of the module: hooks, FSDP and compile() see it.
+        return self(tokens, plan, weights)
+
+    # As every module's, of arguments of its own; `routed` is what experts have in common.
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, plan: Plan, weights: Tensor
+    ) -> Tensor:
+        """The weighted sum of every token's experts, and the shared output.
+
+        Args:
+            tokens: [T, H]
+            plan: of the same T tokens
+            weights: [T, K]
+
+        Returns:
+            [T, H]
+        """
+        # Data-parallel wrappers may cast what they pass on.
+        weights = weights.to(checks.accumulate_dtype(tokens.dtype))
+        out, of_shared = self.experts.routed_beside(
+            lambda: self._of_shared(tokens), tokens, plan, weights
+        )
+        return out + of_shared
+
+    def _of_shared(self, tokens: Tensor) -> Tensor:
+        of_shared = self.shared(tokens)
+        if shape_of(of_shared) != list(tokens.shape):
+            raise RuntimeError(
+                f"SharedExperts: shared must return [T, H] = {list(tokens.shape)}, "
+                f"got {shape_of(of_shared)}"
+            )
+        if self.gate is None:
+            return of_shared
+        scores = self.gate(tokens)
+        if shape_of(scores) != [tokens.shape[0], 1]:
+            raise RuntimeError(
+                f"SharedExperts: gate must return [T, 1] = {[tokens.shape[0], 1]}, "
+                f"got {shape_of(scores)}"
+            )
+        return of_shared * torch.sigmoid(scores)

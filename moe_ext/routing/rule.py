@@ -1,0 +1,124 @@
+"""A routing rule: one frozen value that says how a gate chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+
+from .. import options
+from ..ops import checks
+from ..ops.registry import is_exporting
+from ..options import (
+    Balancing,
+    DropPolicy,
+    GroupScore,
+    NoisePolicy,
+    Normalize,
+    Order,
+    Scoring,
+)
+from . import choice_scores
+from .capacity import expert_capacity
+from .route import DROP_POLICIES, NORMALIZE
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a gate chooses, in one mode: a gate has one rule for training and one for evaluation.
+
+    Attributes:
+        k: choices per token, 1..E
+        capacity_factor: an expert takes max(ceil(T / E * k * capacity_factor), min_capacity)
+            routes; None drops nothing
+        min_capacity: routes that an expert takes at least
+        drop_policy: who is dropped. "position", the last to queue; "probs", the smallest score;
+            "random", by one torch.rand(T, E)
+        order: how routes queue, "choice" (all first choices, then all second ones) or "token"
+        scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
+        normalize: divide a token's weights by their sum "before" or "after" dropping, or "never"
+        scale: factor on the weights
+        num_groups: a token chooses within its best groups (see `choice_scores.group_mask`)
+        topk_groups: how many groups a token may use
+        group_score: how groups are compared, "max" or "top2_sum"
+        balancing: "sinkhorn" chooses on `choice_scores.sinkhorn` of the logits; "forced" gives
+            every expert as many routes, whatever the router says; None leaves the choice alone
+        noise: "Jitter" on the router's input, "Gaussian" on the logits, "RSample" on the scores
+            that the choice is made on; None adds none
+        noise_scale: its size
+        sample_second: the second choice is made on scores with Gumbel noise
+    """
+
+    k: int = 1
+    capacity_factor: float | None = None
+    min_capacity: int = 0
+    drop_policy: DropPolicy = "position"
+    order: Order = "choice"
+    scoring: Scoring = "softmax"
+    normalize: Normalize = "never"
+    scale: float = 1.0
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score: GroupScore = "max"
+    balancing: Balancing | None = None
+    noise: NoisePolicy | None = None
+    noise_scale: float = 0.0
+    sample_second: bool = False
+
+    def check(self, owner: str, num_experts: int) -> None:
+        """Check every option for E experts.
+
+        Args:
+            owner: whose rule it is, for the error
+            num_experts: E
+
+        Raises:
+            ValueError: an option is out of range
+        """
+        options.integer(owner, "k", self.k, 1)
+        if self.k > num_experts:
+            raise ValueError(f"{owner}: k must be in 1..num_experts = {num_experts}, got {self.k}")
+        options.integer(owner, "min_capacity", self.min_capacity, 0)
+        options.names(
+            owner,
+            drop_policy=(self.drop_policy, DROP_POLICIES),
+            order=(self.order, checks.ORDERS),
+            scoring=(self.scoring, checks.SCORINGS),
+            normalize=(self.normalize, NORMALIZE),
+            group_score=(self.group_score, choice_scores.GROUP_SCORES),
+            balancing=(self.balancing, (None, *get_args(Balancing))),
+            noise=(self.noise, (None, *get_args(NoisePolicy))),
+            sample_second=(self.sample_second, (True, False)),
+        )
+        factor = 1.0 if self.capacity_factor is None else self.capacity_factor
+        options.numbers(
+            owner,
+            capacity_factor=(factor, 1e-6, 1e6),
+            scale=(self.scale, -1e6, 1e6),
+            noise_scale=(self.noise_scale, 0, 1e6),
+        )
+        choice_scores.check_groups(owner, num_experts, self.k, self.num_groups, self.topk_groups)
+
+    def capacity(self, num_tokens: int, num_experts: int) -> int | None:
+        """Rows an expert may have.
+
+        Args:
+            num_tokens: T
+            num_experts: E
+
+        Returns:
+            how many; None without limit
+
+        Raises:
+            RuntimeError: torch.export traces with an unknown number of tokens
+        """
+        if self.capacity_factor is None:
+            return None
+        if is_exporting() and isinstance(num_tokens, torch.SymInt):
+            raise RuntimeError(
+                "TopKGate: torch.export with a capacity needs a fixed number of tokens; "
+                "drop_tokens=False exports with any"
+            )
+        factor = self.k * self.capacity_factor
+        return expert_capacity(num_tokens, num_experts, factor, self.min_capacity)
