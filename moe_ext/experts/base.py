@@ -80,8 +80,8 @@ class Experts(nn.Module):
 
 
 class ExpertParameters(nn.Module):
-    """Every parameter carries `allreduce = False` and `group_name`, that of the processes which
-    share the experts, in DeepSpeed's way.
+    """Marks its parameters as experts': `allreduce = False`, and the `group_name` of the ranks that
+    share them. Optimizers for expert parallelism read both.
 
     marked: names of the parameters that do
     """

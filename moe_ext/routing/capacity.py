@@ -16,7 +16,7 @@ def float32(x):
 def expert_capacity(num_tokens: int, num_experts: int, factor: float, min_capacity: int) -> int:
     """Rows an expert may have: max(ceil(num_tokens / num_experts * factor), min_capacity).
 
-    The product is a float32 one, as in DeepSpeed; float64 differs for some sizes, in both
+    The product is a float32 one, as on tensors; float64 differs for some sizes, in both
     directions (25 tokens, 2 experts, factor 1.2: 16 against 15).
     """
     if num_tokens == 0 or factor <= 0:

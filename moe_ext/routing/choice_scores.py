@@ -21,8 +21,7 @@ GROUP_SCORES = get_args(GroupScore)
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
     """A number of [low, high) for every one of x.
 
-    One torch.rand in float32, by which equal seeds give equal draws whatever the dtype; DeepSpeed's
-    to the bit.
+    One torch.rand in float32, by which equal seeds give equal draws whatever the dtype.
 
     Args:
         x: any shape; its shape and device are used

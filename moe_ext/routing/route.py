@@ -148,8 +148,7 @@ def _priority(
     """Who is kept, the largest first. [T, K] float32; None is the queue.
 
     are_scores: the weights are the scores as they are
-    "random" draws where nothing is dropped too, as DeepSpeed does: what is drawn later with the
-    same seed stays the same.
+    "random" draws where nothing is dropped too: later draws with the same seed stay the same.
     """
     if drop_policy == "position" or (drop_policy == "probs" and capacity is None):
         return None
