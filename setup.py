@@ -1,9 +1,9 @@
-"""Builds `moe_ext._C`, the CPU library, and `moe_ext._C_cuda`, the CUDA kernels.
+"""Build `moe_ext._C`, the CPU library, and `moe_ext._C_cuda`, the CUDA kernels.
 
-The second where torch has CUDA and a toolkit of its major version is found. FORCE_CUDA=1 builds
-them beside a torch without CUDA too, and fails without a toolkit; FORCE_CUDA=0 leaves them out.
-CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they do to torch. Everything else is in
-pyproject.toml.
+The CUDA kernels are built where torch has CUDA and a toolkit of its major version is found.
+FORCE_CUDA=1 builds them for a torch without CUDA too, and fails without a toolkit. FORCE_CUDA=0
+leaves them out. CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS work as they do for torch. Everything
+else is in pyproject.toml.
 """
 
 import importlib.util
@@ -15,12 +15,13 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 
-# One file for every Python; a free-threaded one has no limited API to promise.
+# One library serves every Python; a free-threaded one has no limited API.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
-def load_build():
-    spec = importlib.util.spec_from_file_location("build", ROOT / "moe_ext" / "build.py")
+def load_toolkit():
+    path = ROOT / "moe_ext" / "toolkit.py"
+    spec = importlib.util.spec_from_file_location("toolkit", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -30,14 +31,14 @@ def say(text: str) -> None:
     print(f"moe_ext: {text}", file=sys.stderr)
 
 
-# What is left out, said again when all else has been.
+# Printed again at the end, below the output of the compilers.
 last_words: list[str] = []
 
 ISOLATION = "pip's --no-build-isolation builds for the torch that is installed"
 
 
 def extensions() -> dict:
-    build = load_build()
+    build = load_toolkit()
     if build.find_compiler() is None:
         last_words.append(f"the package runs on its slower reference: {build.NO_COMPILER}")
         return {}
@@ -79,7 +80,7 @@ def extensions() -> dict:
             say(note)
             if toolkit is None:
                 last_words.append(note)
-                # One built before would be packed, and loaded beside a library that it is not for.
+                # Else the package would hold the library of an earlier build.
                 target = Path(self.get_ext_fullpath("moe_ext._C")).parent
                 for folder in (target, Path(self.build_lib) / "moe_ext"):
                     for old in folder.glob("_C_cuda.*"):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_ext import build
+from moe_ext import toolkit as finder
 from moe_ext.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,30 +34,30 @@ def nothing(monkeypatch, tmp_path):
     for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(build, "USUAL_PLACES", (str(tmp_path / "usual"),))
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
+    monkeypatch.setattr(finder, "USUAL_PLACES", (str(tmp_path / "usual"),))
+    monkeypatch.setattr(finder.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
     return tmp_path
 
 
 def test_the_first_place_that_has_one(nothing, monkeypatch):
     """CUDA_HOME, CUDA_PATH, nvcc on PATH, the usual places, PyPI's."""
-    assert build.find_toolkit() is None
+    assert finder.find_toolkit() is None
     pypi = fake_toolkit(nothing / "site" / "nvidia" / "cu13")
     fake_toolkit(nothing / "site" / "nvidia" / "cu12", 12080)
-    assert build.find_toolkit() == build.Toolkit(pypi, pypi / "include", (13, 0))
+    assert finder.find_toolkit() == finder.Toolkit(pypi, pypi / "include", (13, 0))
     usual = fake_toolkit(nothing / "usual")
-    assert build.find_toolkit().root == usual
+    assert finder.find_toolkit().root == usual
     path = fake_toolkit(nothing / "on_path", 12080)
     monkeypatch.setenv("PATH", str(path / "bin"))
-    assert build.find_toolkit() == build.Toolkit(path, path / "include", (12, 8))
+    assert finder.find_toolkit() == finder.Toolkit(path, path / "include", (12, 8))
     for name in ("CUDA_PATH", "CUDA_HOME"):
         root = fake_toolkit(nothing / name, 13010, "targets/x86_64-linux/include")
         monkeypatch.setenv(name, str(root))
         include = root / "targets/x86_64-linux/include"
-        assert build.find_toolkit() == build.Toolkit(root, include, (13, 1))
+        assert finder.find_toolkit() == finder.Toolkit(root, include, (13, 1))
     # A folder that is none is passed over.
     monkeypatch.setenv("CUDA_HOME", str(nothing / "on_path" / "bin"))
-    assert build.find_toolkit().root == nothing / "CUDA_PATH"
+    assert finder.find_toolkit().root == nothing / "CUDA_PATH"
 
 
 def test_an_nvcc_that_is_a_script_or_a_link(nothing, monkeypatch):
@@ -66,10 +66,10 @@ def test_an_nvcc_that_is_a_script_or_a_link(nothing, monkeypatch):
     nvcc = nothing / "bin" / "nvcc"
     nvcc.write_text(f'#!/bin/sh\nexec "{root}/bin/nvcc" -ccbin g++ "$@"\n')
     nvcc.chmod(0o755)
-    assert build.find_toolkit().root == root
+    assert finder.find_toolkit().root == root
     nvcc.unlink()
     nvcc.symlink_to(root / "bin" / "nvcc")
-    assert build.find_toolkit().root == root
+    assert finder.find_toolkit().root == root
 
 
 @pytest.fixture
@@ -77,31 +77,31 @@ def toolkit(nothing, monkeypatch):
     """The toolkit of CUDA 13.0 in CUDA_HOME."""
     root = fake_toolkit(nothing / "toolkit")
     monkeypatch.setenv("CUDA_HOME", str(root))
-    return build.Toolkit(root, root / "include", (13, 0))
+    return finder.Toolkit(root, root / "include", (13, 0))
 
 
 def test_a_torch_without_cuda_gets_kernels_on_demand_alone(toolkit, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     name = f"torch {torch.__version__}"
     expected = f"{name} has no CUDA: CPU kernels only; set FORCE_CUDA=1 to build both"
-    assert str(build.choose_toolkit()) == expected
+    assert str(finder.choose_toolkit()) == expected
     monkeypatch.setenv("FORCE_CUDA", "1")
-    assert build.require_toolkit().toolkit == toolkit
+    assert finder.require_toolkit().toolkit == toolkit
     monkeypatch.delenv("CUDA_HOME")
     with pytest.raises(
         RuntimeError, match="FORCE_CUDA=1, but no CUDA toolkit found; set CUDA_HOME to a toolkit or"
     ):
-        build.require_toolkit()
+        finder.require_toolkit()
 
 
 def test_a_torch_with_cuda_gets_kernels_unless_forbidden(toolkit, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert build.choose_toolkit().toolkit == toolkit
+    assert finder.choose_toolkit().toolkit == toolkit
     where = f"the toolkit at {toolkit.root}, CUDA 13.0"
-    assert str(build.choose_toolkit()) == f"CUDA kernels with {where}"
+    assert str(finder.choose_toolkit()) == f"CUDA kernels with {where}"
     monkeypatch.setenv("FORCE_CUDA", "0")
     expected = "FORCE_CUDA=0: CPU kernels only; unset FORCE_CUDA to build both"
-    assert str(build.require_toolkit()) == expected
+    assert str(finder.require_toolkit()) == expected
 
 
 def test_a_toolkit_of_another_major_version_is_not_used(toolkit, nothing, monkeypatch):
@@ -110,14 +110,14 @@ def test_a_toolkit_of_another_major_version_is_not_used(toolkit, nothing, monkey
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     what = f"torch {torch.__version__} is for CUDA 12.8, the toolkit at {toolkit.root} is CUDA 13.0"
     fix = "install a torch for CUDA 13, or set CUDA_HOME to a toolkit of CUDA 12"
-    said = str(build.require_toolkit())
+    said = str(finder.require_toolkit())
     assert said == f"{what}: CPU kernels only; {fix}"
     monkeypatch.setenv("FORCE_CUDA", "1")
     with pytest.raises(RuntimeError) as caught:
-        build.require_toolkit()
+        finder.require_toolkit()
     assert str(caught.value) == f"FORCE_CUDA=1, but {what}; {fix}"
     usual = fake_toolkit(nothing / "usual", 12040)
-    assert build.require_toolkit().toolkit == build.Toolkit(usual, usual / "include", (12, 4))
+    assert finder.require_toolkit().toolkit == finder.Toolkit(usual, usual / "include", (12, 4))
 
 
 def test_a_toolkit_without_its_runtime_is_not_used(toolkit, monkeypatch):
@@ -126,7 +126,7 @@ def test_a_toolkit_without_its_runtime_is_not_used(toolkit, monkeypatch):
     said = (
         f"the CUDA toolkit at {toolkit.root} has no libcudart_static.a: CPU kernels only; install"
     )
-    assert str(build.choose_toolkit()).startswith(said)
+    assert str(finder.choose_toolkit()).startswith(said)
 
 
 def test_the_reference_on_cuda_says_that_it_runs(monkeypatch):
@@ -146,9 +146,9 @@ def test_the_reference_on_cuda_says_that_it_runs(monkeypatch):
 
 
 def test_architectures():
-    new, old = (build.Toolkit(Path(), Path(), version) for version in ((13, 0), (12, 6)))
-    assert build.architectures(new) == "7.5;8.0+PTX;9.0;10.0;12.0+PTX"
-    assert build.architectures(old) == "7.5;8.0+PTX;9.0+PTX"
+    new, old = (finder.Toolkit(Path(), Path(), version) for version in ((13, 0), (12, 6)))
+    assert finder.architectures(new) == "7.5;8.0+PTX;9.0;10.0;12.0+PTX"
+    assert finder.architectures(old) == "7.5;8.0+PTX;9.0+PTX"
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ runpy.run_path("setup.py", run_name="__main__")
     assert expected in run.stderr.splitlines()[-1]
 
 
-@pytest.mark.skipif(build.find_toolkit() is None, reason="there are no CUDA headers")
+@pytest.mark.skipif(finder.find_toolkit() is None, reason="there are no CUDA headers")
 def test_the_emulated_kernels_by_jit(tmp_path):
     """jit_dev gives the module that CMake builds: here it takes the place of the CPU operators."""
     code = f"""
