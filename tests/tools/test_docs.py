@@ -1,7 +1,8 @@
-"""What the pages say that can be checked."""
+"""The pages: their code runs, the files and tests that they name exist."""
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import moe_ext
 
@@ -18,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_drawing_is_of_this_plan():
-    experts = torch.tensor([[2, 0], [0, 1], [2, 1], [2, 0]], dtype=torch.int32)
-    plan = moe_ext.make_plan(experts, 3, 2)
+def test_the_plan_on_the_concepts_page_is_the_plan_of_its_ids():
+    expert_ids = torch.tensor([[2, 0], [0, 1], [2, 1], [2, 0]], dtype=torch.int32)
+    plan = moe_ext.make_plan(expert_ids, 3, 2)
     text = (ROOT / "docs" / "concepts.md").read_text()
-    for t, (ids, slots) in enumerate(zip(experts.tolist(), plan.slots.tolist(), strict=True)):
+    for t, (ids, slots) in enumerate(zip(expert_ids.tolist(), plan.slots.tolist(), strict=True)):
         row = rf"t{t} +{ids[0]} {ids[1]} +t{t} +{slots[0]} +{slots[1]} "
         assert re.search(row, text), row
     for row, route in enumerate(plan.sources.tolist()):
@@ -33,7 +35,7 @@ def test_the_drawing_is_of_this_plan():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tests_and_files_that_are_named_are_there(page):
+def test_named_tests_and_files_exist(page):
     text = page.read_text()
     last = None
     for name, function in re.findall(r"`(?:tests/\w+/)?(test_\w+\.py)?(?:::(\w+))?`", text):
@@ -46,27 +48,51 @@ def test_tests_and_files_that_are_named_are_there(page):
         assert (ROOT / name).exists(), name
 
 
-def python_blocks(page: Path) -> str:
-    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_is_code(page):
-    compile(python_blocks(page), page.name, "exec")
+def test_python_blocks_compile(page):
+    compile("\n".join(python_blocks(page)), page.name, "exec")
 
 
-def test_one_setuptools_is_asked_for_everywhere():
+def test_every_page_asks_for_the_same_setuptools():
     pages = [ROOT / name for name in ("pyproject.toml", "Makefile", "README.md")]
     pages += (ROOT / "docs").glob("*.md")
     asked = [re.findall(r'"(setuptools[<>=][^"]*)"', page.read_text()) for page in pages]
     assert {one for some in asked for one in some} == {"setuptools>=77,<82"}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def save_small_mixtral(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_local_experts": 4}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    AutoModelForCausalLM.from_config(MixtralConfig(**sizes)).save_pretrained(folder)
+
+
+def test_every_block_of_the_readme_runs(tmp_path):
+    """The block for transformers only where it is installed."""
+    blocks = python_blocks(ROOT / "README.md")
+    if importlib.util.find_spec("transformers"):
+        save_small_mixtral(tmp_path)
+    else:
+        blocks = [block for block in blocks if "transformers" not in block]
+    names = {"path": tmp_path}
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for block in blocks:
+            exec(block, names)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_the_first_layer_is_causal_and_drops_nothing(page, training):
+def test_the_first_layer_is_causal_and_drops_nothing(training):
     names: dict = {}
-    exec(re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[1], names)
+    exec(python_blocks(ROOT / "README.md")[0], names)
     layer, hidden, k = names["layer"].train(training), names["hidden"], names["gate"].k
     assert all(p.grad is not None for p in layer.parameters())
     length = hidden.shape[1] // 3
@@ -76,7 +102,7 @@ def test_the_first_layer_is_causal_and_drops_nothing(page, training):
     assert plan.kept().sum() == layer.exp_counts.sum() == k * hidden[..., 0].numel()
 
 
-def test_faster_experts_give_the_same():
+def test_grouped_experts_replace_deepspeed_experts_with_equal_outputs():
     class Expert(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -96,7 +122,7 @@ def test_faster_experts_give_the_same():
 
 
 def entries() -> dict[str, list[str]]:
-    """What the API page shows, with the members of a module that are chosen, or none."""
+    """The entries of the API page, each with the members it lists; none means all."""
     text = (ROOT / "docs" / "api.md").read_text()
     found = re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, re.M)
     chosen = {name: re.search(r"members: \[(.*)\]", options) for name, options in found}
@@ -135,7 +161,7 @@ def shown_of(name: str, what) -> Iterator[tuple[str, object]]:
 
 
 def arguments_of(what) -> tuple[str, list[str]]:
-    """The section that describes them, and their names."""
+    """The section of a docstring that describes the arguments, and their names."""
     if hasattr(what, "_fields"):
         return "Attributes", list(what._fields)
     constructed = "__init__" in vars(what) if inspect.isclass(what) else True
@@ -154,12 +180,12 @@ def test_the_api_page_describes_every_argument(entry):
         found = re.search(rf"^{section}:\n((?: {{4}}.*\n?|\n)+)", text, re.M)
         described = re.findall(r"^ {4}\*{0,2}(\w+): ", found[1], re.M) if found else []
         assert described == names, name
-        # A page takes anything else for a tag of HTML, and shows nothing.
+        # Outside of backticks a page treats it as an HTML tag, and shows nothing.
         assert not re.search(r"<\w", re.sub(r"`[^`]*`", "", text)), name
 
 
 @pytest.mark.parametrize("name", ["TopKGate"])
-def test_the_examples_of_a_docstring_run(name):
+def test_docstring_examples_run(name):
     examples = doctest.DocTestFinder(recurse=False).find(getattr(moe_ext, name), name, globs={})
     runner = doctest.DocTestRunner()
     for example in examples:
@@ -176,7 +202,7 @@ def test_dir_lists_the_public_names_and_no_others():
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "doctor", "sinks"])
-def test_a_module_is_there_before_it_is_imported(name):
+def test_lazy_modules_are_attributes(name):
     line = f"import moe_ext; print(moe_ext.{name}.__name__)"
     run = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
     assert run.stdout.endswith(f".{name}\n")
