@@ -17,7 +17,7 @@ from .routing.route import Routing
 
 
 class Aux(NamedTuple):
-    """What a layer says beside its output. A pytree.
+    """The second result of a layer. A pytree.
 
     Attributes:
         l_aux: [] auxiliary loss, not scaled
@@ -36,12 +36,12 @@ class Aux(NamedTuple):
         return cls(routing.l_aux, plan.load.to(torch.int64), plan.expert_ids)
 
 
-# Of a call: where routes go, what the layer says of it, the gate's own decision, used_token.
+# (plan, aux, routing, used_token) of a call; None where the layer does not know it.
 Observer = Callable[[Plan, Aux | None, Routing | None, Tensor | None], None]
 
 
 class _LostGradient(Function):
-    """The same value, without a way back to what it was computed from."""
+    """The identity, whose backward drops the gradient and warns."""
 
     @staticmethod
     def forward(ctx, l_aux: Tensor) -> Tensor:
@@ -58,10 +58,10 @@ class _LostGradient(Function):
 
 
 def _warning_of_lost_gradient(l_aux: Tensor | Any) -> Tensor | Any:
-    """l_aux of a call without gradients. Inside an autograd.Function, as checkpoint makes of the
-    call with use_reentrant=True, it warns when a gradient reaches it.
+    """Make l_aux of a call without gradients warn when a gradient reaches it.
 
-    A Function that returns l_aux gives it a gradient: then it does not warn.
+    It does so inside an autograd.Function only, as checkpoint(use_reentrant=True) makes of the
+    call. A Function that returns l_aux gives it a gradient of its own: no warning then.
     """
     if not isinstance(l_aux, Tensor) or not l_aux.is_floating_point() or l_aux.is_inference():
         return l_aux
@@ -82,7 +82,7 @@ class Layer(nn.Module):
     `layer(hidden, used_token=None)` returns a tensor like hidden and leaves `l_aux` and
     `exp_counts` of that call as attributes; copies and pickles hold None for both.
     `forward_with_aux` returns them instead, for checkpointing, export and compile + checkpoint.
-    `observer(plan, aux, routing, used_token)`, where there is one, is told of every call.
+    The layer calls its `observer(plan, aux, routing, used_token)`, if there is one.
 
     Args:
         gate: a module with `num_experts` and `route(tokens, used_token, expert_ids) -> Routing`
@@ -142,9 +142,9 @@ class Layer(nn.Module):
         """`forward` without side effects.
 
         Args:
-            hidden: as of `forward`
-            used_token: as of `forward`
-            expert_ids: as of `forward`
+            hidden: as for `forward`
+            used_token: as for `forward`
+            expert_ids: as for `forward`
 
         Returns:
             (out, Aux(l_aux, exp_counts, expert_ids))
@@ -201,14 +201,14 @@ def _check_fit(owner: str, gate: nn.Module, experts: nn.Module, num_experts: int
 
 
 def total_l_aux(model: nn.Module) -> Tensor:
-    """Sum the auxiliary losses that the layers of a model left in their last call.
+    """Sum the auxiliary losses of the last call of every layer in a model.
 
-    `loss + 0.01 * total_l_aux(model)` keeps the routers of a model balanced. A layer that was not
-    called yet, or whose gate has no loss, adds nothing. A layer in several places of the model
-    counts once, with its last call.
+    `loss + 0.01 * total_l_aux(model)` balances the routers. A layer that was not called yet, or
+    whose gate has no loss, adds nothing. A layer used several times counts once, with its last
+    call.
 
     Args:
-        model: a MOELayer, or a module with MOELayers or MoEs in it, wrapped or not
+        model: a MOELayer, or a module that contains MOELayers or MoEs, wrapped or not
 
     Returns:
         [], not scaled, on the device of the last layer that was called; differentiable where the
@@ -224,7 +224,7 @@ def total_l_aux(model: nn.Module) -> Tensor:
         raise TypeError(f"total_l_aux: model must be an nn.Module, got {name}")
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     if not layers:
-        raise ValueError(f"total_l_aux: model must have a MOELayer in it, {name} has none")
+        raise ValueError(f"total_l_aux: model must contain a MOELayer, {name} does not")
     called = [layer for layer in layers if layer.exp_counts is not None]
     if not called:
         raise RuntimeError(

@@ -12,13 +12,13 @@ def resolve(name) -> dist.ProcessGroup:
     return _resolve_process_group(name)
 
 
-# torch.compile cannot look into it: torch.compiler.assume_constant_result, which would load all of
-# torch._dynamo with the package.
+# As torch.compiler.assume_constant_result, which would import torch._dynamo: torch.compile cannot
+# trace the lookup.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class GroupAttribute:
-    """Holds the group's name in its place, so that the module can be copied and pickled."""
+    """An attribute that stores the group's name, so that the module can be copied and pickled."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = f"_{name}_name"

@@ -1,6 +1,6 @@
-"""What DeepSpeed's engine asks of MoE layers: its own classes, and its process groups.
+"""Classes and process groups that DeepSpeed's engine expects of MoE layers.
 
-Without DeepSpeed there is nothing to ask for: base classes are nn.Module, groups are None.
+Without DeepSpeed, base classes are nn.Module and groups are None.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..parallel.misuse import mark_state, unmarked
 
 
 def _installed(name: str):
-    """A module of DeepSpeed; None where DeepSpeed is not installed, or cannot be imported."""
+    """Import a module of DeepSpeed; None if DeepSpeed is missing or cannot be imported."""
     if importlib.util.find_spec("deepspeed") is None:
         return None
     try:
         return importlib.import_module(name)
-    except Exception as error:  # of any kind, as of a missing CUDA toolkit
+    except Exception as error:  # a missing CUDA toolkit raises many kinds
         warnings.warn(
             f"moe_ext.deepspeed: DeepSpeed is installed, but import {name} failed: {error!r}. Its "
             "engine will not know the layers; fix its installation to use deepspeed.initialize",
@@ -39,14 +39,14 @@ def their_class(module: str, name: str) -> type[nn.Module] | None:
 
 
 def known_as(module: str, name: str) -> type[nn.Module]:
-    """A base class for layers that DeepSpeed's engine shall take for its own.
+    """A base class by which DeepSpeed's engine recognises a layer.
 
-    The engine looks for MoE layers by isinstance. Nothing of DeepSpeed's class is called: it stands
-    behind the layer's other bases, and its constructor is left out.
+    The engine finds MoE layers by isinstance. The class comes after the layer's other bases and has
+    no constructor, so nothing of DeepSpeed's runs.
 
     Args:
-        module: of deepspeed.moe
-        name: the class
+        module: a module of deepspeed.moe
+        name: the class in it
     """
     theirs = their_class(module, name)
     if theirs is None:
@@ -55,16 +55,16 @@ def known_as(module: str, name: str) -> type[nn.Module]:
 
 
 def expert_group(ep_size: int, use_data_before_expert_parallel: bool) -> dist.ProcessGroup | None:
-    """DeepSpeed's group of the ranks that share experts, which its optimizers and checkpoints use.
+    """DeepSpeed's group of the ranks that share experts; its optimizers and checkpoints use it.
 
-    It is created where DeepSpeed does not have it yet: all ranks call this alike.
+    It is created if DeepSpeed does not have it yet: all ranks call this.
 
     Args:
         ep_size: ranks that share the experts
         use_data_before_expert_parallel: consecutive ranks hold copies
 
     Returns:
-        None where DeepSpeed's communication is not initialised
+        None if DeepSpeed's communication is not initialised
 
     Raises:
         NotImplementedError: the engine runs with a tensor-parallel mpu
@@ -88,16 +88,16 @@ def expert_group(ep_size: int, use_data_before_expert_parallel: bool) -> dist.Pr
 
 
 def name_each_expert(moe: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-    """A state-dict hook of an MoE: grouped experts have the keys of modules.
+    """A state-dict hook of an MoE: give grouped experts one key per expert.
 
-    The engine saves each expert in a file of its own, by the number in its keys. Their
-    load_state_dict takes the same keys.
+    The engine saves each expert in a file of its own, by the number in its keys. load_state_dict of
+    GroupedExperts takes the same keys.
     """
     experts = moe.get_submodule("deepspeed_moe.experts")
     here = experts.experts_here() if isinstance(experts, ExpertParallel) else experts
     prefix = f"{prefix}deepspeed_moe.experts."
     stacked = {key: value for key, value in state.items() if key.startswith(prefix)}
-    # keep_vars asks for the parameters themselves.
+    # keep_vars returns the parameters themselves.
     is_kept = any(isinstance(value, nn.Parameter) for value in stacked.values())
     if not isinstance(here, GroupedExperts) or is_kept:
         return

@@ -10,11 +10,11 @@ from ..experts.base import ExpertParameters, first_of, shape_of
 
 
 class Experts(ExpertParameters):
-    """DeepSpeed's `Experts`: copies of a module, each on its part of [ep, num_local_experts, C, H].
+    """DeepSpeed's `Experts`: copies of a module for the parts of [ep, num_local_experts, C, H].
 
     expert: maps [ep, 1, C, H] to the same shape, or to a tuple that begins with it
-    num_local_experts: how many copies; all start with the module's weights
-    expert_group_name: what its parameters carry as `group_name`; `allreduce` is False on them
+    num_local_experts: the number of copies
+    expert_group_name: the `group_name` of its parameters, which have `allreduce = False`
     """
 
     expert_lists = ("deepspeed_experts",)

@@ -29,7 +29,7 @@ from ..routing.rule import Rule
 from . import masks
 from .timers import Timers
 
-# What a None noise_scale is; of "Gaussian" it is 1 / E, as in Tutel.
+# The noise_scale for None. "Gaussian" takes 1 / E, as in Tutel.
 NOISE_SCALES: dict[NoisePolicy | None, float | None] = {
     None: 0.0,
     "None": 0.0,
@@ -86,9 +86,9 @@ def rule_of(given: dict[str, Any], num_experts: int, training: bool) -> Rule:
 
 
 class _NotForAutoEP:
-    """An attribute that is not there, and says so to DeepSpeed's AutoEP by an error of its own.
+    """A missing attribute; DeepSpeed's AutoEP gets an error of its own.
 
-    AutoEP replaces layers by their names in the model, and reads the weight of their gate.
+    AutoEP replaces layers by name and reads the weight of their gate.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -99,19 +99,18 @@ class _NotForAutoEP:
         if caller.startswith("deepspeed.module_inject.auto_ep"):
             raise RuntimeError(
                 "TopKGate: DeepSpeed's AutoEP cannot replace a layer of moe_ext, which divides its "
-                'experts by itself; leave "expert_parallel" out of the engine\'s config'
+                'experts itself; leave "expert_parallel" out of the engine\'s config'
             )
         raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
 
 
 class TopKGate(Gate):
-    """A router with top-k choice, under DeepSpeed's name and arguments; and every other rule.
+    """A top-k gate under DeepSpeed's name and arguments, with every other rule as an option.
 
-    Everything is computed in float32, in float64 where the input or a weight is float64, under
-    autocast too; a router's other weights are cast per call. All arguments but model_dim,
-    num_experts, expert_bias and router may be changed later, as attributes. With
-    `wall_clock_breakdown` set, `gate_time` is the time of all calls in milliseconds; torch.compile
-    does not take that.
+    The gate computes in float32, or in float64 where the input or a weight is float64, under
+    autocast too; it casts weights of other dtypes per call. All options but model_dim, num_experts,
+    expert_bias and router are attributes that may change later. With `wall_clock_breakdown`,
+    `gate_time` sums the time of all calls in milliseconds; torch.compile does not support that.
 
     Args:
         model_dim: H
@@ -121,43 +120,42 @@ class TopKGate(Gate):
             max(ceil(T / E * k * capacity_factor), min_capacity) routes
         eval_capacity_factor: the same in evaluation
         min_capacity: routes that an expert takes at least
-        noisy_gate_policy: "Jitter" multiplies the router's input by a uniform number in
-            1 ± noise_scale; "RSample" adds Gumbel noise times noise_scale to what the choice is
-            made on; "Gaussian" adds normal noise of deviation noise_scale to the logits, thus to
-            the weights too. In training only.
-        drop_tokens: False drops nothing: an expert takes what comes. With True a token's output
-            depends on the other tokens of its batch, which may take its place.
+        noisy_gate_policy: in training, "Jitter" multiplies the router's input by a uniform number
+            in 1 ± noise_scale; "RSample" adds Gumbel noise times noise_scale to the scores that the
+            choice is made on; "Gaussian" adds normal noise of deviation noise_scale to the logits,
+            and so changes the weights
+        drop_tokens: False drops nothing. True makes a token's output depend on the other tokens of
+            its batch, which may take its place.
         use_rts: in training, k = 1 drops at random (random token selection)
-        ep_group: where it has several processes, `forward` gives all the same C without dropping
+        ep_group: its ranks use the same C in `forward` without dropping
         top2_2nd_expert_sampling: in training with k = 2, the second choice is made on scores with
             Gumbel noise
-        drop_policy: who is dropped. "random"; "position", the last to queue; "probs", the smallest
-            score. None is DeepSpeed's choice: "random" for k = 1 with use_rts, "probs" for k > 2,
-            else "position". In evaluation "random" is "position".
+        drop_policy: which routes are dropped: "random"; "position", the last to queue; "probs", the
+            smallest score. None takes DeepSpeed's: "random" for k = 1 with use_rts, "probs" for
+            k > 2, else "position". In evaluation "random" means "position".
         order: how routes queue, "choice" (all first choices, then all second ones) or "token". None
-            is DeepSpeed's: "token" for the policy "probs", else "choice".
+            takes DeepSpeed's: "token" for the policy "probs", else "choice".
         scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
         normalize: divide a token's weights by their sum "before" or "after" dropping, or "never".
-            None is DeepSpeed's: "never" for k = 1, else "after". With softmax and "before" the
-            weights are the softmax over the chosen logits.
+            None takes DeepSpeed's: "never" for k = 1, else "after". With softmax, "before" makes
+            the weights a softmax over the chosen logits.
         scale: factor on the weights
         num_groups: a token chooses within its best groups (see `choice_scores.group_mask`); one
             group is no limit
         topk_groups: how many groups a token may use
         group_score: how groups are compared, "max" or "top2_sum"
-        expert_bias: a buffer expert_bias [E] is added to the scores that the choice is made on,
-            and to nothing else; `update_bias` balances the load by it
-        balancing: "sinkhorn" chooses on `choice_scores.sinkhorn` of the logits, in training;
-            "forced" gives every expert as many routes of all tokens, whatever the router says, for
-            benchmarks
-        noise_scale: see noisy_gate_policy; None is 0.01, 1 or 1 / E
+        expert_bias: add a buffer expert_bias [E] to the scores that the choice is made on;
+            `update_bias` balances the load with it
+        balancing: in training, "sinkhorn" chooses on `choice_scores.sinkhorn` of the logits;
+            "forced" gives every expert equally many routes, for benchmarks
+        noise_scale: see noisy_gate_policy; None takes 0.01, 1 or 1 / E
         noise_in_eval: noisy_gate_policy in evaluation too
-        sampling_in_eval: random token selection and the second expert's sampling in evaluation too,
-            as DeepSpeed has it
-        aux_loss: gives l_aux [] from a Routing. None is the load-balance loss: of first choices for
-            k <= 2 and of all for more, a mean over all T tokens, those that used_token takes out
-            too, as DeepSpeed's is.
-        router: a module that maps [T, H] to logits [T, E]; None is an nn.Linear without bias
+        sampling_in_eval: random token selection and sampling of the second expert in evaluation
+            too, as in DeepSpeed
+        aux_loss: computes l_aux [] from a Routing. None takes the load-balance loss of first
+            choices for k <= 2 and of all choices for more. It is a mean over all T tokens, unused
+            ones included, as in DeepSpeed.
+        router: a module that maps [T, H] to logits [T, E]; None makes an nn.Linear without bias
         device: of the parameters
         dtype: of the parameters
 
@@ -165,7 +163,7 @@ class TopKGate(Gate):
         ValueError: an argument is out of range
 
     Examples:
-        A gate that drops nothing, and what it decides for five tokens:
+        A gate that drops nothing, and its decision for five tokens:
 
         >>> import torch, moe_ext
         >>> gate = moe_ext.TopKGate(
@@ -299,10 +297,10 @@ class TopKGate(Gate):
             self.eval_rule = rule_of(given, self.num_experts, False)
 
     def extra_repr(self) -> str:
-        """The options that are not what they are by default."""
+        """The options that differ from the default."""
         shown = [f"k={self.k}"]
         for name, parameter in inspect.signature(TopKGate).parameters.items():
-            # A group may be gone.
+            # A group may be destroyed.
             if name in ("model_dim", "num_experts", "k", "router", "ep_group"):
                 continue
             value = getattr(self, name, parameter.default)
@@ -352,16 +350,16 @@ class TopKGate(Gate):
         sparse_routes: bool = False,
         use_tutel: bool = False,
     ) -> tuple:
-        """DeepSpeed's forms of `route`, for its callers; the layer does not use them.
+        """Route, and return one of DeepSpeed's tuples; moe_ext's layers do not use this.
 
-        exp_counts counts all choices before dropping, on the input's device. Where nothing is
-        dropped C is the largest load, which is read back from the device.
+        exp_counts counts all choices before dropping, on the input's device. Without dropping, C is
+        the largest load, which is read back from the device.
 
         Args:
             input: [T, H]
-            used_token: as of `route`
-            sparse_routes: a tuple of seven, of routes (see masks.py)
-            use_tutel: the same as lists
+            used_token: as for `route`
+            sparse_routes: return index lists in a tuple of seven (see masks.py)
+            use_tutel: the same as lists of tensors
 
         Returns:
             (l_aux, combine_weights [T, E, C], dispatch_mask [T, E, C], exp_counts [E] int64), or a

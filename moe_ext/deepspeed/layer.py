@@ -21,30 +21,30 @@ if TYPE_CHECKING:
 
 
 class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
-    """The layer with its gate and copies of one expert: DeepSpeed's `deepspeed.moe.layer.MoE`.
+    """DeepSpeed's `deepspeed.moe.layer.MoE`: a layer with its gate and copies of one expert.
 
-    `moe(hidden, used_token=None)` returns (out like hidden, l_aux, exp_counts). Where DeepSpeed is
-    installed this is a subclass of its MoE, and its engine trains, saves and loads it as one.
+    `moe(hidden, used_token=None)` returns (out like hidden, l_aux, exp_counts). If DeepSpeed is
+    installed, this is a subclass of its MoE, which its engine trains, saves and loads.
 
     Args:
         hidden_size: H
         expert: a module that maps [..., H] to the same shape, or to a tuple that begins with it;
-            every expert starts as a copy of it
+            every expert is a copy of it
         num_experts: E
-        ep_size: processes that share the experts, a divisor of E; `set_deepspeed_parallelism` makes
+        ep_size: ranks that share the experts, a divisor of E; `set_deepspeed_parallelism` makes
             their group
-        k: as of TopKGate
-        capacity_factor: as of TopKGate
-        eval_capacity_factor: as of TopKGate
-        min_capacity: as of TopKGate, but 4 unless set
-        use_residual: add `expert` itself on every token, the two weighed by a softmax over
-            `coefficient` (Residual MoE, arXiv 2201.05596)
-        noisy_gate_policy: as of TopKGate
-        drop_tokens: as of TopKGate
-        use_rts: as of TopKGate
-        use_tutel: taken for DeepSpeed's callers
-        enable_expert_tensor_parallelism: taken for DeepSpeed's callers
-        top2_2nd_expert_sampling: as of TopKGate
+        k: as for TopKGate
+        capacity_factor: as for TopKGate
+        eval_capacity_factor: as for TopKGate
+        min_capacity: as for TopKGate, but 4 unless set
+        use_residual: add the output of `expert` itself, by a softmax over `coefficient` (Residual
+            MoE, arXiv 2201.05596)
+        noisy_gate_policy: as for TopKGate
+        drop_tokens: as for TopKGate
+        use_rts: as for TopKGate
+        use_tutel: accepted for DeepSpeed's callers
+        enable_expert_tensor_parallelism: accepted for DeepSpeed's callers
+        top2_2nd_expert_sampling: as for TopKGate
         **gate_options: any other option of TopKGate
 
     Raises:
@@ -84,7 +84,9 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
                 f"MoE: num_experts must be a multiple of ep_size = {ep_size}, got {num_experts}"
             )
         for name in {"device", "dtype"} & gate_options.keys():
-            raise ValueError(f"MoE: {name} must be given to all of it, by .to(), and to the expert")
+            raise ValueError(
+                f"MoE: {name} must not be given to the gate alone; use expert.to() and moe.to()"
+            )
         self.use_residual = use_residual
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.ep_size = ep_size
@@ -116,24 +118,23 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, *, groups: Groups | None = None
     ) -> None:
-        """Divide the experts among ranks; all ranks call it. DeepSpeed's engine does by itself.
+        """Divide the experts among ranks. All ranks call it; DeepSpeed's engine calls it itself.
 
-        Where DeepSpeed's communication is initialised its own groups are used, so that its
-        optimizers, gradient norms and checkpoints are of the same ranks.
+        If DeepSpeed's communication is initialised, the layer uses DeepSpeed's groups, as its
+        optimizers, gradient norms and checkpoints do.
 
         Args:
-            use_data_before_expert_parallel_: consecutive ranks hold copies, as DeepSpeed's option
-                has it
-            groups: those of another layer, or of `parallel.make_groups(ep_size)`, to use instead;
-                not for a layer in DeepSpeed's engine
+            use_data_before_expert_parallel_: consecutive ranks hold copies, as in DeepSpeed
+            groups: use these, of another layer or of `parallel.make_groups(ep_size)`; not for a
+                layer in DeepSpeed's engine
 
         Raises:
-            ValueError: the groups have two levels, which ExpertParallel takes
-            RuntimeError: the experts are divided by another group already
+            ValueError: the groups have two levels, which only ExpertParallel supports
+            RuntimeError: another group divides the experts already
             NotImplementedError: DeepSpeed's engine runs with a tensor-parallel mpu
         """
         for parameter in self.deepspeed_moe.experts.parameters():
-            # Experts that replaced DeepSpeed's have no marks yet.
+            # Experts that replaced the given ones are not marked yet.
             parameter.allreduce = False
             parameter.group_name = self.expert_group_name
         group = None
@@ -164,8 +165,8 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
         if isinstance(groups.ep, dist.ProcessGroup):
             return groups.ep
         raise ValueError(
-            "MoE.set_deepspeed_parallelism: groups must be of one level, as of "
-            "make_groups(ep_size), got two: nodes and places; ExpertParallel takes those"
+            "MoE.set_deepspeed_parallelism: groups must have one level, as from "
+            "make_groups(ep_size), got two levels; use ExpertParallel for those"
         )
 
     def forward(
@@ -175,12 +176,12 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
         *,
         expert_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Every token through its experts.
+        """Send every token through its experts.
 
         Args:
             hidden_states: [..., H]
-            used_token: as of MOELayer
-            expert_ids: as of MOELayer
+            used_token: as for MOELayer
+            expert_ids: as for MOELayer
 
         Returns:
             (out like hidden_states, l_aux [], exp_counts [E] int64)
@@ -200,8 +201,8 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
 
         Args:
             hidden_states: [..., H]
-            used_token: as of MOELayer
-            expert_ids: as of MOELayer
+            used_token: as for MOELayer
+            expert_ids: as for MOELayer
 
         Returns:
             (out, Aux(l_aux, exp_counts, expert_ids))
@@ -217,5 +218,5 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
         residual = self.mlp(hidden_states)
         residual = residual[0] if isinstance(residual, tuple) else residual
         shares = F.softmax(self.coefficient(hidden_states), dim=-1)
-        # Under autocast the softmax is float32.
+        # Autocast computes the softmax in float32.
         return (output * shares[..., 0:1] + residual * shares[..., 1:]).to(hidden_states.dtype)

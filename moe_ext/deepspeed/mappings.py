@@ -1,6 +1,4 @@
-"""DeepSpeed's `deepspeed.moe.mappings`, with the process group as an argument where DeepSpeed has a
-global one.
-"""
+"""DeepSpeed's `deepspeed.moe.mappings`; the process group is an argument, not a global."""
 
 from ..parallel.tensor_parallel import drop_tokens, gather_tokens
 

@@ -1,7 +1,7 @@
-"""Routes in DeepSpeed's forms: S tokens, E experts, C capacity, locations in an expert.
+"""DeepSpeed's forms of a routing: masks and index lists, from a plan and back.
 
-Source: deepspeed/moe/sharded_moe.py of DeepSpeed 0.19. The masks are quadratic in the tokens, since
-E * C grows with S; the layer works on the plan instead.
+S tokens, E experts, C capacity, locations within an expert, as in deepspeed/moe/sharded_moe.py of
+DeepSpeed 0.19. Masks are quadratic in the tokens, since E * C grows with S; layers use plans.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def form(
     use_tutel: bool,
     ep_group: dist.ProcessGroup | None = None,
 ) -> tuple:
-    """The one of the forms below that a caller of DeepSpeed's asks for."""
+    """Return the routing in the form that the flags of DeepSpeed's gates ask for."""
     C = _capacity(routing, ep_group)
     if sparse_routes:
         return sparse_routes_of(routing, C)
@@ -33,7 +33,7 @@ def _exp_counts(routing: Routing) -> Tensor:
 
 
 def _capacity(routing: Routing, ep_group: dist.ProcessGroup | None) -> int:
-    """C, in a plan without capacity the largest load of the group: read back from the device."""
+    """C; without a capacity the largest load in the group, read back from the device."""
     if routing.plan.capacity is not None:
         return routing.plan.capacity
     largest = routing.plan.load.max().long()
@@ -55,7 +55,7 @@ def dense_routes_of(routing: Routing, C: int) -> tuple[Tensor, Tensor, Tensor, T
     """(l_aux, combine_weights [S, E, C], dispatch_mask [S, E, C] bool, exp_counts [E] int64)."""
     S, E = routing.weights.shape[0], routing.plan.num_experts
     expert_ids, locations = _locations(routing)
-    # A last column takes the dropped routes, and is cut off.
+    # Dropped routes go to a last column, which is cut off.
     index = torch.where(expert_ids >= 0, expert_ids * C + locations, E * C)
     flat = routing.weights.new_zeros(S, E * C + 1).scatter(1, index, routing.weights)
     combine_weights = flat[:, :-1].reshape(S, E, C)
@@ -94,11 +94,11 @@ def tutel_routes_of(routing: Routing, C: int) -> tuple:
 
 
 def plan_of(result: tuple, tokens: Tensor) -> tuple[Plan, Tensor, Tensor, Tensor]:
-    """A plan from any of the forms: (plan, weights [S, K], l_aux, exp_counts).
+    """Make a plan from any of the forms: (plan, weights [S, K], l_aux, exp_counts).
 
-    result: what a gate written for DeepSpeed returns for these tokens
-    Rows are given anew, in the order of the tokens: what an expert does to a row does not depend on
-    where the row is. With masks every expert is one of a token's choices, K = E.
+    result: the return value of a gate written for DeepSpeed
+    Rows are assigned anew in the order of the tokens: an expert's output for a row does not depend
+    on its position. With masks every expert is one of a token's choices, K = E.
     """
     if not isinstance(result, tuple | list) or len(result) not in (4, 7):
         what = (

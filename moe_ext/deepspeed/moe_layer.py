@@ -21,32 +21,32 @@ MOE_TIMER = "moe"
 
 
 class MOELayer(Layer):
-    """Mixture of experts under DeepSpeed's name and arguments: a gate, and experts.
+    """A mixture-of-experts layer under DeepSpeed's name and arguments: a gate and experts.
 
     `layer(hidden, used_token=None)` returns a tensor like hidden and leaves `l_aux` and
-    `exp_counts` of that call as attributes; `total_l_aux(model)` sums those of a model. Under
-    checkpointing (use_reentrant=False), export and compile + checkpoint use `forward_with_aux`,
-    which returns them. In checkpoint(use_reentrant=True) the attribute `l_aux` has no gradient: a
-    loss that takes it warns. Copies and pickles hold None for both.
+    `exp_counts` of that call as attributes; `total_l_aux(model)` sums them over a model. Use
+    `forward_with_aux`, which returns both, under checkpointing (use_reentrant=False), export and
+    compile + checkpoint. In checkpoint(use_reentrant=True) the attribute `l_aux` has no gradient,
+    and a loss that uses it warns. Copies and pickles hold None for both.
 
-    `observer(plan, aux, routing, used_token)`, where there is one, is told of every call, and that
-    of stats.track counts it; routing is None with a gate written for DeepSpeed. Gate and experts
-    may be replaced by others of as many experts. With `wall_clock_breakdown` set, `time_moe` is the
-    time of all calls in milliseconds; torch.compile does not take that.
+    A layer calls its `observer(plan, aux, routing, used_token)`, if there is one, as stats.track
+    sets; routing is None for a gate written for DeepSpeed. Gate and experts may be replaced by
+    others with as many experts. With `wall_clock_breakdown`, `time_moe` sums the time of all calls
+    in milliseconds; torch.compile does not support that.
 
     Args:
-        gate: a TopKGate, or a module with its `num_experts` and `route(tokens, used_token)`, which
-            for recorded choices takes a third, `expert_ids`; or a gate written for DeepSpeed, whose
+        gate: a TopKGate, or a module with `num_experts` and `route(tokens, used_token)`, which may
+            take recorded choices as a third argument `expert_ids`; or a gate written for DeepSpeed:
             `gate(tokens, used_token)` returns (l_aux, combine_weights [T, E, C], dispatch_mask
-            [T, E, C], exp_counts [E]) or, where it knows `sparse_routes`, its seven of routes
-        experts: Experts of as many; or a module written for DeepSpeed, that maps
-            [1, num_local_experts, C, H] to the same shape. Without dropping C is the largest load
-            then, which is read back from the device.
-        ep_group_name: for DeepSpeed's callers, whose `experts` are one of ep_size parts, this
-            process's: `_set_ep_group` makes an ExpertParallel of them. Others give one as experts.
-        ep_size: for DeepSpeed's callers, parts that the experts have
-        num_local_experts: experts in this process, where `experts` does not say it
-        use_tutel: taken for DeepSpeed's callers; Tutel is not used
+            [T, E, C], exp_counts [E]) or, if it knows `sparse_routes`, DeepSpeed's tuple of seven
+        experts: Experts; or a module written for DeepSpeed, which maps [1, num_local_experts, C, H]
+            to the same shape. Without dropping, C is then the largest load, read back from the
+            device.
+        ep_group_name: for DeepSpeed's callers: `experts` are this rank's part of ep_size, and
+            `_set_ep_group` makes an ExpertParallel of them. Other callers pass an ExpertParallel.
+        ep_size: for DeepSpeed's callers: the number of parts
+        num_local_experts: experts on this rank, where `experts` does not say it
+        use_tutel: accepted for DeepSpeed's callers; Tutel is not used
 
     Raises:
         ValueError: gate and experts do not fit
@@ -135,9 +135,9 @@ class MOELayer(Layer):
         """`forward` without side effects, but for `time_moe`.
 
         Args:
-            hidden: as of `forward`
-            used_token: as of `forward`
-            expert_ids: as of `forward`
+            hidden: as for `forward`
+            used_token: as for `forward`
+            expert_ids: as for `forward`
 
         Returns:
             (out, Aux(l_aux, exp_counts, expert_ids))

@@ -1,8 +1,7 @@
 """DeepSpeed's `deepspeed.moe.sharded_moe`: its names, arguments and results.
 
-For code that was written for it; the masks [S, E, C] are quadratic in the tokens, and `MOELayer`
-makes none. S tokens, E experts, C capacity, M the model's width. docs/deepspeed.md says where
-results differ from DeepSpeed's and why.
+Masks [S, E, C] are quadratic in the tokens; `MOELayer` makes none. S tokens, E experts, C capacity,
+M the model's width. docs/deepspeed.md lists the results that differ from DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ __all__ = [
     "topkgating",
 ]
 
-# Of DeepSpeed's timers; with all experts local there is no exchange to time.
+# Names of DeepSpeed's timers; exchanges overlap with other work and are not timed here.
 FIRST_ALLTOALL_TIMER = "1st_a2a"
 SECOND_ALLTOALL_TIMER = "2nd_a2a"
 
-# Tutel is not used: its form of the routes is made without it.
+# Tutel's form of a routing does not need Tutel.
 TUTEL_INSTALLED = False
 
 # False: `einsum` takes the rewrites below.
@@ -57,30 +56,30 @@ USE_EINSUM = True
 
 
 class TopKGate(gate.TopKGate, engine.known_as("sharded_moe", "TopKGate")):  # type: ignore[misc]
-    """moe_ext.TopKGate, known to DeepSpeed's engine."""
+    """moe_ext.TopKGate, recognised by DeepSpeed's engine."""
 
 
 class MOELayer(moe_layer.MOELayer, engine.known_as("sharded_moe", "MOELayer")):  # type: ignore[misc]
-    """moe_ext.MOELayer, known to DeepSpeed's engine."""
+    """moe_ext.MOELayer, recognised by DeepSpeed's engine."""
 
 
 def multiplicative_jitter(x: Tensor, device=None, epsilon: float = 1e-2) -> Tensor:
-    """x times a uniform number in 1 ± epsilon for every element; float32 for 16-bit x.
+    """Multiply every element by a uniform number in 1 ± epsilon; float32 for 16-bit x.
 
-    device: taken for DeepSpeed's callers; x is where it is
+    device: accepted for DeepSpeed's callers and ignored
     """
     return x if epsilon == 0 else x * choice_scores.uniform(x, 1 - epsilon, 1 + epsilon)
 
 
 def gumbel_rsample(shape: tuple, device: torch.device) -> Tensor:
-    """Gumbel(0, 1) noise of a shape, float32."""
+    """Draw Gumbel(0, 1) noise, float32."""
     return choice_scores.gumbel(torch.empty(shape, device=device))
 
 
 class _AllToAll(Function):
-    """`_AllToAll.apply(group, input)`: the i-th part of dimension 0 goes to the group's process i.
+    """`_AllToAll.apply(group, input)`: part i of dimension 0 goes to rank i of the group.
 
-    All parts are of equal size, so that it is its own inverse and its own gradient.
+    All parts have equal size, so it is its own inverse and its own gradient.
     """
 
     @staticmethod
@@ -116,7 +115,7 @@ _REWRITES = {
 
 
 def einsum(rule: str, a: Tensor, b: Tensor) -> Tensor:
-    """torch.einsum(rule, a, b); of DeepSpeed's own rules, with USE_EINSUM = False, as products."""
+    """torch.einsum(rule, a, b); with USE_EINSUM = False, DeepSpeed's rules run as products."""
     if USE_EINSUM or rule not in _REWRITES:
         return torch.einsum(rule, a, b)
     return _REWRITES[rule](a, b)
@@ -141,15 +140,15 @@ def top1gating(
     sparse_routes: bool = False,
     use_tutel: bool = False,
 ) -> tuple:
-    """One expert for every token: (l_aux, combine_weights, dispatch_mask, exp_counts).
+    """Choose one expert per token: (l_aux, combine_weights, dispatch_mask, exp_counts).
 
     logits: [S, E]
     used_token: [S], 0 where a token is not routed
-    noisy_gate_policy: "RSample" adds Gumbel noise to what the choice is made on
+    noisy_gate_policy: "RSample" adds Gumbel noise to the scores that the choice is made on
     use_rts: keep a random C of an expert's tokens, else the first C
-    ep_group: without dropping, C is the largest of all its processes. A bool, where DeepSpeed 0.7
-        has use_tutel, is use_tutel.
-    sparse_routes, use_tutel: give the seven of routes instead (see masks.py)
+    ep_group: without dropping, its ranks use their largest C. A bool is use_tutel, which has this
+        position in DeepSpeed 0.7.
+    sparse_routes, use_tutel: return index lists in a tuple of seven (see masks.py)
     """
     if isinstance(ep_group, bool):
         use_tutel = ep_group
@@ -177,9 +176,9 @@ def top2gating(
     top2_2nd_expert_sampling: bool = True,
     sparse_routes: bool = False,
 ) -> tuple:
-    """Two experts for every token, the first of them first in the queue: as `top1gating`.
+    """Choose two experts per token; first choices queue first. Otherwise as `top1gating`.
 
-    top2_2nd_expert_sampling: the second choice is made on logits with Gumbel noise
+    top2_2nd_expert_sampling: make the second choice on logits with Gumbel noise
     """
     logits = _wide(logits, "top2gating")
     scores = None
@@ -206,7 +205,7 @@ def topkgating(
     drop_policy: DropPolicy = "probs",
     sparse_routes: bool = False,
 ) -> tuple:
-    """k experts for every token, which queue token after token: as `top1gating`.
+    """Choose k experts per token; routes queue token after token. Otherwise as `top1gating`.
 
     drop_policy: "probs" keeps the most probable of an expert's tokens, "position" the first
     """

@@ -1,7 +1,6 @@
 """Wall-clock timers under DeepSpeed's names: `timers("moe").elapsed(reset=False)` milliseconds.
 
-They wait for the device at both ends, so they are for a breakdown, not for training; what asks for
-them has `wall_clock_breakdown` set.
+They synchronise with the device at both ends: set `wall_clock_breakdown` to measure, not to train.
 """
 
 import time
@@ -11,7 +10,7 @@ import torch
 
 
 class Timer:
-    """Adds up the time between start and stop, on whatever device there is."""
+    """The sum of the times between start and stop."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -29,7 +28,7 @@ class Timer:
         self._begin = time.perf_counter()
 
     def stop(self, reset: bool = False) -> None:
-        """reset: forget what was measured before"""
+        """reset: forget earlier measurements"""
         if self._begin is None:
             raise RuntimeError(f"Timer: {self.name} has not been started")
         _synchronize()
@@ -41,7 +40,7 @@ class Timer:
         self._begin = None
 
     def elapsed(self, reset: bool = True) -> float:
-        """Milliseconds of all that was measured since the last reset; a started timer goes on."""
+        """Milliseconds measured since the last reset; a started timer continues."""
         is_running = self._begin is not None
         if is_running:
             self.stop()
@@ -53,12 +52,12 @@ class Timer:
         return total
 
     def mean(self) -> float:
-        """Milliseconds of one measurement."""
+        """Mean milliseconds of a measurement."""
         return self._total / max(self._count, 1)
 
 
 class Timers:
-    """Timers by name, made when first asked for."""
+    """Timers by name, created on first use."""
 
     def __init__(self) -> None:
         self._timers: dict[str, Timer] = {}
@@ -81,7 +80,7 @@ class Timers:
         try:
             yield
         except BaseException:
-            # Half a measurement is none.
+            # An interrupted measurement does not count.
             timer._begin = None
             raise
         timer.stop()

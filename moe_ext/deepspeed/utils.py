@@ -1,7 +1,6 @@
-"""Which parameters are experts', for optimizers and gradient norms: DeepSpeed's
-`deepspeed.moe.utils`.
+"""DeepSpeed's `deepspeed.moe.utils`: find experts' parameters for optimizers and gradient norms.
 
-An expert's parameter carries `allreduce = False` and the `group_name` of its processes.
+An expert's parameter has `allreduce = False` and the `group_name` of its ranks.
 """
 
 from typing import Any
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from . import engine
 from .layer import MoE
 
-_MOE = engine.their_class("layer", "MoE") or MoE  # ours is one of theirs
+_MOE = engine.their_class("layer", "MoE") or MoE  # moe_ext's MoE is a subclass
 
 
 def has_moe_layers(m: nn.Module) -> tuple[bool, int]:
-    """Whether a module holds an MoE, DeepSpeed's too, and the number of experts of the first."""
+    """Whether a module contains an MoE, DeepSpeed's included, and the first one's num_experts."""
     for module in m.modules():
         if isinstance(module, _MOE):
             return True, module.num_experts  # type: ignore[return-value]
@@ -24,7 +23,7 @@ def has_moe_layers(m: nn.Module) -> tuple[bool, int]:
 
 
 def is_moe_param(param: Tensor) -> bool:
-    """Whether it belongs to an expert."""
+    """Whether the parameter belongs to an expert."""
     return not getattr(param, "allreduce", True)
 
 
@@ -39,7 +38,7 @@ def split_params_into_shared_and_expert_params(
 def split_params_grads_into_shared_and_expert_params(
     group: list[nn.Parameter],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(shared gradients, experts' gradients) of the parameters that have one."""
+    """(shared gradients, experts' gradients), for parameters that have one."""
     shared, expert = split_params_into_shared_and_expert_params(group)
     return _grads(shared), _grads(expert)
 
@@ -52,14 +51,14 @@ def split_params_into_different_moe_groups_for_optimizer(
     param_groups: dict[str, Any] | tuple[dict[str, Any], ...] | list[dict[str, Any]],
     max_group_size: int | float | None = 178956971,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups with the experts' parameters in groups of their own.
+    """Move the experts' parameters into optimizer groups of their own.
 
-    param_groups: groups with "params" and "name"; they stay as they are
-    max_group_size: numbers of parameters that a group of experts may hold, None for any; a larger
-        parameter has a group to itself
+    param_groups: groups with "params" and "name"; they are not changed
+    max_group_size: the largest number of elements in a group of experts, None for any; a larger
+        parameter gets a group to itself
 
-    Returns the given groups without experts' parameters, then the experts': of every given group
-    and `group_name` in the order of their parameters, {**group, "name": group_name, "moe": True}.
+    Returns the given groups without experts' parameters, then for each given group and `group_name`
+    {**group, "name": group_name, "moe": True} with the experts' parameters in their order.
     """
     if isinstance(param_groups, dict):
         param_groups = [param_groups]
@@ -85,7 +84,7 @@ def _parts(params: list[nn.Parameter], max_size: int | float | None) -> list[lis
     parts: list[list[nn.Parameter]] = []
     size = 0
     for param in params:
-        # A parameter that ZeRO keeps in parts says its whole size.
+        # ds_numel is the whole size of a parameter that ZeRO has partitioned.
         numel = getattr(param, "ds_numel", param.numel())
         if not parts or (max_size is not None and size + numel > max_size):
             parts.append([])
@@ -96,13 +95,15 @@ def _parts(params: list[nn.Parameter], max_size: int | float | None) -> list[lis
 
 
 def is_moe_param_group(param_group: dict[str, Any]) -> bool:
-    """Whether an optimizer group is experts'."""
+    """Whether an optimizer group holds experts' parameters."""
     return param_group.get("moe", False)
 
 
 def configure_moe_param_groups(model_parameters: list) -> list[dict[str, Any]]:
-    """Optimizer groups that keep experts apart, from a list of parameters or of groups; groups that
-    are so already stay."""
+    """Separate experts in a list of parameters or optimizer groups.
+
+    Groups that are separate already are returned unchanged.
+    """
     if not isinstance(model_parameters, list) or not model_parameters:
         raise ValueError("model_parameters must be a list of parameters or of groups")
     for p in model_parameters:

@@ -1,4 +1,4 @@
-"""The experts: what happens to routed tokens."""
+"""The base class of experts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..ops.plan import Plan
 
 
 class Experts(nn.Module):
-    """Base class. A simple expert defines `forward(rows, plan) -> rows`; one that gathers inside
-    its GEMM, saves less or exchanges tokens between processes overrides `routed`.
+    """The base class of experts.
 
-    A subclass whose experts are modules in an nn.ModuleList names it in `expert_lists`; all other
-    parameters are stacked, [E, ...]. ExpertParallel divides by that.
+    Simple experts define `forward(rows, plan) -> rows`. Experts that gather inside their GEMM, save
+    less or exchange tokens between ranks override `routed`. ExpertParallel divides modules in the
+    nn.ModuleLists that `expert_lists` names, and the first dimension of all other parameters.
 
     Args:
         num_experts: E
@@ -29,11 +29,11 @@ class Experts(nn.Module):
         self.num_experts = options.integer(type(self).__name__, "num_experts", num_experts, 1)
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-        """The weighted sum of every token's experts.
+        """Compute the weighted sum of every token's experts.
 
         Args:
             tokens: [T, H]
-            plan: of the same T tokens
+            plan: for the same T tokens
             weights: [T, K]
 
         Returns:
@@ -51,30 +51,29 @@ class Experts(nn.Module):
     def routed_beside(
         self, work: Callable[[], Tensor], tokens: Tensor, plan: Plan, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`routed`, and what `work` gives, which needs nothing of it: experts that wait for other
-        processes do it meanwhile.
+        """Run `routed` and independent `work`; experts overlap it with communication.
 
         Args:
-            work: a function of nothing
-            tokens: as of `routed`
-            plan: as of `routed`
-            weights: as of `routed`
+            work: a function without arguments
+            tokens: as for `routed`
+            plan: as for `routed`
+            weights: as for `routed`
 
         Returns:
-            (the output of `routed`, the output of `work`)
+            (routed(tokens, plan, weights), work())
         """
         done = work()
         return self.routed(tokens, plan, weights), done
 
     def forward(self, rows: Tensor, plan: Plan) -> Tensor:
-        """Every row through its expert.
+        """Send every row through its expert.
 
         Args:
             rows: [R, H]
-            plan: with the same R rows
+            plan: for the same R rows
 
         Returns:
-            [R, H]; what empty rows give is not used
+            [R, H]; the values of empty rows are ignored
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(rows, plan) -> rows")
 
@@ -83,7 +82,7 @@ class ExpertParameters(nn.Module):
     """Marks its parameters as experts': `allreduce = False`, and the `group_name` of the ranks that
     share them. Optimizers for expert parallelism read both.
 
-    marked: names of the parameters that do
+    marked: names of the marked parameters
     """
 
     expert_group_name: str | None
@@ -100,7 +99,7 @@ class ExpertParameters(nn.Module):
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
             self.marked.add(name)
 
-    # Copies, moved and assigned parameters are new ones, without marks.
+    # Copied, moved and assigned parameters are new objects without marks.
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -117,10 +116,10 @@ def _mark_again(module: ExpertParameters, keys) -> None:
 
 
 def first_of(out):
-    """An expert may return a tuple that begins with its output."""
+    """The output of an expert, which may return a tuple that begins with it."""
     return out[0] if isinstance(out, tuple) and out else out
 
 
 def shape_of(out) -> list[int] | str:
-    """Of a tensor its shape, of anything else its type."""
+    """The shape of a tensor; the type of anything else. For error texts."""
     return list(out.shape) if isinstance(out, Tensor) else type(out).__name__

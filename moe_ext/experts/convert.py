@@ -1,7 +1,7 @@
-"""Expert weights in the layouts of checkpoints, to and from that of GroupedExperts, bit for bit.
+"""Convert expert weights between checkpoint layouts and GroupedExperts, bit for bit.
 
-Shapes: E experts, H hidden, F ffn. Only weights are converted, the activation is the model's
-matter: that of gpt-oss (a clamped gate) is none of GroupedExperts'.
+Shapes: E experts, H hidden, F ffn. Only weights are converted: the clamped gate of gpt-oss is not
+an activation of GroupedExperts.
 """
 
 import re
@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PerExpert:
-    """Linear layers of every expert e: {parent}{e}.{up}.weight, with biases {parent}{e}.{up}.bias.
+    """One tensor per expert e and layer: {parent}{e}.{up}.weight, {parent}{e}.{up}.bias.
 
     Args:
         up: the name of the layer with weight [F, H]
-        down: of that with weight [H, F]
-        gate: of that with weight [F, H]; None where there is none
-        parent: what stands before the number of the expert
+        down: the name of the layer with weight [H, F]
+        gate: the name of the gate with weight [F, H], or None
+        parent: the prefix of the expert's number
     """
 
     up: str
@@ -35,11 +35,11 @@ class PerExpert:
         return re.escape(self.parent) + r"(?P<expert>[0-9]+)\..+"
 
     def has(self, name: str, prefix: str) -> bool:
-        """Whether a name under a prefix is one of the layout's.
+        """Whether the layout has a tensor of this name.
 
         Args:
-            name: of a tensor in a state dict
-            prefix: what stands before the layout's names
+            name: a key of a state dict
+            prefix: the prefix of the layout's names
         """
         return re.fullmatch(re.escape(prefix) + self.pattern, name) is not None
 
@@ -47,15 +47,15 @@ class PerExpert:
         """The number of experts and whether they have a gate, from names that match the pattern.
 
         Args:
-            names: of tensors in a state dict
+            names: keys of a state dict
 
         Raises:
             ValueError: the experts are not numbered 0, 1, 2, ... without a gap
         """
         matches = (re.fullmatch(self.pattern, name) for name in names)
         numbers = {match.string: match["expert"] for match in matches if match}
-        # Each expert has a name at least, so that more experts than names leave a gap. Texts are
-        # compared: a number may be longer than int() takes.
+        # Each expert has at least one name, so more experts than names leave a gap. Strings are
+        # compared because a number may be longer than int() takes.
         possible = set(map(str, range(len(numbers))))
         if wrong := [name for name, number in numbers.items() if number not in possible]:
             raise ValueError(
@@ -65,7 +65,7 @@ class PerExpert:
         return 1 + max(map(int, numbers.values())), self.gate is not None
 
     def sources(self, stacked: str, num_experts: int) -> list[str]:
-        """The names of what a tensor of GroupedExperts is made of, in order.
+        """The names of the tensors that make up a tensor of GroupedExperts, in order.
 
         Args:
             stacked: the tensor's name in GroupedExperts
@@ -94,7 +94,7 @@ class Stacked:
     Args:
         transposed: weights are [E, H, 2F] (without a gate [E, H, F]) and [E, F, H]
         interleaved: gate and up alternate, in the bias too; otherwise all of the gate comes first
-        parent: what stands before the names
+        parent: the prefix of the names
     """
 
     transposed: bool = False
@@ -130,7 +130,7 @@ class Stacked:
         return [tensor.contiguous()]
 
 
-Layout = PerExpert | Stacked
+WeightLayout = PerExpert | Stacked
 StateDict = Mapping[str, Tensor]
 
 GROUPED = Stacked()
@@ -151,17 +151,17 @@ def deepspeed(expert: PerExpert) -> PerExpert:
     return replace(expert, parent=f"deepspeed_experts.{expert.parent}")
 
 
-def to_grouped(state: StateDict, layout: Layout, prefix: str = "") -> dict[str, Tensor]:
-    """The state dict of a GroupedExperts from one experts module in `layout`.
+def to_grouped(state: StateDict, layout: WeightLayout, prefix: str = "") -> dict[str, Tensor]:
+    """Convert one experts module to the state dict of a GroupedExperts.
 
     Args:
-        state: may hold more, such as a whole model's state dict
-        layout: of the experts in it
-        prefix: what stands before the layout's names, such as "model.layers.0.mlp.experts."
+        state: a state dict that contains the module, such as a whole model's
+        layout: the layout of its experts
+        prefix: the prefix of the layout's names, such as "model.layers.0.mlp.experts."
 
     Returns:
         GroupedExperts' names without the prefix; dtype and device stay. Every tensor is contiguous;
-        one that is the same in both layouts is the given object.
+        a tensor that is equal in both layouts is the given object.
 
     Raises:
         ValueError: no expert is found, the experts are not numbered 0, 1, 2, ..., tensors are
@@ -188,17 +188,17 @@ def to_grouped(state: StateDict, layout: Layout, prefix: str = "") -> dict[str, 
     return grouped
 
 
-def from_grouped(state: StateDict, layout: Layout, prefix: str = "") -> dict[str, Tensor]:
-    """The inverse of to_grouped: one experts module in `layout`, its names with the prefix.
+def from_grouped(state: StateDict, layout: WeightLayout, prefix: str = "") -> dict[str, Tensor]:
+    """Convert the state dict of a GroupedExperts to one experts module: the inverse of to_grouped.
 
     Args:
-        state: that of a GroupedExperts
-        layout: of the result
-        prefix: what stands before the layout's names
+        state: of a GroupedExperts
+        layout: the layout of the result
+        prefix: the prefix of the result's names
 
     Raises:
-        ValueError: the state is that of something else, or only one of `state` and `layout` has a
-            gate
+        ValueError: the state is not that of a GroupedExperts, or only one of `state` and `layout`
+            has a gate
     """
     layout = replace(layout, parent=prefix + layout.parent)
     result: dict[str, Tensor] = {}
@@ -208,14 +208,14 @@ def from_grouped(state: StateDict, layout: Layout, prefix: str = "") -> dict[str
     return result
 
 
-def detect(state: StateDict, prefix: str = "") -> Layout | None:
-    """The known layout that expert 0 under the prefix has, or None.
+def detect(state: StateDict, prefix: str = "") -> WeightLayout | None:
+    """Detect the layout of expert 0 under the prefix; None if it is unknown.
 
-    GPT_OSS has the names of GROUPED: it is told by its shapes and biases.
+    GPT_OSS has the names of GROUPED: shapes and biases tell them apart.
 
     Args:
-        state: may hold more, such as a whole model's state dict
-        prefix: what stands before the layout's names
+        state: a state dict, such as a whole model's
+        prefix: the prefix of the layout's names
     """
     for layout in (MIXTRAL, QWEN, NEMOTRON):
         for known in (layout, deepspeed(layout)):
@@ -232,20 +232,22 @@ def detect(state: StateDict, prefix: str = "") -> Layout | None:
     return GPT_OSS if f"{prefix}gate_up_proj_bias" in state else None
 
 
-def convert_state_dict(state: StateDict, source: Layout, target: Layout) -> dict[str, Tensor]:
-    """A model's state dict with all its experts in `target` instead of `source`.
+def convert_state_dict(
+    state: StateDict, source: WeightLayout, target: WeightLayout
+) -> dict[str, Tensor]:
+    """Convert all experts in a model's state dict from `source` to `target`.
 
-    Experts are looked for in modules called "experts", whose place in the model stays. All other
-    entries are passed on, the same objects.
+    Experts are expected in modules named "experts", which keep their place in the model. All other
+    entries are passed on unchanged.
 
     Args:
-        state: a model's
-        source: the layout that its experts have
-        target: the layout that they get
+        state: a model's state dict
+        source: the layout of its experts
+        target: the layout of the result
 
     Raises:
-        ValueError: there are no experts, a name of the target is taken, or what to_grouped and
-            from_grouped raise
+        ValueError: there are no experts, a name of the target exists already, or to_grouped or
+            from_grouped raises
     """
     pattern = re.compile(rf"(?P<place>(?:.*\.)?experts\.){source.pattern}")
     result: dict[str, Tensor] = {}

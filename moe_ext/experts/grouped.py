@@ -21,9 +21,9 @@ class GroupedExperts(Experts):
 
     The parameters are gate_up_proj [E, 2F, H], gate first (up_proj [E, F, H] without a gate), and
     down_proj [E, H, F]; with bias gate_up_proj_bias [E, 2F] (up_proj_bias [E, F]) and
-    down_proj_bias [E, H]. Every expert starts like an nn.Linear of its size. load_state_dict takes
-    weights kept expert by expert too, under the names of Mixtral, Qwen, DeepSeek or Nemotron
-    (convert.py). A subclass with a forward of its own is used by that: dispatch, forward, combine.
+    down_proj_bias [E, H]. Every expert is initialised like an nn.Linear of its size.
+    load_state_dict also takes one tensor per expert, under the names of Mixtral, Qwen, DeepSeek or
+    Nemotron (convert.py). A subclass may define a forward of its own: dispatch, forward, combine.
 
     Args:
         num_experts: E
@@ -31,10 +31,10 @@ class GroupedExperts(Experts):
         ffn_size: F
         activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
         bias: a bias on both products
-        score_before_experts: multiply a route's activation by its weight, not the expert's output:
-            the same but for rounding
-        recompute: save for the backward tokens and pre-activations alone, dispatch and activate
-            again there. No product is repeated. Without it everything between is saved too.
+        score_before_experts: multiply a route's activation by its weight, not the expert's output;
+            results differ by rounding
+        recompute: save only tokens and pre-activations for the backward, which repeats dispatch and
+            activation but no product. False saves all intermediate results.
         device: of the parameters
         dtype: of the parameters
 
@@ -100,15 +100,15 @@ class GroupedExperts(Experts):
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         if type(self).forward is not GroupedExperts.forward or "forward" in vars(self):
             return super().routed(tokens, plan, weights)
-        # As a call of the module: hooks, FSDP and offloading see it.
+        # A call of the module, so that hooks, FSDP and offloading see it.
         return self(tokens, plan, weights)
 
     def forward(self, rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
-        """Every row through its expert; with weights, every token through its experts.
+        """Send every row through its expert; with weights, every token through its experts.
 
         Args:
             rows: [R, H]; with weights tokens [T, H]
-            plan: of the same rows or tokens
+            plan: for the same rows or tokens
             weights: [T, K]
 
         Returns:
@@ -123,7 +123,7 @@ class GroupedExperts(Experts):
                 f"the two with .to(dtype){autocast}"
             )
         if weights is not None:
-            # Data-parallel wrappers may cast what they pass on.
+            # Data-parallel wrappers may cast their inputs.
             weights = weights.to(checks.accumulate_dtype(rows.dtype))
             return feed_forward(
                 *(rows, plan, weights, up, down, self.activation, up_bias, down_bias),
@@ -144,8 +144,8 @@ class GroupedExperts(Experts):
                 state_dict |= {prefix + name: tensor for name, tensor in grouped.items()}
             elif layout == convert.GPT_OSS:
                 raise ValueError(
-                    f"{prefix}gate_up_proj is laid out as in gpt-oss, whose gate is clamped and "
-                    "scaled as no activation here is; convert.to_grouped gives the weights"
+                    f"{prefix}gate_up_proj has the layout of gpt-oss, whose clamped, scaled gate "
+                    "GroupedExperts does not compute; convert.to_grouped gives the weights"
                 )
         except ValueError as error:
             error_msgs.append(str(error))

@@ -14,18 +14,17 @@ from .base import Experts, first_of, shape_of
 class ModuleExperts(Experts):
     """Any modules as experts, run one after the other on their own rows.
 
-    The bounds of the experts are read back from the device: one synchronisation per call. There
-    torch.compile breaks its graph (under checkpointing all of it runs eagerly), and torch.export
-    and the meta device raise: use GroupedExperts.
+    Each call reads the experts' bounds back from the device: one synchronisation. torch.compile
+    breaks its graph there (under checkpointing all of it runs eagerly); torch.export and the meta
+    device raise. GroupedExperts has none of these limits.
 
     Args:
-        module: an nn.ModuleList of one module per expert, which are used as they are; or one
-            module, of which every expert is a copy. A module maps [rows, H] to [rows, H], or to a
-            tuple that begins with it, and is called with no row too.
-        num_experts: E; for an nn.ModuleList its length, or None
+        module: an nn.ModuleList of one module per expert, or one module to copy for every expert.
+            A module maps [rows, H] to [rows, H], or to a tuple that begins with it; rows may be 0.
+        num_experts: E; None takes the length of an nn.ModuleList
 
     Raises:
-        ValueError: module is neither, or num_experts does not fit
+        ValueError: module is neither, or num_experts is another number
     """
 
     expert_lists = ("experts",)
@@ -70,7 +69,7 @@ class ModuleExperts(Experts):
         return torch.cat(pieces)
 
     def _bounds(self, rows: Tensor, plan: Plan) -> list[tuple[int, int]]:
-        """The rows of every expert, with the contract of `grouped_mm`."""
+        """The first and last row of every expert, checked as by `grouped_mm`."""
         op = "ModuleExperts"
         check = checks.Check(op)
         R, E = plan.sources.shape[0], self.num_experts
@@ -82,7 +81,7 @@ class ModuleExperts(Experts):
 
 
 def _number_of(modules: nn.ModuleList, num_experts: int | None) -> int:
-    """How many experts a list holds. Raises ValueError where it cannot be the experts."""
+    """The length of a list of distinct modules. Raises ValueError for any other list."""
     if len(modules) == 0:
         raise ValueError("ModuleExperts: module must hold one module or more, got an empty list")
     if num_experts not in (None, len(modules)):

@@ -9,18 +9,18 @@ from .base import Experts, shape_of
 
 
 class SharedExperts(Experts):
-    """Experts, and beside them a network that every token goes through (arXiv 2401.06066).
+    """Experts and a shared network that every token goes through (DeepSeekMoE, arXiv 2401.06066).
 
-    A token without a route, masked ones too, has the shared output alone.
+    The output of a token without a route is the shared output alone.
 
     Args:
-        experts: Experts, of the routed tokens
+        experts: Experts for the routed tokens
         shared: a module that maps [T, H] to the same shape
-        gate: a module that maps [T, H] to [T, 1]; its sigmoid weighs the shared output, as in
+        gate: a module that maps [T, H] to [T, 1]; its sigmoid scales the shared output, as in
             Qwen2-MoE
 
     Raises:
-        ValueError: a part is of another kind
+        ValueError: a part has another type
     """
 
     def __init__(self, experts: Experts, shared: nn.Module, gate: nn.Module | None = None) -> None:
@@ -43,24 +43,24 @@ class SharedExperts(Experts):
         return getattr(self.experts, "hidden_size", None)
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-        # As a call of the module: hooks, FSDP and compile() see it.
+        # A call of the module, so that hooks, FSDP and compile() see it.
         return self(tokens, plan, weights)
 
-    # As every module's, of arguments of its own; `routed` is what experts have in common.
+    # The interface of experts is `routed`; each class has arguments of its own here.
     def forward(  # type: ignore[override]
         self, tokens: Tensor, plan: Plan, weights: Tensor
     ) -> Tensor:
-        """The weighted sum of every token's experts, and the shared output.
+        """Add the shared output to the weighted sum of every token's experts.
 
         Args:
             tokens: [T, H]
-            plan: of the same T tokens
+            plan: for the same T tokens
             weights: [T, K]
 
         Returns:
             [T, H]
         """
-        # Data-parallel wrappers may cast what they pass on.
+        # Data-parallel wrappers may cast their inputs.
         weights = weights.to(checks.accumulate_dtype(tokens.dtype))
         out, of_shared = self.experts.routed_beside(
             lambda: self._of_shared(tokens), tokens, plan, weights

@@ -1,7 +1,7 @@
-"""What a choice of experts is made on, where it is not the logits: noise, groups, balance.
+"""Scores used for top-k selection where they are not the logits: noise, groups, balance.
 
-Functions of the scores that `gate` takes as `choice_scores`, T tokens by E experts. No gradient
-flows through a choice, so none has one.
+`gate` takes them as `choice_scores`, [T, E]. No gradient flows through a choice, so these functions
+have none.
 """
 
 import math
@@ -19,14 +19,14 @@ GROUP_SCORES = get_args(GroupScore)
 
 
 def uniform(x: Tensor, low: float, high: float) -> Tensor:
-    """A number of [low, high) for every one of x.
+    """Draw a number in [low, high) for every element of x.
 
-    One torch.rand in float32, by which equal seeds give equal draws whatever the dtype.
+    The draw is one torch.rand in float32: equal seeds give equal draws for every dtype.
 
     Args:
         x: any shape; its shape and device are used
-        low: the least number
-        high: above every number
+        low: the smallest number
+        high: the bound above
     """
     low, high = (
         math.copysign(float32(abs(bound)), bound) if bound else 0.0 for bound in (low, high)
@@ -35,9 +35,9 @@ def uniform(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def gumbel(x: Tensor) -> Tensor:
-    """Gumbel(0, 1) noise for every number of x.
+    """Draw Gumbel(0, 1) noise for every element of x.
 
-    The largest of x + gumbel(x) is a draw from softmax(x).
+    argmax(x + gumbel(x)) is a sample of softmax(x).
 
     Args:
         x: any shape; its shape and device are used
@@ -47,7 +47,7 @@ def gumbel(x: Tensor) -> Tensor:
 
 
 def keep_first(scores: Tensor, drawn: Tensor) -> Tensor:
-    """`drawn` with the first choice of `scores` above all: a NaN ranks above infinity and noise.
+    """Put the first choice of `scores` above all in `drawn`: NaN ranks above infinity.
 
     Args:
         scores: [T, E]
@@ -59,14 +59,15 @@ def keep_first(scores: Tensor, drawn: Tensor) -> Tensor:
 def group_mask(
     scores: Tensor, num_groups: int, topk_groups: int, group_score: GroupScore
 ) -> Tensor:
-    """The experts in the best groups of every token.
+    """Mark the experts in the best groups of every token.
 
     Args:
         scores: [T, E]
-        num_groups: neighbouring experts form groups of E / num_groups
+        num_groups: consecutive experts form groups of E / num_groups
         topk_groups: how many groups a token may use
-        group_score: a group is worth its largest score, "max" (DeepSeek-V2, arXiv 2405.04434), or
-            the sum of its two largest, "top2_sum" (DeepSeek-V3, arXiv 2412.19437)
+        group_score: groups compare by their largest score, "max" (DeepSeek-V2, arXiv
+            2405.04434), or by the sum of the two largest, "top2_sum" (DeepSeek-V3, arXiv
+            2412.19437)
 
     Returns:
         [T, E] bool
@@ -76,14 +77,14 @@ def group_mask(
         worth = groups.amax(dim=-1)
     else:
         worth = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
-    # Stable, as the gate's own choice: equal groups go to the lower one.
+    # Stable as the gate's choice: the lower of two equal groups wins.
     best = torch.sort(worth, dim=-1, descending=True, stable=True).indices[:, :topk_groups]
     chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, True)
     return chosen.unsqueeze(-1).expand_as(groups).flatten(-2)
 
 
 def check_groups(owner: str, num_experts: int, k: int, num_groups: int, topk_groups: int) -> None:
-    """Check that groups can be made, and leave k experts.
+    """Check that the groups divide the experts and leave k of them.
 
     Args:
         owner: whose options they are
@@ -93,7 +94,7 @@ def check_groups(owner: str, num_experts: int, k: int, num_groups: int, topk_gro
         topk_groups: as of `group_mask`
 
     Raises:
-        ValueError: they cannot, or leave fewer
+        ValueError: they do not
     """
     options.integer(owner, "num_groups", num_groups, 1)
     options.integer(owner, "topk_groups", topk_groups, 1)
@@ -113,7 +114,7 @@ def check_groups(owner: str, num_experts: int, k: int, num_groups: int, topk_gro
 
 
 def within(scores: Tensor, allowed: Tensor) -> Tensor:
-    """Scores with all that is not allowed below all that is, -inf too.
+    """Push scores that are not allowed below every allowed one, -inf included.
 
     Args:
         scores: [T, E]
@@ -124,16 +125,16 @@ def within(scores: Tensor, allowed: Tensor) -> Tensor:
 
 
 def sinkhorn(logits: Tensor, used_token: Tensor | None = None, iterations: int = 8) -> Tensor:
-    """Logits plus a number for every expert that makes all experts be asked for alike.
+    """Add a number to each expert's logits that balances the demand for experts.
 
-    The softmax of what is returned has column sums near T / E: Sinkhorn's algorithm in logarithms,
-    the last step over the columns (S-BASE of arXiv 2202.01169). A token that is not used, or whose
-    logsumexp is not finite, takes no part and keeps its logits.
+    The softmax of the result has column sums near T / E. This is Sinkhorn's algorithm in
+    logarithms; its last step is over the columns (S-BASE, arXiv 2202.01169). A token that is not
+    used, or whose logsumexp is not finite, takes no part and keeps its logits.
 
     Args:
         logits: [T, E]
         used_token: T values of any shape and dtype; a token with 0 (or False) is not used
-        iterations: of rows and columns
+        iterations: passes over rows and columns
     """
     takes_part = logits.logsumexp(dim=-1, keepdim=True).isfinite()
     if used_token is not None:
@@ -143,13 +144,13 @@ def sinkhorn(logits: Tensor, used_token: Tensor | None = None, iterations: int =
     for _ in range(iterations):
         rows = -(x + columns).logsumexp(dim=-1, keepdim=True)
         asked = torch.where(takes_part, x + rows, -torch.inf).logsumexp(dim=0, keepdim=True)
-        # An expert that no token may ask stays as it is.
+        # An expert that no token may choose keeps its number.
         columns = torch.where(asked.isfinite(), -asked, 0)
     return torch.where(takes_part, x + columns, logits)
 
 
 def round_robin(num_tokens: int, k: int, num_experts: int, device: Device = None) -> Tensor:
-    """Expert t * K + k modulo E for every route: a balanced load whatever the router says.
+    """Give route t * K + k the expert of that number modulo E: a balanced load.
 
     Args:
         num_tokens: T

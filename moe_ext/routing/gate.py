@@ -22,19 +22,19 @@ from .rule import Rule
 class Gate(nn.Module):
     """A router, and the rule by which its logits choose the experts of each token.
 
-    Everything is computed in float32, in float64 where the input or a weight is float64, under
-    autocast too; a router's other weights are cast per call. The rules may be replaced later.
+    The gate computes in float32, or in float64 where the input or a weight is float64, under
+    autocast too; it casts weights of other dtypes per call. The rules may be replaced later.
 
     Args:
         model_dim: H
         num_experts: E
         rule: how tokens choose in training
-        eval_rule: how they choose in evaluation; None is `rule`
-        expert_bias: a buffer expert_bias [E] is added to the scores that the choice is made on, and
-            to nothing else; `update_bias` balances the load by it
-        aux_loss: gives l_aux [] from a Routing. None is the load-balance loss: of first choices for
-            k <= 2 and of all for more, a mean over all T tokens, used or not.
-        router: a module that maps [T, H] to logits [T, E]; None is an nn.Linear without bias
+        eval_rule: how they choose in evaluation; None takes `rule`
+        expert_bias: add a buffer expert_bias [E] to the scores that the choice is made on;
+            `update_bias` balances the load with it
+        aux_loss: computes l_aux [] from a Routing. None takes the load-balance loss of first
+            choices for k <= 2 and of all choices for more, a mean over all T tokens, used or not.
+        router: a module that maps [T, H] to logits [T, E]; None makes an nn.Linear without bias
         device: of the parameters
         dtype: of the parameters
 
@@ -100,7 +100,7 @@ class Gate(nn.Module):
         return ", ".join(shown)
 
     def _apply(self, fn, recurse: bool = True):
-        """As of every module, but expert_bias stays float32: steps of 0.001 are lost in 16 bits."""
+        """Keep expert_bias in float32: steps of 0.001 are lost in 16 bits."""
         bias = self.expert_bias
         super()._apply(fn, recurse)
         moved = self.expert_bias
@@ -109,13 +109,10 @@ class Gate(nn.Module):
         return self
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Rows an expert may have, in the present mode of training or evaluation.
+        """Rows an expert may have in the present mode; None without limit.
 
         Args:
             num_tokens: T
-
-        Returns:
-            how many; None without limit
         """
         return self._present().capacity(num_tokens, self.num_experts)
 
@@ -136,7 +133,7 @@ class Gate(nn.Module):
         used_token: Tensor | None = None,
         expert_ids: Tensor | None = None,
     ) -> Routing:
-        """Decide for every token.
+        """Choose the experts of every token.
 
         Args:
             tokens: [T, H]
@@ -185,16 +182,16 @@ class Gate(nn.Module):
     def update_bias(
         self, load: Tensor, rate: float = 1e-3, group: dist.ProcessGroup | None = None
     ) -> None:
-        """Balance without a loss (arXiv 2408.15664): raise expert_bias by rate where the load is
-        below its mean, lower it where it is above.
+        """Balance without a loss (arXiv 2408.15664): raise expert_bias where the load is below
+        its mean, lower it where it is above.
 
         Args:
-            load: [E] integers, routes since the last update: a sum of `layer.exp_counts`
+            load: [E] integers, the sum of `layer.exp_counts` since the last update
             rate: the step of the bias
-            group: count the load of all its processes
+            group: sum the load over its ranks
 
         Raises:
-            RuntimeError: the gate has no expert_bias, or the load is not [E] integers
+            RuntimeError: the gate has no expert_bias, or load is not [E] integers
         """
         owner = type(self).__name__
         if self.expert_bias is None:

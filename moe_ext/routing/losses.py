@@ -1,8 +1,8 @@
-"""Losses that keep a router balanced and its logits small: functions of what a gate gives.
+"""Auxiliary losses: they balance a router and keep its logits small.
 
-Every one is a mean over tokens, so that it means the same for any number of them: losses of equal
-micro-batches average to the loss of the whole where the loss is linear in the tokens, as `z_loss`
-is and `load_balance_loss` with a load that is common to all. E experts, T tokens, K choices.
+Each is a mean over tokens, independent of their number. Losses that are linear in the tokens, as
+`z_loss` and `load_balance_loss` with one load for all, average over equal micro-batches to the loss
+of the whole batch. E experts, T tokens, K choices.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def expert_load(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """How often every expert was chosen.
+    """Count how often each expert was chosen.
 
     Args:
         expert_ids: [..., T, K] ids, -1 for none
@@ -22,14 +22,14 @@ def expert_load(expert_ids: Tensor, num_experts: int) -> Tensor:
     Returns:
         [..., E] int64
     """
-    # Bin 0 takes the choices that are none.
+    # Bin 0 counts the -1.
     bins = expert_ids.flatten(-2).long() + 1
     load = torch.zeros(*bins.shape[:-1], num_experts + 1, dtype=torch.int64, device=bins.device)
     return load.scatter_add(-1, bins, torch.ones_like(bins))[..., 1:]
 
 
 def shares(probs: Tensor) -> Tensor:
-    """Every token's scores over their sum: of scores that do not sum to one, as sigmoids.
+    """Divide every token's scores by their sum, for scores that do not sum to one.
 
     Args:
         probs: [..., E]
@@ -53,14 +53,14 @@ def load_balance_loss(
 
     Args:
         importance: [..., E] sums of the tokens' probabilities, differentiable; leading dimensions,
-            as sequences, are averaged
-        load: [..., E] how often an expert was chosen, counting `choices` choices of every token
+            such as sequences, are averaged
+        load: [..., E] how often each expert was chosen, counting `choices` choices per token
         num_tokens: T
-        choices: of every token, as many as `load` counts
-        load_tokens: tokens that `load` counts, where it is not these: of a whole accumulated batch
-        group: count the load of all its processes. A process's loss is then its part of the global
-            batch's: the mean over the processes is the loss of the tokens of all, however many each
-            has, and the mean of the gradients, as DistributedDataParallel takes it, its gradient.
+        choices: choices per token that `load` counts
+        load_tokens: tokens that `load` counts, where they are others, as a whole accumulated batch
+        group: sum the load over its ranks. The mean of the ranks' losses is then the loss of the
+            global batch, for any number of tokens on each, and the mean of the gradients, as
+            DistributedDataParallel takes it, is its gradient.
     """
     if importance.shape != load.shape:
         raise RuntimeError(
@@ -102,8 +102,8 @@ def sequence_balance_loss(probs: Tensor, expert_ids: Tensor, num_sequences: int)
     DeepSeek-V3's complementary loss (arXiv 2412.19437, eq. 17-20) without its factor alpha.
 
     Args:
-        probs: [T, E] or [B, S, E], sequence after sequence. For scores that do not sum to one give
-            `shares(probs)`.
+        probs: [T, E] or [B, S, E], sequence after sequence; scores that do not sum to one need
+            `shares(probs)`
         expert_ids: [T, K] or [B, S, K] int32, -1 for none
         num_sequences: B, a divisor of T
     """
@@ -137,5 +137,5 @@ def importance_loss(importance: Tensor) -> Tensor:
     if importance.dim() != 1:
         raise RuntimeError(f"importance_loss: importance must be [E], got {list(importance.shape)}")
     parts = shares(importance)
-    # The parts' own sum is one, but zero without a token.
+    # The parts sum to one, or to zero without tokens.
     return (parts * parts.shape[0] - parts.sum()).square().mean()

@@ -1,4 +1,4 @@
-"""From logits to a routing: who goes where, with what weight, and who is dropped."""
+"""Route: choose experts from logits, place the routes, weight those that are kept."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
@@ -19,15 +19,15 @@ NORMALIZE = get_args(Normalize)
 
 
 class Routing(NamedTuple):
-    """What a gate decides for T tokens. A pytree.
+    """The decision of a gate for T tokens. A pytree.
 
     Attributes:
         weights: [T, K] float32 (float64 for float64 tokens), 0 where the route was dropped
-        plan: where every route goes
-        probs: [T, E], the scores of all experts
-        importance: [E], their column sums
+        plan: the row of every route
+        probs: [T, E] scores of all experts
+        importance: [E] column sums of probs
         l_aux: [] auxiliary loss, not scaled; None before it is computed
-        logits: [T, E] that the scores are of
+        logits: [T, E] the scores come from
     """
 
     weights: Tensor
@@ -39,8 +39,11 @@ class Routing(NamedTuple):
     logits: Tensor
 
     def as_hf_tuple(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What routers of Hugging Face's transformers return: (logits [T, E], weights [T, K],
-        experts [T, K] int64). Plans are not theirs: a dropped route has weight 0."""
+        """Return what routers of transformers return.
+
+        Returns:
+            (logits [T, E], weights [T, K], expert ids [T, K] int64); a dropped route has weight 0
+        """
         return self.logits, self.weights, self.plan.expert_ids.long()
 
 
@@ -59,24 +62,24 @@ def route(
     order: Order = "choice",
     aux_loss: Callable[[Routing], Tensor] | None = None,
 ) -> Routing:
-    """Choose k experts for every token, give the routes their rows, weigh what is kept.
+    """Choose k experts for every token, give routes their rows, weight those that are kept.
 
     Args:
-        logits: [T, E], as of `gate`
+        logits: [T, E], as for `gate`
         k: choices per token, 1..E
-        choice_scores: [T, E] like logits, what the choice is made on; the logits where None
-        expert_ids: [T, K] int32, K = k, the choice where it is made already: a recorded one, or a
-            forced one. -1 is no choice; choice_scores then decide nothing.
+        choice_scores: [T, E] like logits, used for the choice; None uses the logits
+        expert_ids: [T, K] int32 with K = k, a recorded or forced choice; -1 is none. It overrides
+            choice_scores.
         used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
         scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
         normalize: divide a token's weights by their sum "before" or "after" dropping, or "never"
         scale: factor on the weights
         capacity: rows per expert; None drops nothing
-        drop_policy: who is dropped. "position", the last to queue; "probs", the smallest score;
-            "random", by one torch.rand(T, E)
+        drop_policy: which routes are dropped: "position", the last to queue; "probs", the smallest
+            score; "random", by one torch.rand(T, E)
         order: how routes queue, "choice" (all first choices, then all second ones) or "token"
-        aux_loss: gives l_aux from the routing, whose own l_aux is None then; None is the
-            load-balance loss, of first choices for k <= 2 and of all for more, over all T tokens
+        aux_loss: computes l_aux from the routing, whose l_aux is None then; None takes the
+            load-balance loss of first choices for k <= 2 and of all choices for more
 
     Raises:
         RuntimeError: an argument breaks this contract
@@ -126,17 +129,17 @@ def route(
 def _recorded(
     logits: Tensor, k: int, expert_ids: Tensor, *, scoring: Scoring, normalize: bool, scale: float
 ) -> Choice:
-    """`gate` where the choice is made already."""
+    """`gate` for a given choice."""
     T, E = logits.shape
     check = checks.Check("route")
     check.shape("expert_ids", expert_ids, [("T", T), ("K", k)])
     check.dtype("expert_ids", expert_ids, torch.int32)
     if expert_ids.device.type != "cpu":
-        # As of a plan; on the CPU that is an error, which the plan raises.
+        # As in a plan, which raises on the CPU.
         expert_ids = torch.where(expert_ids < E, expert_ids, -1)
     choice = gate(logits, 1, scoring=scoring)
     chosen = choice.probs.gather(-1, _indices(expert_ids, E))
-    # A choice of -1 has no weight, as a route without a row has none.
+    # mask_weights zeroes the weight of expert -1 as that of slot -1.
     tiny = torch.finfo(chosen.dtype).tiny
     weights = MaskWeights.call(chosen, expert_ids, normalize, tiny, scale)
     return choice._replace(weights=weights, expert_ids=expert_ids)
@@ -145,9 +148,9 @@ def _recorded(
 def _priority(
     choice: Choice, drop_policy: str, capacity: int | None, are_scores: bool
 ) -> Tensor | None:
-    """Who is kept, the largest first. [T, K] float32; None is the queue.
+    """The routes' priority [T, K] float32; None keeps the order of the queue.
 
-    are_scores: the weights are the scores as they are
+    are_scores: the weights are the unchanged scores
     "random" draws where nothing is dropped too: later draws with the same seed stay the same.
     """
     if drop_policy == "position" or (drop_policy == "probs" and capacity is None):
@@ -161,7 +164,7 @@ def _priority(
 
 
 def _indices(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """Ids that can be gathered by; what they give where there is no choice is not used."""
+    """Valid indices; callers ignore the values at -1."""
     return expert_ids.clamp(0, num_experts - 1).long()
 
 

@@ -1,7 +1,7 @@
-"""Routers: modules that give every token its logits, [T, H] -> [T, E].
+"""Routers: modules that compute logits [T, E] from tokens [T, H], as an nn.Linear does.
 
-An nn.Linear is one, and so is any other module. `logits_of` runs them in the dtype of the tokens,
-which the gate makes float32 or float64: weights are cast per call and keep their own dtype.
+`logits_of` runs a router in the dtype of the tokens, float32 or float64: it casts weights per call,
+and they keep their own dtype.
 """
 
 import math
@@ -16,17 +16,16 @@ from .. import options
 
 
 class CosineRouter(nn.Module):
-    """The cosine between a projected token and every expert's direction, over a learned temperature
-    (X-MoE, arXiv 2204.09179). A router for `TopKGate(router=...)`.
+    """A router by cosine similarity, for `TopKGate(router=...)` (X-MoE, arXiv 2204.09179).
 
-    It has the parameters proj.weight [P, H], directions [E, P] and log_scale [1], which is
-    log(1 / temperature).
+    logits = cosine(proj(token), directions) / temperature, with the parameters proj.weight [P, H],
+    directions [E, P] and log_scale [1] = log(1 / temperature).
 
     Args:
         model_dim: H
         num_experts: E
-        proj_dim: width P in which token and expert meet
-        temperature: what the cosines are divided by at first. It is learned, and never below 0.01.
+        proj_dim: P, the width of the projection
+        temperature: its initial value; it is learned and stays at 0.01 or above
         device: of the parameters
         dtype: of the parameters
 
@@ -63,7 +62,7 @@ class CosineRouter(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         projected = self.proj(tokens)
-        # Below this length a token's gradient would grow without bound, at zero to 1 / eps.
+        # eps bounds the gradient of a short token: without it, 1 / length.
         projected = F.normalize(projected, dim=-1, eps=1e-4)
         directions = F.normalize(self.directions, dim=-1)
         scale = self.log_scale.clamp(max=math.log(100)).exp()
@@ -71,7 +70,7 @@ class CosineRouter(nn.Module):
 
 
 def logits_of(router: nn.Module, tokens: Tensor) -> Tensor:
-    """What a router gives, with its weights in the dtype of the tokens."""
+    """Run a router with its weights in the dtype of the tokens."""
     buffers = dict(router.named_buffers())
     other = {
         name: value.to(tokens.dtype)
@@ -81,7 +80,7 @@ def logits_of(router: nn.Module, tokens: Tensor) -> Tensor:
     if not other:
         return router(tokens)
     logits = functional_call(router, other, (tokens,))
-    if router.training:  # as a BatchNorm's, which change
+    if router.training:  # buffers such as a BatchNorm's change
         with torch.no_grad():
             for name in buffers.keys() & other.keys():
                 if buffers[name].itemsize < other[name].itemsize:

@@ -33,8 +33,8 @@ class Rule:
         capacity_factor: an expert takes max(ceil(T / E * k * capacity_factor), min_capacity)
             routes; None drops nothing
         min_capacity: routes that an expert takes at least
-        drop_policy: who is dropped. "position", the last to queue; "probs", the smallest score;
-            "random", by one torch.rand(T, E)
+        drop_policy: which routes are dropped: "position", the last to queue; "probs", the smallest
+            score; "random", by one torch.rand(T, E)
         order: how routes queue, "choice" (all first choices, then all second ones) or "token"
         scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
         normalize: divide a token's weights by their sum "before" or "after" dropping, or "never"
@@ -101,14 +101,11 @@ class Rule:
         choice_scores.check_groups(owner, num_experts, self.k, self.num_groups, self.topk_groups)
 
     def capacity(self, num_tokens: int, num_experts: int) -> int | None:
-        """Rows an expert may have.
+        """Rows an expert may have; None without limit.
 
         Args:
             num_tokens: T
             num_experts: E
-
-        Returns:
-            how many; None without limit
 
         Raises:
             RuntimeError: torch.export traces with an unknown number of tokens

@@ -317,7 +317,7 @@ def test_total_l_aux_without_a_loss():
     with torch.no_grad():
         layer(x)
     assert not total_l_aux(layer).requires_grad
-    with pytest.raises(ValueError, match="model must have a MOELayer in it, Linear has none"):
+    with pytest.raises(ValueError, match="model must contain a MOELayer, Linear does not"):
         total_l_aux(nn.Linear(H, H))
     with pytest.raises(TypeError, match=r"total_l_aux: model must be an nn\.Module, got list"):
         total_l_aux([layer])

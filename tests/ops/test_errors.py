@@ -498,7 +498,10 @@ def test_layer_constructor():
         (lambda: MOELayer(gate, experts, ep_size=2), "num_experts = 8, got 16"),
         (lambda: MOELayer(gate, experts, ep_size=0), "MOELayer: ep_size must be at least 1, got 0"),
         (lambda: MOELayer(gate, experts, num_local_experts=4), "num_local_experts must be 8"),
-        (lambda: MoE(H, torch.nn.Identity(), E, dtype=torch.float16), "MoE: dtype must be given"),
+        (
+            lambda: MoE(H, torch.nn.Identity(), E, dtype=torch.float16),
+            "MoE: dtype must not be given to the gate",
+        ),
         (lambda: MoE(H, torch.nn.Identity(), E, ep_size=3), "must be a multiple of ep_size = 3"),
         (lambda: MoE(H, torch.nn.Identity(), 0), "MoE: num_experts must be at least 1, got 0"),
         (lambda: CosineRouter(H, E, 0), "CosineRouter: proj_dim must be at least 1, got 0"),

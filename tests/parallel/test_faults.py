@@ -137,7 +137,7 @@ def _deepspeeds_layer_in_two_levels(rank: int) -> str:
 
 def test_deepspeeds_layer_in_two_levels():
     for message in on_processes(4, _deepspeeds_layer_in_two_levels):
-        assert "MoE.set_deepspeed_parallelism: groups must be of one level" in message
+        assert "MoE.set_deepspeed_parallelism: groups must have one level" in message
 
 
 def _differs_after_evaluation(rank: int) -> str:
