@@ -16,10 +16,16 @@ PUBLIC := $(wildcard moe_ext/include/*.h examples/cpp/*.cpp)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-CUSIM := build/cusim/tests/cusim/moe_ext_dev.so
-ORDERS := forward reverse random1 random2 random3
+# Tests run in as many processes, one thread each; the tests of a file share one.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-# The toolkit's; every kernel, without the many calls of gradcheck.
+CUSIM := build/cusim/tests/cusim/moe_ext_dev.so
+# The orders of threads and blocks, beside forward, in which the operators' laws hold.
+ORDERS := reverse random1 random2 random3
+LAWS := $(addprefix tests/ops/test_,activate.py gate.py mask_weights.py plan.py rows.py)
+
+# NVIDIA's sanitizer runs every kernel, without the many calls of gradcheck.
 SANITIZER = $(shell $(BIN)/python moe_ext/build.py toolkit | cut -d';' -f1)/bin/compute-sanitizer
 SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 	$(addprefix tests/ops/test_,gate.py plan.py mask_weights.py rows.py launches.py)
@@ -27,15 +33,15 @@ SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 # Of what is timed beside others': on one thread and two, in two states of memory.
 BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.5
 
-.PHONY: test peers demo bench bench-full lint format types docs wheel abi cusim cuda gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE \
-	$(ORDERS:%=cusim-%)
+.PHONY: test peers demo bench bench-full lint format types docs wheel abi cusim cuda gpu gpu-test \
+	gpu-sanitize gpu-bench mutants clean FORCE $(ORDERS:%=cusim-%)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-# Results beside those of other libraries, which are installed for it.
+# Compare results with other libraries, which this installs.
 peers: $(VENV)/peers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers
+	$(PYTEST) tests/peers
 
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
@@ -75,49 +81,49 @@ format: $(VENV)/linters
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(PUBLIC)
 
-# Types, in the package alone.
+# Check the types of the package.
 types: $(VENV)/installed $(VENV)/linters
 	$(BIN)/mypy moe_ext
 
-# The pages, to build/site; a link or a name that is not there is an error.
+# Build the docs in build/site; a broken link fails.
 docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict --site-dir build/site
 
-# Wheels of the CPU library and, with a CUDA toolkit, of both; what they ask of torch is audited.
+# Build wheels of the CPU library and, with a CUDA toolkit, of both; audit what they need of torch.
 wheel: $(VENV)/installed
 	sh tests/tools/wheel.sh
 
-# The wheel, tested beside the oldest torch that it is for and beside the newest.
+# Test the wheel with the oldest torch that it supports and with the newest.
 abi: wheel
 	PYTHON=$(PYTHON) sh tests/tools/abi.sh
 
-# The CUDA kernels run on the CPU: every kernel under every sanitizer, and the operator tests on them
-# with their threads in several orders, two at a time.
+# Run the CUDA kernels on the CPU: every kernel under every sanitizer in five orders of threads, all
+# tests of operators and layers on them in one order, the operators' laws in the others.
 cusim: $(VENV)/installed
 	cmake -S . -B build/cusim -G Ninja -DMOE_EXT_CUSIM=ON -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	cmake --build build/cusim
-	$(BIN)/python -m pytest tests/cusim --cusim=$(CUSIM)
-	$(MAKE) --no-print-directory -j2 --output-sync $(ORDERS:%=cusim-%)
+	$(PYTEST) --dist load tests/cusim --cusim=$(CUSIM)
+	$(PYTEST) tests/ops tests/layers --cusim=$(CUSIM)
+	$(MAKE) --no-print-directory -j2 --output-sync WORKERS=0 $(ORDERS:%=cusim-%)
 
 $(ORDERS:%=cusim-%): cusim-%:
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/ops tests/layers \
-		--cusim=$(CUSIM) --cusim-order=$*
+	$(PYTEST) $(LAWS) --cusim=$(CUSIM) --cusim-order=$*
 
-# Whether the kernel tests notice a fault in a kernel: every mutant, about twenty minutes.
+# Check that the kernel tests notice a fault in a kernel: every mutant, about twenty minutes.
 mutants: $(VENV)/installed
 	$(BIN)/python tests/cusim/mutants.py
 
-# The CUDA kernels compiled for every architecture, whatever card is here; torch has no CUDA or is for
-# the toolkit's major version.
+# Compile the CUDA kernels for every architecture. Needs a torch without CUDA, or with the toolkit's
+# major version.
 cuda: $(VENV)/torch
 	$(BIN)/python bench/ptxas.py
 
-# On a machine with a GPU and a torch for it: the suite on it, memory and races by NVIDIA's tools, and
-# the speed of the operators beside a copy.
+# On a machine with a GPU: the suite, NVIDIA's checks for memory errors and races, and the operators'
+# speed next to a plain copy.
 gpu: gpu-test gpu-bench gpu-sanitize
 
 gpu-test: $(VENV)/installed
-	$(BIN)/python -m pytest tests --device=cuda
+	$(BIN)/python -m pytest --device=cuda
 
 gpu-sanitize: $(VENV)/installed
 	@test -x $(SANITIZER) || { echo "no $(SANITIZER): CUDA_HOME must be a whole toolkit"; exit 1; }
@@ -136,13 +142,13 @@ $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# torch first: the library is built against the torch it is tested with.
+# torch first: the tests use the torch that the library is built against.
 $(VENV)/torch: $(VENV)/python pyproject.toml
 	$(BIN)/pip install --quiet "setuptools>=77,<82" wheel ninja
 	$(BIN)/pip install --quiet $(TORCH)
 	touch $@
 
-# Also where the library was removed, or the kernels are wanted that an earlier build left out.
+# Rebuild if the library was removed, or if an earlier build left out the CUDA kernels.
 WANTED := moe_ext/_C.* $(if $(filter gpu%,$(MAKECMDGOALS)),moe_ext/_C_cuda.*)
 $(VENV)/installed: $(VENV)/torch setup.py moe_ext/build.py $(SOURCES) \
 		$(foreach library,$(WANTED),$(if $(wildcard $(library)),,FORCE))

@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "checks_values: only the CPU operators look at ids, slots and sources"
+        "markers", "checks_values: only the CPU operators check ids, slots and sources"
     )
     reason = _why_no_cuda()
     if config.getoption("--device") == "cuda" and reason:
@@ -62,18 +62,29 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.cusim:
-        skip = pytest.mark.skip(reason="CUDA kernels do not look at values")
-        for item in items:
-            if item.get_closest_marker("checks_values"):
-                item.add_marker(skip)
+    """Deselect the tests that cannot run here."""
+    has_cuda = _why_no_cuda() is None
+    checks_values = not config.cusim and config.getoption("--device") != "cuda"
+
+    def runs(item: pytest.Item) -> bool:
+        fixtures = getattr(item, "fixturenames", ())
+        if "cuda" in fixtures and not has_cuda:
+            return False
+        if "cusim" in fixtures and not config.cusim:
+            return False
+        if "unchecked" in fixtures and checks_values and not has_cuda:
+            return False
+        return not (config.cusim and item.get_closest_marker("checks_values"))
+
+    left_out = [item for item in items if not runs(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if runs(item)]
 
 
 @pytest.fixture
 def cusim(request: pytest.FixtureRequest) -> ModuleType:
     """moe_ext_dev; the test is for emulated kernels."""
-    if request.config.cusim is None:
-        pytest.skip("needs --cusim")
     return request.config.cusim
 
 
@@ -98,9 +109,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
-        reason = _why_no_cuda()
-        skip = pytest.mark.skipif(reason is not None, reason=reason or "")
-        devices = ["cpu", pytest.param("cuda", marks=skip)]
+        devices = ["cpu", "cuda"] if _why_no_cuda() is None else ["cpu"]
         if only := metafunc.config.getoption("--device"):
             devices = [only]
         metafunc.parametrize("device", devices, indirect=True)
@@ -108,23 +117,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every one that there is; or the one of --device."""
+    """Every device that there is; or the one of --device."""
     return torch.device(request.param)
 
 
 @pytest.fixture
 def unchecked(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
-    """One whose operators do not look at values: they are CUDA kernels, on a GPU or emulated."""
+    """A device whose operators do not check values: CUDA kernels, on a GPU or emulated."""
     if device.type == "cpu" and request.config.cusim is None:
-        pytest.skip("the CPU operators look at values")
+        pytest.skip("the CPU operators check values")
     return device
 
 
 @pytest.fixture
 def cuda() -> torch.device:
     """The test is for a GPU."""
-    if reason := _why_no_cuda():
-        pytest.skip(reason)
     return torch.device("cuda")
 
 
