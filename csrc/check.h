@@ -12,30 +12,16 @@
 #include <cctype>
 #include <cmath>
 #include <cstdint>
-#include <initializer_list>
 #include <limits>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace moe_ext {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int64_t kAny = -1;
-
-struct Dim {
-  const char* letter;
-  int64_t size;  // kAny where the contract leaves it open
-};
-
-// A tensor of a plan, which gives another argument its sizes.
-struct OfPlan {
-  const char* name;
-  const Tensor& tensor;
-};
 
 // scalar_type() of any tensor: torch's own throws for dtypes that its stable ABI does not name,
 // such as those of less than 8 bits. Saved files hold the number of a dtype, so it does not change.
@@ -95,7 +81,7 @@ inline ScalarType accumulate_type(ScalarType dtype) {
 
 class Check {
  public:
-  explicit Check(const char* op) : op_(op) {}
+  explicit Check(std::string_view op) : op_(op) {}
 
   template <typename... Parts>
   [[noreturn]] void fail(const Parts&... parts) const {
@@ -105,42 +91,18 @@ class Check {
     throw std::runtime_error(text.str());
   }
 
-  void shape(const char* name, const Tensor& tensor, std::initializer_list<Dim> dims,
-             const std::optional<OfPlan>& like = std::nullopt) const {
-    bool fits = tensor.dim() == static_cast<int64_t>(dims.size());
-    int64_t i = 0;
-    if (fits) {
-      for (const Dim& dim : dims) {
-        fits = fits && (dim.size == kAny || tensor.size(i) == dim.size);
-        ++i;
-      }
-    }
-    if (fits) return;
-    std::string letters, known;
-    for (const Dim& dim : dims) {
-      letters += std::string(letters.empty() ? "" : ", ") + dim.letter;
-      if (dim.size != kAny) {
-        known += std::string(known.empty() ? " with " : ", ") + dim.letter + " = " +
-                 std::to_string(dim.size);
-      }
-    }
-    const std::string of_plan =
-        like ? std::string(" like the plan's ") + like->name + " " + shape_text(like->tensor) : "";
-    fail(name, " must be [", letters, "]", known, of_plan, ", got ", shape_text(tensor));
-  }
-
-  void dtype(const char* name, const Tensor& tensor, ScalarType expected) const {
+  void dtype(std::string_view name, const Tensor& tensor, ScalarType expected) const {
     if (scalar_type_of(tensor) == expected) return;
     fail(name, " must be ", dtype_name(expected), ", got ", dtype_name(tensor));
   }
 
-  void same_dtype(const char* name, const Tensor& tensor, const char* other_name,
+  void same_dtype(std::string_view name, const Tensor& tensor, std::string_view other_name,
                   const Tensor& other) const {
     if (scalar_type_of(tensor) == scalar_type_of(other)) return;
     fail(name, " must be ", dtype_name(other), " like ", other_name, ", got ", dtype_name(tensor));
   }
 
-  void floating(const char* name, const Tensor& tensor) const {
+  void floating(std::string_view name, const Tensor& tensor) const {
     switch (scalar_type_of(tensor)) {
       case ScalarType::Float:
       case ScalarType::Double:
@@ -151,26 +113,32 @@ class Check {
     }
   }
 
-  void same_device(const char* name, const Tensor& tensor, const char* other_name,
+  void float32_or_64(std::string_view name, const Tensor& tensor) const {
+    const ScalarType dtype = scalar_type_of(tensor);
+    if (dtype == ScalarType::Float || dtype == ScalarType::Double) return;
+    fail(name, " must be float32 or float64, got ", dtype_name(dtype));
+  }
+
+  void same_device(std::string_view name, const Tensor& tensor, std::string_view other_name,
                    const Tensor& other) const {
     if (tensor.device() == other.device()) return;
     fail(name, " must be on ", device_name(other.device()), " like ", other_name, ", got ",
          device_name(tensor.device()));
   }
 
-  void finite(const char* name, double value) const {
+  void finite(std::string_view name, double value) const {
     if (std::isfinite(value)) return;
     fail(name, " must be finite, got ", std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf");
   }
 
-  // Slots and sources are int32.
-  void int32_size(const char* what, int64_t size) const {
+  // Routes and rows are numbered in int32.
+  void int32_size(std::string_view what, int64_t size) const {
     if (size <= std::numeric_limits<int32_t>::max()) return;
     fail(what, " must be below 2147483648, got ", size);
   }
 
  private:
-  const char* op_;
+  std::string_view op_;
 };
 
 }  // namespace moe_ext

@@ -1,10 +1,14 @@
 """Sizes, routings and comparisons that the tests share."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from moe_ext import Plan, TopKGate, make_plan
-from moe_ext.ops import checks
+from moe_ext.ops import checks, reference
+
+# Who checks an operator's arguments.
+WHERE = ["compiled", "reference", "fake"]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -89,3 +93,27 @@ def gate_for(k: int, dtype: torch.dtype = torch.float64, **options) -> TopKGate:
     """A gate without noise that drops the last to queue: of width 10 and 6 experts."""
     options = {"min_capacity": 0, "drop_policy": "position"} | options
     return TopKGate(10, 6, k=k, top2_2nd_expert_sampling=False, dtype=dtype, **options)
+
+
+def call_operator(op: str, args: tuple, where: str = "compiled") -> tuple[Tensor, ...]:
+    """The results of an operator as a tuple."""
+    if where == "reference":
+        results = getattr(reference, op)(*args)
+    elif where == "fake":
+        mode = torch._subclasses.FakeTensorMode()
+        args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        with mode:
+            results = getattr(torch.ops.moe_ext, op)(*args)
+    else:
+        results = getattr(torch.ops.moe_ext, op)(*args)
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def operator_error(op: str, args: tuple, where: str) -> str:
+    """The message of the RuntimeError that a call raises, after "operator: "."""
+    with pytest.raises(RuntimeError) as raised:
+        call_operator(op, args, where)
+    # torch adds lines of its own after the message.
+    text = str(raised.value).split("\n")[0].rstrip()
+    assert text.startswith(f"{op}: ")
+    return text.removeprefix(f"{op}: ")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import build
-from ..ops import checks, reference, registry
+from ..ops import reference, registry, samples
 
 # What _C_cuda holds in its bytes, see csrc/cuda_ops.cpp.
 ARCHITECTURES = re.compile(rb"moe_ext built for compute capability ([0-9a-zA-Z.+,]*)")
@@ -349,7 +349,7 @@ def _operator(name: str, device: str) -> Operator:
 def _error(name: str, device: str) -> float:
     """Of an operator beside the reference in float64: the largest difference over the largest
     number; infinite where integers differ."""
-    args = _arguments(device)[name]
+    args = samples.arguments(name, device)
     got = getattr(torch.ops.moe_ext, name)(*args)
     # A plan has no numbers to round.
     right = getattr(reference, name)(*(args if name == "plan" else map(_exact, args)))
@@ -376,36 +376,3 @@ def _difference(got: Tensor, right: Tensor) -> float:
     if not right.is_floating_point():
         return 0.0 if torch.equal(got, right) else math.inf
     return float((got.double() - right).abs().max() / right.abs().max())
-
-
-def _arguments(device: str) -> dict[str, tuple]:
-    """For every operator, of a small layer with a capacity."""
-    T, K, E, H, F = 61, 2, 8, 24, 16
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(device)
-
-    logits, tokens = normal(T, E), normal(T, H)
-    weights, experts, probs, _ = reference.gate(logits, None, K, "softmax", True, 1.0)
-    C = T * K // E
-    slots, sources, offsets, load = reference.plan(experts, weights, E, C, "choice", 1)
-    R = len(sources)
-    rows, pre_activation, grad = normal(R, H), normal(R, 2 * F), normal(R, F)
-    routes, groups = (slots, sources), (offsets, load, C)
-    rule = True, 1e-9, 1.0
-    return {
-        "gate": (logits, None, K, "softmax", True, 1.0),
-        "gate_backward": (weights, None, None, probs, experts, "softmax", True, 1.0),
-        "plan": (experts, weights, E, C, "choice", 1),
-        "mask_weights": (weights, slots, *rule),
-        "mask_weights_backward": (normal(T, K), weights, slots, *rule),
-        "dispatch": (tokens, *routes, weights),
-        "combine": (rows, *routes, weights),
-        "route_dot": (tokens, rows, *routes),
-        "combine_backward": (tokens, rows, *routes, weights),
-        "grouped_mm": (rows, normal(E, F, H), normal(E, F), *groups),
-        "grouped_outer": (grad, rows, *groups),
-        "activate": (pre_activation, *routes, weights, checks.ACTIVATIONS[0]),
-        "activate_backward": (grad, pre_activation, *routes, weights, checks.ACTIVATIONS[0]),
-    }

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import checks
+from .contracts import checked
 
-# The signatures below give the operators' schemas where no compiled library defines them, through
-# torch.library.infer_schema, which reads Optional[...] and tuple[...].
+# The signatures are the operators' schemas: torch.library.infer_schema reads Optional[...].
 
 
 def scored(logits: Tensor, scoring: str) -> Tensor:
@@ -37,6 +37,7 @@ def _divisor(chosen: Tensor) -> Tensor:
     return chosen.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
 
 
+@checked
 def gate(
     logits: Tensor,
     choice_scores: Optional[Tensor],
@@ -50,7 +51,6 @@ def gate(
     logits, choice_scores: [T, E] -> weights [T, K], experts [T, K], probs [T, E], importance [E].
     NaN ranks above +inf and equal scores go to the lower id, as in a stable descending sort.
     """
-    checks.gate(logits, choice_scores, k, scoring, normalize, scale)
     choice_scores = logits if choice_scores is None else choice_scores
     order = torch.sort(choice_scores, dim=-1, descending=True, stable=True).indices
     expert_ids = order[:, :k]
@@ -77,6 +77,7 @@ def _normalized(grad: Tensor, weights: Tensor, eps: float) -> Tensor:
     return torch.where(total < eps, grad, _centred(grad, weights / divisor)) / divisor
 
 
+@checked
 def gate_backward(
     grad_weights: Optional[Tensor],
     grad_probs: Optional[Tensor],
@@ -91,9 +92,6 @@ def gate_backward(
 
     Made of differentiable torch operators: its own derivative is the gate's second one.
     """
-    checks.gate_backward(
-        grad_weights, grad_probs, grad_importance, probs, expert_ids, scoring, normalize, scale
-    )
     grad = torch.zeros_like(probs)
     if grad_probs is not None:
         grad = grad + grad_probs
@@ -127,6 +125,7 @@ def _ranks(keys: Tensor, num_keys: int) -> Tensor:
     return torch.empty_like(keys).scatter(0, order, place)
 
 
+@checked
 def plan(
     expert_ids: Tensor,
     priority: Optional[Tensor],
@@ -142,7 +141,6 @@ def plan(
     `capacity` of its queue, or with a priority the largest (NaN below every number, equal ones by
     the queue), and gives its rows in the order of the queue.
     """
-    checks.plan(expert_ids, priority, num_experts, capacity, order, align)
     if expert_ids.device.type == "cpu":
         checks.plan_values(expert_ids, num_experts)
     T, K = expert_ids.shape
@@ -184,12 +182,12 @@ def plan(
     )
 
 
+@checked
 def mask_weights(
     weights: Tensor, slots: Tensor, normalize: bool, eps: float, scale: float
 ) -> Tensor:
     """The weights of routes that have a row, 0 of others, divided by their sum or by `eps` where
     the sum is below it. weights, slots: [T, K] -> [T, K]."""
-    checks.mask_weights(weights, slots, normalize, eps, scale)
     kept = weights.masked_fill(slots < 0, 0)
     if normalize:
         # The sum may be NaN, and a dropped route has weight 0.
@@ -198,12 +196,12 @@ def mask_weights(
     return kept * scale
 
 
+@checked
 def mask_weights_backward(
     grad: Tensor, weights: Tensor, slots: Tensor, normalize: bool, eps: float, scale: float
 ) -> Tensor:
     """The gradient of `mask_weights` with respect to weights, [T, K]: as there, of differentiable
     torch operators."""
-    checks.mask_weights_backward(grad, weights, slots, normalize, eps, scale)
     kept, grad = weights.masked_fill(slots < 0, 0), grad.masked_fill(slots < 0, 0)
     if normalize:
         grad = _normalized(grad, kept, eps).masked_fill(slots < 0, 0)
@@ -214,9 +212,9 @@ def _with_zero_row(matrix: Tensor) -> Tensor:
     return torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])
 
 
+@checked
 def dispatch(tokens: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
     """rows[slots[t, k]] = weights[t, k] * tokens[t]; a row without a route is zero. -> [R, H]."""
-    checks.dispatch(tokens, slots, sources, weights)
     if slots.device.type == "cpu":
         checks.route_values("dispatch", slots, sources)
         checks.source_values("dispatch", slots, sources)
@@ -238,9 +236,9 @@ def _rows_of_routes(rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     return _with_zero_row(rows)[torch.where(kept, slots, R)], kept
 
 
+@checked
 def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
     """tokens[t] = sum over k, in order, of weights[t, k] * rows[slots[t, k]]. -> [T, H]."""
-    checks.combine(rows, slots, sources, weights)
     if slots.device.type == "cpu":
         checks.route_values("combine", slots, sources)
     routed, kept = _rows_of_routes(rows, slots)
@@ -253,9 +251,9 @@ def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tens
     return total.to(rows.dtype)
 
 
+@checked
 def route_dot(tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
     """weights[t, k] = <tokens[t], rows[slots[t, k]]>, 0 where the slot is -1. -> [T, K]."""
-    checks.route_dot(tokens, rows, slots, sources)
     if slots.device.type == "cpu":
         checks.route_values("route_dot", slots, sources)
     routed, kept = _rows_of_routes(rows, slots)
@@ -264,12 +262,12 @@ def route_dot(tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> T
     return torch.where(kept, dots, 0)
 
 
+@checked
 def combine_backward(
     tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dispatch(tokens, weights) [R, H] and route_dot(tokens, rows) [T, K], which a kernel computes
     in one pass over the tokens: together the gradients of a combine of `rows`."""
-    checks.combine_backward(tokens, rows, slots, sources, weights)
     if slots.device.type == "cpu":
         checks.route_values("combine_backward", slots, sources)
         checks.source_values("combine_backward", slots, sources)
@@ -286,6 +284,7 @@ def owned_rows(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> list[tu
     return [(begin, begin + min(count, end - begin)) for begin, end, count in ends]
 
 
+@checked
 def grouped_mm(
     rows: Tensor,
     weights: Tensor,
@@ -296,7 +295,6 @@ def grouped_mm(
 ) -> Tensor:
     """out[r] = weights[e] @ rows[r] + bias[e] for the rows that routes of e own, else zero.
     -> [R, N]."""
-    checks.grouped_mm(rows, weights, bias, offsets, load, capacity)
     bounds = owned_rows("grouped_mm", offsets, load, rows.shape[0])
     out = rows.new_zeros(rows.shape[0], weights.shape[1])
     for e, (begin, end) in enumerate(bounds):
@@ -305,11 +303,11 @@ def grouped_mm(
     return out
 
 
+@checked
 def grouped_outer(
     left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: Optional[int]
 ) -> Tensor:
     """out[e] = left[e's rows].T @ right[e's rows], over the rows that routes own. -> [E, N, M]."""
-    checks.grouped_outer(left, right, offsets, load, capacity)
     bounds = owned_rows("grouped_outer", offsets, load, left.shape[0])
     out = left.new_zeros(load.shape[0], left.shape[1], right.shape[1])
     for e, (begin, end) in enumerate(bounds):
@@ -339,6 +337,7 @@ def _of_rows(weights: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
     return padded[torch.where(filled, sources, N)].unsqueeze(-1), filled.unsqueeze(-1)
 
 
+@checked
 def activate(
     pre_activation: Tensor,
     slots: Tensor,
@@ -349,7 +348,6 @@ def activate(
     """out[r] = weights[t, k] * fn(pre_activation[r]), [R, F]; with a gate
     fn(pre_activation[r, :F]) * pre_activation[r, F:]. [t, k] is the route of row r; a row without a
     route is not read and comes out zero."""
-    checks.activate(pre_activation, slots, sources, weights, activation)
     if slots.device.type == "cpu":
         checks.route_values("activate", slots, sources)
         checks.source_values("activate", slots, sources)
@@ -361,6 +359,7 @@ def activate(
     return torch.where(filled, weight * active, 0).to(pre_activation.dtype)
 
 
+@checked
 def activate_backward(
     grad: Tensor,
     pre_activation: Tensor,
@@ -370,7 +369,6 @@ def activate_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `activate` [R, G] and [T, K], and between them its result once more."""
-    checks.activate_backward(grad, pre_activation, slots, sources, weights, activation)
     if slots.device.type == "cpu":
         checks.route_values("activate_backward", slots, sources)
         checks.source_values("activate_backward", slots, sources)

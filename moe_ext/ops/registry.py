@@ -19,26 +19,11 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import build
-from . import checks, reference, torch_grouped_mm
+from . import contracts, reference, torch_grouped_mm
+from .contracts import CONTRACTS
 
-NAMES = (
-    "gate",
-    "gate_backward",
-    "plan",
-    "mask_weights",
-    "mask_weights_backward",
-    "dispatch",
-    "combine",
-    "route_dot",
-    "combine_backward",
-    "grouped_mm",
-    "grouped_outer",
-    "activate",
-    "activate_backward",
-)
+NAMES = tuple(CONTRACTS)
 QUESTIONS = ("widens",)  # of a tensor that is not looked into
-
-_FAKES: dict[str, Callable] = {}
 
 _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
@@ -46,120 +31,6 @@ _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 def is_exporting() -> bool:
     """Whether torch.export traces; torch.compiler's own says so of torch.compile too in 2.10."""
     return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
-
-
-def _fake(function: Callable) -> Callable:
-    _FAKES[function.__name__] = function
-    return function
-
-
-@_fake
-def gate(logits, choice_scores, k, scoring, normalize, scale):
-    checks.gate(logits, choice_scores, k, scoring, normalize, scale)
-    T, E = logits.shape
-    dtype = checks.accumulate_dtype(logits.dtype)
-    return (
-        logits.new_empty(T, k, dtype=dtype),
-        logits.new_empty(T, k, dtype=torch.int32),
-        logits.new_empty(T, E, dtype=dtype),
-        logits.new_empty(E, dtype=dtype),
-    )
-
-
-@_fake
-def gate_backward(
-    grad_weights, grad_probs, grad_importance, probs, expert_ids, scoring, normalize, scale
-):
-    checks.gate_backward(
-        grad_weights, grad_probs, grad_importance, probs, expert_ids, scoring, normalize, scale
-    )
-    return probs.new_empty(probs.shape)
-
-
-@_fake
-def plan(expert_ids, priority, num_experts, capacity, order, align):
-    checks.plan(expert_ids, priority, num_experts, capacity, order, align)
-    T, K = expert_ids.shape
-    rows = (
-        checks.dropless_rows(T * K, num_experts, align)
-        if capacity is None
-        else num_experts * capacity
-    )
-    return (
-        expert_ids.new_empty(T, K),
-        expert_ids.new_empty(rows),
-        expert_ids.new_empty(num_experts + 1),
-        expert_ids.new_empty(num_experts),
-    )
-
-
-@_fake
-def mask_weights(weights, slots, normalize, eps, scale):
-    checks.mask_weights(weights, slots, normalize, eps, scale)
-    return weights.new_empty(weights.shape)
-
-
-@_fake
-def mask_weights_backward(grad, weights, slots, normalize, eps, scale):
-    checks.mask_weights_backward(grad, weights, slots, normalize, eps, scale)
-    return weights.new_empty(weights.shape)
-
-
-@_fake
-def dispatch(tokens, slots, sources, weights):
-    checks.dispatch(tokens, slots, sources, weights)
-    return tokens.new_empty(sources.shape[0], tokens.shape[1])
-
-
-@_fake
-def combine(rows, slots, sources, weights):
-    checks.combine(rows, slots, sources, weights)
-    return rows.new_empty(slots.shape[0], rows.shape[1])
-
-
-@_fake
-def route_dot(tokens, rows, slots, sources):
-    checks.route_dot(tokens, rows, slots, sources)
-    return tokens.new_empty(slots.shape, dtype=checks.accumulate_dtype(tokens.dtype))
-
-
-@_fake
-def combine_backward(tokens, rows, slots, sources, weights):
-    checks.combine_backward(tokens, rows, slots, sources, weights)
-    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
-
-
-@_fake
-def grouped_mm(rows, weights, bias, offsets, load, capacity):
-    checks.grouped_mm(rows, weights, bias, offsets, load, capacity)
-    return rows.new_empty(rows.shape[0], weights.shape[1])
-
-
-@_fake
-def grouped_outer(left, right, offsets, load, capacity):
-    checks.grouped_outer(left, right, offsets, load, capacity)
-    return left.new_empty(load.shape[0], left.shape[1], right.shape[1])
-
-
-@_fake
-def activate(pre_activation, slots, sources, weights, activation):
-    F = checks.activate(pre_activation, slots, sources, weights, activation)
-    return pre_activation.new_empty(pre_activation.shape[0], F)
-
-
-@_fake
-def activate_backward(grad, pre_activation, slots, sources, weights, activation):
-    checks.activate_backward(grad, pre_activation, slots, sources, weights, activation)
-    return (
-        pre_activation.new_empty(pre_activation.shape),
-        grad.new_empty(grad.shape),
-        weights.new_empty(weights.shape),
-    )
-
-
-@_fake
-def widens(rows):
-    return False
 
 
 class Libraries:
@@ -249,7 +120,8 @@ class Libraries:
                 self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
             kernel = torch_grouped_mm.OPERATORS.get(name) or _loud_on_cuda(getattr(reference, name))
             self._python.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
-            torch.library.register_fake(f"moe_ext::{name}", _FAKES[name], lib=self._python)
+            fake = contracts.fake(name) if name in CONTRACTS else kernel
+            torch.library.register_fake(f"moe_ext::{name}", fake, lib=self._python)
         self.register_gradients(self._gradients)
 
     def register_gradients(self, functions: dict[str, type[torch.autograd.Function]]) -> None:
@@ -260,9 +132,8 @@ class Libraries:
 
 
 def _schema(name: str) -> torch.FunctionSchema:
-    """The schema of an operator, by the reference's signature."""
-    signature = torch.library.infer_schema(getattr(reference, name), mutates_args=())
-    return torch._C.parse_schema(f"moe_ext::{name}{signature}")
+    schema = contracts.PARSED[name].schema if name in CONTRACTS else "(Tensor rows) -> bool"
+    return torch._C.parse_schema(f"moe_ext::{name}{schema}")
 
 
 def _loud_on_cuda(kernel: Callable) -> Callable:

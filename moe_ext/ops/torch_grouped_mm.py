@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks, reference
+from . import reference
+from .contracts import checked
 
 # Whose grouped_mm does not loop over the experts, by major compute capability: torch 2.10 on.
 NATIVE_MAJORS = (9, 10)
@@ -49,6 +50,7 @@ def _why_not_native(rows: Tensor, widths: tuple[int, ...]) -> str | None:
     return None
 
 
+@checked
 def grouped_mm(
     rows: Tensor,
     weights: Tensor,
@@ -57,15 +59,14 @@ def grouped_mm(
     load: Tensor,
     capacity: int | None,
 ) -> Tensor:
-    checks.grouped_mm(rows, weights, bias, offsets, load, capacity)
     path, _ = choose(rows, weights.shape[1:], capacity)
     return MM[path](rows, weights, bias, offsets, load, capacity)
 
 
+@checked
 def grouped_outer(
     left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: int | None
 ) -> Tensor:
-    checks.grouped_outer(left, right, offsets, load, capacity)
     path, _ = choose(left, (left.shape[1], right.shape[1]), capacity)
     return OUTER[path](left, right, offsets, load, capacity)
 

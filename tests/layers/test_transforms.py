@@ -1,15 +1,13 @@
-"""What the rest of PyTorch does with the functions and the layer: compile, export, torch.func,
-opcheck."""
+"""The functions and the layer under torch.compile, torch.export and torch.func."""
 
 import pytest
 import torch
-from cases import DTYPES, relative_error
+from cases import relative_error
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import moe_ext
 from moe_ext import CosineRouter, GroupedExperts, MOELayer, TopKGate, losses
-from moe_ext.ops import registry
 
 E, H, FFN = 6, 8, 8
 TOKENS = (33, 5, 64, 127, 200)
@@ -215,61 +213,6 @@ def test_raw_operators_have_gradients():
     raw = torch.ops.moe_ext.dispatch(x, plan.slots, plan.sources, None)
     (grad,) = torch.autograd.grad(raw.square().sum(), x)
     torch.testing.assert_close(grad, 4 * x)
-
-
-def _arguments(dtype):
-    T, K = 13, 2
-    logits = torch.randn(T, E).to(dtype)
-    experts = logits.topk(K).indices.to(torch.int32)
-    plan = moe_ext.make_plan(experts, E, 5)
-    choice = moe_ext.gate(logits, K)
-    x, rows = torch.randn(T, H).to(dtype), torch.randn(len(plan.sources), H).to(dtype)
-    routes, groups = (plan.slots, plan.sources), (plan.offsets, plan.load)
-    grads = (choice.weights, None, choice.importance)
-    outer = torch.randn(len(rows), 3).to(dtype)
-    pre_activation = torch.randn(len(rows), 6).to(dtype)
-    bias = torch.randn(E, 3).to(dtype)
-    return {
-        "gate": (logits, None, K, "softmax", True, 1.5),
-        "gate_backward": (*grads, choice.probs, choice.expert_ids, "sigmoid", False, 1.0),
-        "plan": (experts, torch.rand(T, K), E, 5, "choice", 1),
-        "mask_weights": (choice.weights, plan.slots, True, 1e-9, 1.5),
-        "mask_weights_backward": (choice.weights, choice.weights, plan.slots, True, 1e-9, 1.5),
-        "dispatch": (x, *routes, choice.weights),
-        "combine": (rows, *routes, choice.weights),
-        "route_dot": (x, rows, *routes),
-        "combine_backward": (x, rows, *routes, choice.weights),
-        "grouped_mm": (rows, torch.randn(E, 3, H).to(dtype), bias, *groups, 5),
-        "grouped_outer": (outer, rows, *groups, 5),
-        "activate": (pre_activation, *routes, choice.weights, "swiglu"),
-        "activate_backward": (outer, pre_activation, *routes, choice.weights, "geglu"),
-    }
-
-
-def _leaves(args):
-    return tuple(
-        a.detach().clone().requires_grad_()
-        if isinstance(a, torch.Tensor) and a.is_floating_point()
-        else a
-        for a in args
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", registry.NAMES)
-def test_opcheck(name, dtype):
-    args = _arguments(dtype)[name]
-    operator = getattr(torch.ops.moe_ext, name).default
-    torch.library.opcheck(operator, args)
-    if name != "plan":
-        torch.library.opcheck(operator, _leaves(args))
-
-
-def test_opcheck_dropless_plan():
-    experts = _arguments(torch.float32)["plan"][0]
-    for align in (1, 4):
-        args = (experts, None, E, None, "token", align)
-        torch.library.opcheck(torch.ops.moe_ext.plan.default, args)
 
 
 @pytest.mark.parametrize("options", OPTIONS[:2])

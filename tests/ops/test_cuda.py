@@ -1,14 +1,15 @@
-"""What only a GPU can show: graphs, streams, no waiting, the same bits again and again."""
+"""On a GPU alone: graphs, streams, no waiting, the same bits again and again."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from cases import masked_experts, random_experts
+from cases import call_operator, masked_experts, random_experts
 from torch import Tensor, nn
 
 import moe_ext
 from moe_ext import Experts, MOELayer, Plan, TopKGate
+from moe_ext.ops import registry, samples
 
 T, H, E, K = 512, 64, 16, 4
 
@@ -29,7 +30,7 @@ def layer_on(device: torch.device, k: int = K, **options) -> MOELayer:
 
 
 def step(layer: MOELayer, hidden: Tensor, used_token: Tensor | None = None) -> list[Tensor]:
-    """Forward and backward; the output, what the layer says, and every gradient."""
+    """Forward and backward: the output, the rest of the aux, and every gradient."""
     layer.zero_grad()
     hidden.grad = None
     out, aux = layer.forward_with_aux(hidden, used_token)
@@ -38,7 +39,7 @@ def step(layer: MOELayer, hidden: Tensor, used_token: Tensor | None = None) -> l
 
 
 def warm_up(function: Callable, *args) -> None:
-    """What PyTorch asks for before a capture: the first calls, on another stream."""
+    """The first calls, on another stream: PyTorch asks for it before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -120,68 +121,27 @@ def test_cpu_and_cuda_give_the_same_integers(cuda, tokens, routing):
         assert all(torch.equal(a, b.cpu()) for a, b in zip(here[:4], there[:4], strict=True))
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        *("gate", "gate_backward", "plan", "dispatch", "combine", "route_dot", "combine_backward"),
-        *("mask_weights", "mask_weights_backward", "activate", "activate_backward"),
-    ],
-)
+@pytest.mark.parametrize("op", registry.NAMES)
 def test_work_goes_to_the_current_stream_and_is_not_awaited(cuda, op):
     """Operands come late to a stream of its own: only what runs behind them there sees them."""
-    call, operands = calls(cuda)[op]
-    expected = call(*operands)
-    late = [torch.zeros_like(operand) for operand in operands]
+    if registry.backend(op, "cuda") != "compiled":
+        pytest.skip("runs as torch's operators")
+    args = samples.arguments(op, cuda, T=T, H=H, E=E, K=K)
+    expected = call_operator(op, args)
+    late = tuple(torch.zeros_like(arg) if isinstance(arg, Tensor) else arg for arg in args)
     stream, done = torch.cuda.Stream(), torch.cuda.Event()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        call(*late)  # from now on there is memory for this stream
+        call_operator(op, late)  # from now on there is memory for this stream
         stream.synchronize()
         torch.cuda._sleep(1_000_000_000)
-        for to, operand in zip(late, operands, strict=True):
+        for to, operand in zip(samples.tensors(late), samples.tensors(args), strict=True):
             to.copy_(operand)
-        out = call(*late)
+        out = call_operator(op, late)
         done.record()
     assert not done.query()
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
-
-
-def calls(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]]]:
-    """Every operator that is compiled for CUDA, as a function of tensors, and tensors for it."""
-    op = torch.ops.moe_ext
-    logits, tokens = torch.randn(T, E, device=device), torch.randn(T, H, device=device)
-    weights, experts, probs, _ = op.gate(logits, None, K, "softmax", True, 1.0)
-    slots, sources, _, _ = op.plan(experts, weights, E, T // 4, "choice", 1)
-    rows = torch.randn(len(sources), H, device=device)
-
-    def backward(grad: Tensor, probs: Tensor, experts: Tensor) -> tuple[Tensor]:
-        return (op.gate_backward(grad, None, None, probs, experts, "softmax", True, 1.0),)
-
-    pre_activation, routes = (
-        torch.randn(len(sources), 2 * H, device=device),
-        [slots, sources, weights],
-    )
-    rule = True, 1e-9, 1.5
-    return {
-        "mask_weights": (lambda *x: (op.mask_weights(*x, *rule),), [weights, slots]),
-        "mask_weights_backward": (
-            lambda *x: (op.mask_weights_backward(*x, *rule),),
-            [torch.randn_like(weights), weights, slots],
-        ),
-        "gate": (lambda x: op.gate(x, None, K, "softmax", True, 1.0), [logits]),
-        "gate_backward": (backward, [torch.randn_like(weights), probs, experts]),
-        "plan": (lambda x, p: op.plan(x, p, E, T // 4, "choice", 1), [experts, weights]),
-        "dispatch": (lambda *x: (op.dispatch(*x),), [tokens, slots, sources, weights]),
-        "combine": (lambda *x: (op.combine(*x),), [rows, slots, sources, weights]),
-        "route_dot": (lambda *x: (op.route_dot(*x),), [tokens, rows, slots, sources]),
-        "combine_backward": (op.combine_backward, [tokens, rows, slots, sources, weights]),
-        "activate": (lambda *x: (op.activate(*x, "swiglu"),), [pre_activation, *routes]),
-        "activate_backward": (
-            lambda *x: op.activate_backward(*x, "swiglu"),
-            [rows, pre_activation, *routes],
-        ),
-    }
 
 
 @pytest.mark.parametrize(
@@ -225,7 +185,7 @@ def test_another_device_than_the_current_one(cuda):
 
 
 def test_large_rows_beyond_two_to_the_31_elements(cuda):
-    """Of 4 GiB each."""
+    """Two matrices of 4 GiB each."""
     if torch.cuda.get_device_properties(cuda).total_memory < 14 << 30:
         pytest.skip("needs 14 GiB of device memory")
     tokens, hidden = 2**18 + 1, 2**13

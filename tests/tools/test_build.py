@@ -139,9 +139,9 @@ def test_a_library_of_other_sources_is_refused(tree):
     """A stale build in a tree whose operators have changed."""
     library = tree / "moe_ext" / registry.libraries.library.name
     shutil.copy(registry.libraries.library, library)
-    reference_file = tree / "moe_ext" / "ops" / "reference.py"
-    text = reference_file.read_text()
-    reference_file.write_text(text.replace("num_experts: int,", "num_experts: int, more: int,"))
+    contracts = tree / "moe_ext" / "ops" / "contracts.py"
+    text = contracts.read_text()
+    contracts.write_text(text.replace("num_experts:SymInt", "num_experts:SymInt more:SymInt"))
     run = subprocess.run(
         [sys.executable, "-c", "import moe_ext"],
         env={**os.environ, "PYTHONPATH": str(tree)},
@@ -150,7 +150,7 @@ def test_a_library_of_other_sources_is_refused(tree):
         text=True,
     )
     library.unlink()
-    reference_file.write_text(text)
+    contracts.write_text(text)
     assert run.returncode != 0
     assert "was built from other sources than this package (operator plan)" in run.stderr
 

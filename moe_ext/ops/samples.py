@@ -1,0 +1,73 @@
+"""Arguments for every operator, from the contracts: for the self-test and for the tests."""
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .contracts import PARSED, Argument
+
+
+def arguments(
+    op: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    T: int = 61,
+    K: int = 2,
+    E: int = 8,
+    H: int = 24,
+    F: int = 16,
+    seed: int = 0,
+) -> tuple:
+    """Arguments that keep the contract of an operator, as one layer with a capacity would give it.
+
+    Integers are of one plan, and equal on every device; other tensors are normal numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    accumulate = checks.accumulate_dtype(dtype)
+    C = max(1, T * K // E)
+    sizes = {"T": T, "K": K, "E": E, "R": E * C, "H": H, "M": H, "N": F, "F": F, "G": 2 * F}
+    scores = torch.randn(T, E, generator=generator, dtype=accumulate)
+    weights, expert_ids, probs, _ = reference.gate(scores, None, K, "softmax", True, 1.0)
+    slots, sources, offsets, load = reference.plan(expert_ids, weights.float(), E, C, "choice", 1)
+    known = {
+        "expert_ids": expert_ids,
+        "probs": probs,
+        "slots": slots,
+        "sources": sources,
+        "offsets": offsets,
+        "load": load,
+        "k": K,
+        "num_experts": E,
+        "capacity": C,
+        "align": 1,
+        "order": "choice",
+        "scoring": "softmax",
+        "activation": "swiglu",
+        "normalize": True,
+        "eps": 1e-9,
+        "scale": 1.5,
+    }
+
+    def value(argument: Argument):
+        if argument.dims == ("T", "K") and argument.name == "weights":
+            return weights.to(device)
+        if argument.dims is None:
+            return known[argument.name]
+        if argument.name in known:
+            return known[argument.name].to(device)
+        shape = [sizes[letter] for letter in argument.dims]
+        return torch.randn(shape, generator=generator).to(device, kinds[_kind(op, argument)])
+
+    kinds = {"floating": dtype, "acc": accumulate, "float32": torch.float32}
+    return tuple(map(value, PARSED[op].arguments))
+
+
+def _kind(op: str, argument: Argument) -> str:
+    """floating, acc or float32, also of an argument that is like another."""
+    kinds = {other.name: other.kind for other in PARSED[op].arguments}
+    return kinds.get(argument.kind, argument.kind)
+
+
+def tensors(args: tuple) -> list[Tensor]:
+    return [arg for arg in args if isinstance(arg, Tensor)]

@@ -1,0 +1,175 @@
+"""Laws that hold for every operator; the arguments follow from the contracts."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, WHERE, call_operator, operator_error
+
+from moe_ext.ops import checks, contracts, registry, samples
+
+TENSORS = [
+    (op, i, argument)
+    for op, contract in contracts.PARSED.items()
+    for i, argument in enumerate(contract.arguments)
+    if argument.dims is not None
+]
+each_operator = pytest.mark.parametrize("op", registry.NAMES)
+each_tensor = pytest.mark.parametrize(
+    ("op", "i", "argument"), TENSORS, ids=lambda value: getattr(value, "name", value)
+)
+
+
+def same_error(op, args):
+    """The error that all backends raise alike."""
+    (text,) = {operator_error(op, args, where) for where in WHERE}
+    return text
+
+
+def replaced(args, i, value):
+    return (*args[:i], value, *args[i + 1 :])
+
+
+def assert_same(results, others):
+    for one, other in zip(results, others, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def test_the_kernels_have_the_same_contracts():
+    header = Path(__file__).parents[2] / "csrc" / "contracts.h"
+    table = re.search(r"kContracts\[\] = \{(.*?)\n\};", header.read_text(), re.DOTALL).group(1)
+    lines = dict(re.findall(r'\{"(\w+)",\s*((?:"[^"]*"\s*)+)\}', table))
+    assert {op: ast.literal_eval(f"({text})") for op, text in lines.items()} == contracts.CONTRACTS
+
+
+@each_operator
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fakes_have_the_shapes_and_dtypes_of_results(op, dtype, device):
+    args = samples.arguments(op, device, dtype)
+    results = [(tuple(r.shape), r.dtype) for r in call_operator(op, args)]
+    for where in WHERE:
+        assert [(tuple(r.shape), r.dtype) for r in call_operator(op, args, where)] == results
+
+
+@each_operator
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_again(op, dtype, device, poisoned):
+    args = samples.arguments(op, device, dtype)
+    first = [result.clone() for result in call_operator(op, args)]
+    for _ in range(3):
+        assert_same(call_operator(op, args), first)
+
+
+@each_operator
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_do_not_matter(op, dtype, device):
+    """Every argument laid out the other way round gives the same bits, but for GEMMs' rounding."""
+    args = samples.arguments(op, device, dtype, K=3)
+    turned = tuple(
+        a.mT.contiguous().mT if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args
+    )
+    assert any(not tensor.is_contiguous() for tensor in samples.tensors(turned))
+    results = call_operator(op, args), call_operator(op, turned)
+    if op.startswith("grouped"):
+        close = 10 * torch.finfo(dtype).eps
+        for one, other in zip(*results, strict=True):
+            assert (one - other).norm() <= close * one.norm()
+    else:
+        assert_same(*results)
+
+
+@each_operator
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(op, dtype):
+    args = samples.arguments(op, dtype=dtype)
+    operator = getattr(torch.ops.moe_ext, op).default
+    torch.library.opcheck(operator, args)
+    leaves = tuple(
+        a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in args
+    )
+    if op != "plan":
+        torch.library.opcheck(operator, leaves)
+
+
+@pytest.mark.parametrize("align", [1, 4])
+def test_opcheck_of_a_plan_without_capacity(align):
+    expert_ids = samples.arguments("plan")[0]
+    args = expert_ids, None, 8, None, "token", align
+    torch.library.opcheck(torch.ops.moe_ext.plan.default, args)
+
+
+# ---- Wrong tensors: all backends raise the same error --------------------------------------------
+
+
+@each_tensor
+def test_a_wrong_rank(op, i, argument):
+    args = samples.arguments(op)
+    letters = ", ".join(argument.dims)
+    wrong = args[i].unsqueeze(0)
+    text = same_error(op, replaced(args, i, wrong))
+    assert text.startswith(f"{argument.name} must be [{letters}]")
+    assert text.endswith(f", got {list(wrong.shape)}")
+
+
+@each_tensor
+def test_a_wrong_size(op, i, argument):
+    """An argument that has the size is named, and both sizes."""
+    args = samples.arguments(op)
+    shapes = {a.name: a.dims for a in contracts.PARSED[op].arguments if a.dims}
+    for dim, letter in enumerate(argument.dims):
+        sharing = [name for name, dims in shapes.items() if letter[0] in "".join(dims)]
+        if len(sharing) == 1:
+            continue
+        size = args[i].shape[dim]
+        text = same_error(op, replaced(args, i, args[i].narrow(dim, 0, size - 1)))
+        assert re.match(rf"({'|'.join(sharing)}|k|capacity) must be ", text)
+        assert f"{letter[0]} = " in text or f"{letter[0]}+1 = " in text or "[R, 2F]" in text
+
+
+KINDS = {
+    "floating": "float32, float64, bfloat16 or float16",
+    "float32": "float32",
+    "int32": "int32",
+}
+
+
+@each_tensor
+def test_a_wrong_dtype(op, i, argument):
+    args = samples.arguments(op)
+    wrong = torch.int64 if argument.kind in ("floating", "int32") else torch.float16
+    text = same_error(op, replaced(args, i, args[i].to(wrong)))
+    has_operand = any(a.kind == "floating" for a in contracts.PARSED[op].arguments)
+    acc = "float32" if has_operand else "float32 or float64"
+    expected = KINDS.get(argument.kind, acc if argument.kind == "acc" else "float32")
+    like = f" like {argument.kind}" if argument.kind not in (*KINDS, "acc") else ""
+    got = str(wrong).removeprefix("torch.")
+    assert text == f"{argument.name} must be {expected}{like}, got {got}"
+
+
+@each_tensor
+def test_a_wrong_device(op, i, argument):
+    args = samples.arguments(op)
+    text = operator_error(op, replaced(args, i, args[i].to("meta")), "compiled")
+    assert re.match(r"\w+ must be on (cpu|meta) like \w+, got (cpu|meta)$", text)
+
+
+@pytest.mark.parametrize("where", ["compiled", "reference"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_dtypes_have_their_names_in_python(where):
+    args = samples.arguments("plan")
+    dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    assert len(dtypes) > 40
+    for dtype in dtypes - {torch.int32}:
+        name = str(dtype).removeprefix("torch.")
+        wrong = torch.empty(args[0].shape, dtype=dtype)
+        text = operator_error("plan", replaced(args, 0, wrong), where)
+        assert re.match(rf"expert_ids must be int32, got {name}\b", text)
+
+
+def test_accumulation():
+    assert checks.accumulate_dtype(torch.float64) == torch.float64
+    assert checks.accumulate_dtype(torch.bfloat16) == torch.float32
