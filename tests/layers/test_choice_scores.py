@@ -24,7 +24,7 @@ def test_a_sampled_second_expert_stays_in_the_groups():
 @pytest.mark.parametrize("by", ["max", "top2_sum"])
 @pytest.mark.parametrize("scoring", SCORES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_groups(by, scoring, bias):
+def test_a_token_chooses_within_its_best_groups(by, scoring, bias):
     gate = gate_for(
         3,
         scoring=scoring,
@@ -55,7 +55,7 @@ def test_equal_groups_go_to_the_lower_one():
     assert torch.equal(mask, torch.arange(256).expand(3, 256) < 20)
 
 
-def test_all_groups_are_no_limit():
+def test_using_all_groups_changes_nothing():
     x = tokens()
     gate = gate_for(3, scoring="sigmoid")
     limited = gate_for(3, scoring="sigmoid", num_groups=4, topk_groups=4)
@@ -63,7 +63,7 @@ def test_all_groups_are_no_limit():
     assert torch.equal(chosen(gate.route(x)), chosen(limited.route(x)))
 
 
-def test_the_bias_selects_and_weighs_nothing():
+def test_expert_bias_changes_the_choice_not_the_weights():
     gate = gate_for(2, scoring="sigmoid", expert_bias=True)
     x = tokens()
     plain = gate.route(x)
@@ -126,7 +126,7 @@ def test_the_bias_stays_float32():
     assert (real.expert_bias == 0).all()
 
 
-def test_noise_of_any_size():
+def test_noise_scale_sets_the_size_of_noise():
     x = tokens()
     for scale in (0.0, 0.5, 1.0, 3.0):
         gate = gate_for(1, noisy_gate_policy="Jitter", noise_scale=scale)
@@ -136,7 +136,7 @@ def test_noise_of_any_size():
         assert 0.97 * scale <= ratio.abs().max() <= scale * (1 + 1e-6)
 
 
-def test_what_is_drawn_and_kept_in_float32():
+def test_draws_are_float32():
     """Whatever torch's default is."""
     x = tokens()
     results = []
@@ -156,7 +156,7 @@ def test_what_is_drawn_and_kept_in_float32():
         assert torch.equal(noise, results[0][1])
 
 
-def test_a_group_holds_its_experts_of_no_score_too():
+def test_an_expert_with_score_minus_inf_stays_in_its_group():
     logits = torch.tensor([[1.0, 0.5, 3.0, -math.inf], [-math.inf, -math.inf, math.nan, 0.0]])
     gate = TopKGate(
         4, 4, 2, num_groups=2, router=nn.Identity(), drop_tokens=False, min_capacity=0
@@ -226,7 +226,7 @@ def test_gaussian_noise_is_on_the_logits():
     assert relative_error(gate.eval().route(x).logits, x @ gate.wg.weight.T) < 1e-12
 
 
-def test_jitter_of_ones_own_size():
+def test_noise_scale_sets_the_size_of_jitter():
     gate = gate_for(1, noisy_gate_policy="Jitter", noise_scale=0.2)
     with torch.no_grad():
         gate.wg.weight.copy_(torch.eye(E, H))
@@ -251,7 +251,7 @@ def test_rsample_draws_from_the_softmax(k):
     assert (share - routing.probs[0]).abs().max() < 0.015
 
 
-def test_noise_in_evaluation_where_it_is_asked_for():
+def test_noise_in_eval_adds_noise_in_evaluation():
     x = tokens()
     for options, draws in (
         ({"noisy_gate_policy": "RSample"}, False),

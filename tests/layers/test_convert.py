@@ -73,7 +73,7 @@ def per_expert(layout: PerExpert, prefix: str = "") -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @layouts
-def test_there_and_back_is_the_identity(layout, gated, bias, dtype, num_experts):
+def test_converting_there_and_back_is_the_identity(layout, gated, bias, dtype, num_experts):
     state = grouped_experts(gated, bias, num_experts, dtype=dtype).state_dict()
     there = from_grouped(state, layout, PREFIX)
     assert all(name.startswith(PREFIX + layout.parent) for name in there)
@@ -86,13 +86,13 @@ def test_there_and_back_is_the_identity(layout, gated, bias, dtype, num_experts)
 
 
 @layouts
-def test_the_device_stays(layout, gated):
+def test_converted_tensors_stay_on_their_device(layout, gated):
     there = from_grouped(grouped_experts(gated, device="meta").state_dict(), layout)
     assert {tensor.device.type for tensor in there.values()} == {"meta"}
     assert {tensor.device.type for tensor in to_grouped(there, layout).values()} == {"meta"}
 
 
-def test_pieces_do_not_keep_the_whole():
+def test_converted_experts_own_their_memory():
     for tensor in per_expert(QWEN).values():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
@@ -129,7 +129,7 @@ def agree(experts: GroupedExperts, outputs: list[Tensor], x: Tensor) -> bool:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layout", [MIXTRAL, QWEN, NEMOTRON, deepspeed(QWEN), SEQUENTIAL])
-def test_the_same_function_per_expert(layout, bias):
+def test_per_expert_weights_compute_the_same_function(layout, bias):
     modules = nn.ModuleList(Expert(layout, bias) for _ in range(E)).double()
     state = {layout.parent + name: tensor for name, tensor in modules.state_dict().items()}
     experts = grouped_experts(layout.gate is not None, bias, dtype=torch.float64)
@@ -138,7 +138,7 @@ def test_the_same_function_per_expert(layout, bias):
     assert agree(experts, [module(x) for module in modules], x)
 
 
-def test_the_same_function_gpt_oss():
+def test_gpt_oss_weights_compute_the_same_function():
     sizes = {
         "gate_up_proj": (E, H, 2 * FFN),
         "gate_up_proj_bias": (E, 2 * FFN),
@@ -157,7 +157,7 @@ def test_the_same_function_gpt_oss():
     assert agree(experts, outputs, x)
 
 
-def test_deepspeed_experts_of_a_sequential():
+def test_deepspeed_experts_of_a_sequential_convert():
     from moe_ext.deepspeed.experts import Experts
 
     module = nn.Sequential(nn.Linear(H, FFN), nn.ReLU(), nn.Linear(FFN, H)).double()
@@ -174,7 +174,7 @@ def test_deepspeed_experts_of_a_sequential():
     "layout",
     [MIXTRAL, QWEN, NEMOTRON, *map(deepspeed, (MIXTRAL, QWEN, NEMOTRON)), GROUPED, GPT_OSS],
 )
-def test_detect(layout):
+def test_known_layouts_are_detected(layout):
     gated = getattr(layout, "gate", "") is not None
     state = from_grouped(grouped_experts(gated).state_dict(), layout, PREFIX)
     assert detect(state, PREFIX) == layout
@@ -182,7 +182,7 @@ def test_detect(layout):
     assert detect(state, "model.layers.1.mlp.experts.") is None
 
 
-def test_detect_only_what_is_known():
+def test_unknown_layouts_are_not_detected():
     state = grouped_experts(bias=False).state_dict()
     assert detect(state) == GROUPED
     assert detect(grouped_experts(gated=False).state_dict()) == GROUPED
@@ -229,7 +229,7 @@ EXPERT = [f"1.{x}_proj.{y}" for x in ("gate", "up", "down") for y in ("weight", 
     ],
     ids=["expert", "layer", "bias", "scale", "shape", "dtype", "device", "dimensions", "turned"],
 )
-def test_what_does_not_fit_per_expert(changes, message):
+def test_per_expert_tensors_that_do_not_fit_are_named(changes, message):
     state = per_expert(QWEN, PREFIX) | {PREFIX + name: x for name, x in changes.items()}
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
     with pytest.raises(ValueError, match=f"convert: .*{message}"):
@@ -240,7 +240,7 @@ def test_what_does_not_fit_per_expert(changes, message):
 @pytest.mark.parametrize(
     "convert", [to_grouped, lambda *a: convert_state_dict(a[0], a[1], GROUPED)]
 )
-def test_experts_are_numbered_without_a_gap(convert, number):
+def test_a_gap_in_the_experts_numbers_is_an_error(convert, number):
     """A number decides how many names are listed; two names must not list millions."""
     names = [f"{PREFIX}{e}.{layer}_proj.weight" for e in (0, number) for layer in ("up", "down")]
     state = dict.fromkeys(names, torch.zeros(2, 2))
@@ -253,7 +253,7 @@ def test_experts_are_numbered_without_a_gap(convert, number):
     tracemalloc.stop()
 
 
-def test_no_experts():
+def test_a_state_dict_without_experts_is_an_error():
     message = r"no experts of PerExpert\(.*parent='model\.layers\.1\.mlp\.experts\.'\)"
     with pytest.raises(ValueError, match=message):
         to_grouped(per_expert(QWEN, PREFIX), QWEN, "model.layers.1.mlp.experts.")
@@ -273,7 +273,7 @@ def test_no_experts():
         (GROUPED, {}, r"down_proj must be \[3, 10, 3\] beside gate_up_proj \[3, 6, 10\]"),
     ],
 )
-def test_what_does_not_fit_stacked(layout, shapes, message):
+def test_stacked_tensors_that_do_not_fit_are_named(layout, shapes, message):
     state = from_grouped(grouped_experts().state_dict(), GPT_OSS, "x.")
     for name, shape in shapes.items():
         state.pop(f"x.{name}", None)
@@ -283,7 +283,7 @@ def test_what_does_not_fit_stacked(layout, shapes, message):
         to_grouped(state, layout, "x.")
 
 
-def test_a_gate_needs_its_place():
+def test_a_layout_without_a_gate_refuses_gated_experts():
     with pytest.raises(ValueError, match=r"PerExpert\(.*\) has no place for gate_up_proj"):
         from_grouped(grouped_experts().state_dict(), NEMOTRON)
     with pytest.raises(ValueError, match=r"PerExpert\(.*\) has no place for up_proj"):
@@ -305,7 +305,7 @@ OTHERS = (
 
 
 @layouts
-def test_a_model_there_and_back(layout, gated):
+def test_a_models_experts_convert_there_and_back(layout, gated):
     others = {name: torch.randn(2) for name in OTHERS}
     modules = {place: grouped_experts(gated).state_dict() for place in PLACES}
     ours = {place + name: x for place, state in modules.items() for name, x in state.items()}
@@ -319,14 +319,14 @@ def test_a_model_there_and_back(layout, gated):
     assert all(theirs[name] is back[name] is others[name] for name in OTHERS)
 
 
-def test_a_model_between_two_others():
+def test_a_models_experts_convert_between_two_layouts():
     theirs = per_expert(MIXTRAL, PREFIX)
     qwen = convert_state_dict(theirs, MIXTRAL, QWEN)
     assert f"{PREFIX}2.down_proj.bias" in qwen
     assert same(convert_state_dict(qwen, QWEN, MIXTRAL), theirs)
 
 
-def test_a_model_that_cannot_be_converted():
+def test_a_model_that_cannot_be_converted_is_an_error():
     state = per_expert(MIXTRAL, PREFIX)
     with pytest.raises(ValueError, match=r"no experts of Stacked\("):
         convert_state_dict(state, GROUPED, MIXTRAL)
@@ -368,7 +368,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_checkpoints_of_transformers(name, tmp_path):
+def test_checkpoints_of_transformers_load(name, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs the extra peers")
     from safetensors.torch import load_file
 

@@ -51,7 +51,7 @@ def by_hand(experts: GroupedExperts, tokens, plan, weights) -> torch.Tensor:
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", checks.ACTIVATIONS)
-def test_is_a_network_per_route(activation, bias, before):
+def test_grouped_experts_are_one_network_per_expert(activation, bias, before):
     T, K = 9, 2
     tokens = values(T, H, dtype=torch.float64).requires_grad_()
     weights = weights_for(torch.float64, T, K).requires_grad_()
@@ -142,7 +142,7 @@ def saved_bytes(function) -> int:
     return sum(seen.values())
 
 
-def test_saves_tokens_and_inner_values_alone():
+def test_recompute_saves_tokens_and_pre_activations_only():
     T, K, hidden, ffn = 200, 4, 32, 24
     experts = GroupedExperts(8, hidden, ffn)
     tokens = torch.randn(T, hidden, requires_grad=True)
@@ -159,7 +159,7 @@ def test_saves_tokens_and_inner_values_alone():
     assert saved_bytes(lambda: experts.routed(tokens, plan, weights)) == everything
 
 
-def test_an_own_forward_is_used():
+def test_a_subclass_with_its_own_forward_is_run_by_it():
     class Doubled(GroupedExperts):
         def forward(self, rows, plan):
             return 2 * super().forward(rows, plan)
@@ -173,7 +173,7 @@ def test_an_own_forward_is_used():
     assert relative_error(doubled.routed(tokens, plan, weights), expected) < 1e-6
 
 
-def test_is_called_as_a_module():
+def test_routed_calls_the_module():
     """What hangs on a call of the module is seen: hooks, and what FSDP and offloading do there."""
     experts = GroupedExperts(E, H, FFN)
     tokens, weights = torch.randn(5, H), torch.rand(5, 2)
@@ -210,7 +210,7 @@ def test_feed_forward_names_what_is_wrong(wrong, message):
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("which", range(6))
-def test_vmap_over_any_operand(which, before):
+def test_feed_forward_supports_vmap_over_any_operand(which, before):
     plan = moe_ext.make_plan(random_experts(5, 2, E), E)
     operands = [(5, H), (5, 2), (E, FFN, H), (E, H, FFN), (E, FFN), (E, H)]
     operands = [torch.randn(shape, dtype=torch.float64) for shape in operands]
@@ -232,7 +232,7 @@ def test_vmap_over_any_operand(which, before):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit(dtype):
+def test_16_bit_results_are_close_to_float64(dtype):
     """Within a few roundings of the same numbers in float64, at the scale of a real layer."""
     T, K, hidden, ffn = 300, 4, 256, 128
     experts = GroupedExperts(8, hidden, ffn, bias=True, dtype=dtype)
@@ -258,7 +258,7 @@ def test_16_bit(dtype):
         assert relative_error(mine.grad, its.grad) < 2 * eps
 
 
-def test_autocast():
+def test_autocast_casts_tokens_and_weights():
     experts = GroupedExperts(E, H, FFN, bias=True)
     tokens, weights = torch.randn(5, H, requires_grad=True), torch.rand(5, 2)
     plan = moe_ext.make_plan(random_experts(5, 2, E), E)
@@ -281,7 +281,7 @@ def test_tokens_of_another_dtype_are_named():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_shared_experts(gated):
+def test_shared_experts_add_their_output(gated):
     routed = GroupedExperts(E, H, FFN, dtype=torch.float64)
     shared = nn.Sequential(nn.Linear(H, 5), nn.ReLU(), nn.Linear(5, H)).double()
     gate = nn.Linear(H, 1, bias=False).double() if gated else None
@@ -333,7 +333,7 @@ class PerExpert(nn.Module):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_loads_weights_kept_expert_by_expert(bias):
+def test_load_state_dict_takes_one_tensor_per_expert(bias):
     theirs = PerExpert(bias)
     layer = nn.ModuleDict(
         {"experts": GroupedExperts(E, H, FFN, bias=bias), "other": nn.Linear(2, 2)}
@@ -353,7 +353,7 @@ def test_loads_weights_kept_expert_by_expert(bias):
             assert torch.equal(layer["experts"].down_proj_bias[e], expert.w2.bias)
 
 
-def test_other_names_beside_the_experts_are_torchs_matter():
+def test_unexpected_keys_are_reported():
     class Scaled(GroupedExperts):
         def __init__(self):
             super().__init__(E, H, FFN)
@@ -367,7 +367,7 @@ def test_other_names_beside_the_experts_are_torchs_matter():
     assert scaled.scale == 1
 
 
-def test_says_what_a_checkpoint_lacks():
+def test_missing_experts_of_a_checkpoint_are_named():
     state = PerExpert().state_dict()
     del state["1.w2.weight"]
     with pytest.raises(RuntimeError, match=r"1\.w2\.weight"):

@@ -51,7 +51,7 @@ class Gate(nn.Module):
         )
 
 
-def test_a_gate_of_ones_own():
+def test_a_gate_written_for_deepspeed_runs_in_our_layer():
     gate, experts = Gate(), GroupedExperts(E, H, 7)
     layer = MOELayer(gate, experts)
     x, used = torch.randn(4, S // 4, H), torch.ones(S)
@@ -96,7 +96,7 @@ def test_a_gate_of_ones_own():
         (lambda r: sparse(r, 1), r"gates must be \[S, K\] with S = 40, K = 1, got \[40, 2\]"),
     ],
 )
-def test_a_gate_that_returns_something_else(change, got):
+def test_a_gate_that_returns_another_tuple_is_an_error(change, got):
     layer = MOELayer(Gate(change), GroupedExperts(E, H, 7))
     with pytest.raises(RuntimeError, match=f"MOELayer: .*{got}"):
         layer(torch.randn(S, H))
@@ -160,7 +160,7 @@ def test_gate_and_experts_may_be_replaced():
         (lambda x: (), "tuple"),
     ],
 )
-def test_an_expert_that_returns_something_else(change, got):
+def test_an_expert_that_returns_another_shape_is_an_error(change, got):
     class Expert(nn.Module):
         def forward(self, x):
             return change(x)
@@ -170,7 +170,7 @@ def test_an_expert_that_returns_something_else(change, got):
 
 
 @pytest.mark.parametrize("drop_tokens", [True, False])
-def test_experts_of_deepspeeds_form(drop_tokens):
+def test_experts_written_for_deepspeed_run_in_our_layer(drop_tokens):
     shapes = []
 
     class Scale(nn.Module):
@@ -189,7 +189,7 @@ def test_experts_of_deepspeeds_form(drop_tokens):
     assert layer(x[:0]).shape == (0, H)
 
 
-def test_experts_of_deepspeeds_form_that_return_something_else():
+def test_padded_experts_that_return_another_shape_are_an_error():
     gate, x = TopKGate(H, E), torch.randn(30, H)
 
     class Bad(nn.Module):
@@ -222,7 +222,7 @@ def test_padded_experts_need_the_host_only_without_dropping():
 
 
 @pytest.mark.parametrize("returned", [None, (1, 2)])
-def test_a_gate_whose_route_returns_something_else(returned):
+def test_a_route_that_is_not_a_routing_is_an_error(returned):
     class Gate(nn.Module):
         num_experts = 2
 
@@ -235,7 +235,7 @@ def test_a_gate_whose_route_returns_something_else(returned):
         layer(torch.randn(3, 4))
 
 
-def test_a_gate_with_route_needs_its_number():
+def test_a_gate_with_route_needs_num_experts():
     class Gate(nn.Module):
         def route(self, tokens, used_token):
             raise NotImplementedError

@@ -85,7 +85,7 @@ def gradients(layer, x, out, l_aux):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("capacity", ["dropless", "above T", "below T"])
-def test_equals_the_oracle(k, capacity, activation, bias):
+def test_a_layer_equals_the_plain_loop(k, capacity, activation, bias):
     T = 50
     options = {
         "dropless": {"drop_tokens": False},
@@ -197,7 +197,7 @@ def test_shape_dtype_and_device_are_kept():
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"drop_tokens": False}, {"min_capacity": 4}])
-def test_no_token(k, options):
+def test_zero_tokens(k, options):
     layer = layer_for(k, **options)
     x = torch.empty(0, H, dtype=torch.float64, requires_grad=True)
     out = layer(x)
@@ -208,7 +208,7 @@ def test_no_token(k, options):
     assert all((p.grad == 0).all() for p in layer.parameters())
 
 
-def test_no_column():
+def test_zero_width():
     layer = MOELayer(TopKGate(0, E, 2), GroupedExperts(E, 0, FFN))
     assert layer(torch.ones(2, 3, 0)).shape == (2, 3, 0)
     assert layer.exp_counts.sum() == 12
@@ -240,7 +240,7 @@ def test_unused_tokens_give_zero_and_take_no_room(k, dtype):
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"drop_tokens": False}, {"capacity_factor": 0.5}])
-def test_dense_masks_say_what_the_layer_does(k, options):
+def test_dense_masks_describe_the_layers_output(k, options):
     layer = layer_for(k, **options)
     x = torch.randn(40, H, dtype=torch.float64)
     l_aux, combine_weights, dispatch_mask, exp_counts = layer.gate(x)
@@ -350,7 +350,7 @@ def test_l_aux_reaches_the_router_and_nothing_else():
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_copies_after_a_forward(copier):
+def test_a_layer_can_be_copied_and_pickled_after_a_forward(copier):
     layer = layer_for(2)
     x = torch.randn(30, H, dtype=torch.float64)
     out = layer(x)
@@ -494,7 +494,7 @@ def test_gradient_of_a_gradient():
     assert relative_error((ahead - behind) / (2 * step), product) < 1e-6
 
 
-def test_experts_of_ones_own():
+def test_experts_with_only_a_forward_run_in_a_layer():
     class Scale(Experts):
         def __init__(self):
             super().__init__(E)
@@ -555,7 +555,7 @@ def test_experts_compiled_in_place_are_used():
     assert len(compiled) == 1
 
 
-def test_a_part_of_the_name_of_a_method():
+def test_an_attribute_may_have_the_name_of_a_method():
     """As an own attribute of experts written for DeepSpeed."""
 
     class Own(nn.Module):

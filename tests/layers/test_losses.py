@@ -77,7 +77,7 @@ def balance_by_hand(probs, experts, counted):
 
 
 @pytest.mark.parametrize("loss", ALL)
-def test_formula(loss):
+def test_load_balance_loss_is_its_formula(loss):
     _, routing = routing_of(tokens())
     assert relative_error(loss(routing), by_hand(loss, routing)) < 1e-12
 
@@ -91,7 +91,7 @@ def test_the_gradient_reaches_the_router(loss, k):
 
 
 @pytest.mark.parametrize("loss", ALL)
-def test_no_token(loss):
+def test_zero_tokens(loss):
     _, routing = routing_of(tokens(0))
     assert loss(routing).item() == 0
     loss(routing).backward()
@@ -114,7 +114,7 @@ def gradient_by_x(loss, x):
 
 
 @pytest.mark.parametrize("loss", ALL)
-def test_equal_micro_batches_are_worth_one(loss):
+def test_losses_do_not_depend_on_the_number_of_tokens(loss):
     """n times the same micro-batch, at a weight of 1 / n, is the micro-batch; and so are n copies
     of it in one batch."""
     x = tokens()
@@ -173,7 +173,7 @@ def test_sequences_must_divide_the_tokens():
         per_sequence(routing, 0)
 
 
-def test_shares_of_next_to_nothing():
+def test_shares_of_tiny_scores_are_finite():
     tiny = torch.full((2, 4), 1e-30)
     assert torch.equal(losses.shares(tiny), torch.full((2, 4), 0.25))
     assert torch.equal(losses.shares(torch.zeros(2, 4)), torch.zeros(2, 4))
@@ -199,7 +199,7 @@ def test_the_loss_of_a_global_batch_in_micro_batches():
         assert relative_error(value, expected) < 1e-12
 
 
-def test_losses_of_the_wrong_shape():
+def test_losses_of_a_wrong_shape_are_an_error():
     routing = routing_of(tokens())[1]
     with pytest.raises(
         RuntimeError, match=r"importance and load must be .* got \[48, 6\] and \[6\]"
@@ -213,7 +213,7 @@ def test_losses_of_the_wrong_shape():
         losses.importance_loss(routing.probs)
 
 
-def test_batches_of_sequences():
+def test_sequence_balance_loss_averages_over_sequences():
     routing = routing_of(tokens())[1]
     assert torch.equal(losses.z_loss(routing.logits.view(4, -1, E)), z(routing))
     shaped = losses.sequence_balance_loss(
@@ -222,7 +222,7 @@ def test_batches_of_sequences():
     assert torch.equal(shaped, per_sequence(routing))
 
 
-def test_load_counts_no_choice_as_none():
+def test_expert_load_ignores_minus_one():
     experts = torch.tensor([[0, 2], [2, -1], [-1, -1]], dtype=torch.int32)
     assert losses.expert_load(experts, 4).tolist() == [1, 0, 2, 0]
     assert losses.expert_load(experts[None], 4).tolist() == [[1, 0, 2, 0]]

@@ -91,7 +91,7 @@ def masks(draw, T: int) -> torch.Tensor | None:
 
 
 @given(st.data())
-def test_a_routing(data):
+def test_every_routing_keeps_the_contracts(data):
     gate = data.draw(gates())
     logits = data.draw(logits_for(gate.num_experts))
     used = data.draw(masks(len(logits)))
@@ -162,7 +162,7 @@ class Twice(Experts):
 
 
 @given(st.data())
-def test_a_layer_and_its_gradient(data):
+def test_a_layer_and_its_gradient_equal_the_plain_loop(data):
     """An expert that doubles gives every token twice the sum of its weights; what is not finite in
     a token stays in it."""
     gate = data.draw(gates(balancing=None))

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("normalize", ["never", "before", "after"])
 @pytest.mark.parametrize("policy", ["random", "position", "probs"])
 @pytest.mark.parametrize(("k", "scale"), [(1, 1.0), (2, 2.5), (5, 0.5)])
-def test_weights(scoring, normalize, policy, k, scale):
+def test_weights_follow_scoring_normalize_and_scale(scoring, normalize, policy, k, scale):
     gate = gate_for(
         k,
         capacity_factor=0.7,
@@ -53,7 +53,7 @@ def test_softmax_before_dropping_is_the_softmax_over_the_chosen():
     assert relative_error(gate.route(x).weights, logits.softmax(-1)) < 1e-12
 
 
-def test_who_is_dropped_by_its_place():
+def test_position_drops_the_last_to_queue():
     """First choices queue before second ones, or every token's choices one after the other."""
     logits = torch.tensor([[3.0, 2.0, 0.0]] * 3 + [[2.0, 3.0, 0.0]] * 3)
     # Of expert 1 the tokens 0..2 are first in the queue by token, 3..5 by choice.
@@ -90,7 +90,7 @@ def test_the_least_probable_are_dropped_by_their_score(normalize):
         assert torch.equal(scores[asked & kept].sort(descending=True).values, best)
 
 
-def test_options_may_be_changed_later():
+def test_options_may_change_after_construction():
     """As DeepSpeed's callers do: what is then decided is what a gate made so decides."""
     x = torch.randn(T, H)
     for name, value in (
@@ -119,21 +119,21 @@ def test_options_may_be_changed_later():
         assert not torch.equal(before.weights, results[1].weights)
 
 
-def test_small_scores_that_stand_alone_are_shared_out():
+def test_tiny_scores_of_one_expert_are_normalized():
     logits = torch.full((1, 4), -20.0)
     for scoring in ("sigmoid", "sqrtsoftplus"):
         weights = route(logits, 2, scoring=scoring, normalize="after").weights
         torch.testing.assert_close(weights, torch.full((1, 2), 0.5))
 
 
-def test_a_gate_shows_what_is_not_default():
+def test_repr_shows_options_that_are_not_default():
     text = str(gate_for(2, scoring="sigmoid", num_groups=3, topk_groups=2))
     for option in ("k=2", "scoring='sigmoid'", "num_groups=3", "drop_tokens=False"):
         assert option in text
     assert "balancing" not in text
 
 
-def test_expert_choice():
+def test_expert_choice_is_top_c_per_expert():
     """Every expert takes its best tokens: all ask all, and the least probable are dropped."""
     c = 2
     gate = gate_for(
@@ -160,7 +160,7 @@ def test_expert_choice():
 
 
 @pytest.mark.parametrize("k", [1, 3, E])
-def test_forced_balance(k):
+def test_forced_balancing_loads_all_experts_equally(k):
     gate = gate_for(k, balancing="forced")
     routing = gate.route(tokens(T + 1))
     load = routing.plan.load
@@ -171,7 +171,7 @@ def test_forced_balance(k):
     assert gate.wg.weight.grad.abs().sum() > 0
 
 
-def test_weights_of_choices_with_next_to_no_score():
+def test_weights_of_chosen_experts_with_vanishing_scores():
     """After dropping, DeepSpeed's smallest divisor; before, none that is seen."""
     logits = torch.tensor([[0.0, -25.0]])
     experts = torch.ones(1, 1, dtype=torch.int32)
@@ -187,7 +187,7 @@ def test_weights_of_choices_with_next_to_no_score():
 
 
 @pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.6}, {"balancing": "forced"}])
-def test_a_recorded_routing_is_made_again(options):
+def test_a_recorded_choice_is_replayed(options):
     gate = gate_for(
         2, noisy_gate_policy="RSample", top2_2nd_expert_sampling=True, scale=1.5, **options
     )
@@ -208,7 +208,7 @@ def test_a_recorded_routing_is_made_again(options):
 
 
 @pytest.mark.parametrize("normalize", ["before", "after", "never"])
-def test_a_recording_may_leave_choices_out(normalize):
+def test_a_recorded_choice_of_minus_one_has_zero_weight(normalize):
     gate = gate_for(2, normalize=normalize)
     x = tokens(3)
     recorded = torch.tensor([[4, -1], [-1, 7], [-1, -1]], dtype=torch.int32)
@@ -226,7 +226,7 @@ def test_a_recording_may_leave_choices_out(normalize):
             gate.route(x, expert_ids=other)
 
 
-def test_hugging_face_order():
+def test_as_hf_tuple_is_transformers_order():
     gate = gate_for(2, normalize="before")
     x = tokens()
     logits, weights, experts = gate.route(x).as_hf_tuple()
@@ -236,7 +236,7 @@ def test_hugging_face_order():
     assert torch.equal(experts, ids)
 
 
-def test_a_loss_of_ones_own():
+def test_aux_loss_replaces_the_loss():
     def loss(routing):
         return losses.z_loss(routing.logits) + routing.weights.sum()
 
@@ -259,7 +259,7 @@ def test_the_loss_of_scores_that_do_not_sum_to_one(scoring):
     assert relative_error(routing.l_aux, by_hand) < 1e-12
 
 
-def test_timers():
+def test_wall_clock_breakdown_times_gate_and_layer():
     layer = MOELayer(gate_for(2), GroupedExperts(E, H, 7, dtype=torch.float64))
     x = tokens()
     layer(x)

@@ -14,7 +14,7 @@ from moe_ext import CosineRouter, GroupedExperts, MOELayer, TopKGate
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def test_cosine_router():
+def test_cosine_router_is_its_formula():
     router = CosineRouter(H, E, proj_dim=7, dtype=torch.float64)
     gate = gate_for(2, router=router)
     x = tokens()
@@ -66,7 +66,7 @@ class Reopens(nn.Module):
     "options",
     [{}, {"noisy_gate_policy": "RSample"}, {"expert_bias": True}, {"balancing": "sinkhorn"}],
 )
-def test_routers_of_other_dtypes(options):
+def test_routers_of_other_dtypes_compute_in_float32(options):
     x = torch.randn(T, H)
     reopens = Reopens()
     routing = TopKGate(H, E, 2, router=reopens, **options).route(x)
@@ -89,7 +89,7 @@ def test_routers_of_other_dtypes(options):
         (lambda: nn.Flatten(0), r"\[600\]"),
     ],
 )
-def test_routers_that_return_something_else(make_router, got):
+def test_a_router_that_returns_another_shape_is_an_error(make_router, got):
     gate = TopKGate(H, E, router=make_router())
     with pytest.raises(RuntimeError, match=rf"router must return \[T, E\] = \[60, 12\], got {got}"):
         gate.route(torch.randn(T, H))

@@ -97,7 +97,7 @@ def test_every_rule_is_one_graph(compiled, options):
     assert compiled() == 1
 
 
-def test_inductor(compiled):
+def test_inductor_compiles_forward_and_backward(compiled):
     layer = layer_for(drop_tokens=False)
     function = torch.compile(layer.forward_with_aux, fullgraph=True, dynamic=True)
     for T in TOKENS:
@@ -236,7 +236,7 @@ def test_func_grad_and_per_sample_gradients(options):
             assert relative_error(per_sample[name][i], expected[name]) < 1e-5
 
 
-def test_hessian():
+def test_hessian_vector_products_match():
     x = torch.randn(4, E, dtype=torch.float64)
 
     def loss(logits):
@@ -247,7 +247,7 @@ def test_hessian():
     torch.testing.assert_close(hessian, twice)
 
 
-def test_forward_mode_says_no():
+def test_forward_mode_is_an_error():
     x = torch.randn(4, E)
     plan = moe_ext.make_plan(torch.zeros(4, 1, dtype=torch.int32), 1)
     for function in (lambda x: moe_ext.gate(x, 2).weights, lambda x: moe_ext.dispatch(x, plan)):
@@ -255,7 +255,7 @@ def test_forward_mode_says_no():
             torch.func.jvp(function, (x,), (x,))
 
 
-def test_raw_operators_say_what_they_do_not_do():
+def test_raw_operators_refuse_torch_func():
     x = torch.randn(4, E)
     plan = moe_ext.make_plan(torch.zeros(4, 1, dtype=torch.int32), 1)
 

@@ -22,7 +22,7 @@ def bench(monkeypatch):
     return module
 
 
-def test_the_bench(bench, tmp_path, capsys, monkeypatch):
+def test_the_bench_checks_and_times_every_peer(bench, tmp_path, capsys, monkeypatch):
     timing = importlib.import_module("timing")
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
     bench.main(["--rounds", "1", "--no-growth"])
@@ -59,7 +59,7 @@ def test_the_bench_names_what_it_does_not_run(bench, monkeypatch):
     assert set(result["seconds"]) == {"moe_ext"}
 
 
-def test_the_bench_times_nothing_wrong(bench, monkeypatch):
+def test_a_wrong_peer_is_not_timed_by_the_bench(bench, monkeypatch):
     right = moe.ExpertsInterface._global_mapping["grouped_mm"]
 
     def wrong(*args):

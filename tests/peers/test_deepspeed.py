@@ -157,7 +157,7 @@ def compare(case: Case, mine, theirs) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_top1gating(batch):
+def test_top1gating_equals_deepspeeds(batch):
     for i in CASES:
         case = Case(1, batch, i)
         case.min_capacity = min(case.min_capacity, case.S)
@@ -184,7 +184,7 @@ def test_top1gating(batch):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_top2gating(batch):
+def test_top2gating_equals_deepspeeds(batch):
     for i in CASES:
         case = Case(2, batch, i)
         case.E = max(case.E, 2)
@@ -201,7 +201,7 @@ def test_top2gating(batch):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_topkgating(batch):
+def test_topkgating_equals_deepspeeds(batch):
     left_out = 0
     for i in CASES:
         case = Case(3, batch, i)
@@ -224,7 +224,7 @@ def test_topkgating(batch):
     assert left_out < len(CASES) / 2
 
 
-def test_noise_is_drawn_alike():
+def test_noise_equals_deepspeeds_draws():
     x = torch.randn(50, 7)
     for mine, theirs in (
         (
@@ -306,7 +306,7 @@ class Modules:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_gate(batch):
+def test_gate_equals_deepspeeds(batch):
     for i in CASES:
         case = Case(4, batch, i)
         modules = Modules(case)
@@ -331,7 +331,7 @@ def expert(H: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_moe(batch):
+def test_moe_equals_deepspeeds(batch):
     """The whole layer: built and loaded alike, same outputs, same gradients."""
     for i in CASES:
         case = Case(5, batch, i)
@@ -378,7 +378,7 @@ class Masks(nn.Module):
 
 @pytest.mark.parametrize("batch", range(4))
 @pytest.mark.parametrize("foreign", ["gate", "masks", "experts", "both", "our gate in their layer"])
-def test_parts_of_deepspeed_in_our_layer(foreign, batch):
+def test_deepspeeds_gate_and_experts_run_in_our_layer(foreign, batch):
     for i in CASES:
         case = Case(6, batch, i)
         modules = Modules(case)
@@ -433,7 +433,7 @@ def test_parts_of_deepspeed_in_our_layer(foreign, batch):
           if getattr(getattr(ds_utils, name), "__module__", "") == ds_utils.__name__),
     ],
 )  # fmt: skip
-def test_signatures(ours, theirs):
+def test_signatures_are_deepspeeds(ours, theirs):
     """A call that DeepSpeed takes is taken, by position and by keyword, and means the same."""
     ours = list(inspect.signature(ours).parameters.values())
     theirs = list(inspect.signature(theirs).parameters.values())
@@ -446,7 +446,7 @@ def test_signatures(ours, theirs):
         assert mine.default is not mine.empty or mine.kind == mine.VAR_KEYWORD
 
 
-def test_capacity():
+def test_capacity_is_deepspeeds():
     draw = Case(7)
     for _ in range(3000):
         gates = torch.empty(draw.integer(1, 5000), draw.integer(1, 300))
@@ -458,7 +458,7 @@ def test_capacity():
 
 @pytest.mark.parametrize("rule", list(sharded_moe._REWRITES))
 @pytest.mark.parametrize("rewritten", [False, True])
-def test_einsum(monkeypatch, rule, rewritten):
+def test_einsum_is_deepspeeds(monkeypatch, rule, rewritten):
     monkeypatch.setattr(sharded_moe, "USE_EINSUM", not rewritten)
     sizes = {letter: size for size, letter in enumerate("kecms", start=2)}
     a, b = (

@@ -122,7 +122,7 @@ def test_the_comparison_sees_a_fault(fault, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_generates_the_same(name):
+def test_generation_is_the_same(name):
     model, ids = model_of(name), tokens_of(2, 5)
     produced = []
     for implementation in ("eager", "moe_ext"):
@@ -149,7 +149,7 @@ def test_generates_with_a_static_cache_compiled():
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
-def test_compiles_in_one_graph(name):
+def test_transformers_models_compile_in_one_graph(name):
     torch._dynamo.reset()
     model, ids = model_of(name), tokens_of()
     expected = logits_and_grads(model, ids, "moe_ext")
@@ -174,7 +174,7 @@ def test_gradient_checkpointing(name):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
-def test_saved_and_loaded(name, tmp_path):
+def test_models_save_and_load(name, tmp_path):
     model, ids = model_of(name), tokens_of()
     model.set_experts_implementation("moe_ext")
     expected = model(input_ids=ids).logits
@@ -200,7 +200,7 @@ def test_lora_on_expert_parameters():
     assert_close(*results[::-1])
 
 
-def test_trainer(tmp_path):
+def test_the_trainer_trains(tmp_path):
     pytest.importorskip("accelerate", reason="needs the extra peers")
     data = [{"input_ids": ids, "labels": ids} for ids in tokens_of(2, 12)] * 4
     losses = []
@@ -310,7 +310,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_every_flag(flags):
+def test_every_flag_of_an_experts_module_is_understood(flags):
     module = module_of(**flags)
     args = routes_of()
     assert_close(run(module, "moe_ext", *args), run(module, "batched_mm", *args))
@@ -334,7 +334,7 @@ def test_expert_parallel_sentinels(flags):
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 @pytest.mark.parametrize("T", [0, 1, 2])
-def test_few_tokens(flags, T):
+def test_few_tokens_give_the_same(flags, T):
     module = module_of(**flags)
     x, experts, weights = routes_of(T)
     mine = run(module, "moe_ext", x, experts, weights)
@@ -388,7 +388,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_refuses_what_it_does_not_understand(why):
+def test_unknown_flags_are_refused(why):
     module = module_of()
     REFUSED[why](module)
     module.config._experts_implementation = "moe_ext"
@@ -399,7 +399,7 @@ def test_refuses_what_it_does_not_understand(why):
         moe_ext.hf.check(model)
 
 
-def test_check_wants_experts():
+def test_check_refuses_a_model_without_experts():
     with pytest.raises(ValueError, match="Linear has no experts module"):
         moe_ext.hf.check(nn.Linear(2, 2))
 
@@ -410,7 +410,7 @@ def test_an_apply_gate_of_one_module_is_used():
     assert_close(run(module, "moe_ext", *args), run(module, "batched_mm", *args))
 
 
-def test_inference_mode():
+def test_inference_mode_gives_the_same():
     module, (x, experts, weights) = module_of(), routes_of(300)
     module.config._experts_implementation = "moe_ext"
     expected = module(x, experts, weights)
@@ -427,7 +427,7 @@ def test_a_subclass_of_an_activation_is_asked_itself():
     assert_close(run(module, "moe_ext", *args), run(module, "batched_mm", *args))
 
 
-def test_the_example(capsys, tmp_path, monkeypatch):
+def test_the_finetuning_example_runs(capsys, tmp_path, monkeypatch):
     pytest.importorskip("accelerate", reason="needs the extra peers")
     monkeypatch.chdir(tmp_path)
     path = Path(__file__).parents[2] / "examples" / "finetune_mixtral.py"

@@ -14,7 +14,7 @@ from moe_ext import profiling, stats
 from moe_ext.monitor.sinks import JsonLines, read_json_lines
 
 
-def test_experts_of_transformers_count():
+def test_experts_of_transformers_are_counted():
     model = model_of("mixtral", experts_implementation="moe_ext")
     counting = stats.track(model)
     tokens = tokens_of(rows=3, length=11)
@@ -28,7 +28,7 @@ def test_experts_of_transformers_count():
         assert (layer.tokens, layer.dropped) == (33, 0)
 
 
-def test_divided_experts_are_not_summed_up():
+def test_divided_experts_are_not_summed():
     """Ids of one process are not those of another."""
     model = model_of("mixtral", experts_implementation="moe_ext")
     counting = stats.track(model)
@@ -40,7 +40,7 @@ def test_divided_experts_are_not_summed_up():
         counting.read(group=object())
 
 
-def test_another_implementation_is_told():
+def test_another_implementation_is_refused():
     with pytest.raises(ValueError, match='with experts_implementation="moe_ext"'):
         stats.track(model_of("mixtral", experts_implementation="eager"))
 
@@ -68,7 +68,7 @@ def test_explain_and_ranges_name_their_experts():
     assert [set(vars(module)) for module in model.modules()] == attributes
 
 
-def test_the_callback(tmp_path):
+def test_the_callback_writes_readings(tmp_path):
     model = model_of("mixtral", experts_implementation="moe_ext")
     data = [{"input_ids": ids, "labels": ids} for ids in tokens_of(rows=24, length=10)]
     arguments = transformers.TrainingArguments(

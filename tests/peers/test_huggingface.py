@@ -114,7 +114,7 @@ def pair(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_router(name):
+def test_routers_equal_transformers(name):
     router, gate = pair(name)
     x = torch.randn(T, H, requires_grad=True)
     grads = []
