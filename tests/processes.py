@@ -12,6 +12,17 @@ import torch.distributed as dist
 
 _pools: dict[int, "Processes"] = {}
 
+# Processes are forked from a server that has imported these once.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "torch.distributed.checkpoint.state_dict",
+    ]
+)
+
 
 def on_processes(number: int, function, *args) -> list:
     """What `function(rank, *args)` returns in each of some processes of one gloo group.
@@ -32,13 +43,12 @@ def on_processes(number: int, function, *args) -> list:
 class Processes:
     def __init__(self, number: int, seconds: float = 60) -> None:
         """seconds: how long a process waits for another"""
-        context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.processes, self.pipes = [], []
         for rank in range(number):
-            here, there = context.Pipe()
+            here, there = _context.Pipe()
             arguments = (rank, number, self.folder.name, seconds, there)
-            self.processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+            self.processes.append(_context.Process(target=_serve, args=arguments, daemon=True))
             self.processes[-1].start()
             there.close()
             self.pipes.append(here)

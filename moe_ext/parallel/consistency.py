@@ -1,8 +1,9 @@
-"""Check that ranks make the same call of the same layer.
+"""Check that all ranks make the same call of the same layer.
 
-An exchange opens with one message of a fixed size, forward and backward: the words of a `Call`,
-then counts. A collective that meets another layer's, or a backward that meets a forward, thus
-receives what it can read, and every rank raises the same error before any rows are sent.
+Every exchange, forward and backward, opens with one message of a fixed size: the words of a
+`CallRecord`, then counts. So a rank that meets another layer's call, or a backward that meets a
+forward, receives a message that it can read. Every rank then raises the same error before any rows
+are sent.
 """
 
 from __future__ import annotations
@@ -17,80 +18,82 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MOST_PARTS = 255  # of an exchange with overlap
+MAX_OVERLAP = 255
 BLOCK = 32  # int64 numbers in the opening message for each rank
 DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
 
 
-class Disagreement(RuntimeError):
+class ConsistencyError(RuntimeError):
     """Ranks make different calls. All of them raise it, before any rows are sent."""
 
 
-class Record:
-    """What a rank remembers of a group as long as that lives.
+class GroupState:
+    """This rank's bookkeeping for a group, which lives as long as the group.
 
-    numbers: of layers, in the order in which the rank makes them; a copy has none before its first
-        call
-    has_failed: whether experts raised an exception in the last call here, and the other ranks do
-        not know yet
-    backwards: how many backwards of layers belong to a torch backward that has not ended
-    is_open: whether a call has begun an exchange here, and its rows are not all sent
-    is_broken: whether an exception other than a Disagreement ended such a call
+    layer_numbers: numbers of layers, in the order in which this rank creates them; a copy has none
+        before its first call
+    has_failed: experts raised an exception in the last call here, and the other ranks do not know
+        yet
+    backwards: layers' backwards that belong to a torch backward in progress
+    is_exchanging: a call has begun an exchange here, and not all its rows are sent
+    is_broken: an exception other than a ConsistencyError ended such a call
     """
 
     def __init__(self) -> None:
-        self.numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self.layer_numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._next = itertools.count()
         self.has_failed = False
         self.backwards = 0
-        self.is_open = False
+        self.is_exchanging = False
         self.is_broken = False
 
     def number_of(self, layer: nn.Module) -> int:
-        if layer not in self.numbers:
-            self.numbers[layer] = next(self._next)
-        return self.numbers[layer]
+        if layer not in self.layer_numbers:
+            self.layer_numbers[layer] = next(self._next)
+        return self.layer_numbers[layer]
 
-    def begin_forward(self) -> bool:
-        """Returns has_failed, which the call tells the other ranks.
+    def take_failure(self) -> bool:
+        """Return has_failed, which the call tells the other ranks, and reset it.
 
         Raises RuntimeError after an exchange that ended in an exception on this rank.
         """
-        # Inside a backward, as that of a checkpoint, others may be under way.
-        is_left = self.backwards > 0 and torch._C._current_graph_task_id() == -1
-        if self.is_broken or is_left:
+        # Inside a backward, such as that of a checkpoint, others may be in progress.
+        is_aborted = self.backwards > 0 and torch._C._current_graph_task_id() == -1
+        if self.is_broken or is_aborted:
             raise RuntimeError(
-                f"ExpertParallel: an exception ended a {'backward' if is_left else 'call'} on this "
-                "rank, and other ranks may still wait for its rows. Restart all ranks, or create "
-                "new groups and layers on all of them"
+                f"ExpertParallel: an exception ended a {'backward' if is_aborted else 'call'} on "
+                "this rank, and other ranks may still wait for its rows. Restart all ranks, or "
+                "create new groups and layers on all of them"
             )
         has_failed, self.has_failed = self.has_failed, False
         return has_failed
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a call: an exception while it is open, but a Disagreement, breaks the group."""
-        was_open = self.is_open  # by a call around this one
+    def call(self) -> Iterator[None]:
+        """Wrap a call. An exception during its exchange breaks the group, unless all know it."""
+        was_exchanging = self.is_exchanging  # in a call around this one
         try:
             yield
-        except Disagreement:
+        except ConsistencyError:
             raise
         except BaseException:
-            self.is_broken |= self.is_open
+            self.is_broken |= self.is_exchanging
             raise
         finally:
-            self.is_open = was_open
+            self.is_exchanging = was_exchanging
 
     @contextmanager
-    def opens_backward(self, all_know: bool) -> Iterator[None]:
-        """Around the exchange that opens a backward. An exception breaks the group, but for a
-        Disagreement that all ranks know."""
+    def backward(self, all_know: bool) -> Iterator[None]:
+        """Wrap the check of a backward. An exception there breaks the group.
+
+        all_know: all ranks raise a ConsistencyError, which then breaks nothing
+        """
         self.backwards += 1
         # Called when the whole backward has ended, and never after an exception.
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         try:
             yield
-        except Disagreement:
+        except ConsistencyError:
             if all_know:
                 self._end_backward()
             raise
@@ -99,30 +102,30 @@ class Record:
         self.backwards -= 1
 
 
-_records: weakref.WeakKeyDictionary[dist.ProcessGroup, Record] = weakref.WeakKeyDictionary()
+_states: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupState] = weakref.WeakKeyDictionary()
 
 
-def record_of(group: dist.ProcessGroup) -> Record:
-    return _records.setdefault(group, Record())
+def state_of(group: dist.ProcessGroup) -> GroupState:
+    return _states.setdefault(group, GroupState())
 
 
-class Call(NamedTuple):
-    """What all ranks of a group must have in common in one exchange.
+class CallRecord(NamedTuple):
+    """The facts of a call in which all ranks of a group must agree.
 
-    layer: its number on the group, as of its Record
-    has_failed: as of the group's Record
-    is_backward: whether the exchange is the backward's
-    dtype, autocast_dtype: as an index of DTYPES; without autocast both are the tokens' dtype
+    layer: its number in the GroupState
+    has_failed: as in the GroupState
+    is_backward: whether the exchange belongs to the backward
+    dtype, autocast_dtype: indices into DTYPES; without autocast both are the tokens' dtype
     capacity: rows per expert, 0 where ranks may differ in it
-    sharers_differ: whether ranks of its tensor_group make another call
+    tensor_group_differs: ranks of its tensor_group make another call
 
-    The rest has the names of ExpertParallel's arguments and of the tensors it was called with.
+    Other fields have the names of ExpertParallel's arguments and of the tensors of the call.
     """
 
     layer: int
     has_failed: bool
     is_backward: bool
-    sharers_differ: bool
+    tensor_group_differs: bool
     dedup: bool
     uneven_tokens: bool
     average: bool
@@ -141,11 +144,11 @@ class Call(NamedTuple):
     capacity: int
 
     def words(self, levels: int) -> list[int]:
-        """The fields, packed into int64 numbers after one that no row begins with.
+        """Pack the fields into int64 numbers, after a marker that rows never begin with.
 
-        levels: of the exchange, 1 or 2
+        levels: all-to-all steps of the exchange, 1 or 2
         """
-        words = [_MARK + levels]
+        words = [_MARKER + levels]
         for fields in _WORDS:
             word = 0
             for name, bits in fields:
@@ -154,7 +157,7 @@ class Call(NamedTuple):
         return words
 
     @classmethod
-    def of_words(cls, words: list[int]) -> Call:
+    def of_words(cls, words: list[int]) -> CallRecord:
         values: dict[str, Any] = {}
         for fields, word in zip(_WORDS, words[1:], strict=True):
             for name, bits in reversed(fields):
@@ -162,20 +165,20 @@ class Call(NamedTuple):
         return cls(**values)
 
 
-_FLAGS = {name for name, kind in get_type_hints(Call).items() if kind is bool}
+_FLAGS = {name for name, kind in get_type_hints(CallRecord).items() if kind is bool}
 
 
 def _packed() -> list[list[tuple[str, int]]]:
-    """The fields of every word and their bits, at most 62 in a word."""
+    """The fields of each word and their widths, at most 62 bits in a word."""
     few = {
         "layer": 20,
         "dtype": 8,
         "autocast_dtype": 8,
-        "overlap": MOST_PARTS.bit_length(),
+        "overlap": MAX_OVERLAP.bit_length(),
         "tensor_parallel_size": 12,
     }
     words: list[list[tuple[str, int]]] = [[]]
-    for name in Call._fields:
+    for name in CallRecord._fields:
         bits = 1 if name in _FLAGS else few.get(name, 31)
         if sum(bits for _, bits in words[-1]) + bits > 62:
             words.append([])
@@ -185,17 +188,17 @@ def _packed() -> list[list[tuple[str, int]]]:
 
 _WORDS = _packed()
 NUM_WORDS = 1 + len(_WORDS)
-_MARK = 0x2D6F655F65787421  # as float32 or float64 numbers far from those of rows
+_MARKER = 0x2D6F655F65787421  # read as float32 or float64, far from the numbers in rows
 
 
 def check(sent: Tensor, received: Tensor, columns: int = NUM_WORDS) -> None:
-    """Raises Disagreement where a rank makes another call.
+    """Raise ConsistencyError where a rank makes another call.
 
-    sent, received: [ranks, NUM_WORDS], to and from every rank
-    columns: how many of the words must be the same; the first one tells the levels
+    sent, received: [ranks, NUM_WORDS], to and from each rank
+    columns: how many of the words must be equal; the first one holds the levels
 
-    The error names what differs where the host can see it: in eager code on the CPU. On a GPU and
-    in compiled code the device's own assertion fails, for which nothing waits.
+    In eager code on the CPU the error names the difference. On a GPU and in compiled code an
+    assertion on the device fails without names, so that the host never waits.
     """
     is_same = (sent[:, :columns] == received[:, :columns]).all()
     message = "ExpertParallel: all ranks must make the same calls with the same options"
@@ -209,71 +212,75 @@ def check(sent: Tensor, received: Tensor, columns: int = NUM_WORDS) -> None:
 
 
 def check_on_host(received: list[list[int]]) -> None:
-    """`check`, with the words of all ranks, this one among them, on the host."""
+    """`check` on the host. received: the words of all ranks, including this one's"""
     for rank, words in enumerate(received):
-        if words[0] - _MARK not in (1, 2):
-            raise RuntimeError(  # that other rank does not know, and this one must not go on
-                f"ExpertParallel: rank {rank} of the group is in the middle of another call, and "
-                "sends rows. Restart all ranks"
+        if words[0] - _MARKER not in (1, 2):
+            # Not a ConsistencyError: that rank does not know, so this one must not go on.
+            raise RuntimeError(
+                f"ExpertParallel: rank {rank} of the group sends rows in the middle of another "
+                "call. Restart all ranks"
             )
-    calls = list(map(Call.of_words, received))
+    calls = list(map(CallRecord.of_words, received))
     first = calls[0]
     failed = [rank for rank, call in enumerate(calls) if call.has_failed]
     for rank in failed:
-        if len(failed) < len(calls):  # where all failed, all have given up the batch
-            raise Disagreement(
+        if len(failed) < len(calls):  # if all failed, all have skipped the batch
+            raise ConsistencyError(
                 f"ExpertParallel: experts raised an exception in the last call on rank {rank} of "
                 "the group, and the other ranks got NaN from them. All ranks raise this error once "
-                "and may go on: give up the batch on all of them"
+                "and may continue: skip the batch on all of them"
             )
     for rank, call in enumerate(calls):
-        if call.sharers_differ:
-            raise Disagreement(
+        if call.tensor_group_differs:
+            raise ConsistencyError(
                 "ExpertParallel: ranks of a tensor_group must make the same call with the same "
-                f"tokens, got another call in that of rank {rank} of the group; the error there "
-                "says what differs"
+                f"tokens, got different calls in the tensor_group of rank {rank} of the group; "
+                "the error on that rank names the difference"
             )
     for rank, call in enumerate(calls):
-        if _place(call) != _place(first):
-            raise Disagreement(
+        if _name_of(call) != _name_of(first):
+            raise ConsistencyError(
                 "ExpertParallel: all ranks must make the same calls in the same order, got the "
-                f"{_place(first)} on rank 0 of the group and the {_place(call)} on rank {rank}. "
-                "Layers are numbered in the order in which a rank makes them, which must be the "
-                "same on all ranks; a rank that skips a layer or gives up a batch must not do so "
-                "alone"
+                f"{_name_of(first)} on rank 0 of the group and the {_name_of(call)} on rank "
+                f"{rank}. "
+                "Layers are numbered in the order of their creation. Create and call them in the "
+                "same order on all ranks; skip a layer or a batch on all ranks or on none"
             )
-    for name in Call._fields:
+    for name in CallRecord._fields:
         for rank, call in enumerate(calls):
             if getattr(call, name) != getattr(first, name):
                 _fail(name, _value(first, name), rank, _value(call, name))
     for rank, words in enumerate(received):
         if words[0] != received[0][0]:
-            _fail("levels", received[0][0] - _MARK, rank, words[0] - _MARK)
+            _fail("levels", received[0][0] - _MARKER, rank, words[0] - _MARKER)
 
 
-def disagreement(
-    group: dist.ProcessGroup | None, call: Call, tokens: Tensor
-) -> Disagreement | None:
-    """What differs between the ranks of a tensor_group, which must not raise it alone."""
+def compare_tensor_group(
+    group: dist.ProcessGroup | None, call: CallRecord, tokens: Tensor
+) -> ConsistencyError | None:
+    """Return the error that names how ranks of a tensor_group differ, or None.
+
+    The caller raises it after it has told the other ranks.
+    """
     words = torch.tensor([*call.words(1), tokens.shape[0]], device=tokens.device)
-    of_ranks = [torch.empty_like(words) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(of_ranks, words, group=group)
-    received = torch.stack(of_ranks).tolist()
+    gathered = [torch.empty_like(words) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, words, group=group)
+    received = torch.stack(gathered).tolist()
     try:
         check_on_host([words[:-1] for words in received])
         for rank, (*_, count) in enumerate(received):
             if count != received[0][-1]:
                 _fail("number of tokens in a tensor_group", received[0][-1], rank, count)
-    except Disagreement as error:
+    except ConsistencyError as error:
         return error
     return None
 
 
-def _place(call: Call) -> str:
+def _name_of(call: CallRecord) -> str:
     return f"{'backward' if call.is_backward else 'forward'} of layer {call.layer}"
 
 
-def _value(call: Call, name: str) -> object:
+def _value(call: CallRecord, name: str) -> object:
     value = getattr(call, name)
     if name in ("dtype", "autocast_dtype"):
         return DTYPES[value]
@@ -282,7 +289,7 @@ def _value(call: Call, name: str) -> object:
 
 def _fail(name: str, first: object, rank: int, other: object) -> NoReturn:
     hint = "; with uneven_tokens=True it may differ" if name == "capacity" else ""
-    raise Disagreement(
+    raise ConsistencyError(
         f"ExpertParallel: all ranks must have the same {name}, got {first} on rank 0 of the group "
         f"and {other} on rank {rank}{hint}"
     )

@@ -1,4 +1,4 @@
-"""Experts divided among the processes of a group."""
+"""Expert parallelism: the ranks of a group hold a part of the experts each."""
 
 from __future__ import annotations
 
@@ -11,74 +11,72 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional as F
 
 from .. import options
 from ..experts.base import ExpertParameters, Experts
 from ..experts.padded import routed_by, run_padded
 from ..experts.shared import SharedExperts
 from ..ops.checks import accumulate_dtype
-from ..ops.functional import combine, dispatch, has_autocast
-from ..ops.plan import Plan, make_plan
-from ..process_group import GroupAttribute
-from .all_to_all import Exchange, opens_backward
-from .consistency import DTYPES, MOST_PARTS, Call, Disagreement, Record, disagreement, record_of
-from .deepep import Journey
+from ..ops.functional import has_autocast
+from ..ops.plan import Plan
+from .communicator import Communicator
+from .consistency import DTYPES, MAX_OVERLAP, CallRecord, ConsistencyError, compare_tensor_group
+from .deepep import DeepEPTransport
 from .misuse import begin_call, mark_state, refuse_state, remember
-from .permute import once_per_process, once_per_route, rooms_of_experts, travel
 from .sharding import divide
-from .tensor_parallel import drop_tokens, gather_tokens
+from .tensor_parallel import TokenShards
+from .transports import AllToAllTransport, Transport, TwoLevelTransport
 
 
 class ExpertParallel(ExpertParameters, Experts):
-    """Experts of which every rank of a group holds a part: expert parallelism.
+    """Experts divided among the ranks of a group: expert parallelism.
 
     Args:
-        experts: the experts here, as many on every rank. Their ids among all follow the group's
-            order: those of the first rank come first. `ExpertParallel.of` takes all experts and
-            keeps this rank's part.
-        group: a process group; or a mesh of one dimension; or one of two, nodes and places in a
-            node: then rows travel between nodes together, and are sorted out inside
-        dedup: send a token once to a rank that has several of its experts, and weigh there. Fewer
-            bytes; what is summed is the same, in another order. In two levels a token goes once to
-            a node, and there once to a rank: experts divided among nodes, which divide theirs.
-        overlap: so many parts, of which one travels while the experts work on another
-        uneven_tokens: ranks may have different numbers of tokens, or none, with a capacity too.
+        experts: this rank's experts, as many on every rank. Expert ids follow the group's order:
+            the first rank's experts come first. `ExpertParallel.of` takes all experts and keeps
+            this rank's part.
+        group: a process group, a mesh of one dimension, or a mesh of nodes and local ranks. On the
+            latter rows for one node are collected before they cross to it.
+        dedup: send a token once to a rank that has several of its experts, and weight the outputs
+            there: fewer bytes, and the same sum in another order. On a mesh of nodes a token goes
+            once to a node, and there once to a rank.
+        overlap: number of chunks; one is sent while the experts work on another
+        uneven_tokens: with a capacity too, ranks may have different numbers of tokens, or none.
             Without a capacity they always may.
         average: gradients of the experts' parameters are those of the mean of the ranks' losses,
-            as data-parallel wrappers have all others, not of the sum. `parallel.data_parallel` and
-            `parallel.fully_shard` set it.
-        tensor_group: ranks that hold the same tokens and routes (tensor parallelism): each sends
-            its share, and all get the sum
-        deepep: a `deep_ep.ElasticBuffer` of the group: tokens travel by its kernels, in bfloat16
-            on NVIDIA GPUs. Not run with DeepEP itself yet, only with a stand-in for its buffer.
-        num_local_experts: of `experts` that are no moe_ext.Experts, as of MOELayer
-        ep_group_name: what parameters carry as `group_name`, beside `allreduce = False`, for
+            as data-parallel wrappers have all others, instead of the sum. `parallel.data_parallel`
+            and `parallel.fully_shard` set it.
+        tensor_group: ranks that hold the same tokens and routes (tensor parallelism). Each sends
+            its share, and all get the sum.
+        deepep: a `deep_ep.ElasticBuffer` of the group: its kernels send tokens, in bfloat16 on
+            NVIDIA GPUs. Tested with a stand-in for the buffer, not with DeepEP yet.
+        num_local_experts: number of `experts` that are not moe_ext.Experts, as for MOELayer
+        ep_group_name: the parameters' `group_name`, which stands beside `allreduce = False` for
             DeepSpeed's optimizers
 
-    Parameters, buffers and submodules are those of `experts`, under their own names: a rank's
-    state dict has the names that all experts have in one process. `moe_ext.parallel` has what
-    reduces their gradients and saves them.
+    Parameters, buffers and submodules are those of `experts`, under their own names. A state dict
+    has the names that all experts have on one rank. `moe_ext.parallel` reduces their gradients and
+    saves them.
 
-    With a capacity, equal on all ranks, an exchange is of equal parts, known beforehand; it
-    compiles whole. Otherwise rows are counted first, which the host reads: one synchronisation per
-    call (two with dedup in two levels), where torch.compile breaks its graph. A group of one rank
+    With a capacity, equal on all ranks, all counts are known beforehand, and an exchange compiles
+    whole. Otherwise ranks exchange counts first, which the host reads: one synchronisation per call
+    (two with dedup on a mesh of nodes), where torch.compile breaks its graph. A group of one rank
     exchanges nothing.
 
-    All ranks make the same ExpertParallels on a group in the same order, then the same calls, and
-    the same backwards: one without tokens too. Every exchange opens with a check of that.
+    All ranks create the same ExpertParallels on a group in the same order, then make the same calls
+    and the same backwards: a rank without tokens too. Every exchange begins with a check of that.
 
     Raises:
-        ValueError: arguments that do not fit
-        RuntimeError: in a call, on all ranks, where they differ in the layer they call, its options
-            or what they call it with. It names what differs; on a GPU only in the first call, with
-            gradients and without, and not in compiled code. Where experts raise an exception on
-            one rank, the others get NaN from them, and all raise in the next call.
+        ValueError: invalid arguments
+        RuntimeError: in a call, on all ranks, where they call different layers, or one with
+            different options or inputs. The error names the difference; on a GPU only in the first
+            call, with gradients and without, and not in compiled code. Where experts raise an
+            exception on one rank, the other ranks get NaN from them, and all raise in the next
+            call.
     """
 
-    tensor_group = GroupAttribute()
     local: nn.Module
-    _met: set[bool]  # the modes of autograd in which ranks have compared on the host
+    _compared_modes: set[bool]  # grad modes in which the host has compared the ranks
 
     def __init__(
         self,
@@ -94,70 +92,70 @@ class ExpertParallel(ExpertParameters, Experts):
         num_local_experts: int | None = None,
         ep_group_name: str | None = None,
     ) -> None:
-        name = "ExpertParallel"
-        if not isinstance(experts, nn.Module):
-            raise ValueError(
-                f"{name}: experts must be a module of experts, got {type(experts).__name__}"
-            )
-        if num_local_experts is None:
-            num_local_experts = getattr(experts, "num_experts", None)
-        num_local_experts = options.integer(name, "num_local_experts", num_local_experts, 1)
-        if isinstance(experts, SharedExperts):
-            raise ValueError(
-                f"{name}: experts must be the routed ones alone, got SharedExperts; give it an "
-                "ExpertParallel"
-            )
-        everyone = None
-        if dedup and isinstance(group, DeviceMesh) and group.ndim == 2:
-            everyone = Exchange(group)
-            nodes, places = group.get_all_groups()
-            experts = ExpertParallel(
-                experts, places, dedup=True, num_local_experts=num_local_experts
-            )
-            experts._met = {True, False}
-            num_local_experts, group = experts.num_experts, nodes
-        try:
-            exchange = Exchange(group)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        options.names(
-            name,
-            dedup=(dedup, (True, False)),
-            uneven_tokens=(uneven_tokens, (True, False)),
-            average=(average, (True, False)),
-        )
+        num_local_experts = _num_local_experts(experts, num_local_experts)
+        communicator = _communicator(group)
+        flags = {"dedup": dedup, "uneven_tokens": uneven_tokens, "average": average}
+        options.names(_NAME, **{name: (flag, (True, False)) for name, flag in flags.items()})
+        overlap = options.integer(_NAME, "overlap", overlap, 1)
+        options.numbers(_NAME, overlap=(overlap, 1, MAX_OVERLAP))
         if deepep is not None and (
             tensor_group is not None or overlap != 1 or isinstance(group, DeviceMesh)
         ):
-            raise ValueError(f"{name}: deepep goes with a process group, without the other options")
-        super().__init__(num_local_experts * exchange.size)
-        self.exchange = exchange
-        self._everyone = everyone or exchange
+            raise ValueError(
+                f"{_NAME}: deepep needs a process group, and neither tensor_group nor overlap, got "
+                f"group = {group!r}, tensor_group = {tensor_group!r}, overlap = {overlap}"
+            )
+        super().__init__(num_local_experts * communicator.size)
+        self.communicator = communicator
         self.dedup = dedup
-        self.overlap = options.integer(name, "overlap", overlap, 1)
-        options.numbers(name, overlap=(overlap, 1, MOST_PARTS))
+        self.overlap = overlap
         self.uneven_tokens = uneven_tokens
         self.average = average
-        self.tensor_group = tensor_group
         self.deepep = deepep
-        self.record().number_of(self)
-        self._met = set()
-        for member in (*experts._parameters, *experts._buffers, *experts._modules):
-            if hasattr(ExpertParallel, member):
-                raise ValueError(f"{name}: experts must not have a member called {member!r}")
-        # Not a submodule: its members are this one's.
-        self.__dict__["local"] = experts
+        self.shards = TokenShards(tensor_group)
+        self.transport = self._choose_transport(group, experts)
+        self.communicator.state.number_of(self)
+        self._compared_modes = set()
+        self._adopt(experts)
         self.expert_group_name = ep_group_name or f"ep_size_{self.size}"
-        for members in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            self.__dict__[members] = experts.__dict__[members]
         self.mark()
         self.register_state_dict_post_hook(mark_state)
         remember(self)
 
+    def _choose_transport(
+        self, group: dist.ProcessGroup | DeviceMesh, experts: nn.Module
+    ) -> Transport:
+        if self.deepep is not None:
+            return DeepEPTransport(self.deepep, self.communicator)
+        if self.dedup and self.communicator.group is None:
+            assert isinstance(group, DeviceMesh)
+            return TwoLevelTransport(group, self.shards)
+        return AllToAllTransport(
+            self.communicator,
+            self.shards,
+            dedup=self.dedup,
+            uneven_tokens=self.uneven_tokens,
+            # Other modules take capacity buffers [ranks, E_local, C, H].
+            as_buffer=not isinstance(experts, Experts),
+        )
+
+    def _adopt(self, experts: nn.Module) -> None:
+        """Share the experts' parameters, buffers and submodules.
+
+        Not as a submodule, which would prefix the names in a state dict. Both modules share each
+        dict itself: FSDP and `load_state_dict(assign=True)` replace parameters in it.
+        """
+        for member in (*experts._parameters, *experts._buffers, *experts._modules):
+            if hasattr(ExpertParallel, member):
+                raise ValueError(f"{_NAME}: experts must not have a member called {member!r}")
+        self.__dict__["local"] = experts
+        for members in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.__dict__[members] = experts.__dict__[members]
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        # A copy is a layer of its own. One rank alone may have it, as the best so far: such a copy
-        # must not count, and has no number in the group's Record.
+        # A copy is a layer of its own. One rank alone may keep one, such as its best model: so a
+        # copy gets no number until its first call.
         remember(self)
 
     @classmethod
@@ -167,19 +165,16 @@ class ExpertParallel(ExpertParameters, Experts):
         """Keep this rank's part of all experts.
 
         Args:
-            experts: all of them, alike on every rank: GroupedExperts, ModuleExperts, or others with
+            experts: all experts, equal on every rank: GroupedExperts, ModuleExperts, or others with
                 stacked parameters [E, ...] or a ModuleList of E experts
-            group: as of ExpertParallel
+            group: as in ExpertParallel
             **kwargs: other arguments of ExpertParallel
 
         Raises:
             ValueError: experts that do not divide evenly
         """
-        try:
-            exchange = Exchange(group)
-        except ValueError as error:
-            raise ValueError(f"{cls.__name__}: {error}") from None
-        return cls(divide(experts, exchange.rank, exchange.size), group, **kwargs)
+        communicator = _communicator(group)
+        return cls(divide(experts, communicator.rank, communicator.size), group, **kwargs)
 
     @property
     def hidden_size(self) -> int | None:
@@ -187,31 +182,31 @@ class ExpertParallel(ExpertParameters, Experts):
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The group of the exchange; None for an exchange in two levels."""
-        return self.exchange.group
+        """The group of the exchange; None on a mesh of nodes and local ranks."""
+        return self.communicator.group
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same tokens."""
+        return self.shards.group
 
     @property
     def size(self) -> int:
-        """How many ranks share the experts."""
-        local = self.local
-        return self.exchange.size * (local.size if isinstance(local, ExpertParallel) else 1)
+        """The number of ranks that share the experts."""
+        return self.communicator.size
 
     @property
     def rank(self) -> int:
-        """This rank's place among them."""
-        local = self.local
-        if not isinstance(local, ExpertParallel):
-            return self.exchange.rank
-        return self.exchange.rank * local.size + local.rank
+        """This rank's index among them."""
+        return self.communicator.rank
 
     @property
     def num_local_experts(self) -> int:
         return self.num_experts // self.size
 
     def experts_here(self) -> nn.Module:
-        """The experts of this rank, as they were given."""
-        local = self.local
-        return local.experts_here() if isinstance(local, ExpertParallel) else local
+        """This rank's experts, as they were given."""
+        return self.local
 
     def extra_repr(self) -> str:
         return (
@@ -229,7 +224,7 @@ class ExpertParallel(ExpertParameters, Experts):
         if reset is not None:
             reset()
 
-    # Names and layouts are the experts' own matter.
+    # Experts may save other names and layouts than those of their parameters.
 
     def _save_to_state_dict(self, *args) -> None:
         self.local._save_to_state_dict(*args)
@@ -239,8 +234,8 @@ class ExpertParallel(ExpertParameters, Experts):
         self.local._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def unobserved(self) -> dict[str, Any]:
-        """As of `Layer.unobserved`: the first calls of a process compare more."""
-        return {"_met": set(self._met)}
+        """As in `Layer.unobserved`: the first calls of a process compare more."""
+        return {"_compared_modes": set(self._compared_modes)}
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         return self(tokens, plan, weights)[0]
@@ -248,17 +243,17 @@ class ExpertParallel(ExpertParameters, Experts):
     def routed_beside(
         self, work: Callable[[], Tensor], tokens: Tensor, plan: Plan, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`routed`, and the result of `work`, which runs while rows travel.
+        """`routed`, and the result of `work`, which overlaps with communication.
 
         Args:
-            work: a function that needs nothing of the experts
+            work: a function that does not need the experts' output
             tokens: [T, H]
             plan: of all experts
             weights: [T, K]
         """
         return self(tokens, plan, weights, work)
 
-    # As every module's, of arguments of its own; `routed` is what experts have in common.
+    # Modules have forwards with different arguments; `routed` is the interface of all experts.
     def forward(  # type: ignore[override]
         self,
         tokens: Tensor,
@@ -266,13 +261,13 @@ class ExpertParallel(ExpertParameters, Experts):
         weights: Tensor,
         work: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The weighted sum of every token's experts, wherever they are, and what `work` gives.
+        """The weighted sum of every token's experts on all ranks, and the result of `work`.
 
         Args:
             tokens: [T, H]
             plan: of all experts
             weights: [T, K]
-            work: a function that needs nothing of the experts, called while rows travel
+            work: a function that does not need the experts' output; it overlaps with communication
 
         Returns:
             ([T, H], the result of `work` or None)
@@ -282,57 +277,47 @@ class ExpertParallel(ExpertParameters, Experts):
                 f"ExpertParallel: plan must be of E = {self.num_experts} experts, "
                 f"got {plan.num_experts}"
             )
-        if self.exchange.size == 1:
-            done = None if work is None else work()
-            return self._routed_here(tokens, plan, weights), done
+        if self.size == 1:
+            result = None if work is None else work()
+            return self._run_experts(tokens, plan, weights), result
         # Data-parallel wrappers may cast what they pass on.
         weights = weights.to(accumulate_dtype(tokens.dtype))
-        call = self._call(tokens, plan, weights)
+        call = self._call_record(tokens, plan, weights)
+        run = self._run_experts
         if torch.compiler.is_compiling():
-            return self._exchanged(call, False, tokens, plan, weights, work)
-        is_named = call.grad_enabled not in self._met
-        self._met.add(call.grad_enabled)
-        exchange = self._exchanged if self.tensor_group is None else self._compared
-        with self.record().forward():
-            return exchange(call, is_named, tokens, plan, weights, work)
+            return self.transport.exchange(call, False, tokens, plan, weights, run, work)
+        on_host = call.grad_enabled not in self._compared_modes
+        self._compared_modes.add(call.grad_enabled)
+        with self.communicator.state.call():
+            error = self._tensor_group_error(call, on_host, tokens)
+            call = call._replace(tensor_group_differs=error is not None)
+            try:
+                return self.transport.exchange(call, on_host, tokens, plan, weights, run, work)
+            except ConsistencyError as told:
+                raise error or told from None
 
-    def _compared(
-        self, call: Call, is_named: bool, tokens, plan, weights, work
-    ) -> tuple[Tensor, Tensor | None]:
-        """`_exchanged`, after a comparison with the ranks that share these tokens. What differs
-        there is told to all others."""
-        self._begin_exchange()
-        error = None
-        if is_named or tokens.device.type == "cpu":
-            error = disagreement(self.tensor_group, call, tokens)
-        call = call._replace(sharers_differ=error is not None)
-        try:
-            return self._exchanged(call, is_named, tokens, plan, weights, work)
-        except Disagreement as told:
-            raise error or told from None
+    def _tensor_group_error(
+        self, call: CallRecord, on_host: bool, tokens: Tensor
+    ) -> ConsistencyError | None:
+        """How ranks of the tensor_group differ. The exchange tells all other ranks."""
+        if self.tensor_group is None:
+            return None
+        self.communicator.begin_exchange()
+        if on_host or tokens.device.type == "cpu":
+            return compare_tensor_group(self.tensor_group, call, tokens)
+        return None
 
-    def _exchanged(
-        self, call: Call, is_named: bool, tokens, plan, weights, work
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.deepep is not None or self._everyone is not self.exchange:
-            self._begin_exchange()
-            none = plan.load.new_empty(self._everyone.size, 0)
-            self._everyone.counts(call, none, is_named)
-        if self.deepep is not None:
-            return self._by_deepep(tokens, plan, weights, work)
-        if self._sends_equal_parts(plan):
-            return self._equal(call, is_named, tokens, plan, weights, work)
-        return self._counted(call, tokens, plan, weights, work)
-
-    def _call(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Call:
+    def _call_record(self, tokens: Tensor, plan: Plan, weights: Tensor) -> CallRecord:
         is_enabled, device_type = torch.is_grad_enabled(), tokens.device.type
         dtype = autocast_dtype = DTYPES.index(tokens.dtype)
         if has_autocast(tokens.device):
             autocast_dtype = DTYPES.index(torch.get_autocast_dtype(device_type))
-        return Call(
+        has_equal_capacity = not (self.uneven_tokens or self.dedup)
+        return CallRecord(
             layer=begin_call(id(self)),
-            has_failed=not torch.compiler.is_compiling() and self.record().begin_forward(),
+            has_failed=not torch.compiler.is_compiling() and self.communicator.state.take_failure(),
             is_backward=False,
+            tensor_group_differs=False,
             dedup=self.dedup,
             uneven_tokens=self.uneven_tokens,
             average=self.average,
@@ -344,123 +329,60 @@ class ExpertParallel(ExpertParameters, Experts):
             dtype=dtype,
             autocast_dtype=autocast_dtype,
             overlap=self.overlap,
-            tensor_parallel_size=self._sharers(),
-            sharers_differ=False,
+            tensor_parallel_size=self.shards.size,
             num_experts=self.num_experts,
             hidden_size=tokens.shape[1],
             k=plan.slots.shape[1],
-            capacity=(plan.capacity or 0) if self._sends_equal_parts(plan) else 0,
+            capacity=(plan.capacity or 0) if has_equal_capacity else 0,
         )
 
-    def _sends_equal_parts(self, plan: Plan) -> bool:
-        return plan.capacity is not None and not self.uneven_tokens and not self.dedup
-
-    def _equal(
-        self, call: Call, is_named: bool, tokens, plan, weights, work
-    ) -> tuple[Tensor, Tensor | None]:
-        """Every expert's room [C, H] goes to its process, empty rows too."""
-        E, H = plan.num_experts, tokens.shape[1]
-        rooms = self._my_share(dispatch(tokens, plan).view(E, plan.capacity, H), 1)
-        before = 0 if self.tensor_group is None else self.tensor_group.rank() * rooms.shape[1]
-        kept = (plan.kept() - before).clamp(0, rooms.shape[1])
-        self._begin_exchange()
-        # DeepSpeed's experts take the rows as they arrive.
-        as_rooms = not isinstance(self.local, Experts)
-        trips = rooms_of_experts(self.exchange, call, rooms, kept, self.overlap, is_named, as_rooms)
-        run = self._rooms_here if as_rooms else self._routed_here
-        parts, result, failure = self._travel(call, trips, run, work)
-        rooms = _joined([part.view(E, -1, H) for part in parts], 1)
-        rooms = gather_tokens(rooms, 1, self.tensor_group)[:, : plan.capacity]
-        if failure is not None:
-            raise failure
-        return combine(rooms.reshape(E * plan.capacity, H), plan, weights), result
-
-    # Sizes that differ in every call: compiled, each would be a program of its own.
-    @torch.compiler.disable
-    def _counted(self, call: Call, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
-        """Rows that routes own, and no others."""
-        num_tokens = tokens.shape[0]
-        experts = self._my_share(torch.where(plan.slots >= 0, plan.expert_ids, -1), 0, -1)
-        tokens, weights = self._my_share(tokens, 0), self._my_share(weights, 0)
-        split = [x.tensor_split(self.overlap) for x in (tokens, experts, weights)]
-        parts = list(zip(*split, strict=True))
-        self._begin_exchange()
-        pack = once_per_process if self.dedup else once_per_route
-        trips, plans = pack(self.exchange, call, parts)
-        backs, result, failure = self._travel(call, trips, self._routed_here, work)
-        outs = [
-            combine(rows, plan, None if self.dedup else weights)
-            for rows, plan, (_, _, weights) in zip(backs, plans, parts, strict=True)
-        ]
-        out = gather_tokens(_joined(outs, 0), 0, self.tensor_group)
-        if failure is not None:
-            raise failure
-        return out[:num_tokens], result
-
-    def _travel(
-        self, call: Call, trips, run, work
-    ) -> tuple[list[Tensor], Tensor | None, BaseException | None]:
-        """The rows that came back, the result of `work`, and an exception to raise when all other
-        ranks have what they wait for."""
-        backs, result, failure, nodes = travel(trips, run, work)
-        if not torch.compiler.is_compiling():
-            self.record().is_open = False
-        if failure is not None:
-            self.record().has_failed = True
-        return opens_backward(backs, self._everyone, call, nodes), result, failure
-
-    def _begin_exchange(self) -> None:
-        if not torch.compiler.is_compiling():
-            self.record().is_open = True
-
-    def record(self) -> Record:
-        """What this rank remembers of the group."""
-        return record_of(self._everyone.first_group)
-
-    def _by_deepep(self, tokens, plan, weights, work) -> tuple[Tensor, Tensor | None]:
-        experts = torch.where(plan.slots >= 0, plan.expert_ids, -1)
-        journey = Journey(self.deepep, self.num_experts)
-        arrived, weights, ids = journey.depart(tokens, weights, experts)
-        result = None if work is None else work()
-        journey.wait()
-        there = make_plan(ids.int(), self.num_experts // self.exchange.size, order="token")
-        return journey.come_back(self._routed_here(arrived, there, weights)), result
-
-    def _routed_here(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-        return self._averaged(
-            lambda x, w: routed_by(self.local)(self.local, x, plan, w), tokens, weights
-        )
-
-    def _rooms_here(self, rooms: Tensor) -> Tensor:
-        return self._averaged(partial(run_padded, self.local), rooms)
+    def _run_experts(self, *inputs) -> Tensor:
+        """inputs: tokens, plan and weights; or a capacity buffer"""
+        run = routed_by(self.local)  # refuses experts that are wrapped alone
+        if len(inputs) == 1:
+            return self._averaged(partial(run_padded, self.local), *inputs)
+        tokens, plan, weights = inputs
+        return self._averaged(lambda x, w: run(self.local, x, plan, w), tokens, weights)
 
     def _averaged(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         if not self.average or self.size == 1:
             return run(*inputs)
-        # A smaller gradient inside, for all parameters there are. Processes that share their tokens
-        # have one loss together.
-        losses = self.size / self._sharers()
-        out = run(*(_Scaled.apply(x, losses) for x in inputs))
-        return _Scaled.apply(out, 1 / losses)
-
-    def _sharers(self) -> int:
-        return 1 if self.tensor_group is None else dist.get_world_size(self.tensor_group)
-
-    def _my_share(self, tensor: Tensor, dim: int, filler: int = 0) -> Tensor:
-        """Of `dim`, filled up to equal shares; where none share, all of it."""
-        if missing := -tensor.shape[dim] % self._sharers():
-            padding = [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]
-            tensor = F.pad(tensor, padding, value=filler)
-        return drop_tokens(tensor, dim, self.tensor_group)
+        # Gradients are smaller inside `run`, and so at all parameters. Ranks of a tensor_group have
+        # one loss together.
+        losses = self.size / self.shards.size
+        out = run(*(_ScaleGradient.apply(x, losses) for x in inputs))
+        return _ScaleGradient.apply(out, 1 / losses)
 
 
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    # One part alone would be copied.
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+_NAME = "ExpertParallel"
 
 
-class _Scaled(Function):
-    """The same, with a gradient times a factor."""
+def _num_local_experts(experts: nn.Module, number: int | None) -> int:
+    """Check the module of experts and return how many it holds."""
+    if not isinstance(experts, nn.Module):
+        raise ValueError(
+            f"{_NAME}: experts must be a module of experts, got {type(experts).__name__}"
+        )
+    if number is None:
+        number = getattr(experts, "num_experts", None)
+    number = options.integer(_NAME, "num_local_experts", number, 1)
+    if isinstance(experts, SharedExperts):
+        raise ValueError(
+            f"{_NAME}: experts must be routed experts, got SharedExperts; pass it an "
+            "ExpertParallel: SharedExperts(ExpertParallel(experts, group), shared)"
+        )
+    return number
+
+
+def _communicator(group: dist.ProcessGroup | DeviceMesh) -> Communicator:
+    try:
+        return Communicator(group)
+    except ValueError as error:
+        raise ValueError(f"{_NAME}: {error}") from None
+
+
+class _ScaleGradient(Function):
+    """Return the tensor and multiply its gradient by a factor."""
 
     @staticmethod
     def forward(tensor, factor):

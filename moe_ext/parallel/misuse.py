@@ -38,10 +38,10 @@ def begin_call(key: int) -> int:
     _refuse_ddp(experts)
     _refuse_fsdp(experts)
     _refuse_fsdp1(experts)
-    record = experts.record()
-    if experts not in record.numbers:
+    state = experts.communicator.state
+    if experts not in state.layer_numbers:
         _refuse_other_rank(experts)
-    return record.number_of(experts)
+    return state.number_of(experts)
 
 
 # As of torch.compiler.assume_constant_result, which would load all of torch._dynamo.
@@ -53,7 +53,7 @@ def _refuse_ddp(experts: ExpertParallel) -> None:
     if ddp is None or hasattr(ddp, "reduces_experts"):  # as parallel.data_parallel leaves it
         return
     averaged = set(dist.get_process_group_ranks(ddp.process_group))
-    if all(len(averaged.intersection(ranks)) < 2 for ranks in experts.exchange.ranks()):
+    if all(len(averaged.intersection(ranks)) < 2 for ranks in experts.communicator.global_ranks()):
         return
     mine = {id(parameter) for parameter in experts.parameters()}
     for name, parameter in ddp.module.named_parameters():
@@ -102,7 +102,7 @@ def _refuse_fsdp1(experts: ExpertParallel) -> None:
 
 
 def _refuse_other_rank(experts: ExpertParallel) -> None:
-    if experts.exchange.rank_here() != experts.exchange.rank:
+    if experts.communicator.current_rank() != experts.rank:
         raise RuntimeError(
             f"ExpertParallel: this copy holds the experts of rank {experts.rank} of "
             f"{experts.size}, and was loaded on another rank. Save a whole module on each rank "

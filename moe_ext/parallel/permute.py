@@ -1,222 +1,153 @@
-"""What goes out to the experts of other processes, and what becomes of it there."""
+"""Permute tokens into blocks for an all-to-all, and prepare received rows for the experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from ..ops.checks import accumulate_dtype
-from ..ops.functional import dispatch, has_autocast
+from ..ops.functional import dispatch
 from ..ops.plan import Plan, make_plan
 from ..routing.losses import expert_load
-from .all_to_all import Exchange, Move, Path, Travelling, back, finish, start
-from .consistency import Call
+from .all_to_all import AllToAll, Steps
+from .communicator import Communicator
+from .consistency import CallRecord
 
 
-class Trip(NamedTuple):
-    """A part of the work: what goes out, and what becomes of it.
+class Chunk(NamedTuple):
+    """One overlap chunk of an exchange.
 
-    out: tensors [R, ...] that travel together
-    arrive: of what came, gives the arguments of `run`: the tokens, plan and weights of the experts
-        here, or their rooms
+    send: tensors [R, ...] sent by the same steps; the first holds tokens
+    expert_inputs: turns the received tensors into the experts' arguments, which are tokens, plan
+        and weights, or a capacity buffer alone
     """
 
-    path: Path
-    out: tuple[Tensor, ...]
-    arrive: Callable[..., tuple]
+    steps: Steps
+    send: tuple[Tensor, ...]
+    expert_inputs: Callable[..., tuple]
 
 
-_Departed = tuple[Path, Callable[..., tuple], list[Travelling]]
+Part = tuple[Tensor, Tensor, Tensor]
+"""Tokens [T, H], expert ids [T, K] and weights [T, K] of one overlap chunk."""
 
 
-def travel(
-    trips: Iterable[Trip], run: Callable[..., Tensor], work: Callable[[], Tensor] | None
-) -> Travelled:
-    """Every part to its experts and back. The next one travels while the experts work.
-
-    After an exception all rows travel still, NaN in place of what a `run` would give: another rank
-    that waits for them would take the next message for rows. `run` may exchange rows too, so that
-    it is called for every part.
-    """
-    attempt = _Attempt()
-    leaving, result, nodes = [], None, []
-    departed = map(_depart, trips)
-    # One ahead; what has left is not kept.
-    coming: _Departed | None = next(departed)
-    if work is not None:
-        result = attempt(work)
-    while coming is not None:
-        (path, arrive, arriving), coming = coming, next(departed, None)
-        if not torch.compiler.is_compiling():
-            nodes += [tensor.rows.grad_fn for tensor in arriving if tensor.rows.requires_grad]
-        arrived = list(map(finish, arriving))
-        rows = attempt(_at_experts, run, arrive, arrived)
-        if rows is None:  # which no experts give
-            rows = arrived[0].new_full(arrived[0].shape, torch.nan)
-        leaving.append(start(rows, back(path)))
-    return Travelled(list(map(finish, leaving)), result, attempt.failure, nodes)
-
-
-def _at_experts(run: Callable[..., Tensor], arrive: Callable, arrived: list[Tensor]) -> Tensor:
-    rows = run(*arrive(*arrived))
-    expected, dtype, device = arrived[0].shape, arrived[0].dtype, arrived[0].device
-    if not isinstance(rows, Tensor) or rows.shape != expected:
-        got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise RuntimeError(
-            f"ExpertParallel: experts must return [R, H] = {list(expected)}, got {got}"
-        )
-    # All ranks send rows of a width that the call tells.
-    if has_autocast(device) and rows.dtype == torch.get_autocast_dtype(device.type):
-        return rows
-    return rows.to(dtype)
-
-
-class Travelled(NamedTuple):
-    """What `travel` gives.
-
-    backs: the rows that came back
-    result: of `work`
-    failure: the first exception that `run` or `work` raised
-    nodes: in the backward, those that send the gradients of what went out
-    """
-
-    backs: list[Tensor]
-    result: Tensor | None
-    failure: BaseException | None
-    nodes: list[Node | None]
-
-
-class _Attempt:
-    """Calls functions and keeps the first exception that one raises."""
-
-    def __init__(self) -> None:
-        self.failure: BaseException | None = None
-
-    def __call__(self, function: Callable[..., Tensor], *args) -> Tensor | None:
-        if torch.compiler.is_compiling():
-            return function(*args)
-        try:
-            return function(*args)
-        except BaseException as error:  # an interrupt too
-            self.failure = self.failure or error
-        return None
-
-
-def _depart(trip: Trip) -> _Departed:
-    return trip.path, trip.arrive, [start(tensor, trip.path) for tensor in trip.out]
-
-
-def rooms_of_experts(
-    exchange: Exchange,
-    call: Call,
-    rooms: Tensor,
+def capacity_chunks(
+    communicator: Communicator,
+    call: CallRecord,
+    buffer: Tensor,
     kept: Tensor,
-    overlap: int,
-    is_named: bool,
-    as_rooms: bool,
-) -> list[Trip]:
-    """Every expert's room goes to its process, empty rows too.
+    on_host: bool,
+    as_buffer: bool,
+) -> list[Chunk]:
+    """Send every expert's capacity buffer to its rank, empty rows too.
 
-    rooms: [E, C, H], of which kept [E] rows of each expert are filled
-    as_rooms: the experts take rooms [ranks, experts here, C, H], not tokens, a plan and weights
+    buffer: [E, C, H], of which kept [E] rows of each expert are filled
+    on_host: as in Communicator.exchange_counts
+    as_buffer: the experts take buffers [ranks, E_local, C, H] in place of tokens, plan and weights
     """
-    E, _, H = rooms.shape
-    W, L = exchange.size, E // exchange.size
-    load = exchange.counts(call, kept.view(W, L), is_named)
-    trips, done = [], 0
-    for part in rooms.tensor_split(overlap, dim=1):
+    E, _, H = buffer.shape
+    ranks, E_local = communicator.size, E // communicator.size
+    load = communicator.exchange_counts(call, kept.view(ranks, E_local), on_host)
+    chunks, done = [], 0
+    for part in buffer.tensor_split(call.overlap, dim=1):
         C = part.shape[1]
-        ids = _ids_of_rooms((load - done).clamp(0, C), C)
+        ids = _ids_of_buffers((load - done).clamp(0, C), C)
 
-        def arrive(rows: Tensor, ids: Tensor = ids, C: int = C) -> tuple:
-            if as_rooms:
-                return (rows.view(W, L, C, H),)
-            return rows, make_plan(ids, L, W * C), _ones(rows)
+        def expert_inputs(rows: Tensor, ids: Tensor = ids, C: int = C) -> tuple:
+            if as_buffer:
+                return (rows.view(ranks, E_local, C, H),)
+            return rows, make_plan(ids, E_local, ranks * C), _ones(rows)
 
-        trips.append(Trip(exchange.equal(L * C), (part.reshape(-1, H),), arrive))
+        steps = communicator.equal_steps(E_local * C)
+        chunks.append(Chunk(steps, (part.reshape(-1, H),), expert_inputs))
         done += C
-    return trips
+    return chunks
 
 
-def once_per_route(
-    exchange: Exchange, call: Call, parts: list
-) -> tuple[Iterator[Trip], list[Plan]]:
-    """parts: tokens [T, H], experts [T, K] and weights [T, K] of each. Every route has a row of
-    its own. Also the plans of the rows that go out.
-    """
-    W, L = exchange.size, call.num_experts // exchange.size
+def route_chunks(
+    communicator: Communicator, call: CallRecord, parts: list[Part]
+) -> tuple[Iterator[Chunk], list[Plan]]:
+    """Send one row per route. Returns chunks, and the plan of each one's sent rows."""
+    ranks, E_local = communicator.size, call.num_experts // communicator.size
     plans = [make_plan(ids, call.num_experts, order="token") for _, ids, _ in parts]
-    loads = torch.stack([plan.load.view(W, L) for plan in plans], dim=1)
+    loads = torch.stack([plan.load.view(ranks, E_local) for plan in plans], dim=1)
     counts = torch.cat([loads.sum(dim=2, keepdim=True, dtype=loads.dtype), loads], dim=2)
-    paths, received, sums = exchange.counted(call, counts)
-    plans = [_without_empty_rows(*pair) for pair in zip(plans, paths, strict=True)]
-    local = torch.arange(L, dtype=torch.int32, device=counts.device).repeat(W)
+    steps, received, sums = communicator.exchange_steps(call, counts)
+    plans = [_without_empty_rows(*pair) for pair in zip(plans, steps, strict=True)]
+    local_ids = torch.arange(E_local, dtype=torch.int32, device=counts.device).repeat(ranks)
 
-    def trip(i: int) -> Trip:
+    def chunk(i: int) -> Chunk:
         plan, load, total = plans[i], received[:, i, 1:], sums[i][0]
 
-        def arrive(rows: Tensor) -> tuple[Tensor, Plan, Tensor]:
-            ids = local.repeat_interleave(load.flatten(), output_size=total)
-            return rows, make_plan(ids[:, None], L, order="token"), _ones(rows)
+        def expert_inputs(rows: Tensor) -> tuple[Tensor, Plan, Tensor]:
+            ids = local_ids.repeat_interleave(load.flatten(), output_size=total)
+            return rows, make_plan(ids[:, None], E_local, order="token"), _ones(rows)
 
-        return Trip(paths[i], (dispatch(parts[i][0], plan),), arrive)
+        return Chunk(steps[i], (dispatch(parts[i][0], plan),), expert_inputs)
 
-    return map(trip, range(len(parts))), plans
+    return map(chunk, range(len(parts))), plans
 
 
-def once_per_process(
-    exchange: Exchange, call: Call, parts: list
-) -> tuple[Iterator[Trip], list[Plan]]:
-    """The same, where a token goes once to a process, with its ids and weights."""
-    W, L = exchange.size, call.num_experts // exchange.size
-    owners = [torch.where(ids >= 0, ids // L, -1) for _, ids, _ in parts]
-    plans = [make_plan(_first_of_each(ranks), W, order="token") for ranks in owners]
+def token_chunks(
+    communicator: Communicator, call: CallRecord, parts: list[Part]
+) -> tuple[Iterator[Chunk], list[Plan]]:
+    """Send a token once to each rank that has any of its experts, with ids and weights.
+
+    Returns chunks, and the plan of each one's sent rows.
+    """
+    ranks, E_local = communicator.size, call.num_experts // communicator.size
+    owners = [torch.where(ids >= 0, ids // E_local, -1) for _, ids, _ in parts]
+    plans = [make_plan(_without_duplicates(ids), ranks, order="token") for ids in owners]
     rows = torch.stack([plan.load for plan in plans], dim=1)
-    routes = torch.stack([expert_load(ranks, W) for ranks in owners], dim=1)
+    routes = torch.stack([expert_load(ids, ranks) for ids in owners], dim=1)
     counts = torch.stack([rows.to(routes.dtype), routes], dim=2)
-    paths, _, sums = exchange.counted(call, counts)
-    plans = [_without_empty_rows(*pair) for pair in zip(plans, paths, strict=True)]
+    steps, _, sums = communicator.exchange_steps(call, counts)
+    plans = [_without_empty_rows(*pair) for pair in zip(plans, steps, strict=True)]
 
-    def trip(i: int) -> Trip:
-        plan, ranks, total = plans[i], owners[i], sums[i][1]
+    def chunk(i: int) -> Chunk:
+        plan, owner, total = plans[i], owners[i], sums[i][1]
         tokens, ids, weights = parts[i]
         token = plan.sources // ids.shape[1]
-        is_there = ranks[token] == ranks.flatten()[plan.sources][:, None]
-        there = torch.where(is_there, ids[token] % L, -1)
+        is_there = owner[token] == owner.flatten()[plan.sources][:, None]
+        there = torch.where(is_there, ids[token] % E_local, -1)
 
-        def arrive(rows: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Plan, Tensor]:
-            plan = make_plan(ids, L, order="token")
+        def expert_inputs(
+            rows: Tensor, ids: Tensor, weights: Tensor
+        ) -> tuple[Tensor, Plan, Tensor]:
+            plan = make_plan(ids, E_local, order="token")
             return rows, plan._replace(sources=plan.sources[:total]), weights
 
-        return Trip(paths[i], (dispatch(tokens, plan), there, dispatch(weights, plan)), arrive)
+        send = dispatch(tokens, plan), there, dispatch(weights, plan)
+        return Chunk(steps[i], send, expert_inputs)
 
-    return map(trip, range(len(parts))), plans
+    return map(chunk, range(len(parts))), plans
 
 
 def _ones(rows: Tensor) -> Tensor:
     return torch.ones(rows.shape[0], 1, dtype=accumulate_dtype(rows.dtype), device=rows.device)
 
 
-def _ids_of_rooms(load: Tensor, capacity: int) -> Tensor:
-    """The experts [W * L * C, 1] of rows in rooms of which the first `load` [W, L] are filled."""
-    L = load.shape[1]
-    ids = torch.arange(L, dtype=torch.int32, device=load.device)[:, None]
-    place = torch.arange(capacity, dtype=torch.int32, device=load.device)
-    return torch.where(place < load[..., None], ids, -1).view(-1, 1)
+def _ids_of_buffers(load: Tensor, capacity: int) -> Tensor:
+    """The expert id of each row [ranks * E_local * C, 1], -1 for an empty one.
+
+    load: [ranks, E_local], how many rows of each buffer are filled
+    """
+    ids = torch.arange(load.shape[1], dtype=torch.int32, device=load.device)[:, None]
+    position = torch.arange(capacity, dtype=torch.int32, device=load.device)
+    return torch.where(position < load[..., None], ids, -1).view(-1, 1)
 
 
-def _first_of_each(ranks: Tensor) -> Tensor:
-    """[T, K] with -1 for what stands in an earlier column too."""
-    equal = ranks[:, :, None] == ranks[:, None, :]
-    return torch.where(equal.tril(-1).any(dim=2), -1, ranks)
+def _without_duplicates(ids: Tensor) -> Tensor:
+    """[T, K] with -1 for an id that an earlier column has too."""
+    equal = ids[:, :, None] == ids[:, None, :]
+    return torch.where(equal.tril(-1).any(dim=2), -1, ids)
 
 
-def _without_empty_rows(plan: Plan, path: Path) -> Plan:
-    # All rows of a plan without gaps that routes own come first.
-    first = path[0]
-    sent = first.send if isinstance(first, Move) else first.sizes
+def _without_empty_rows(plan: Plan, steps: Steps) -> Plan:
+    # A plan without gaps has its empty rows at the end.
+    first = steps[0]
+    sent = first.send_counts if isinstance(first, AllToAll) else first.sizes
     return plan._replace(sources=plan.sources[: sum(sent)])

@@ -1,4 +1,4 @@
-"""Tokens that all tensor-parallel ranks hold: keep a part of them, and gather the parts."""
+"""Tensor parallelism: split tokens that all ranks of a group hold, and gather them again."""
 
 from __future__ import annotations
 
@@ -6,22 +6,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
+
+from ..process_group import GroupAttribute
 
 
 def drop_tokens(input_: Tensor, dim: int = 0, group: dist.ProcessGroup | None = None) -> Tensor:
-    """This process's part of `dim`; the gradient is gathered.
+    """Keep this rank's part of `dim`; the gradient is gathered.
 
-    group: the processes that hold the same input; None or one process keeps all
+    group: ranks that hold the same input; None or a group of one keeps all
     """
     return input_ if _size(group) == 1 else _DropTokens.apply(input_, dim, group)
 
 
 def gather_tokens(input_: Tensor, dim: int = 0, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The parts of all processes, along `dim`; the gradient is this process's part.
+    """Gather the parts of all ranks along `dim`; the gradient is this rank's part.
 
-    group: the processes that hold a part each; None or one process has all
+    group: ranks that hold a part each; None or a group of one has all
     """
     return input_ if _size(group) == 1 else _GatherTokens.apply(input_, dim, group)
+
+
+class TokenShards:
+    """Shares of tokens among the ranks of a tensor_group; None keeps all tokens on the rank."""
+
+    group = GroupAttribute()
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.size = _size(group)
+        self.rank = 0 if group is None else group.rank()
+
+    def split(self, tensor: Tensor, dim: int, filler: int = 0) -> Tensor:
+        """This rank's share of `dim`, which is padded with `filler` to equal shares."""
+        if missing := -tensor.shape[dim] % self.size:
+            padding = [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]
+            tensor = F.pad(tensor, padding, value=filler)
+        return drop_tokens(tensor, dim, self.group)
+
+    def gather(self, tensor: Tensor, dim: int) -> Tensor:
+        """All shares along `dim`, padding included."""
+        return gather_tokens(tensor, dim, self.group)
 
 
 def _size(group: dist.ProcessGroup | None) -> int:

@@ -286,8 +286,8 @@ def test_messages():
         "ValueError: ExpertParallel: experts must divide evenly, got num_experts = 5 for 2",
         "ValueError: ExpertParallel: experts must have num_experts, got Linear",
         "ValueError: ExpertParallel: parameters and buffers must be of experts, [E, ...] with E = ",
-        "ValueError: ExpertParallel: group must be a process group of which this process",
-        "ValueError: ExpertParallel: group must be a process group of which this process",
+        "ValueError: ExpertParallel: group must be a mesh, or a process group that this",
+        "ValueError: ExpertParallel: group must be a mesh, or a process group that this",
         "ValueError: ExpertParallel: overlap must be at least 1, got 0",
         "ValueError: ExpertParallel: overlap must be in 1..255, got 256",
         "ValueError: ExpertParallel: dedup must be one of (True, False), got 1.5",
@@ -295,8 +295,8 @@ def test_messages():
         "ValueError: MOELayer: experts must have the gate's num_experts = 4, got 8",
         "ValueError: MOELayer: ep_size must be 1 with experts that are ExpertParallel, got 2",
         "RuntimeError: MOELayer: ep_group must have ep_size = 2 processes, got 1",
-        "ValueError: ExpertParallel: experts must be the routed ones alone, got SharedExperts",
-        "ValueError: ExpertParallel: deepep goes with a process group, without the other options",
+        "ValueError: ExpertParallel: experts must be routed experts, got SharedExperts",
+        "ValueError: ExpertParallel: deepep needs a process group, and neither tensor_group nor",
         "ValueError: data_parallel: DistributedDataParallel needs a parameter to reduce, but only",
         "ValueError: make_groups: ep * dp must be the 2 processes, got 3 * 1",
         "ValueError: make_groups: ep must be a number or (nodes, places), got (1, 2, 1)",
@@ -549,10 +549,10 @@ def _step_fails(rank: int, step: str, drops: bool, trains: bool) -> list[str]:
 @pytest.mark.parametrize(
     ("step", "drops", "trains"),
     [
-        ("trips.dispatch", False, False),
-        ("trips._ids_of_rooms", True, False),
-        ("exchange.check", True, False),
-        ("exchange.check", True, True),
+        ("permute.dispatch", False, False),
+        ("permute._ids_of_buffers", True, False),
+        ("communicator.check", True, False),
+        ("communicator.check", True, True),
     ],
 )
 def test_a_rank_that_fails_while_others_wait_refuses_further_calls(step, drops, trains):

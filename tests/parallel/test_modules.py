@@ -330,7 +330,7 @@ def _explained(rank: int) -> tuple:
     gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False)
     layer = MOELayer(gate, ExpertParallel.of(ModuleExperts(nn.Linear(H, H), E), dist.group.WORLD))
     found = explain(layer, torch.randn(3, H))
-    return found.notes, layer.experts._met
+    return found.notes, layer.experts._compared_modes
 
 
 def test_explain_sees_experts_and_leaves_nothing():

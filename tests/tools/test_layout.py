@@ -35,7 +35,6 @@ MOST_MODULES = 12
 KNOWN = {
     "__init__ imports cli",  # for type checkers; at run time on first use
     "ops.registry imports build",  # of which it needs what toolkit has
-    "parallel.expert_parallel names DeepSpeed",
 }
 
 MODULES = {

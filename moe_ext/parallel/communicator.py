@@ -1,0 +1,274 @@
+"""The ranks of a group: their all-to-all steps, and the messages that open an exchange."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import Node
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..process_group import GroupAttribute, resolve
+from .all_to_all import AllToAll, Steps, Transpose, all_to_all_async, wait_tensor
+from .consistency import BLOCK, NUM_WORDS, CallRecord, GroupState, check, check_on_host, state_of
+
+
+class _Level(NamedTuple):
+    """An all-to-all step before its counts are known."""
+
+    group: str
+    size: int
+
+
+class _Transposition(NamedTuple):
+    """A transpose step before its sizes are known."""
+
+    rows: int
+    columns: int
+
+
+class Communicator:
+    """The ranks of a group, and the steps of an all-to-all among them.
+
+    group: a process group, a mesh of one dimension, or one of two: nodes and local ranks. A
+        dimension of size 1 counts as absent.
+
+    Its attribute `group` is None for two levels.
+    """
+
+    group = GroupAttribute()
+    _steps: tuple[_Transposition | _Level, ...]
+
+    def __init__(self, group: dist.ProcessGroup | DeviceMesh) -> None:
+        if isinstance(group, DeviceMesh):
+            if group.ndim > 2:
+                raise ValueError(f"group must be a mesh of one or two dimensions, got {group}")
+            if group.ndim == 2 and min(group.shape) > 1:
+                self._use_two_levels(group)
+                return
+            group = max(group.get_all_groups(), key=dist.get_world_size)
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                "group must be a mesh, or a process group that this process is a member of, got "
+                f"{group!r}"
+            )
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+        self._steps = (_Level(group.group_name, self.size),)
+
+    def _use_two_levels(self, mesh: DeviceMesh) -> None:
+        nodes, local_ranks = mesh.shape
+        # By name, so that a module that holds this object can be copied.
+        between, inside = (group.group_name for group in mesh.get_all_groups())
+        self.group = None
+        self.rank = mesh.get_local_rank(0) * local_ranks + mesh.get_local_rank(1)
+        self.size = nodes * local_ranks
+        self._steps = (
+            _Transposition(nodes, local_ranks),
+            _Level(inside, local_ranks),
+            _Transposition(local_ranks, nodes),
+            _Level(between, nodes),
+        )
+
+    @property
+    def first_group(self) -> dist.ProcessGroup:
+        """The group of the first all-to-all."""
+        return next(resolve(step.group) for step in self._steps if isinstance(step, _Level))
+
+    @property
+    def state(self) -> GroupState:
+        return state_of(self.first_group)
+
+    def global_ranks(self) -> list[list[int]]:
+        """The global ranks in the group of each all-to-all."""
+        levels = (step for step in self._steps if isinstance(step, _Level))
+        return [dist.get_process_group_ranks(resolve(level.group)) for level in levels]
+
+    def current_rank(self) -> int:
+        """This process's rank now. `rank` of an unpickled copy may be another process's."""
+        rank = 0
+        for ranks in reversed(self.global_ranks()):
+            rank = rank * len(ranks) + ranks.index(dist.get_rank())
+        return rank
+
+    def equal_steps(self, rows: int) -> Steps:
+        """The steps for as many rows from every rank to every rank."""
+        steps: list[AllToAll | Transpose] = []
+        for step in self._steps:
+            if isinstance(step, _Transposition):
+                steps.append(Transpose(step.columns, [rows] * self.size))
+            else:
+                counts = [rows * (self.size // step.size)] * step.size
+                steps.append(AllToAll(step.group, counts, counts))
+        return tuple(steps)
+
+    def begin_exchange(self) -> None:
+        """Mark that other ranks wait for this one: from here on an exception breaks the group."""
+        if not torch.compiler.is_compiling():
+            self.state.is_exchanging = True
+
+    def exchange_counts(self, call: CallRecord, counts: Tensor, on_host: bool = False) -> Tensor:
+        """Check that all ranks make the same call, and exchange numbers of one size.
+
+        counts: [size, n] integers, for each rank
+        on_host: errors name the difference on a GPU too; the host waits for that
+
+        Returns [size, n] int64. Raises ConsistencyError where a rank makes another call.
+        """
+        opened = self._open(call, counts.unsqueeze(2))
+        if on_host:
+            # Selective checkpointing must not record what a recomputation does not repeat.
+            with _disable_current_modes():
+                check_on_host(opened.received.tolist())
+        check(opened.sent, opened.received)
+        return opened.trace[-1][1].squeeze(2)
+
+    def check_call(self, call: CallRecord, device: torch.device, on_host: bool) -> None:
+        """Check that all ranks make the same call."""
+        self.begin_exchange()
+        nothing = torch.empty(self.size, 0, dtype=torch.int64, device=device)
+        self.exchange_counts(call, nothing, on_host)
+
+    def exchange_steps(
+        self, call: CallRecord, counts: Tensor
+    ) -> tuple[list[Steps], Tensor, list[list[int]]]:
+        """Check that all ranks make the same call, and exchange how many rows each will send.
+
+        counts: [size, n, m] integers; [:, i, 0] are the rows of the i-th of n all-to-alls
+
+        Returns the steps of each, the received counts, and their sums over ranks [n][m]. The host
+        waits for the device once. Raises ConsistencyError where a rank makes another call.
+        """
+        n, m = counts.shape[1:]
+        opened = self._open(call, counts)
+        received = opened.trace[-1][1]
+        sizes = [opened.received]
+        for step, (before, after) in zip(self._steps, opened.trace, strict=True):
+            if isinstance(step, _Transposition):
+                sizes += [before[..., 0]]
+            else:
+                sizes += [x[..., 0].view(step.size, -1, n).sum(dim=1) for x in (before, after)]
+        flat = torch.cat([x.reshape(-1) for x in (*sizes, received.sum(dim=0))]).tolist()
+        numbers = iter(flat)
+        check_on_host([[next(numbers) for _ in range(NUM_WORDS)] for _ in range(self.size)])
+
+        def take(length: int) -> list[list[int]]:
+            table = [[next(numbers) for _ in range(n)] for _ in range(length)]
+            return [list(column) for column in zip(*table, strict=True)]
+
+        steps: list[list[AllToAll | Transpose]] = []
+        for step in self._steps:
+            if isinstance(step, _Transposition):
+                steps.append([Transpose(step.columns, sizes) for sizes in take(self.size)])
+            else:
+                pairs = zip(take(step.size), take(step.size), strict=True)
+                steps.append([AllToAll(step.group, *pair) for pair in pairs])
+        sums = [[next(numbers) for _ in range(m)] for _ in range(n)]
+        return [tuple(one) for one in zip(*steps, strict=True)], received, sums
+
+    def _open(self, call: CallRecord, counts: Tensor) -> _Opened:
+        """Send the call's words and counts to every rank.
+
+        The first message has one size for all layers; counts that do not fit follow in another.
+        """
+        flat = counts.reshape(self.size, -1).to(torch.int64)
+        levels = 1 if len(self._steps) == 1 else 2
+        words = [flat.new_full((self.size, 1), word) for word in call.words(levels)]
+        if levels == 2:
+            self._check_levels(words)
+        room = BLOCK - NUM_WORDS
+        first, rest = flat[:, :room], flat[:, room:]
+        unused = flat.new_zeros(self.size, room - first.shape[1])
+        trace = self._trace(torch.cat([*words, first, unused], dim=1))
+        sent, received = (x[:, :NUM_WORDS] for x in (trace[0][0], trace[-1][1]))
+        trace = [tuple(x[:, NUM_WORDS : NUM_WORDS + first.shape[1]] for x in xs) for xs in trace]
+        if rest.shape[1]:
+            check(sent, received)  # before a message whose size depends on the call
+            pairs = zip(trace, self._trace(rest), strict=True)
+            trace = [tuple(torch.cat(xs, dim=1) for xs in zip(*xs, strict=True)) for xs in pairs]
+        shaped = [tuple(x.reshape(counts.shape) for x in xs) for xs in trace]
+        return _Opened(sent, received, shaped)
+
+    def _check_levels(self, words: list[Tensor]) -> None:
+        """Check in the first group that all its ranks exchange in two levels.
+
+        Another layer of that group may exchange in one level, so this message has the size of the
+        first one there.
+        """
+        size = self.first_group.size()
+        blocks = [word[:size] for word in words]
+        sent = torch.cat([*blocks, words[0].new_zeros(size, BLOCK - NUM_WORDS)], dim=1)
+        ones = [1] * size
+        pending = all_to_all_async(sent, AllToAll(self.first_group.group_name, ones, ones))
+        received = wait_tensor(pending)
+        check(sent[:, :NUM_WORDS], received[:, :NUM_WORDS], columns=1)
+
+    def _trace(self, blocks: Tensor) -> list[tuple[Tensor, ...]]:
+        """Send one block of numbers to each rank; return them before and after each step.
+
+        blocks: [size, n]
+        """
+        trace: list[tuple[Tensor, ...]] = []
+        for step in self._steps:
+            before = blocks
+            if isinstance(step, _Transposition):
+                pairs = blocks.unflatten(0, (step.rows, step.columns))
+                blocks = pairs.transpose(0, 1).flatten(0, 1)
+            else:
+                counts = [self.size // step.size] * step.size
+                pending = all_to_all_async(blocks, AllToAll(step.group, counts, counts))
+                blocks = wait_tensor(pending)
+            trace.append((before, blocks))
+        return trace
+
+
+class _Opened(NamedTuple):
+    """sent, received: [size, NUM_WORDS], the calls' words to and from each rank
+    trace: the counts before and after each step
+    """
+
+    sent: Tensor
+    received: Tensor
+    trace: list[tuple[Tensor, ...]]
+
+
+def check_backward(
+    rows: list[Tensor], communicator: Communicator, call: CallRecord, nodes: list[Node | None]
+) -> list[Tensor]:
+    """Return the same rows; their backward begins with a check that all ranks run it.
+
+    nodes: the autograd nodes whose backward sends gradients
+    """
+    return list(_CheckBackward.apply(*rows, communicator, call, nodes))
+
+
+class _CheckBackward(Function):
+    @staticmethod
+    def forward(*args):
+        return tuple(tensor.view_as(tensor) for tensor in args[:-3])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *_, ctx.communicator, ctx.call, ctx.nodes = inputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        communicator, call = ctx.communicator, ctx.call._replace(is_backward=True)
+        if ctx.nodes and not torch.compiler.is_compiling():
+            # False where backward(inputs=) leaves the tokens out.
+            sends = all(map(torch._C._will_engine_execute_node, ctx.nodes))
+            call = call._replace(tokens_require_grad=sends)
+        # The count depends on the gradient. Otherwise a compiled graph would move the message into
+        # its forward.
+        count = grads[0][:1].isnan().sum()
+        counts = count.expand(communicator.size, 1)
+        if torch.compiler.is_compiling():  # has no double backward
+            communicator.exchange_counts(call, counts)
+        else:
+            with communicator.state.backward(call.tensor_parallel_size == 1):
+                communicator.exchange_counts(call, counts)
+            grads = _CheckBackward.apply(*grads, communicator, ctx.call, ())
+        return *grads, None, None, None

@@ -1,0 +1,248 @@
+"""Transports: how tokens reach the ranks of their experts, and how expert outputs return.
+
+`ExpertParallel` chooses one at its construction. A transport dispatches tokens, calls `run` with
+what this rank's experts get, and combines their outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..ops.functional import combine, dispatch, has_autocast
+from ..ops.plan import Plan
+from .all_to_all import PendingRows, finish, reverse, start
+from .communicator import Communicator, check_backward
+from .consistency import CallRecord
+from .permute import Chunk, capacity_chunks, route_chunks, token_chunks
+from .tensor_parallel import TokenShards
+
+Run = Callable[..., Tensor]
+"""This rank's experts: (tokens, plan, weights) or (capacity buffer) -> rows [R, H]."""
+
+Work = Callable[[], Tensor] | None
+"""Independent work to overlap with communication."""
+
+
+class Transport(Protocol):
+    def exchange(
+        self,
+        call: CallRecord,
+        on_host: bool,
+        tokens: Tensor,
+        plan: Plan,
+        weights: Tensor,
+        run: Run,
+        work: Work,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the weighted sum of each token's experts [T, H], and the result of `work`.
+
+        on_host: as in Communicator.exchange_counts
+        """
+
+
+class AllToAllTransport:
+    """Rows sent by all-to-all.
+
+    shards: splits tokens that the ranks of a tensor_group share
+    dedup: a token goes once to a rank, otherwise a row per route
+    uneven_tokens: ranks may differ in capacity, so that rows are counted
+    as_buffer: the experts take capacity buffers where there is a capacity
+    checks: ranks that check the call; they include the communicator's, and are those by default
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        shards: TokenShards,
+        *,
+        dedup: bool = False,
+        uneven_tokens: bool = False,
+        as_buffer: bool = False,
+        checks: Communicator | None = None,
+    ) -> None:
+        self.communicator = communicator
+        self.checks = checks or communicator
+        self.shards = shards
+        self.chunks = token_chunks if dedup else route_chunks
+        self.weighs_on_arrival = dedup
+        self.counts_rows = dedup or uneven_tokens
+        self.as_buffer = as_buffer
+
+    def exchange(
+        self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work
+    ) -> tuple[Tensor, Tensor | None]:
+        # A plan without capacity, which only the call knows, has no equal counts.
+        if self.counts_rows or plan.capacity is None:
+            return self._exchange_rows(call, tokens, plan, weights, run, work)
+        return self._exchange_buffers(call, on_host, tokens, plan, weights, run, work)
+
+    def _exchange_buffers(
+        self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work
+    ) -> tuple[Tensor, Tensor | None]:
+        """Every expert's capacity buffer [C, H], of a size known beforehand."""
+        E, H = plan.num_experts, tokens.shape[1]
+        buffer = self.shards.split(dispatch(tokens, plan).view(E, plan.capacity, H), 1)
+        before = self.shards.rank * buffer.shape[1]
+        kept = (plan.kept() - before).clamp(0, buffer.shape[1])
+        self.checks.begin_exchange()
+        chunks = capacity_chunks(self.communicator, call, buffer, kept, on_host, self.as_buffer)
+        returned, result, failure = self._run_chunks(call, chunks, run, work)
+        buffer = _concatenated([rows.view(E, -1, H) for rows in returned], 1)
+        buffer = self.shards.gather(buffer, 1)[:, : plan.capacity]
+        if failure is not None:
+            raise failure
+        return combine(buffer.reshape(E * plan.capacity, H), plan, weights), result
+
+    # Sizes differ in every call: compiled, each would be a program of its own.
+    @torch.compiler.disable
+    def _exchange_rows(
+        self, call: CallRecord, tokens, plan, weights, run, work
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows that routes own, counted first."""
+        num_tokens = tokens.shape[0]
+        ids = self.shards.split(torch.where(plan.slots >= 0, plan.expert_ids, -1), 0, -1)
+        tokens, weights = self.shards.split(tokens, 0), self.shards.split(weights, 0)
+        split = [x.tensor_split(call.overlap) for x in (tokens, ids, weights)]
+        parts = list(zip(*split, strict=True))
+        self.checks.begin_exchange()
+        chunks, plans = self.chunks(self.communicator, call, parts)
+        returned, result, failure = self._run_chunks(call, chunks, run, work)
+        outs = [
+            combine(rows, plan, None if self.weighs_on_arrival else weights)
+            for rows, plan, (_, _, weights) in zip(returned, plans, parts, strict=True)
+        ]
+        out = self.shards.gather(_concatenated(outs, 0), 0)
+        if failure is not None:
+            raise failure
+        return out[:num_tokens], result
+
+    def _run_chunks(
+        self, call: CallRecord, chunks: Iterable[Chunk], run: Run, work: Work
+    ) -> tuple[list[Tensor], Tensor | None, BaseException | None]:
+        """Returned rows, the result of `work`, and an exception to raise.
+
+        The caller raises it when the other ranks have all that they wait for.
+        """
+        returned, result, failure, nodes = run_chunks(chunks, run, work)
+        if not torch.compiler.is_compiling():
+            self.checks.state.is_exchanging = False
+        if failure is not None:
+            self.checks.state.has_failed = True
+        return check_backward(returned, self.checks, call, nodes), result, failure
+
+
+class TwoLevelTransport:
+    """Tokens sent once to a node, and there once to a rank.
+
+    mesh: of nodes and local ranks
+    """
+
+    def __init__(self, mesh: DeviceMesh, shards: TokenShards) -> None:
+        self.checks = Communicator(mesh)
+        between, inside = map(Communicator, mesh.get_all_groups())
+        self.between = AllToAllTransport(between, shards, dedup=True, checks=self.checks)
+        self.inside = AllToAllTransport(inside, TokenShards(None), dedup=True)
+
+    def exchange(
+        self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work
+    ) -> tuple[Tensor, Tensor | None]:
+        # `between` opens with a check among equal local ranks alone.
+        self.checks.check_call(call, tokens.device, on_host)
+        per_node = call.num_experts // self.between.communicator.size
+        run = partial(self._run_in_node, call._replace(num_experts=per_node, overlap=1), run)
+        return self.between.exchange(call, on_host, tokens, plan, weights, run, work)
+
+    def _run_in_node(self, call: CallRecord, run: Run, tokens, plan, weights) -> Tensor:
+        with self.checks.state.call():
+            return self.inside.exchange(call, False, tokens, plan, weights, run, None)[0]
+
+
+def _concatenated(parts: list[Tensor], dim: int) -> Tensor:
+    # torch.cat would copy a single part.
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+class _ChunkResults(NamedTuple):
+    """What `run_chunks` returns.
+
+    returned: expert outputs that came back, of each chunk
+    result: of `work`
+    failure: the first exception of `run` or `work`
+    nodes: the autograd nodes whose backward sends the gradients of what was sent
+    """
+
+    returned: list[Tensor]
+    result: Tensor | None
+    failure: BaseException | None
+    nodes: list[Node | None]
+
+
+_Sent = tuple[Chunk, list[PendingRows]]
+
+
+def run_chunks(chunks: Iterable[Chunk], run: Run, work: Work) -> _ChunkResults:
+    """Send each chunk to its experts and return their outputs. The next chunk is sent first.
+
+    After an exception rows are still sent, with NaN in place of the outputs: a rank that waits for
+    them would take the next message for rows. `run` may communicate too, so that every chunk calls
+    it.
+    """
+    guard = _Guard()
+    returning, result, nodes = [], None, []
+    sent = map(_send, chunks)
+    current: _Sent | None = next(sent)
+    if work is not None:
+        result = guard(work)
+    while current is not None:
+        (chunk, pending), current = current, next(sent, None)
+        if not torch.compiler.is_compiling():
+            nodes += [rows.rows.grad_fn for rows in pending if rows.rows.requires_grad]
+        received = list(map(finish, pending))
+        rows = guard(_run_experts, run, chunk, received)
+        if rows is None:  # after an exception
+            rows = received[0].new_full(received[0].shape, torch.nan)
+        returning.append(start(rows, reverse(chunk.steps)))
+    return _ChunkResults(list(map(finish, returning)), result, guard.failure, nodes)
+
+
+def _send(chunk: Chunk) -> _Sent:
+    # Sent tensors are not kept.
+    return chunk._replace(send=()), [start(tensor, chunk.steps) for tensor in chunk.send]
+
+
+def _run_experts(run: Run, chunk: Chunk, received: list[Tensor]) -> Tensor:
+    rows = run(*chunk.expert_inputs(*received))
+    expected, dtype, device = received[0].shape, received[0].dtype, received[0].device
+    if not isinstance(rows, Tensor) or rows.shape != expected:
+        got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise RuntimeError(
+            f"ExpertParallel: experts must return [R, H] = {list(expected)}, got {got}"
+        )
+    # All ranks must send rows of one width. Under autocast that is the CallRecord's
+    # autocast_dtype, otherwise the tokens' dtype.
+    if has_autocast(device) and rows.dtype == torch.get_autocast_dtype(device.type):
+        return rows
+    return rows.to(dtype)
+
+
+class _Guard:
+    """Call functions and keep the first exception."""
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+
+    def __call__(self, function: Callable[..., Tensor], *args) -> Tensor | None:
+        if torch.compiler.is_compiling():
+            return function(*args)
+        try:
+            return function(*args)
+        except BaseException as error:  # an interrupt too
+            self.failure = self.failure or error
+        return None
