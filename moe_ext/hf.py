@@ -1,11 +1,11 @@
-"""Hugging Face's transformers with the experts of moe_ext:
+"""Run the experts of Hugging Face's transformers with moe_ext:
 
     import moe_ext.hf
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moe_ext")
 
-or `model.set_experts_implementation("moe_ext")`. The import registers the name for the process, as
-transformers has it for experts of its own; `check(model)` says at once whether every experts module
-can be computed, which a forward would say when it comes to it. Needs transformers >= 5.7.
+or `model.set_experts_implementation("moe_ext")`. The import registers the name in this process.
+`check(model)` raises now for an experts module that moe_ext does not support; a forward raises when
+it reaches the module. Needs transformers >= 5.7.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,14 +34,19 @@ try:
     from transformers import activations
     from transformers.integrations import moe
 except ImportError as error:
-    raise ImportError(f"moe_ext.hf needs transformers >= 5.7: {error}") from error
+    raise ImportError(
+        f"moe_ext.hf needs transformers >= 5.7: {error}; pip install -U transformers"
+    ) from error
 
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM:
-    raise ImportError(f"moe_ext.hf needs transformers >= 5.7, found {transformers.__version__}")
+    raise ImportError(
+        f"moe_ext.hf needs transformers >= 5.7, got {transformers.__version__}; "
+        "pip install -U transformers"
+    )
 
 
 class ExpertsModule(Protocol):
-    """What is used of an experts module; all but num_experts only where its flags say so."""
+    """The members of an experts module that are used; its flags tell which it has."""
 
     num_experts: int
     act_fn: Callable[[Tensor], Tensor]
@@ -53,25 +58,28 @@ class ExpertsModule(Protocol):
 def experts_forward(
     self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """An experts module's forward, as transformers calls it on a module under
-    `use_experts_implementation`, whose flags say how its parameters lie.
+    """The forward of an experts module, as transformers calls it.
+
+    The decorator `use_experts_implementation` sets flags on the module, which tell the layout of
+    its parameters.
 
     Args:
         hidden_states: [T, H]
-        top_k_index: [T, K] ids; under expert parallelism `num_experts` marks another process's
+        top_k_index: [T, K] expert ids; under expert parallelism, `num_experts` for an expert of
+            another rank
         top_k_weights: [T, K]
 
     Returns:
-        [T, H] in hidden_states' dtype
+        [T, H] with the dtype of hidden_states
 
     Raises:
-        ValueError: the module is not understood
+        ValueError: the module is not supported
     """
     layout = Layout(self)
-    experts = top_k_index.to(torch.int32)
+    expert_ids = top_k_index.to(torch.int32)
     if layout.is_expert_parallel:
-        experts = experts.masked_fill(experts >= self.num_experts, -1)
-    plan = make_plan(experts, self.num_experts, order="token")
+        expert_ids = expert_ids.masked_fill(expert_ids >= self.num_experts, -1)
+    plan = make_plan(expert_ids, self.num_experts, order="token")
     observer = getattr(self, "observer", None)
     if observer is not None:
         observer(plan, None, None, None)
@@ -81,9 +89,12 @@ def experts_forward(
 
 
 class Layout:
-    """How an experts module keeps its parameters and what it computes with them.
+    """The parameters of an experts module, and the computation on them.
 
-    Raises ValueError where the module asks for something that is not understood.
+    module: the experts module
+    is_only_checked: accept weights that FSDP has divided; a forward sees them whole
+
+    Raises ValueError for a module that is not supported.
     """
 
     def __init__(self, module: ExpertsModule, is_only_checked: bool = False) -> None:
@@ -118,14 +129,14 @@ class Layout:
     def _refuse(self, why: str) -> NoReturn:
         raise ValueError(
             f'experts_implementation="{NAME}": {type(self.module).__name__} {why}; '
-            'use another, as "eager"'
+            'use another implementation, as "grouped_mm" or "eager"'
         )
 
     def _flag(self, name: str, default: bool) -> bool:
         return getattr(self.module, name, default)
 
     def _product(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """[E, N, M] and [E, N]."""
+        """Return weights [E, N, M] and bias [E, N]."""
         weights = self._tensor(name, 3)
         bias = self._tensor(f"{name}_bias", 2) if self.has_bias else None
         return weights.transpose(1, 2) if self.is_transposed else weights, bias
@@ -134,29 +145,29 @@ class Layout:
         tensor = getattr(self.module, name, None)
         if not isinstance(tensor, Tensor) or tensor.dim() != dim:
             got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            self._refuse(f"must have {name} of {dim} dimensions, has {got}")
-        # FSDP's are gathered before a forward: what is one then, is one for other reasons.
+            self._refuse(f"must have {name} of {dim} dimensions, got {got}")
+        # FSDP gathers its DTensors before a forward, so a DTensor there is not one of FSDP's.
         if isinstance(tensor, DTensor) and not self.is_only_checked:
-            self._refuse(f"has {name} as a DTensor, whose parts are not computed with")
+            self._refuse(f"must have {name} as a plain tensor, got a sharded DTensor")
         if tensor.dtype not in checks.FLOATING:
-            self._refuse(f"has {name} in {tensor.dtype}, which is not computed in")
+            self._refuse(f"must have {name} in a floating-point dtype, got {tensor.dtype}")
         if tensor.shape[0] != self.module.num_experts:
             self._refuse(
                 f"must have {name} of num_experts = {self.module.num_experts} experts, "
-                f"has {tensor.shape[0]}"
+                f"got {tensor.shape[0]}"
             )
         return tensor
 
     def _activation(self) -> Activation | None:
-        """The name of what the module does between its products; None where only it can do that."""
+        """The name of the module's activation; None if the module has to compute it itself."""
         own_gate = type(self.module)._apply_gate if self.has_gate else moe._default_apply_gate
         if own_gate is not moe._default_apply_gate or "_apply_gate" in vars(self.module):
             return None
         if self.has_gate and not self._flag("is_concatenated", True):
-            self._refuse("has interleaved gates and no _apply_gate that would take them apart")
+            self._refuse("must have an _apply_gate for its interleaved gates, got none")
         function = _plain_function(getattr(self.module, "act_fn", None))
         if function is None and not callable(getattr(self.module, "act_fn", None)):
-            self._refuse("must have act_fn")
+            self._refuse("must have a callable act_fn")
         names: dict[Any, Activation] = (
             {F.silu: "swiglu", F.gelu: "geglu"}
             if self.has_gate
@@ -165,7 +176,7 @@ class Layout:
         return names.get(function)
 
 
-# Only these very classes: a subclass may compute something else.
+# Exactly these classes: a subclass may compute something else.
 _FUNCTIONS = {
     nn.SiLU: F.silu,
     activations.SiLUActivation: F.silu,
@@ -183,7 +194,7 @@ def _plain_function(act_fn):
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model whose experts transformers lets others compute, with their names.
+    """Yield the experts modules of a model whose implementation transformers can exchange, by name.
 
     Args:
         model: any module
@@ -194,24 +205,27 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check(model: nn.Module) -> int:
-    """How many experts modules a model has, all of which moe_ext can compute, whichever
-    implementation is set.
+    """Check that moe_ext supports every experts module of a model, whichever implementation is set.
 
     Args:
         model: a model of transformers
 
+    Returns:
+        the number of experts modules
+
     Raises:
         TypeError: the model is not a module
-        ValueError: the model has no experts module, or one that is not understood
+        ValueError: the model has no experts module, or one that is not supported
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"check: model must be an nn.Module, got {type(model).__name__}")
     found = list(experts_modules(model))
     if not found:
         raise ValueError(
-            f'experts_implementation="{NAME}": {type(model).__name__} has no experts module '
-            "that transformers lets others compute. DeepSpeed's AutoEP (config "
-            '"expert_parallel") replaces them by its own: leave it out to use moe_ext'
+            f'experts_implementation="{NAME}": model must have an experts module whose '
+            f"implementation transformers can exchange, got a {type(model).__name__} without. "
+            'DeepSpeed\'s AutoEP (config "expert_parallel") replaces such modules: leave it out '
+            "to use moe_ext"
         )
     for name, module in found:
         try:
@@ -222,19 +236,19 @@ def check(model: nn.Module) -> int:
 
 
 class StatsCallback(transformers.TrainerCallback):
-    """Counts a model's experts while a Trainer trains it (moe_ext.stats), and says so at every log:
+    """Count the load of a model's experts while a Trainer trains it (see `moe_ext.stats`):
 
         Trainer(model, ..., callbacks=[moe_ext.hf.StatsCallback(JsonLines("run.jsonl"))])
 
-    The numbers are added to the Trainer's logs and its log history. What logs them itself, as
-    TensorBoard's callback, comes before this one in a Trainer: for those there are sinks.
+    At every log the numbers are added to the Trainer's logs and its log history. Callbacks that a
+    Trainer runs before this one, as TensorBoard's, do not see them: use a sink instead.
 
     Args:
-        *sinks: called with every reading and its step, in the main process alone
+        *sinks: called with every reading and its step, in the main process only
         per_layer: log the numbers of every layer, not only their mean and the worst
-        detailed: as of stats.track
-        group: the processes to sum over; the default is all that torch.distributed knows of, and
-            none where transformers divides the experts: then every process counts those that it has
+        detailed: as in `stats.track`
+        group: the process group to sum over. None is the default group; if transformers divides the
+            experts, nothing is summed and every process counts its own experts
 
     Raises:
         ValueError: a sink is not a function

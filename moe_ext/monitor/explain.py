@@ -1,4 +1,4 @@
-"""What runs in a call of a layer, and why nothing faster."""
+"""Show which code a call of a layer runs, and why not a faster one."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..layer import Layer as MOELayer
+from ..layer import Layer
 from ..ops import reference, registry, torch_grouped_mm
 from .patching import entry, is_of_transformers, named_layers, replaced
 
-# What reads a tensor's values back to the host, or how many there are.
+# Operators that copy values of a tensor, or their number, to the host.
 _READS = {
     *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"),
     *("_unique", "_unique2", "unique_dim", "unique_consecutive"),
@@ -23,15 +23,15 @@ _HOST = "cpu"
 
 
 class Call(NamedTuple):
-    """One operator of moe_ext in a call.
+    """One call of an operator of moe_ext.
 
     Attributes:
-        operator: its name
-        operands: shapes of its tensors, and the dtype of the first
-        backend: as of `registry.backend`
-        how: the path that was taken, and why none before it; "" where there is nothing to say
-        synchronisations: how often the host waited for the device in it
-        layer: the name of the layer that called it, "" outside of layers
+        operator: the operator's name
+        operands: the dtype of its first tensor, and the shapes of all
+        backend: "compiled", "torch" or "reference", as `registry.backend` returns it
+        how: the path that ran, and why not a faster one; "" if there is only one path
+        synchronisations: how often the host waited for the device
+        layer: the name of the calling layer, "" outside of layers
     """
 
     operator: str
@@ -43,13 +43,13 @@ class Call(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What `explain` found. Printed as a table.
+    """The operators that a call ran. Prints as a table.
 
     Attributes:
         calls: operators of moe_ext, in order
-        others: how often each other operator ran, those inside the calls left out
-        synchronisations: how often the host waited for the device outside of the calls
-        notes: of layers whose experts run one after the other, or by other code than ours
+        others: how often each other operator ran, without those inside of `calls`
+        synchronisations: how often the host waited for the device outside of `calls`
+        notes: layers whose experts run one after the other, or without moe_ext
         is_away: whether anything ran on another device than the CPU
     """
 
@@ -64,19 +64,14 @@ class Explanation(NamedTuple):
         names = (f"{name} {n}" for name, n in Counter(self.others).most_common())
         lines.append(f"other operators: {', '.join(names) or 'none'}")
         waits = self.synchronisations + sum(call.synchronisations for call in self.calls)
-        often = (
-            "never, all ran on the CPU"
-            if not self.is_away
-            else f"{waits} times"
-            if waits
-            else "never"
-        )
+        often = f"{waits} times" if waits else "never"
+        often = often if self.is_away else "never, all ran on the CPU"
         lines.append(f"the host waits for the device: {often}")
         return "\n".join(lines)
 
 
 def _table(calls: list[Call]) -> Iterator[str]:
-    """The calls of every layer; neighbours that call the same are one."""
+    """Lines for the calls of every layer; adjacent layers with equal calls are shown once."""
     if not calls:
         yield "no operator of moe_ext ran"
         return
@@ -100,38 +95,37 @@ def _table(calls: list[Call]) -> Iterator[str]:
 
 
 def explain(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Explanation:
-    """Call `layer(*args, **kwargs)` once, eagerly and without gradients, and say what ran.
+    """Call `layer(*args, **kwargs)` once, and return which operators it ran.
 
-    What is said is what was seen: operators, and on another device than the CPU those that read
-    values back. Random generators and what layers keep of a call are afterwards as before it.
-    `print(moe_ext.explain(layer, hidden))` shows it.
+    The call is eager and without gradients. Random generators and the layers are restored: later
+    calls give the results that they would have given.
+
+        print(moe_ext.explain(layer, hidden))
 
     Args:
-        layer: a MOELayer, or any module, as one of transformers with
-            experts_implementation="moe_ext"
-        *args: of the call
-        **kwargs: of the call
+        layer: a MOELayer, or any module, as a model of transformers
+        *args: arguments of the call
+        **kwargs: keyword arguments of the call
     """
     trace = _Trace()
     layers = list(named_layers(layer))
     with (
         torch.no_grad(),
-        # What is compiled would run unseen, or never be compiled again.
+        # Compiled code would hide its operators.
         torch.compiler.set_stance("force_eager"),
-        _drawn_again(layer),
+        _random_state_restored(layer),
         replaced(_watched(layers, trace)),
         trace,
     ):
         layer(*args, **kwargs)
     notes = [note for name, module in layers for note in _notes(name, module)]
-    notes += _by_others(layer)
+    notes += _other_implementations(layer)
     if not layers and not notes:
         notes.append(f"{type(layer).__name__} has no MOELayer, nor experts of transformers")
     return Explanation(trace.calls, dict(trace.others), trace.reads, notes, trace.is_away)
 
 
-def _drawn_again(module: nn.Module) -> AbstractContextManager[None]:
-    """What is drawn inside is drawn again afterwards."""
+def _random_state_restored(module: nn.Module) -> AbstractContextManager[None]:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.random.fork_rng([])
@@ -163,10 +157,11 @@ def _named(function: Callable, name: str, trace: "_Trace") -> Callable:
 
 
 def _notes(name: str, layer: nn.Module) -> Iterator[str]:
-    if not isinstance(layer, MOELayer):
+    """Note experts that run one after the other."""
+    if not isinstance(layer, Layer):
         return
     for module in layer.experts.modules():
-        # The experts of an ExpertParallel are no submodule of it.
+        # ExpertParallel does not hold its experts as a submodule.
         here = getattr(module, "experts_here", None)
         experts = here() if callable(here) else module
         for attribute in getattr(experts, "expert_lists", ()):
@@ -178,8 +173,8 @@ def _notes(name: str, layer: nn.Module) -> Iterator[str]:
                 )
 
 
-def _by_others(model: nn.Module) -> Iterator[str]:
-    """Of experts in a model of transformers that others compute, as moe_ext might."""
+def _other_implementations(model: nn.Module) -> Iterator[str]:
+    """Note experts of transformers that moe_ext could compute and another implementation does."""
     implementations = Counter(
         getattr(getattr(module, "config", None), "_experts_implementation", None)
         for module in model.modules()
@@ -205,7 +200,7 @@ class _Trace(TorchDispatchMode):
         self.layer = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not isinstance(func, torch._ops.OpOverload):  # as torch.cond, whose branch is not seen
+        if not isinstance(func, torch._ops.OpOverload):  # as torch.cond
             self.others[func.name()] += 1
             return func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
@@ -220,23 +215,23 @@ class _Trace(TorchDispatchMode):
 
     def _called(self, name: str, func, args: tuple):
         call = _call(name, args)._replace(layer=self.layer)
-        # What is made of other operators is called without the dispatcher, to see them.
-        made = {
+        # These backends consist of other operators: the function itself is called to see them.
+        composed = {
             "torch": torch_grouped_mm.OPERATORS.get(name),
             "reference": getattr(reference, name),
         }
-        if call.backend not in made:
+        if call.backend not in composed:
             self.calls.append(call)
             return func(*args)
         inside = _Trace()
         with inside:
-            result = made[call.backend](*args)
+            result = composed[call.backend](*args)
         self.calls.append(call._replace(synchronisations=inside.reads))
         return result
 
 
 def _waits(name: str, args: tuple, result) -> bool:
-    """Whether the host waited for a device: for a value, or for a copy of a tensor."""
+    """Whether the host waited for a device: for a value, or for a copy to the host."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     is_away = [tensor.device.type != _HOST for tensor in tensors]
     if name in _READS or (name == "index" and _has_mask(args[1])):

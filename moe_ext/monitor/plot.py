@@ -1,4 +1,4 @@
-"""Pictures, with matplotlib, as PNG files; their colours are told apart by colour-blind readers."""
+"""Draw readings as PNG files with matplotlib, in colours for colour-blind readers."""
 
 import math
 from collections.abc import Sequence
@@ -14,24 +14,24 @@ from .reading import Reading
 
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7")
-# From few to many: its brightness rises evenly. An idle expert has a colour that is not in it.
+# The brightness of this scale rises evenly. Idle experts have a colour outside of it.
 SCALE = colormaps["cividis"].with_extremes(under=COLOURS[1], bad="0.85")
 LEAST = 1e-12
 DOTS_PER_INCH = 130
-# Numbers are written into a heat-map of so many columns, and names beside so many rows.
+# Above these numbers of columns and rows, a heat map has no numbers in it and not every name.
 MOST_NUMBERS, MOST_NAMES = 16, 40
-# Of so many pairs that chance would give, one standard deviation is a third.
+# Where chance gives nine pairs, one standard deviation is a third of them: fewer are noise.
 FEW_PAIRS = 9
 
 
 def _figure(width: float, height: float):
-    # Not by pyplot, which a notebook has for itself.
+    # Not with pyplot, whose state belongs to the user, as in a notebook.
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # A layer's name may hold a $, which would begin a formula.
+    # A $ in the name of a layer would begin a formula.
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     figure.savefig(path, dpi=DOTS_PER_INCH)
@@ -40,15 +40,15 @@ def _save(figure: Figure, path: Path) -> None:
 def plot_curves(
     curves: dict[str, list[tuple[float, float]]], path: Path, title: str, ylabel: str
 ) -> None:
-    """A line for every named list of (step, value); the legend gives the last values.
+    """Draw a line for every curve; the legend gives the last values.
 
-    The second half of the lines is dotted, in the colours of the first.
+    The second half of the curves has the colours of the first half, dotted.
 
     Args:
         curves: points (step, value) by name
-        path: of the PNG file
-        title: of the picture
-        ylabel: of the vertical axis
+        path: the PNG file
+        title: title of the picture
+        ylabel: label of the vertical axis
     """
     figure, axes = _figure(7, 4.2)
     solid = -(-len(curves) // 2)
@@ -67,12 +67,12 @@ def plot_curves(
 
 
 def plot_load(shares: dict[str, Sequence[float]], path: Path, when: str) -> None:
-    """A heat-map of layer by expert, on a scale up to twice the even share.
+    """Draw a heat map of layer by expert, on a scale up to twice the even share.
 
     Args:
-        shares: by layer, of its routes, [E] each, where E may differ
-        path: of the PNG file
-        when: what to call the time that they are of
+        shares: by layer, [E] each, an expert's part of the layer's routes; E may differ
+        path: the PNG file
+        when: the time of the reading, for the title
     """
     layers, experts = len(shares), max(map(len, shares.values()))
     width = 0.55 * experts if experts <= MOST_NUMBERS else min(0.12 * experts, 14)
@@ -104,20 +104,20 @@ def _heat_map(figure: Figure, axes, over_even: list[list[float]]) -> None:
     )
     bar = figure.colorbar(image, extend="both", label="load / even share")
     bar.set_ticks([LEAST, 1, 2], labels=["> 0", "1", "2"])
-    # The tip below the scale has the colour of none at all.
+    # The tip below the scale has the colour of idle experts.
     bar.ax.text(0.5, -0.06, "idle", transform=bar.ax.transAxes, ha="center", va="top")
 
 
 def plot_over_time(
     steps: Sequence[int], shares: Sequence[Sequence[float]], path: Path, layer: str
 ) -> None:
-    """A layer's load by step and expert.
+    """Draw a layer's load by step and expert.
 
     Args:
-        steps: of the readings
-        shares: by step, [E] each; equal steps are readings in a row
-        path: of the PNG file
-        layer: what to call it
+        steps: the steps of the readings; they may repeat
+        shares: by reading, [E] each, an expert's part of the layer's routes
+        path: the PNG file
+        layer: the layer's name, for the title
     """
     experts, count = len(shares[0]), len(shares)
     figure, axes = _figure(7.5, min(max(1.6 + 0.22 * experts, 3), 9))
@@ -133,15 +133,15 @@ def plot_over_time(
 
 
 def plot_sorted(shares: dict[str, Sequence[float]], path: Path, when: str) -> None:
-    """Every layer's load from the busiest expert down, over the even share.
+    """Draw every layer's load over the even share, the busiest expert first.
 
-    Flat at 1 is even, and where a line ends at zero experts are idle. Up to six layers have colours
-    and names; of more, the least and the most even.
+    A flat line at 1 is an even load; a line that ends at zero has idle experts. Up to six layers
+    have colours and names; of more layers only the least and the most even.
 
     Args:
-        shares: by layer, of its routes, [E] each, where E may differ
-        path: of the PNG file
-        when: what to call the time that they are of
+        shares: by layer, [E] each, an expert's part of the layer's routes; E may differ
+        path: the PNG file
+        when: the time of the reading, for the title
     """
     uneven = {name: max(row) * len(row) for name, row in shares.items()}
     named = sorted(uneven, key=lambda name: uneven[name])
@@ -168,20 +168,19 @@ def plot_sorted(shares: dict[str, Sequence[float]], path: Path, when: str) -> No
 
 
 def plot_pairs(pairs: Tensor, path: Path, layer: str) -> None:
-    """Which experts a token chooses together, over what chance would give experts of such loads:
-    above 1 the two attract each other.
+    """Draw how often two experts are chosen together, relative to chance at their loads.
 
     Args:
-        pairs: as of LayerStats
-        path: of the PNG file
-        layer: what to call it
+        pairs: [E, E], as `LayerStats.pairs`
+        path: the PNG file
+        layer: the layer's name, for the title
     """
     lift = co_routing(pairs)
     experts = len(lift)
     size = 2.2 + min(max(0.3 * experts, 2.5), 8)
     figure, axes = _figure(size + 1, size)
     axes.set_facecolor("0.85")
-    # Blue and red differ in brightness from the middle alike.
+    # Blue and red differ equally in brightness from the middle.
     image = axes.imshow(lift.tolist(), cmap="RdBu_r", vmin=0, vmax=2, interpolation="none")
     if experts <= MOST_NUMBERS:
         axes.set_xticks(range(experts))
@@ -195,20 +194,21 @@ def plot_pairs(pairs: Tensor, path: Path, layer: str) -> None:
 
 
 def co_routing(pairs: Tensor, rounds: int = 100) -> Tensor:
-    """How often two experts are chosen together, over what it would be if pairs were drawn by a
-    propensity of each expert that explains its load.
+    """Divide the counts of pairs by those expected by chance.
+
+    By chance, pairs are drawn by a propensity of each expert, which is fitted to its load.
 
     Args:
-        pairs: as of LayerStats
-        rounds: of the fit of the propensities
+        pairs: [E, E], as `LayerStats.pairs`
+        rounds: iterations of the fit
 
     Returns:
-        [E, E], NaN on the diagonal and where chance would give fewer than FEW_PAIRS
+        [E, E] float64; NaN on the diagonal and where chance gives fewer than FEW_PAIRS
     """
     together = pairs.double().clone().fill_diagonal_(0)
     load = together.sum(dim=1)
     propensity = load / load.sum().sqrt().clamp(min=1)
-    for _ in range(rounds):  # until propensity[i] * sum of the others' is load[i]
+    for _ in range(rounds):  # towards propensity[i] * sum of the others' = load[i]
         fitted = load / (propensity.sum() - propensity).clamp(min=1e-300)
         propensity = (propensity * fitted).sqrt()
     expected = propensity.unsqueeze(0) * propensity.unsqueeze(1)
@@ -219,27 +219,30 @@ def co_routing(pairs: Tensor, rounds: int = 100) -> Tensor:
 def plot_run(
     readings: Sequence[tuple[int, Reading]], folder: Path, layer: str | None = None
 ) -> list[Path]:
-    """Draw all pictures of a run.
+    """Draw all pictures of a run, from its training, or from its evaluation if it has no training.
 
-    load.png and sorted.png are of the last reading, over-time.png is of one layer, and pairs.png of
-    that layer, from detailed readings. Training, where there is any, else evaluation.
+    load.png and sorted.png show the last reading. over-time.png shows one layer, and pairs.png the
+    same layer if readings are detailed.
 
     Args:
-        readings: with their steps
-        folder: for the files
-        layer: the name of the one layer; None takes the least even one of the last reading
+        readings: (step, reading) each
+        folder: the folder for the files
+        layer: the name of the one layer; None takes the least even layer of the last reading
 
     Returns:
         the files
 
     Raises:
-        ValueError: the layer is not in the last reading, or there is none
+        ValueError: the layer is not in the last reading, or no layer was called
     """
     mode = "train" if any(reading.train for _, reading in readings) else "eval"
     of_mode = [(step, getattr(reading, mode)) for step, reading in readings]
     of_mode = [(step, layers) for step, layers in of_mode if layers]
     if not of_mode:
-        raise ValueError("plot_run: no layer was called in any reading")
+        raise ValueError(
+            "plot_run: readings must have a layer that was called, got none; call the model "
+            "between stats.track and stats.read"
+        )
     last_step, last = of_mode[-1]
     worst = max(last, key=lambda name: last[name].max_over_mean)
     chosen = worst if layer is None else layer
@@ -252,7 +255,7 @@ def plot_run(
     shares = {name: of_layer.shares.tolist() for name, of_layer in last.items()}
     plot_load(shares, paths[0], when)
     plot_sorted(shares, paths[1], when)
-    # A file may hold several runs, of other layers.
+    # A file may hold several runs, with different layers.
     experts = len(last[chosen].load)
     history = [
         (step, layers[chosen].shares.tolist())
@@ -264,7 +267,7 @@ def plot_run(
         steps, over_time = zip(*history, strict=True)
         plot_over_time(steps, over_time, paths[-1], f"{title}, {during}")
     pairs = last[chosen].pairs
-    if pairs is not None and pairs.sum() > pairs.trace():  # with one choice there are none
+    if pairs is not None and pairs.sum() > pairs.trace():  # one choice per token has no pairs
         paths.append(folder / "pairs.png")
         plot_pairs(pairs, paths[-1], f"{title}\n{when}")
     return paths

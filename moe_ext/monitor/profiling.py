@@ -1,10 +1,10 @@
-"""Names for the parts of a layer in profiles:
+"""Name the layers and their parts in profiles:
 
     with moe_ext.profiling.ranges(model), torch.profiler.profile() as profile:
         model(hidden)
 
-Every operator has its name in torch.profiler anyway, moe_ext::gate and so on; ranges say which
-layer called it and what for.
+torch.profiler shows every operator by its name, as moe_ext::gate, also without ranges. Ranges add
+which layer called it.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,31 +15,28 @@ import torch
 from torch import nn
 
 from ..experts.base import Experts
-from ..layer import Layer as MOELayer
-from .patching import entry, named_layers, replaced
+from ..layer import Layer
+from .patching import entry, named_layers, refuse_no_layers, replaced
 
 
 def ranges(model: nn.Module) -> AbstractContextManager[None]:
-    """Mark every call of a layer in the model while the context lasts.
+    """Mark every call of a layer while the context lasts.
 
-    The ranges are `moe_ext.layer <name>`, and in a MOELayer's `moe_ext.gate` and `moe_ext.experts`,
-    for torch.profiler and, with a GPU, as NVTX ranges for Nsight Systems. Elsewhere there is
-    nothing of it: no cost, and no graph break. Copy, pickle and save the model outside of it: a
-    copy would call this model's parts.
+    The ranges are `moe_ext.layer <name>` and, inside of it, `moe_ext.gate` and `moe_ext.experts`.
+    torch.profiler shows them; with a GPU they are NVTX ranges too, for Nsight Systems. Outside of
+    the context the model is unchanged: no cost, no graph break.
+
+    Do not copy, pickle or save the model inside of the context: a copy would call the parts of this
+    model. Other threads must not call the model meanwhile.
 
     Args:
-        model: a MOELayer, or a module with some in it, or with the experts of transformers' models
-            with experts_implementation="moe_ext"
+        model: a MOELayer, a module that has some, or a model of transformers with
+            experts_implementation="moe_ext"
 
     Raises:
         ValueError: the model has no such layer
     """
-    if not any(named_layers(model)):
-        raise ValueError(
-            f"profiling.ranges: {type(model).__name__} has no MOELayer, nor experts of "
-            'transformers with experts_implementation="moe_ext"; the operators have their names in '
-            "profiles without it"
-        )
+    refuse_no_layers("profiling.ranges", model)
     return replaced(
         (module, method, _in_range(getattr(module, method), label))
         for module, method, label in _labelled(model)
@@ -47,10 +44,10 @@ def ranges(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _labelled(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Methods, and what their ranges are called."""
+    """Yield (module, method, name of its range)."""
     for name, layer in named_layers(model):
         yield layer, entry(layer), f"moe_ext.layer {name}"
-        if isinstance(layer, MOELayer):
+        if isinstance(layer, Layer):
             if hasattr(layer.gate, "route"):
                 yield layer.gate, "route", "moe_ext.gate"
             method = "routed" if isinstance(layer.experts, Experts) else "forward"

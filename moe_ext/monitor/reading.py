@@ -1,40 +1,43 @@
-"""What stats.read gives: how evenly a layer's experts were asked, in numbers, as text."""
+"""Readings of the statistics: load per expert and derived numbers, as values and as text."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .heatmap import text_heatmap
-
 MODES = ("train", "eval")
-SCARCE = 0.1  # of the even share
+SCARCE = 0.1  # a part of the even share
+
+# Height tells the load: colours differ between terminals, and between readers.
+BARS = "▁▂▃▄▅▆▇█"
+IDLE = "·"
 
 
 class LayerStats(NamedTuple):
-    """One layer in one mode, between two readings. Tensors are on the host.
+    """One layer in one mode, between two readings. Tensors are on the CPU.
 
-    From importance on the attributes are None unless they were counted, with detailed=True, and
-    where the layer does not know its router.
+    `importance` and the attributes after it exist only if detailed=True and the layer knows its
+    router; otherwise they are None.
 
     Attributes:
         tokens: routed tokens
         calls: forward calls
-        load: [E] int64, routes that asked for an expert
-        kept: [E] int64, those that got a row, load at most
-        l_aux: mean over the calls that have one, not scaled; None where the layer knows of none, as
-            in transformers' models, which compute their own
-        importance: [E] mean score of every expert, 1 / E if even
-        router_entropy: mean entropy of a token's scores over log E: 1 = uniform, 0 = one-hot
+        load: [E] int64, routes that asked for an expert, before dropping
+        kept: [E] int64, routes that got a row; at most load
+        l_aux: mean over the calls that have a loss, not scaled. None if no call had one, as in
+            transformers' models, which compute their own
+        importance: [E] float64, mean score of every expert; 1 / E if even
+        router_entropy: mean entropy of a token's scores over log E; 1 = uniform, 0 = one-hot
         z_loss: mean of logsumexp(logits) ** 2
-        agreement: share of choices that are among the best K by the router's logits: less than 1
+        agreement: share of choices that are among the best K by the router's logits. It is below 1
             with RSample, a sampled second expert, a selection bias, groups, Sinkhorn or a recorded
             choice
-        pairs: [E, E] int64, tokens that chose both experts; the diagonal is of one. None also for
-            more than 32 choices per token.
+        pairs: [E, E] int64, tokens that chose both experts; on the diagonal, the expert itself.
+            None also for more than 32 choices per token
     """
 
     tokens: int
@@ -50,28 +53,28 @@ class LayerStats(NamedTuple):
 
     @property
     def shares(self) -> Tensor:
-        """[E] float64, of the layer's routes; 1 / E if even."""
+        """[E] float64, each expert's part of the layer's routes; 1 / E if even."""
         return self.load.double() / max(int(self.load.sum()), 1)
 
     @property
     def dropped(self) -> float:
-        """Share of routes without a row."""
+        """Share of routes without a row, 0 to 1."""
         asked = int(self.load.sum())
         return 1 - int(self.kept.sum()) / asked if asked else 0.0
 
     @property
     def max_over_mean(self) -> float:
-        """The largest load over the mean: 1 if even, E if one expert has all."""
+        """Largest load over mean load; 1 if even, E if one expert has all."""
         return float(self.shares.max() * len(self.load))
 
     @property
     def cv(self) -> float:
-        """The load's coefficient of variation: 0 if even."""
+        """Coefficient of variation of the load; 0 if even."""
         return float(self.shares.std(correction=0) * len(self.load))
 
     @property
     def load_entropy(self) -> float:
-        """The entropy of the shares over log E: 1 if even, 0 if one expert has all."""
+        """Entropy of the shares over log E; 1 if even, 0 if one expert has all."""
         return float(torch.special.entr(self.shares).sum()) / math.log(max(len(self.load), 2))
 
     @property
@@ -81,11 +84,11 @@ class LayerStats(NamedTuple):
 
     @property
     def scarce(self) -> list[int]:
-        """Experts with less than a tenth of the even share, idle ones too."""
+        """Experts with less than a tenth of the even share, including idle ones."""
         return (self.shares * len(self.load) < SCARCE).nonzero().flatten().tolist()
 
     def scalars(self) -> dict[str, float]:
-        """The single numbers by name, without those that are None."""
+        """The scalar numbers by name, without those that are None."""
         names = ("max_over_mean", "cv", "load_entropy", "dropped")
         values = {name: getattr(self, name) for name in names} | {"dead": float(len(self.dead))}
         optional = ("l_aux", "router_entropy", "z_loss", "agreement")
@@ -94,23 +97,22 @@ class LayerStats(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What `Stats.read` gives. Printed as a table and a heat-map.
+    """The statistics of a model between two readings. Prints as a table and a heat map.
 
     Attributes:
-        train: layers by name, in the order of the model, in training. One that was not called is
-            left out.
-        eval: the same in evaluation
+        train: the layers that were called in training, by name, in the order of the model
+        eval: the layers that were called in evaluation
     """
 
     train: dict[str, LayerStats]
     eval: dict[str, LayerStats]
 
     def scalars(self, *, per_layer: bool = False) -> dict[str, float]:
-        """Numbers by name, as `wandb.log` takes them.
+        """Return numbers by name, as `wandb.log` takes them.
 
         Args:
-            per_layer: `train/moe/<layer>/<what>` for every layer; otherwise the mean over the
-                layers and the worst of them, as many numbers however many layers there are
+            per_layer: `train/moe/<layer>/<number>` for every layer; otherwise the mean over the
+                layers and the worst of them, which are as many for any number of layers
         """
         values: dict[str, float] = {}
         for mode, layers in zip(self._fields, self, strict=True):
@@ -131,6 +133,32 @@ class Reading(NamedTuple):
             _table(mode, layers) for mode, layers in zip(self._fields, self, strict=True) if layers
         ]
         return "\n\n".join(tables) or "nothing was counted since the last reading"
+
+
+def text_heatmap(shares: Mapping[str, Sequence[float]], columns: int = 64) -> str:
+    """Draw a line for every layer, with a bar for every expert.
+
+    A layer with more experts than `columns` takes several lines.
+
+    shares: by layer, [E] each, an expert's part of the layer's routes
+    """
+    width = max(map(len, shares), default=0)
+    lines = []
+    for name, row in shares.items():
+        bars = "".join(_bar(share, len(row)) for share in row)
+        pieces = [bars[i : i + columns] for i in range(0, len(bars), columns)]
+        lines += [f"{name if i == 0 else '':{width}}  {p}" for i, p in enumerate(pieces)]
+    legend = (
+        f"a bar for an expert: {BARS[3]} an even share, {BARS[-1]} twice that or more, {IDLE} none"
+    )
+    return "\n".join([*lines, legend])
+
+
+def _bar(share: float, num_experts: int) -> str:
+    if share == 0:
+        return IDLE
+    level = round(share * num_experts * len(BARS) / 2)
+    return BARS[min(max(level, 1), len(BARS)) - 1]
 
 
 def _table(mode: str, layers: dict[str, LayerStats]) -> str:

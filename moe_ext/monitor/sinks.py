@@ -1,5 +1,6 @@
-"""Where readings of `stats` go: lines of JSON, or TensorBoard. Any function of a reading and a step
-is another; for Weights and Biases that is
+"""Write readings of `stats` to JSON lines or TensorBoard.
+
+A sink is any function of a reading and a step. For Weights and Biases:
 
     lambda reading, step: wandb.log(reading.scalars(), step=step)
 """
@@ -20,7 +21,7 @@ from .reading import MODES, LayerStats, Reading
 
 Sink = Callable[[Reading, int], None]
 
-_LIMIT = 2**63  # of int64, in which counts are summed
+_LIMIT = 2**63  # counts are summed in int64
 
 
 def _is_integer(value: Any) -> bool:
@@ -64,7 +65,7 @@ def _numbers(value: list) -> Tensor:
 
 
 class _Field(NamedTuple):
-    """What an entry of a line must be, in words and as a test, and how it is read."""
+    """An entry of a line: its contract in words and as a test, and its conversion."""
 
     must_be: str
     fits: Callable[[Any], bool]
@@ -93,22 +94,23 @@ _FIELDS = {
 
 
 class JsonLines:
-    """A file with a line for every layer and mode of every reading, as `read_json_lines` reads it.
+    """Append readings to a file: a line for every layer and mode. `read_json_lines` reads it.
 
-    An interrupted run leaves what it had written.
+    Every reading is written at once, so an interrupted run keeps its readings.
 
     Args:
-        path: is appended to, after its last whole line
+        path: the file; a cut-off last line is replaced
 
     Raises:
-        FileNotFoundError: the path's folder does not exist
+        FileNotFoundError: the file's folder does not exist
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise FileNotFoundError(
-                f"JsonLines: {self.path.parent} must be a folder; create it first, with mkdir"
+                f"JsonLines: the folder of path must exist, got {self.path}; create "
+                f"{self.path.parent} first, with mkdir"
             )
 
     def __call__(self, reading: Reading, step: int) -> None:
@@ -124,7 +126,7 @@ class JsonLines:
 
 
 def _json(value):
-    """A value of a line; JSON has no number for NaN and infinities."""
+    """Convert a value for JSON, which has no NaN and no infinities: they become strings."""
     if isinstance(value, Tensor):
         value = value.tolist()
     if isinstance(value, list):
@@ -133,7 +135,7 @@ def _json(value):
 
 
 def _end_of_last_line(file: BinaryIO, step: int = 1 << 16) -> int:
-    """Behind the last newline: a run that was killed may have left a part of a line."""
+    """Return the offset after the last newline: a killed run may leave a part of a line."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         begin = max(0, end - step)
@@ -146,17 +148,17 @@ def _end_of_last_line(file: BinaryIO, step: int = 1 << 16) -> int:
 
 
 def read_json_lines(path: Path | str) -> Iterator[tuple[int, Reading]]:
-    """The readings in a file that JsonLines wrote, with their steps, in the file's order.
+    """Yield (step, reading) for the readings in a file that JsonLines wrote, in its order.
 
-    The last line is left out if it was cut off.
+    A cut-off last line is ignored.
 
     Args:
-        path: of the file
+        path: the file
 
     Raises:
-        ValueError: any other line that JsonLines does not write; it names the file and the line
+        ValueError: a line is not one that JsonLines writes; the text names the file and the line
     """
-    # Lines end at b"\n" alone; text files split at others too.
+    # In binary mode lines end at b"\n" only.
     with Path(path).open("rb") as lines:
         yield from _readings(path, lines)
 
@@ -174,7 +176,7 @@ def _readings(path: Path | str, lines: Iterable[bytes]) -> Iterator[tuple[int, R
                 "to read the others"
             ) from error
         layers = getattr(reading, mode)
-        is_past = mode == MODES[0] and reading.eval  # which comes first in every reading
+        is_past = mode == MODES[0] and reading.eval  # a reading begins with its training lines
         if step is not None and (here != step or name in layers or is_past):
             yield step, reading
             reading = Reading({}, {})
@@ -186,8 +188,10 @@ def _readings(path: Path | str, lines: Iterable[bytes]) -> Iterator[tuple[int, R
 
 
 def _parsed(text: bytes) -> tuple[int, str, str, LayerStats]:
-    """(step, mode, layer, its numbers) of a line. Raises ValueError, or RecursionError for JSON
-    that is nested too deep."""
+    """Return (step, mode, layer, statistics) of a line.
+
+    Raises ValueError, or RecursionError for JSON that is nested too deeply.
+    """
     line = json.loads(text.decode())
     if type(line) is not dict:
         raise ValueError(f"it must be a JSON object, got {shortened(line)}")
@@ -214,11 +218,11 @@ def _parsed(text: bytes) -> tuple[int, str, str, LayerStats]:
 
 
 class TensorBoard:
-    """Numbers to a torch.utils.tensorboard.SummaryWriter, or anything with its add_scalar.
+    """Write numbers to a torch.utils.tensorboard.SummaryWriter.
 
     Args:
-        writer: the writer
-        per_layer: those of every layer, not only their mean and the worst
+        writer: the writer, or an object with its add_scalar(name, value, step)
+        per_layer: write the numbers of every layer, not only their mean and the worst
 
     Raises:
         ValueError: the writer has no add_scalar

@@ -1,12 +1,12 @@
-"""What a model's experts are asked for, counted on the device:
+"""Count the load of a model's experts, on the device:
 
     stats = moe_ext.stats.track(model)
-    ...                                  # train; nothing waits for the device
-    print(stats.read())                  # one copy to the host, and a new count begins
+    ...                                  # train; the host does not wait for the device
+    print(stats.read())                  # one copy to the host, then a new count begins
 
-A reading says for every layer which experts are idle, how uneven their load is and how much was
-dropped; detailed ones also how sure the router is. sinks.py writes readings down, plot.py draws
-them.
+For every layer a reading tells which experts are idle, how uneven their load is and how much was
+dropped. Detailed readings also tell how sure the router is. `sinks` write readings to files, `plot`
+draws them.
 """
 
 from __future__ import annotations
@@ -22,28 +22,27 @@ from ..ops.plan import Plan
 from ..ops.registry import is_exporting
 from ..routing import losses
 from ..routing.route import Routing
-from .patching import Layer, named_layers
+from .patching import Observed, named_layers, refuse_no_layers
 from .reading import MODES, LayerStats, Reading
 
-# Pairs of a token's choices are counted one by one.
+# With more choices per token, pairs are not counted: their number grows with its square.
 MOST_CHOICES = 32
 
 
 def track(model: nn.Module, *, detailed: bool = False) -> Stats:
-    """Count what the experts of a model are asked for, from now on.
+    """Start to count the load of a model's experts.
 
-    Training and evaluation are counted apart, by the layer's mode. Tokens that used_token takes out
-    count for nothing, but in l_aux, which is the gate's; a transformers model does not tell its
-    experts which tokens are padding. What checkpointing computes again is counted once. Calls
-    inside of torch.func's transforms and of torch.export are not counted, nor those of copies of a
-    layer.
+    Training and evaluation have separate counts, by the layer's mode. A forward that checkpointing
+    repeats counts once. Tokens that `used_token` leaves out do not count, except in `l_aux`, which
+    is the gate's. Calls inside of torch.func and torch.export do not count, nor do calls of a copy
+    of a layer.
 
     Args:
-        model: a MOELayer, or a module with some in it; the experts of transformers' models with
-            experts_implementation="moe_ext" count too, without what only their router knows. A
-            layer has one `Stats`: a later one takes its place.
-        detailed: also the router's entropy, its z-loss, how far it is followed, and which experts
-            are chosen together: some passes over [T, E] and [T, K, K]
+        model: a MOELayer, a module that has some, or a model of transformers with
+            experts_implementation="moe_ext". The experts of transformers do not know the router,
+            nor which tokens are padding. A layer has one `Stats`: a new one replaces it.
+        detailed: also count the router's entropy and z-loss, its agreement with the choice, and
+            pairs of experts: some passes over [T, E] and [T, K, K]
 
     Raises:
         ValueError: the model has no such layer
@@ -52,20 +51,16 @@ def track(model: nn.Module, *, detailed: bool = False) -> Stats:
 
 
 class Stats:
-    """The counters of a model, from `track`. A context manager that stops counting at its end.
+    """The counters of a model, as `track` returns them. A context manager: its end stops counting.
 
     Args:
-        model: as of `track`
-        detailed: as of `track`
+        model: as in `track`
+        detailed: as in `track`
     """
 
     def __init__(self, model: nn.Module, detailed: bool) -> None:
+        refuse_no_layers("stats.track", model)
         self._layers = dict(named_layers(model))
-        if not self._layers:
-            raise ValueError(
-                f"stats.track: {type(model).__name__} has no MOELayer, nor experts of transformers "
-                'with experts_implementation="moe_ext"'
-            )
         self._counters = {name: _Counters(m, detailed) for name, m in self._layers.items()}
         for name, module in self._layers.items():
             module.observer = self._counters[name]
@@ -78,12 +73,12 @@ class Stats:
 
     @property
     def is_divided(self) -> bool:
-        """Whether transformers has given this process a part of the experts: ids of another process
-        are others' experts."""
+        """Whether transformers divides the experts among ranks; equal ids then are different
+        experts on different ranks."""
         return any(getattr(m, "_is_expert_parallel", False) for m in self._layers.values())
 
     def stop(self) -> None:
-        """Count no more; what was counted can still be read."""
+        """Stop counting; the counts can still be read."""
         for name, module in self._layers.items():
             if module.observer is self._counters[name]:
                 module.observer = None
@@ -95,26 +90,25 @@ class Stats:
 
     @torch.no_grad()
     def read(self, *, reset: bool = True, group: dist.ProcessGroup | None = None) -> Reading:
-        """What was counted since the last reset: one copy to the host.
+        """Return the counts since the last reset; this waits for the device.
 
         Args:
             reset: begin a new count
-            group: the sum over all its processes, all of which call this; a process group, or
-                dist.group.WORLD. With ExpertParallel every process counts the routes of its own
-                tokens, to all experts.
+            group: sum the counts of all ranks of this process group, as dist.group.WORLD; every
+                rank has to call. With ExpertParallel a rank counts the routes of its own tokens, to
+                all experts.
 
         Raises:
-            ValueError: a group was given where transformers divides the experts, of which each
-                process knows its own alone
+            ValueError: a group was given and transformers divides the experts
         """
         if group is not None and self.is_divided:
             raise ValueError(
-                "Stats.read: group must be None where transformers divides the experts, whose "
-                "processes count different ones"
+                "Stats.read: group must be None where transformers divides the experts, got a "
+                "group; ranks count different experts, so read each rank without a group"
             )
         of_layers = [(name, c, mode) for name, c in self._counters.items() for mode in MODES]
         packed = [counters.packed(mode) for _, counters, mode in of_layers]
-        # Layers may be on several devices.
+        # Layers may be on different devices.
         total = torch.cat([p.to(packed[0].device) for p in packed])
         if group is not None:
             dist.all_reduce(total, group=group)
@@ -130,29 +124,29 @@ class Stats:
 
 
 def _add_once(total: Tensor, new: Tensor) -> None:
-    # A backward runs what is checkpointed again.
+    # A backward repeats the forward of a checkpoint: it must not count again.
     if torch._C._current_graph_task_id() == -1:
         total.add_(new)
 
 
-# What is compiled may be checkpointed too: whether it runs again is asked while it runs.
+# Compiled code may be checkpointed too, so a custom operator makes this test at run time.
 _add_once_compiled = torch.library.custom_op(
     "moe_ext::add_once", _add_once, mutates_args=("total",)
 )
 
 
 class _Counters:
-    """Sums of one layer, in training and in evaluation; called with what the layer decided.
+    """The counts of one layer, in training and in evaluation; the layer's observer.
 
         counts  int64    calls, tokens, with_loss | load [E] | kept [E] | followed | pairs [E, E]
         sums    float64  l_aux | entropy, squares | importance [E]
 
-    with_loss counts the calls whose gate gave an l_aux. followed, entropy and what stands after
-    them are there only if `detailed`. Each tensor is changed at one place of a call: two views of
-    a tensor that both change are not safe in torch.compile.
+    with_loss counts the calls whose gate had an l_aux. followed, entropy and the fields after them
+    exist only if detailed=True. A call changes each tensor once: torch.compile is not safe with two
+    views of a tensor that both change.
     """
 
-    def __init__(self, module: Layer, detailed: bool) -> None:
+    def __init__(self, module: Observed, detailed: bool) -> None:
         self.module = module
         self.detailed = detailed
         self.num_experts = E = module.num_experts
@@ -162,15 +156,15 @@ class _Counters:
         self._place(device)
 
     def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a layer is not counted."""
+        """A copy of a layer has no counters."""
 
     def __reduce__(self) -> tuple:
         return type(None), ()
 
     def _place(self, device: torch.device) -> None:
-        """Zeros on a device."""
+        """Create zero counts on a device."""
         real = torch.float32 if device.type == "mps" else torch.float64
-        # In-place sums of a tensor that was made in inference mode could not be made outside.
+        # A tensor of inference mode could not be changed outside of it.
         with torch.inference_mode(False):
             self.one = torch.ones(1, dtype=torch.int64, device=device)
             self.none = torch.zeros_like(self.one)
@@ -179,7 +173,7 @@ class _Counters:
                 for length, dtype in zip(self.lengths, (torch.int64, real), strict=True)
             )
         if device.type == "cuda":
-            # CUDA graphs of torch.compile take no input that changes, but at a fixed address.
+            # CUDA graphs of torch.compile accept a changed input only at a fixed address.
             for tensor in (*self.counts.values(), *self.sums.values()):
                 torch._dynamo.mark_static_address(tensor)
 
@@ -224,7 +218,7 @@ class _Counters:
         dtype = self.sums["train"].dtype
         l_aux = aux.l_aux
         if not isinstance(l_aux, Tensor):
-            # A gate of one's own may have no loss, or a plain number, which is not copied there.
+            # A custom gate may have no loss, or a Python number, which new_full does not copy.
             l_aux = self.one.new_full((), l_aux or 0.0, dtype=dtype)
         pieces = [l_aux.reshape(1).to(self.one.device, dtype)]
         if not self.detailed:
@@ -232,7 +226,7 @@ class _Counters:
         if routing is None:
             pieces.append(pieces[0].new_zeros(2 + self.num_experts))
         else:
-            # A token that is taken out may hold anything, NaN too.
+            # A token that is left out may hold anything, also NaN.
             probs = losses.shares(_of_used(routing.probs, used))
             squares = routing.logits.logsumexp(dim=-1, keepdim=True).square()
             of_tokens = torch.special.entr(probs), _of_used(squares, used)
@@ -241,7 +235,7 @@ class _Counters:
         return torch.cat(pieces)
 
     def packed(self, mode: str) -> Tensor:
-        """Counts and sums in a row; integers are exact up to 2 ** 53, in float32 up to 2 ** 24."""
+        """Concatenate counts and sums. Counts are exact up to 2 ** 53, in float32 up to 2 ** 24."""
         sums = self.sums[mode]
         return torch.cat([self.counts[mode].to(sums.dtype), sums])
 
@@ -251,12 +245,12 @@ class _Counters:
                 tensors[mode].zero_()
 
     def unpacked(self, packed: Tensor) -> LayerStats:
-        """packed: of a mode, on the host"""
+        """The inverse of `packed`, for a tensor on the CPU."""
         E, num_counts = self.num_experts, len(self.counts["train"])
         counts, sums = packed[:num_counts].long(), packed[num_counts:].double()
         calls, tokens, with_loss = counts[:3].tolist()
         load, kept = counts[3 : 3 + 2 * E].view(2, E)
-        load = load.maximum(kept)  # a foreign gate may count some of its choices alone
+        load = load.maximum(kept)  # a custom gate may count its first choices only
         l_aux = _ratio(sums[0], with_loss) if with_loss else None
         stats = LayerStats(tokens, calls, load, kept, l_aux)
         if not self.detailed:
@@ -264,7 +258,7 @@ class _Counters:
         followed, pairs = counts[3 + 2 * E], counts[4 + 2 * E :].view(E, E)
         stats = stats._replace(pairs=pairs if pairs.any() else None)
         entropy, squares, importance = sums[1], sums[2], sums[3:]
-        # Every token has a share of one: without any, there was no router to look at.
+        # The scores of a token sum to one: a sum of zero means that no router was seen.
         if importance.sum() == 0:
             return stats
         return stats._replace(
@@ -276,7 +270,7 @@ class _Counters:
 
 
 def _followed(plan: Plan, routing: Routing | None) -> Tensor:
-    """Choices that are among the best K by the logits, which equal ones all are. []"""
+    """Count the choices that are among the best K by the logits; ties count. []"""
     if routing is None:
         return plan.load.new_zeros(())
     E = plan.num_experts
@@ -287,7 +281,7 @@ def _followed(plan: Plan, routing: Routing | None) -> Tensor:
 
 
 def _pairs(plan: Plan) -> Tensor:
-    """How many tokens chose both experts. [E, E]"""
+    """Count the tokens that chose both experts of a pair. [E, E]"""
     K, E = plan.slots.shape[1], plan.num_experts
     if K > MOST_CHOICES:
         return plan.load.new_zeros(E, E)
@@ -297,12 +291,12 @@ def _pairs(plan: Plan) -> Tensor:
     return losses.expert_load(pairs.flatten(1), E * E).view(E, E)
 
 
-def _are_ids(experts: Tensor, num_experts: int) -> Tensor:
-    return (experts >= 0) & (experts < num_experts)
+def _are_ids(expert_ids: Tensor, num_experts: int) -> Tensor:
+    return (expert_ids >= 0) & (expert_ids < num_experts)
 
 
 def _of_used(values: Tensor, used: Tensor | None) -> Tensor:
-    """Zero for tokens that are taken out. values: [T, ...]"""
+    """Replace the values of tokens that are left out by zero. values: [T, ...]"""
     return values if used is None else torch.where(used.unsqueeze(-1), values, 0)
 
 

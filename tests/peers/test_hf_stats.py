@@ -1,4 +1,4 @@
-"""What watches transformers' models: stats, explain, ranges, and the callback of their Trainer."""
+"""Monitoring models of transformers: stats, explain, ranges, and the callback of the Trainer."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_experts_of_transformers_are_counted():
 
 
 def test_divided_experts_are_not_summed():
-    """Ids of one process are not those of another."""
+    """Equal ids are different experts on different ranks."""
     model = model_of("mixtral", experts_implementation="moe_ext")
     counting = stats.track(model)
     assert not counting.is_divided
@@ -45,7 +45,7 @@ def test_another_implementation_is_refused():
         stats.track(model_of("mixtral", experts_implementation="eager"))
 
 
-def test_explain_tells_of_another_implementation():
+def test_explain_notes_another_implementation():
     model = model_of("mixtral", experts_implementation="eager")
     (note,) = moe_ext.explain(model, tokens_of()).notes
     assert note.startswith("2 experts modules of transformers have")
@@ -54,7 +54,7 @@ def test_explain_tells_of_another_implementation():
     assert moe_ext.explain(model, tokens_of()).notes == []
 
 
-def test_explain_and_ranges_name_their_experts():
+def test_explain_and_ranges_name_experts_of_transformers():
     model, tokens = model_of("mixtral", experts_implementation="moe_ext"), tokens_of()
     names = [name for name, _ in moe_ext.hf.experts_modules(model)]
     attributes = [set(vars(module)) for module in model.modules()]
@@ -96,7 +96,7 @@ def test_the_callback_writes_readings(tmp_path):
     assert len(logged) == 2
     first = readings[0][1].scalars()["train/moe/max_over_mean"]
     assert logged[0]["train/moe/max_over_mean"] == first
-    # The model computes its loss itself, and the experts do not know it.
+    # The model computes its load-balance loss, which its experts do not know.
     assert not [name for entry in logged for name in entry if "l_aux" in name]
     assert "l_aux" not in sink.path.read_text()
     assert {layer.l_aux for layer in readings[0][1].train.values()} == {None}

@@ -1,4 +1,4 @@
-"""The gate beside the routers of Hugging Face's transformers: their models' rules, as options."""
+"""The gate with a model's options gives the results of that model's router in transformers."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from moe_ext import TopKGate
 
 T, H = 200, 24
 
-# Of docs/routing.md: the router, its configuration, and the gate's options.
+# The rows of docs/routing.md: router, its configuration, options of the gate.
 MODELS = {
     "Mixtral": (MixtralTopKRouter, {}, {"k": 2, "normalize": "before"}),
     "Qwen3-MoE": (
@@ -91,13 +91,13 @@ MODELS = {
 
 
 def by_expert(weights, experts):
-    """Some routers leave a token's choices unsorted."""
+    """Sort the choices of a token, which some routers leave unsorted."""
     order = experts.argsort(dim=-1)
     return weights.gather(-1, order), experts.gather(-1, order)
 
 
 def pair(name):
-    """A model's router and the gate, with one weight."""
+    """A model's router and the gate, with equal weights."""
     Router, config, options = MODELS[name]
     defaults = {"hidden_size": H, "num_experts": 32, "num_local_experts": 32}
     router = Router(SimpleNamespace(**({"num_experts_per_tok": 2} | defaults | config)))
@@ -132,7 +132,7 @@ def test_routers_equal_transformers(name):
     assert relative_error(grads[1], grads[0]) < 1e-5
 
 
-def test_hash_routing_is_a_choice_made_already():
+def test_hash_routing_is_a_recorded_choice():
     config = SimpleNamespace(
         hidden_size=H,
         num_local_experts=32,

@@ -24,5 +24,5 @@ if [ "${FORCE_CUDA:-0}" = 1 ]; then
     "$python" -c 'from moe_ext.ops import registry; assert registry.libraries.cuda_library, registry.libraries.cuda_load_error'
 fi
 "$python" -m moe_ext doctor || echo "doctor found something"
-rm */test_bench*.py tools/test_build.py tools/test_demo.py tools/test_docs.py tools/test_toolkit.py # of the tree
+rm */test_bench*.py tools/test_build.py tools/test_cpp.py tools/test_demo.py tools/test_docs.py tools/test_toolkit.py # of the tree
 "$python" -m pytest -p no:cacheprovider .

@@ -1,4 +1,4 @@
-"""How the library is built and found: schemas, JIT, CMake, setup.py, and a package without one."""
+"""Building and loading the library: schemas, JIT, setup.py, and a package without a library."""
 
 import json
 import os
@@ -17,9 +17,8 @@ from moe_ext import build
 from moe_ext.ops import reference, registry
 
 ROOT = Path(__file__).resolve().parents[2]
-CPP = ROOT / "examples" / "cpp"
 
-# A layer forward and backward, and where it ran.
+# Runs a layer forward and backward, and prints results and backends.
 PROBE = """
 import json, sys, warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -74,7 +73,7 @@ def tree(tmp_path_factory):
     return tree
 
 
-def test_the_compiled_library_is_what_is_tested():
+def test_tests_run_on_the_compiled_library():
     assert registry.libraries.library is not None, registry.libraries.load_error
     assert registry.libraries.library.parent == Path(moe_ext.__file__).parent
     assert {registry.backend(name, "cpu") for name in registry.NAMES} == {"compiled"}
@@ -83,7 +82,7 @@ def test_the_compiled_library_is_what_is_tested():
 
 
 @pytest.mark.parametrize("name", registry.NAMES)
-def test_schema_is_the_reference_signature(name):
+def test_schemas_are_the_signatures_of_the_reference(name):
     expected = torch.library.infer_schema(getattr(reference, name), mutates_args=())
     schema = str(getattr(torch.ops.moe_ext, name).default._schema)
     assert schema == f"moe_ext::{name}{expected}"
@@ -101,8 +100,8 @@ def test_without_a_library_the_reference_runs(tree):
     assert not [text for text in compiled["warnings"] if "moe_ext" in text]
 
 
-def test_products_of_the_reference_stay_out_of_autocast(tree):
-    """A backward may run where autocast is on and its forward's was off."""
+def test_the_reference_ignores_autocast_in_a_backward(tree):
+    """The backward runs with autocast, its forward ran without."""
     code = """
 import torch, moe_ext
 layer = moe_ext.MOELayer(moe_ext.TopKGate(8, 4, 2, use_rts=False), moe_ext.GroupedExperts(4, 8, 6))
@@ -122,7 +121,7 @@ print(all(torch.equal(a, b) for a, b in zip(*grads)))
     assert done.stdout == "True\n", done.stderr
 
 
-def test_a_broken_library_is_named(tree):
+def test_a_broken_library_is_named_in_a_warning(tree):
     broken = tree / "moe_ext" / "_C.abi3.so"
     broken.write_bytes(b"not a library")
     try:
@@ -130,13 +129,13 @@ def test_a_broken_library_is_named(tree):
     finally:
         broken.unlink()
     assert result["library"] == "None"
-    # The reason is the loader's own, not only that there is one.
+    # The warning holds the reason that the loader gives.
     expected = r"_C.abi3.so could not be loaded: .*(file too short|invalid ELF|not a mach-o)"
     assert any(re.search(expected, text) for text in result["warnings"]), result["warnings"]
 
 
 def test_a_library_of_other_sources_is_refused(tree):
-    """A stale build in a tree whose operators have changed."""
+    """As after a change of an operator, without a new build."""
     library = tree / "moe_ext" / registry.libraries.library.name
     shutil.copy(registry.libraries.library, library)
     contracts = tree / "moe_ext" / "ops" / "contracts.py"
@@ -164,14 +163,14 @@ def test_jit_builds_the_tree_once(tree, tmp_path):
     assert set(result["backends"]) == {"compiled"}
     assert result["out"] == pytest.approx(probe(ROOT)["out"], rel=1e-6)
 
-    # What a killed build left behind stops nobody.
+    # A killed build leaves files that do not block the next one.
     (library.parent.parent / "building-dead").mkdir()
     (library.parent.parent / "building-dead" / "lock").touch()
     built = library.stat().st_mtime_ns
     assert probe(tree, before, **cache)["library"] == str(library)
     assert library.stat().st_mtime_ns == built
 
-    # A second call gives what is loaded; of other sources no second library can be.
+    # A second call returns the loaded library. With other sources it raises.
     source = tree / "csrc" / "ops.cpp"
     text = source.read_text()
     twice = f"""{before}
@@ -197,7 +196,7 @@ else: raise AssertionError"""
         source.write_text(text)
 
 
-def test_jit_says_what_is_in_the_way(monkeypatch, tmp_path):
+def test_errors_of_jit_name_the_cause(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     with pytest.raises(RuntimeError, match="is already loaded"):
         build.jit()
@@ -206,7 +205,7 @@ def test_jit_says_what_is_in_the_way(monkeypatch, tmp_path):
         monkeypatch.setenv("CXX", compiler)
         with pytest.raises(RuntimeError, match="no working C\\+\\+ compiler"):
             build.jit()
-    # Before it builds for the CPU alone it says so, where torch has CUDA.
+    # Where torch has CUDA, a build without CUDA kernels warns.
     monkeypatch.setattr(torch.version, "cuda", "99.1")
     with (
         pytest.warns(RuntimeWarning, match="CPU kernels only; .*CUDA 99"),
@@ -236,7 +235,7 @@ def test_setup_without_a_working_compiler_says_so(compiler):
 
 
 def test_an_editable_install_is_found_from_anywhere(tmp_path):
-    """Also from the folder that holds the clone, and by tools that read .pth files alone."""
+    """Also from the folder that holds the clone, and by tools that read only .pth files."""
     clone, site = tmp_path / "moe_ext", tmp_path / "site"
     shutil.copytree(
         ROOT / "moe_ext", clone / "moe_ext", ignore=shutil.ignore_patterns("_C*", "__pycache__")
@@ -266,10 +265,10 @@ print(importlib.util.find_spec("moe_ext").origin)"""
     assert Path(python("-S", "-c", find, cwd=tmp_path).strip()) == clone / "moe_ext/__init__.py"
 
 
-def test_the_source_distribution_is_whole(tmp_path):
+def test_the_source_distribution_has_every_source(tmp_path):
     for env in ({}, {"CXX": "no-such-compiler"}):
         subprocess.run(
-            # Of a folder of its own, or what an earlier one listed would be in it.
+            # In a new folder, because setuptools also packs the files of an earlier list.
             [
                 *(sys.executable, "setup.py", "-q"),
                 *("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path)),
@@ -289,155 +288,3 @@ def test_the_source_distribution_is_whole(tmp_path):
         needed |= {"setup.py", "tests/cases.py", "tests/conftest.py", "moe_ext/build.py"}
         assert needed <= names
         assert not any(name.endswith((".so", ".pyc")) for name in names)
-
-
-def cmake(*command: str) -> None:
-    program = shutil.which(
-        "cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
-    assert program, "cmake is in the extra `test`"
-    done = subprocess.run([program, *command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def run_cpp(source: Path, binary: Path, prefix: str) -> subprocess.CompletedProcess:
-    """Build the example's CMake project in `source` and run its program."""
-    shutil.copy(CPP / "CMakeLists.txt", source)
-    cmake("-S", str(source), "-B", str(binary), f"-DCMAKE_PREFIX_PATH={prefix}")
-    cmake("--build", str(binary))
-    return subprocess.run([binary / "layer"], capture_output=True, text=True)
-
-
-def test_the_cpp_example_gives_the_numbers_of_python(tmp_path):
-    """Against the package as it is installed; what asks for a gradient is refused."""
-    shutil.copy(CPP / "layer.cpp", tmp_path / "example.cpp")
-    (tmp_path / "layer.cpp").write_text("""
-#define main example_main
-#include "example.cpp"
-#undef main
-int main() {
-  example_main();
-  const at::Tensor tokens = at::ones({2, 3}).requires_grad_(), ids = at::zeros({2, 1}, at::kInt);
-  const auto plan = moe_ext::make_plan(ids, 2, 1);
-  try {
-    moe_ext::dispatch(tokens, plan);
-  } catch (const c10::NotImplementedError& error) {
-    std::cerr << error.what_without_backtrace();
-  }
-  const at::NoGradGuard guard;
-  const at::Tensor rows = moe_ext::dispatch(tokens, plan);
-  std::cout << moe_ext::route_dot(tokens, rows, plan) << "\\n";
-  std::cout << moe_ext::mask_weights(at::ones({2, 1}), plan) << "\\n";
-}
-""")
-    run = run_cpp(tmp_path, tmp_path / "build", build.cmake_prefix_path())
-    assert run.returncode == 0, run.stderr
-    assert run.stderr == (
-        "moe_ext::dispatch has no gradient in a program without Python; call it under "
-        "c10::InferenceMode or at::NoGradGuard"
-    )
-    torch.manual_seed(0)
-    tokens, router = torch.randn(16, 32), torch.randn(4, 32)
-    up, down = torch.randn(4, 128, 32), torch.randn(4, 32, 64)
-    weights, experts, *_ = moe_ext.gate(tokens @ router.T, 2, normalize=True)
-    gate, value = torch.einsum("th,efh->tef", tokens, up).chunk(2, dim=-1)
-    dense = torch.einsum("tef,ehf->teh", torch.nn.functional.silu(gate) * value, down)
-    chosen = dense.gather(1, experts.long()[..., None].expand(-1, -1, 32))
-    expected = (weights[..., None] * chosen).sum((1, 2))
-    numbers = list(map(float, re.findall(r"^ *(-?[\d.]+)$", run.stdout, re.MULTILINE)))
-    torch.testing.assert_close(torch.tensor(numbers[:16]), expected, rtol=1e-4, atol=1e-2)
-    assert numbers[16:] == [3, 0, 1, 0]
-
-
-def test_the_cpp_header_has_every_public_operator():
-    header = Path(moe_ext.__file__).with_name("include") / "moe_ext.h"
-    found = set(re.findall(r'find\("moe_ext::(\w+)"\)', header.read_text()))
-    assert found == {name for name in registry.NAMES if name in moe_ext.__all__} | {"plan"}
-
-
-def test_the_cpp_page_holds_the_example():
-    page = (ROOT / "docs" / "cpp.md").read_text()
-    for name, language in (("CMakeLists.txt", "cmake"), ("layer.cpp", "cpp")):
-        assert f"```{language}\n{(CPP / name).read_text()}```" in page
-
-
-@pytest.mark.parametrize("registers", [16, 32])
-def test_cmake_builds_the_same_library(tmp_path, registers):
-    """And on CPUs with less: narrower registers, no instructions for 16 bits."""
-    cmake(
-        *("-S", str(ROOT), "-B", str(tmp_path), f"-DPython3_EXECUTABLE={sys.executable}"),
-        f"-DCMAKE_CXX_FLAGS=-DMOE_EXT_WIDEN_16BIT -DMOE_EXT_REGISTERS={registers}",
-    )
-    cmake("--build", str(tmp_path), "--parallel", "2")
-    (library,) = tmp_path.glob("libmoe_ext.*")
-    # The library without the package; 16-bit products are float32 ones, rounded once.
-    code = f"""
-import torch
-torch.ops.load_library({str(library)!r})
-experts = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32)
-print(torch.ops.moe_ext.plan(experts, None, 3, None, "choice", 1)[0].tolist())
-experts = torch.tensor([0] * 5 + [2] * 600, dtype=torch.int32).unsqueeze(1)
-_, _, offsets, load = torch.ops.moe_ext.plan(experts, None, 3, None, "choice", 1)
-groups = (offsets, load, None)
-torch.manual_seed(0)
-logits = torch.randn(130, 70)
-weights, ids, probs, sums = torch.ops.moe_ext.gate(logits, None, 5, "softmax", False, 1.0)
-torch.testing.assert_close(probs, logits.softmax(-1))
-torch.testing.assert_close(sums, logits.softmax(-1).sum(0))
-assert torch.equal(ids, logits.sort(dim=-1, descending=True, stable=True).indices[:, :5].int())
-slots, sources, _, _ = torch.ops.moe_ext.plan(ids, None, 70, None, "token", 1)
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    tokens, grad = torch.randn(2, 130, 77).to(dtype)
-    rows = torch.ops.moe_ext.dispatch(tokens, slots, sources, None)
-    assert torch.equal(rows, tokens[(sources // 5).long()])
-    scaled, dots = torch.ops.moe_ext.combine_backward(grad, rows, slots, sources, weights)
-    w = weights.flatten()[sources.long(), None]
-    torch.testing.assert_close(scaled, (w * grad[(sources // 5).long()].float()).to(dtype))
-    exact = (grad.double() * tokens.double()).sum(-1, keepdim=True).expand(-1, 5)
-    torch.testing.assert_close(dots.double(), exact, rtol=1e-5, atol=1e-4)
-    out = torch.ops.moe_ext.combine(rows, slots, sources, weights)
-    exact = weights.double().sum(-1, keepdim=True) * tokens.double()
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), exact, rtol=2 * eps, atol=2 * eps)
-    pre_activation = torch.randn(650, 2 * 37).to(dtype)
-    active = torch.ops.moe_ext.activate(pre_activation, slots, sources, None, "swiglu")
-    gate, up = pre_activation.float().chunk(2, dim=-1)
-    exact = torch.nn.functional.silu(gate) * up
-    torch.testing.assert_close(active.float(), exact, rtol=4 * eps, atol=4 * eps)
-for dtype in (torch.bfloat16, torch.float16):
-    rows, weights = torch.randn(605, 300).to(dtype), torch.randn(3, 530, 300).to(dtype)
-    bias = torch.randn(3, 530).to(dtype)
-    strided = weights.transpose(1, 2).contiguous().transpose(1, 2)
-    for w in (weights, strided):
-        out = torch.ops.moe_ext.grouped_mm(rows, w, bias, *groups)
-        outer = torch.ops.moe_ext.grouped_outer(out, rows, *groups)
-        for e in range(3):
-            mine = slice(int(offsets[e]), int(offsets[e + 1]))
-            x, y = rows[mine].double(), out[mine].double()
-            eps = torch.finfo(dtype).eps
-            exact = x @ weights[e].double().T + bias[e].double()
-            torch.testing.assert_close(out[mine].double(), exact, rtol=eps, atol=1e-4)
-            torch.testing.assert_close(outer[e].double(), y.T @ x, rtol=eps, atol=1e-2)
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.strip() == "[[1, 0], [2, 3]]"
-    if registers == 32:
-        check_installation(tmp_path)
-
-
-def check_installation(built: Path) -> None:
-    """A program that finds what `cmake --install` made is linked with the library."""
-    cmake("--install", str(built), "--prefix", str(built / "installed"))
-    source = built / "program"
-    source.mkdir()
-    (source / "layer.cpp").write_text("""
-#if !__has_include(<moe_ext.h>)
-#error no moe_ext.h
-#endif
-extern "C" void moe_ext_library();
-int main() { moe_ext_library(); }
-""")
-    prefix = f"{built / 'installed'};{torch.utils.cmake_prefix_path}"
-    run = run_cpp(source, built / "program-built", prefix)
-    assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""What explain says of a call."""
+"""explain shows the operators of a call, and leaves no trace."""
 
 import platform
 import subprocess
@@ -20,7 +20,7 @@ def layer_of(experts=None, **options) -> MOELayer:
     return MOELayer(gate, experts or GroupedExperts(E, H, 8))
 
 
-def test_names_every_operator_in_order():
+def test_explain_names_every_operator_in_order():
     found = moe_ext.explain(layer_of(drop_tokens=False), torch.randn(3, 5, H))
     assert [call.operator for call in found.calls] == [
         *("gate", "plan", "plan", "dispatch", "grouped_mm", "activate", "grouped_mm", "combine")
@@ -33,7 +33,7 @@ def test_names_every_operator_in_order():
     assert text.endswith("the host waits for the device: never, all ran on the CPU")
 
 
-def test_names_layers_and_those_alike_once():
+def test_explain_shows_equal_layers_once():
     model = torch.nn.Sequential(*(layer_of() for _ in range(3)), layer_of(drop_tokens=False))
     found = moe_ext.explain(model, torch.randn(5, H))
     names = list(dict.fromkeys(call.layer for call in found.calls))
@@ -42,7 +42,7 @@ def test_names_layers_and_those_alike_once():
     assert [line for line in lines if line.endswith(":")] == ["0 to 2, 3 alike:", "3:"]
 
 
-def test_says_that_experts_run_one_after_the_other():
+def test_explain_notes_experts_that_run_one_after_the_other():
     one = moe_ext.ModuleExperts(torch.nn.Linear(H, H), E)
     shared = moe_ext.SharedExperts(one, torch.nn.Linear(H, H))
     found = moe_ext.explain(layer_of(shared), torch.randn(5, H))
@@ -52,8 +52,8 @@ def test_says_that_experts_run_one_after_the_other():
     assert moe_ext.explain(layer_of(), torch.randn(5, H)).notes == []
 
 
-def test_of_a_compiled_model():
-    """It is seen as it is, and is compiled afterwards as before."""
+def test_explain_runs_a_compiled_model_eagerly():
+    """It is compiled afterwards, once, as if explain had not run."""
     compiled = []
 
     def backend(graph, inputs):
@@ -72,13 +72,13 @@ def test_of_a_compiled_model():
     assert len(compiled) == 1
 
 
-def test_of_a_model_with_a_higher_order_operator():
+def test_explain_counts_higher_order_operators():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = layer_of()
 
-        def forward(self, layer):  # a name that explain has too
+        def forward(self, layer):  # explain has an argument of this name
             def double(x):
                 return x * 2
 
@@ -89,7 +89,7 @@ def test_of_a_model_with_a_higher_order_operator():
     assert found.others["cond"] == 1
 
 
-def test_of_a_part_of_a_layer():
+def test_explain_takes_any_module():
     experts = GroupedExperts(E, H, 8)
     plan = moe_ext.make_plan(torch.zeros(5, 1, dtype=torch.int32), E)
     text = str(moe_ext.explain(experts, torch.randn(5, H), plan))
@@ -98,13 +98,13 @@ def test_of_a_part_of_a_layer():
     assert found.notes == ["Linear has no MOELayer, nor experts of transformers"]
 
 
-def test_of_no_module():
+def test_monitoring_refuses_what_is_not_a_module():
     for watch in (moe_ext.explain, moe_ext.stats.track, moe_ext.profiling.ranges):
         with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
             watch(lambda x: x)
 
 
-def test_says_where_16_bit_products_are_float32_ones():
+def test_explain_shows_where_16_bit_products_run_in_float32():
     layer = layer_of().bfloat16()
     x = torch.randn(5, H).bfloat16()
     how = {c.how for c in moe_ext.explain(layer, x).calls if c.operator == "grouped_mm"}
@@ -115,8 +115,8 @@ def test_says_where_16_bit_products_are_float32_ones():
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="ONEDNN_MAX_CPU_ISA is for x86"
 )
-def test_without_bfloat16_instructions():
-    """In a process whose products are told to do without."""
+def test_explain_shows_missing_bfloat16_instructions():
+    """In a process where oneDNN may use AVX2 only."""
     code = (
         (
             "import torch, moe_ext;"
@@ -140,7 +140,7 @@ def test_without_bfloat16_instructions():
     assert done.stdout.count("in float32, as this CPU's torch has no bfloat16 instructions") == 2
 
 
-def test_leaves_the_layer_as_it_was():
+def test_explain_restores_the_layer_and_random_state():
     layer = layer_of()
     layer(torch.randn(5, H))
     kept = layer.l_aux, layer.exp_counts
@@ -160,8 +160,8 @@ def test_leaves_the_layer_as_it_was():
     assert torch.equal(torch.random.get_rng_state(), drawn)
 
 
-def test_counts_what_is_read_back(monkeypatch):
-    """Of another device; here of the CPU, as if it were none."""
+def test_explain_counts_synchronisations(monkeypatch):
+    """The CPU plays the part of another device."""
     layer = moe_ext.MoE(H, torch.nn.Linear(H, H), E, k=2, drop_tokens=False)
     found = moe_ext.explain(layer, torch.randn(5, H))
     assert found.synchronisations == 0
@@ -175,7 +175,7 @@ def test_counts_what_is_read_back(monkeypatch):
     assert found.others["addmm"] == E
 
 
-def test_names_operators_whose_first_argument_is_none(monkeypatch):
+def test_explain_names_operators_whose_first_argument_is_none(monkeypatch):
     monkeypatch.setattr(registry, "backend", lambda name, device: "reference")
 
     class Gradient(torch.nn.Module):
@@ -188,7 +188,7 @@ def test_names_operators_whose_first_argument_is_none(monkeypatch):
     assert [call.operator for call in found.calls] == ["gate", "gate_backward"]
 
 
-def test_says_why_torchs_products(monkeypatch):
+def test_explain_tells_the_path_of_a_product(monkeypatch):
     rows, weights = torch.randn(8, 4), torch.randn(2, 3, 4)
     real = registry.backend
 

@@ -1,6 +1,6 @@
-"""DeepSpeed's names where DeepSpeed is not installed: layers, helpers and process groups.
+"""DeepSpeed's names without DeepSpeed: layers, helpers and process groups.
 
-That their results are DeepSpeed's is test_deepspeed.py's matter.
+test_deepspeed.py compares their results with those of DeepSpeed.
 """
 
 import copy
@@ -28,7 +28,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "train_moe.py"
 E, H, S = 6, 10, 40
 
 
-def test_a_script_written_for_deepspeed_learns():
+def test_a_script_for_deepspeed_learns():
     run = subprocess.run(
         [sys.executable, EXAMPLE, "--steps", "60"], capture_output=True, text=True, check=False
     )
@@ -44,7 +44,7 @@ def expert() -> nn.Module:
 
 @pytest.mark.parametrize("options", [{}, {"drop_tokens": False}, {"capacity_factor": 0.4}])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_moe_is_its_gate_over_its_experts(k, options):
+def test_moe_is_the_weighted_sum_of_its_experts(k, options):
     moe = MoE(H, expert(), E, k=k, min_capacity=0, sampling_in_eval=False, **options).eval()
     for e, module in enumerate(moe.deepspeed_moe.experts.deepspeed_experts):
         nn.init.normal_(module[0].weight)
@@ -62,7 +62,7 @@ def test_moe_is_its_gate_over_its_experts(k, options):
     assert torch.equal(exp_counts, routing.plan.load.long())
 
 
-def test_state_dict_keys():
+def test_state_dict_keys_are_those_of_deepspeed():
     moe = MoE(H, nn.Linear(H, H), 2, use_residual=True)
     experts = [f"deepspeed_moe.experts.deepspeed_experts.{e}" for e in range(2)]
     linears = [*experts, "mlp", "coefficient"]
@@ -72,7 +72,7 @@ def test_state_dict_keys():
     }
 
 
-def test_assigned_parameters_are_experts():
+def test_assigned_parameters_stay_marked_as_experts():
     moe = MoE(H, nn.Linear(H, H), 2)
     state = moe.state_dict()
     with torch.device("meta"):
@@ -83,7 +83,7 @@ def test_assigned_parameters_are_experts():
     pickle.loads(pickle.dumps(moe))
 
 
-def test_every_option_of_the_gate_reaches_it():
+def test_moe_passes_every_option_to_the_gate():
     moe = MoE(H, nn.Linear(H, H), E, k=2, scoring="sigmoid", expert_bias=True, scale=2.5)
     gate = moe.deepspeed_moe.gate
     assert (gate.scoring, gate.scale) == ("sigmoid", 2.5)
@@ -92,7 +92,7 @@ def test_every_option_of_the_gate_reaches_it():
         MoE(H, nn.Linear(H, H), E, colour="red")
 
 
-def test_everything_stands_where_deepspeed_has_it():
+def test_names_and_attributes_are_those_of_deepspeed():
     for name in sharded_moe.__all__:
         assert hasattr(sharded_moe, name)
     assert issubclass(sharded_moe.TopKGate, moe_ext.TopKGate)
@@ -112,7 +112,7 @@ def test_everything_stands_where_deepspeed_has_it():
 
 
 @pytest.mark.parametrize("name", ["top1gating", "top2gating", "topkgating"])
-def test_logits_of_the_wrong_kind(name):
+def test_gating_functions_refuse_wrong_logits(name):
     args = (3, 1.0, 4) if name == "topkgating" else (1.0, 4)
     function = getattr(sharded_moe, name)
     for wrong, message in (
@@ -126,7 +126,7 @@ def test_logits_of_the_wrong_kind(name):
         sharded_moe.topkgating(torch.randn(5, 4), 1.25, 2, 4)
 
 
-def test_timers_print(capsys):
+def test_timers_print_their_times(capsys):
     moe = MoE(H, nn.Linear(H, H), E)
     moe.deepspeed_moe.wall_clock_breakdown = True
     moe(torch.randn(S, H))
@@ -147,7 +147,7 @@ def test_a_bool_in_place_of_the_group_is_use_tutel():
     assert len(sharded_moe.top1gating(logits, 1.0, 4, None, None, True, False, False)) == 4
 
 
-def test_the_callers_logits_stay():
+def test_gating_functions_do_not_change_their_logits():
     logits = torch.randn(S, E, requires_grad=True)
     before = logits.detach().clone()
     sharded_moe.top1gating(logits, 1.0, 4, noisy_gate_policy="RSample")
@@ -156,7 +156,7 @@ def test_the_callers_logits_stay():
     assert torch.equal(logits, before)
 
 
-def test_jitter_has_the_size_of_this_call():
+def test_jitter_has_the_epsilon_of_each_call():
     x = torch.ones(2000)
     for epsilon in (0.5, 0.01, 0.2):
         jittered = sharded_moe.multiplicative_jitter(x, x.device, epsilon)
@@ -164,7 +164,7 @@ def test_jitter_has_the_size_of_this_call():
     assert sharded_moe.multiplicative_jitter(x, x.device, 0) is x
 
 
-def test_no_capacity_factor_leaves_the_least():
+def test_capacity_factor_0_gives_min_capacity():
     _, C, *_ = sharded_moe.top1gating(torch.randn(S, E), 0.0, 3, sparse_routes=True)
     assert C == 3
 
@@ -178,7 +178,7 @@ def test_no_capacity_factor_leaves_the_least():
         lambda moe: copy.deepcopy(moe).bfloat16(),
     ],
 )
-def test_copies_know_whose_their_parameters_are(copier):
+def test_copies_keep_the_marks_of_expert_parameters(copier):
     twin = copier(MoE(H, nn.Linear(H, H), 2))
     names = [n for n, p in twin.named_parameters() if utils.is_moe_param(p)]
     assert len(names) == 4
@@ -188,7 +188,7 @@ def test_copies_know_whose_their_parameters_are(copier):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_residual": True}])
-def test_moe_records_and_replays(options):
+def test_moe_replays_a_recorded_choice(options):
     moe = MoE(H, nn.Linear(H, H), E, k=2, drop_tokens=False, **options)
     x = torch.randn(S, H)
     out, aux = moe.forward_with_aux(x)
@@ -199,7 +199,7 @@ def test_moe_records_and_replays(options):
     assert torch.equal(exp_counts, aux.exp_counts)
 
 
-def test_optimizer_groups_keep_the_callers_and_their_order():
+def test_optimizer_groups_keep_the_order_of_the_callers():
     first, second = (MoE(H, nn.Linear(H, H), 2) for _ in range(2))
     for p in second.deepspeed_moe.experts.parameters():
         p.group_name = "another"
@@ -215,7 +215,7 @@ def test_optimizer_groups_keep_the_callers_and_their_order():
     assert sum(len(group["params"]) for group in groups) == 10
     small = utils.split_params_into_different_moe_groups_for_optimizer(given, H * H + 3)
     assert [len(group["params"]) for group in small] == [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
-    # What ZeRO-3 leaves of a parameter is smaller than it.
+    # ZeRO-3 leaves a part of a parameter; ds_numel is its whole size.
     groups[2]["params"][0].ds_numel = 1000
     zero = utils.split_params_into_different_moe_groups_for_optimizer(given, 3 * H * H)
     assert len(zero) == 5
@@ -239,7 +239,7 @@ def _all_to_all(rank: int, x: torch.Tensor) -> list[torch.Tensor]:
     return [out.detach(), grad.detach(), second]
 
 
-def test_all_to_all():
+def test_all_to_all_and_its_gradients_exchange_parts():
     x = torch.randn(2, 4, 3)
     for rank, (out, grad, second) in enumerate(on_processes(2, _all_to_all, x)):
         assert torch.equal(out, torch.cat([x[0].chunk(2)[rank], x[1].chunk(2)[rank]]))
@@ -256,7 +256,7 @@ def _all_to_all_uneven(rank: int) -> str:
         return str(error)
 
 
-def test_all_to_all_of_an_uneven_number():
+def test_all_to_all_refuses_an_uneven_number():
     for message in on_processes(2, _all_to_all_uneven):
         assert message.endswith("must be a multiple of the group's size 2, got [3, 2]")
 
@@ -271,7 +271,7 @@ def _drop_and_gather(rank: int, x: torch.Tensor, dim: int) -> list[torch.Tensor]
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
-def test_drop_and_gather(dim):
+def test_gather_tokens_is_the_inverse_of_drop_tokens(dim):
     x = torch.randn(4, 6, 2)
     for rank, (part, again, grad) in enumerate(on_processes(2, _drop_and_gather, x, dim)):
         assert torch.equal(part, x.chunk(2, dim)[rank])
@@ -296,7 +296,7 @@ def _of_a_group(rank: int, logits: torch.Tensor) -> list[torch.Tensor]:
     return [torch.tensor(combine_weights.shape), C, gate.expert_bias]
 
 
-def test_gates_of_a_group():
+def test_gates_of_a_group_share_capacity_and_bias():
     logits = torch.randn(2, 20, E)
     logits[1, :, 3] += 2
     results = on_processes(2, _of_a_group, logits)
@@ -309,7 +309,7 @@ def test_gates_of_a_group():
         assert relative_error(expert_bias, bias) < 1e-6
 
 
-def test_has_moe_layers():
+def test_has_moe_layers_counts_the_experts_of_a_layer():
     assert utils.has_moe_layers(nn.Linear(3, 3)) == (False, 0)
     assert utils.has_moe_layers(nn.Sequential(MoE(H, nn.Linear(H, H), 3))) == (True, 3)
     assert issubclass(GroupedExperts, Experts)

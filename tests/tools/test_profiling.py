@@ -1,4 +1,4 @@
-"""Names of a layer's parts in profiles."""
+"""Ranges name the layers and their parts in profiles."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_ranges_name_the_layers_and_their_parts():
     assert inside["moe_ext::combine"] is not None
 
 
-def test_experts_written_for_deepspeed_are_named():
+def test_experts_of_deepspeed_are_named():
     moe = MoE(16, nn.Linear(16, 16), 4)
     with profile() as profiled, profiling.ranges(moe):
         moe(torch.randn(6, 16))
@@ -37,7 +37,7 @@ def test_experts_written_for_deepspeed_are_named():
     assert inside.count("moe_ext.experts") == 4
 
 
-def test_nothing_is_left_of_them():
+def test_ranges_leave_no_trace():
     model, x = model_of(), torch.randn(6, 16)
     before = [set(vars(module)) for module in model.modules()]
     with pytest.raises(ZeroDivisionError), profiling.ranges(model):
@@ -51,7 +51,7 @@ def test_nothing_is_left_of_them():
     torch.compile(model, backend="eager", fullgraph=True)(x)
 
 
-def test_a_part_that_two_layers_share_is_marked_once():
+def test_a_shared_part_is_marked_once():
     first = MOELayer(TopKGate(16, 4, 2), GroupedExperts(4, 16, 8))
     model = nn.Sequential(first, MOELayer(first.gate, first.experts))
     with profile() as profiled, profiling.ranges(model):
@@ -60,8 +60,8 @@ def test_a_part_that_two_layers_share_is_marked_once():
     assert "route" not in vars(first.gate)
 
 
-def test_what_a_module_has_of_its_own_comes_back():
-    """FSDP's register_fsdp_forward_method leaves such a method; another context does too."""
+def test_methods_of_an_instance_are_restored():
+    """FSDP's register_fsdp_forward_method sets such a method; so does an outer context."""
     model = model_of()
     gate, x = model[0].gate, torch.randn(6, 16)
     calls = []
@@ -82,9 +82,9 @@ def test_what_a_module_has_of_its_own_comes_back():
     assert len(calls) == 2
 
 
-def test_a_model_without_layers():
+def test_ranges_refuse_a_model_without_layers():
     with (
-        pytest.raises(ValueError, match=r"profiling.ranges: Linear has no MOELayer"),
+        pytest.raises(ValueError, match=r"profiling.ranges: model must have a MOELayer"),
         profiling.ranges(nn.Linear(2, 2)),
     ):
         pass

@@ -1,39 +1,17 @@
-"""Readings written down and read again, and the pictures and the table made of them."""
+"""Sinks write readings; read_json_lines reads them, and refuses what no sink wrote."""
 
 import json
 import math
 import re
-import subprocess
-import sys
 from random import Random
 
 import pytest
 import torch
-from torch import nn
 
-from moe_ext import GroupedExperts, MOELayer, TopKGate, plot, stats
+from moe_ext import stats
 from moe_ext.monitor.sinks import JsonLines, TensorBoard, read_json_lines
 
 PNG = b"\x89PNG"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Five readings of two layers, in training and in evaluation, and the file of them."""
-    torch.manual_seed(0)
-    layers = [
-        MOELayer(TopKGate(16, 8, 2, capacity_factor=0.9), GroupedExperts(8, 16, 8)) for _ in "ab"
-    ]
-    model = nn.Sequential(*layers)
-    counting = stats.track(model, detailed=True)
-    sink = JsonLines(tmp_path_factory.mktemp("run") / "run.jsonl")
-    readings = []
-    for step in range(0, 50, 10):
-        model.train()(torch.randn(40, 16))
-        model.eval()(torch.randn(20, 16))
-        readings.append((step, counting.read()))
-        sink(readings[-1][1], step)
-    return readings, sink.path
 
 
 def same(one: stats.LayerStats, other: stats.LayerStats) -> bool:
@@ -45,7 +23,7 @@ def same(one: stats.LayerStats, other: stats.LayerStats) -> bool:
     return True
 
 
-def test_what_is_read_is_what_was_written(run):
+def test_a_file_gives_back_its_readings(run):
     readings, path = run
     again = list(read_json_lines(path))
     assert [step for step, _ in again] == [0, 10, 20, 30, 40]
@@ -56,7 +34,7 @@ def test_what_is_read_is_what_was_written(run):
             assert all(same(before[name], after[name]) for name in before)
 
 
-def test_a_step_that_could_not_be_read_is_not_written(run, tmp_path):
+def test_a_step_must_be_an_integer(run, tmp_path):
     sink, reading = JsonLines(tmp_path / "run.jsonl"), run[0][0][1]
     with pytest.raises(TypeError, match="float"):
         sink(reading, 0.5)
@@ -64,7 +42,7 @@ def test_a_step_that_could_not_be_read_is_not_written(run, tmp_path):
     assert [step for step, _ in read_json_lines(sink.path)] == [7]
 
 
-def test_equal_steps_are_readings_in_a_row(run, tmp_path):
+def test_equal_steps_stay_separate_readings(run, tmp_path):
     readings, _ = run
     sink = JsonLines(tmp_path / "run.jsonl")
     for _, reading in readings[:3]:
@@ -72,8 +50,8 @@ def test_equal_steps_are_readings_in_a_row(run, tmp_path):
     assert [step for step, _ in read_json_lines(sink.path)] == [7, 7, 7]
 
 
-def test_readings_of_one_step_are_not_mixed(run, tmp_path):
-    """A reading without training, and behind it one with it."""
+def test_a_reading_begins_with_its_training_lines(run, tmp_path):
+    """A reading without training, then one with it, at the same step."""
     reading = run[0][1][1]
     sink = JsonLines(tmp_path / "run.jsonl")
     sink(reading._replace(train={}), 7)
@@ -84,7 +62,7 @@ def test_readings_of_one_step_are_not_mixed(run, tmp_path):
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_what_json_has_no_number_for(tmp_path, number):
+def test_nan_and_infinities_are_written_as_json(tmp_path, number):
     load = torch.tensor([3, 1])
     importance = torch.tensor([0.5, number], dtype=torch.float64)
     layer = stats.LayerStats(4, 1, load, load, number, importance, z_loss=-number)
@@ -101,7 +79,7 @@ def test_what_json_has_no_number_for(tmp_path, number):
     assert str(read.train["a"].importance) == str(layer.importance)
 
 
-def test_a_line_that_was_cut_off_is_left_out(run, tmp_path):
+def test_a_cut_off_last_line_is_ignored(run, tmp_path):
     text = run[1].read_text()
     cut = tmp_path / "cut.jsonl"
     cut.write_text(text[:-20])
@@ -111,7 +89,7 @@ def test_a_line_that_was_cut_off_is_left_out(run, tmp_path):
 
 
 @pytest.mark.parametrize("left", ["", "{", '{"step": 50, "mode"'])
-def test_a_run_goes_on_behind_a_line_that_was_cut_off(run, tmp_path, left):
+def test_a_new_reading_replaces_a_cut_off_last_line(run, tmp_path, left):
     readings, path = run
     sink = JsonLines(tmp_path / "run.jsonl")
     sink.path.write_text(path.read_text() + left)
@@ -133,7 +111,7 @@ def test_a_run_goes_on_behind_a_line_that_was_cut_off(run, tmp_path, left):
         (b'{"a": 1}', r"keys must be among step, .*, got \{'a'\}"),
     ],
 )
-def test_a_line_that_is_no_reading_is_named(run, tmp_path, line, message):
+def test_errors_name_a_line_that_is_no_reading(run, tmp_path, line, message):
     path = tmp_path / "other.jsonl"
     first = run[1].read_bytes().splitlines(keepends=True)[0]
     path.write_bytes(first + line + b"\n" + first)
@@ -174,7 +152,7 @@ GOOD = {
         ],
     }.items(),
 )
-def test_a_value_that_no_reading_has_is_named(tmp_path, key, values):
+def test_errors_name_a_value_that_no_reading_has(tmp_path, key, values):
     path = tmp_path / "run.jsonl"
     path.write_text(json.dumps(GOOD) + "\n")
     ((_, read),) = read_json_lines(path)
@@ -187,41 +165,15 @@ def test_a_value_that_no_reading_has_is_named(tmp_path, key, values):
 
 
 ODD = [
-    None,
-    True,
-    -1,
-    0,
-    3,
-    2**63,
-    10**400,
-    0.5,
-    math.nan,
-    math.inf,
-    "",
-    "a",
-    "nan",
-    "train",
-    "eval",
+    *(None, True, -1, 0, 3, 2**63, 10**400, 0.5, math.nan, math.inf),
+    *("", "a", "nan", "train", "eval", {}, {"a": []}),
+    *([], [1], [0] * 8, [1] * 8, [-1] * 8, [2**62] * 8, [[1] * 8] * 8, [[1] * 8, [1]]),
 ]
-ODD += [
-    [],
-    [1],
-    [0] * 8,
-    [1] * 8,
-    [-1] * 8,
-    [2**62] * 8,
-    [[1] * 8] * 8,
-    [[1] * 8, [1]],
-    {},
-    {"a": []},
-]
-
-
 MOST = {"max_over_mean": 8 + 1e-9, "load_entropy": 1 + 1e-9, "dropped": 1, "dead": 8}
 
 
 def mutated(lines: list[bytes], random: Random) -> bytes:
-    """The lines with a few of their bytes, or a value in one of them, changed."""
+    """Change a few bytes of the lines, or a value in one of them."""
     if random.random() < 0.5:
         data = bytearray(b"".join(lines))
         for _ in range(random.randint(1, 4)):
@@ -249,12 +201,12 @@ def prints_right(reading: stats.Reading) -> bool:
     return all(0 <= of[name] <= most for of in numbers for name, most in MOST.items())
 
 
-def test_a_damaged_file_is_read_right_or_its_line_is_named(run, tmp_path):
+def test_a_damaged_file_gives_valid_readings_or_names_the_line(run, tmp_path):
     lines = run[1].read_bytes().splitlines(keepends=True)[:4]
     random, path = Random(0), tmp_path / "run.jsonl"
     errors = []
     for _ in range(3000):
-        path.unlink(missing_ok=True)  # a file that is cut to nothing waits for the disk
+        path.unlink(missing_ok=True)  # truncating a file waits for the disk
         path.write_bytes(mutated(lines, random))
         try:
             assert all(prints_right(reading) for _, reading in read_json_lines(path))
@@ -265,7 +217,7 @@ def test_a_damaged_file_is_read_right_or_its_line_is_named(run, tmp_path):
     assert 1000 < len(errors) < 2900
 
 
-def test_tensorboard(run):
+def test_tensorboard_gets_every_number(run):
     class Writer:
         seen: dict = {}  # noqa: RUF012
 
@@ -281,177 +233,14 @@ def test_tensorboard(run):
     assert writer.seen["eval/moe/max_over_mean_worst", 20] == worst
 
 
-def test_a_sink_that_could_not_write_is_refused_at_once(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"JsonLines: .*missing must be a folder; create"):
+def test_sinks_check_their_target_when_they_are_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"JsonLines: the folder of path must exist"):
         JsonLines(tmp_path / "missing" / "run.jsonl")
     with pytest.raises(ValueError, match=r"TensorBoard: writer must have add_scalar.*'runs'"):
         TensorBoard("runs")
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "moe_ext", "plot", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True)
-
-
-def test_the_command_draws_and_tells(run, tmp_path):
-    readings, path = run
-    done = command(path, "--out", tmp_path / "new" / "folder")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"step 40\n{readings[-1][1]}\n")
-    names = ["load.png", "sorted.png", "over-time.png", "pairs.png"]
-    files = [tmp_path / "new" / "folder" / name for name in names]
-    assert done.stdout.splitlines()[-4:] == list(map(str, files))
-    for file in files:
-        assert file.read_bytes().startswith(PNG)
-
-
-def test_a_terminal_without_the_bars_gets_other_characters(run, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = command(run[1], "--text")
-    assert done.returncode == 0, done.stderr
-    assert "max/mean" in done.stdout
-
-
-def test_the_command_without_pictures(run, tmp_path):
-    done = command(run[1], "--text", "--out", tmp_path)
-    assert done.returncode == 0
-    assert "a bar for an expert" in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("text", [None, "", "nonsense\n", '{"step": 50, "mode"'])
-def test_the_command_and_a_wrong_file(tmp_path, text):
-    path = tmp_path / "run.jsonl"
-    if text is not None:
-        path.write_text(text)
-    done = command(path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("moe_ext plot: ")
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_the_command_and_a_wrong_layer_or_picture(run, tmp_path):
-    done = command(run[1], "--layer", "ffn", "--text")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "moe_ext plot: --layer must be 0 or 1, got ffn\n"
-    path = tmp_path / "load.png"
-    path.write_bytes(PNG + b"\r\n")
-    error = f"moe_ext plot: {path}, line 1: not a line of moe_ext's stats: "
-    assert command(path, "--text").stderr.startswith(error)
-
-
-def test_the_command_and_a_file_in_the_place_of_its_folder(run, tmp_path):
-    out = tmp_path / "out"
-    out.write_text("")
-    done = command(run[1], "--out", out)
-    assert done.returncode == 2
-    assert done.stderr.startswith("moe_ext plot: ")
-    assert str(out) in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_what_a_heat_map_shows(tmp_path, monkeypatch):
-    """The numbers of the shares, and one scale for all pictures: from nothing to twice even."""
-    drawn = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
-    plot.plot_load({"a": [0.5, 0.25, 0.25, 0], "b": [0.5, 0.5]}, tmp_path, "training")
-    axes = drawn[0].axes[0]
-    assert [text.get_text() for text in axes.texts] == ["50%", "25%", "25%", "idle", "50%", "50%"]
-    assert axes.images[0].get_clim() == (plot.LEAST, 2)
-    table = axes.images[0].get_array()
-    assert table[0].tolist() == [2, 1, 1, 0]
-    assert table[1].filled(-1).tolist() == [1, 1, -1, -1]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
-
-
-def test_a_picture_says_what_it_shows(run, tmp_path, monkeypatch):
-    """A title, and a name with a unit on every axis and scale."""
-    drawn = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
-    plot.plot_run(run[0], tmp_path)
-    curves = {"moe, held out": [(1, 2.0)], "moe, training": [(1, 3.0)]}
-    plot.plot_curves(curves, tmp_path, "loss of a model", "bits per byte")
-    titles = [figure.axes[0].get_title() for figure in drawn]
-    for title, words in zip(titles, ("Load", "evenly", "over time", "Pairs", "loss"), strict=True):
-        assert words in title
-    assert all(mark in title for title in titles[:2] for mark in ("training", "step 40"))
-    for axes in (axes for figure in drawn for axes in figure.axes):
-        is_scale = axes.get_label() == "<colorbar>"
-        assert axes.get_ylabel()
-        assert is_scale or axes.get_xlabel()
-    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["layer", "load / even share"]
-    one, other = drawn[-1].axes[0].lines
-    assert one.get_color() == other.get_color()
-    assert one.get_linestyle() != other.get_linestyle()
-
-
-def test_a_layer_may_have_any_printable_name(tmp_path):
-    """A dollar sign would begin a formula."""
-    counts, pairs = torch.tensor([2, 3]), torch.tensor([[0, 90], [90, 0]])
-    layer = stats.LayerStats(4, 1, counts, counts, pairs=pairs)
-    readings = [(step, stats.Reading({r"a$\frac$": layer}, {})) for step in (1, 2)]
-    assert len(plot.plot_run(readings, tmp_path)) == 4
-
-
-def test_what_is_chosen_together():
-    """Choices without a liking for each other are at 1, whatever the loads; a pair that always goes
-    together is above."""
-    for load in ([1.0, 1, 1, 1], [5.0, 2, 2, 1]):
-        chances = torch.tensor(load, dtype=torch.float64)
-        pairs = 1e6 * torch.outer(chances, chances)
-        lift = plot.co_routing(pairs)
-        off = ~torch.eye(4, dtype=torch.bool)
-        torch.testing.assert_close(lift[off], torch.ones(12).double(), rtol=1e-4, atol=0)
-        assert lift.diagonal().isnan().all()
-    always = torch.block_diag(torch.full((2, 2), 90), torch.full((2, 2), 90))
-    lift = plot.co_routing(always)
-    assert lift[0, 1] == lift[1, 0] > 2
-    assert lift[0, 2] == 0
-    idle = plot.co_routing(torch.tensor([[40, 40, 0], [40, 40, 0], [0, 0, 0]]))
-    assert idle[2].isnan().all()
-    assert idle[0, 1] == pytest.approx(1)
-
-
-def test_few_pairs_are_no_pattern():
-    """Chance alone gives two experts of few tokens far more or far less than their part."""
-    few = torch.full((8, 8), plot.FEW_PAIRS - 1)
-    assert plot.co_routing(few).isnan().all()
-    assert not plot.co_routing(2 * few).fill_diagonal_(1).isnan().any()
-
-
-def test_the_layer_that_is_drawn(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plot, "plot_over_time", lambda *args: drawn.append(args[-1]))
-    even, uneven = (
-        stats.LayerStats(4, 1, counts, counts, 1.0)
-        for counts in (torch.tensor([2, 2]), torch.tensor([1, 3]))
-    )
-    readings = [(step, stats.Reading({"a": even, "b": uneven}, {})) for step in (1, 2)]
-    plot.plot_run(readings, tmp_path)
-    plot.plot_run(readings, tmp_path, "a")
-    assert drawn == ["layer b (the least even), training", "layer a, training"]
-    with pytest.raises(ValueError, match="layer must be a or b, got c"):
-        plot.plot_run(readings, tmp_path, "c")
-
-
-def test_layers_of_one_choice_have_no_pairs(run, tmp_path):
-    load = torch.tensor([3, 1])
-    layer = stats.LayerStats(4, 1, load, load, 1.0, pairs=torch.diag(load))
-    paths = plot.plot_run([(1, stats.Reading({"a": layer}, {}))], tmp_path)
-    assert [path.name for path in paths] == ["load.png", "sorted.png"]
-
-
-def test_a_file_of_two_runs_with_other_experts(tmp_path):
-    def reading(*load):
-        counts = torch.tensor(load)
-        return stats.Reading({"a": stats.LayerStats(4, 1, counts, counts, 1.0)}, {})
-
-    runs = [(1, reading(2, 2)), (2, reading(3, 1)), (1, reading(1, 1, 2)), (2, reading(0, 1, 3))]
-    paths = plot.plot_run(runs, tmp_path)
-    assert [path.name for path in paths] == ["load.png", "sorted.png", "over-time.png"]
-
-
-def test_lines_are_json_for_others(run):
+def test_every_line_is_json(run):
     lines = [json.loads(line) for line in run[1].read_text().splitlines()]
     assert len(lines) == 5 * 2 * 2
     assert {"step", "mode", "layer", "load", "kept", "tokens", "l_aux"} <= set(lines[0])

@@ -1,4 +1,4 @@
-"""What stats counts: every route once, nothing that is not one."""
+"""stats counts every route once, and nothing else."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def layer_of(k: int = 2, **options) -> MOELayer:
 
 
 def routings(layer: MOELayer, *calls) -> list:
-    """What the layer's gate decides for each of the inputs."""
+    """Route each input by the gate of the layer."""
     return [layer.gate.route(x) for x in calls]
 
 
@@ -62,7 +62,7 @@ def test_a_reading_begins_a_new_count(inputs):
     assert torch.equal(counting.read().train["MOELayer"].load, first.train["MOELayer"].load)
 
 
-def test_evaluation_is_apart(inputs):
+def test_training_and_evaluation_have_separate_counts(inputs):
     layer = layer_of(capacity_factor=1.0, eval_capacity_factor=0.3)
     counting = stats.track(layer)
     layer(inputs[0])
@@ -74,7 +74,7 @@ def test_evaluation_is_apart(inputs):
 
 
 @pytest.mark.parametrize("detailed", [False, True])
-def test_padding_counts_for_nothing(inputs, detailed):
+def test_padding_does_not_count(inputs, detailed):
     layer = layer_of(drop_tokens=False)
     counting = stats.track(layer, detailed=detailed)
     layer(inputs[0])
@@ -94,7 +94,7 @@ def test_padding_counts_for_nothing(inputs, detailed):
 
 
 @pytest.mark.parametrize("scoring", moe_ext.ops.checks.SCORINGS)
-def test_detailed_numbers(inputs, scoring):
+def test_detailed_numbers_follow_their_definitions(inputs, scoring):
     layer = layer_of(k=3, scoring=scoring, drop_tokens=False)
     counting = stats.track(layer, detailed=True)
     layer(inputs[0])
@@ -111,7 +111,7 @@ def test_detailed_numbers(inputs, scoring):
     assert torch.equal(read.pairs.diagonal(), read.load)
 
 
-def test_agreement_is_with_the_router_itself(inputs):
+def test_agreement_compares_with_the_logits_of_the_router(inputs):
     layer = layer_of(k=1, drop_tokens=False)
     counting = stats.track(layer, detailed=True)
     best = layer.gate.route(inputs[0]).plan.expert_ids
@@ -121,37 +121,22 @@ def test_agreement_is_with_the_router_itself(inputs):
     assert counting.read().train["MOELayer"].agreement == 0.75
 
 
-def test_what_is_said_of_a_load():
-    load = torch.tensor([6, 2, 0, 0])
-    layer = stats.LayerStats(4, 1, load, torch.tensor([3, 2, 0, 0]), 1.5)
-    assert layer.dropped == pytest.approx(3 / 8)
-    assert layer.max_over_mean == 3
-    assert layer.cv == pytest.approx(load.double().std(correction=0).item() / 2)
-    assert layer.load_entropy == pytest.approx(
-        -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
-    )
-    assert layer.dead == layer.scarce == [2, 3]
-    few = stats.LayerStats(9, 1, torch.tensor([100, 100, 100, 5]), load, 1.0)
-    assert (few.dead, few.scarce) == ([], [3])
-    even = stats.LayerStats(4, 1, torch.ones(4).long(), torch.ones(4).long(), 1.0)
-    assert (even.max_over_mean, even.cv, even.dead, even.dropped) == (1, 0, [], 0)
-    assert even.load_entropy == pytest.approx(1)
-    both = stats.Reading({"a": layer, "b": even}, {}).scalars()
-    assert both["train/moe/max_over_mean"] == 2
-    assert both["train/moe/max_over_mean_worst"] == 3
-    assert both["train/moe/dead_worst"] == 2
-
-
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_what_is_computed_again_is_counted_once(inputs, use_reentrant):
+def test_a_checkpointed_forward_counts_once(inputs, use_reentrant, is_compiled):
     layer = layer_of()
     counting = stats.track(layer)
     x = inputs[0].requires_grad_()
     calls = []
-    layer.gate.wg.register_forward_hook(lambda *_: calls.append(1))
+    if is_compiled:
+        torch._dynamo.reset()
+        called = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    else:
+        called = layer
+        layer.gate.wg.register_forward_hook(lambda *_: calls.append(1))
     for _ in range(2):
-        checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
-    assert len(calls) == 4
+        checkpoint(called, x, use_reentrant=use_reentrant).sum().backward()
+    assert len(calls) == (0 if is_compiled else 4)
     assert counting.read().train["MOELayer"].calls == 2
 
 
@@ -166,7 +151,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("wrap", [lambda layer: layer, Checkpointed])
 @pytest.mark.parametrize("detailed", [False, True])
-def test_compiled(inputs, wrap, detailed):
+def test_compiled_layers_count_like_eager_ones(inputs, wrap, detailed):
     layer = layer_of(capacity_factor=0.7)
     counting = stats.track(layer, detailed=detailed)
     x = inputs[0].requires_grad_()
@@ -186,19 +171,7 @@ def test_compiled(inputs, wrap, detailed):
         assert read.z_loss == pytest.approx(expected.z_loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_what_is_compiled_and_then_checkpointed_is_counted_once(inputs, use_reentrant):
-    layer = layer_of()
-    counting = stats.track(layer)
-    x = inputs[0].requires_grad_()
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    for _ in range(3):
-        checkpoint(compiled, x, use_reentrant=use_reentrant).sum().backward()
-    assert counting.read().train["MOELayer"].calls == 3
-
-
-def test_a_nan_is_seen(inputs):
+def test_nan_logits_give_nan_numbers(inputs):
     """Where training diverges the numbers say so."""
     layer = layer_of()
     counting = stats.track(layer, detailed=True)
@@ -209,8 +182,8 @@ def test_a_nan_is_seen(inputs):
     assert int(read.load.sum()) == 2 * T
 
 
-def test_equal_logits_are_followed():
-    """Which of them topk takes is not defined."""
+def test_ties_agree_with_the_router():
+    """torch.topk does not define which of equal logits it takes."""
     layer = layer_of(k=3, drop_tokens=False)
     nn.init.zeros_(layer.gate.wg.weight)
     counting = stats.track(layer, detailed=True)
@@ -218,8 +191,8 @@ def test_equal_logits_are_followed():
     assert counting.read().train["MOELayer"].agreement == 1
 
 
-def test_expert_choice(inputs):
-    """Every expert is every token's choice: there are no pairs to speak of where they are many."""
+def test_many_choices_have_no_pairs(inputs):
+    """In expert choice every token chooses every expert."""
     experts = 40
     gate = TopKGate(H, experts, experts, drop_policy="probs", normalize="never")
     layer = MOELayer(gate, GroupedExperts(experts, H, 8))
@@ -231,7 +204,7 @@ def test_expert_choice(inputs):
     assert read.pairs is None
 
 
-def test_outputs_and_gradients_are_the_same(inputs):
+def test_tracking_changes_no_output_and_no_gradient(inputs):
     layer = layer_of(capacity_factor=0.7)
     x = inputs[0].requires_grad_()
 
@@ -250,7 +223,7 @@ def test_outputs_and_gradients_are_the_same(inputs):
     assert counting.read().train["MOELayer"].calls == 1
 
 
-def test_who_is_not_counted(inputs):
+def test_copies_explain_vmap_and_export_do_not_count(inputs):
     layer = layer_of(drop_tokens=False)
     counting = stats.track(layer)
     copy.deepcopy(layer)(inputs[0])
@@ -261,8 +234,8 @@ def test_who_is_not_counted(inputs):
     assert counting.read() == stats.Reading({}, {})
 
 
-def test_copies_of_modules_without_a_getstate_have_no_counters():
-    """As those of transformers."""
+def test_copies_of_foreign_modules_have_no_counters():
+    """Experts modules of transformers have no __getstate__ that leaves the observer out."""
     module = nn.Linear(2, 2)
     module.num_experts = 2
     module.observer = stats._Counters(module, detailed=False)
@@ -270,7 +243,7 @@ def test_copies_of_modules_without_a_getstate_have_no_counters():
     assert pickle.loads(pickle.dumps(module)).observer is None
 
 
-def test_a_later_one_takes_the_place(inputs):
+def test_a_later_stats_replaces_an_earlier_one(inputs):
     layer = layer_of()
     first = stats.track(layer)
     second = stats.track(layer)
@@ -281,26 +254,33 @@ def test_a_later_one_takes_the_place(inputs):
     assert second.read().train["MOELayer"].calls == 2
 
 
-def test_layers_have_their_names(inputs):
+def test_layers_are_named_as_in_the_model(inputs):
     model = nn.Sequential(layer_of(), nn.Linear(H, H), layer_of())
     counting = stats.track(model)
     model(inputs[0])
     assert list(counting.read().train) == ["0", "2"]
-    with pytest.raises(ValueError, match=r"stats.track: Linear has no MOELayer"):
+    with pytest.raises(ValueError, match=r"stats.track: model must have .* got a Linear"):
         stats.track(nn.Linear(2, 2))
 
 
-def test_a_gate_written_for_deepspeed(inputs):
-    """Its masks hold what it kept; what was asked for is its exp_counts."""
+class ForDeepSpeed(nn.Module):
+    """A gate for DeepSpeed: it returns masks and `counted(exp_counts)`."""
+
+    num_experts = E
+
+    def __init__(self, gate, counted=lambda exp_counts: exp_counts):
+        super().__init__()
+        self.gate, self.counted = gate, counted
+
+    def forward(self, x, used_token=None):
+        l_aux, weights, mask, exp_counts = self.gate(x, used_token)
+        return l_aux, weights, mask, self.counted(exp_counts)
+
+
+def test_a_deepspeed_gate_counts_what_was_asked_for(inputs):
+    """Its masks tell which routes were kept, its exp_counts which were asked for."""
     mine = layer_of(k=1, capacity_factor=0.5, drop_policy="position")
-
-    class Gate(nn.Module):
-        num_experts = E
-
-        def forward(self, x, used_token=None):
-            return mine.gate(x, used_token)
-
-    layer = MOELayer(Gate(), mine.experts)
+    layer = MOELayer(ForDeepSpeed(mine.gate), mine.experts)
     counting = stats.track(layer, detailed=True)
     layer(inputs[0])
     read = counting.read().train["MOELayer"]
@@ -311,18 +291,10 @@ def test_a_gate_written_for_deepspeed(inputs):
     assert read.router_entropy is None
 
 
-def test_no_more_routes_are_kept_than_asked(inputs):
-    """A gate may count its first choices alone, as DeepSpeed's top-2 gate once did."""
+def test_kept_is_at_most_load(inputs):
+    """A gate may count its first choices only, as DeepSpeed's top-2 gate once did."""
     mine = layer_of(k=2)
-
-    class Gate(nn.Module):
-        num_experts = E
-
-        def forward(self, x, used_token=None):
-            l_aux, weights, mask, exp_counts = mine.gate(x, used_token)
-            return l_aux, weights, mask, exp_counts // 2
-
-    layer = MOELayer(Gate(), mine.experts)
+    layer = MOELayer(ForDeepSpeed(mine.gate, lambda counts: counts // 2), mine.experts)
     counting = stats.track(layer)
     layer(inputs[0])
     read = counting.read().train["MOELayer"]
@@ -331,7 +303,7 @@ def test_no_more_routes_are_kept_than_asked(inputs):
 
 
 @pytest.mark.parametrize("l_aux", [None, 0.5, torch.tensor(0.5)])
-def test_a_gate_without_a_loss_that_is_a_tensor(inputs, l_aux):
+def test_l_aux_may_be_none_or_a_number(inputs, l_aux):
     plain = layer_of()
 
     class Gate(nn.Module):
@@ -348,7 +320,7 @@ def test_a_gate_without_a_loss_that_is_a_tensor(inputs, l_aux):
     assert ("l_aux" in read.scalars()) == (l_aux is not None)
 
 
-def test_inference_mode(inputs):
+def test_calls_in_inference_mode_count(inputs):
     layer = layer_of().eval()
     with torch.inference_mode():
         counting = stats.track(layer)
@@ -357,7 +329,7 @@ def test_inference_mode(inputs):
     assert counting.read().eval["MOELayer"].calls == 2
 
 
-def test_a_layer_made_on_meta(inputs):
+def test_a_layer_from_the_meta_device_counts(inputs):
     layer = layer_of().to("meta")
     counting = stats.track(layer)
     layer.to_empty(device="cpu")
@@ -380,7 +352,7 @@ def test_counts_move_with_the_layer(inputs, monkeypatch):
     assert torch.equal(counters.counts["train"], before)
 
 
-def test_no_value_is_read_back_before_reading(inputs):
+def test_counting_reads_no_value_back(inputs):
     layer = layer_of(capacity_factor=0.7)
     stats.track(layer, detailed=True)
 
@@ -395,16 +367,6 @@ def test_no_value_is_read_back_before_reading(inputs):
         layer(inputs[0], torch.ones(T))
 
 
-def test_the_table():
-    load = torch.tensor([8, 4, 2, 1, 1, 0, 0, 0])
-    layer = stats.LayerStats(8, 1, load, load, 1.0)
-    text = str(stats.Reading({"layers.0": layer}, {}))
-    assert "5, 6, 7" in text
-    assert "layers.0  █" in text
-    assert "···" in text
-    assert str(stats.Reading({}, {})) == "nothing was counted since the last reading"
-
-
 def _sums(rank: int) -> stats.LayerStats:
     torch.manual_seed(0)
     layer = layer_of(capacity_factor=0.7)
@@ -414,7 +376,7 @@ def _sums(rank: int) -> stats.LayerStats:
     return counting.read(group=torch.distributed.group.WORLD).train["MOELayer"]
 
 
-def test_the_sum_over_processes():
+def test_reading_with_a_group_sums_all_ranks():
     first, second = on_processes(2, _sums)
     torch.manual_seed(0)
     layer = layer_of(capacity_factor=0.7)

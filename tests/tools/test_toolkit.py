@@ -1,4 +1,4 @@
-"""The CUDA toolkit: where it is found, when it is used, and what is built with it."""
+"""The CUDA toolkit: where it is found, when it is used, and the builds that use it."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def fake_toolkit(root: Path, version: int = 13000, include: str = "include") -> Path:
-    """As much of a toolkit as is looked at."""
+    """Create the files of a toolkit that the search looks at."""
     for folder in ("bin", "lib64", include):
         (root / folder).mkdir(parents=True, exist_ok=True)
     (root / "bin" / "nvcc").write_text("#!/bin/sh\n")
@@ -39,7 +39,7 @@ def nothing(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_the_first_place_that_has_one(nothing, monkeypatch):
+def test_the_first_place_with_a_toolkit_wins(nothing, monkeypatch):
     """CUDA_HOME, CUDA_PATH, nvcc on PATH, the usual places, PyPI's."""
     assert finder.find_toolkit() is None
     pypi = fake_toolkit(nothing / "site" / "nvidia" / "cu13")
@@ -55,12 +55,12 @@ def test_the_first_place_that_has_one(nothing, monkeypatch):
         monkeypatch.setenv(name, str(root))
         include = root / "targets/x86_64-linux/include"
         assert finder.find_toolkit() == finder.Toolkit(root, include, (13, 1))
-    # A folder that is none is passed over.
+    # A folder without a toolkit is skipped.
     monkeypatch.setenv("CUDA_HOME", str(nothing / "on_path" / "bin"))
     assert finder.find_toolkit().root == nothing / "CUDA_PATH"
 
 
-def test_an_nvcc_that_is_a_script_or_a_link(nothing, monkeypatch):
+def test_nvcc_may_be_a_script_or_a_link(nothing, monkeypatch):
     root = fake_toolkit(nothing / "real")
     (nothing / "bin").mkdir()
     nvcc = nothing / "bin" / "nvcc"
@@ -74,13 +74,13 @@ def test_an_nvcc_that_is_a_script_or_a_link(nothing, monkeypatch):
 
 @pytest.fixture
 def toolkit(nothing, monkeypatch):
-    """The toolkit of CUDA 13.0 in CUDA_HOME."""
+    """CUDA_HOME is a toolkit of CUDA 13.0."""
     root = fake_toolkit(nothing / "toolkit")
     monkeypatch.setenv("CUDA_HOME", str(root))
     return finder.Toolkit(root, root / "include", (13, 0))
 
 
-def test_a_torch_without_cuda_gets_kernels_on_demand_alone(toolkit, monkeypatch):
+def test_kernels_for_a_torch_without_cuda_need_force_cuda(toolkit, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     name = f"torch {torch.__version__}"
     expected = f"{name} has no CUDA: CPU kernels only; set FORCE_CUDA=1 to build both"
@@ -94,7 +94,7 @@ def test_a_torch_without_cuda_gets_kernels_on_demand_alone(toolkit, monkeypatch)
         finder.require_toolkit()
 
 
-def test_a_torch_with_cuda_gets_kernels_unless_forbidden(toolkit, monkeypatch):
+def test_a_torch_with_cuda_gets_kernels_unless_force_cuda_is_0(toolkit, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert finder.choose_toolkit().toolkit == toolkit
     where = f"the toolkit at {toolkit.root}, CUDA 13.0"
@@ -129,8 +129,8 @@ def test_a_toolkit_without_its_runtime_is_not_used(toolkit, monkeypatch):
     assert str(finder.choose_toolkit()).startswith(said)
 
 
-def test_the_reference_on_cuda_says_that_it_runs(monkeypatch):
-    """As where the toolkit was none for this torch; without a reason it is silent."""
+def test_the_reference_on_cuda_warns(monkeypatch):
+    """It warns with the reason for missing kernels; without a reason it is silent."""
     on_cuda, on_cpu = SimpleNamespace(is_cuda=True), torch.zeros(1)
     kernel = registry._loud_on_cuda(lambda *args: len(args))
     monkeypatch.setattr(registry.libraries, "cuda_load_error", "no CUDA kernels were built")
@@ -145,7 +145,7 @@ def test_the_reference_on_cuda_says_that_it_runs(monkeypatch):
         assert kernel(None, on_cuda) == 2
 
 
-def test_architectures():
+def test_default_architectures_follow_from_the_toolkit():
     new, old = (finder.Toolkit(Path(), Path(), version) for version in ((13, 0), (12, 6)))
     assert finder.architectures(new) == "7.5;8.0+PTX;9.0;10.0;12.0+PTX"
     assert finder.architectures(old) == "7.5;8.0+PTX;9.0+PTX"
@@ -171,10 +171,10 @@ def setup(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProces
     )
 
 
-def test_kernels_of_an_earlier_build_do_not_stay(tree):
+def test_a_build_without_cuda_removes_older_cuda_kernels(tree):
     stale = tree / "moe_ext" / "_C_cuda.abi3.so"
     stale.touch()
-    # A compiler that compiles nothing of ours: what matters comes before it.
+    # This compiler passes the check and compiles nothing: the old kernels go before that.
     compiler = tree / "compiler"
     compiler.write_text('#!/bin/sh\nfor last; do :; done\n[ "$last" = - ]\n')
     compiler.chmod(0o755)
@@ -184,8 +184,8 @@ def test_kernels_of_an_earlier_build_do_not_stay(tree):
 
 
 @pytest.mark.parametrize("force", ["", "1"])
-def test_a_toolkit_that_is_none_for_torch_stops_only_a_forced_build(tree, force):
-    """Else the last line says what was left out."""
+def test_a_mismatched_toolkit_stops_only_a_forced_build(tree, force):
+    """Otherwise the last line names the kernels that are left out."""
     toolkit = fake_toolkit(tree / "toolkit")
     code = """
 import runpy, sys, torch
@@ -209,8 +209,8 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 @pytest.mark.skipif(finder.find_toolkit() is None, reason="there are no CUDA headers")
-def test_the_emulated_kernels_by_jit(tmp_path):
-    """jit_dev gives the module that CMake builds: here it takes the place of the CPU operators."""
+def test_jit_dev_builds_the_emulated_kernels(tmp_path):
+    """The module of jit_dev replaces the CPU operators."""
     code = f"""
 import sys, importlib.util, warnings
 import torch, moe_ext

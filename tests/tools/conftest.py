@@ -1,0 +1,27 @@
+"""A run with readings, for the tests of sinks and pictures."""
+
+import pytest
+import torch
+from torch import nn
+
+from moe_ext import GroupedExperts, MOELayer, TopKGate, stats
+from moe_ext.monitor.sinks import JsonLines
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """Five readings of two layers, in training and in evaluation, and their file."""
+    torch.manual_seed(0)
+    layers = [
+        MOELayer(TopKGate(16, 8, 2, capacity_factor=0.9), GroupedExperts(8, 16, 8)) for _ in "ab"
+    ]
+    model = nn.Sequential(*layers)
+    counting = stats.track(model, detailed=True)
+    sink = JsonLines(tmp_path_factory.mktemp("run") / "run.jsonl")
+    readings = []
+    for step in range(0, 50, 10):
+        model.train()(torch.randn(40, 16))
+        model.eval()(torch.randn(20, 16))
+        readings.append((step, counting.read()))
+        sink(readings[-1][1], step)
+    return readings, sink.path

@@ -1,0 +1,174 @@
+"""`python -m moe_ext plot`, and the pictures of readings."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moe_ext import plot, stats
+
+PNG = b"\x89PNG"
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "moe_ext", "plot", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+def test_plot_prints_the_table_and_the_files(run, tmp_path):
+    readings, path = run
+    done = command(path, "--out", tmp_path / "new" / "folder")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"step 40\n{readings[-1][1]}\n")
+    names = ["load.png", "sorted.png", "over-time.png", "pairs.png"]
+    files = [tmp_path / "new" / "folder" / name for name in names]
+    assert done.stdout.splitlines()[-4:] == list(map(str, files))
+    for file in files:
+        assert file.read_bytes().startswith(PNG)
+
+
+def test_plot_prints_on_an_ascii_terminal(run, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = command(run[1], "--text")
+    assert done.returncode == 0, done.stderr
+    assert "max/mean" in done.stdout
+
+
+def test_plot_with_text_draws_nothing(run, tmp_path):
+    done = command(run[1], "--text", "--out", tmp_path)
+    assert done.returncode == 0
+    assert "a bar for an expert" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", [None, "", "nonsense\n", '{"step": 50, "mode"'])
+def test_plot_refuses_a_wrong_file_in_one_line(tmp_path, text):
+    path = tmp_path / "run.jsonl"
+    if text is not None:
+        path.write_text(text)
+    done = command(path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("moe_ext plot: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_plot_refuses_a_wrong_layer_or_a_picture(run, tmp_path):
+    done = command(run[1], "--layer", "ffn", "--text")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "moe_ext plot: --layer must be 0 or 1, got ffn\n"
+    path = tmp_path / "load.png"
+    path.write_bytes(PNG + b"\r\n")
+    error = f"moe_ext plot: {path}, line 1: not a line of moe_ext's stats: "
+    assert command(path, "--text").stderr.startswith(error)
+
+
+def test_plot_refuses_a_file_in_place_of_its_folder(run, tmp_path):
+    out = tmp_path / "out"
+    out.write_text("")
+    done = command(run[1], "--out", out)
+    assert done.returncode == 2
+    assert done.stderr.startswith("moe_ext plot: ")
+    assert str(out) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_heat_map_shows_shares_on_one_scale(tmp_path, monkeypatch):
+    """Numbers are percentages; the scale of every picture ends at twice the even share."""
+    drawn = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
+    plot.plot_load({"a": [0.5, 0.25, 0.25, 0], "b": [0.5, 0.5]}, tmp_path, "training")
+    axes = drawn[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["50%", "25%", "25%", "idle", "50%", "50%"]
+    assert axes.images[0].get_clim() == (plot.LEAST, 2)
+    table = axes.images[0].get_array()
+    assert table[0].tolist() == [2, 1, 1, 0]
+    assert table[1].filled(-1).tolist() == [1, 1, -1, -1]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_pictures_have_titles_and_named_axes(run, tmp_path, monkeypatch):
+    """Every axis and scale has a name with its unit."""
+    drawn = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
+    plot.plot_run(run[0], tmp_path)
+    curves = {"moe, held out": [(1, 2.0)], "moe, training": [(1, 3.0)]}
+    plot.plot_curves(curves, tmp_path, "loss of a model", "bits per byte")
+    titles = [figure.axes[0].get_title() for figure in drawn]
+    for title, words in zip(titles, ("Load", "evenly", "over time", "Pairs", "loss"), strict=True):
+        assert words in title
+    assert all(mark in title for title in titles[:2] for mark in ("training", "step 40"))
+    for axes in (axes for figure in drawn for axes in figure.axes):
+        is_scale = axes.get_label() == "<colorbar>"
+        assert axes.get_ylabel()
+        assert is_scale or axes.get_xlabel()
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["layer", "load / even share"]
+    one, other = drawn[-1].axes[0].lines
+    assert one.get_color() == other.get_color()
+    assert one.get_linestyle() != other.get_linestyle()
+
+
+def test_pictures_show_any_printable_name(tmp_path):
+    """A dollar sign does not begin a formula."""
+    counts, pairs = torch.tensor([2, 3]), torch.tensor([[0, 90], [90, 0]])
+    layer = stats.LayerStats(4, 1, counts, counts, pairs=pairs)
+    readings = [(step, stats.Reading({r"a$\frac$": layer}, {})) for step in (1, 2)]
+    assert len(plot.plot_run(readings, tmp_path)) == 4
+
+
+def test_co_routing_is_1_by_chance_and_higher_for_pairs():
+    """Choices without a liking for each other are at 1, whatever the loads; a pair that always goes
+    together is above."""
+    for load in ([1.0, 1, 1, 1], [5.0, 2, 2, 1]):
+        chances = torch.tensor(load, dtype=torch.float64)
+        pairs = 1e6 * torch.outer(chances, chances)
+        lift = plot.co_routing(pairs)
+        off = ~torch.eye(4, dtype=torch.bool)
+        torch.testing.assert_close(lift[off], torch.ones(12).double(), rtol=1e-4, atol=0)
+        assert lift.diagonal().isnan().all()
+    always = torch.block_diag(torch.full((2, 2), 90), torch.full((2, 2), 90))
+    lift = plot.co_routing(always)
+    assert lift[0, 1] == lift[1, 0] > 2
+    assert lift[0, 2] == 0
+    idle = plot.co_routing(torch.tensor([[40, 40, 0], [40, 40, 0], [0, 0, 0]]))
+    assert idle[2].isnan().all()
+    assert idle[0, 1] == pytest.approx(1)
+
+
+def test_co_routing_of_few_pairs_is_nan():
+    """For few tokens chance alone gives far more or far fewer pairs than expected."""
+    few = torch.full((8, 8), plot.FEW_PAIRS - 1)
+    assert plot.co_routing(few).isnan().all()
+    assert not plot.co_routing(2 * few).fill_diagonal_(1).isnan().any()
+
+
+def test_plot_run_draws_the_least_even_layer_or_the_named_one(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "plot_over_time", lambda *args: drawn.append(args[-1]))
+    even, uneven = (
+        stats.LayerStats(4, 1, counts, counts, 1.0)
+        for counts in (torch.tensor([2, 2]), torch.tensor([1, 3]))
+    )
+    readings = [(step, stats.Reading({"a": even, "b": uneven}, {})) for step in (1, 2)]
+    plot.plot_run(readings, tmp_path)
+    plot.plot_run(readings, tmp_path, "a")
+    assert drawn == ["layer b (the least even), training", "layer a, training"]
+    with pytest.raises(ValueError, match="layer must be a or b, got c"):
+        plot.plot_run(readings, tmp_path, "c")
+
+
+def test_layers_with_one_choice_have_no_picture_of_pairs(run, tmp_path):
+    load = torch.tensor([3, 1])
+    layer = stats.LayerStats(4, 1, load, load, 1.0, pairs=torch.diag(load))
+    paths = plot.plot_run([(1, stats.Reading({"a": layer}, {}))], tmp_path)
+    assert [path.name for path in paths] == ["load.png", "sorted.png"]
+
+
+def test_a_file_may_hold_two_runs_with_different_experts(tmp_path):
+    def reading(*load):
+        counts = torch.tensor(load)
+        return stats.Reading({"a": stats.LayerStats(4, 1, counts, counts, 1.0)}, {})
+
+    runs = [(1, reading(2, 2)), (2, reading(3, 1)), (1, reading(1, 1, 2)), (2, reading(0, 1, 3))]
+    paths = plot.plot_run(runs, tmp_path)
+    assert [path.name for path in paths] == ["load.png", "sorted.png", "over-time.png"]
