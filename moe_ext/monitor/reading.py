@@ -140,7 +140,9 @@ def text_heatmap(shares: Mapping[str, Sequence[float]], columns: int = 64) -> st
 
     A layer with more experts than `columns` takes several lines.
 
-    shares: by layer, [E] each, an expert's part of the layer's routes
+    Args:
+        shares: by layer, [E] each, an expert's part of the layer's routes
+        columns: experts per line
     """
     width = max(map(len, shares), default=0)
     lines = []
