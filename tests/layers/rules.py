@@ -1,4 +1,4 @@
-"""What the tests of routing rules share: a gate of width 10 and 12 experts, and tokens for it."""
+"""Shared by the tests of routing rules: a gate of width 10 with 12 experts, and tokens for it."""
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ SCORES = {
 
 
 def gate_for(k=3, **options) -> TopKGate:
-    """Without what is random, and without dropping where no capacity is asked for."""
+    """A gate without randomness, and without dropping unless a capacity factor is given."""
     options = {
         "use_rts": False,
         "top2_2nd_expert_sampling": False,
@@ -28,7 +28,7 @@ def gate_for(k=3, **options) -> TopKGate:
 
 
 def tokens(number=T) -> torch.Tensor:
-    """The same on every device."""
+    """Random tokens, equal on every device."""
     drawn = torch.randn(number, H, dtype=torch.float64, device="cpu")
     return drawn.to(torch.get_default_device())
 

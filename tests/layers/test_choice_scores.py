@@ -1,4 +1,4 @@
-"""What a choice is made on: noise, groups, a bias, Sinkhorn's balance."""
+"""Scores used for top-k selection: noise, groups, a bias, Sinkhorn."""
 
 import copy
 import math
@@ -137,7 +137,7 @@ def test_noise_scale_sets_the_size_of_noise():
 
 
 def test_draws_are_float32():
-    """Whatever torch's default is."""
+    """Draws do not depend on torch's default dtype."""
     x = tokens()
     results = []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -236,7 +236,7 @@ def test_noise_scale_sets_the_size_of_jitter():
 
 
 def test_rsample_draws_both_choices_at_once():
-    """Noise of no size changes no choice, the second neither."""
+    """Noise of size zero changes no choice."""
     gate = gate_for(2, noisy_gate_policy="RSample", noise_scale=0.0, top2_2nd_expert_sampling=True)
     x = tokens()
     assert torch.equal(chosen(gate.route(x)), chosen(gate.eval().route(x)))

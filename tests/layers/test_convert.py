@@ -1,4 +1,4 @@
-"""Layouts of weights: exact both ways, the same function, errors that name what is wrong."""
+"""Weight layouts: exact both ways, the same function, errors that name the tensor."""
 
 import tracemalloc
 
@@ -56,7 +56,7 @@ def grouped_experts(gated=True, bias=True, num_experts=E, **options) -> GroupedE
 
 
 def same(actual: dict, expected: dict) -> bool:
-    """Names, dtypes, devices and bits."""
+    """Compare names, dtypes, devices and bits."""
     return actual.keys() == expected.keys() and all(
         actual[name].dtype == tensor.dtype
         and actual[name].device == tensor.device
@@ -98,7 +98,7 @@ def test_converted_experts_own_their_memory():
 
 
 class Expert(nn.Module):
-    """One with the layers of a PerExpert layout."""
+    """An expert with the layers of a PerExpert layout."""
 
     def __init__(self, layout: PerExpert, bias: bool) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Expert(nn.Module):
 
 
 def agree(experts: GroupedExperts, outputs: list[Tensor], x: Tensor) -> bool:
-    """Whether the experts give what every expert, in `outputs`, gives for all of x."""
+    """Check that grouped experts compute `outputs`, each expert's output for all of x."""
     chosen, weights = random_experts(len(x), 2, E), torch.rand(len(x), 2, dtype=x.dtype)
     out = experts.routed(x, make_plan(chosen, E), weights)
     rows = torch.arange(len(x))
@@ -241,7 +241,7 @@ def test_per_expert_tensors_that_do_not_fit_are_named(changes, message):
     "convert", [to_grouped, lambda *a: convert_state_dict(a[0], a[1], GROUPED)]
 )
 def test_a_gap_in_the_experts_numbers_is_an_error(convert, number):
-    """A number decides how many names are listed; two names must not list millions."""
+    """A large expert number must not make the error list millions of names."""
     names = [f"{PREFIX}{e}.{layer}_proj.weight" for e in (0, number) for layer in ("up", "down")]
     state = dict.fromkeys(names, torch.zeros(2, 2))
     tracemalloc.start()
@@ -382,7 +382,7 @@ def test_checkpoints_of_transformers_load(name, tmp_path):
     for file in tmp_path.glob("*.safetensors"):
         disk |= load_file(file)
 
-    # In memory gpt-oss keeps its own layout, the others have GroupedExperts'.
+    # gpt-oss keeps its own layout in memory; the others have GroupedExperts'.
     memory = model.state_dict()
     own = GPT_OSS if name == "GptOss" else GROUPED
     places = {key.rpartition("down_proj")[0] for key in memory if key.endswith("experts.down_proj")}

@@ -1,4 +1,4 @@
-"""Experts: the networks, what they save, and their state."""
+"""Experts: their networks, the tensors they save, and their state."""
 
 import re
 
@@ -24,7 +24,7 @@ def experts_of(activation="swiglu", bias=False, dtype=torch.float64, **options) 
 
 
 def by_hand(experts: GroupedExperts, tokens, plan, weights) -> torch.Tensor:
-    """Token by token and choice by choice."""
+    """The plain loop over tokens and choices."""
     up_name = "gate_up_proj" if experts.has_gate else "up_proj"
     state = dict(experts.named_parameters())
     function = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
@@ -174,7 +174,7 @@ def test_a_subclass_with_its_own_forward_is_run_by_it():
 
 
 def test_routed_calls_the_module():
-    """What hangs on a call of the module is seen: hooks, and what FSDP and offloading do there."""
+    """Hooks run, and so do FSDP and offloading, which use them."""
     experts = GroupedExperts(E, H, FFN)
     tokens, weights = torch.randn(5, H), torch.rand(5, 2)
     plan = moe_ext.make_plan(random_experts(5, 2, E), E)
@@ -233,7 +233,7 @@ def test_feed_forward_supports_vmap_over_any_operand(which, before):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_results_are_close_to_float64(dtype):
-    """Within a few roundings of the same numbers in float64, at the scale of a real layer."""
+    """Errors are a few roundings against float64, at the scale of a real layer."""
     T, K, hidden, ffn = 300, 4, 256, 128
     experts = GroupedExperts(8, hidden, ffn, bias=True, dtype=dtype)
     wide = GroupedExperts(8, hidden, ffn, bias=True, dtype=torch.float64)
@@ -321,7 +321,7 @@ def test_shared_experts_check_their_parts():
 
 
 class PerExpert(nn.Module):
-    """As checkpoints of Mixtral name them."""
+    """An expert with the names of Mixtral's checkpoints."""
 
     def __init__(self, bias=False):
         super().__init__()

@@ -31,7 +31,7 @@ def test_an_expert_may_return_a_tuple(use_residual):
 
 
 class Gate(nn.Module):
-    """A gate of one's own: every token to the expert of its largest number."""
+    """A gate of the caller: every token goes to the expert of its largest element."""
 
     def __init__(self, change=lambda result: result):
         super().__init__()

@@ -1,4 +1,4 @@
-"""TopKGate and MOELayer against oracles in plain PyTorch, and what callers do with layers."""
+"""TopKGate and MOELayer against plain loops, and the ways callers use layers."""
 
 import copy
 import math
@@ -52,7 +52,7 @@ def expert_by_hand(experts: GroupedExperts, e: int, x: torch.Tensor) -> torch.Te
 
 
 def layer_by_hand(layer: MOELayer, x: torch.Tensor, capacity: int | None):
-    """Every expert on every token, and a loop that drops first-come, choice after choice."""
+    """Run every expert on every token, then a loop that drops the last to queue."""
     k = layer.gate.k
     probs = (x @ layer.gate.wg.weight.T).softmax(-1)
     ids = probs.topk(k, dim=-1).indices
@@ -126,7 +126,7 @@ def test_module_experts_equal_grouped_ones(options):
     layer = MOELayer(grouped.gate, modules)
     x = torch.randn(4, 9, H, dtype=torch.float64)
     assert relative_error(layer(x), grouped(x)) < 1e-12
-    # Experts without a token take part, with gradient zero.
+    # Experts without a token have a gradient, which is zero.
     layer(x[:1, :1]).sum().backward()
     assert all(q.grad is not None for q in modules.parameters())
 
@@ -272,7 +272,7 @@ def test_layer_under_autocast():
 
 
 class First(nn.Module):
-    """The output of a module that returns more."""
+    """A module that returns the first output of another."""
 
     def __init__(self, module):
         super().__init__()
@@ -406,7 +406,7 @@ def test_meta_device():
 
 @pytest.mark.parametrize("options", [{}, {"drop_tokens": False}, {"drop_policy": "random"}])
 def test_checkpointing(options):
-    """The routing of the recomputation is that of the forward, with noise too."""
+    """The recomputation routes as the forward did, with noise too."""
     layer = layer_for(1, **options)
 
     def run(apply):
@@ -512,7 +512,7 @@ def test_experts_with_only_a_forward_run_in_a_layer():
 
 
 def test_the_layer_builds_no_mask():
-    """Memory grows with tokens, not with their square: the largest tensor is a row buffer."""
+    """Memory grows linearly with tokens: the largest tensor is a row buffer."""
     layer = layer_for(2, dtype=torch.float32)
     largest = 0
 
@@ -556,7 +556,7 @@ def test_experts_compiled_in_place_are_used():
 
 
 def test_an_attribute_may_have_the_name_of_a_method():
-    """As an own attribute of experts written for DeepSpeed."""
+    """Experts written for DeepSpeed may have such an attribute."""
 
     class Own(nn.Module):
         num_experts = 4

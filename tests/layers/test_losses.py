@@ -1,4 +1,4 @@
-"""The losses: their formulas, and that they mean the same however a batch is split."""
+"""The losses: their formulas, and that splitting a batch does not change them."""
 
 import functools
 
@@ -115,8 +115,7 @@ def gradient_by_x(loss, x):
 
 @pytest.mark.parametrize("loss", ALL)
 def test_losses_do_not_depend_on_the_number_of_tokens(loss):
-    """n times the same micro-batch, at a weight of 1 / n, is the micro-batch; and so are n copies
-    of it in one batch."""
+    """n equal micro-batches at weight 1 / n, or n copies in one batch, have the loss of one."""
     x = tokens()
     value, grad = gradient_by_x(loss, x)
     whole = functools.partial(loss, sequences=12) if loss is per_sequence else loss
@@ -157,7 +156,7 @@ def _global_loss(rank: int, x: torch.Tensor, pieces: list[int]) -> list[torch.Te
 
 @pytest.mark.parametrize("pieces", [[T // 2, T // 2], [T - 5, 5], [T, 0], [0, 1]])
 def test_the_loss_of_the_global_batch_is_that_of_one_process(pieces):
-    """However the tokens lie over the processes: the means of loss and gradient are the whole's."""
+    """The ranks' mean loss and gradient are those of the whole batch, for any split of tokens."""
     x = tokens(sum(pieces))
     expected = gradient_by_x(all_choices, x)
     for results in on_processes(2, _global_loss, x, pieces):
@@ -180,7 +179,7 @@ def test_shares_of_tiny_scores_are_finite():
 
 
 def _accumulated(rank: int, x: torch.Tensor) -> list[torch.Tensor]:
-    """Two processes of two micro-batches each; the load is that of both micro-batches."""
+    """Two ranks with two micro-batches each; the load counts both micro-batches."""
     parts = x.chunk(2)[rank].chunk(2)
     load = sum(routing_of(part)[1].plan.load for part in parts)
     value = sum(

@@ -1,4 +1,4 @@
-"""The names that options take: what type checkers accept is what runs."""
+"""Names of options: type checkers and run-time checks accept the same."""
 
 import inspect
 import re
@@ -16,7 +16,7 @@ E, H, F = 4, 6, 5
 
 
 def names_of(function) -> dict[str, tuple]:
-    """The parameters of a function that are Literal, or Literal or None, with what they take."""
+    """The Literal parameters of a function and the values they take."""
 
     def flat(hint) -> tuple:
         if get_origin(hint) in (Union, types.UnionType):
@@ -29,7 +29,7 @@ def names_of(function) -> dict[str, tuple]:
 
 
 def arguments() -> dict[str, tuple]:
-    """Arguments beside which an option may have any of its names."""
+    """Arguments that are valid with every name of an option."""
     logits = torch.randn(7, E)
     plan = moe_ext.make_plan(logits.topk(2).indices.int(), E)
     weights, up, down = torch.rand(7, 2), torch.randn(E, 2 * F, H), torch.randn(E, H, F)
@@ -57,7 +57,7 @@ def test_an_option_takes_the_names_of_its_type_and_no_other(owner):
     assert of_type
     for name, values in of_type.items():
         for value in values:
-            # An activation without a gate has another width.
+            # Activations without a gate have another width.
             if value not in ("gelu", "relu") or inspect.isclass(function):
                 function(*args, **kwargs | {name: value})
         with pytest.raises((ValueError, RuntimeError), match=name) as refused:

@@ -1,4 +1,4 @@
-"""What holds for every option of the gate and every input: NaN, infinity, no token, one expert."""
+"""Properties of every gate option and input: NaN, infinity, no token, one expert."""
 
 import math
 from typing import get_args
@@ -15,7 +15,7 @@ from moe_ext.ops import checks
 from moe_ext.options import Balancing, DropPolicy, Normalize
 from moe_ext.routing import choice_scores
 
-# The same examples on every run.
+# Equal examples on every run.
 settings.register_profile(
     "moe_ext",
     deadline=None,
@@ -71,7 +71,7 @@ def logits_for(draw, E: int, special: bool = True) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(T, E, generator=generator, device="cpu")
     logits = logits.to(torch.get_default_device()) * draw(st.sampled_from([0.0, 1.0, 30.0]))
-    # One expert that all want.
+    # One expert that all tokens prefer.
     logits[:, draw(st.integers(0, E - 1))] += draw(st.sampled_from([0.0, 3.0]))
     if special and T:
         values = draw(st.lists(st.sampled_from([math.nan, math.inf, -math.inf, 3e38]), max_size=6))
@@ -163,8 +163,8 @@ class Twice(Experts):
 
 @given(st.data())
 def test_a_layer_and_its_gradient_equal_the_plain_loop(data):
-    """An expert that doubles gives every token twice the sum of its weights; what is not finite in
-    a token stays in it."""
+    """With experts that double, a token's output is twice the sum of its weights times the token; a
+    value that is not finite stays in its token."""
     gate = data.draw(gates(balancing=None))
     logits = data.draw(logits_for(gate.num_experts)).requires_grad_()
     used = data.draw(masks(len(logits)))
@@ -200,7 +200,7 @@ def test_a_bad_token_spoils_no_other(data):
         )
     )
     if gate.balancing == "sinkhorn" and gate.training:
-        # Balance is the batch's: a token that takes part in it or not is seen by the others.
+        # Sinkhorn balances the batch: a token that takes part changes the others.
         spoilt[bad], logits[bad] = math.nan, math.inf
     others = torch.arange(len(logits)) != bad
     results = []

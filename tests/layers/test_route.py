@@ -1,4 +1,4 @@
-"""What follows a choice: weights, dropping, replay, losses; and a gate's other sides."""
+"""Route: weights, dropping, replay and losses."""
 
 import copy
 import math
@@ -54,9 +54,9 @@ def test_softmax_before_dropping_is_the_softmax_over_the_chosen():
 
 
 def test_position_drops_the_last_to_queue():
-    """First choices queue before second ones, or every token's choices one after the other."""
+    """Routes queue by choice, or token after token."""
     logits = torch.tensor([[3.0, 2.0, 0.0]] * 3 + [[2.0, 3.0, 0.0]] * 3)
-    # Of expert 1 the tokens 0..2 are first in the queue by token, 3..5 by choice.
+    # Tokens 0..2 are first in the queue of expert 1 by token, tokens 3..5 by choice.
     for order, kept_tokens in (("choice", [0, 3, 4, 5]), ("token", [0, 1, 2, 3])):
         plan = route(logits, 2, capacity=4, order=order).plan
         kept = ((plan.expert_ids == 1) & (plan.slots >= 0)).any(-1).nonzero().flatten().tolist()
@@ -91,7 +91,7 @@ def test_the_least_probable_are_dropped_by_their_score(normalize):
 
 
 def test_options_may_change_after_construction():
-    """As DeepSpeed's callers do: what is then decided is what a gate made so decides."""
+    """An option set later routes as one given to the constructor."""
     x = torch.randn(T, H)
     for name, value in (
         ("use_rts", False),
@@ -134,7 +134,7 @@ def test_repr_shows_options_that_are_not_default():
 
 
 def test_expert_choice_is_top_c_per_expert():
-    """Every expert takes its best tokens: all ask all, and the least probable are dropped."""
+    """With K = E and drop_policy="probs" every expert keeps its C best tokens."""
     c = 2
     gate = gate_for(
         E, drop_policy="probs", normalize="never", capacity_factor=c / E, drop_tokens=True
@@ -172,7 +172,7 @@ def test_forced_balancing_loads_all_experts_equally(k):
 
 
 def test_weights_of_chosen_experts_with_vanishing_scores():
-    """After dropping, DeepSpeed's smallest divisor; before, none that is seen."""
+    """The smallest divisor is DeepSpeed's after dropping, and invisible before."""
     logits = torch.tensor([[0.0, -25.0]])
     experts = torch.ones(1, 1, dtype=torch.int32)
     score = math.exp(-25)

@@ -1,4 +1,4 @@
-"""Routers: what gives a gate its logits."""
+"""Routers: modules that compute logits."""
 
 import itertools
 import math
@@ -51,7 +51,7 @@ def test_any_module_is_a_router():
 
 
 class Reopens(nn.Module):
-    """A router that wants autocast."""
+    """A router that uses autocast itself."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ def test_a_zero_token_has_no_large_gradient():
 
 
 def test_buffers_of_a_router_in_16_bit_change():
-    """As those of a BatchNorm, whose numbers are computed wider."""
+    """A BatchNorm updates its buffers, which are computed in float32."""
     norm = nn.BatchNorm1d(H)
     gate = TopKGate(H, E, 2, router=nn.Sequential(norm, nn.Linear(H, E))).bfloat16()
     x = 3 + torch.randn(T, H).bfloat16()

@@ -1,4 +1,4 @@
-"""TopKGate: who goes where, with what weight, and who is dropped."""
+"""TopKGate: destinations, weights and dropping."""
 
 import math
 
@@ -79,7 +79,7 @@ def test_a_nan_token_keeps_its_first_choice_in_training():
 
 
 def test_routes_kept_by_probability_queue_token_after_token():
-    """DeepSpeed's top-k: a location is the number of earlier tokens that the expert keeps."""
+    """A location is the number of earlier tokens that the expert keeps, as in DeepSpeed."""
     gate = TopKGate(H, E, k=3, capacity_factor=0.5, min_capacity=0)
     x = torch.randn(60, H)
     _, _, dispatch_mask, _ = gate(x)
@@ -123,7 +123,7 @@ def test_noise_is_for_training():
         assert any(
             not torch.equal(a, b) for a, b in zip(draws[0].weights, draws[1].weights, strict=True)
         )
-    # The second expert is drawn, the first one is not.
+    # Only the second expert is drawn.
     gate = TopKGate(H, E, k=2, drop_tokens=False)
     drawn, plain = gate.route(x).plan.expert_ids, gate.eval().route(x).plan.expert_ids
     assert torch.equal(drawn[:, 0], plain[:, 0])

@@ -29,7 +29,7 @@ OPTIONS = [
 
 @pytest.fixture
 def compiled():
-    """torch.compile from a clean state; gives how many graphs it made."""
+    """torch.compile from a clean state; returns the number of graphs."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -162,7 +162,7 @@ def test_export_gives_a_program_that_trains(options):
         )
         expected = loss_and_gradients(layer, layer.forward_with_aux, x)
         assert torch.equal(out, expected[0])
-        # The program calls raw operators: a route's weight has its gradient from the saved output.
+        # The program calls raw operators: the weights' gradient comes from the saved output.
         assert relative_error(actual[0], expected[3]) < 1e-6
         assert relative_error(actual[1], expected[4]) < 1e-6
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine around one program, with the imports of either package."""
+"""One training program in DeepSpeed's engine, with the imports of either package."""
 
 import os
 
@@ -20,7 +20,7 @@ H, TOKENS, MICRO_STEPS = 16, 48, 40
 
 
 class Run(NamedTuple):
-    """How an engine is configured.
+    """The configuration of an engine.
 
     splitter: the package whose function makes optimizer groups; None, where the engine does
     drops: whether the third layer drops tokens. Where it does not, gradients differ from
@@ -45,7 +45,7 @@ def expert() -> nn.Module:
 
 
 class Model(nn.Module):
-    """Three MoE layers of different numbers of experts, the first a residual one."""
+    """Three MoE layers with different numbers of experts; the first has a residual."""
 
     def __init__(self, package: str, ep_size: int, drops: bool) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ def config_of(run: Run) -> dict:
 
 
 def without_compiler(rank: int):
-    """DeepSpeed, in one of several processes."""
-    # The backend compiles for speed alone.
+    """Initialise DeepSpeed on one of several ranks."""
+    # Compilation only affects speed.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     os.environ["LOCAL_RANK"] = str(rank)
     return importlib.import_module("deepspeed")
@@ -133,7 +133,7 @@ def assert_alike(ours: Result, theirs: Result, dtype: str) -> None:
     for name, theirs_ in theirs.weights.items():
         assert ours.weights[name].dtype == theirs_.dtype
         error = (ours.weights[name] - theirs_).double().norm() / theirs_.double().norm()
-        # A step of Adam has the size of the learning rate, however small the gradient.
+        # A step of Adam is as large as the learning rate for any gradient.
         assert error <= (1e-5 if dtype == "fp32" else 2 * eps), name
 
 
@@ -145,7 +145,7 @@ def weights_of(engine) -> dict[str, Tensor]:
 
 
 class Grouped(Model):
-    """The same model, its experts replaced as docs/deepspeed.md has it."""
+    """The same model with its experts replaced as in docs/deepspeed.md."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)

@@ -1,4 +1,4 @@
-"""moe_ext.deepspeed against the DeepSpeed of PyPI, on random cases.
+"""moe_ext.deepspeed against DeepSpeed, on random cases.
 
 Both draw the same random numbers from the same seed, so noise and random token selection are
 compared too. Left out is what in DeepSpeed hangs on a rounding or on the order in which torch.topk
@@ -41,7 +41,7 @@ DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.flo
 
 @pytest.fixture(autouse=True)
 def _nothing_per_shape(monkeypatch):
-    """DeepSpeed compiles small helpers anew for every shape, and oneDNN keeps kernels for each."""
+    """DeepSpeed compiles helpers for every shape, and oneDNN caches kernels for each."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     with torch.compiler.set_stance("force_eager"):
         yield
@@ -57,7 +57,7 @@ class Case:
         self.S = self.of(self.integer(1, 12), self.integer(13, 90), self.integer(91, 200))
         self.dtype = self.of(*DTYPES)
         self.E = self.integer(1, 16 if self.is_short else 64)
-        # Above E a capacity is larger than S; its masks are, too.
+        # A factor above E makes capacity and masks larger than S.
         large = 1.1 * self.E if self.S * self.E < 1000 else 2.0
         self.factor = self.of(self.number(0.05, 1), self.number(1, 3), 1.0, 1.25, large)
         self.min_capacity = self.of(0, 1, 4, 8, self.S + 3)
@@ -81,7 +81,7 @@ class Case:
 
     @functools.cached_property
     def logits(self) -> Tensor:
-        """[S, E] with an uneven load, no two of a row near each other."""
+        """[S, E] with an uneven load and no two nearly equal values in a row."""
         keys = self.rand(self.S, self.E) + self.of(0, 0.5, 3) * self.rand(self.E)
         steps = keys.argsort(-1).argsort(-1) + 0.4 * self.rand(self.S, self.E)
         return (steps * self.of(0.3, 0.3 if self.is_short else 0.05) - 2).to(self.dtype)
@@ -103,12 +103,12 @@ class Case:
         eps = max(eps, computed)
         assert actual.shape == expected.shape
         error = (actual.double() - expected.double()).norm()
-        # The numbers are sums of some of size one: where they cancel, its rounding stays.
+        # Sums of numbers of size one may cancel; their rounding error remains.
         assert error <= 16 * eps * expected.double().norm() + computed * expected.numel() ** 0.5
 
 
 def hangs_on_rounding(probs: Tensor, k: int, C: int) -> bool:
-    """Whether an expert's last kept probability and its first dropped one are nearly equal."""
+    """Whether an expert's last kept and first dropped probabilities are nearly equal."""
     values, ids = probs.double().topk(k, dim=-1)
     chosen = torch.zeros_like(probs, dtype=torch.float64).scatter(1, ids, values)
     chosen = chosen.sort(dim=0, descending=True).values
@@ -119,29 +119,31 @@ def hangs_on_rounding(probs: Tensor, k: int, C: int) -> bool:
 
 
 def compare(case: Case, mine, theirs) -> None:
-    """Outputs in both forms, and the gradient of weights and loss. mine, theirs: of (logits,
-    sparse_routes)."""
+    """Compare outputs in both forms, and the gradient of weights and loss.
+
+    mine, theirs: functions of (logits, sparse_routes)
+    """
     logits = case.logits
     for sparse in (False, True):
         results, grads, upstream = [], [], None
-        # DeepSpeed's own gradient through 16-bit probabilities is off by several percent.
+        # DeepSpeed's gradient through 16-bit probabilities is wrong by several percent.
         for function, dtype in (
             (mine, case.dtype),
             (theirs, torch.float64 if case.is_short else case.dtype),
         ):
             leaf = logits.to(dtype, copy=True).requires_grad_()
-            # DeepSpeed adds its noise to the logits that it is given.
+            # DeepSpeed adds noise to its input in place.
             out = case.run(function, leaf * 1, sparse)
             weights = out[-2] if sparse else out[1]
             if upstream is None:
                 upstream = torch.randn(weights.shape, generator=case.generator)
-            # So that the gradients of both are of one size, and neither is small by cancellation.
+            # This keeps both gradients at one scale, without cancellation.
             loss = (weights * upstream).sum() + case.S * out[0]
             grads.append(torch.autograd.grad(loss, leaf)[0])
             results.append(out)
         ours, wanted = results
         assert len(ours) == len(wanted)
-        # The share of every expert in the loss is a float32 number.
+        # DeepSpeed computes each expert's share of the loss in float32.
         case.assert_near(ours[0], wanted[0], in_float32=True)
         assert torch.equal(ours[-1], wanted[-1])
         assert ours[-1].dtype == wanted[-1].dtype
@@ -169,7 +171,7 @@ def test_top1gating_equals_deepspeeds(batch):
             case.drops,
         ]
         C = sharded_moe._capacity(torch.empty(case.S, case.E), case.factor, case.min_capacity)
-        # Everybody unused gives DeepSpeed no capacity at all.
+        # DeepSpeed has no capacity if every token is unused.
         if options[2] is not None and not case.drops:
             options[2][0] = 1
         use_rts = bool(case.drops and C < case.S) or case.of(True, False)
@@ -241,7 +243,7 @@ def test_noise_equals_deepspeeds_draws():
 
 
 class Modules:
-    """Of a case: gates or layers of both sides with equal weights, and a hidden state."""
+    """Gates or layers of both packages with equal weights, and a hidden state."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -252,7 +254,7 @@ class Modules:
         self.trains = case.of(True, False)
         shape = case.of((case.S,), (1, case.S), (case.S, 2))
         self.hidden = torch.randn(*shape, self.H, generator=case.generator).to(case.dtype)
-        # DeepSpeed masks tokens for k = 1 only, and its top-1 gate wants min_capacity tokens.
+        # DeepSpeed masks tokens for k = 1 only, and its top-1 gate needs min_capacity tokens.
         self.used_token = None
         if self.k == 1:
             case.min_capacity = min(case.min_capacity, case.S)
@@ -271,7 +273,7 @@ class Modules:
         }
 
     def hangs_on_rounding(self, gate: nn.Module) -> bool:
-        """Of dropping by probability, with the noise of this case."""
+        """Whether dropping by probability is nearly a tie, with the noise of this case."""
         if self.k <= 2 or not self.case.drops:
             return False
         tokens = self.hidden.reshape(-1, self.H).float()
@@ -284,7 +286,7 @@ class Modules:
         return hangs_on_rounding(probs, self.k, int(C))
 
     def step(self, layer: nn.Module, call) -> list[Tensor]:
-        """The outputs, then the gradient of the first two by the hidden state and parameters."""
+        """The outputs, then the gradients of the first two for the hidden state and parameters."""
         layer.train(self.trains)
         hidden = self.hidden.clone().requires_grad_()
         out = self.case.run(call, layer, hidden)
@@ -301,7 +303,7 @@ class Modules:
                 continue
             assert a.dtype == b.dtype
             error = (a.double() - b.double()).norm()
-            # Sums over tokens, of numbers of size one at most, may cancel.
+            # Sums over tokens may cancel.
             assert error <= eps * (64 * b.double().norm() + (b.numel() * self.case.S) ** 0.5)
 
 
@@ -332,7 +334,7 @@ def expert(H: int) -> nn.Module:
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_moe_equals_deepspeeds(batch):
-    """The whole layer: built and loaded alike, same outputs, same gradients."""
+    """Layers built and loaded alike have equal outputs and gradients."""
     for i in CASES:
         case = Case(5, batch, i)
         modules = Modules(case)
@@ -366,7 +368,7 @@ def test_moe_equals_deepspeeds(batch):
 
 
 class Masks(nn.Module):
-    """A gate that knows one form only, as those written before DeepSpeed had sparse routes."""
+    """A gate with one form only, as before DeepSpeed had sparse routes."""
 
     def __init__(self, gate: nn.Module) -> None:
         super().__init__()
@@ -434,13 +436,13 @@ def test_deepspeeds_gate_and_experts_run_in_our_layer(foreign, batch):
     ],
 )  # fmt: skip
 def test_signatures_are_deepspeeds(ours, theirs):
-    """A call that DeepSpeed takes is taken, by position and by keyword, and means the same."""
+    """Every call that DeepSpeed accepts is accepted, by position and by keyword."""
     ours = list(inspect.signature(ours).parameters.values())
     theirs = list(inspect.signature(theirs).parameters.values())
     for mine, wanted in zip(ours, theirs, strict=False):
         assert (mine.name, mine.kind) == (wanted.name, wanted.kind)
         assert mine.default == wanted.default or wanted.default is inspect.Parameter.empty
-    # What is ours alone has a default.
+    # Our own arguments have defaults.
     assert len(ours) >= len(theirs)
     for mine in ours[len(theirs) :]:
         assert mine.default is not mine.empty or mine.kind == mine.VAR_KEYWORD
@@ -469,7 +471,7 @@ def test_einsum_is_deepspeeds(monkeypatch, rule, rewritten):
 
 
 def test_a_training_script_with_its_imports_changed(tmp_path):
-    """The example as it was written for DeepSpeed, and as it is: the same losses."""
+    """The example has the same losses with imports of DeepSpeed and of moe_ext."""
     example = Path(__file__).parents[2] / "examples" / "train_moe.py"
     text = example.read_text()
     original = tmp_path / "train_moe.py"
@@ -522,7 +524,7 @@ def test_optimizer_groups():
             )
             for module in (utils, ds_utils)
         )
-        # A first parameter above the limit leaves DeepSpeed an empty group.
+        # DeepSpeed makes an empty group if the first parameter is above the limit.
         theirs = [group for group in theirs if group["params"]]
         assert len(mine) == len(theirs)
         for a, b in zip(mine, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""The engine's checkpoints of either package load into the other."""
+"""The engine's checkpoints of one package load into the other."""
 
 import os
 
@@ -35,7 +35,7 @@ import moe_ext
 
 
 class Resumed(NamedTuple):
-    """A training that goes on, and one that takes its checkpoint, in one process."""
+    """One training continues while another resumes from its checkpoint, in one process."""
 
     saved: Result
     loaded: dict[str, Tensor]

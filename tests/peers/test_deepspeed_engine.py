@@ -49,7 +49,7 @@ RUNS = [
 
 @pytest.mark.parametrize(("ranks", "run"), RUNS, ids=str)
 def test_training_is_deepspeeds(ranks, run):
-    """Losses, expert counts and weights, with clipping and accumulation."""
+    """Losses, expert counts and weights are equal, with clipping and accumulation."""
     theirs, ours = (on_processes(ranks, train, package, run) for package in (THEIRS, OURS))
     for mine, wanted in zip(ours, theirs, strict=True):
         assert_alike(mine, wanted, run.dtype)
@@ -79,7 +79,7 @@ def test_optimizer_groups_of_either_package(stage):
 
 
 class WithoutMoE(nn.Module):
-    """moe_ext's own layer, whose parameters are like all others to the engine."""
+    """moe_ext's own layer: the engine treats its parameters like all others."""
 
     def __init__(self, *args) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def _train_grouped(rank: int, run: Run) -> Result:
 
 
 def _train_split(rank: int, run: Run) -> Result:
-    """The script makes optimizer groups of grouped experts itself."""
+    """The script makes the optimizer groups of grouped experts itself."""
 
     def make(*args) -> nn.Module:
         model = Grouped(*args)
@@ -213,7 +213,7 @@ def printed(script: Path, *launcher: str) -> list[float]:
         capture_output=True,
         text=True,
         timeout=300,
-        # DeepSpeed compiles its gate, which takes long.
+        # DeepSpeed compiles its gate, which is slow.
         env={**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"},
         check=False,
     )

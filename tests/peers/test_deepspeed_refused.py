@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine does not do with our layers ends in an error that says so."""
+"""Unsupported uses of DeepSpeed's engine end in an error that names them."""
 
 import os
 
@@ -111,7 +111,7 @@ def _mixtral(kind: str) -> nn.Module:
 def _auto_ep(rank: int, kind: str) -> tuple[list[str], str]:
     auto_ep = importlib.import_module("deepspeed.module_inject.auto_ep").AutoEP
     with pytest.MonkeyPatch.context() as patch:
-        # Of DeepSpeed 0.19.8, which transformers 5.24 stops.
+        # DeepSpeed 0.19.8 does this; transformers 5.24 raises.
         patch.setattr(auto_ep, "_retarget_transformers_output_recorders", lambda *args: None)
         engine = engine_of(rank, OURS, Run(), make=lambda *args: _mixtral(kind), **AUTO_EP)
     names = [type(module).__name__ for module in engine.module.modules()]
