@@ -1,13 +1,13 @@
-"""State dicts of ranks that share experts, as parts of all experts' state dict.
+"""Convert a rank's state dict to its part of all experts' state dict, and back.
 
-torch.distributed.checkpoint writes and reads those: the same files whatever the number of ranks
-that share, one among them.
+torch.distributed.checkpoint then writes the same files for any number of ranks that share the
+experts, and loads them into any other number.
 
     state = get_model_state_dict(model)
     dcp.save(global_state(model, groups, state), checkpoint_id=folder)
 
-Stacked parameters [E / processes, ...] become DTensors [E, ...] on the same memory; experts that
-are modules of their own take their number among all.
+Stacked parameters [E_local, ...] become DTensors [E, ...] on the same memory. Experts that are
+modules get their global number in their names.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ def global_state(model: nn.Module, groups: Groups, state: dict[str, Any]) -> dic
 
     Args:
         model: the model, wrapped or not
-        groups: as of `make_groups`
+        groups: from `make_groups`
         state: {name: value} of the model, or of its optimizer in the flat form of
             torch.distributed.checkpoint.state_dict.get_optimizer_state_dict. Names of a wrapped
-            model are with or without what its wrapper adds.
+            model may have the wrapper's prefix or not.
 
     Raises:
-        ValueError: the state has none of the experts' names
+        ValueError: the state has no name of the experts
     """
     return _converted(state, _entries(model, here=True), groups, _as_global)
 
 
 def local_state(model: nn.Module, groups: Groups, state: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `global_state`: for load_state_dict, set_optimizer_state_dict.
+    """Invert `global_state`, for load_state_dict and set_optimizer_state_dict.
 
     Args:
         model: the model, wrapped or not
-        groups: as of `make_groups`
-        state: as `global_state` returned it, loaded since
+        groups: from `make_groups`
+        state: the result of `global_state`, after dcp.load
 
     Raises:
-        ValueError: the state has none of the experts' names
+        ValueError: the state has no name of the experts
     """
     return _converted(state, _entries(model, here=False), groups, _as_local)
 
@@ -59,7 +59,7 @@ def local_state(model: nn.Module, groups: Groups, state: dict[str, Any]) -> dict
 class _Entry(NamedTuple):
     """A parameter or buffer of experts.
 
-    old, new: its name in its module, as it is and as it becomes
+    old, new: its name in its module before and after the conversion
     """
 
     old: str
@@ -70,8 +70,10 @@ class _Entry(NamedTuple):
 
 
 def _entries(model: nn.Module, here: bool) -> dict[str, _Entry]:
-    """By their names in the model, without what wrappers add; those in this process, or those among
-    all experts."""
+    """The experts' tensors, by name in the model without wrappers' prefixes.
+
+    here: names of this rank, otherwise those among all experts
+    """
     entries = {}
     for path, part in experts_of(model).items():
         lists, first = lists_of(part.experts_here()), part.rank * part.num_local_experts
@@ -84,9 +86,9 @@ def _entries(model: nn.Module, here: bool) -> dict[str, _Entry]:
     return entries
 
 
-# Before and after a parameter's name in an optimizer's flat state.
+# A parameter's name within a key of an optimizer's flat state.
 _OPTIMIZER = re.compile(r"(?:state|param_groups)\.(.+)\.[^.]+")
-# Of DistributedDataParallel, torch.compile and checkpoint_wrapper.
+# The prefixes of DistributedDataParallel, torch.compile and checkpoint_wrapper.
 _WRAPPERS = re.compile(r"^module\.|\b_orig_mod\.|\b_checkpoint_wrapped_module\.")
 
 
@@ -103,7 +105,7 @@ def _converted(
         for begin, end in ((0, len(key)), match.span(1) if match else (0, 0)):
             if entry := entries.get(_unwrapped(key[begin:end])):
                 old, new = entry.old, entry.new
-                if not key[begin:end].endswith(old):  # a name without what wrappers inside add
+                if not key[begin:end].endswith(old):  # a name without prefixes of inner wrappers
                     old, new = _unwrapped(old), _unwrapped(new)
                 key = key[: end - len(old)] + new + key[end:]
                 value = unmarked(value)
@@ -113,7 +115,7 @@ def _converted(
                 break
         result[key] = value
     if not has_any:
-        raise ValueError(f"state must have the experts' names, as {next(iter(entries))!r}")
+        raise ValueError(f"state must have the experts' names, such as {next(iter(entries))!r}")
     return result
 
 
@@ -122,7 +124,7 @@ def _as_global(entry: _Entry, groups: Groups, value: Tensor) -> Tensor:
     placement: Placement = Replicate()
     if isinstance(value, DTensor):
         local = value.to_local()
-        # Of one copy there are no shards: not all of torch can put those together.
+        # A single copy has no shards. Some of torch cannot gather Shard on a mesh dimension of 1.
         placement = value.placements[-1] if groups.dp.size() > 1 else placement
     shape = (entry.num_experts, *value.shape[1:])
     placements = [Shard(0)] * (groups.mesh.ndim - 1) + [placement]
@@ -137,7 +139,7 @@ def _as_local(entry: _Entry, groups: Groups, value: Tensor) -> Tensor:
     number = entry.num_experts * groups.dp.size() // groups.mesh.size()
     placements = list(value.placements[-1:])
     if placements == [Replicate()]:
-        if groups.dp.size() > 1:  # of a full state dict
+        if groups.dp.size() > 1:  # a full state dict
             return value.to_local()
         placements = [Shard(0)]
     return _dtensor(value.to_local(), groups.mesh["dp"], placements, (number, *value.shape[1:]))

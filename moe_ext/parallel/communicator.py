@@ -45,7 +45,7 @@ class Communicator:
 
     def __init__(self, group: dist.ProcessGroup | DeviceMesh) -> None:
         if isinstance(group, DeviceMesh):
-            if group.ndim > 2:
+            if group.ndim not in (1, 2):
                 raise ValueError(f"group must be a mesh of one or two dimensions, got {group}")
             if group.ndim == 2 and min(group.shape) > 1:
                 self._use_two_levels(group)

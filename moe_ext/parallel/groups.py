@@ -1,4 +1,4 @@
-"""The process groups of a run, and what each has to do with gradients."""
+"""Process groups for expert parallelism, and data-parallel training with them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .expert_parallel import ExpertParallel
 
 
 class Groups(NamedTuple):
-    """The process groups of a run: who shares the experts, and who holds copies of them.
+    """This rank's process groups for expert parallelism and data parallelism.
 
     Attributes:
-        mesh: all ranks, with a dimension "dp" last, and "ep" before it (or "nodes" and "places")
-        ep: for ExpertParallel: the ranks that share all experts, this one among them
-        dp: ranks with the same experts as this one: over these, experts' gradients are reduced
+        mesh: all ranks, with dimensions "ep" and "dp", or "node", "local_rank" and "dp"
+        ep: the ranks that share the experts; pass it to ExpertParallel
+        dp: the ranks with the same experts; experts' gradients are reduced over them
     """
 
     mesh: DeviceMesh
@@ -31,7 +31,7 @@ class Groups(NamedTuple):
     dp: dist.ProcessGroup
 
     def world(self) -> DeviceMesh:
-        """All ranks in one dimension: over these, everything else is reduced."""
+        """All ranks in one dimension; all other gradients are reduced over them."""
         return DeviceMesh(self.mesh.device_type, torch.arange(dist.get_world_size()))
 
 
@@ -43,15 +43,17 @@ def make_groups(
     device_type: str | None = None,
     timeout: timedelta | None = None,
 ) -> Groups:
-    """Make the groups of all ranks: `ep` share the experts, `dp` times. All ranks call it.
+    """Create the groups of all ranks: `ep` ranks share the experts, which have `dp` copies.
+
+    All ranks call it together.
 
     Args:
-        ep: how many; or (nodes, places in a node), for rows that travel in two levels where both
-            are more than one
-        dp: how many copies of every expert; None is as many as there are ranks for
+        ep: the number of ranks that share the experts; or (nodes, local ranks), for an all-to-all
+            in two levels where both are more than one
+        dp: the number of copies of every expert; None is as many as there are ranks for
         neighbours_share: consecutive ranks share the experts; otherwise they hold copies
         device_type: of the groups' tensors; None is the accelerator's, or "cpu" under gloo
-        timeout: how long a rank waits for another of its groups; None is the world's
+        timeout: how long a rank waits for another one of its groups; None is the world's timeout
 
     Raises:
         ValueError: ep * dp is not the number of ranks, or torch.distributed is not initialised
@@ -59,29 +61,29 @@ def make_groups(
     if not dist.is_initialized():
         raise ValueError(
             "make_groups: torch.distributed is not initialised; call init_process_group() first, "
-            "in processes that torchrun starts"
+            "in processes started by torchrun"
         )
     shape = (ep,) if isinstance(ep, int) else tuple(ep)
     world, size = dist.get_world_size(), math.prod(shape)
     if min(shape) < 1 or len(shape) > 2:
-        raise ValueError(f"make_groups: ep must be a number or (nodes, places), got {ep!r}")
+        raise ValueError(f"make_groups: ep must be a number or (nodes, local ranks), got {ep!r}")
     if dp is None:
         dp = max(world // size, 1)
     if size * dp != world:
-        raise ValueError(f"make_groups: ep * dp must be the {world} processes, got {ep} * {dp}")
-    # A level of one is none.
+        raise ValueError(f"make_groups: ep * dp must be the {world} ranks, got {ep} * {dp}")
+    # A level of size 1 needs no all-to-all.
     shape = tuple(number for number in shape if number > 1) or (1,)
     if device_type is None:
         device_type = "cpu" if dist.get_backend() == "gloo" else _accelerator()
     ranks = torch.arange(world)
     by_copy = ranks.view(dp, size).t() if neighbours_share else ranks.view(size, dp)
-    names = ("ep",) if len(shape) == 1 else ("nodes", "places")
+    names = ("ep",) if len(shape) == 1 else ("node", "local_rank")
     table = by_copy.reshape(*shape, dp)
     if timeout is None:
         assert dist.group.WORLD is not None
         timeout = dist.group.WORLD._get_backend(torch.device(device_type)).options._timeout
-    # New ones always: a mesh takes the world's group where it can, with its timeout and what was
-    # left behind in it.
+    # Always new groups: a mesh would reuse the world's group where it can, with its timeout and
+    # with the messages of failed calls.
     mine = [_new_group(table, dim, timeout) for dim in range(table.ndim)]
     mesh = DeviceMesh.from_group(mine, device_type, mesh=table, mesh_dim_names=(*names, "dp"))
     group = mesh.get_group("ep") if len(shape) == 1 else mesh[names]
@@ -89,7 +91,7 @@ def make_groups(
 
 
 def _new_group(table: Tensor, dim: int, timeout: timedelta) -> dist.ProcessGroup:
-    """The group of this rank along a dimension of a table of all ranks."""
+    """This rank's group along a dimension of a table of all ranks."""
     lines = table.movedim(dim, -1).flatten(0, -2).tolist()
     group, _ = dist.new_subgroups_by_enumeration(lines, timeout=timeout)
     return group
@@ -101,11 +103,11 @@ def _accelerator() -> str:
 
 
 def rank_load(load: Tensor, group: dist.ProcessGroup | DeviceMesh) -> Tensor:
-    """Count the routes that each rank's experts were asked for, by the tokens of all ranks.
+    """Count the routes of all ranks' tokens to each rank's experts, before dropping.
 
     Args:
-        load: [E] integers, of this rank's tokens
-        group: whose ranks share the experts
+        load: [E] integers, routes of this rank's tokens, such as `layer.exp_counts`
+        group: the ranks that share the experts
 
     Returns:
         [size of the group] int64, the same on all ranks
@@ -117,7 +119,7 @@ def rank_load(load: Tensor, group: dist.ProcessGroup | DeviceMesh) -> Tensor:
 
 
 def experts_of(model: nn.Module) -> dict[str, ExpertParallel]:
-    """By their names in the model."""
+    """The ExpertParallels of more than one rank, by name in the model."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -128,17 +130,17 @@ def experts_of(model: nn.Module) -> dict[str, ExpertParallel]:
 def data_parallel(model: nn.Module, groups: Groups, **options: Any) -> DistributedDataParallel:
     """Wrap a model with ExpertParallel parts in DistributedDataParallel.
 
-    All ranks' gradients are averaged, as by DistributedDataParallel: of an expert's parameter
-    over its copies, each of which has the gradients of all tokens sent to it. `no_sync` holds for
-    both.
+    Gradients are averaged over all ranks. DistributedDataParallel reduces all but the experts',
+    which are reduced over their copies: each copy has the gradients of all tokens sent to it.
+    `no_sync` holds for both.
 
     Args:
         model: the model
-        groups: as of `make_groups`
-        **options: DistributedDataParallel's
+        groups: from `make_groups`
+        **options: of DistributedDataParallel
 
     Raises:
-        ValueError: only experts' parameters require gradients
+        ValueError: no parameter but the experts' requires gradients
     """
     experts = experts_of(model)
     names = [
@@ -166,7 +168,7 @@ def data_parallel(model: nn.Module, groups: Groups, **options: Any) -> Distribut
 
 
 def _decide(parallel: nn.Module, args: tuple) -> None:
-    """As DistributedDataParallel does, a forward decides whether its backward reduces."""
+    """A forward decides whether its backward reduces, as in DistributedDataParallel."""
     if torch.is_grad_enabled():
         parallel.reduces_experts = parallel.require_backward_grad_sync
 
@@ -187,20 +189,21 @@ def _reduce(
 
 
 def fully_shard(model: nn.Module, groups: Groups, **options: Any) -> nn.Module:
-    """Shard a model with ExpertParallel parts by FSDP2: each of these among its copies, the rest of
-    the model among all ranks. Gradients are averaged over all ranks.
+    """Shard a model with ExpertParallel parts by FSDP2, and average gradients over all ranks.
+
+    Each ExpertParallel is sharded among its copies, the rest of the model among all ranks.
 
     Args:
-        model: the model, or a block of it; blocks come before the whole
-        groups: as of `make_groups`
-        **options: torch.distributed.fsdp.fully_shard's, but for the mesh. With a lower precision
-            routes' weights are rounded to it.
+        model: the model, or a block of it; wrap blocks before the whole
+        groups: from `make_groups`
+        **options: of torch.distributed.fsdp.fully_shard, except the mesh. A lower precision
+            rounds routes' weights too.
 
     Returns:
         model
 
-    Give an optimizer the experts' parameters in a group of their own: it handles a group's DTensors
-    together, and those of two meshes cannot be. A gate that is sharded by itself needs
+    Give an optimizer the experts' parameters in a group of their own: it cannot handle DTensors of
+    two meshes together. A gate that is sharded by itself needs
     `torch.distributed.fsdp.register_fsdp_forward_method(gate, "route")`.
     """
     for module in experts_of(model).values():
@@ -210,7 +213,7 @@ def fully_shard(model: nn.Module, groups: Groups, **options: Any) -> nn.Module:
         fsdp.fully_shard(module, mesh=groups.mesh["dp"], **options)
         module.mark()
     fsdp.fully_shard(model, mesh=groups.world(), **options)
-    # A layer's other way in.
+    # FSDP hooks `forward` alone.
     if hasattr(model, "forward_with_aux"):
         fsdp.register_fsdp_forward_method(model, "forward_with_aux")
     return model
@@ -218,16 +221,15 @@ def fully_shard(model: nn.Module, groups: Groups, **options: Any) -> nn.Module:
 
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module, groups: Groups, max_norm: float) -> Tensor:
-    """Clip gradients by their norm over all ranks' parameters: of shared ones once, of experts
-    every one.
+    """Clip gradients by their norm over the parameters of all ranks, each counted once.
 
     Args:
         model: the model, wrapped or not
-        groups: as of `make_groups`
-        max_norm: as of torch.nn.utils.clip_grad_norm_
+        groups: from `make_groups`
+        max_norm: as in torch.nn.utils.clip_grad_norm_
 
     Returns:
-        the norm [] before, float64, the same on all ranks
+        the norm [] before clipping, float64, the same on all ranks
     """
     of_experts = {id(p) for module in experts_of(model).values() for p in module.parameters()}
     shared: list[nn.Parameter] = []
@@ -239,7 +241,7 @@ def clip_grad_norm_(model: nn.Module, groups: Groups, max_norm: float) -> Tensor
     for group in _groups_of(groups.ep):
         dist.all_reduce(squares, group=group)
     norm = (squares + _squares(shared, device)).sqrt()
-    # DTensors of one mesh at a time.
+    # One call cannot handle DTensors of two meshes.
     for parameters in (shared, mine):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
@@ -250,7 +252,7 @@ def _groups_of(group: dist.ProcessGroup | DeviceMesh) -> list[dist.ProcessGroup]
 
 
 def _squares(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
-    """The sum of all gradients' squares; of a sharded one, of all its parts."""
+    """The sum of squares of all gradients, over all shards."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     by_mesh: dict[DeviceMesh, Tensor] = {}
     for parameter in parameters:
@@ -260,7 +262,7 @@ def _squares(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
             grad = grad.to_local() if isinstance(grad, DTensor) else grad
             dtype = torch.promote_types(grad.dtype, torch.float32)
             part += torch.linalg.vector_norm(grad, dtype=dtype).double().square()
-    # Of FSDP2: sharded in the last dimension of its mesh, copied in others.
+    # FSDP2 shards over the last dimension of its mesh and replicates over others.
     for mesh, part in by_mesh.items():
         dist.all_reduce(part, group=mesh.get_group(mesh.ndim - 1))
         total += part

@@ -1,7 +1,7 @@
-"""Refuse wrappers and checkpoints that take one rank's experts for copies of another's.
+"""Refuse wrappers and checkpoints that mistake one rank's experts for copies of another's.
 
-Divided experts have the same names and shapes on every rank. What knows nothing of their division
-broadcasts, averages, shards or saves them as if they were the same parameters.
+Divided experts have the same names and shapes on every rank. Code that does not know of the
+division broadcasts, averages, shards or saves them as if they were the same parameters.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def remember(experts: ExpertParallel) -> None:
 
 
 def begin_call(key: int) -> int:
-    """Refuse wrappers, and give the layer's number.
+    """Refuse unsuitable wrappers, and return the layer's number.
 
     key: the id of an ExpertParallel. Compiled code calls this once, while torch.compile traces.
 
     Raises RuntimeError inside a forward of plain DistributedDataParallel, FullyShardedDataParallel
-    or fully_shard, and for a copy that another rank made.
+    or fully_shard, and for a copy that was made on another rank.
     """
     experts = _members[key]
     _refuse_ddp(experts)
@@ -44,13 +44,13 @@ def begin_call(key: int) -> int:
     return state.number_of(experts)
 
 
-# As of torch.compiler.assume_constant_result, which would load all of torch._dynamo.
+# As torch.compiler.assume_constant_result, which would import torch._dynamo.
 begin_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_ddp(experts: ExpertParallel) -> None:
     ddp = DistributedDataParallel._get_active_ddp_module()
-    if ddp is None or hasattr(ddp, "reduces_experts"):  # as parallel.data_parallel leaves it
+    if ddp is None or hasattr(ddp, "reduces_experts"):  # set by parallel.data_parallel
         return
     averaged = set(dist.get_process_group_ranks(ddp.process_group))
     if all(len(averaged.intersection(ranks)) < 2 for ranks in experts.communicator.global_ranks()):
@@ -59,9 +59,9 @@ def _refuse_ddp(experts: ExpertParallel) -> None:
     for name, parameter in ddp.module.named_parameters():
         if id(parameter) in mine and name not in ddp.parameters_to_ignore:
             raise RuntimeError(
-                f"ExpertParallel: DistributedDataParallel takes {name} for the same on ranks that "
-                "hold different experts: it has copied one rank's over the others', and would "
-                "average their gradients. Build the model anew and wrap it by "
+                f"ExpertParallel: DistributedDataParallel treats {name} as equal on ranks that "
+                "hold different experts: it has overwritten them with one rank's, and would "
+                "average their gradients. Rebuild the model and wrap it by "
                 "moe_ext.parallel.data_parallel(model, groups)"
             )
 
@@ -71,32 +71,32 @@ def _refuse_fsdp(experts: ExpertParallel) -> None:
         if not experts.average:
             raise RuntimeError(
                 "ExpertParallel: fully_shard must shard experts over the ranks that hold the same "
-                "ones and average their gradients over all ranks. Build the model anew and wrap it "
+                "ones and average their gradients over all ranks. Rebuild the model and wrap it "
                 "by moe_ext.parallel.fully_shard(model, groups)"
             )
         return
-    # FSDP computes with parameters of its own making. It replaces all of them: one tells.
+    # FSDP replaces all parameters by its own, so that checking one suffices.
     if not _is_replaced(next(experts.parameters(), None)):
         return
     for name, parameter in experts.named_parameters():
         if name in experts.marked and _is_replaced(parameter):
             raise RuntimeError(
                 f"ExpertParallel: {name} of the experts was replaced by another parameter. Plain "
-                "fully_shard does so and mixes the experts of different ranks: build the model "
-                "anew and wrap it by moe_ext.parallel.fully_shard(model, groups). If you replaced "
+                "fully_shard does so and mixes the experts of different ranks: rebuild the model "
+                "and wrap it by moe_ext.parallel.fully_shard(model, groups). If you replaced "
                 "it yourself, call experts.mark()"
             )
 
 
 def _refuse_fsdp1(experts: ExpertParallel) -> None:
-    # It puts views of one flat parameter in the place of all: one tells.
+    # It replaces all parameters by views of one, so that checking one suffices.
     for name in itertools.islice(experts.marked, 1):
         path, _, last = name.rpartition(".")
         tensor = getattr(experts.get_submodule(path), last, None)
         if tensor is None or hasattr(getattr(tensor, "_base", None), "_is_flat_param"):
             raise RuntimeError(
-                f"ExpertParallel: FullyShardedDataParallel takes {name} for the same on ranks that "
-                "hold different experts. Build the model anew and wrap it by "
+                f"ExpertParallel: FullyShardedDataParallel treats {name} as equal on ranks that "
+                "hold different experts. Rebuild the model and wrap it by "
                 "moe_ext.parallel.fully_shard(model, groups)"
             )
 
@@ -112,7 +112,7 @@ def _refuse_other_rank(experts: ExpertParallel) -> None:
 
 
 def _is_replaced(parameter: Tensor | None) -> bool:
-    # torch.func puts plain tensors in the place of parameters.
+    # torch.func replaces parameters by plain tensors, which are no reason to refuse.
     return type(parameter) is nn.Parameter and not hasattr(parameter, "group_name")
 
 
@@ -122,16 +122,16 @@ RANK = "expert_parallel_rank"  # in a state dict's metadata: [rank, size]
 def mark_state(
     experts: ExpertParallel, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:
-    """A state-dict hook: tensors of experts say that they are a part.
+    """Mark a state dict's tensors as one rank's experts. A state-dict hook.
 
-    torch.distributed.checkpoint asks a tensor how to write and to read it, and would take a plain
-    one for the same on all ranks. A state dict's metadata remembers the rank it is of.
+    torch.distributed.checkpoint asks a tensor how to write and read it, and would treat a plain one
+    as equal on all ranks. The metadata records the rank.
     """
     if experts.size == 1:
         return
     metadata[RANK] = [experts.rank, experts.size]
     for key, value in state.items():
-        # Parameters, as keep_vars gives them, outlive the state dict.
+        # keep_vars gives parameters, which outlive the state dict.
         if not key.startswith(prefix) or isinstance(value, nn.Parameter):
             continue
         if isinstance(value, Tensor):
@@ -142,12 +142,12 @@ def mark_state(
 
 
 def unmarked(value: Any) -> Any:
-    """The same tensor without the marks of `mark_state`."""
+    """Return the tensor without the marks of `mark_state`."""
     return value.detach() if isinstance(value, Tensor) else value
 
 
 def refuse_state(experts: ExpertParallel, metadata: dict[str, Any]) -> None:
-    """Raises RuntimeError for a state dict of another rank's experts."""
+    """Raise RuntimeError for a state dict of another rank's experts."""
     here = [experts.rank, experts.size]
     if metadata.get(RANK, here) != here:
         rank, size = metadata[RANK]
@@ -160,16 +160,16 @@ def refuse_state(experts: ExpertParallel, metadata: dict[str, Any]) -> None:
 
 def _refuse_checkpoint(name: str = "a parameter", *args) -> NoReturn:
     raise RuntimeError(
-        f"ExpertParallel: {name} holds experts of one rank alone, and torch.distributed.checkpoint "
-        "would take it for the same on all ranks. Pass it "
+        f"ExpertParallel: {name} holds the experts of one rank, and torch.distributed.checkpoint "
+        "would treat it as equal on all ranks. Pass it "
         "moe_ext.parallel.global_state(model, groups, state)"
     )
 
 
 def _no_attributes() -> dict:
-    """What torch.save stores beside a tensor's values."""
+    """Keep the marks out of what torch.save stores beside a tensor's values."""
     return {}
 
 
-# A sharded tensor's attributes are saved with it.
+# torch.save stores the marks of a DTensor. torch.load must accept them with weights_only=True.
 torch.serialization.add_safe_globals([_refuse_checkpoint])

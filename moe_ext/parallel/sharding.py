@@ -1,4 +1,4 @@
-"""Which part of a module's state is which expert's."""
+"""Split a module of experts into the parts of each rank."""
 
 import copy
 import re
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 def lists_of(experts: nn.Module) -> tuple[str, ...]:
-    """Names of the lists that hold one module for every expert."""
+    """Names of the ModuleLists that hold one module per expert."""
     return getattr(experts, "expert_lists", ())
 
 
 def divide(experts: nn.Module, rank: int, size: int) -> nn.Module:
-    """A copy of a module of experts with this process's part of them."""
+    """Copy a module of experts with this rank's part of them."""
     name = type(experts).__name__
     num_experts = getattr(experts, "num_experts", None)
     if not isinstance(num_experts, int):
@@ -22,11 +22,11 @@ def divide(experts: nn.Module, rank: int, size: int) -> nn.Module:
     if num_experts % size:
         raise ValueError(
             f"ExpertParallel: experts must divide evenly, got num_experts = {num_experts} for "
-            f"{size} processes"
+            f"{size} ranks"
         )
     mine = slice(rank * num_experts // size, (rank + 1) * num_experts // size)
     lists = lists_of(experts)
-    # What the others have is not copied.
+    # deepcopy skips what memo holds: the parts of other ranks are never copied.
     memo: dict = {}
     for path in lists:
         modules = cast(nn.ModuleList, experts.get_submodule(path))
@@ -37,7 +37,7 @@ def divide(experts: nn.Module, rank: int, size: int) -> nn.Module:
             part = nn.Parameter(part, tensor.requires_grad)
         memo[id(tensor)] = part
     divided = copy.deepcopy(experts, memo)
-    # A module's attribute, to torch's stubs, is a tensor or a module.
+    # torch's stubs know tensors and modules alone as a module's attributes.
     divided.num_experts = mine.stop - mine.start  # type: ignore[assignment]
     return divided
 
@@ -48,7 +48,7 @@ def _stacked(experts: nn.Module, lists: tuple[str, ...], num_experts: int) -> It
             continue
         if tensor.dim() == 0 or tensor.shape[0] != num_experts:
             raise ValueError(
-                "ExpertParallel: parameters and buffers must be of experts, [E, ...] with E = "
+                "ExpertParallel: parameters and buffers must be stacked [E, ...] with E = "
                 f"{num_experts}, got {name} {list(tensor.shape)}"
             )
         yield tensor
@@ -59,7 +59,7 @@ def is_in(lists: tuple[str, ...], name: str) -> bool:
 
 
 def shifted(name: str, lists: tuple[str, ...], shift: int) -> str:
-    """The name with the number of its expert shifted."""
+    """Add `shift` to the expert number in a name."""
     for path in lists:
         if match := re.fullmatch(rf"({re.escape(path)}\.)(\d+)(\..*)", name):
             return f"{match[1]}{int(match[2]) + shift}{match[3]}"

@@ -184,7 +184,9 @@ def _wrapped(rank: int, kind: str) -> list[bool]:
         names = [name.removeprefix("module.").removeprefix("_orig_mod.") for name in found]
         same = [type(x) is type(y) for x, y in zip(found.values(), plain.values(), strict=True)]
         results.append(names == list(plain) and all(same))
-    with pytest.raises(ValueError, match=r"state must have the experts' names, as '1\.experts"):
+    with pytest.raises(
+        ValueError, match=r"state must have the experts' names, such as '1\.experts"
+    ):
         parallel.global_state(ddp, groups, {"other": torch.ones(1)})
     return results
 

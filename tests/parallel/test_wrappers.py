@@ -231,7 +231,7 @@ def _flattened(rank: int, kind: str, strategy: str, use_orig_params: bool, train
 @pytest.mark.parametrize("kind", ["grouped", "modules"])
 def test_parameters_in_one_flat_parameter_are_refused(kind, strategy, use_orig_params, trains):
     for error in on_processes(2, _flattened, kind, strategy, use_orig_params, trains):
-        assert "ExpertParallel: FullyShardedDataParallel takes" in error
+        assert "ExpertParallel: FullyShardedDataParallel treats" in error
         assert "wrap it by moe_ext.parallel.fully_shard(model, groups)" in error
 
 

@@ -1,0 +1,235 @@
+"""Ranks that make different calls: every rank raises the same error, which names the difference."""
+
+import copy
+import re
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from faults import E, H, T, error_of, layer_of, run_out_of_step
+from processes import Processes, on_processes
+from torch.distributed.device_mesh import init_device_mesh
+
+from moe_ext import ExpertParallel, GroupedExperts
+from moe_ext.parallel import make_groups
+
+
+def _call(rank: int, *sides: dict) -> str:
+    options = sides[rank]
+    layer = layer_of(**options)
+    x = torch.randn(T, layer.gate.model_dim, dtype=options.get("dtype", torch.float32))
+    return error_of(lambda: layer(x))
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "text"),
+    [
+        ({"num_experts": 4}, {"num_experts": 6}, "num_experts, got 4 {0} and 6 {1}"),
+        ({"width": 6}, {"width": 8}, "hidden_size, got 6 {0} and 8 {1}"),
+        (
+            {"dtype": torch.bfloat16},
+            {"dtype": torch.float32},
+            "dtype, got torch.bfloat16 {0} and torch.float32 {1}",
+        ),
+        ({"k": 1}, {"k": 3}, "k, got 1 {0} and 3 {1}"),
+        ({"capacity_factor": 1.0}, {"capacity_factor": 2.0}, "capacity, got 3 {0} and 5 {1}; with"),
+        ({"drop_tokens": False}, {}, "drops_tokens, got False {0} and True {1}"),
+        ({"options": {"uneven_tokens": True}}, {}, "uneven_tokens, got True {0} and False {1}"),
+        ({"options": {"dedup": True}}, {}, "dedup, got True {0} and False {1}"),
+        ({"options": {"overlap": 2}}, {"options": {"overlap": 3}}, "overlap, got 2 {0} and 3 {1}"),
+        ({"options": {"average": True}}, {}, "average, got True {0} and False {1}"),
+    ],
+)
+def test_options_that_differ_are_named_on_all_ranks(mine, theirs, text):
+    where = "on rank 0 of the group", "on rank 1"
+    for message in on_processes(2, _call, mine, theirs):
+        assert f"all ranks must have the same {text.format(*where)}" in message
+
+
+def _second_call(rank: int) -> str:
+    layer = layer_of()
+    layer(torch.randn(T, H))
+    return error_of(lambda: layer(torch.randn(T if rank == 0 else 2 * T, H)))
+
+
+def test_a_capacity_that_differs_in_a_later_call_is_named():
+    expected = "same capacity, got 3 on rank 0 of the group and 5 on rank 1; with uneven_tokens"
+    for message in on_processes(2, _second_call):
+        assert expected in message
+
+
+def _two_levels(rank: int, options: dict) -> str:
+    layer = layer_of(k=1 if rank == 0 else 2)
+    group = make_groups((2, 2)).ep
+    layer.experts = ExpertParallel.of(GroupedExperts(E, H, 3), group, **options)
+    return error_of(lambda: layer(torch.randn(T, H)))
+
+
+@pytest.mark.parametrize("options", [{}, {"dedup": True}])
+def test_a_difference_on_a_mesh_of_nodes_is_named(options):
+    for message in on_processes(4, _two_levels, options):
+        assert "same k, got 1 on rank 0 of the group and 2 on rank 1" in message
+
+
+def _one_needs_gradients(rank: int, evaluates_first: bool) -> str:
+    layer = layer_of()
+    if evaluates_first:
+        with torch.no_grad():
+            layer(torch.randn(T, H))
+    return error_of(lambda: layer(torch.randn(T, H, requires_grad=rank == 0)))
+
+
+@pytest.mark.parametrize("evaluates_first", [False, True])
+def test_tokens_that_need_gradients_on_one_rank_are_named(evaluates_first):
+    expected = "same tokens_require_grad, got True on rank 0 of the group and False on"
+    for message in on_processes(2, _one_needs_gradients, evaluates_first):
+        assert expected in message
+
+
+def _autocast_alone(rank: int) -> list[str]:
+    layer, x = layer_of(), torch.randn(T, H)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rank == 0):
+        first = error_of(lambda: layer(x))
+    return [first, error_of(lambda: layer(x))]
+
+
+def test_autocast_on_one_rank_is_named():
+    """Its experts would send rows of another width."""
+    for first, second in on_processes(2, _autocast_alone):
+        assert "same autocast_dtype, got torch.bfloat16 on rank 0 of the group" in first
+        assert second == "no error"
+
+
+def _leaves_tokens_out(rank: int) -> list[str]:
+    layer = layer_of()
+
+    def step(leaves_out: bool):
+        out = layer(torch.randn(T, H, requires_grad=True)).sum()
+        out.backward(inputs=list(layer.parameters()) if leaves_out else None)
+
+    return [error_of(lambda: step(rank == 1)), error_of(lambda: step(False))]
+
+
+def test_a_backward_of_other_inputs_on_one_rank_is_named():
+    for error, after in on_processes(2, _leaves_tokens_out):
+        assert "the same tokens_require_grad, got True on rank 0 of the group and False" in error
+        assert after == "no error"
+
+
+# Rank 1 alone runs one of these in place of `second(first(x))`.
+
+
+def _swapped(first, second, x):
+    return first(second(x))
+
+
+def _without_second(first, second, x):
+    return first(x)
+
+
+def _given_up(first, second, x):
+    first(x)
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("program", "trains", "calls"),
+    [
+        (_swapped, False, ("forward of layer", "forward of layer")),
+        (_swapped, True, ("forward of layer", "forward of layer")),
+        (_without_second, False, ("forward of layer", "forward of layer")),
+        (_without_second, True, ("forward of layer", "backward of layer")),
+        (_given_up, False, ("forward of layer", "forward of layer")),
+        (_given_up, True, ("forward of layer", "forward of layer")),
+    ],
+)
+@pytest.mark.parametrize("num_experts", [E, 80])
+@pytest.mark.parametrize("options", [{}, {"drop_tokens": False}], ids=["capacity", "dropless"])
+def test_ranks_out_of_step_raise_one_error_and_may_continue(
+    program, trains, calls, num_experts, options
+):
+    """Rows or counts of another layer, of another size, or a forward and a backward."""
+    arguments = program, options, num_experts, trains
+    (first, *_, continues), (second, *_, other_continues) = on_processes(
+        2, run_out_of_step, *arguments
+    )
+    assert first == second
+    assert first.startswith("ExpertParallel: all ranks must make the same calls in the same order")
+    mine, theirs = re.search(
+        r"got the (.*) \d+ on rank 0 .* the (.*) \d+ on rank 1", first
+    ).groups()
+    assert (mine, theirs) == calls
+    assert continues
+    assert other_continues
+
+
+def _one_has_a_copy(rank: int) -> list[str]:
+    layer = layer_of()
+    if rank == 0:
+        copy.deepcopy(layer)
+    other, x = layer_of(), torch.randn(T, H)
+    return [error_of(lambda: other(layer(x)))]
+
+
+def test_one_rank_may_have_a_copy_of_a_layer():
+    assert on_processes(2, _one_has_a_copy) == [["no error"]] * 2
+
+
+def _share_tokens(rank: int, fault: str, drops: bool) -> list[str]:
+    """Ranks 0 and 1 share tokens, and ranks 2 and 3. Rank 1 alone is at fault, once."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
+    layer = layer_of(drop_tokens=drops)
+    layer.experts = ExpertParallel.of(
+        GroupedExperts(E, H, 3), mesh.get_group("ep"), tensor_group=mesh.get_group("tp")
+    )
+    torch.manual_seed(rank // 2)
+    x = torch.randn(T, H)
+    expected = layer(x)
+
+    def call(is_at_fault: bool):
+        if not is_at_fault:
+            return layer(x)
+        if fault == "experts":
+            with mock.patch.object(layer.experts.local, "routed", side_effect=MemoryError):
+                return layer(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=fault == "autocast"):
+            return layer(torch.cat([x, x]) if fault == "tokens" else x)
+
+    errors = [error_of(lambda: call(rank == 1))]
+    if fault == "experts":  # the others are told in the next call
+        errors.append(error_of(lambda: call(False)))
+    assert torch.equal(layer(x), expected)
+    return errors
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("fault", ["autocast", "tokens", "experts"])
+def test_a_fault_in_a_tensor_group_is_raised_on_all_ranks(fault, drops):
+    for *_, error in on_processes(4, _share_tokens, fault, drops):
+        assert (
+            "all ranks must have the same" in error
+            or "ranks of a tensor_group" in error
+            or (fault == "experts" and "experts raised an exception in the last call" in error)
+        )
+
+
+def _in_a_second_world(rank: int, file: str) -> list[str]:
+    before, x = layer_of(), torch.randn(T, H)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    after = layer_of()
+    first, second = (before, after) if rank == 0 else (after, before)
+    swapped = error_of(lambda: second(first(x)))
+    return [swapped, error_of(lambda: after(before(x)))]
+
+
+def test_layers_of_a_destroyed_group_are_told_from_new_ones(tmp_path):
+    pool = Processes(2)
+    try:
+        found = pool.run(_in_a_second_world, str(tmp_path / "meeting"))
+    finally:
+        pool.close()
+    for swapped, after in found:
+        assert "all ranks must make the same calls in the same order" in swapped
+        assert after == "no error"
