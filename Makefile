@@ -30,8 +30,8 @@ SANITIZER = $(shell $(BIN)/python moe_ext/build.py toolkit | cut -d';' -f1)/bin/
 SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 	$(addprefix tests/ops/test_,gate.py plan.py mask_weights.py rows.py launches.py)
 
-# Of what is timed beside others': on one thread and two, in two states of memory.
-BESIDE := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.5
+# Flags shared by the peer benchmarks: one thread and two, in two states of memory.
+PEER_BENCH := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.5
 
 .PHONY: test peers demo bench bench-full lint format types docs wheel abi cusim cuda gpu gpu-test \
 	gpu-sanitize gpu-bench mutants clean FORCE $(ORDERS:%=cusim-%)
@@ -46,28 +46,32 @@ peers: $(VENV)/peers
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
 
-# Ours beside other libraries in float32: eight minutes on two cores with nothing else to do. Writes
-# bench/results, the tables of README.md and docs, the pictures of docs/performance.md.
+# Time ours and other libraries in float32: eight minutes on two idle cores. Writes bench/results, the
+# tables of README.md and docs, and the pictures of docs/performance.md.
 bench: $(VENV)/peers
-	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype float32 --shape gshard "qwen3, half" \
+	$(BIN)/python bench/bench_ops.py $(PEER_BENCH) --dtype float32 --shape gshard "qwen3, half" \
 		--name peers-float32
 	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.3 --longest 1
 	$(BIN)/python bench/bench_layer.py --threads 2 --seconds 0.3 --longest 1 --new-memory \
 		--point balanced --name layer-float32-new-memory
 	$(BIN)/python bench/bench_growth.py
-	$(BIN)/python bench/limits.py
+	$(BIN)/python bench/bench_limits.py
 	$(BIN)/python bench/bench_stats.py --seconds 0.5
 	$(BIN)/python bench/report.py
 
-# Also every shape, 16-bit types, peers that take seconds, experts alone and several processes: fifty
-# minutes, and 20 GB of memory.
+# Also time every shape, 16-bit types, peers that take seconds, experts alone and several ranks: fifty
+# minutes and 20 GB of memory. Results that no page shows go to build/bench.
 bench-full: bench
-	$(BIN)/python bench/bench_ops.py $(BESIDE) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
-	$(BIN)/python bench/bench_ops.py --device cpu --dtype float32 --memory kept --longest 30
-	$(BIN)/python bench/bench_ops.py --device cpu --dtype bfloat16 --memory kept --longest 30
+	$(BIN)/python bench/bench_ops.py $(PEER_BENCH) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
+	$(BIN)/python bench/bench_ops.py --device cpu --dtype float32 --memory kept --longest 30 \
+		--out build/bench/ops-float32.json
+	$(BIN)/python bench/bench_ops.py --device cpu --dtype bfloat16 --memory kept --longest 30 \
+		--out build/bench/ops-bfloat16.json
 	$(BIN)/python bench/bench_layer.py --dtype bfloat16 --longest 30
-	$(BIN)/python bench/bench_experts.py
-	$(BIN)/python bench/bench_experts.py --dtype bfloat16
+	$(BIN)/python bench/bench_layer.py --experts --memory --longest 20
+	$(BIN)/python bench/bench_layer.py --experts --new-memory --longest 20
+	$(BIN)/python bench/bench_layer.py --experts --point few "few, skewed" short --dtype bfloat16 \
+		--out build/bench/experts-bfloat16.json
 	$(BIN)/python bench/bench_parallel.py
 	$(BIN)/python bench/report.py
 

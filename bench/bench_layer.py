@@ -1,31 +1,33 @@
-"""A whole layer, forward and backward, beside other libraries' layers of the same weights.
+"""Forward and backward of a layer, or of experts alone, beside other libraries' with equal weights.
 
     python bench/bench_layer.py [--dtype bfloat16] [--point NAME ...] [--threads 1 2]
+    python bench/bench_layer.py --experts [--memory]
 
-Every layer's output and its gradients are checked against float64 before its time counts. The
-process keeps the memory that is freed in it (memory.py), for all alike; with --new-memory large
-blocks are given back. "bound" is of the experts' matrix products alone
-(gemm_bound.py). Peers that are missing, too slow or too large for memory are named. Prints a table
-and, where all was run, writes bench/results/<machine>/layer-<dtype>.json.
+Layers route by themselves; with --experts the routing is given, and the peers are transformers'
+implementations of Mixtral's experts. Output and gradients of each are checked against float64
+before it is timed. "bound" is the time of the experts' matrix products alone (gemm_bound.py).
+The process keeps freed memory (memory.py); --new-memory gives large blocks back. Peers that are
+missing, too slow or too large for memory are named. Prints tables and, after a run of all points,
+writes bench/results/<machine>/layer-<dtype>.json or experts-<dtype>.json.
 """
 
 import argparse
 import math
-from pathlib import Path
 from typing import NamedTuple
 
+import layer_peers
 import memory
-import peers
 import torch
+from common import keep, parser, positive, setting
 from gemm_bound import gemm_bound
-from timing import clock, compare, keep, positive, ratio, setting, spreads
+from layer_peers import Weights
+from peers import Peer
+from timing import clock, compare, ratio, spreads
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import moe_ext
-
-# Products of masks at this speed tell whether it is worth waiting for them.
+# A peer with masks is left out if its products would take longer than --longest at this speed.
 MOST_BYTES, SPEED = 8 << 30, 2e11
 
 
@@ -35,10 +37,10 @@ class Point(NamedTuple):
     ffn: int
     num_experts: int
     top_k: int
-    load: str
+    load: str = "balanced"
 
     def shares(self) -> Tensor:
-        """How much of all tokens each expert draws. [E]"""
+        """The share of all tokens that each expert draws. [E]"""
         E = self.num_experts
         shares = {
             "balanced": torch.ones(E),
@@ -51,40 +53,33 @@ class Point(NamedTuple):
         return shares[self.load]
 
 
-POINTS = {
-    "balanced": Point(4096, 512, 256, 32, 4, "balanced"),
+LAYER_POINTS = {
+    "balanced": Point(4096, 512, 256, 32, 4),
     "zipf": Point(4096, 512, 256, 32, 4, "zipf"),
     "one hot expert": Point(4096, 512, 256, 32, 4, "one hot expert"),
     "empty experts": Point(4096, 512, 256, 32, 4, "half of the experts empty"),
-    "ragged": Point(4099, 512, 256, 32, 4, "balanced"),
-    "top-2": Point(4096, 512, 256, 32, 2, "balanced"),
-    "GEMM-bound": Point(2048, 1024, 1024, 8, 2, "balanced"),
+    "ragged": Point(4099, 512, 256, 32, 4),
+    "top-2": Point(4096, 512, 256, 32, 2),
+    "GEMM-bound": Point(2048, 1024, 1024, 8, 2),
+}
+EXPERTS_POINTS = {
+    "few": Point(256, 512, 512, 8, 2),
+    "few, skewed": Point(256, 512, 512, 8, 2, "zipf"),
+    "short": Point(256, 1024, 512, 16, 4),
+    "narrow": Point(512, 512, 512, 32, 4),
+    "fine-grained": Point(512, 512, 512, 64, 8),
+    "fine-grained, skewed": Point(512, 512, 512, 64, 8, "zipf"),
+    "wide": Point(1024, 512, 1024, 16, 2),
+    "middle": Point(1024, 1024, 512, 32, 4),
+    "middle, skewed": Point(1024, 1024, 512, 32, 4, "zipf"),
+    "Mixtral-like": Point(2048, 1024, 1024, 8, 2),
+    "Mixtral-like, skewed": Point(2048, 1024, 1024, 8, 2, "zipf"),
+    "Qwen-like": Point(2048, 512, 1024, 64, 8),
 }
 
 
-FIRST = next(iter(POINTS))
-
-
-def weights_and_tokens(point: Point, dtype: torch.dtype) -> tuple[peers.Weights, Tensor]:
-    """A token's first E numbers are its logits: the experts' ranks, drawn by what each draws, which
-    every dtype holds exactly. No rounding then sends a token to another expert."""
-    T, H, ffn, E, _, _ = point
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator) / math.sqrt(size[-1])
-
-    router = torch.eye(E, H)
-    tokens = normal(T, H) * math.sqrt(H)
-    gumbel = -torch.rand(T, E, generator=generator).log().neg().log()
-    ranks = (point.shares().log() + gumbel).argsort(dim=-1).argsort(dim=-1)
-    tokens[:, :E] = (ranks - E // 2) / 4
-    weights = peers.Weights(router, normal(E, 2 * ffn, H), normal(E, H, ffn))
-    return peers.Weights(*(w.to(dtype) for w in weights)), tokens.to(dtype)
-
-
-def exact(weights: peers.Weights, tokens: Tensor, mix: Tensor) -> Tensor:
-    """Experts mixed by mix [T, E], in its dtype."""
+def exact(weights: Weights, tokens: Tensor, mix: Tensor) -> Tensor:
+    """Plain experts, mixed by mix [T, E]."""
     out = torch.zeros_like(tokens)
     for e, (up, down) in enumerate(zip(weights.up, weights.down, strict=True)):
         index = mix[:, e].nonzero().squeeze(1)
@@ -94,30 +89,52 @@ def exact(weights: peers.Weights, tokens: Tensor, mix: Tensor) -> Tensor:
     return out
 
 
-def normalized(weights: peers.Weights, tokens: Tensor, top_k: int) -> Tensor:
-    """[T, E]: every token's weights of its experts."""
-    top = F.linear(tokens, weights.router).softmax(-1).topk(top_k)
-    chosen = top.values / top.values.sum(-1, keepdim=True)
-    return torch.zeros(len(tokens), len(weights.router)).to(tokens).scatter(1, top.indices, chosen)
-
-
 class Case:
-    """Weights, tokens, what is right, and one forward and backward of a layer."""
+    """Weights, tokens, the right results, and one forward and backward of a module."""
 
-    def __init__(self, point: Point, dtype: torch.dtype) -> None:
-        self.point = point
-        self.weights, self.tokens = weights_and_tokens(point, dtype)
-        self.tokens.requires_grad_()
-        self.grad = torch.randn(self.tokens.shape, generator=torch.Generator().manual_seed(1))
-        self.grad = self.grad.to(dtype)
-        self.wide = peers.Weights(*(w.double() for w in self.weights))
+    def __init__(self, point: Point, dtype: torch.dtype, of_experts: bool = False) -> None:
+        T, H, ffn, E, K, _ = self.point = point
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator) / math.sqrt(size[-1])
+
+        # A token's first E numbers are its logits: ranks, which every dtype holds exactly. So no
+        # rounding sends a token to another expert.
+        tokens = normal(T, H) * math.sqrt(H)
+        gumbel = -torch.rand(T, E, generator=generator).log().neg().log()
+        ranks = (point.shares().log() + gumbel).argsort(dim=-1).argsort(dim=-1)
+        tokens[:, :E] = (ranks - E // 2) / 4
+        up, down = normal(E, 2 * ffn, H).to(dtype), normal(E, H, ffn).to(dtype)
+        self.expert_ids = ranks.topk(K).indices if of_experts else None
+        # Experts take weights in float32, as a router gives them.
+        router = torch.rand(T, K, generator=generator) if of_experts else torch.eye(E, H).to(dtype)
+        self.weights = Weights(router, up, down)
+        self.tokens = tokens.to(dtype).requires_grad_()
+        self.grad = torch.randn(T, H, generator=generator).to(dtype)
+        self._solve()
+
+    def _solve(self) -> None:
+        """Output, gradients and load in float64."""
         tokens = self.tokens.detach().double().requires_grad_()
-        leaves = [w.requires_grad_() for w in self.wide]
-        mix = normalized(self.wide, tokens, point.top_k)
-        self.out = exact(self.wide, tokens, mix)
-        self.grads = torch.autograd.grad(self.out, [tokens, *leaves], self.grad.double())
-        self.out, self.wide = self.out.detach(), peers.Weights(*(w.detach() for w in leaves))
+        wide = Weights(*(w.double().requires_grad_() for w in self.weights))
+        mix = self._mix(wide, tokens)
+        out = exact(wide, tokens, mix)
+        self.grads = torch.autograd.grad(out, [tokens, *wide], self.grad.double())
+        self.out, self.wide = out.detach(), Weights(*(w.detach() for w in wide))
         self.load = mix.detach().count_nonzero(0).tolist()
+
+    def _mix(self, weights: Weights, tokens: Tensor) -> Tensor:
+        """Weights of each token's experts, 0 elsewhere. [T, E]"""
+        ids, chosen = self.expert_ids, weights.router
+        if ids is None:
+            top = F.linear(tokens, weights.router).softmax(-1).topk(self.point.top_k)
+            ids, chosen = top.indices, top.values / top.values.sum(-1, keepdim=True)
+        return torch.zeros(len(tokens), self.point.num_experts).to(tokens).scatter(1, ids, chosen)
+
+    def make(self, peer: Peer) -> nn.Module:
+        routing = self.point.top_k if self.expert_ids is None else self.expert_ids
+        return peer.make(self.weights, routing)
 
     def step(self, layer: nn.Module) -> Tensor:
         self.tokens.grad = None
@@ -130,35 +147,42 @@ class Case:
         """The largest relative error of the output and the gradients."""
         out = self.step(layer).detach().double()
         mix = getattr(layer, "weights_of", None)
-        if mix is not None:  # a choice of its own
+        if mix is not None:  # a gate that chose other experts than ours
             right = exact(self.wide, self.tokens.detach().double(), mix.double())
             return float((out - right).norm() / right.norm())
-        grads = [self.tokens.grad, *peers.gradients(layer, self.weights)]
+        grads = [self.tokens.grad, *layer_peers.gradients(layer, self.weights)]
         pairs = [(out, self.out), *zip(grads, self.grads, strict=True)]
         return max(float((got.double() - right).norm() / right.norm()) for got, right in pairs)
 
 
 def why_not(
-    peer: peers.Peer, point: Point, dtype: torch.dtype, largest_load: int, longest: float
+    peer: Peer, point: Point, dtype: torch.dtype, largest_load: int, longest: float
 ) -> str | None:
-    """What keeps a peer from this point."""
+    """Why a peer is left out at this point, or None."""
     rows = point.tokens * point.top_k
     if peer.name == "fairscale" and (point.top_k != 2 or point.tokens % point.num_experts):
-        return "is for K = 2 and T a multiple of E"
+        return "needs K = 2 and T a multiple of E"
     if peer.name == "fairscale" and dtype != torch.float32:
-        return "its gate is for float32"
+        return "needs float32"
     needs = 0
-    if peer.name == "Hugging Face batched_mm":  # a weight for every row, and its gradient
+    if peer.name.endswith("batched_mm"):  # a weight for every row, and its gradient
         needs = 2 * 3 * rows * point.hidden * point.ffn * dtype.itemsize
     if peer.name == "DeepSpeed dense":  # masks [T, E, C] and their products
         mask = point.tokens * point.num_experts * largest_load
         products = 3 * 2 * 2 * mask * point.hidden
         if products > longest * SPEED:
-            return f"multiplies {products / 1e12:.1f} TFLOP"
+            return f"would take {products / 1e12:.1f} TFLOP"
         needs = 4 * mask * 4
     if needs > MOST_BYTES:
         return f"needs {needs / 2**30:.0f} GiB"
     return peer.missing(torch.device("cpu"))
+
+
+def peers_of(of_experts: bool) -> list[Peer]:
+    """Ours first."""
+    if of_experts:
+        return [layer_peers.OUR_EXPERTS, *layer_peers.EXPERTS]
+    return [layer_peers.OURS, *layer_peers.LAYERS]
 
 
 def measure(
@@ -168,114 +192,129 @@ def measure(
     budget: float,
     longest: float = 2.0,
     keeps_freed: bool = True,
+    of_experts: bool = False,
 ) -> dict:
     torch.set_num_threads(threads)
-    case = Case(point, dtype)
+    case = Case(point, dtype, of_experts)
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     timers, errors, excluded = {}, {}, {}
-    for peer in [peers.OURS, *peers.LAYERS]:
+    ours, *_ = everyone = peers_of(of_experts)
+    for peer in everyone:
         if reason := why_not(peer, point, dtype, max(case.load), longest):
             excluded[peer.name] = reason
             continue
-        layer = peer.make(case.weights, point.top_k)
+        layer = case.make(peer)
         errors[peer.name] = case.error(layer)
         if not errors[peer.name] <= tolerance:
             raise AssertionError(f"{peer.name}: relative error {errors[peer.name]:.2g}")
         timer = clock(case.step, [(layer,)])
-        if (seconds := next(timer)) > longest and peer is not peers.OURS:
+        if (seconds := next(timer)) > longest and peer is not ours:
             excluded[peer.name] = f"took {seconds:.1f} s"
         else:
             timers[peer.name] = timer
     if not keeps_freed:
         memory.give_back_large()
         memory.fetch()
-    bound = gemm_bound(case.load, case.weights.up, case.weights.down)
-    timers["bound"] = iter(bound, None)
+    timers["bound"] = iter(gemm_bound(case.load, case.weights.up, case.weights.down), None)
     taken = compare(timers, budget, rounds=3)
-    ours = taken[peers.OURS.name]
-    of_all = spreads(taken)
+    seconds = {name: spread.median for name, spread in spreads(taken).items()}
+    peers = set(taken) - {ours.name, "bound"}
     return {
         "threads": threads,
-        "seconds": {name: s._asdict() for name, s in of_all.items()},
-        "ratio": {
-            name: ratio(ours, theirs)._asdict()
-            for name, theirs in taken.items()
-            if name not in (peers.OURS.name, "bound")
-        },
-        "of_bound": of_all["bound"].median / of_all[peers.OURS.name].median,
+        "seconds": seconds,
+        "ratio": {name: ratio(taken[ours.name], taken[name]) for name in taken if name in peers},
+        "of_bound": seconds["bound"] / seconds[ours.name],
         "relative_error": errors,
         "excluded": excluded,
     }
 
 
+def growth(point: Point, dtype: torch.dtype, of_experts: bool, name: str) -> int:
+    """Bytes by which this process grows in a forward and backward."""
+    case = Case(point, dtype, of_experts)
+    layer = case.make(next(peer for peer in peers_of(of_experts) if peer.name == name))
+    case.step(layer)
+    layer.zero_grad(set_to_none=True)
+    case.tokens.grad = None
+    return memory.growth(lambda: case.step(layer))
+
+
 def measure_all(
-    chosen: list[tuple[str, int]], dtype: torch.dtype, options: argparse.Namespace
+    chosen: list[tuple[str, Point, int]], dtype: torch.dtype, options: argparse.Namespace
 ) -> list[dict]:
-    """For every (point, threads)."""
+    """A result for each (label, point, threads)."""
     results = []
-    keeps = not options.new_memory
-    for label, threads in (bar := tqdm(chosen, unit="point", leave=False)):
+    keeps, of_experts = not options.new_memory, options.experts
+    for label, point, threads in (bar := tqdm(chosen, unit="point", leave=False)):
         bar.set_postfix_str(label)
-        point = POINTS[label]
         (memory.keep_freed if keeps else memory.give_back)()
-        found = measure(point, dtype, threads, options.seconds, options.longest, keeps)
+        found = measure(point, dtype, threads, options.seconds, options.longest, keeps, of_experts)
+        if options.memory:
+            found["growth_bytes"] = {
+                name: memory.in_new_process(growth, point, dtype, of_experts, name)
+                for name in found["seconds"]
+                if name != "bound"
+            }
         results.append({"point": label, **point._asdict(), **found})
         bar.write(lines(label, point, found))
     return results
 
 
+def lines(label: str, point: Point, result: dict) -> str:
+    T, H, ffn, E, K, _ = point
+    text = [
+        f"{label}: T{T} H{H} F{ffn} E{E} K{K}, {result['threads']} threads, "
+        f"{result['of_bound']:.0%} of the GEMM bound"
+    ]
+    grown = result.get("growth_bytes", {})
+    for name, seconds in sorted(result["seconds"].items(), key=lambda item: item[1]):
+        line = f"  {name:26}{seconds * 1e3:9.1f} ms"
+        if name in result["ratio"]:
+            line += " {:6.2f}x ({:.2f} to {:.2f})".format(*result["ratio"][name])
+        text.append(line + (f"  {grown[name] / 2**20:.0f} MiB" if name in grown else ""))
+    text += [f"  {name:26} not timed: {reason}" for name, reason in result["excluded"].items()]
+    return "\n".join(text)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--point", nargs="*", choices=list(POINTS), help="only these")
-    parser.add_argument("--threads", nargs="*", type=positive, default=[torch.get_num_threads()])
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each layer")
-    parser.add_argument("--longest", type=float, default=2.0, help="seconds of a peer's step")
-    parser.add_argument("--new-memory", action="store_true", help="do not reuse what was freed")
-    parser.add_argument("--name", help="of the file among the results, also of a part")
-    parser.add_argument("--out", type=Path, help="the JSON file, wherever")
-    return parser.parse_args(arguments)
+    parse = parser(__doc__, seconds=3.0)
+    parse.add_argument("--experts", action="store_true", help="experts alone, not whole layers")
+    parse.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parse.add_argument("--point", nargs="*", choices=[*LAYER_POINTS, *EXPERTS_POINTS])
+    parse.add_argument("--threads", nargs="*", type=positive, default=[torch.get_num_threads()])
+    text = "leave a peer out if a step takes more seconds (2.0)"
+    parse.add_argument("--longest", type=float, default=2.0, help=text)
+    parse.add_argument("--new-memory", action="store_true", help="give freed memory back")
+    parse.add_argument("--memory", action="store_true", help="also measure how a process grows")
+    parse.add_argument("--name", help="name of the result file, also for some points only")
+    options = parse.parse_args(arguments)
+    options.points = EXPERTS_POINTS if options.experts else LAYER_POINTS
+    if unknown := set(options.point or ()) - set(options.points):
+        parse.error(f"--point must be one of {', '.join(options.points)}, got {unknown.pop()}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     dtype = getattr(torch, options.dtype)
     report = setting(torch.device("cpu")) | {
-        "moe_ext": moe_ext.__version__,
         "dtype": options.dtype,
         "reuses_freed_memory": not options.new_memory,
         "points": [],
     }
-    # Where all are run the first shows what threads change.
+    # The first point is measured with every number of threads, the others with the last one.
+    first = next(iter(options.points))
     chosen = [
-        (name, threads)
-        for name in options.point or POINTS
-        for threads in (options.threads if options.point or name == FIRST else options.threads[-1:])
+        (name, options.points[name], threads)
+        for name in options.point or options.points
+        for threads in (options.threads if options.point or name == first else options.threads[-1:])
     ]
-    # In one process: to load the other libraries takes longer than to time them.
+    # All points in one process: loading the other libraries takes longer than timing them.
     report["points"] = memory.in_new_process(measure_all, chosen, dtype, options)
+    kind = "experts" if options.experts else "layer"
     suffix = "-new-memory" if options.new_memory else ""
-    whole = None if options.point else f"layer-{options.dtype}{suffix}"
+    whole = None if options.point else f"{kind}-{options.dtype}{suffix}"
     keep(report, options.name or whole, options.out)
-
-
-def lines(label: str, point: Point, result: dict) -> str:
-    T, H, ffn, E, K, _ = point
-    ours = result["seconds"][peers.OURS.name]["median"] * 1e3
-    text = [
-        f"{label}: T{T} H{H} F{ffn} E{E} K{K}, {result['threads']} threads: {ours:.1f} ms, "
-        f"{result['of_bound']:.0%} of the GEMM bound"
-    ]
-    for name, of_peer in sorted(result["ratio"].items(), key=lambda item: item[1]["median"]):
-        milliseconds = result["seconds"][name]["median"] * 1e3
-        text.append(
-            f"  {name:26}{milliseconds:9.1f} ms {of_peer['median']:6.2f}x "
-            f"({of_peer['fast']:.2f} to {of_peer['slow']:.2f})"
-        )
-    text += [f"  {name:26} {reason}" for name, reason in result["excluded"].items()]
-    return "\n".join(text)
 
 
 if __name__ == "__main__":

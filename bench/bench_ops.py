@@ -1,38 +1,40 @@
-"""Gate, plan and the row operators: checked, then timed beside a plain copy and beside others'.
+"""Gate, plan and the row operators: checked, then timed beside a plain copy and other libraries.
 
     python bench/bench_ops.py [--device cuda] [--shape qwen3 ...] [--op dispatch ...]
                               [--threads 1 2] [--memory new huge kept]
 
-Ours are checked against float64, the others' against ours. GB/s are of the bytes that an operator
-cannot avoid, each operand and each result once; "of copy" is their share of what torch's copy_
-reaches before; ours then goes round several sets of operands, more than the last cache holds.
-A peer's ratio is how many times longer it takes, by rounds (timing.py), on one set for all.
+Our results are checked against float64, the others' against ours. GB/s count each operand and each
+result once; "of copy" is their share of the GB/s of torch's copy_ in the same run. For these our
+operator cycles through several sets of operands, more than the last cache holds. A peer's ratio is
+its time over ours, on one set of operands for all.
 
---memory, on the CPU, is where large results are made. new: glibc gives a large block back when it
-is freed, so such a result is of new pages, which the system zeroes at first use; ours asks for huge
-ones. huge: torch asks for huge ones too (THP_MEM_ALLOC_ENABLE=1). kept: what was freed is used
-again (memory.py). Ours and the others' are in the same state. Prints tables and, where all shapes
-were run, writes bench/results/<machine>/ops-<dtype>.json.
+--memory, on the CPU, says how large results are allocated, for ours and the others alike.
+  new   glibc gives a large block back when it is freed, so a large result is made of new pages,
+        which the system zeroes at first use. Ours asks for huge pages, torch does not.
+  huge  torch asks for huge pages too (THP_MEM_ALLOC_ENABLE=1).
+  kept  freed memory is used again (memory.py).
+Prints tables and, after a run of all shapes and operators, writes
+bench/results/<machine>/ops-<dtype>.json.
 """
 
 import argparse
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import memory
 import peers
 import torch
-from timing import compare, keep, positive, ratio, setting, spreads, timer, timer_alone
+from common import keep, parser, positive, setting
+from timing import compare, ratio, spreads, timer, timer_alone
 from torch import Tensor
 from tqdm import tqdm
 
 import moe_ext
 from moe_ext.ops import checks, reference, registry
 
-# A mask's products at this speed tell whether it is worth waiting for them.
+# A peer with masks is left out if its products would take longer than --longest at this speed.
 MOST_BYTES, SPEED = 2 << 30, 1e11
 
 
@@ -43,7 +45,6 @@ class Shape(NamedTuple):
     top_k: int
 
 
-# The last but one is GShard's top-2 gate of DeepSpeed's days.
 SHAPES = {
     "mixtral": Shape(8192, 4096, 8, 2),
     "deepseek": Shape(8192, 7168, 256, 8),
@@ -52,22 +53,13 @@ SHAPES = {
     "qwen3, half": Shape(4096, 2048, 128, 8),
 }
 
-TITLES = [
-    *(
-        "gate",
-        "gate_backward",
-        "plan",
-        "mask_weights",
-        "mask_weights_backward",
-        "dispatch",
-        "combine",
-    ),
-    *("route_dot", "combine_backward", "activate, swiglu", "activate, gelu", "plan, priority"),
-]
+TITLES = ["gate", "gate_backward", "plan", "mask_weights", "mask_weights_backward", "dispatch"]
+TITLES += ["combine", "route_dot", "combine_backward", "activate, swiglu", "activate, gelu"]
+TITLES += ["plan, priority"]
 
 
 class Case(NamedTuple):
-    """An operator on operands of one shape, and the check."""
+    """An operator, its operands, and the function that gives its exact result."""
 
     op: str
     args: tuple
@@ -101,7 +93,7 @@ def operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> peers.Op
 
 
 def cases(o: peers.Operands, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """Every operator as one layer calls it, forward and backward, dropless; and plan where every
+    """Every operator as a dropless layer calls it, forward and backward. Last, plan where each
     expert keeps its largest weights, at capacity factor 1."""
     T, E, K = len(o.tokens), o.plan.num_experts, o.top_k
 
@@ -138,7 +130,7 @@ def in_double(op: str, *args) -> tuple[Tensor, ...]:
 
 
 def by_columns(op: str, tokens: Tensor, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The same of dots, some columns at a time: the reference gathers a row for every route."""
+    """`in_double` of dots, some columns at a time: the reference gathers a row for every route."""
     columns = zip(tokens.split(1024, dim=1), rows.split(1024, dim=1), strict=True)
     parts = [in_double(op, *both, *others) for both in columns]
     *dispatched, dots = zip(*parts, strict=True)
@@ -146,7 +138,7 @@ def by_columns(op: str, tokens: Tensor, rows: Tensor, *others: Tensor) -> tuple[
 
 
 def activated_by_columns(op: str, pre_activation: Tensor, *others) -> tuple[Tensor, ...]:
-    """The same of activate, whose gates are the first half of the columns."""
+    """`in_double` of activate, some columns at a time; gates are the first half of the columns."""
     halves = pre_activation.chunk(2, dim=1) if others[-1] in checks.GATED else (pre_activation,)
     columns = zip(*(half.split(1024, dim=1) for half in halves), strict=True)
     parts = (in_double(op, torch.cat(part, dim=1), *others) for part in columns)
@@ -154,8 +146,8 @@ def activated_by_columns(op: str, pre_activation: Tensor, *others) -> tuple[Tens
 
 
 def compare_results(what: str, got: tuple, exact: tuple, tolerance: float) -> None:
-    """Raises where an integer differs, or a real by more than the tolerance times its size or the
-    root mean square of all, whichever is larger. A peer may give less than all."""
+    """Raise if an integer differs, or a real number by more than the tolerance times the larger of
+    its size and the root mean square of all. A peer may give only the first results."""
     assert got
     for one, right in zip(got, exact, strict=False):
         if one.shape != right.shape:
@@ -165,7 +157,7 @@ def compare_results(what: str, got: tuple, exact: tuple, tolerance: float) -> No
                 raise AssertionError(f"{what}: not equal")
             continue
         right = right.double()
-        # In place: the largest of these are gigabytes.
+        # In place, because the largest of these are gigabytes.
         size = right.abs().clamp_(min=float(right.norm()) / math.sqrt(right.numel()))
         error = float((one.double() - right).abs_().div_(size).max())
         if not error <= tolerance:
@@ -181,7 +173,7 @@ def call(case: Case) -> tuple[Tensor, ...]:
 
 
 def check(case: Case) -> int:
-    """The bytes of operands and results."""
+    """Check our result; return the bytes of operands and results."""
     got, exact = call(case), as_tuple(case.exact())
     assert len(got) == len(exact)
     compare_results(case.op, got, exact, case.tolerance)
@@ -191,16 +183,16 @@ def check(case: Case) -> int:
 def peers_of(
     title: str, case: Case, o: peers.Operands, longest: float
 ) -> tuple[dict[str, Callable], dict]:
-    """The others' functions, checked; and those that are missing or too slow, and why."""
+    """The peers' functions, checked, and the reasons why others are left out."""
     functions, excluded = {}, {}
-    # Others round a weight, its product and every sum to the rows' dtype, half an eps each, and
-    # terms may be larger than what is left of them.
+    # Peers round a weight, its product and every sum to the rows' dtype, half an eps each, and the
+    # terms may be larger than their sum.
     tolerance = max(case.tolerance, (o.top_k + 2) * torch.finfo(o.tokens.dtype).eps)
     mask = len(o.tokens) * o.plan.num_experts * int(o.plan.load.max())
     products = 2 * mask * o.tokens.shape[1]
     for peer in peers.OPERATORS.get(title, []):
         if "dense" in peer.name and (products > longest * SPEED or 4 * mask > MOST_BYTES):
-            excluded[peer.name] = f"multiplies {products / 1e12:.1f} TFLOP"
+            excluded[peer.name] = f"would take {products / 1e12:.1f} TFLOP"
         elif reason := peer.missing(o.tokens.device):
             excluded[peer.name] = reason
         else:
@@ -214,19 +206,18 @@ def peers_of(
 def cache_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    return 64 << 20  # an assumption: more than most have
+    return 64 << 20  # assumed; larger than most
 
 
 def copies_of(args: tuple, device: torch.device) -> list[tuple]:
-    """Enough sets of operands that one round leaves nothing of the first in the last cache; 4096 of
-    the smallest, which do not fill it."""
+    """Sets of operands of twice the last cache's size together, at most 4096 sets."""
     count = min(4096, math.ceil(2 * cache_bytes(device) / nbytes(*args)))
     clone = [[x.clone() if isinstance(x, Tensor) else x for x in args] for _ in range(count - 1)]
     return [args, *map(tuple, clone)]
 
 
 def copy_speed(device: torch.device, budget: float) -> dict:
-    """What copy_ reaches, bytes read and written, on tensors far larger than any cache."""
+    """Seconds and GB/s, read and written, of copy_ on tensors far larger than any cache."""
     size = 1 << (30 if device.type == "cuda" else 28)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -236,7 +227,7 @@ def copy_speed(device: torch.device, budget: float) -> dict:
 
 
 def measure(options: argparse.Namespace, label: str, state: str | None = None) -> list[dict]:
-    """All operators of one shape, a result for each number of threads."""
+    """All operators for one shape: a result for each number of threads."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     shape = SHAPES[label]
     shape = shape._replace(tokens=options.tokens or shape.tokens)
@@ -258,11 +249,11 @@ def measure(options: argparse.Namespace, label: str, state: str | None = None) -
             torch.set_num_threads(result["threads"])
             line = {"op": title, "bytes": num_bytes, "excluded": excluded}
             line |= timed(case, functions, device, options.seconds, state)
-            speed = num_bytes / line["alone"]["median"] / 1e9
+            speed = num_bytes / line["alone"].median / 1e9
             line["gigabytes_per_second"] = speed
             line["of_copy"] = speed / result["copy"]["gigabytes_per_second"]
             result["ops"].append(line)
-        functions.clear()  # what they hold, before the next ones are made
+        functions.clear()  # frees their operands before the next ones are made
         if state == "kept":
             memory.trim()
     return results
@@ -275,7 +266,7 @@ def timed(
     budget: float,
     state: str | None,
 ) -> dict:
-    """An operator alone, on operands that no cache holds, and beside the others."""
+    """Time an operator alone, on operands that no cache holds, then beside its peers."""
     ours = getattr(torch.ops.moe_ext, case.op)
     sets = copies_of(case.args, device)
     alone = {"moe_ext": timer_alone(ours, sets, device)}
@@ -288,10 +279,9 @@ def timed(
     taken = compare(timers, budget) if functions else {}
     return {
         "backend": registry.backend(case.op, device.type),
-        "sets": len(sets),
-        "alone": of_ours._asdict(),
-        "seconds": {name: s._asdict() for name, s in spreads(taken).items()},
-        "ratio": {name: ratio(taken["moe_ext"], taken[name])._asdict() for name in functions},
+        "alone": of_ours,
+        "seconds": {name: spread.median for name, spread in spreads(taken).items()},
+        "ratio": {name: ratio(taken["moe_ext"], taken[name]) for name in functions},
     }
 
 
@@ -308,41 +298,38 @@ def lines(result: dict) -> str:
     head += f", {result['memory']} memory" if result["memory"] else ""
     text = [f"{head}: copy {result['copy']['gigabytes_per_second']:.0f} GB/s"]
     for line in result["ops"]:
-        ours = line["alone"]["median"] * 1e6
+        ours = line["alone"].median * 1e6
         text.append(
-            f"  {line['op']:15}{ours:11.1f} us {line['gigabytes_per_second']:7.1f} GB/s "
+            f"  {line['op']:22}{ours:11.1f} us {line['gigabytes_per_second']:7.1f} GB/s "
             f"{line['of_copy']:5.0%} of copy"
             + (f"  ({line['backend']})" if line["backend"] != "compiled" else "")
         )
         for name, times in line["ratio"].items():
-            theirs = line["seconds"][name]["median"] * 1e6
+            theirs = line["seconds"][name] * 1e6
             text.append(
-                f"    {name:25}{theirs:11.1f} us {times['median']:6.2f}x "
-                f"({times['fast']:.2f} to {times['slow']:.2f})"
+                f"    {name:33}{theirs:11.1f} us {times.median:6.2f}x "
+                f"({times.fast:.2f} to {times.slow:.2f})"
             )
-        text += [f"    {name:25} {reason}" for name, reason in line["excluded"].items()]
+        text += [f"    {name:33} not timed: {why}" for name, why in line["excluded"].items()]
     return "\n".join(text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default=default, choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--shape", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--op", nargs="*", choices=TITLES, help="only these operators")
-    parser.add_argument("--tokens", type=positive, help="in place of the shapes' own number")
-    parser.add_argument("--threads", nargs="*", type=positive, default=[torch.get_num_threads()])
-    parser.add_argument("--memory", nargs="*", default=[None], choices=["new", "huge", "kept"])
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each number")
-    parser.add_argument("--longest", type=float, default=1.0, help="seconds of a peer's call")
-    parser.add_argument("--name", help="of the file among the results, also of a part")
-    parser.add_argument("--out", type=Path, help="the JSON file, wherever")
-    options = parser.parse_args(arguments)
+    parse = parser(__doc__, seconds=1.0)
+    parse.add_argument("--device", default=default, choices=["cpu", "cuda"])
+    parse.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parse.add_argument("--shape", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parse.add_argument("--op", nargs="*", choices=TITLES, help="only these operators")
+    parse.add_argument("--tokens", type=positive, help="replaces the shapes' number of tokens")
+    parse.add_argument("--threads", nargs="*", type=positive, default=[torch.get_num_threads()])
+    parse.add_argument("--memory", nargs="*", default=[None], choices=["new", "huge", "kept"])
+    text = "leave a peer with masks out if its call would take more seconds (1.0)"
+    parse.add_argument("--longest", type=float, default=1.0, help=text)
+    parse.add_argument("--name", help="name of the result file, also for a part")
+    options = parse.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
+        parse.error(f"--device cuda: torch {torch.__version__} finds no GPU")
     return options
 
 
@@ -351,12 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(options.device)
     is_part = bool(options.op or options.tokens or options.shape != list(SHAPES))
     name = options.name or (None if is_part else f"ops-{options.dtype}")
-    report = setting(device) | {
-        "moe_ext": moe_ext.__version__,
-        "dtype": options.dtype,
-        "complete": False,
-        "shapes": [],
-    }
+    report = setting(device) | {"dtype": options.dtype, "complete": False, "shapes": []}
     chosen = list(itertools.product(options.shape, options.memory))
     try:
         for label, state in (bar := tqdm(chosen, unit="shape", leave=False)):
@@ -366,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
                 bar.write(lines(result))
         report["complete"] = True
     finally:
-        # What was stopped does not take the place of a whole.
+        # A run that was stopped goes to --out alone.
         keep(report, name if report["complete"] else None, options.out)
 
 

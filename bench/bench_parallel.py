@@ -1,18 +1,16 @@
-"""What divided experts send, and how long they take, beside the least that must be sent.
+"""Bytes and time of an exchange between ranks, beside the fewest bytes that must be sent.
 
     python bench/bench_parallel.py [--processes 2 4] [--tokens 512] [--seconds 1]
 
-Processes of a gloo group on this machine, bfloat16 tokens. Every way to exchange is checked against
-the layer of one process before it counts. Bytes are of what really leaves a process, seen in its
-calls of torch's collectives: rows, ids, weights and counts, there and back, results and gradients.
-The least is each token once to every other process that has one of its experts, and back, twice.
-Also times the collective itself by size, for the model of bench/scaling.py. Prints a table and
-writes bench/results/<machine>/parallel.json.
+Ranks of a gloo group on this machine, bfloat16 tokens. Each way to exchange is checked against the
+layer of one process first. Bytes are counted in the rank's calls of torch's collectives: rows, ids,
+weights and counts, there and back, results and gradients. The least: each token goes once to each
+other rank that has one of its experts, and back, in the forward and in the backward. Also times the
+collective alone by size, for the model of bench/scaling.py. Prints a table and writes
+bench/results/<machine>/parallel.json.
 """
 
-import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -23,12 +21,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from timing import RESULTS, machine, positive, slug
+from common import keep, parser, positive, setting
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-import moe_ext
 from moe_ext import ExpertParallel, GroupedExperts, MOELayer, TopKGate
 from moe_ext.parallel import make_groups
 from moe_ext.process_group import resolve
@@ -38,7 +35,7 @@ DTYPE = torch.bfloat16
 
 
 class Way(NamedTuple):
-    """How experts are divided. nodes: 0, or of an exchange in two levels"""
+    """Options of ExpertParallel. nodes: 0, or the number of nodes of an exchange in two levels."""
 
     options: dict
     drop_tokens: bool = False
@@ -47,16 +44,16 @@ class Way(NamedTuple):
 
 WAYS = {
     "a row per route": Way({}),
-    "a token per process": Way({"dedup": True}),
+    "a token per rank": Way({"dedup": True}),
     "capacity 1.25": Way({}, True),
     "a row per route, in 2 parts": Way({"overlap": 2}),
     "a row per route, 2 nodes": Way({}, nodes=2),
-    "a token per node and process": Way({"dedup": True}, nodes=2),
+    "a token per node and rank": Way({"dedup": True}, nodes=2),
 }
 
 
 class Bytes(TorchDispatchMode):
-    """Bytes that leave this process, by the group they go through."""
+    """Counts the bytes that leave this rank, by group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +109,7 @@ def measure(rank: int, way: Way, k: int, num_tokens: int, seconds: float) -> dic
     there = torch.zeros(num_tokens, world).scatter_(1, owners.long(), 1)
     there[:, rank] = 0
     times = []
-    # As many in every process.
+    # All ranks see the same times, so they make equally many calls.
     while sum(times) < seconds or len(times) < 5:
         dist.barrier()
         begin = time.perf_counter()
@@ -134,7 +131,7 @@ def measure(rank: int, way: Way, k: int, num_tokens: int, seconds: float) -> dic
 
 
 def collective(rank: int, seconds: float) -> list[tuple[int, float]]:
-    """(bytes to every other process, seconds) of all_to_all_single."""
+    """(bytes to each other rank, seconds) of all_to_all_single."""
     world, points = dist.get_world_size(), []
     for size in (2**i for i in range(8, 23, 2)):
         data = torch.ones(world * size, dtype=torch.uint8)
@@ -152,7 +149,7 @@ def collective(rank: int, seconds: float) -> list[tuple[int, float]]:
 
 
 def fit(points: list[tuple[int, float]], others: int) -> dict:
-    """Seconds = start + bytes sent / rate, least squares of the relative error."""
+    """Fit seconds = start + bytes sent / rate, by least squares of the relative error."""
     sizes, seconds = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     terms = np.stack([np.ones_like(sizes), sizes * others], axis=1) / seconds[:, None]
     (start, per_byte), *_ = np.linalg.lstsq(terms, np.ones_like(seconds), rcond=None)
@@ -193,21 +190,15 @@ def summary(found: list[dict], num_tokens: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", nargs="*", type=positive, default=[2, 4])
-    parser.add_argument("--tokens", type=positive, default=512, help="of every process")
-    parser.add_argument("--top-k", nargs="*", type=positive, default=[1, 2, 4, 8])
-    parser.add_argument("--seconds", type=float, default=1.0, help="of every timing")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    name = machine(torch.device("cpu"))
-    report = {
-        "machine": name,
-        "torch": torch.__version__,
-        "moe_ext": moe_ext.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+    parse = parser(__doc__, seconds=1.0)
+    parse.add_argument("--processes", nargs="*", type=positive, default=[2, 4])
+    parse.add_argument("--tokens", type=positive, default=512, help="tokens of each rank (512)")
+    parse.add_argument("--top-k", nargs="*", type=positive, default=[1, 2, 4, 8])
+    options = parse.parse_args()
+    for number in options.processes:
+        if number < 2 or E % number:
+            parse.error(f"--processes must divide {E} experts and be at least 2, got {number}")
+    report = setting(torch.device("cpu")) | {
         "shape": {"tokens": options.tokens, "hidden": H, "ffn": F, "num_experts": E},
         "collective": {},
         "points": [],
@@ -232,10 +223,7 @@ def main() -> None:
             f"{point['least_bytes_per_token'] / 1024:8.2f}{point['of_least']:9.2f}x"
             f"{point['seconds'] * 1e3:8.1f}"
         )
-    out = options.out or RESULTS / slug(name) / "parallel.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    print(out)
+    keep(report, "parallel", options.out)
 
 
 if __name__ == "__main__":

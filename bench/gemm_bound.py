@@ -1,18 +1,20 @@
-"""The least time that an expert layer's matrix products take by themselves."""
+"""The time of an expert layer's matrix products alone: the bound of a layer's step."""
 
 import threading
+import time
 from collections.abc import Callable
 
 import torch
-from timing import timed
 from torch import Tensor
 
 
 def gemm_bound(load: list[int], up: Tensor, down: Tensor) -> Callable[[], float]:
-    """Seconds of the six products of every expert alone, into outputs made once: torch's threads
-    inside each product, or one thread for each half of the experts, whichever is faster.
+    """A function that times the six products of each expert, into outputs that are made once.
 
-    load: rows of every expert. up: [E, 2F, H]. down: [E, H, F].
+    With two threads it takes the faster of two ways: both threads inside each product, or one
+    thread for each half of the experts.
+
+    load: rows of each expert. up: [E, 2F, H]. down: [E, H, F].
     """
     up, down = up.detach(), down.detach()
     (E, hidden, ffn), dtype = down.shape, up.dtype
@@ -43,9 +45,14 @@ def gemm_bound(load: list[int], up: Tensor, down: Tensor) -> Callable[[], float]
         work(range(1, E, 2))
         helper.join()
 
+    def timed(function: Callable, *args) -> float:
+        start = time.perf_counter()
+        function(*args)
+        return time.perf_counter() - start
+
     def seconds() -> float:
         threads = torch.get_num_threads()
-        taken = timed(lambda: products(range(E)))
+        taken = timed(products, range(E))
         if threads == 2:
             try:
                 taken = min(taken, timed(halves))

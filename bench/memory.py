@@ -1,11 +1,8 @@
-"""What a bench does with a process's memory, and sees of it. Linux with glibc; elsewhere an error.
+"""Set how this process reuses freed memory, and measure how far it grows. Linux with glibc only.
 
-glibc gives every large block back to the system when it is freed, so that the next one comes as
-new pages, which the system zeroes at first use. A program that trains may keep its memory instead:
-
-    GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
-
-or load jemalloc or tcmalloc, as PyTorch's tuning guide says.
+glibc gives a large block back to the system when it is freed. The next block is then made of new
+pages, which the system zeroes at first use. docs/performance.md says how a program keeps its memory
+instead.
 """
 
 import ctypes
@@ -23,20 +20,21 @@ _SMALL, _LARGE = 128 << 10, 8 << 20
 
 
 def keep_freed() -> None:
-    """From here on this process reuses what it freed."""
+    """From now on this process reuses freed memory."""
     _set({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
     _make_room()
 
 
 def give_back() -> None:
-    """From here on every block that is freed goes back to the system."""
+    """From now on every freed block goes back to the system."""
     _set({_M_MMAP_THRESHOLD: _SMALL, _M_TRIM_THRESHOLD: _SMALL})
 
 
 def give_back_large() -> None:
-    """From here on every block of 8 MiB that is freed goes back, and smaller ones are reused. glibc
-    does so untold, but for the size, which it learns, and for what it can serve from the holes that
-    earlier blocks have left: where `give_back` came first there are none."""
+    """From now on freed blocks of 8 MiB or more go back, and smaller ones are reused.
+
+    This is glibc's default, except that glibc learns the size. Call `give_back` first, or large
+    blocks are served from the holes of earlier ones."""
     _set({_M_MMAP_THRESHOLD: _LARGE, _M_TRIM_THRESHOLD: -1})
     _make_room()
 
@@ -45,13 +43,14 @@ _between: list[bytes] = []
 
 
 def _make_room(pieces: int = 32) -> None:
-    """Free memory whose pages have been used, in pieces that are too small for large blocks, made
-    once. glibc seldom gives an aligned block the place of one that was freed: without room it may
-    take new pages for every one from where its memory ends."""
+    """Make free pieces of used pages, each too small for a large block. Done once.
+
+    glibc seldom puts an aligned block where a freed one was. Without these pieces it may take new
+    pages at the end of its memory for every block."""
     if _between:
         return
     used = [b"\1" * (_LARGE // 2) for _ in range(2 * pieces)]
-    _between.extend(used[1::2])  # by which they are not joined
+    _between.extend(used[1::2])  # in use, so that the free ones are not joined
 
 
 def _set(options: dict[int, int]) -> None:
@@ -61,9 +60,10 @@ def _set(options: dict[int, int]) -> None:
 
 
 def fetch(num_bytes: int = 1 << 30) -> None:
-    """Free memory of the system becomes such as is there. A virtual machine may hand what is free
-    to its host, which takes ten times as long to give a page as the system to zero it: whoever
-    asked first would pay for that."""
+    """Touch this much memory and free it.
+
+    A virtual machine may hand free memory to its host. To get such a page back takes ten times as
+    long as to zero one, and the first implementation would pay for that."""
     with mmap.mmap(-1, num_bytes) as block:
         block.madvise(mmap.MADV_HUGEPAGE)
         for page in range(0, num_bytes, mmap.PAGESIZE):
@@ -76,8 +76,8 @@ def in_new_process(
     start: Callable[[], None] | None = None,
     environment: dict | None = None,
 ):
-    """function(*args) where no earlier call has left its memory. start: called there first, as
-    keep_freed; None leaves glibc as it is."""
+    """function(*args) in a process without memory of earlier calls. start: called there first, such
+    as keep_freed; None leaves glibc's defaults."""
     context = multiprocessing.get_context("spawn")
     before = os.environ.copy()
     os.environ.update(environment or {})
@@ -90,19 +90,17 @@ def in_new_process(
 
 
 def trim() -> None:
-    """What is freed and still with the process goes back to the system."""
+    """Give all freed memory back to the system."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def start_peak() -> int:
-    """Bytes of this process in memory now, from where `peak` counts anew."""
-    now = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    return now
-
-
-def peak() -> int:
-    return _resident("VmHWM")
+def growth(function: Callable[[], object]) -> int:
+    """The most bytes by which this process grows during a call. Make a first call before it."""
+    trim()  # or memory that earlier calls freed would serve this one uncounted
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts anew
+    function()
+    return _resident("VmHWM") - before
 
 
 def _resident(line: str) -> int:

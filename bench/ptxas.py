@@ -1,13 +1,12 @@
-"""Builds the CUDA kernels, on any machine, and records what ptxas says of each: ptxas.json.
+"""Build the CUDA kernels and record their registers and spills in results/ptxas.json.
 
     python bench/ptxas.py
 
-Fails where a kernel spills registers, or where one that moves 16-byte vectors has no such access in
-its PTX. Needs a CUDA toolkit and torch; torch may be one without CUDA, and no GPU is needed. Shared
-memory is dynamic: a launch gives it by its sizes, and tests/ops/test_launches.py bounds it.
+Fails if a kernel spills registers, or if a kernel that moves 16-byte vectors has no 16-byte load
+and store in its PTX. Needs a CUDA toolkit and any torch, no GPU. Dynamic shared memory is not
+recorded: tests/ops/test_launches.py bounds it.
 """
 
-import json
 import os
 import re
 import shutil
@@ -16,9 +15,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from common import RESULTS, as_json
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"
-RESULT = ROOT / "bench" / "results" / "ptxas.json"
+RESULT = RESULTS / "ptxas.json"
 
 sys.path.insert(0, str(ROOT / "moe_ext"))
 import build  # noqa: E402  the package itself need not be importable
@@ -34,7 +35,7 @@ VECTOR = r"\.global[.\w:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)"
 
 
 def compile_kernels(toolkit: "build.Toolkit") -> str:
-    """Build moe_ext._C_cuda under BUILD, keeping the PTX; returns what ptxas said."""
+    """Build moe_ext._C_cuda under BUILD, keeping the PTX; return ptxas's output."""
     shutil.rmtree(BUILD, ignore_errors=True)
     (BUILD / "ptx").mkdir(parents=True)
     flags = f"-Xptxas -v --keep --keep-dir {BUILD / 'ptx'}"
@@ -87,15 +88,17 @@ def resources(said: str) -> dict[str, dict]:
 
 
 def moves_vectors(kernel: str) -> bool:
-    """Whether 16-byte accesses are due: not from kernels of single elements, nor of integers."""
+    """Whether a kernel must move 16 bytes at a time: not single elements, integers or weights."""
     element = re.fullmatch(
         r"(?:dispatch|combine|route_dot|activate|activate_backward)_kernel<.*, 1>", kernel
     )
-    return element is None and not re.match(r"(plan|count|place|keep|importance)", kernel)
+    return element is None and not re.match(
+        r"(plan|count|place|keep|mask_weights|importance)", kernel
+    )
 
 
 def without_vectors(folder: Path) -> list[str]:
-    """The kernels, by architecture, that lack a 16-byte load or store."""
+    """Kernels that lack a 16-byte load or store, with their architecture."""
     lacking = []
     for path in sorted(folder.glob("*.ptx")):
         arch = re.search(r"\.target (sm_\w+)", text := path.read_text())[1]
@@ -116,7 +119,7 @@ def main() -> None:
     kernels = resources(compile_kernels(toolkit))
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     version = ".".join(map(str, toolkit.version))
-    RESULT.write_text(json.dumps({"cuda": version, "kernels": kernels}, indent=1) + "\n")
+    RESULT.write_text(as_json({"cuda": version, "kernels": kernels}) + "\n")
     for arch, of_arch in kernels.items():
         most = max(of_arch, key=lambda name: of_arch[name]["registers"])
         print(
@@ -130,7 +133,7 @@ def main() -> None:
     ]
     lacking = without_vectors(BUILD / "ptx")
     if not kernels:
-        sys.exit("ptxas said nothing of any kernel")
+        sys.exit("ptxas reported no kernel; is -Xptxas -v still in NVCC_APPEND_FLAGS?")
     if spills:
         sys.exit("\n".join(["registers spill in", *spills]))
     if lacking:

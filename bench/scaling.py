@@ -1,18 +1,18 @@
-"""What expert parallelism costs on up to 1024 GPUs: a model, checked where it can be.
+"""A model of the time that an exchange of expert parallelism takes on up to 1024 GPUs.
 
     python bench/scaling.py bench/results/<machine>/parallel.json
 
-The formula and what is assumed: docs/scaling.md. Checks the model's traffic against the bytes that
-bench_parallel.py counted, prints the table and draws docs/scaling.png.
+docs/scaling.md has the formula and the assumptions. Checks the model's traffic against the traffic
+that bench_parallel.py counted, prints the table and draws docs/scaling.png.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+from common import parser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -23,7 +23,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 class Layer(NamedTuple):
-    """DeepSeek-V3's, with as many tokens per GPU as its report's micro-batch."""
+    """DeepSeek-V3's layer, with the tokens per GPU of the micro-batch in its report."""
 
     tokens: int = 4096
     hidden: int = 7168
@@ -33,7 +33,7 @@ class Layer(NamedTuple):
     width: int = 2
 
     def flops(self) -> int:
-        """Of a forward and a backward of SwiGLU experts, per GPU."""
+        """Floating-point operations per GPU of SwiGLU experts, forward and backward."""
         return 3 * 2 * 3 * self.tokens * self.k * self.hidden * self.ffn
 
 
@@ -55,25 +55,27 @@ class Machine(NamedTuple):
 
 
 def chance(layer: Layer, parts: int) -> float:
-    """That a token has one of its K distinct experts in a given one of `parts` equal parts, where
-    every choice is as likely as another."""
+    """The probability that a token has an expert in a given one of `parts` equal parts, if all
+    choices of K distinct experts are equally likely."""
     E, K = layer.num_experts, layer.k
     return 1 - math.comb(E - E // parts, K) / math.comb(E, K)
 
 
 def rows_per_peer(layer: Layer, processes: int, dedup: bool) -> float:
-    """Of a token, for each process."""
+    """Rows of a token that go to each rank."""
     return chance(layer, processes) if dedup else layer.k / processes
 
 
-def trip(layer: Layer, machine: Machine, processes: int, dedup: bool, two_levels: bool) -> float:
+def exchange(
+    layer: Layer, machine: Machine, processes: int, dedup: bool, two_levels: bool
+) -> float:
     """Seconds of an exchange in one direction."""
     places = min(machine.places, processes)
     nodes = processes // places
     token = layer.tokens * layer.hidden * layer.width
     rows = rows_per_peer(layer, processes, dedup)
     if two_levels:
-        # With dedup a token crosses once to a node that has any of its experts.
+        # With dedup a token goes once to each node that has any of its experts.
         per_node = rows_per_peer(layer, nodes, True) / places if dedup else rows
         inside = token * rows * nodes * (places - 1) / machine.nvlink
         across = token * per_node * places * (nodes - 1) / machine.network
@@ -84,8 +86,7 @@ def trip(layer: Layer, machine: Machine, processes: int, dedup: bool, two_levels
 
 
 def least(layer: Layer, machine: Machine, processes: int) -> float:
-    """A token once to every other node that has one of its experts: what one trip cannot do
-    without."""
+    """The lower bound: a token goes once to each node that has one of its experts."""
     nodes = processes // min(machine.places, processes)
     across = chance(layer, nodes) * (nodes - 1) if nodes > 1 else 0.0
     inside = chance(layer, processes) * (min(machine.places, processes) - 1)
@@ -95,37 +96,35 @@ def least(layer: Layer, machine: Machine, processes: int) -> float:
 
 WAYS = {
     "a row per route": (False, False),
-    "a token per process": (True, False),
+    "a token per rank": (True, False),
     "a row per route, two levels": (False, True),
-    "a token per node and process": (True, True),
+    "a token per node and rank": (True, True),
 }
 
 
 def check(report: dict) -> None:
-    """The model's other processes per token beside those that were counted."""
+    """Compare the model's number of other ranks per token with the counted one."""
     shape = report["shape"]
     worst = 0.0
     for point in report["points"]:
-        if point["way"] != "a token per process":
+        if point["way"] != "a token per rank":
             continue
         layer = Layer(num_experts=shape["num_experts"], k=point["k"])
         model = chance(layer, point["processes"]) * (point["processes"] - 1)
         worst = max(worst, abs(model / point["others_per_token"] - 1))
-    print(f"other processes per token: the model is {worst:.1%} off at the most")
+    print(f"other ranks per token: the model is off by at most {worst:.1%}")
     for number, fitted in report["collective"].items():
         print(
-            f"all_to_all of {number} processes here: {fitted['start'] * 1e6:.0f} us + bytes / "
+            f"measured all_to_all of {number} ranks: {fitted['start'] * 1e6:.0f} us + bytes / "
             f"{fitted['bytes_per_second'] / 1e9:.2f} GB/s"
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("report", type=Path)
-    parser.add_argument("--out", type=Path, default=DOCS / "scaling.png")
-    options = parser.parse_args()
+    parse = parser(__doc__)
+    parse.add_argument("report", type=Path, help="parallel.json of bench_parallel.py")
+    parse.set_defaults(out=DOCS / "scaling.png")
+    options = parse.parse_args()
     check(json.loads(options.report.read_text()))
     layer, machine = Layer(), Machine()
     gpus = [8 * 2**i for i in range(8)]
@@ -136,7 +135,7 @@ def main() -> None:
     for number in gpus:
         share = min(number, layer.num_experts)
         for name, way in WAYS.items():
-            lines[name].append(4e3 * trip(layer, machine, share, *way))
+            lines[name].append(4e3 * exchange(layer, machine, share, *way))
         lines["least"].append(4e3 * least(layer, machine, share))
         cells = "".join(f"{lines[name][-1]:31.2f} ms" for name in lines)
         print(f"{number:6}{share:7}{cells}")
@@ -156,7 +155,7 @@ def draw(
     label = "experts' matrix products, for comparison"
     axes.axhline(compute, color=COLOURS[4], lw=1.5, label=label)
     axes.axvline(num_experts, color="#999999", lw=1, zorder=0)
-    title = "what is sent (route: token-expert pair; dashed: within nodes and across, in two steps)"
+    title = "data sent (route: token-expert pair; dashed: two steps, inside nodes and across)"
     text = "one expert per GPU;\nmore GPUs hold copies"
     axes.text(num_experts * 1.06, compute * 1.15, text)
     axes.set_xscale("log", base=2)

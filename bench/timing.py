@@ -1,28 +1,21 @@
-"""How the benches time, and where they keep what they found.
+"""Interleaved timing of several implementations: all benches time with `compare`.
 
-Calls of several implementations are interleaved: in every round each makes some in a row, of which
-the second half counts. The first half finds caches and memory as another one has left them, where a
-program that uses one alone does not. What is reported is the median of all that count, the fastest
-and the slowest tenth, and of ratios the median over the rounds.
+In every round each implementation makes some calls in a row, of which the second half counts. The
+first half starts with the caches and memory that another implementation left, as no program does
+that uses one alone. Reported are the median of the calls that count, the fastest and slowest tenth,
+and for ratios the median over the rounds.
 """
 
-import argparse
-import json
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
-
 
 class Spread(NamedTuple):
-    """Seconds of one call."""
+    """Median, fastest tenth and slowest tenth: seconds of a call, or ratios."""
 
     median: float
     fast: float
@@ -38,14 +31,13 @@ def spread(times: list[float]) -> Spread:
 def compare(
     timers: dict[str, Iterator[float]], budget: float, rounds: int = 5, calls: int = 200
 ) -> dict[str, list[list[float]]]:
-    """{name: for every round the times that count}. A timer gives the seconds of one call with each
-    `next`. budget: seconds for each name, which sets the calls of a round, two to `calls`. Every
-    round starts with another name."""
+    """{name: for every round the times that count}. Each `next` of a timer makes one call and gives
+    its seconds. budget: seconds for each name, which sets the calls of a round, two to `calls`."""
     taken: dict[str, list[list[float]]] = {name: [] for name in timers}
     first = {name: next(timer) for name, timer in timers.items()}
     names = list(timers)
     for turn in range(rounds):
-        start = turn % len(names)
+        start = turn % len(names)  # no name always follows the same one
         for name in names[start:] + names[:start]:
             count = int(budget / rounds / max(first[name], 1e-9))
             count = max(2, min(calls, count))
@@ -60,20 +52,15 @@ def spreads(taken: dict[str, list[list[float]]]) -> dict[str, Spread]:
 
 
 def ratio(ours: list[list[float]], theirs: list[list[float]]) -> Spread:
-    """How many times longer theirs takes, round by round."""
+    """Their time over ours, round by round."""
     return spread(
         [statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=True)]
     )
 
 
-def timed(function: Callable) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
-    """Goes round several sets of arguments. A result is gone before the next is made."""
+    """Time calls on the CPU, cycling through the sets of arguments. A result is freed before the
+    next call."""
     while True:
         for args in sets:
             start = time.perf_counter()
@@ -84,7 +71,7 @@ def clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
 
 
 def graph_clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
-    """The same on the GPU: one CUDA graph of a call for each set, and the mean of these."""
+    """Time calls on the GPU: a CUDA graph of one call for each set, and their mean."""
 
     def round_of_calls() -> list:
         return [function(*args) for args in sets]
@@ -100,7 +87,7 @@ def graph_clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
     graph.replay()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     while results:
-        # While the device waits, all below is already in its queue.
+        # While the device sleeps the CPU queues all that follows: launches do not count.
         torch.cuda._sleep(200_000)
         start.record()
         graph.replay()
@@ -110,7 +97,7 @@ def graph_clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
 
 
 def event_clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
-    """Launches and all."""
+    """Time calls on the GPU, launches included."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     while True:
         torch.cuda.synchronize()
@@ -123,48 +110,10 @@ def event_clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
 
 
 def timer(function: Callable, sets: list[tuple], device: torch.device) -> Iterator[float]:
-    """For functions that are compared: one that waits for the GPU cannot be a graph."""
+    """For comparisons: a peer that synchronizes cannot be captured in a graph."""
     return (event_clock if device.type == "cuda" else clock)(function, sets)
 
 
 def timer_alone(function: Callable, sets: list[tuple], device: torch.device) -> Iterator[float]:
+    """For our operators alone, without the cost of launches on the GPU."""
     return (graph_clock if device.type == "cuda" else clock)(function, sets)
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    name = model[1] if model else platform.processor() or "CPU"
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def setting(device: torch.device) -> dict:
-    """What every result file says of where it comes from."""
-    return {
-        "machine": machine(device),
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
-
-
-def keep(report: dict, name: str | None, out: Path | None) -> None:
-    """Writes the report to `out`, or to the file of this name among the machine's results."""
-    path = out or (RESULTS / slug(report["machine"]) / f"{name}.json" if name else None)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(path)
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number

@@ -1,4 +1,4 @@
-"""The bench runs, checks what it times, and keeps what it has when it is stopped."""
+"""The benches check results before they time them, and keep a partial run apart from a whole."""
 
 import ctypes
 import importlib
@@ -31,7 +31,7 @@ def load(name: str):
 def _benches(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    # fairscale's layer wants one.
+    # fairscale's layer initialises one.
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -52,11 +52,12 @@ def test_every_operator_is_timed(bench_ops, tmp_path):
     for shape in report["shapes"]:
         assert [line["op"] for line in shape["ops"]] == bench_ops.TITLES
         for line in shape["ops"]:
-            ours = line["alone"]
-            assert 0 < ours["fast"] <= ours["median"] <= ours["slow"]
-            speed = line["bytes"] / ours["median"] / 1e9
-            assert math.isclose(line["gigabytes_per_second"], speed)
-            assert math.isclose(line["of_copy"], speed / shape["copy"]["gigabytes_per_second"])
+            median, fast, slow = line["alone"]
+            assert 0 < fast <= median <= slow
+            speed = line["bytes"] / median / 1e9
+            assert line["gigabytes_per_second"] == pytest.approx(speed, rel=1e-4)
+            copy = shape["copy"]["gigabytes_per_second"]
+            assert line["of_copy"] == pytest.approx(speed / copy, rel=1e-4)
             assert set(line["ratio"]) == set(line["seconds"]) - {"moe_ext"}
     by_op = {line["op"]: line for line in report["shapes"][1]["ops"]}
     # A row of bfloat16 read and K written for each token; a slot and a source for each route.
@@ -64,6 +65,17 @@ def test_every_operator_is_timed(bench_ops, tmp_path):
     assert {"embedding_bag", "index_add_"} <= set(by_op["combine"]["ratio"])
     assert {"torch", "torch.argsort"} <= {*by_op["gate"]["ratio"], *by_op["plan"]["ratio"]}
     assert all(set(by_op[f"activate, {name}"]["ratio"]) == {"torch"} for name in ("gelu", "swiglu"))
+
+
+def test_result_files_have_a_line_for_each_record(tmp_path):
+    common, out = load("common"), tmp_path / "folder" / "report.json"
+    records = [{"seconds": load("timing").Spread(1 / 3, 0.25, 1 / 2), "n": i} for i in range(3)]
+    report = {"number": 12345678, "text": "\n", "none": None, "records": records * 20}
+    common.keep(report, None, out)
+    assert len(out.read_text().splitlines()) == 1 + 3 + 1 + 60 + 1 + 1
+    stored = json.loads(out.read_text())
+    assert stored["records"][:3] == [{"seconds": [0.3333333, 0.25, 0.5], "n": i} for i in range(3)]
+    assert (stored["number"], stored["text"], stored["none"]) == (12345678, "\n", None)
 
 
 def test_peers_that_are_missing_are_named(bench_ops, tmp_path, monkeypatch):
@@ -89,7 +101,7 @@ def test_states_of_memory(bench_ops, tmp_path, state):
     assert (shape["memory"], shape["threads"]) == (state, 1)
 
 
-def what_is_in_force(*_) -> tuple[str | None, bool]:
+def memory_settings(*_) -> tuple[str | None, bool]:
     """Whether torch asks for huge pages, and whether a block that is freed is there at once."""
     block = ctypes.create_string_buffer(64 << 20)
     ctypes.memset(block, 1, len(block))
@@ -103,12 +115,12 @@ def what_is_in_force(*_) -> tuple[str | None, bool]:
     ("state", "expected"), [("new", (None, False)), ("huge", ("1", False)), ("kept", (None, True))]
 )
 def test_a_state_of_memory_is_in_force(bench_ops, monkeypatch, state, expected):
-    monkeypatch.setattr(bench_ops, "measure", what_is_in_force)
+    monkeypatch.setattr(bench_ops, "measure", memory_settings)
     assert bench_ops.measure_in(None, "", state) == expected
 
 
 def test_a_part_is_not_kept_as_the_whole(bench_ops, tmp_path, monkeypatch):
-    monkeypatch.setattr(load("timing"), "RESULTS", tmp_path)
+    monkeypatch.setattr(load("common"), "RESULTS", tmp_path)
     bench_ops.main([*SMALL, "--shape", "gshard", "--op", "plan"])
     assert list(tmp_path.iterdir()) == []
     bench_ops.main([*SMALL, "--shape", "gshard", "--op", "plan", "--name", "part"])
@@ -153,7 +165,7 @@ def test_a_wrong_peer_is_not_timed(bench_ops, monkeypatch, title):
 
 
 def test_layers_are_checked_before_they_are_timed(tmp_path, monkeypatch):
-    bench, peers = load("bench_layer"), load("peers")
+    bench, peers = load("bench_layer"), load("layer_peers")
     point = bench.Point(64, 16, 8, 4, 2, "zipf")
     result = bench.measure(point, torch.float32, 1, 0.0)
     assert set(result["ratio"]) | set(result["excluded"]) == {p.name for p in peers.LAYERS}
@@ -191,7 +203,7 @@ def test_layers_get_the_load_they_are_named_for(load_of):
         assert (share[:4] > 0).all()
 
 
-def test_growth(tmp_path, monkeypatch):
+def test_growth(monkeypatch):
     growth = load("bench_growth")
     counts = growth.token_counts(1_000_000)
     assert (counts[0], counts[-1]) == (1000, 1_000_000)
@@ -201,6 +213,29 @@ def test_growth(tmp_path, monkeypatch):
     assert seconds > 0
     rows = 2 * 20_000 * 64 * 4
     assert rows < grown < 100 * rows
+    ours = growth.LAYERS["moe_ext"]
+
+    def doubled(weights, top_k):
+        layer = ours.make(weights, top_k)
+        layer.register_forward_hook(lambda _module, _args, out: 2 * out)
+        return layer
+
+    growth.check("moe_ext")
+    monkeypatch.setitem(growth.LAYERS, "moe_ext", ours._replace(make=doubled))
+    with pytest.raises(AssertionError, match="moe_ext: relative error"):
+        growth.check("moe_ext")
+
+
+def test_limits_are_of_checked_operators(monkeypatch):
+    limits, seen = load("bench_limits"), []
+
+    def measure_in(options, label, state):
+        seen.append((options.op, options.tokens, options.threads, label, state))
+        return [{"ops": [{"seconds": {"moe_ext": 1.0, "index_select": 2.0, "other": 3.0}}]}]
+
+    monkeypatch.setattr(limits.bench_ops, "measure_in", measure_in)
+    assert limits.operator("dispatch", "kept", 7, 0.5) == {"dispatch": 1.0, "index_select": 2.0}
+    assert seen == [(["dispatch"], 7, [1], "qwen3, half", "kept")]
 
 
 def test_bytes_of_an_exchange(tmp_path):
@@ -212,7 +247,7 @@ def test_bytes_of_an_exchange(tmp_path):
         capture_output=True,
     )
     points = {point["way"]: point for point in json.loads(out.read_text())["points"]}
-    per_route, per_process = points["a row per route"], points["a token per process"]
+    per_route, per_process = points["a row per route"], points["a token per rank"]
     assert points.keys() >= {"capacity 1.25", "a row per route, in 2 parts"}
     row = 512 * 2
     assert math.isclose(
@@ -243,7 +278,7 @@ def test_model_of_many_gpus(monkeypatch):
     for processes in (8, 64, 256):
         least = scaling.least(scaling.Layer(), machine, processes)
         for way in scaling.WAYS.values():
-            assert scaling.trip(scaling.Layer(), machine, processes, *way) > least
+            assert scaling.exchange(scaling.Layer(), machine, processes, *way) > least
 
 
 @pytest.fixture
@@ -271,7 +306,7 @@ def drawn(monkeypatch, draw, *arguments) -> Figure:
 
 
 def test_bars_of_ratios_begin_where_both_take_as_long(measured, monkeypatch):
-    figure = drawn(monkeypatch, load("report").draw_ratios, measured, None)
+    figure = drawn(monkeypatch, load("pictures").draw_ratios, measured, None)
     assert len(figure.axes) == 3
     for axis in figure.axes:
         assert {bar.get_x() for bar in axis.patches} == {1}
@@ -289,7 +324,7 @@ def test_bars_of_ratios_begin_where_both_take_as_long(measured, monkeypatch):
 
 def test_a_throughput_above_a_copy_is_explained(measured, monkeypatch):
     report = load("report")
-    figure = drawn(monkeypatch, report.draw_roofline, measured, None)
+    figure = drawn(monkeypatch, load("pictures").draw_roofline, measured, None)
     shares = [
         line["of_copy"]
         for group in report.operator_runs(measured)
@@ -313,7 +348,7 @@ def test_a_throughput_above_a_copy_is_explained(measured, monkeypatch):
 
 
 def test_growth_is_drawn_with_units(measured, monkeypatch):
-    figure = drawn(monkeypatch, load("report").draw_growth, measured, None)
+    figure = drawn(monkeypatch, load("pictures").draw_growth, measured, None)
     said = texts_of(figure)
     for words in (
         "seconds",
@@ -335,3 +370,17 @@ def test_pages_show_what_was_measured(measured):
         assert report.filled(shown, texts) == shown
         assert "<!-- bench: " in shown
     assert set(texts) == {name for page in report.PAGES for name in report.marks(page.read_text())}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "moves"),
+    [
+        ("dispatch_kernel<float, 4>", True),
+        ("dispatch_kernel<float, 1>", False),
+        ("gate_kernel<float, 8>", True),
+        ("mask_weights_kernel<float>", False),
+        ("keep_kernel(float const*)", False),
+    ],
+)
+def test_kernels_of_rows_must_move_vectors(kernel, moves):
+    assert load("ptxas").moves_vectors(kernel) is moves

@@ -1,0 +1,252 @@
+"""Layers and experts of other libraries, made of equal weights: `LAYERS` and `EXPERTS`.
+
+`make(weights, routing)` gives a module, [T, H] -> [T, H]. A layer routes by itself: `routing` is
+top_k. Experts get their routing: `routing` is expert_ids [T, K], weights.router the weights [T, K].
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from peers import Peer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import moe_ext
+from moe_ext import MOELayer, TopKGate
+
+
+class Weights(NamedTuple):
+    """Weights of SwiGLU experts and of their routing, top_k of softmax, normalized."""
+
+    router: Tensor  # [E, H]; [T, K] for experts alone
+    up: Tensor  # [E, 2F, H], the gates first
+    down: Tensor  # [E, H, F]
+
+
+def _parameters(module: nn.Module, weights: Weights) -> nn.Module:
+    for name, value in weights._asdict().items():
+        module.register_parameter(name, nn.Parameter(value.clone()))
+    return module
+
+
+def _ours(weights: Weights, top_k: int) -> nn.Module:
+    E, H = weights.router.shape
+    gate = TopKGate(H, E, k=top_k, drop_tokens=False, top2_2nd_expert_sampling=False)
+    experts = moe_ext.GroupedExperts(E, H, weights.down.shape[2], activation="swiglu", bias=False)
+    layer = MOELayer(gate, experts).to(weights.up.dtype)
+    with torch.no_grad():
+        gate.wg.weight.copy_(weights.router)
+        experts.gate_up_proj.copy_(weights.up)
+        experts.down_proj.copy_(weights.down)
+    return layer
+
+
+def _choose(tokens: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    probs = F.linear(tokens.float(), router.float()).softmax(-1)
+    weights, experts = probs.topk(top_k)
+    return weights / weights.sum(-1, keepdim=True), experts
+
+
+class PlainLayer(nn.Module):
+    """Plain PyTorch: tokens sorted by expert, a loop over the experts, index_add."""
+
+    def __init__(self, weights: Weights, top_k: int) -> None:
+        super().__init__()
+        _parameters(self, weights)
+        self.top_k = top_k
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weights, experts = _choose(tokens, self.router, self.top_k)
+        experts = experts.flatten()
+        order = torch.argsort(experts, stable=True)
+        load = torch.bincount(experts, minlength=len(self.router)).tolist()
+        index = order // self.top_k
+        rows = tokens.index_select(0, index).split(load)
+        out = []
+        for mine, up, down in zip(rows, self.up.unbind(), self.down.unbind(), strict=True):
+            gate, linear = F.linear(mine, up).chunk(2, dim=-1)
+            out.append(F.linear(F.silu(gate) * linear, down))
+        weighed = torch.cat(out) * weights.flatten()[order].to(tokens.dtype).unsqueeze(1)
+        return torch.zeros_like(tokens).index_add(0, index, weighed)
+
+
+class _Expert(nn.Module):
+    def __init__(self, up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(up.clone()), nn.Parameter(down.clone())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        gate, linear = F.linear(rows, self.up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * linear, self.down)
+
+
+def _experts(weights: Weights) -> list[nn.Module]:
+    return [_Expert(up, down) for up, down in zip(weights.up, weights.down, strict=True)]
+
+
+class _DeepSpeed(nn.Module):
+    def __init__(self, weights: Weights, top_k: int) -> None:
+        super().__init__()
+        from deepspeed.moe.experts import Experts
+        from deepspeed.moe.sharded_moe import MOELayer as Layer
+        from deepspeed.moe.sharded_moe import TopKGate as Gate
+
+        E, H = weights.router.shape
+        gate = Gate(H, E, top_k, drop_tokens=False, top2_2nd_expert_sampling=False)
+        gate.wg.weight = nn.Parameter(weights.router.clone())
+        experts = Experts(nn.Identity(), E)
+        experts.deepspeed_experts = nn.ModuleList(_experts(weights))
+        self.layer = Layer(gate, experts, "ep_size_1", 1, E)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layer(tokens, None)
+
+
+class _DeepSpeedDense(_DeepSpeed):
+    """DeepSpeed's layer before 0.19: masks [T, E, C] and einsums."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        from deepspeed.moe.sharded_moe import einsum
+
+        gate = self.layer.gate
+        _, weights, mask, _ = gate(tokens, None)
+        rows = einsum("sec,sm->ecm", mask.type_as(tokens), tokens)
+        rows = self.layer.experts(rows.unsqueeze(0)).squeeze(0)
+        return einsum("sec,ecm->sm", weights.type_as(tokens), rows)
+
+
+def _mixtral(cls: str, weights: Weights, top_k: int, implementation: str) -> nn.Module:
+    """A module of transformers' Mixtral."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral import modeling_mixtral
+
+    E, H, ffn = weights.down.shape
+    config = MixtralConfig(
+        hidden_size=H,
+        intermediate_size=ffn,
+        num_local_experts=E,
+        num_experts_per_tok=top_k,
+        router_jitter_noise=0.0,
+    )
+    config._experts_implementation = implementation
+    module = getattr(modeling_mixtral, cls)(config).to(weights.up.dtype)
+    experts = getattr(module, "experts", module)
+    with torch.no_grad():
+        experts.gate_up_proj.copy_(weights.up)
+        experts.down_proj.copy_(weights.down)
+    return module
+
+
+class _HuggingFace(nn.Module):
+    def __init__(self, weights: Weights, top_k: int, implementation: str) -> None:
+        super().__init__()
+        self.block = _mixtral("MixtralSparseMoeBlock", weights, top_k, implementation)
+        with torch.no_grad():
+            self.block.gate.weight.copy_(weights.router)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out = self.block(tokens.unsqueeze(0))
+        return (out[0] if isinstance(out, tuple) else out).squeeze(0)
+
+
+class _HuggingFaceExperts(nn.Module):
+    def __init__(self, weights: Weights, expert_ids: Tensor, implementation: str) -> None:
+        super().__init__()
+        importlib.import_module("moe_ext.hf")  # registers the implementation "moe_ext"
+        top_k = expert_ids.shape[1]
+        self.experts = _mixtral("MixtralExperts", weights, top_k, implementation)
+        self.expert_ids, self.weights = expert_ids, nn.Parameter(weights.router.clone())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.experts(tokens, self.expert_ids, self.weights)
+
+
+def _hugging_face(implementation: str, cls: type[nn.Module] = _HuggingFace) -> Callable:
+    return lambda weights, routing: cls(weights, routing, implementation)
+
+
+def _experts_of(implementation: str) -> Peer:
+    make = _hugging_face(implementation, _HuggingFaceExperts)
+    return Peer(implementation, "transformers", make)
+
+
+class _Liger(PlainLayer):
+    """Liger's fused experts behind plain routing."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        from liger_kernel.ops import LigerFusedMoEFunction
+
+        weights, experts = _choose(tokens, self.router, self.top_k)
+        return LigerFusedMoEFunction.apply(
+            tokens, self.up, self.down, experts.int(), weights.to(tokens.dtype)
+        )
+
+
+class _MoeOps(_Liger):
+    def forward(self, tokens: Tensor) -> Tensor:
+        import moe_ops
+
+        logits = F.linear(tokens.float(), self.router.float())
+        weights, experts = moe_ops.fused_topk_softmax(logits, self.top_k)
+        E, (T, K) = len(self.router), experts.shape
+        rows, places, offsets = moe_ops.permute(tokens, experts, 0, E)
+        ends = offsets[1:].contiguous()
+        gate, linear = moe_ops.grouped_gemm(rows, self.up, ends).chunk(2, dim=-1)
+        out = moe_ops.grouped_gemm(F.silu(gate) * linear, self.down, ends)
+        return moe_ops.unpermute(out, places, weights, T, K)
+
+
+class _Fairscale(nn.Module):
+    """fairscale's gate samples the second expert and drops tokens over a capacity of 2T/E.
+    `weights_of` records its choice, and the output is checked against that choice."""
+
+    def __init__(self, weights: Weights, top_k: int) -> None:
+        super().__init__()
+        import torch.distributed as dist
+        from fairscale.nn.moe import MOELayer as Layer
+        from fairscale.nn.moe import Top2Gate
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        E, H = weights.router.shape
+        gate = Top2Gate(H, E)
+        gate.wg.weight = nn.Parameter(weights.router.clone())
+        self.layer = Layer(gate, nn.ModuleList(_experts(weights)))
+        gate.register_forward_hook(self._record)
+        self.weights_of: Tensor | None = None
+
+    def _record(self, _module: nn.Module, _args: tuple, out: tuple) -> None:
+        self.weights_of = out[1].detach().sum(-1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        E = len(self.layer.experts)
+        return self.layer(tokens.view(E, -1, tokens.shape[1])).view_as(tokens)
+
+
+def gradients(layer: nn.Module, weights: Weights) -> Weights:
+    """Gradients of a layer's parameters, found by shape; those of single experts are stacked."""
+    grads = [p.grad for p in layer.parameters()]
+
+    def of(weight: Tensor) -> Tensor:
+        whole = [g for g in grads if g.shape == weight.shape]
+        return whole[0] if whole else torch.stack([g for g in grads if g.shape == weight.shape[1:]])
+
+    return Weights(*map(of, weights))
+
+
+OURS = Peer("moe_ext", None, _ours)
+LAYERS = [
+    Peer("plain PyTorch", None, PlainLayer),
+    Peer("DeepSpeed", "deepspeed", _DeepSpeed),
+    Peer("DeepSpeed dense", "deepspeed", _DeepSpeedDense),
+    Peer("Hugging Face eager", "transformers", _hugging_face("eager")),
+    Peer("Hugging Face batched_mm", "transformers", _hugging_face("batched_mm")),
+    Peer("Hugging Face grouped_mm", "transformers", _hugging_face("grouped_mm")),
+    Peer("fairscale", "fairscale", _Fairscale),
+    Peer("Liger", "liger-kernel", _Liger, gpu_only=True),
+    Peer("moe-ops", "moe-ops", _MoeOps, gpu_only=True),
+]
+OUR_EXPERTS = _experts_of("moe_ext")
+EXPERTS = [_experts_of(name) for name in ("eager", "batched_mm", "grouped_mm")]
