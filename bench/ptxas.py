@@ -22,7 +22,7 @@ BUILD = ROOT / "build" / "cuda"
 RESULT = RESULTS / "ptxas.json"
 
 sys.path.insert(0, str(ROOT / "moe_ext"))
-import build  # noqa: E402  the package itself need not be importable
+import toolkit  # noqa: E402  the package itself need not be importable
 
 FUNCTION = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>sm_\w+)'.*?"
@@ -34,15 +34,15 @@ ENTRY = re.compile(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", re.DOTALL)
 VECTOR = r"\.global[.\w:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)"
 
 
-def compile_kernels(toolkit: "build.Toolkit") -> str:
+def compile_kernels(found: "toolkit.Toolkit") -> str:
     """Build moe_ext._C_cuda under BUILD, keeping the PTX; return ptxas's output."""
     shutil.rmtree(BUILD, ignore_errors=True)
     (BUILD / "ptx").mkdir(parents=True)
     flags = f"-Xptxas -v --keep --keep-dir {BUILD / 'ptx'}"
     command = [sys.executable, "setup.py", "build_ext"]
     command += ["--build-lib", str(BUILD / "lib"), "--build-temp", str(BUILD / "temp")]
-    env = os.environ | {"FORCE_CUDA": "1", "CUDA_HOME": str(toolkit.root)}
-    env |= {"TORCH_CUDA_ARCH_LIST": build.architectures(toolkit)}
+    env = os.environ | {"FORCE_CUDA": "1", "CUDA_HOME": str(found.root)}
+    env |= {"TORCH_CUDA_ARCH_LIST": toolkit.architectures(found)}
     run = subprocess.run(
         command,
         cwd=ROOT,
@@ -112,13 +112,13 @@ def without_vectors(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    toolkit = build.find_toolkit()
-    if toolkit is None:
+    found = toolkit.find_toolkit()
+    if found is None:
         sys.exit("no CUDA toolkit found; set CUDA_HOME")
-    print(f"nvcc of {toolkit.root}, for {build.architectures(toolkit)}", flush=True)
-    kernels = resources(compile_kernels(toolkit))
+    print(f"nvcc of {found.root}, for {toolkit.architectures(found)}", flush=True)
+    kernels = resources(compile_kernels(found))
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    version = ".".join(map(str, toolkit.version))
+    version = ".".join(map(str, found.version))
     RESULT.write_text(as_json({"cuda": version, "kernels": kernels}) + "\n")
     for arch, of_arch in kernels.items():
         most = max(of_arch, key=lambda name: of_arch[name]["registers"])
