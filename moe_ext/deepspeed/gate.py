@@ -38,6 +38,12 @@ NOISE_SCALES: dict[NoisePolicy | None, float | None] = {
     "Gaussian": None,
 }
 TOPK_GATE_TIMER = "topk_gate"
+# Options that a rule has under the same name, and options that are True or False.
+_SAME = "k", "min_capacity", "scoring", "scale", "num_groups", "topk_groups", "group_score"
+_FLAGS = (
+    *("drop_tokens", "use_rts", "top2_2nd_expert_sampling"),
+    *("noise_in_eval", "sampling_in_eval"),
+)
 
 
 def rule_of(given: dict[str, Any], num_experts: int, training: bool) -> Rule:
@@ -67,17 +73,11 @@ def rule_of(given: dict[str, Any], num_experts: int, training: bool) -> Rule:
     balancing = given["balancing"]
     samples = k == 2 and given["top2_2nd_expert_sampling"] and draws and noise != "RSample"
     return Rule(
-        k=k,
+        **{name: given[name] for name in _SAME},
         capacity_factor=factor if given["drop_tokens"] else None,
-        min_capacity=given["min_capacity"],
         drop_policy=drop_policy,
         order=order,
-        scoring=given["scoring"],
         normalize=normalize,
-        scale=given["scale"],
-        num_groups=given["num_groups"],
-        topk_groups=given["topk_groups"],
-        group_score=given["group_score"],
         balancing=None if balancing == "sinkhorn" and not training else balancing,
         noise=noise,
         noise_scale=1 / num_experts if noise_scale is None else noise_scale,
@@ -190,27 +190,6 @@ class TopKGate(Gate):
         tensor([2.5000, 2.5000, 2.5000, 2.5000, 2.5000])
     """
 
-    k: int
-    capacity_factor: float
-    eval_capacity_factor: float
-    min_capacity: int
-    noisy_gate_policy: NoisePolicy | None
-    drop_tokens: bool
-    use_rts: bool
-    top2_2nd_expert_sampling: bool
-    drop_policy: DropPolicy | None
-    order: Order | None
-    scoring: Scoring
-    normalize: Normalize | None
-    scale: float
-    num_groups: int
-    topk_groups: int
-    group_score: GroupScore
-    balancing: Balancing | None
-    noise_scale: float | None
-    noise_in_eval: bool
-    sampling_in_eval: bool
-
     ep_group = GroupAttribute()
     weight = _NotForAutoEP()
 
@@ -250,17 +229,9 @@ class TopKGate(Gate):
         given["k"] = options.integer("TopKGate", "k", k, 1)
         given["min_capacity"] = options.integer("TopKGate", "min_capacity", min_capacity, 0)
         num_experts = options.integer("TopKGate", "num_experts", num_experts, 1)
-        options.names(
-            "TopKGate",
-            noisy_gate_policy=(noisy_gate_policy, tuple(NOISE_SCALES)),
-            **{
-                name: (given[name], (True, False))
-                for name in (
-                    *("drop_tokens", "use_rts", "top2_2nd_expert_sampling"),
-                    *("noise_in_eval", "sampling_in_eval"),
-                )
-            },
-        )
+        flags = {name: (given[name], (True, False)) for name in _FLAGS}
+        policies = tuple(NOISE_SCALES)
+        options.names("TopKGate", noisy_gate_policy=(noisy_gate_policy, policies), **flags)
         options.numbers(
             "TopKGate",
             capacity_factor=(capacity_factor, 1e-6, 1e6),
@@ -321,13 +292,12 @@ class TopKGate(Gate):
         used_token: Tensor | None = None,
         expert_ids: Tensor | None = None,
     ) -> Routing:
-        """Decide for every token. With `wall_clock_breakdown` the call is added to `gate_time`.
+        """Choose the experts of every token; with `wall_clock_breakdown`, add to `gate_time`.
 
         Args:
             tokens: [T, H]
             used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
-            expert_ids: [T, K] int32, a recorded choice to make again (`plan.expert_ids`); -1 is
-                none
+            expert_ids: [T, K] int32, a recorded choice to make again; -1 is none
 
         Raises:
             RuntimeError: an argument breaks this contract
@@ -369,5 +339,8 @@ class TopKGate(Gate):
         return masks.form(routing, sparse_routes, use_tutel, self.ep_group)
 
 
-# Options that may be changed later, as attributes.
-_OPTIONS = tuple(TopKGate.__annotations__)
+# The options that make the rules: they may change later, as attributes.
+_OPTIONS = set(inspect.signature(TopKGate).parameters) - {
+    *("model_dim", "num_experts", "ep_group", "expert_bias", "aux_loss", "router"),
+    *("device", "dtype"),
+}
