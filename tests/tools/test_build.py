@@ -285,6 +285,12 @@ def test_the_source_distribution_has_every_source(tmp_path):
         needed = {*build.sources(), *build.headers(), "CMakeLists.txt", "Makefile", "LICENSE"}
         needed |= {*build.cuda_sources(), "tests/cusim/cusim.h", "tests/cusim/planted.cu"}
         needed |= {"bench/bench_ops.py", "bench/ptxas.py", ".clang-format"}
-        needed |= {"setup.py", "tests/cases.py", "tests/conftest.py", "moe_ext/build.py"}
+        needed |= {
+            "setup.py",
+            "tests/cases.py",
+            "tests/conftest.py",
+            "moe_ext/build.py",
+            "moe_ext/toolkit.py",
+        }
         assert needed <= names
         assert not any(name.endswith((".so", ".pyc")) for name in names)
