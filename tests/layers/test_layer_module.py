@@ -1,0 +1,262 @@
+"""A layer as a module: l_aux, copies, state dicts, meta device, checkpointing, compile."""
+
+import copy
+import math
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from cases import gradients_of, layer_for
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+
+from moe_ext import (
+    GroupedExperts,
+    MoE,
+    MOELayer,
+    TopKGate,
+    route,
+    total_l_aux,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+E, H, FFN = 6, 10, 12
+compile_eagerly = partial(torch.compile, backend="eager")
+
+
+class First(nn.Module):
+    """A module that returns the first output of another."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)[0]
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, checkpoint_wrapper, compile_eagerly])
+def test_total_l_aux_is_the_sum_over_the_layers(wrap):
+    shared, idle = layer_for(2), layer_for(2)
+    moe = MoE(H, nn.Linear(H, H), E, k=3).double()
+    model = wrap(nn.Sequential(shared, nn.Sequential(shared, layer_for(1)), First(moe)))
+    x = torch.randn(40, H, dtype=torch.float64)
+    model(x)
+    layers = {m for m in model.modules() if isinstance(m, MOELayer)}
+    assert len(layers) == 3
+    total = total_l_aux(nn.ModuleList([model, idle]))
+    expected = sum(layer.l_aux for layer in layers)
+    torch.testing.assert_close(total, expected)
+    weights = [layer.gate.wg.weight for layer in layers]
+    grads = torch.autograd.grad(total, weights, retain_graph=True)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, weights))
+    torch._dynamo.reset()
+
+
+def test_total_l_aux_without_a_loss():
+    class NoLoss(nn.Module):
+        num_experts = E
+
+        def route(self, tokens, used_token):
+            return route(tokens[:, :E], 1)._replace(l_aux=self.l_aux)
+
+    layer, x = MOELayer(NoLoss(), GroupedExperts(E, H, FFN)), torch.randn(5, H)
+    with pytest.raises(RuntimeError, match="no MOELayer in this MOELayer was called yet"):
+        total_l_aux(layer)
+    for l_aux, total in ((None, 0.0), (2.5, 2.5), (torch.tensor(3), 3.0)):
+        layer.gate.l_aux = l_aux
+        layer(x)
+        assert total_l_aux(layer) == total
+    with torch.no_grad():
+        layer(x)
+    assert not total_l_aux(layer).requires_grad
+    with pytest.raises(ValueError, match="model must contain a MOELayer, Linear does not"):
+        total_l_aux(nn.Linear(H, H))
+    with pytest.raises(TypeError, match=r"total_l_aux: model must be an nn\.Module, got list"):
+        total_l_aux([layer])
+
+
+def test_total_l_aux_in_compiled_code():
+    layer, x = layer_for(2), torch.randn(40, H, dtype=torch.float64)
+
+    def loss(x):
+        return layer(x).sum() + 0.01 * total_l_aux(layer)
+
+    assert torch.equal(compile_eagerly(loss, fullgraph=True)(x), loss(x))
+    torch._dynamo.reset()
+
+
+def test_l_aux_reaches_the_router_and_nothing_else():
+    layer = layer_for(2)
+    layer(torch.randn(30, H, dtype=torch.float64))
+    layer.l_aux.backward()
+    assert layer.gate.wg.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in layer.experts.parameters())
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_layer_can_be_copied_and_pickled_after_a_forward(copier):
+    layer = layer_for(2)
+    x = torch.randn(30, H, dtype=torch.float64)
+    out = layer(x)
+    twin = copier(layer)
+    assert twin.l_aux is None
+    assert twin.exp_counts is None
+    assert layer.l_aux.requires_grad
+    assert torch.equal(twin(x), out)
+
+
+def test_copies_of_a_compiled_layer_are_their_own():
+    layer = layer_for(2, drop_tokens=False)
+    layer.compile(backend="eager")
+    x = torch.randn(30, H, dtype=torch.float64)
+    out = layer(x)
+    twin = copy.deepcopy(layer)
+    pickle.dumps(layer)
+    for parameter in twin.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert (twin(x) == 0).all()
+    assert torch.equal(layer(x), out)
+    torch._dynamo.reset()
+
+
+def test_state_dict_keys():
+    layer = layer_for(2, bias=True)
+    assert set(layer.state_dict()) == {
+        "gate.wg.weight",
+        "experts.gate_up_proj",
+        "experts.gate_up_proj_bias",
+        "experts.down_proj",
+        "experts.down_proj_bias",
+    }
+    plain = GroupedExperts(E, H, FFN, activation="gelu")
+    assert {n: tuple(p.shape) for n, p in plain.named_parameters()} == {
+        "up_proj": (E, FFN, H),
+        "down_proj": (E, H, FFN),
+    }
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        layer = layer_for(2, bias=True, dtype=torch.float32)
+    out, aux = layer.forward_with_aux(torch.randn(30, H, device="meta"))
+    assert out.shape == (30, H)
+    assert aux.exp_counts.shape == (E,)
+    real = layer.to_empty(device=torch.get_default_device())
+    for module in (real.gate, real.experts):
+        module.reset_parameters()
+    assert real(torch.randn(30, H)).isfinite().all()
+    assert real.experts.down_proj.abs().max() <= 1 / math.sqrt(FFN)
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_tokens": False}, {"drop_policy": "random"}])
+def test_checkpointing(options):
+    """The recomputation routes as the forward did, with noise too."""
+    layer = layer_for(1, **options)
+
+    def run(apply):
+        torch.manual_seed(3)
+        x = torch.linspace(-2, 2, 40 * H, dtype=torch.float64).view(40, H).requires_grad_()
+        return gradients_of(layer, x, *apply(x))
+
+    def attribute(x):
+        out = layer(x)
+        return out, layer.l_aux
+
+    def checkpointed_attribute(x):
+        out = checkpoint(layer, x, use_reentrant=False)
+        return out, layer.l_aux
+
+    def checkpointed(x):
+        out, aux = checkpoint(layer.forward_with_aux, x, use_reentrant=False)
+        return out, aux.l_aux
+
+    plain = run(attribute)
+    for other in (checkpointed_attribute, checkpointed):
+        assert all(torch.equal(a, b) for a, b in zip(plain, run(other), strict=True))
+
+
+def test_a_gradient_of_l_aux_that_reentrant_checkpointing_loses_is_warned_of():
+    layer, x = layer_for(2), torch.randn(40, H, dtype=torch.float64, requires_grad=True)
+    reentrant = partial(checkpoint, use_reentrant=True)
+    for way in (reentrant, partial(reentrant, reentrant)):
+        out = way(layer, x)
+        with pytest.warns(UserWarning, match="the gradient of l_aux is lost"):
+            (out.sum() + layer.l_aux).backward()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_l_aux_that_is_returned_from_a_checkpoint_has_its_gradient(use_reentrant):
+    layer, moe = layer_for(2), MoE(H, nn.Linear(H, H), E, k=3).double()
+
+    def of_layer(x):
+        out = layer(x)
+        return out, layer.l_aux
+
+    def of_moe(x):
+        return moe(x)[:2]
+
+    def gradient(of, x, gate):
+        gate.zero_grad()
+        out, l_aux = of(x)
+        (out.sum() + 3 * l_aux).backward()
+        return gate.wg.weight.grad
+
+    for of, gate in ((of_layer, layer.gate), (of_moe, moe.deepspeed_moe.gate)):
+        x = torch.randn(40, H, dtype=torch.float64, requires_grad=True)
+        plain = gradient(of, x, gate)
+        apply = partial(checkpoint, of, use_reentrant=use_reentrant)
+        assert torch.equal(gradient(apply, x, gate), plain)
+
+
+@pytest.mark.filterwarnings("error")
+def test_l_aux_of_a_call_without_gradients_has_none():
+    layer, x = layer_for(2), torch.randn(40, H, dtype=torch.float64, requires_grad=True)
+    for mode in (torch.no_grad, torch.inference_mode):
+        for training in (True, False):
+            with mode():
+                layer.train(training)(x)
+            assert not layer.l_aux.requires_grad
+
+
+@pytest.mark.parametrize("wrap", [compile_eagerly, checkpoint_wrapper])
+@pytest.mark.parametrize("part", ["gate", "experts"])
+def test_a_part_that_is_wrapped_alone_is_refused(wrap, part):
+    """The layer would bypass the wrapper."""
+    layer = MOELayer(TopKGate(8, 4), GroupedExperts(4, 8, 5))
+    wrapped = wrap(getattr(layer, part))
+    name = type(wrapped).__name__
+    with pytest.raises(RuntimeError, match=rf"{part} must not be wrapped alone, got {name}"):
+        setattr(layer, part, wrapped)
+
+
+def test_experts_compiled_in_place_are_used():
+    layer, compiled = MOELayer(TopKGate(8, 4), GroupedExperts(4, 8, 5)), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    layer.experts.compile(backend=backend)
+    layer(torch.randn(6, 8))
+    assert len(compiled) == 1
+
+
+def test_an_attribute_may_have_the_name_of_a_method():
+    """Experts written for DeepSpeed may have such an attribute."""
+
+    class Own(nn.Module):
+        num_experts = 4
+
+        def __init__(self):
+            super().__init__()
+            self.routed = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.routed(x)
+
+    layer = MOELayer(TopKGate(8, 4), Own())
+    assert layer(torch.randn(6, 8)).shape == (6, 8)
