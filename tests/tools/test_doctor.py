@@ -13,6 +13,7 @@ import torch
 
 import moe_ext
 from moe_ext import build, doctor
+from moe_ext import toolkit as finder
 from moe_ext.__main__ import main
 from moe_ext.monitor.sinks import JsonLines
 from moe_ext.ops import registry
@@ -233,7 +234,7 @@ def test_without_a_card_there_is_no_problem(card, monkeypatch):
 
 
 def test_a_card_and_no_kernels(card, monkeypatch):
-    monkeypatch.setattr(build, "find_toolkit", lambda major=None: None)
+    monkeypatch.setattr(finder, "find_toolkit", lambda major=None: None)
     problem = libraries()[1][-1]
     assert problem.problem == "operators on cuda run as plain PyTorch: no CUDA kernels were built"
     assert problem.fix.startswith("set CUDA_HOME to a toolkit of CUDA 13 or pip install")
@@ -245,9 +246,10 @@ def test_a_card_and_no_kernels(card, monkeypatch):
 
 def test_a_toolkit_of_another_major_version(card, monkeypatch, tmp_path):
     toolkit = build.Toolkit(tmp_path, tmp_path, (12, 4))
-    monkeypatch.setattr(
-        build, "find_toolkit", lambda major=None: toolkit if major in (None, 12) else None
-    )
+    for module in (build, finder):
+        monkeypatch.setattr(
+            module, "find_toolkit", lambda major=None: toolkit if major in (None, 12) else None
+        )
     loaded = registry.Libraries()
     loaded._load_cuda(tmp_path / "_C.abi3.so")
     why = f"torch {torch.__version__} is for CUDA 13.0, the toolkit at {tmp_path} is CUDA 12.4"
