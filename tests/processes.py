@@ -1,4 +1,4 @@
-"""Functions run in several processes of one gloo group, which stay for the next function."""
+"""Run functions in the processes of a gloo group, which stay for later functions."""
 
 import atexit
 import multiprocessing
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 _pools: dict[int, "Processes"] = {}
 
-# Processes are forked from a server that has imported these once.
+# A server imports these once and forks every process. Importing takes longer than most tests.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -25,17 +25,17 @@ _context.set_forkserver_preload(
 
 
 def on_processes(number: int, function, *args) -> list:
-    """What `function(rank, *args)` returns in each of some processes of one gloo group.
+    """Call `function(rank, *args)` in each process of a gloo group, and return all results.
 
-    function: of a module's top level. An error in a process is raised here, as RuntimeError with
-        the text of its traceback.
+    function: a function at a module's top level. An error in a process is raised here, as a
+        RuntimeError with the text of its traceback.
     """
     if number not in _pools:
         _pools[number] = Processes(number)
     try:
         return _pools[number].run(function, *args)
     except BaseException:
-        # The others may wait for the one that failed.
+        # The other processes may wait for the one that failed.
         _pools.pop(number).close()
         raise
 
@@ -66,7 +66,7 @@ class Processes:
         try:
             return self.pipes[rank].recv()
         except EOFError:
-            return True, f"process {rank} is gone"
+            return True, f"process {rank} has ended"
 
     def close(self) -> None:
         for process in self.processes:
@@ -85,7 +85,7 @@ def _serve(rank: int, number: int, folder: str, seconds: float, pipe) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{Path(folder) / 'meeting'}",
+        init_method=f"file://{Path(folder) / 'rendezvous'}",
         rank=rank,
         world_size=number,
         timeout=timedelta(seconds=seconds),

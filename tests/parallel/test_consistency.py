@@ -227,7 +227,7 @@ def _in_a_second_world(rank: int, file: str) -> list[str]:
 def test_layers_of_a_destroyed_group_are_told_from_new_ones(tmp_path):
     pool = Processes(2)
     try:
-        found = pool.run(_in_a_second_world, str(tmp_path / "meeting"))
+        found = pool.run(_in_a_second_world, str(tmp_path / "rendezvous"))
     finally:
         pool.close()
     for swapped, after in found:

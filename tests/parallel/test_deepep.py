@@ -1,17 +1,18 @@
-"""ExpertParallel by DeepEP's interface, on a stand-in for its buffer: DeepEP itself needs GPUs."""
+"""DeepEP's transport, with a stand-in for its buffer: DeepEP itself needs GPUs."""
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_expert_parallel import Case, assert_like_one_process, gradients, layer_of, step
-
-from moe_ext import ExpertParallel
+from test_expert_parallel import Case, assert_like_one_process, divided_layer, gradients, step
 
 
-class Buffer:
-    """What DeepEP documents of `ElasticBuffer`, by collectives: a token is received once by every
-    process that has one of its experts, in the order of processes and tokens, ids are of the
-    experts there, -1 for others; combine sums what the receivers of a token have."""
+class DeepEPBuffer:
+    """`ElasticBuffer` as DeepEP documents it, by collectives.
+
+    `dispatch` sends a token once to each rank that has any of its experts, in the order of ranks
+    and tokens. Received ids count that rank's experts, -1 for others. `combine` returns rows to
+    their source ranks and sums them per token.
+    """
 
     def __init__(self) -> None:
         self.waited = True
@@ -31,10 +32,10 @@ class Buffer:
         if handle is not None:
             topk_idx, num_experts = handle
         assert topk_idx.dtype == torch.int64
-        everyones = self._of_all((x, topk_idx, topk_weights))
+        parts = self._gathered((x, topk_idx, topk_weights))
         first, past = self._mine(num_experts)
         received = []
-        for rows, ids, weights in everyones:
+        for rows, ids, weights in parts:
             is_mine = (ids >= first) & (ids < past)
             comes = is_mine.any(dim=1)
             local = torch.where(is_mine, ids - first, -1)
@@ -57,15 +58,15 @@ class Buffer:
     def combine(self, x, handle, topk_weights=None):
         assert self.waited
         topk_idx, num_experts = handle
-        everyones = self._of_all((x, topk_idx, topk_weights))
+        parts = self._gathered((x, topk_idx, topk_weights))
         out = torch.zeros(len(topk_idx), x.shape[1], dtype=x.dtype)
         weights = (
             None if topk_weights is None else torch.zeros(topk_idx.shape, dtype=topk_weights.dtype)
         )
-        size = num_experts // len(everyones)
-        for receiver, (rows, _, weights_there) in enumerate(everyones):
+        size = num_experts // len(parts)
+        for receiver, (rows, _, weights_there) in enumerate(parts):
             done = 0
-            for sender, (_, ids, _) in enumerate(everyones):
+            for sender, (_, ids, _) in enumerate(parts):
                 is_there = (ids >= 0) & (ids // size == receiver)
                 comes = is_there.any(dim=1)
                 end = done + int(comes.sum())
@@ -76,10 +77,10 @@ class Buffer:
                 done = end
         return out, weights, self
 
-    def _of_all(self, mine: tuple) -> list[tuple]:
-        everyones = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, mine)
-        return everyones
+    def _gathered(self, mine: tuple) -> list[tuple]:
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        return parts
 
     def _mine(self, num_experts: int) -> tuple[int, int]:
         size = num_experts // dist.get_world_size()
@@ -87,8 +88,7 @@ class Buffer:
 
 
 def _by_deepep(rank: int, case: Case):
-    layer = layer_of(case)
-    layer.experts = ExpertParallel.of(layer.experts, dist.group.WORLD, deepep=Buffer())
+    layer = divided_layer(case, deepep=DeepEPBuffer())
     out, grad_tokens = step(layer, case, rank)
     return out, grad_tokens, gradients(layer.gate), gradients(layer.experts)
 
@@ -98,5 +98,5 @@ def _by_deepep(rank: int, case: Case):
     [Case(k=1), Case(k=3), Case((6, 6), k=3, drop_tokens=True), Case((5, 0, 3, 7), k=4)],
     ids=str,
 )
-def test_like_one_process(case):
+def test_ranks_compute_what_one_process_computes(case):
     assert_like_one_process(case, _by_deepep)

@@ -1,4 +1,4 @@
-"""Expert parallelism gives what one process gives."""
+"""Expert parallelism gives the outputs and gradients of one process."""
 
 import copy
 import itertools
@@ -22,10 +22,10 @@ H, F, E = 10, 6, 8
 
 @dataclass(frozen=True)
 class Case:
-    """A layer whose experts are divided among all processes.
+    """A layer whose experts are divided among all ranks.
 
-    tokens: of every process
-    nodes: 0, or how many nodes the processes are in, for an exchange in two levels
+    tokens: the number on each rank
+    nodes: 0, or the number of nodes of a mesh
     """
 
     tokens: tuple[int, ...] = (9, 5)
@@ -88,9 +88,14 @@ def group_of(case: Case):
     return make_groups((case.nodes, world // case.nodes) if case.nodes else world).ep
 
 
-def parallel_step(rank: int, case: Case):
+def divided_layer(case: Case, **options) -> MOELayer:
     layer = layer_of(case)
-    layer.experts = ExpertParallel.of(layer.experts, group_of(case), **case.options)
+    layer.experts = ExpertParallel.of(layer.experts, group_of(case), **case.options, **options)
+    return layer
+
+
+def parallel_step(rank: int, case: Case):
+    layer = divided_layer(case)
     out, grad_tokens = step(layer, case, rank)
     return out, grad_tokens, gradients(layer.gate), gradients(layer.experts)
 
@@ -154,11 +159,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_like_one_process(case):
+def test_ranks_compute_what_one_process_computes(case):
     assert_like_one_process(case)
 
 
-def test_an_exchange_is_skipped_in_a_group_of_one():
+def test_a_group_of_one_runs_no_collective():
     (names,) = on_processes(1, _collectives_of_one)
     assert names == []
 
@@ -172,7 +177,7 @@ def _collectives_of_one(rank: int) -> list[str]:
 
 
 class CountCollectives(TorchDispatchMode):
-    """What runs: collectives, and their order with products of a bias."""
+    """Record collectives, and their order with the shared experts' linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +197,7 @@ class CountCollectives(TorchDispatchMode):
 
 
 class CountReads(TorchFunctionMode):
-    """How often the host reads values of tensors, which on a GPU it would wait for."""
+    """Count how often the host reads values of tensors: on a GPU it would wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,15 +226,14 @@ class CountReads(TorchFunctionMode):
     ],
     ids=str,
 )
-def test_the_host_reads_once_at_the_most(case, reads):
+def test_the_host_reads_counts_once_per_level(case, reads):
     for names, found in on_processes(len(case.tokens), _reads, case):
         assert found == reads
         assert names
 
 
 def _reads(rank: int, case: Case) -> tuple[list[str], int]:
-    layer = layer_of(case)
-    layer.experts = ExpertParallel.of(layer.experts, group_of(case), **case.options)
+    layer = divided_layer(case)
     step(layer, case, rank)
     with CountCollectives() as counted, CountReads() as read:
         step(layer, case, rank)
@@ -243,8 +247,7 @@ def _with_shared(layer: MOELayer) -> MOELayer:
 
 
 def _shared_step(rank: int, case: Case):
-    layer = layer_of(case)
-    layer.experts = ExpertParallel.of(layer.experts, dist.group.WORLD, **case.options)
+    layer = divided_layer(case)
     layer = _with_shared(layer)
     with CountCollectives() as counted:
         out, grad_tokens = step(layer, case, rank)
@@ -252,19 +255,19 @@ def _shared_step(rank: int, case: Case):
 
 
 @pytest.mark.parametrize("case", [Case(), Case((6, 6), drop_tokens=True)], ids=str)
-def test_shared_experts_work_while_rows_travel(case):
+def test_shared_experts_run_between_launch_and_wait(case):
     layer = _with_shared(layer_of(case))
     found = on_processes(2, _shared_step, case)
     for rank, (out, grad_tokens, _, order) in enumerate(found):
         assert_same([out, grad_tokens], list(step(layer, case, rank)))
-        # Its products come between the rows' start and their arrival.
+        # They run between the all-to-all and its wait.
         assert ("all_to_all", "shared") in itertools.pairwise(order)
     for name, expected in gradients(layer.experts.shared).items():
         assert_same(sum(grads[name] for _, _, grads, _ in found), expected)
 
 
 def _tensor_parallel_step(rank: int, case: Case):
-    """Four processes, of which each two hold the same tokens."""
+    """Ranks 0 and 1 hold the same tokens, and ranks 2 and 3."""
     tensor_group = make_groups(2).ep
     layer = layer_of(case)
     layer.experts = ExpertParallel.of(
@@ -283,7 +286,7 @@ def _tensor_parallel_step(rank: int, case: Case):
     ],
     ids=str,
 )
-def test_duplicates_of_tensor_parallel_processes_travel_once(case):
+def test_ranks_of_a_tensor_group_send_a_share_and_get_the_sum(case):
     found = on_processes(4, _tensor_parallel_step, case)
     layer = layer_of(case)
     expected = [step(layer, case, rank) for rank in range(2)]
@@ -324,8 +327,7 @@ def _twice_differentiated(rank: int, case: Case):
     ],
     ids=str,
 )
-def test_second_gradients(case):
-    """Of a loss that is each process's own: tokens of one do not meet those of another."""
+def test_second_gradients_are_those_of_one_process(case):
     found = on_processes(len(case.tokens), _twice_differentiated, case)
     (expected,) = on_processes(1, _twice_differentiated, case)
     assert_same([second for (second,) in found], expected)
@@ -341,11 +343,10 @@ def _narrow(rank: int, dtype: torch.dtype, options: dict):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rows_travel_at_their_own_width(dtype):
+def test_rows_keep_their_dtype(dtype):
     eps = torch.finfo(dtype).eps
     for out, expected in on_processes(2, _narrow, dtype, {}):
-        # The same sums of the same rows; products of other numbers of rows may differ in the last
-        # bit.
+        # The same sums of the same rows. A GEMM's last bit may depend on the number of rows.
         assert relative_error(out, expected) < eps
     for out, expected in on_processes(2, _narrow, dtype, {"dedup": True}):
         assert out.dtype == dtype
@@ -354,8 +355,7 @@ def test_rows_travel_at_their_own_width(dtype):
 
 
 def _checkpointed(rank: int, case: Case):
-    layer = layer_of(case)
-    layer.experts = ExpertParallel.of(layer.experts, dist.group.WORLD, **case.options)
+    layer = divided_layer(case)
     tokens, grad = inputs_of(case, rank)
     out, aux = checkpoint(layer.forward_with_aux, tokens, use_reentrant=False)
     ((out * grad).sum() + aux.l_aux).backward()
@@ -365,70 +365,5 @@ def _checkpointed(rank: int, case: Case):
 @pytest.mark.parametrize(
     "case", [Case(), Case((6, 6), drop_tokens=True), Case(options={"overlap": 2})], ids=str
 )
-def test_checkpointing(case):
+def test_activation_checkpointing_recomputes_the_exchange(case):
     assert_like_one_process(case, _checkpointed)
-
-
-def _compiled(rank: int, case: Case):
-    torch._dynamo.reset()
-    layer = layer_of(case)
-    layer.experts = ExpertParallel.of(layer.experts, group_of(case), **case.options)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=case.drop_tokens)
-    return *step(compiled, case, rank), gradients(layer.gate), gradients(layer.experts)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(),
-        Case((6, 6), drop_tokens=True),
-        Case((6, 6), drop_tokens=True, options={"overlap": 2}),
-        Case((4, 4, 4, 4), drop_tokens=True, nodes=2),
-    ],
-    ids=str,
-)
-def test_compiled(case):
-    assert_like_one_process(case, _compiled)
-
-
-def _recompiled(rank: int, options: dict, gate: dict) -> list[bool]:
-    """Whether calls of more sizes than torch.compile makes programs for give what eager ones give,
-    their gradients too, where every rank has sizes of its own."""
-    torch._dynamo.reset()
-    torch.manual_seed(1)
-    gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False, **gate)
-    experts = ExpertParallel.of(GroupedExperts(E, H, F), dist.group.WORLD, **options)
-    layer = MOELayer(gate, experts).double()
-    eager = copy.deepcopy(layer)
-    compiled = torch.compile(layer, backend="eager", dynamic=False)
-    same = []
-    for call in range(5):
-        # Rank 0 runs eagerly from the third size on; rank 1 has one size.
-        x = torch.randn(3 + (call if rank == 0 else 0), H, dtype=torch.float64)
-        found = []
-        for run in (compiled, eager):
-            tokens = x.clone().requires_grad_()
-            out = run(tokens)
-            (grad,) = torch.autograd.grad(out.square().sum(), tokens)
-            found.append((out, grad))
-        same.append(all(map(torch.equal, *found)))
-    return same
-
-
-@pytest.mark.parametrize(
-    ("options", "gate"),
-    [
-        ({}, {"drop_tokens": False}),
-        ({"uneven_tokens": True}, {"capacity_factor": 1.0}),
-        # As many rows per expert for every number of tokens.
-        ({}, {"min_capacity": 16}),
-    ],
-    ids=["dropless", "uneven", "capacity"],
-)
-def test_a_rank_may_leave_compiled_code_alone(options, gate):
-    assert on_processes(2, _with_few_programs, options, gate) == [[True] * 5] * 2
-
-
-def _with_few_programs(rank: int, *args) -> list[bool]:
-    with torch._dynamo.config.patch(recompile_limit=2):
-        return _recompiled(rank, *args)

@@ -1,4 +1,4 @@
-"""ExpertParallel as a module: its parts, names, buffers, copies, and wrappers around it."""
+"""ExpertParallel as a module: names, buffers, copies, state dicts and wrappers."""
 
 import copy
 import itertools
@@ -51,8 +51,8 @@ class Scaled(Experts):
         return (self.weight[e] @ rows[..., None])[..., 0] * self.scale[e][:, None]
 
 
-def test_importing_the_package_loads_no_mesh():
-    """torch's meshes and DTensors take most of a second."""
+def test_importing_the_package_does_not_import_dtensor():
+    """It would take most of a second."""
     code = "import sys, torch, moe_ext; print('torch.distributed.tensor' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
@@ -82,7 +82,7 @@ def _copied(rank: int) -> list[bool]:
     ]
 
 
-def test_copies_pickles_and_names():
+def test_copies_and_pickles_are_layers_of_their_own_with_the_same_names():
     assert on_processes(WORLD, _copied) == [[True] * 7] * WORLD
 
 
@@ -99,8 +99,7 @@ def _buffers(rank: int):
     return layer.experts.scale
 
 
-def test_buffers_are_divided_and_kept():
-    """Also by DistributedDataParallel, which gives all processes the first one's."""
+def test_buffers_are_divided_and_not_broadcast_by_ddp():
     assert torch.cat(on_processes(WORLD, _buffers)).tolist() == (10.0 ** torch.arange(E)).tolist()
 
 
@@ -119,7 +118,7 @@ def _names_of_others(rank: int) -> bool:
     return torch.equal(part.down_proj, expected)
 
 
-def test_loads_weights_kept_expert_by_expert():
+def test_weights_of_single_experts_load():
     assert on_processes(WORLD, _names_of_others) == [True] * WORLD
 
 
@@ -132,12 +131,12 @@ def _from_meta(rank: int) -> float:
     return max(float(p.detach().abs().max()) for p in part.parameters())
 
 
-def test_made_on_the_meta_device():
+def test_experts_on_the_meta_device_can_be_initialised():
     assert all(0 < largest <= 0.5 for largest in on_processes(WORLD, _from_meta))
 
 
 class Twice(nn.Module):
-    """Names that end alike: only `ffn.experts` are divided."""
+    """Names with equal ends: only `ffn.experts` are divided."""
 
     def __init__(self, group) -> None:
         super().__init__()
@@ -192,7 +191,7 @@ def _wrapped(rank: int, kind: str) -> list[bool]:
 
 
 @pytest.mark.parametrize("kind", ["grouped", "modules"])
-def test_names_of_wrapped_models(kind):
+def test_state_dicts_of_wrapped_models_keep_their_names(kind):
     assert on_processes(WORLD, _wrapped, kind) == [[True] * 5] * WORLD
 
 
@@ -207,13 +206,12 @@ def _block_by_block(rank: int, ep: int):
     return everyones(blocks[0], groups)
 
 
-def test_sharded_block_by_block():
+def test_a_model_sharded_block_by_block_trains_like_one_process():
     torch.manual_seed(1)
     model = model_of("grouped")
     last = nn.Linear(1, H).double()
     blocks = nn.Sequential(model, last)
     found = on_processes(2, _block_by_block, 2)
-    # Same draws as in a process.
     for rank in range(2):
         (loss_of(blocks, model[1], batch(rank, 0)) / 2).backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -231,7 +229,7 @@ def _mixed(rank: int):
     return float(loss), model[1].experts.down_proj.grad.to_local()
 
 
-def test_sharded_in_mixed_precision():
+def test_a_model_sharded_in_mixed_precision_has_the_gradients_of_one_process():
     model = model_of("grouped").float()
     losses = [loss_of(model, model[1], batch(rank, 0).float()) for rank in range(WORLD)]
     (sum(losses) / WORLD).backward()
@@ -243,7 +241,7 @@ def test_sharded_in_mixed_precision():
 
 
 def _shared_tokens(rank: int):
-    """Four processes, each two with the same tokens, and so two losses."""
+    """Ranks 0 and 1 hold the same tokens, and ranks 2 and 3: there are two losses."""
     groups = make_groups(4)
     model = model_of("grouped")
     layer = model[1]
@@ -254,7 +252,7 @@ def _shared_tokens(rank: int):
     return layer.experts.down_proj.grad, model[0].weight.grad
 
 
-def test_averages_count_shared_tokens_once():
+def test_average_counts_the_tokens_of_a_tensor_group_once():
     model = model_of("grouped")
     for rank in range(2):
         (loss_of(model, model[1], batch(rank, 0)) / 2).backward()
@@ -281,7 +279,7 @@ def _selectively_checkpointed(rank: int, case: Case):
 
 
 @pytest.mark.parametrize("case", [Case(), Case((6, 6), drop_tokens=True)], ids=str)
-def test_selective_checkpointing_that_saves_what_was_sent(case):
+def test_selective_checkpointing_may_save_the_all_to_all(case):
     assert_like_one_process(case, _selectively_checkpointed)
 
 
@@ -296,7 +294,7 @@ def _frozen(rank: int) -> float:
     return float(parallel.clip_grad_norm_(model, groups, 1.0))
 
 
-def test_clips_where_a_process_has_no_gradient():
+def test_clipping_works_where_a_rank_has_no_gradient():
     norms = on_processes(2, _frozen)
     assert norms[0] == norms[1] > 0
 
@@ -310,11 +308,11 @@ def _timeouts(rank: int):
     ]
 
 
-def test_groups_wait_as_long_as_the_world():
+def test_groups_have_the_timeout_of_the_world():
     assert on_processes(4, _timeouts) == [[True] * 3] * 4
 
 
-def test_steps_are_repeatable():
+def test_equal_inputs_give_bitwise_equal_results():
     case = Case((5, 3, 0, 7), k=3, nodes=2, options={"dedup": True})
     first, second = (on_processes(4, _step, case) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -335,7 +333,7 @@ def _explained(rank: int) -> tuple:
     return found.notes, layer.experts._compared_modes
 
 
-def test_explain_sees_experts_and_leaves_nothing():
+def test_explain_sees_the_local_experts_and_restores_the_layer():
     for notes, met in on_processes(2, _explained):
         expected = f"MOELayer: ModuleExperts runs {E // 2} experts one after the other"
         assert [note.split(";")[0] for note in notes] == [expected]

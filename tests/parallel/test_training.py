@@ -1,4 +1,4 @@
-"""Models whose experts are divided train, save and load like the model of one process."""
+"""Models with divided experts train, save and load like a model on one process."""
 
 import contextlib
 import itertools
@@ -55,7 +55,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def trained_alone(kind: str, world: int, steps: int = STEPS, micro: int = 1) -> nn.Sequential:
-    """In one process, on the batches of all."""
+    """Train one process on the batches of all ranks."""
     model = model_of(kind)
     optimizer = optimizer_of(model)
     for step in range(steps):
@@ -82,7 +82,7 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 
 
 def everyones(model: nn.Module, groups: parallel.Groups) -> dict[str, torch.Tensor]:
-    """The state of all experts, put together from all processes."""
+    """The state of all experts, gathered from all ranks."""
     state = parallel.global_state(model, groups, model.state_dict())
     mine = {name: whole(value) for name, value in state.items()}
     every = [None] * dist.get_world_size()
@@ -101,8 +101,8 @@ def _with_ddp(rank: int, kind: str, ep: int, micro: int):
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (2, 1)])
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_distributed_data_parallel(kind, micro, world, ep):
-    """micro: batches per step, all but the last without synchronisation, as by `no_sync`."""
+def test_data_parallel_trains_like_one_process(kind, micro, world, ep):
+    """micro: batches per step; all but the last run without synchronisation, as in `no_sync`."""
     expected = trained_alone(kind, world, micro=micro).state_dict()
     for found in on_processes(world, _with_ddp, kind, ep, micro):
         torch.testing.assert_close(found, dict(expected), rtol=1e-10, atol=1e-10)
@@ -121,13 +121,13 @@ def _without_synchronisation(rank: int, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_sync_sends_no_gradients(kind):
-    # A process has half of the experts.
+def test_no_sync_reduces_no_gradients(kind):
+    # A rank has half of the experts.
     parameters = len(list(model_of(kind)[1].experts.parameters()))
     number = parameters if kind == "grouped" else parameters // 2
     for without, with_ in on_processes(4, _without_synchronisation, kind):
         assert without == 0
-        # Every parameter of an expert, beside the buckets of all others.
+        # Every expert parameter, and the buckets of all others.
         assert with_ >= number
 
 
@@ -145,7 +145,7 @@ def _with_fsdp(rank: int, kind: str, ep: int):
 
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (2, 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fully_sharded(kind, world, ep):
+def test_fully_shard_trains_like_one_process(kind, world, ep):
     expected = trained_alone(kind, world).state_dict()
     for found in on_processes(world, _with_fsdp, kind, ep):
         torch.testing.assert_close(found, dict(expected), rtol=1e-10, atol=1e-10)
@@ -162,11 +162,11 @@ def _state(model: nn.Module, optimizer) -> tuple[dict, dict]:
 def _load_train_save(
     rank: int, kind: str, before: str, after: str, ep: int, is_sharded: bool, step: int
 ):
-    """Go on with the training of four processes by one step."""
+    """Continue the training of four ranks by one step."""
     groups = make_groups(ep)
     model = divided(kind, groups.ep)
     layer = model[1]
-    # Every process has the batches of all that it stands for.
+    # With fewer ranks each has the batches of several.
     world = dist.get_world_size()
     if is_sharded:
         wrapped = parallel.fully_shard(model, groups)
@@ -204,8 +204,8 @@ def _load_train_save(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_of_any_number_of_processes(kind, tmp_path):
-    # Processes, those that share the experts, and whether the rest is sharded.
+def test_training_continues_on_another_number_of_ranks(kind, tmp_path):
+    # Ranks, ranks that share the experts, and whether FSDP2 shards the model.
     runs = [(4, 4, False), (2, 2, True), (4, 2, True), (4, 2, False), (1, 1, False), (2, 2, False)]
     for i, (world, ep, is_sharded) in enumerate(runs):
         before, after = (str(tmp_path / str(j)) for j in (i, i + 1))
@@ -235,7 +235,7 @@ def test_resharding_is_exact(kind, tmp_path):
         for found in on_processes(world, _resharded, kind, str(tmp_path), world, False):
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], expected[name]) for name in found)
-    # The same in a process that knows nothing of groups.
+    # A process without groups loads the same files.
     alone = {name: torch.zeros_like(value) for name, value in expected.items()}
     dcp.load(alone, checkpoint_id=tmp_path, no_dist=True)
     assert all(torch.equal(alone[name], expected[name]) for name in alone)
@@ -276,7 +276,7 @@ def _deepspeed_way(rank: int, is_strided: bool):
     return dist.get_process_group_ranks(layer.ep_group)
 
 
-def test_deepspeeds_layer():
+def test_deepspeeds_layer_divides_its_experts():
     assert on_processes(4, _deepspeed_way, False) == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert on_processes(4, _deepspeed_way, True) == [[0, 2], [1, 3], [0, 2], [1, 3]]
 
@@ -286,7 +286,7 @@ def _loads(rank: int):
     return parallel.rank_load(load, dist.group.WORLD).tolist()
 
 
-def test_load_of_processes():
+def test_rank_load_counts_the_routes_of_all_ranks():
     assert on_processes(2, _loads) == [[(0 + 1 + 2 + 3) * 3, (4 + 5 + 6 + 7) * 3]] * 2
 
 
@@ -304,7 +304,7 @@ def _clipped(rank: int, kind: str, ep: int, is_sharded: bool):
 @pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, (2, 2))])
 @pytest.mark.parametrize("kind", KINDS)
-def test_clipped_gradients(kind, world, ep, is_sharded):
+def test_gradients_are_clipped_by_the_norm_of_one_process(kind, world, ep, is_sharded):
     model = model_of(kind)
     for rank in range(world):
         (loss_of(model, model[1], batch(rank, 0)) / world).backward()

@@ -1,4 +1,4 @@
-"""What torch wraps around models whose experts are divided: each sees them as they are."""
+"""torch's wrappers, savers and loaders: they treat divided experts as such, or are refused."""
 
 from datetime import timedelta
 
@@ -21,7 +21,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_ext import ExpertParallel, GroupedExperts, MoE, MOELayer, TopKGate, parallel
+from moe_ext import MoE, MOELayer, TopKGate, parallel
 from moe_ext.parallel import make_groups
 
 
@@ -36,7 +36,7 @@ def _with_checkpointed_experts(rank: int):
     return plain.keys() == state.keys(), here.keys() == back.keys()
 
 
-def test_names_of_checkpointed_experts():
+def test_state_dicts_of_checkpointed_experts_keep_their_names():
     assert on_processes(2, _with_checkpointed_experts) == [(True, True)] * 2
 
 
@@ -56,7 +56,7 @@ def _sharded_by_columns(rank: int):
     return whole, all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_shards_of_another_dimension():
+def test_experts_may_be_sharded_along_another_dimension():
     expected = model_of("grouped").state_dict()
     for whole, is_same in on_processes(4, _sharded_by_columns):
         assert is_same
@@ -80,7 +80,6 @@ def _decided_in_the_forward(rank: int, syncs_in_forward: bool):
 
 @pytest.mark.parametrize("syncs_in_forward", [True, False])
 def test_a_forward_decides_whether_its_backward_reduces(syncs_in_forward):
-    """Of all parameters alike, as DistributedDataParallel does of its own."""
     found = on_processes(4, _decided_in_the_forward, syncs_in_forward)
     assert found[-1] == [syncs_in_forward] * 2
 
@@ -94,7 +93,7 @@ def _other_way_in(rank: int):
     return torch.equal(layer.forward_with_aux(x)[0].detach(), expected)
 
 
-def test_a_sharded_layer_called_by_forward_with_aux():
+def test_a_sharded_layer_may_be_called_by_forward_with_aux():
     assert on_processes(2, _other_way_in) == [True, True]
 
 
@@ -108,8 +107,7 @@ def _gathers(rank: int, reshard: bool):
 
 
 @pytest.mark.parametrize("reshard", [False, True])
-def test_a_sharded_layer_is_gathered_as_it_is_told(reshard):
-    """Once, or again for the backward."""
+def test_a_sharded_layer_is_gathered_again_for_the_backward_if_it_reshards(reshard):
     assert on_processes(2, _gathers, reshard) == [1 + reshard] * 2
 
 
@@ -130,7 +128,7 @@ def test_experts_that_are_not_divided_are_reduced_by_ddp():
 
 
 def _overflowed(rank: int):
-    """In the experts of one process."""
+    """The gradients overflow in the experts of one rank."""
     groups = make_groups(2)
     model = divided("grouped", groups.ep)
     parallel.data_parallel(model, groups)
@@ -146,38 +144,8 @@ def _overflowed(rank: int):
     return scaler.get_scale(), all(map(torch.equal, before, model.parameters()))
 
 
-def test_an_overflow_in_one_process_skips_the_step_of_all():
+def test_an_overflow_on_one_rank_skips_the_step_on_all():
     assert on_processes(2, _overflowed) == [(4.0, True)] * 2
-
-
-def _compiled(rank: int):
-    moe = MoE(H, nn.Linear(H, H), E, ep_size=2, use_rts=False)
-    moe.set_deepspeed_parallelism()
-    x = batch(rank, 0).float()
-    expected = moe(x)[0]
-    return torch.equal(torch.compile(moe, fullgraph=True, backend="aot_eager")(x)[0], expected)
-
-
-def test_deepspeeds_layer_compiles_whole():
-    assert on_processes(2, _compiled) == [True, True]
-
-
-def _compiled_with_shared_tokens(rank: int):
-    gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
-    torch.manual_seed(1)
-    experts = ExpertParallel.of(
-        GroupedExperts(E, H, 6), mesh.get_group("ep"), tensor_group=mesh.get_group("tp")
-    )
-    layer, x = MOELayer(gate, experts), batch(rank // 2, 0).float()
-    for parameter in layer.gate.parameters():
-        dist.broadcast(parameter.detach(), 0)
-    expected = layer(x)
-    return torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
-
-
-def test_layers_with_shared_tokens_compile_whole():
-    assert on_processes(4, _compiled_with_shared_tokens) == [True] * 4
 
 
 def _error_of(function) -> str:
@@ -192,7 +160,7 @@ def _plain(rank: int, kind: str, wrap: str, compiles: bool) -> str:
     torch._dynamo.reset()
     model = divided(kind, make_groups(2).ep)
     if not compiles:
-        model(batch(rank, 0))  # a layer in use is refused too
+        model(batch(rank, 0))  # a layer that was called before is refused too
     if compiles:
         gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
         model[1] = MOELayer(gate, model[1].experts).double()
@@ -206,7 +174,7 @@ def _plain(rank: int, kind: str, wrap: str, compiles: bool) -> str:
     ("wrap", "instead"), [("ddp", "parallel.data_parallel"), ("fsdp", "parallel.fully_shard")]
 )
 @pytest.mark.parametrize("kind", ["grouped", "modules"])
-def test_wrappers_that_know_no_division_are_refused(kind, wrap, instead, compiles):
+def test_plain_wrappers_are_refused(kind, wrap, instead, compiles):
     """They would mix the experts of different ranks."""
     if kind == "modules" and compiles:
         pytest.skip("its forward is not traced")
@@ -229,7 +197,7 @@ def _flattened(rank: int, kind: str, strategy: str, use_orig_params: bool, train
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD"])
 @pytest.mark.parametrize("kind", ["grouped", "modules"])
-def test_parameters_in_one_flat_parameter_are_refused(kind, strategy, use_orig_params, trains):
+def test_fully_sharded_data_parallel_is_refused(kind, strategy, use_orig_params, trains):
     for error in on_processes(2, _flattened, kind, strategy, use_orig_params, trains):
         assert "ExpertParallel: FullyShardedDataParallel treats" in error
         assert "wrap it by moe_ext.parallel.fully_shard(model, groups)" in error
@@ -242,7 +210,7 @@ def _sharded_alone(rank: int) -> str:
     return _error_of(lambda: model(batch(rank, 0)))
 
 
-def test_experts_sharded_among_ranks_with_other_experts_are_refused():
+def test_fully_shard_over_ranks_with_different_experts_is_refused():
     for error in on_processes(2, _sharded_alone):
         assert "parallel.fully_shard(model, groups)" in error
 
@@ -255,14 +223,13 @@ def _replaced(rank: int) -> tuple[str, str]:
     return before, _error_of(lambda: layer(batch(rank, 0)))
 
 
-def test_experts_take_other_parameters_that_are_marked():
+def test_replaced_parameters_are_refused_until_they_are_marked():
     for before, after in on_processes(2, _replaced):
         assert "call experts.mark()" in before
         assert after == "no error"
 
 
 def _adapted(rank: int) -> str:
-    """Parameters that were added are no reason to refuse the others."""
     layer = divided("modules", make_groups(2).ep)[1]
     for expert in layer.experts.experts:
         expert[0].adapter = nn.Parameter(torch.zeros(1))
@@ -289,8 +256,8 @@ def _saved_plainly(rank: int, kind: str, folder: str, is_sharded: bool) -> list[
 
 @pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize("kind", ["grouped", "modules"])
-def test_checkpoints_of_one_ranks_experts_are_refused(kind, is_sharded, tmp_path):
-    """torch.distributed.checkpoint would write one rank's experts as those of all."""
+def test_plain_checkpoints_of_divided_experts_are_refused(kind, is_sharded, tmp_path):
+    """torch.distributed.checkpoint would save one rank's experts as those of all ranks."""
     world = 4 if is_sharded else 2
     for errors in on_processes(world, _saved_plainly, kind, str(tmp_path), is_sharded):
         *saves, load = errors
@@ -311,7 +278,7 @@ def _saved_by_rank(rank: int, folder: str) -> tuple[bool, str, bool]:
     return is_same, _error_of(lambda: model.load_state_dict(others)), are_plain
 
 
-def test_a_file_per_rank_loads_into_its_rank_alone(tmp_path):
+def test_a_state_dict_saved_per_rank_loads_on_that_rank_alone(tmp_path):
     for rank, (is_same, error, are_plain) in enumerate(
         on_processes(2, _saved_by_rank, str(tmp_path))
     ):
@@ -332,7 +299,7 @@ def _whole_by_rank(rank: int, folder: str) -> list[str]:
     return [call(rank), *([call(0)] if rank == 1 else [])]
 
 
-def test_a_whole_model_of_another_rank_is_refused(tmp_path):
+def test_a_model_saved_on_another_rank_is_refused(tmp_path):
     (first,), (second, refused) = on_processes(2, _whole_by_rank, str(tmp_path))
     assert first == second == "no error"
     assert "holds the experts of rank 0 of 2, and was loaded on another rank" in refused
@@ -346,20 +313,19 @@ def _groups_again(rank: int) -> tuple[bool, bool]:
     return len(names) == 3, before == after
 
 
-def test_groups_are_new_ones():
-    """So that a fault in one, and its timeout, are not another's."""
+def test_make_groups_creates_new_groups():
+    """A fault in one, and its timeout, must not affect another."""
     assert on_processes(2, _groups_again) == [(True, True)] * 2
 
 
 def _over_copies(rank: int) -> str:
-    """Of ranks that hold the same experts and share their tokens."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     model = divided("grouped", mesh.get_group("ep"))
     parallel = DistributedDataParallel(model, process_group=mesh.get_group("dp"))
     return _error_of(lambda: parallel(batch(rank, 0)).sum().backward())
 
 
-def test_plain_wrappers_over_copies_are_not_refused():
+def test_plain_ddp_over_copies_is_accepted():
     assert on_processes(4, _over_copies) == ["no error"] * 4
 
 
@@ -369,5 +335,5 @@ def _functional(rank: int) -> str:
     return _error_of(lambda: torch.func.functional_call(model, parameters, (batch(rank, 0),)))
 
 
-def test_functional_call_is_not_refused():
+def test_functional_call_is_accepted():
     assert on_processes(2, _functional) == ["no error"] * 2

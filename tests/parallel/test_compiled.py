@@ -1,0 +1,123 @@
+"""Expert parallelism under torch.compile."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import on_processes
+from test_expert_parallel import (
+    Case,
+    E,
+    F,
+    H,
+    assert_like_one_process,
+    divided_layer,
+    gradients,
+    step,
+)
+from torch import nn
+
+from moe_ext import ExpertParallel, GroupedExperts, MoE, MOELayer, TopKGate
+from moe_ext.parallel import make_groups
+
+
+def tokens_of(rank: int) -> torch.Tensor:
+    return torch.randn(8, H, generator=torch.Generator().manual_seed(rank))
+
+
+def _compiled(rank: int, case: Case):
+    torch._dynamo.reset()
+    layer = divided_layer(case)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=case.drop_tokens)
+    return *step(compiled, case, rank), gradients(layer.gate), gradients(layer.experts)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case((6, 6), drop_tokens=True),
+        Case((6, 6), drop_tokens=True, options={"overlap": 2}),
+        Case((4, 4, 4, 4), drop_tokens=True, nodes=2),
+    ],
+    ids=str,
+)
+def test_compiled_ranks_compute_what_one_process_computes(case):
+    assert_like_one_process(case, _compiled)
+
+
+def _recompiled(rank: int, options: dict, gate: dict) -> list[bool]:
+    """Whether compiled calls, and their gradients, equal eager ones.
+
+    Rank 0 has more sizes than torch.compile makes programs for, and rank 1 has one.
+    """
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False, **gate)
+    experts = ExpertParallel.of(GroupedExperts(E, H, F), dist.group.WORLD, **options)
+    layer = MOELayer(gate, experts).double()
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="eager", dynamic=False)
+    same = []
+    for call in range(5):
+        # Rank 0 runs eagerly from the third size on.
+        x = torch.randn(3 + (call if rank == 0 else 0), H, dtype=torch.float64)
+        found = []
+        for run in (compiled, eager):
+            tokens = x.clone().requires_grad_()
+            out = run(tokens)
+            (grad,) = torch.autograd.grad(out.square().sum(), tokens)
+            found.append((out, grad))
+        same.append(all(map(torch.equal, *found)))
+    return same
+
+
+@pytest.mark.parametrize(
+    ("options", "gate"),
+    [
+        ({}, {"drop_tokens": False}),
+        ({"uneven_tokens": True}, {"capacity_factor": 1.0}),
+        # As many rows per expert for every number of tokens.
+        ({}, {"min_capacity": 16}),
+    ],
+    ids=["dropless", "uneven", "capacity"],
+)
+def test_one_rank_may_fall_back_to_eager_code(options, gate):
+    assert on_processes(2, _with_few_programs, options, gate) == [[True] * 5] * 2
+
+
+def _with_few_programs(rank: int, *args) -> list[bool]:
+    with torch._dynamo.config.patch(recompile_limit=2):
+        return _recompiled(rank, *args)
+
+
+def _compiled_moe(rank: int):
+    torch._dynamo.reset()
+    moe = MoE(H, nn.Linear(H, H), E, ep_size=2, use_rts=False)
+    moe.set_deepspeed_parallelism()
+    x = tokens_of(rank)
+    expected = moe(x)[0]
+    return torch.equal(torch.compile(moe, fullgraph=True, backend="aot_eager")(x)[0], expected)
+
+
+def test_deepspeeds_layer_compiles_whole():
+    assert on_processes(2, _compiled_moe) == [True] * 2
+
+
+def _compiled_with_a_tensor_group(rank: int):
+    torch._dynamo.reset()
+    gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
+    torch.manual_seed(1)
+    experts = ExpertParallel.of(
+        GroupedExperts(E, H, F), make_groups(2).ep, tensor_group=make_groups(2).ep
+    )
+    layer, x = MOELayer(gate, experts), tokens_of(0)
+    for parameter in layer.gate.parameters():
+        dist.broadcast(parameter.detach(), 0)
+    expected = layer(x)
+    return torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_layers_with_a_tensor_group_compile_whole():
+    assert on_processes(2, _compiled_with_a_tensor_group) == [True] * 2
