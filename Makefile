@@ -154,7 +154,7 @@ $(VENV)/torch: $(VENV)/python pyproject.toml
 
 # Rebuild if the library was removed, or if an earlier build left out the CUDA kernels.
 WANTED := moe_ext/_C.* $(if $(filter gpu%,$(MAKECMDGOALS)),moe_ext/_C_cuda.*)
-$(VENV)/installed: $(VENV)/torch setup.py moe_ext/build.py $(SOURCES) \
+$(VENV)/installed: $(VENV)/torch setup.py moe_ext/toolkit.py $(SOURCES) \
 		$(foreach library,$(WANTED),$(if $(wildcard $(library)),,FORCE))
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo]"
 	touch $@

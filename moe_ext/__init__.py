@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from . import deepspeed as deepspeed
     from . import hf as hf
     from . import parallel
-    from .cli import demo as demo
-    from .cli import doctor as doctor
     from .deepspeed.layer import MoE
     from .monitor import plot as plot
     from .monitor import sinks as sinks
@@ -92,8 +90,6 @@ _LAZY = {
     "ExpertParallel": ".parallel",
     "MoE": ".deepspeed.layer",
     "deepspeed": "",
-    "demo": ".cli",
-    "doctor": ".cli",
     "hf": "",
     "parallel": "",
     "plot": ".monitor",

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
-from .. import build
+from .. import toolkit
 from . import contracts, reference, torch_grouped_mm
 from .contracts import CONTRACTS
 
@@ -101,7 +101,7 @@ class Libraries:
         if torch.version.cuda is None:
             self.cuda_load_error = "this torch has no CUDA"
         elif not path.exists():
-            choice = build.choose_toolkit()
+            choice = toolkit.choose_toolkit()
             why = "" if choice.toolkit else f"; on this machine: {choice.why}"
             self.cuda_load_error = f"no CUDA kernels were built with this package{why}"
         else:

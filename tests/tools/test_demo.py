@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("matplotlib", reason="the extra `demo` is not installed")
 pytest.importorskip("tqdm", reason="the extra `demo` is not installed")
 
-from moe_ext import demo
+from moe_ext.cli import demo
 
 SMALL = replace(demo.Config(), width=32, ffn=16, batch=8, steps=6, eval_every=3, eval_windows=16)
 PNG = b"\x89PNG\r\n\x1a\n"

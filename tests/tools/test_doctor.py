@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import moe_ext
-from moe_ext import build, doctor
+from moe_ext import build
 from moe_ext import toolkit as finder
 from moe_ext.__main__ import main
+from moe_ext.cli import doctor
 from moe_ext.monitor.sinks import JsonLines
 from moe_ext.ops import registry
 
