@@ -1,10 +1,10 @@
-"""Experts on several processes, everything else sharded by FSDP2.
+"""Divide experts among ranks, and shard everything else with FSDP2.
 
-    torchrun --nproc-per-node 2 examples/fsdp2_ep.py --steps 100
+    torchrun --nproc-per-node 2 examples/fsdp2_ep.py --steps 100    # ten seconds on two cores
 
-Two processes hold four of eight experts each, and half of all other parameters; tokens travel to
-their experts. Run with python alone it is one process, and prints the same losses but for rounding:
-the balance is that of the whole batch. On CPUs it runs over gloo, on GPUs over NCCL (not tried).
+Each of two ranks holds four of eight experts and half of all other parameters; tokens are sent to
+their experts. With `python` in place of torchrun there is one rank, with the same losses except for
+rounding, because the balance loss is of the whole batch. CPUs use gloo, GPUs NCCL (untested).
 """
 
 import argparse
@@ -24,7 +24,7 @@ WIDTH, EXPERTS, BATCH = 64, 8, 256
 
 
 def balance_of_all(routing: moe_ext.Routing) -> Tensor:
-    """Of the tokens of all processes; this process's part of it."""
+    """This rank's part of the balance loss over the tokens of all ranks."""
     T, K = routing.weights.shape
     load = routing.plan.load
     return load_balance_loss(routing.importance, load, T, K, group=dist.group.WORLD)
@@ -44,7 +44,7 @@ class Block(nn.Module):
             top2_2nd_expert_sampling=False,
             aux_loss=balance_of_all,
         )
-        # The same experts are made everywhere, and each process keeps its part.
+        # Every rank makes all experts from the same seed and keeps its part.
         experts = moe_ext.GroupedExperts(EXPERTS, WIDTH, 2 * WIDTH)
         self.moe = moe_ext.MOELayer(gate, moe_ext.ExpertParallel.of(experts, group))
 
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 def batch(step: int, rank: int, size: int) -> tuple[Tensor, Tensor]:
-    """This process's part of a batch that is the same for any number of them."""
+    """This rank's part of a batch that is the same for any number of ranks."""
     draws = torch.Generator().manual_seed(step)
     tokens = torch.randn(BATCH, WIDTH, generator=draws)
     wanted = tokens.roll(1, dims=-1).sin() * 2
@@ -62,9 +62,13 @@ def batch(step: int, rank: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=100)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=100, help="training steps (100)")
     steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps must be at least 1, got {steps}")
     has_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = torch.device("cuda" if torch.cuda.is_available() and has_gpus else "cpu")
     if "RANK" not in os.environ:
@@ -98,7 +102,7 @@ def main() -> None:
                 tqdm.write(f"step {step}: loss {mean.item() / size:.4f}")
     reading = stats.read(group=dist.group.WORLD)
     if rank == 0:
-        print(f"{size} processes\n{reading}")
+        print(f"{size} rank{'s' * (size > 1)}\n{reading}")
     dist.destroy_process_group()
 
 

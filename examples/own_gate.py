@@ -1,11 +1,11 @@
-"""A gate of one's own, of the package's operators.
+"""Write your own gate with the package's operators, and train a layer with it.
 
-    python examples/own_gate.py --steps 300
+    python examples/own_gate.py --steps 300    # five seconds on one core
 
-A gate is a module with `num_experts` and `route(tokens, used_token) -> Routing`. This one has a
-temperature that it learns, sends a token with a sure first choice to one expert only, and keeps the
-logits small by a z-loss. It learns which of eight rotations a token needs, marked by its first
-numbers: an expert for each is what there is to find.
+A gate is a module with `num_experts` and `route(tokens, used_token) -> Routing`. This one learns a
+temperature, sends a token to one expert alone if its first weight is above a half, and keeps the
+logits small by a z-loss. The task: each token needs one of eight rotations, named by its first
+numbers, so each expert can learn one rotation.
 """
 
 import argparse
@@ -33,7 +33,7 @@ class SureGate(nn.Module):
         T, E = tokens.shape[0], self.num_experts
         logits = self.router(tokens.float()) / self.log_temperature.exp()
         choice = moe_ext.gate(logits, 2)
-        # -1 is no choice: no row, no product, no part in the load.
+        # An id of -1 makes no route: no row, no product, no load.
         is_sure = (choice.weights[:, :1] > 0.5) & (torch.arange(2, device=tokens.device) == 1)
         experts = choice.expert_ids.masked_fill(is_sure, -1)
         if used_token is not None:
@@ -47,7 +47,7 @@ class SureGate(nn.Module):
 
 
 def batch(rotations: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and what becomes of them. [BATCH, WIDTH] both."""
+    """Tokens and the rotated tokens, both [BATCH, WIDTH]."""
     kind = torch.randint(EXPERTS, (BATCH,))
     tokens = torch.randn(BATCH, WIDTH)
     tokens[:, :EXPERTS] = 3 * F.one_hot(kind, EXPERTS)
@@ -55,9 +55,13 @@ def batch(rotations: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=300, help="training steps (300)")
     steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps must be at least 1, got {steps}")
     torch.manual_seed(0)
     rotations = torch.linalg.qr(torch.randn(EXPERTS, WIDTH, WIDTH)).Q
     gate = SureGate(WIDTH, EXPERTS)
@@ -76,7 +80,7 @@ def main() -> None:
     reading = stats.read().train["MOELayer"]
     routes = int(reading.load.sum()) / reading.tokens
     temperature = gate.log_temperature.exp().item()
-    print(f"{routes:.2f} experts for a token over all steps, temperature {temperature:.2f}")
+    print(f"{routes:.2f} experts per token over all steps, temperature {temperature:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""See experts fall idle, what it costs, and what helps: one layer with and without a balance.
+"""Watch experts fall idle without load balancing, and compare with a balance loss and a bias.
 
-    python examples/watch_experts.py --steps 300
+    python examples/watch_experts.py --steps 300    # ten seconds on one core
 
-Tokens come in sixteen kinds, each with a linear map of its own to learn: work for sixteen experts.
-Every fifty steps it prints what the experts were asked for; `python -m moe_ext plot` draws the file
-that it leaves. Without a balance half of the experts fall idle, the others share their kinds, and
-the loss ends about twice as high.
+Tokens come in sixteen kinds, each with its own linear map to learn: work for sixteen experts.
+Every fifty steps the script prints the load of each expert. It writes the statistics to --out,
+which `python -m moe_ext plot` draws. Without a balance half of the experts fall idle, the others
+share their kinds, and the loss ends about twice as high.
 """
 
 import argparse
@@ -21,19 +21,19 @@ from moe_ext.monitor.sinks import JsonLines
 
 WIDTH, EXPERTS, KINDS, BATCH = 32, 16, 16, 512
 BALANCES = ("none", "loss", "bias")
-# What all tokens have in common gives some experts a lead with every kind.
+# All tokens share this offset, which gives some experts a lead with every kind.
 IN_COMMON = 1.25
 
 
 class Task:
-    """Tokens of several kinds, and what a layer should make of each."""
+    """Tokens of several kinds, and a linear map for each kind."""
 
     def __init__(self) -> None:
         self.centres = torch.randn(KINDS, WIDTH) + IN_COMMON
         self.maps = torch.randn(KINDS, WIDTH, WIDTH) / WIDTH**0.5
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Tokens and what is wanted of them, both [size, WIDTH]."""
+        """Tokens and their targets, both [size, WIDTH]."""
         kinds = torch.randint(KINDS, (size,))
         tokens = self.centres[kinds] + 0.5 * torch.randn(size, WIDTH)
         return tokens, torch.einsum("ti,tij->tj", tokens, self.maps[kinds])
@@ -77,16 +77,25 @@ def train(balance: str, steps: int, seed: int, out: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("watch-experts-out"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=300, help="training steps (300)")
+    parser.add_argument("--seed", type=int, default=0, help="of torch's generator (0)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("watch-experts-out"),
+        help="folder of the statistics (watch-experts-out)",
+    )
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
     options.out.mkdir(parents=True, exist_ok=True)
     losses = {name: train(name, options.steps, options.seed, options.out) for name in BALANCES}
     print("balance  loss on new tokens")
     print("\n".join(f"{name:7}  {loss:.4f}" for name, loss in losses.items()))
-    print(f"python -m moe_ext plot {options.out / 'none.jsonl'}    draws one of them")
+    print(f"to draw one of them: python -m moe_ext plot {options.out / 'none.jsonl'}")
 
 
 if __name__ == "__main__":

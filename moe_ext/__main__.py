@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +25,13 @@ def demo(arguments: argparse.Namespace) -> int:
         print(f"moe_ext demo: {error}", file=sys.stderr)
         return 2
     steps = arguments.steps or demo.Config.steps
-    # A short run is looked at more than once too.
+    # A short run is evaluated at least three times too.
     every = min(demo.Config.eval_every, -(-steps // 3))
     config = replace(demo.Config(), steps=steps, seed=arguments.seed, eval_every=every)
     try:
         demo.run(config, arguments.device, arguments.out)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was reached is in {arguments.out}", file=sys.stderr)
+        print(f"\ninterrupted; the results so far are in {arguments.out}", file=sys.stderr)
         return 130
     return 0
 
@@ -44,7 +45,7 @@ def plot(arguments: argparse.Namespace) -> int:
         print(f"moe_ext plot: {error}", file=sys.stderr)
         return 2
     if not readings:
-        print(f"moe_ext plot: {arguments.run_file} has no whole line to read", file=sys.stderr)
+        print(f"moe_ext plot: {arguments.run_file} has no complete line", file=sys.stderr)
         return 2
     step, last = readings[-1]
     names = list(last.train or last.eval)
@@ -100,41 +101,50 @@ def device(text: str) -> str:
     return text
 
 
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_ext",
+        description="Mixture-of-experts layers for PyTorch. Start with doctor, then demo.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(run: Callable, text: str) -> argparse.ArgumentParser:
+        parse = commands.add_parser(run.__name__, help=text, description=f"{text}.".capitalize())
+        parse.set_defaults(run=run)
+        return parse
+
+    parse = command(doctor, "check the installation, and say how to fix each problem")
+    parse.add_argument("--json", action="store_true", help="print the report as JSON")
+    parse = command(demo, "train a small language model with experts and a dense one, and compare")
+    text = "steps for each model (500, a minute or two)"
+    parse.add_argument("--steps", type=positive, help=text)
+    parse.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    text = "the same seed gives the same numbers (0)"
+    parse.add_argument("--seed", type=seed, default=0, help=text)
+    text = "folder for results and pictures (demo-out)"
+    parse.add_argument("--out", type=Path, default=Path("demo-out"), help=text)
+    parse = command(plot, "print and draw the experts' load that a run has recorded")
+    text = "file that sinks.JsonLines wrote, such as demo-out/stats.jsonl"
+    parse.add_argument("run_file", type=Path, metavar="run.jsonl", help=text)
+    parse.add_argument("--out", type=Path, help="folder for the pictures (that of run.jsonl)")
+    text = "layer to draw over time and by pairs of experts (the least even one)"
+    parse.add_argument("--layer", help=text)
+    parse.add_argument("--text", action="store_true", help="print the table, draw no pictures")
+    return parser
+
+
 def main() -> int:
-    # A terminal may not have the bars of a table.
+    # A terminal's encoding may lack the bars of a table.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    parser = argparse.ArgumentParser(prog="python -m moe_ext")
-    commands = parser.add_subparsers(dest="command", required=True)
-    parse = commands.add_parser("demo", help="train a small MoE language model beside a dense one")
-    parse.add_argument(
-        "--steps", type=positive, help="steps per model (by default enough to compare the two)"
-    )
-    parse.add_argument("--device", type=device, default="cpu", help="cpu or cuda (cpu)")
-    parse.add_argument(
-        "--seed", type=seed, default=0, help="the same seed gives the same numbers (0)"
-    )
-    parse.add_argument("--out", type=Path, default=Path("demo-out"), help="folder (demo-out)")
-    parse.set_defaults(run=demo)
-    parse = commands.add_parser("plot", help="pictures and a table of what stats wrote down")
-    parse.add_argument("run_file", type=Path, metavar="run.jsonl", help="of sinks.JsonLines")
-    parse.add_argument("--out", type=Path, help="folder of the pictures (that of run.jsonl)")
-    parse.add_argument("--layer", help="whose course and pairs to draw (the least even)")
-    parse.add_argument("--text", action="store_true", help="no pictures, only the table")
-    parse.set_defaults(run=plot)
-    parse = commands.add_parser(
-        "doctor", help="check the installation: what is built, what runs, how to fix it"
-    )
-    parse.add_argument("--json", action="store_true", help="fields for programs")
-    parse.set_defaults(run=doctor)
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader closed the pipe, as head does. Python writes the rest when it ends: to nowhere.
+        # The reader closed the pipe, as head does. Python flushes the rest at its end: discard it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as of a program that SIGPIPE ends
+        return 141  # as a shell reports a program that SIGPIPE ended
     return code
 
 

@@ -1,1 +1,1 @@
-"""Command-line tools: demo, doctor and the launcher that they share."""
+"""The commands demo and doctor; gpt.py and torchrun.py serve the demo."""

@@ -1,17 +1,17 @@
-"""A small byte-level language model, once with MOELayer and once dense, on Python's own sources.
+"""Train a small byte-level GPT twice, with experts and dense, and compare the two.
 
-Both models have the same attention, the same active parameters, the same batches, learning rates
-and steps, so that the MoE model's lower loss is what its many experts give. Whole files are held
-out. `python -m moe_ext demo` runs it; under torchrun, as in
-`torchrun --nproc-per-node 2 -m moe_ext demo`, the processes share the experts and every batch.
+Both models have the same attention and equally many active parameters, and see the same batches in
+as many steps. So the MoE model's lower loss comes from its experts. `python -m moe_ext demo` runs
+it. With `torchrun --nproc-per-node 2 -m moe_ext demo` the ranks share the experts and every batch.
 """
 
 import json
 import math
 import os
-import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ from tqdm import tqdm
 from .. import GroupedExperts, MOELayer, TopKGate
 from ..monitor.plot import plot_curves, plot_run
 from ..monitor.sinks import JsonLines, Sink, read_json_lines
-from ..monitor.stats import track
+from ..monitor.stats import Stats, track
 from .doctor import crowded
+from .gpt import GPT, Corpus, load_corpus, loss_of, windows
 from .torchrun import ALONE, Processes
 
 STATS = "stats.jsonl"
@@ -31,11 +32,11 @@ STATS = "stats.jsonl"
 
 @dataclass(frozen=True)
 class Config:
-    """layers, width, heads: of both models. ffn: of an expert; the dense model has k * ffn.
+    """layers, width, heads: of both models. ffn: inner size of an expert; k * ffn if dense.
 
-    context: bytes a model sees. batch: windows per step. learning_rate: the peak; half and twice
-    as much are worse for both models. holdout: every how many files one is held out. eval_windows:
-    windows of the held-out files that are scored. balance: factor on l_aux.
+    context: bytes that a model sees. batch: windows per step. learning_rate: the peak; half and
+    twice as much are worse for both models. balance: factor on l_aux. holdout: one file in so many
+    is held out. eval_windows: windows of the held-out files that are scored.
     """
 
     layers: int = 2
@@ -56,7 +57,7 @@ class Config:
 
 
 class DenseFFN(nn.Module):
-    """The dense model's feed-forward: one SwiGLU. hidden [..., H] -> the same."""
+    """The dense model's feed-forward, a SwiGLU. [..., H] -> [..., H]"""
 
     def __init__(self, width: int, ffn: int) -> None:
         super().__init__()
@@ -79,60 +80,20 @@ def moe_ffn(config: Config) -> MOELayer:
     return MOELayer(gate, GroupedExperts(config.experts, config.width, config.ffn))
 
 
-class Block(nn.Module):
-    def __init__(self, config: Config, ffn: nn.Module) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.norm1 = nn.LayerNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.proj = nn.Linear(config.width, config.width, bias=False)
-        self.norm2 = nn.LayerNorm(config.width)
-        self.ffn = ffn
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        batch, context, width = hidden.shape
-        q, k, v = (
-            self.qkv(self.norm1(hidden))
-            .view(batch, context, 3, self.heads, -1)
-            .permute(2, 0, 3, 1, 4)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        hidden = hidden + self.proj(mixed.transpose(1, 2).reshape(batch, context, width))
-        return hidden + self.ffn(self.norm2(hidden))
+def make_model(config: Config, is_moe: bool) -> GPT:
+    dense = partial(DenseFFN, config.width, config.k * config.ffn)
+    make_ffn: Callable[[], nn.Module] = partial(moe_ffn, config) if is_moe else dense
+    return GPT(config.width, config.heads, config.layers, config.context, make_ffn)
 
 
-class ByteModel(nn.Module):
-    """Bytes [B, L] int64 -> logits of the next byte [B, L, 256]."""
-
-    def __init__(self, config: Config, is_moe: bool) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(256, config.width)
-        self.position = nn.Parameter(torch.zeros(config.context, config.width))
-        self.blocks = nn.ModuleList(
-            Block(
-                config, moe_ffn(config) if is_moe else DenseFFN(config.width, config.k * config.ffn)
-            )
-            for _ in range(config.layers)
-        )
-        self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, 256, bias=False)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        nn.init.normal_(self.position, std=0.02)
-
-    def forward(self, text: Tensor) -> Tensor:
-        hidden = self.embed(text) + self.position[: text.shape[1]]
-        for block in self.blocks:
-            hidden = block(hidden)
-        return self.head(self.norm(hidden))
-
-    def moe_layers(self) -> list[MOELayer]:
-        return [block.ffn for block in self.blocks if isinstance(block.ffn, MOELayer)]
+def moe_layers(model: GPT) -> list[MOELayer]:
+    return [layer for layer in model.modules() if isinstance(layer, MOELayer)]
 
 
-def active_parameters(model: ByteModel) -> int:
-    """Parameters that one byte meets: of the experts its k, and not the gate's."""
+def active_parameters(model: GPT) -> int:
+    """Parameters used for one byte: k experts of each layer, without the gates."""
     total = sum(p.numel() for p in model.parameters())
-    for layer in model.moe_layers():
+    for layer in moe_layers(model):
         gate = layer.gate
         assert isinstance(gate, TopKGate)
         experts = sum(p.numel() for p in layer.experts.parameters())
@@ -141,46 +102,9 @@ def active_parameters(model: ByteModel) -> int:
     return total
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """train, heldout: the files' bytes one after the other, uint8. No file is in both."""
-
-    train: Tensor
-    heldout: Tensor
-    train_files: int
-    heldout_files: int
-
-
-def load_corpus(config: Config) -> Corpus:
-    """The standard library's own .py files, without its tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    paths = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
-    texts = [path.read_bytes() for path in paths]
-
-    def joined(files: list[bytes]) -> Tensor:
-        return torch.frombuffer(bytearray(b"\n".join(files)), dtype=torch.uint8)
-
-    heldout = texts[:: config.holdout]
-    train = [text for i, text in enumerate(texts) if i % config.holdout]
-    return Corpus(joined(train), joined(heldout), len(train), len(heldout))
-
-
-def windows(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """Windows of `text`: inputs and the bytes that follow them, both [B, L] int64."""
-    index = starts.unsqueeze(1) + torch.arange(context + 1)
-    bytes_ = text[index].long()
-    return bytes_[:, :-1], bytes_[:, 1:]
-
-
-def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats."""
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-
-
 @torch.no_grad()
 def evaluate(
-    model: ByteModel,
+    model: GPT,
     corpus: Corpus,
     config: Config,
     device: torch.device,
@@ -208,100 +132,121 @@ def learning_rate(step: int, config: Config) -> float:
     return config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(
-    name: str,
-    corpus: Corpus,
-    config: Config,
-    device: torch.device,
-    result: dict,
-    save,
-    processes: Processes = ALONE,
-    sink: Sink | None = None,
-):
-    """Train one model; fills `result` as it goes and calls `save` after every evaluation.
-
-    sink: takes what the experts were asked for between two evaluations
-    """
-    torch.manual_seed(config.seed)
-    model = ByteModel(config, is_moe=name == "moe").to(device)
-    result["parameters"] = sum(p.numel() for p in model.parameters())
-    result["active_parameters"] = active_parameters(model)
-    wrapped = processes.wrap(model, model.moe_layers())
-    stats = track(model, detailed=True) if model.moe_layers() else None
+def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate,
         betas=(0.9, 0.95),
     )
-    batches = torch.Generator().manual_seed(config.seed)
-    result["bits_per_byte_before"] = evaluate(model, corpus, config, device, processes)
-    result["curve"] = [(0, result["bits_per_byte_before"])]
-    result["train_curve"] = []
-    seconds, recent = 0.0, []
-    if stats:
-        stats.reset()
-    save()
 
+
+class Trainer:
+    """One model in training. `step` trains on a batch; `evaluate` scores it and fills `result`."""
+
+    def __init__(
+        self,
+        name: str,
+        corpus: Corpus,
+        config: Config,
+        device: torch.device,
+        processes: Processes = ALONE,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.corpus, self.config, self.device, self.processes = corpus, config, device, processes
+        self.model = make_model(config, is_moe=name == "moe").to(device)
+        self.layers = moe_layers(self.model)
+        self.result: dict = {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "active_parameters": active_parameters(self.model),
+        }
+        self.wrapped = processes.wrap(self.model, self.layers)
+        self.stats: Stats | None = track(self.model, detailed=True) if self.layers else None
+        self.optimizer = optimizer_of(self.model, config)
+        self.batches = torch.Generator().manual_seed(config.seed)
+        self.seconds = 0.0
+        self.recent: list[float] = []  # bits per byte of the steps since the last evaluation
+        before = self.score()
+        self.result |= {"bits_per_byte_before": before, "curve": [(0, before)], "train_curve": []}
+        if self.stats:
+            self.stats.reset()
+
+    def score(self) -> float:
+        return evaluate(self.model, self.corpus, self.config, self.device, self.processes)
+
+    def step(self, number: int) -> None:
+        begin = time.perf_counter()
+        config, text = self.config, self.corpus.train
+        starts = torch.randint(len(text) - config.context, (config.batch,), generator=self.batches)
+        inputs, targets = windows(text, self.processes.share(starts), config.context)
+        loss = loss_of(self.wrapped, inputs.to(self.device), targets.to(self.device))
+        balance = sum((layer.l_aux for layer in self.layers), torch.zeros((), device=self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + config.balance * balance).backward()
+        self.processes.clip(self.model, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(number, config)
+        self.optimizer.step()
+        mean = self.processes.total(loss.detach()) / self.processes.size
+        self.recent.append(mean.item() / math.log(2))
+        self.seconds += time.perf_counter() - begin
+
+    def evaluate(self, done: int, sink: Sink | None = None) -> float:
+        """Held-out bits per byte after `done` steps. sink: takes the experts' statistics."""
+        bits, result, config = self.score(), self.result, self.config
+        result["curve"].append((done, bits))
+        # The mean over the last steps is drawn at their middle.
+        mean = sum(self.recent) / len(self.recent)
+        result["train_curve"].append((done - len(self.recent) / 2, mean))
+        self.recent.clear()
+        result["bits_per_byte_after"] = bits
+        result["tokens_per_second"] = done * config.batch * config.context / self.seconds
+        result["seconds"] = self.seconds
+        if self.stats:
+            reading = self.stats.read(group=self.processes.group)
+            result["load"] = [layer.shares.tolist() for layer in reading.eval.values()]
+            if sink is not None:
+                sink(reading, done)
+        return bits
+
+
+def train(
+    name: str, trainer: Trainer, save: Callable[[], None] = lambda: None, sink: Sink | None = None
+) -> dict:
+    """Train to the end; call `save` after every evaluation. Returns the trainer's result."""
+    config, is_first = trainer.config, trainer.processes.rank == 0
+    save()
     bar = tqdm(
         range(config.steps),
         desc=name,
         unit="step",
         dynamic_ncols=True,
-        disable=True if processes.rank else None,
+        disable=None if is_first else True,
     )
     for step in bar:
-        begin = time.perf_counter()
-        starts = torch.randint(
-            len(corpus.train) - config.context, (config.batch,), generator=batches
-        )
-        inputs, targets = windows(corpus.train, processes.share(starts), config.context)
-        loss = loss_of(wrapped, inputs.to(device), targets.to(device))
-        balance = sum((layer.l_aux for layer in model.moe_layers()), torch.zeros((), device=device))
-        optimizer.zero_grad(set_to_none=True)
-        (loss + config.balance * balance).backward()
-        processes.clip(model, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        optimizer.step()
-        of_all = processes.total(loss.detach()) / processes.size
-        recent.append(of_all.item() / math.log(2))
-        seconds += time.perf_counter() - begin
-
+        trainer.step(step)
         done = step + 1
         if done % config.eval_every == 0 or done == config.steps:
-            bits = evaluate(model, corpus, config, device, processes)
-            result["curve"].append((done, bits))
-            # A mean over the last steps stands at their middle.
-            result["train_curve"].append((done - len(recent) / 2, sum(recent) / len(recent)))
-            recent.clear()
-            result["bits_per_byte_after"] = bits
-            result["tokens_per_second"] = done * config.batch * config.context / seconds
-            result["seconds"] = seconds
-            if stats:
-                reading = stats.read(group=processes.group)
-                result["load"] = [layer.shares.tolist() for layer in reading.eval.values()]
-                if sink is not None:
-                    sink(reading, done)
-            reached = f"held-out {bits:.3f} bits/byte"
+            reached = f"held-out {trainer.evaluate(done, sink):.3f} bits/byte"
             bar.set_postfix_str(reached)
-            if bar.disable and processes.rank == 0:  # a log, not a terminal
+            if bar.disable and is_first:  # a log, not a terminal
                 print(f"{name}: step {done} of {config.steps}, {reached}", flush=True)
             save()
+    return trainer.result
 
 
 def write_json(path: Path, data: dict) -> None:
-    """Replace the file at once: an interruption leaves the old or the new one, never half."""
+    """Replace the file in one step: an interruption leaves the old or the new one."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(data, indent=1) + "\n")
     os.replace(part, path)
 
 
 def report(results: dict) -> str:
-    """The figures of both models as text, once both are trained."""
+    """The figures of both trained models as text."""
     lines = [
-        "held-out bits per byte, before and after training; parameters used per byte, and all",
+        "held-out bits per byte before and after training; parameters active per byte and in total",
         f"{'':8}{'before':>9}{'after':>9}{'tokens/s':>11}{'active':>10}{'total':>10}",
     ]
     for name, r in results["models"].items():
@@ -312,7 +257,7 @@ def report(results: dict) -> str:
     moe, dense = (results["models"][name]["bits_per_byte_after"] for name in ("moe", "dense"))
     comparison = f"{abs(dense - moe):.3f} bits per byte {'fewer' if moe < dense else 'more'}"
     lines.append(
-        f"the MoE model needs {comparison} than the dense one with as many active parameters"
+        f"the MoE model needs {comparison} than the dense model of equal active parameters"
     )
     steps = results["config"]["steps"]
     if steps < Config.steps // 2:
@@ -322,7 +267,7 @@ def report(results: dict) -> str:
 
 
 def draw(results: dict, out: Path) -> None:
-    # What a model knows before training is off the scale of what it learns.
+    # The loss before training would leave little of the scale for the rest.
     trained = {name: r for name, r in results["models"].items() if r.get("train_curve")}
     curves = {f"{name}, held out": r["curve"][1:] for name, r in trained.items()}
     curves |= {f"{name}, training": r["train_curve"] for name, r in trained.items()}
@@ -337,7 +282,7 @@ def draw(results: dict, out: Path) -> None:
 def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> dict:
     """Train both models, write result.json, stats.jsonl and pictures to `out`, print the figures.
 
-    Interrupted, it keeps what it has, draws it, and raises KeyboardInterrupt again.
+    If interrupted, it writes and draws what it has before it raises KeyboardInterrupt.
     """
     begin, started = time.perf_counter(), time.time()
     out.mkdir(parents=True, exist_ok=True)
@@ -346,7 +291,7 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
     lines = JsonLines(out / STATS)
     if is_first:
         lines.path.unlink(missing_ok=True)
-    corpus = load_corpus(config)
+    corpus = load_corpus(config.holdout)
     results: dict = {
         "config": asdict(config),
         "device": device,
@@ -368,25 +313,17 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
 
     say = print if is_first else lambda text: None
     if load := crowded():
-        say(f"load {load}")
+        say(f"CPU is busy: load {load}")
     say(
-        f"{corpus.train_files} files, {len(corpus.train) / 1e6:.1f} MB to train on, "
-        f"{corpus.heldout_files} files, {len(corpus.heldout) / 1e6:.1f} MB held out"
+        f"Python's own sources: {corpus.train_files} files ({len(corpus.train) / 1e6:.1f} MB) to "
+        f"train on, {corpus.heldout_files} files ({len(corpus.heldout) / 1e6:.1f} MB) held out"
     )
+    say(f"training a model with experts, then a dense one, {config.steps} steps each")
     try:
         for name in ("moe", "dense"):
-            result: dict = {}
-            results["models"][name] = result
-            train(
-                name,
-                corpus,
-                config,
-                torch.device(device),
-                result,
-                save,
-                processes,
-                lines if is_first else None,
-            )
+            trainer = Trainer(name, corpus, config, torch.device(device), processes)
+            results["models"][name] = trainer.result
+            train(name, trainer, save, lines if is_first else None)
     finally:
         results["seconds"] = time.perf_counter() - begin
         if is_first:
@@ -397,7 +334,7 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
     if is_first:
         for _, reading in list(read_json_lines(lines.path))[-1:]:
             print(reading)
-    say(f"python -m moe_ext plot {lines.path}    tells more of the experts")
+    say(f"to draw the experts of one layer: python -m moe_ext plot {lines.path} --layer NAME")
     written = sorted(path for path in out.iterdir() if path.stat().st_mtime >= started)
     say(f"wrote {', '.join(path.name for path in written)} to {out}")
     return results

@@ -1,5 +1,6 @@
-"""Check the installation, `python -m moe_ext doctor`: what is built, which code runs, whether its
-results are right, and how to fix each problem.
+"""Check the installation: which libraries are built, which code runs, and whether it is right.
+
+`python -m moe_ext doctor` prints it, with a fix for each problem.
 """
 
 import importlib.metadata
@@ -21,12 +22,12 @@ from torch import Tensor
 from .. import build
 from ..ops import reference, registry, samples
 
-# What _C_cuda holds in its bytes, see csrc/cuda_ops.cpp.
+# A text that csrc/cuda_ops.cpp puts into the library.
 ARCHITECTURES = re.compile(rb"moe_ext built for compute capability ([0-9a-zA-Z.+,]*)")
 
 
 def _source() -> str:
-    """What pip is to install again: the folder of the sources, where that is known."""
+    """The argument of pip install: the folder of the sources, where it is known."""
     if (build.ROOT / "setup.py").exists():
         return f"-e {build.ROOT}"
     try:
@@ -36,19 +37,19 @@ def _source() -> str:
     url = urllib.parse.urlsplit(json.loads(text)["url"]) if text else None
     if url is not None and url.scheme == "file":
         return urllib.request.url2pathname(url.path)
-    # A wheel that pip finds is of the CPU.
+    # From source, because a wheel has the CPU library alone.
     return "--no-binary moe_ext moe_ext"
 
 
 AGAIN = f"pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps {_source()}"
-TOLERANCE = 1e-4  # of float32 results, beside their largest number
+TOLERANCE = 1e-4  # largest error of a float32 result over its largest number
 
 
 class Problem(NamedTuple):
-    """A problem of the installation, and what fixes it.
+    """A problem of the installation and its fix.
 
     Attributes:
-        problem: what is wrong
+        problem: a sentence
         fix: a command or change
     """
 
@@ -57,15 +58,15 @@ class Problem(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """What runs an operator on a device.
+    """The code that runs an operator on a device, and the result of its self-test.
 
     Attributes:
         name: of the operator
-        device: its type
-        backend: as of `registry.backend`
-        why: why nothing faster, "" where nothing is
-        error: the largest of the self-test, over the largest number; None where it raised `failure`
-        failure: what the self-test raised, or ""
+        device: type of the device
+        backend: result of `registry.backend`
+        why: why no faster backend runs, or ""
+        error: largest error over the largest number; None where the self-test raised
+        failure: the error that the self-test raised, or ""
     """
 
     name: str
@@ -85,15 +86,14 @@ class Operator(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `examine` finds. Printed for people; `as_dict` is for programs.
+    """The result of `examine`. str() is for people, `as_dict` for programs.
 
     Attributes:
-
-        facts: versions, paths and hardware; a field by name, None for what is not there
-        libraries: path, or the error, of the libraries _C and _C_cuda; fix of _C_cuda: how a torch
-            with CUDA gets the kernels that it lacks, a problem on a machine with a GPU alone
+        facts: versions, paths and hardware by name; None where something is missing
+        libraries: path or error of _C and _C_cuda. The fix of _C_cuda says how a torch with CUDA
+            gets the missing kernels; without a GPU that is not a problem.
         operators: one for every operator and device
-        problems: what `examine` found wrong
+        problems: all problems found
     """
 
     facts: dict
@@ -106,7 +106,7 @@ class Report(NamedTuple):
         return not self.problems
 
     def as_dict(self) -> dict:
-        """As numbers, strings, lists and dicts; an error that is not finite is None."""
+        """Numbers, strings, lists and dicts, for JSON; an infinite or NaN error is None."""
         return {
             "ok": self.is_well,
             **self.facts,
@@ -119,17 +119,17 @@ class Report(NamedTuple):
         table = {**_table(self.facts), **{k: _library(v) for k, v in self.libraries.items()}}
         width = max(map(len, table))
         lines = [f"{name:{width}}  {value}" for name, value in table.items()]
-        head = f"{'operator':18}{'device':8}{'runs':11}{'largest error':15}why nothing faster"
+        head = f"{'operator':23}{'device':8}{'backend':11}{'largest error':15}why no faster backend"
         lines += ["", head]
         for o in self.operators:
             error = o.failure or f"{o.error:.1e}"
-            lines.append(f"{o.name:18}{o.device:8}{o.backend:11}{error:15}{o.why}".rstrip())
+            lines.append(f"{o.name:23}{o.device:8}{o.backend:11}{error:15}{o.why}".rstrip())
         lines.append("")
         for problem in self.problems:
             lines += [f"problem: {problem.problem}", f"    fix: {problem.fix}"]
         if self.libraries["_C_cuda"]["fix"] and not self.facts["cards"]:
             lines += [
-                "note: no CUDA kernels are used; they matter on a machine with a GPU",
+                "note: no CUDA kernels are built; they matter on a machine with a GPU",
                 f" fix: {self.libraries['_C_cuda']['fix']}",
             ]
         busy = _busy(self.facts["cpu"])
@@ -141,20 +141,21 @@ class Report(NamedTuple):
 
 
 def _table(facts: dict) -> dict[str, str]:
-    """The facts as lines for people."""
+    """The facts as text by name."""
     cpu, compiler, toolkit = facts["cpu"], facts["compiler"], facts["toolkit"]
+    threads = f"{cpu['threads']} thread{'s' * (cpu['threads'] > 1)}"
     cuda = facts["torch"]["cuda"]
     table = {
         "moe_ext": "{version}, {path}".format(**facts["moe_ext"]),
         "python": "{version}, {path}".format(**facts["python"]),
         "platform": facts["platform"],
         "torch": f"{facts['torch']['version']}, {f'for CUDA {cuda}' if cuda else 'without CUDA'}",
-        "CPU": f"{cpu['capability']}, {cpu['cores']} cores, number of threads {cpu['threads']}",
-        "compiler": "{path}, {version}".format(**compiler) if compiler else "none that works",
+        "CPU": f"{cpu['capability']}, {cpu['cores']} cores, torch uses {threads}",
+        "compiler": "{path}, {version}".format(**compiler) if compiler else "none works",
         "CUDA toolkit": "{cuda}, {path}".format(**toolkit) if toolkit else "none found",
     }
     if cuda and not facts["cards"]:
-        table["card"] = "none that torch can use; see what nvidia-smi says if there is one"
+        table["card"] = "none that torch can use; if there is one, run nvidia-smi"
     for i, card in enumerate(facts["cards"]):
         text = f"{card['name']}, compute capability {card['compute_capability']}"
         table[f"card {i}" if i else "card"] = text
@@ -168,8 +169,7 @@ def _library(library: dict) -> str:
 
 
 def examine() -> Report:
-    """Look at this process's installation and run every operator once, on the CPU and on the
-    accelerator where there is one."""
+    """Examine the installation and test every operator once, on the CPU and the accelerator."""
     problems: list[Problem] = []
     libraries = _libraries(problems)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -178,13 +178,9 @@ def examine() -> Report:
     for o in operators:
         if not o.is_right:
             found = o.failure or f"an error of {o.error:.1e}"
-            problems.append(
-                Problem(
-                    f"the self-test of {o.name} on {o.device} gave {found}",
-                    f"{AGAIN}; where that does not help, report it with what "
-                    "`python -m moe_ext doctor --json` prints",
-                )
-            )
+            problem = f"the self-test of {o.name} on {o.device} gave {found}"
+            report = "report it with the output of `python -m moe_ext doctor --json`"
+            problems.append(Problem(problem, f"{AGAIN}; if that does not help, {report}"))
     return Report(_facts(), libraries, operators, problems)
 
 
@@ -215,14 +211,14 @@ def _cpu() -> dict:
         "threads": threads,
         "cores": cores,
         "load": load,
-        # A build, as the one before this, brings the load a little over the cores, and when it has
-        # ended it is in the mean of a minute still.
+        # A build raises the load slightly above the number of cores, and for a minute after its
+        # end: the load alone would report an installation that has just been built.
         "is_busy": threads > 1 and load >= 1.5 * cores and threads + others > cores,
     }
 
 
 def crowded() -> str:
-    """What other work on this machine's CPUs means for torch's threads; "" without such work."""
+    """Load and advice if other work keeps the CPU busy, else ""."""
     return _busy(_cpu())
 
 
@@ -230,13 +226,13 @@ def _busy(cpu: dict) -> str:
     if not cpu["is_busy"]:
         return ""
     return (
-        f"{cpu['load']:.1f} on {cpu['cores']} cores in the last minute; beside other work torch's "
-        "threads wait for each other: start Python with OMP_NUM_THREADS=1, often ten times faster"
+        f"{cpu['load']:.1f} on {cpu['cores']} cores in the last minute; torch's threads then wait "
+        "for each other, so set OMP_NUM_THREADS=1"
     )
 
 
 def _work() -> tuple[float, int]:
-    """How many threads ran in the last minute, and how many others than this run now."""
+    """The load of the last minute, and the number of other threads that run now."""
     try:
         load, *_, counts, _ = Path("/proc/loadavg").read_text().split()
     except OSError:
@@ -292,7 +288,7 @@ def _text(path: Path | None) -> str | None:
 
 
 def _built_for(library: Path) -> list[str]:
-    """The TORCH_CUDA_ARCH_LIST of a library's kernels; empty where it does not tell."""
+    """The TORCH_CUDA_ARCH_LIST of a library's kernels; empty if unknown."""
     built = ARCHITECTURES.search(library.read_bytes())
     return built.group(1).decode().split(",") if built else []
 
@@ -308,7 +304,7 @@ def _unserved(card: int, built_for: list[str]) -> Problem | None:
 
 
 def _without_kernels() -> Problem:
-    """torch has CUDA and there are no kernels."""
+    """The problem of a torch with CUDA but without kernels."""
     choice = build.choose_toolkit()
     fix = f"{choice.fix}; then {AGAIN}" if choice.fix else AGAIN
     return Problem(
@@ -317,14 +313,16 @@ def _without_kernels() -> Problem:
 
 
 def serves(built_for: list[str], capability: tuple[int, int]) -> bool:
-    """Whether kernels for a TORCH_CUDA_ARCH_LIST run on a card: machine code on its major version
-    from its minor one on, PTX on all later ones."""
+    """Whether kernels for a TORCH_CUDA_ARCH_LIST run on a card.
+
+    Machine code runs on its major version from its minor version on, PTX on all later versions.
+    """
     for item in built_for:
         number, _, ptx = item.partition("+")
         specific = number[-1:] in ("a", "f")
         major, _, minor = number.rstrip("af").partition(".")
         if not (major.isdigit() and minor.isdigit()):
-            return True  # a name, as Hopper, of which more than this is not known here
+            return True  # a name such as Hopper, whose versions are not known here
         have = int(major), int(minor)
         if capability == have or (not specific and capability[0] == have[0] and capability >= have):
             return True
@@ -339,7 +337,7 @@ def _operator(name: str, device: str) -> Operator:
     if backend == "reference":
         why = registry.why_reference(device)
     elif backend == "torch":
-        why = "products of experts are torch's own here; explain(layer, x) says which"
+        why = "torch's grouped_mm is used; explain(layer, x) says where"
     try:
         return Operator(name, device, backend, why, _error(name, device), "")
     except Exception as error:
@@ -347,20 +345,20 @@ def _operator(name: str, device: str) -> Operator:
 
 
 def _error(name: str, device: str) -> float:
-    """Of an operator beside the reference in float64: the largest difference over the largest
-    number; infinite where integers differ."""
+    """The largest difference to the reference in float64, over the largest number; infinite where
+    integers differ."""
     args = samples.arguments(name, device)
     got = getattr(torch.ops.moe_ext, name)(*args)
-    # A plan has no numbers to round.
+    # A plan has integers alone.
     right = getattr(reference, name)(*(args if name == "plan" else map(_exact, args)))
     pairs = zip(_as_tuple(got), _as_tuple(right), strict=True)
     errors = [_difference(one.cpu(), other.cpu()) for one, other in pairs]
-    # max passes over a NaN.
+    # max would ignore a NaN.
     return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def _exact(argument):
-    """A tensor on the CPU, of numbers in float64."""
+    """The argument on the CPU, real numbers in float64."""
     if not isinstance(argument, Tensor):
         return argument
     return argument.cpu().double() if argument.is_floating_point() else argument.cpu()

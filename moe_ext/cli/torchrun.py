@@ -1,4 +1,4 @@
-"""The processes of a run under torchrun, which share a model's experts and every batch."""
+"""The ranks of a run under torchrun, which share a model's experts and every batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..parallel import ExpertParallel
 
 
 class Processes(NamedTuple):
-    """Those of this run. Without groups there is one."""
+    """The ranks of this run; one without groups."""
 
     rank: int = 0
     size: int = 1
@@ -38,9 +38,12 @@ class Processes(NamedTuple):
         return None if self.groups is None else dist.group.WORLD
 
     def share(self, starts: Tensor) -> Tensor:
-        """This process's part of a batch."""
+        """This rank's part of a batch."""
         if len(starts) % self.size:
-            raise ValueError(f"a batch of {len(starts)} windows is not for {self.size} processes")
+            raise ValueError(
+                f"a batch of {len(starts)} windows cannot be shared equally by {self.size} ranks; "
+                "choose a number of ranks that divides it"
+            )
         return starts[self.rank :: self.size]
 
     def total(self, value: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ class Processes(NamedTuple):
         return value
 
     def wrap(self, model: nn.Module, layers: Sequence[MOELayer]) -> nn.Module:
-        """The model with the experts of these layers divided, and gradients averaged."""
+        """Divide these layers' experts among the ranks; average the other gradients."""
         if self.groups is None:
             return model
         for layer in layers:

@@ -23,12 +23,11 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def corpus():
-    return demo.load_corpus(SMALL)
+    return demo.load_corpus()
 
 
 def test_no_file_is_in_both_parts(corpus):
-    config = replace(SMALL, holdout=2)
-    halves = demo.load_corpus(config)
+    halves = demo.load_corpus(holdout=2)
     assert abs(halves.train_files - halves.heldout_files) <= 1
     files = corpus.train_files + corpus.heldout_files
     assert corpus.heldout_files == pytest.approx(files / SMALL.holdout, abs=1)
@@ -37,9 +36,9 @@ def test_no_file_is_in_both_parts(corpus):
 
 def test_models_have_the_same_active_parameters():
     config = demo.Config()
-    moe, dense = (demo.ByteModel(config, is_moe) for is_moe in (True, False))
+    moe, dense = (demo.make_model(config, is_moe) for is_moe in (True, False))
     assert demo.active_parameters(moe) == demo.active_parameters(dense)
-    assert len(moe.moe_layers()) == config.layers
+    assert len(demo.moe_layers(moe)) == config.layers
     assert config.experts >= 8
     assert config.k == 2
 
@@ -51,10 +50,10 @@ def test_experts_lower_the_loss_at_equal_active_parameters(corpus):
         **{"layers": 1, "width": 32, "ffn": 64, "context": 16, "learning_rate": 8e-3},
         **{"steps": 400, "eval_every": 400, "eval_windows": 1024},
     )
-    results: dict = {"moe": {}, "dense": {}}
-    for name, result in results.items():
-        demo.train(name, corpus, config, torch.device("cpu"), result, save=lambda: None)
-    moe, dense = results.values()
+    moe, dense = (
+        demo.train(name, demo.Trainer(name, corpus, config, torch.device("cpu")))
+        for name in ("moe", "dense")
+    )
     assert moe["active_parameters"] == dense["active_parameters"]
     assert moe["bits_per_byte_after"] < dense["bits_per_byte_after"]
 
@@ -69,7 +68,7 @@ def test_the_report_says_which_model_is_better():
     steps = demo.Config.steps
     results = {"models": models, "config": {"steps": steps}, "seconds": 41.7}
     said = demo.report(results)
-    assert "the MoE model needs 0.150 bits per byte fewer than the dense one" in said
+    assert "the MoE model needs 0.150 bits per byte fewer than the dense model" in said
     assert "too few" not in said
     assert said.endswith("elapsed: 42 s")
     models["moe"]["bits_per_byte_after"] = 2.7
@@ -154,7 +153,7 @@ def test_ctrl_c_leaves_what_was_written(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "interrupted; what was reached is in" in errors
+    assert "interrupted; the results so far are in" in errors
     assert len(json.loads(result.read_text())["models"]["moe"]["curve"]) >= 2
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
     assert not list(tmp_path.glob("*.part"))

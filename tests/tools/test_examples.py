@@ -1,4 +1,4 @@
-"""The examples, on small settings: each runs, says what it says it does, and learns."""
+"""Each example runs on small settings, prints the results that it promises, and learns."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def test_train_gpt():
     said = run("train_gpt.py", "--steps", 60, "--batch", 16, "--write", 40)
     first, last = numbers(r"step \d+: ([\d.]+) bits", said)
     assert last < 0.75 * first
-    assert "blocks.0.moe" in said
+    assert "blocks.0.ffn" in said
     assert "\ndef " in said
 
 
@@ -52,7 +52,7 @@ def test_own_gate():
     said = run("own_gate.py", "--steps", 150)
     first, last = numbers(r"step \d+: loss ([\d.]+)", said)
     assert last < 0.5 * first
-    (routes,) = numbers(r"([\d.]+) experts for a token", said)
+    (routes,) = numbers(r"([\d.]+) experts per token", said)
     assert 1 <= routes < 2
 
 
@@ -75,12 +75,12 @@ def test_watch_experts(tmp_path):
 def test_fsdp2_and_experts_on_two_processes():
     one = run("fsdp2_ep.py", "--steps", 30)
     two = run("fsdp2_ep.py", "--steps", 30, launcher=TORCHRUN)
-    assert ("1 processes" in one, "2 processes" in two) == (True, True)
+    assert ("1 rank\n" in one, "2 ranks\n" in two) == (True, True)
     losses = [numbers(r"step \d+: loss ([\d.]+)", said) for said in (one, two)]
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
     assert losses[0][1] < losses[0][0]
     # What both processes' tokens asked for.
-    tables = [numbers(r"\d+\.\d+", said[said.index("processes\n") :]) for said in (one, two)]
+    tables = [numbers(r"\d+\.\d+", said[said.index(" rank") :]) for said in (one, two)]
     assert tables[1] == pytest.approx(tables[0], abs=0.02)
 
 
@@ -88,3 +88,28 @@ def test_train_moe():
     said = run("train_moe.py", "--steps", 21)
     losses = numbers(r"step \d+: loss ([\d.]+)", said)
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train_gpt.py --batch 0", "--steps and --batch must be at least 1"),
+        ("own_gate.py --steps 0", "--steps must be at least 1, got 0"),
+        ("watch_experts.py --steps 0", "--steps must be at least 1, got 0"),
+        ("fsdp2_ep.py --steps -1", "--steps must be at least 1, got -1"),
+        ("train_moe.py --steps 0", "--steps and --ep-size must be at least 1"),
+        ("train_moe.py --zero 1", "--zero and --ep-size need --engine"),
+        ("finetune_mixtral.py --steps 1", "--steps must be at least 2"),
+        ("finetune_mixtral.py --length 0", "--batch and --length must be at least 1"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, message):
+    name, *arguments = arguments.split()
+    if name == "finetune_mixtral.py":
+        pytest.importorskip("transformers", reason="needs the extra peers")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
