@@ -1,4 +1,4 @@
-// What experts do between their two products: the formulas that the CPU and the CUDA kernels share.
+// The activations of experts: the formulas that the CPU and the CUDA kernels share.
 
 #pragma once
 

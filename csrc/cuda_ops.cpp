@@ -165,7 +165,7 @@ Tensor mask_weights_backward_cuda(const Tensor& grad, const Tensor& weights, con
   return grad_weights;
 }
 
-// Of the arguments of the row operators; route_dot has no weights.
+// The routes in a row operator's arguments; route_dot has no weights.
 template <typename Args>
 cuda::Routes routes_of(const Args& a, const OptionalTensor& weights) {
   return {const_int_data(a.slots),

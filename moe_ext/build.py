@@ -153,7 +153,8 @@ def jit_dev(verbose: bool = False) -> Path:
         "sources": [*kernels, *others],
         "extra_cflags": [*flags, "-isystem", str(toolkit.include)],
     }
-    files = [*kernels, *others, "tests/cusim/cusim.h", "tests/cusim/fiber.h", *headers()]
+    emulator = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/cusim/*.h"))
+    files = [*kernels, *others, *emulator, *headers()]
     folder = _folder(files, [module], None)
     _build_once(folder, [module], None, verbose)
     return folder / f"moe_ext_dev{cpp_extension.LIB_EXT}"

@@ -1,12 +1,11 @@
-// Activate: what experts do between their two products, on the rows that routes own.
+// Activate: the activation between an expert's two products, on the rows that routes own.
 //
-//   out[r, f] = w * fn(pre_activation[r, f])                        w = weights[t, k] of the row's
-//   route, or 1 out[r, f] = w * fn(pre_activation[r, f]) * pre_activation[r, F + f]      with a
-//   gate
+//   out[r, f] = w * fn(pre_activation[r, f])                                 without a gate
+//   out[r, f] = w * fn(pre_activation[r, f]) * pre_activation[r, F + f]      with a gate
 //
-// and its gradient with the same values again: a layer saves `pre_activation` alone. All other rows
-// are not read and come out zero. A thread takes whole rows, in pieces that stay in its first
-// cache.
+// w is the weight of the row's route, weights[t, k], or 1. The gradient computes the same values
+// again: a layer saves `pre_activation` alone. Rows without a route are not read and come out zero.
+// A thread takes whole rows, in pieces that stay in its first cache.
 
 #include <tuple>
 
@@ -19,11 +18,11 @@ namespace {
 
 constexpr int64_t kPiece = 512;
 
-// Of a piece of a row: where its gate is activated and multiplied by `up`, which is null without
-// one.
+// A piece of a row, whose gate is activated and multiplied by `up`.
 template <typename T>
 struct Forward {
-  const T *gate, *up;
+  const T* gate;
+  const T* up;  // null without a gate
   T* out;
   T weight;
 };
@@ -110,7 +109,7 @@ MOE_EXT_INLINE void activate_all(const Piece& p, int64_t size) {
   for (; i < size; ++i) activate_some<float, Function>(p, i);
 }
 
-// Whether it was: of floats, what the compiler does not make vector code of by itself.
+// Activates floats by vector code that the compiler does not write by itself; false where it does.
 template <int bytes, typename Piece>
 MOE_EXT_INLINE bool activate_as_vectors(Activation activation, const Piece& p, int64_t size) {
   if (activation == Activation::kRelu) return false;
@@ -181,10 +180,11 @@ class Piece {
 template <typename scalar_t>
 struct ActivateRoutes {
   using T = accumulate_t<scalar_t>;
-  const scalar_t* pre_activation;
-  const T* weights;
-  const int32_t *slots, *sources;
-  scalar_t* active;
+  const scalar_t* pre_activation;  // [R, inner_width]
+  const T* weights;                // [T, K] or null
+  const int32_t* slots;            // [T, K]
+  const int32_t* sources;          // [R]
+  scalar_t* active;                // [R, width]
   Activation activation;
   int64_t inner_width, width, num_rows;
 
@@ -236,11 +236,14 @@ void activate_kernel(const ActivateArgs& a, const Tensor& out) {
 template <typename scalar_t>
 struct ActivateBackwardRoutes {
   using T = accumulate_t<scalar_t>;
-  const scalar_t *pre_activation, *grad;
-  const T* weights;
-  const int32_t *slots, *sources;
-  scalar_t *grad_pre_activation, *active;
-  T* grad_weights;
+  const scalar_t* pre_activation;  // [R, inner_width]
+  const scalar_t* grad;            // [R, width]
+  const T* weights;                // [T, K]
+  const int32_t* slots;            // [T, K]
+  const int32_t* sources;          // [R]
+  scalar_t* grad_pre_activation;   // [R, inner_width]
+  scalar_t* active;                // [R, width]
+  T* grad_weights;                 // [T, K]
   Activation activation;
   int64_t inner_width, width, num_rows;
 

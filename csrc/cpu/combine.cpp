@@ -15,10 +15,10 @@ namespace {
 template <typename scalar_t>
 struct CombineTokens {
   using T = accumulate_t<scalar_t>;
-  const scalar_t* rows;
-  const T* weights;
-  const int32_t* slots;
-  scalar_t* tokens;
+  const scalar_t* rows;  // [R, H]
+  const T* weights;      // [T, K] or null
+  const int32_t* slots;  // [T, K]
+  scalar_t* tokens;      // [T, H]
   int64_t num_tokens, top_k, hidden, num_rows;
 
   template <int bytes>

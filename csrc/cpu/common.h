@@ -1,4 +1,4 @@
-// What the CPU operators share: types, how much work a thread takes, and how bad ids are reported.
+// Shared by the CPU operators: types, how much work a thread takes, and how bad ids are reported.
 
 #pragma once
 
@@ -62,7 +62,7 @@ inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> size, Sca
     if (from < to) madvise(reinterpret_cast<void*>(from), to - from, advice);
   };
   if (end - begin < 2 * kHuge) return tensor;
-  // What lies before and after on the same pages is only ever better off.
+  // Neighbours on the same pages are only ever better off.
   advise(down(begin, kHuge), up(end, kHuge), MADV_HUGEPAGE);
 #if defined(MADV_POPULATE_WRITE)
   // A mapping seldom starts with a whole page of that size: its ends are mapped in one go.

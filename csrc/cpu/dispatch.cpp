@@ -12,10 +12,11 @@ namespace {
 
 template <typename scalar_t>
 struct DispatchTokens {
-  const scalar_t* tokens;
-  const accumulate_t<scalar_t>* weights;
-  const int32_t *slots, *sources;
-  scalar_t* rows;
+  const scalar_t* tokens;                 // [T, H]
+  const accumulate_t<scalar_t>* weights;  // [T, K] or null
+  const int32_t* slots;                   // [T, K]
+  const int32_t* sources;                 // [R]
+  scalar_t* rows;                         // [R, H]
   int64_t top_k, hidden, num_rows;
 
   template <int bytes>

@@ -8,9 +8,10 @@
 namespace moe_ext {
 namespace {
 
-// grad: null for the weights, else the gradient of what they give.
 template <typename T>
-void mask_weights_kernel(const MaskWeightsArgs& a, const T* grad, const Tensor& result) {
+void mask_weights_kernel(const MaskWeightsArgs& a,
+                         const T* grad,           // [T, K]; null: the result is the weights
+                         const Tensor& result) {  // [T, K]
   const int64_t K = a.top_k;
   const T eps = static_cast<T>(a.eps), scale = static_cast<T>(a.scale);
   const T* weights = const_data<T>(a.weights);
@@ -26,7 +27,7 @@ void mask_weights_kernel(const MaskWeightsArgs& a, const T* grad, const Tensor& 
         }
         kept.divide(eps);
       }
-      // From a weight itself nothing is subtracted.
+      // Nothing is subtracted from a weight itself.
       if (!grad) kept.shift = kept.mean = 0;
       for (int64_t i = first; i < first + K; ++i) {
         out[i] = slots[i] < 0 ? T{0} : kept.centred(from[i]) / kept.divisor * scale;

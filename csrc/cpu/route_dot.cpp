@@ -13,9 +13,11 @@ namespace {
 
 template <typename scalar_t>
 struct RouteDotTokens {
-  const scalar_t *tokens, *rows;
-  const int32_t *slots, *sources;
-  accumulate_t<scalar_t>* dots;
+  const scalar_t* tokens;        // [T, H]
+  const scalar_t* rows;          // [R, H]
+  const int32_t* slots;          // [T, K]
+  const int32_t* sources;        // [R]
+  accumulate_t<scalar_t>* dots;  // [T, K]
   int64_t top_k, hidden, num_rows;
 
   template <int bytes>
@@ -29,12 +31,12 @@ struct RouteDotTokens {
   }
 };
 
-// And writes the same rows of the dispatched.
+// Also writes each route's row of the dispatched tokens.
 template <typename scalar_t>
 struct CombineBackwardTokens {
   RouteDotTokens<scalar_t> at;
-  const accumulate_t<scalar_t>* weights;
-  scalar_t* dispatched;
+  const accumulate_t<scalar_t>* weights;  // [T, K]
+  scalar_t* dispatched;                   // [R, H]
 
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, const RowWriter<scalar_t>& writer,

@@ -1,4 +1,4 @@
-// What dispatch, route_dot and combine_backward do with one row.
+// Work on one row, shared by dispatch, route_dot, combine_backward and activate.
 
 #pragma once
 
@@ -92,26 +92,27 @@ void zero_empty_rows(const int32_t* slots, const int32_t* sources, int64_t num_r
   });
 }
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kSumLanes = 16;
 
-// The sum runs in kLanes interleaved lanes, whatever the registers, and these are added in their
+// The sum runs in kSumLanes interleaved lanes, whatever the registers, and these are added in their
 // order.
 template <int bytes, typename scalar_t>
 MOE_EXT_INLINE accumulate_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t size) {
   using T = accumulate_t<scalar_t>;
   constexpr int64_t kWidth = bytes / sizeof(T);
-  Vector<T, bytes> sums[kLanes / kWidth]{}, x, y;
+  Vector<T, bytes> sums[kSumLanes / kWidth]{}, x, y;
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int64_t part = 0; part < kLanes / kWidth; ++part) {
+  for (; i + kSumLanes <= size; i += kSumLanes) {
+    for (int64_t part = 0; part < kSumLanes / kWidth; ++part) {
       load_as(x, a + i + part * kWidth);
       load_as(y, b + i + part * kWidth);
       sums[part] += x * y;
     }
   }
-  T lanes[kLanes];
-  for (int64_t part = 0; part < kLanes / kWidth; ++part) store(sums[part], lanes + part * kWidth);
-  for (; i < size; ++i) lanes[i % kLanes] += static_cast<T>(a[i]) * static_cast<T>(b[i]);
+  T lanes[kSumLanes];
+  for (int64_t part = 0; part < kSumLanes / kWidth; ++part)
+    store(sums[part], lanes + part * kWidth);
+  for (; i < size; ++i) lanes[i % kSumLanes] += static_cast<T>(a[i]) * static_cast<T>(b[i]);
   T sum = 0;
   for (const T lane : lanes) sum += lane;
   return sum;

@@ -1,9 +1,11 @@
-// Activate: what experts do between their two products, on the rows that routes own, and its
+// Activate: the activation between an expert's two products, on the rows that routes own, and its
 // gradient with the same values again.
 //
-//   out[r, f] = w * fn(pre_activation[r, f])                      w = weights[t, k] of the row's
-//   route, or 1 out[r, f] = w * fn(pre_activation[r, f]) * pre_activation[r, F + f]    with a gate
-//   (no route: 0, not read)
+//   out[r, f] = w * fn(pre_activation[r, f])                                 without a gate
+//   out[r, f] = w * fn(pre_activation[r, f]) * pre_activation[r, F + f]      with a gate
+//
+// w is the weight of the row's route, weights[t, k], or 1. A row without a route is not read, and
+// its out is 0.
 //
 // Forward a thread takes one vector of one row. Backward a block takes a row, for the product that
 // is the gradient of its weight: a thread adds its vectors in their order, then lanes and warps are
@@ -17,9 +19,9 @@
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int kMaxWarps = 8;
+constexpr int kMaxWarps = 8, kMaxThreads = kMaxWarps * kWarp;
 
-// The vectors of one row at one column: the gate's, and what it is multiplied by.
+// The vectors of one row at one column: the gate's, and its factor.
 template <typename Vector>
 struct Inner {
   Vector gate, up;
@@ -32,9 +34,10 @@ struct Inner {
 };
 
 template <typename T, int kSize>
-__global__ __launch_bounds__(kRowThreads) void activate_kernel(
-    const Pack<T, kSize>* __restrict__ pre_activation, Routes routes, int columns,
-    Activation activation, Pack<T, kSize>* __restrict__ out) {
+KERNEL(kRowThreads)
+void activate_kernel(const Pack<T, kSize>* __restrict__ pre_activation,  // [R, columns or twice]
+                     Routes routes, int columns, Activation activation,
+                     Pack<T, kSize>* __restrict__ out) {  // [R, columns]
   using Sum = accumulate_t<T>;
   const int64_t cell = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, row = cell / columns;
   if (row >= routes.num_rows) return;
@@ -54,14 +57,14 @@ __global__ __launch_bounds__(kRowThreads) void activate_kernel(
 
 template <typename T, int kSize>
 struct Backward {
-  const Pack<T, kSize>* grad;
-  const Pack<T, kSize>* pre_activation;
-  Pack<T, kSize>* grad_pre_activation;
-  Pack<T, kSize>* active;
-  accumulate_t<T>* grad_weights;
+  const Pack<T, kSize>* grad;            // [R, columns]
+  const Pack<T, kSize>* pre_activation;  // [R, columns], twice as many with a gate
+  Pack<T, kSize>* grad_pre_activation;   // the same
+  Pack<T, kSize>* active;                // [R, columns]
+  accumulate_t<T>* grad_weights;         // [T, K]
 };
 
-// Of one vector: writes both results, and returns its part of the weight's gradient.
+// Writes both results of one vector, and returns its part of the weight's gradient.
 template <typename T, int kSize>
 __device__ accumulate_t<T> backward_vector(const Backward<T, kSize>& at, int64_t row, int columns,
                                            int column, Activation activation,
@@ -91,8 +94,9 @@ __device__ accumulate_t<T> backward_vector(const Backward<T, kSize>& at, int64_t
 }
 
 template <typename T, int kSize>
-__global__ __launch_bounds__(kMaxWarps* kWarp) void activate_backward_kernel(
-    Backward<T, kSize> at, Routes routes, int columns, Activation activation) {
+KERNEL(kMaxThreads)
+void activate_backward_kernel(Backward<T, kSize> at, Routes routes, int columns,
+                              Activation activation) {
   using Sum = accumulate_t<T>;
   const int64_t num_routes = routes.num_tokens * routes.top_k;
   const auto sweeps = static_cast<unsigned>(divide_up(num_routes, blockDim.x));

@@ -11,9 +11,10 @@ namespace moe_ext::cuda {
 namespace {
 
 template <typename T, int kSize>
-__global__ __launch_bounds__(kRowThreads, kRowBlocks) void combine_kernel(
-    const Pack<T, kSize>* __restrict__ rows, Routes routes, Tiling tiling,
-    Pack<T, kSize>* __restrict__ tokens) {
+KERNEL(kRowThreads, kRowBlocks)
+void combine_kernel(const Pack<T, kSize>* __restrict__ rows,  // [R, columns]
+                    Routes routes, Tiling tiling,
+                    Pack<T, kSize>* __restrict__ tokens) {  // [T, columns]
   const int columns = tiling.columns;
   RouteTile<accumulate_t<T>> tile(routes, tiling, blockIdx.x);
   accumulate_t<T> sum[kSize] = {};

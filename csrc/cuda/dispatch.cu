@@ -12,9 +12,10 @@ namespace moe_ext::cuda {
 namespace {
 
 template <typename T, int kSize>
-__global__ __launch_bounds__(kRowThreads, kRowBlocks) void dispatch_kernel(
-    const Pack<T, kSize>* __restrict__ tokens, Routes routes, Tiling tiling,
-    Pack<T, kSize>* __restrict__ rows) {
+KERNEL(kRowThreads, kRowBlocks)
+void dispatch_kernel(const Pack<T, kSize>* __restrict__ tokens,  // [T, columns]
+                     Routes routes, Tiling tiling,
+                     Pack<T, kSize>* __restrict__ rows) {  // [R, columns]
   const int columns = tiling.columns;
   const unsigned sweeps = num_sweeps(routes);
   if (blockIdx.x < sweeps) return zero_empty_rows(routes, blockIdx.x, columns, rows);

@@ -1,157 +1,25 @@
 // Gate: score every expert, choose K of them, weigh the choices.
 //
-//   probs[t, :]   = softmax, sigmoid or sqrt(softplus) of logits[t, :]
+//   probs[t, :]      = softmax, sigmoid or sqrt(softplus) of logits[t, :]
 //   expert_ids[t, :] = the K largest of choice_scores[t, :], NaN first, equal ones by lower id
-//   weights[t, k] = scale * probs[t, expert_ids[t, k]], with normalize over their sum
-//   importance[e] = sum over t of probs[t, e]
+//   weights[t, k]    = scale * probs[t, expert_ids[t, k]] / d[t]
+//   d[t]             = sum over k of probs[t, expert_ids[t, k]] with normalize, else 1
+//   importance[e]    = sum over t of probs[t, e]
 //
-// A token's row lies in the registers of kLanes neighbouring lanes, kValues in each; a warp holds
-// kWarp / kLanes rows. Packs of 16 bytes go round the lanes, so that a warp reads whole lines:
-//
-//   kLanes = 2, kValues = 8, float32:   lane 0: experts 0-3 and 8-11, lane 1: 4-7 and 12-15
+// gate_row.cuh says how a token's row lies in the lanes of a warp.
 //
 // Every group of lanes sums the probs of its rows, then the block those of its groups, and
 // importance_kernel those of the blocks: always in this order, so importance is bitwise the same on
 // every run.
 
-#include "vec.cuh"
+#include "gate_row.cuh"
 
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int64_t kMaxThreads = 1 << 17;  // of gate_kernel: about what the largest cards hold
+constexpr int64_t kMostThreads = 1 << 17;  // of gate_kernel: about what the largest cards hold
 constexpr int kSumColumns = 8, kSumParts = 128;  // a sector wide, and few sums after each other
-
-template <typename T, int kLanes_, int kValues_>
-struct Layout {
-  static constexpr int kLanes = kLanes_, kValues = kValues_;
-  static constexpr int kPack = kFullPack<T>;
-  // Few rows for a block, so that a few thousand tokens occupy a card; and the sums of its threads
-  // fill little more than 32 KiB of shared memory.
-  static constexpr int kThreads = kLanes < 8                                ? 64
-                                  : sizeof(accumulate_t<T>) * kValues > 128 ? 128
-                                                                            : 256;
-  static constexpr int kRows = kThreads / kLanes;  // of a block
-  // From one of a thread's sums to the next: the experts of a warp's width lie in as many banks.
-  static constexpr int kSumStride = kThreads + kWarp / kPack;
-  // Blocks that a multiprocessor is to hold: with so few, no registers spill.
-  static constexpr int kBlocks = sizeof(accumulate_t<T>) * kValues > 64 ? 1 : 512 / kThreads;
-
-  // The expert of a lane's i-th value. It grows with i.
-  __device__ static int id(int lane, int i) {
-    return (i / kPack * kLanes + lane) * kPack + i % kPack;
-  }
-  // And where an expert is.
-  __device__ static int lane_of(int id) { return id / kPack % kLanes; }
-  __device__ static int index_of(int id) { return id / (kPack * kLanes) * kPack + id % kPack; }
-
-  // vectorised: rows keep 16-byte packs aligned. Beyond num_experts: fill.
-  __device__ static void read(const T* row, int num_experts, bool vectorised, int lane,
-                              accumulate_t<T> fill, accumulate_t<T> (&values)[kValues]) {
-#pragma unroll
-    for (int i = 0; i < kValues; i += kPack) {
-      const int first = id(lane, i);
-      Pack<T, kPack> pack{};
-      if (vectorised && first < num_experts) {
-        pack = load(reinterpret_cast<const Pack<T, kPack>*>(row + first));
-      }
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        if (first + j >= num_experts) {
-          values[i + j] = fill;
-        } else {
-          values[i + j] = widen(vectorised ? pack.at[j] : load(row + first + j));
-        }
-      }
-    }
-  }
-
-  __device__ static void write(accumulate_t<T>* row, int num_experts, bool vectorised, int lane,
-                               const accumulate_t<T> (&values)[kValues]) {
-    constexpr int kOut = kFullPack<accumulate_t<T>>;
-    static_assert(kPack % kOut == 0);
-#pragma unroll
-    for (int i = 0; i < kValues; i += kOut) {
-      const int first = id(lane, i);
-      if (vectorised && first < num_experts) {
-        Pack<accumulate_t<T>, kOut> pack;
-#pragma unroll
-        for (int j = 0; j < kOut; ++j) pack.at[j] = values[i + j];
-        store(reinterpret_cast<Pack<accumulate_t<T>, kOut>*>(row + first), pack);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kOut; ++j) {
-          if (first + j < num_experts) store(row + first + j, values[i + j]);
-        }
-      }
-    }
-  }
-};
-
-// In the order of the choice: NaN above every number.
-template <typename T>
-__device__ auto choice_key(T score) {
-  const auto key = ordered_bits(score);
-  return std::isnan(score) ? ~decltype(key){0} : key;
-}
-
-// Whether the hardware reduces an integer over a warp.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr bool kReduces = false;
-#else
-constexpr bool kReduces = true;
-#endif
-
-template <int kLanes, typename Key>
-__device__ Key lanes_max(Key x) {
-  if constexpr (kReduces && kLanes == kWarp && std::is_same_v<Key, unsigned>) {
-    return __reduce_max_sync(kAllLanes, x);
-  } else {
-    return lanes_reduce<kLanes>(x, [](Key a, Key b) { return max(a, b); });
-  }
-}
-
-template <int kLanes, typename Id>
-__device__ Id lanes_min(Id x) {
-  if constexpr (kReduces && kLanes == kWarp) {
-    return __reduce_min_sync(kAllLanes, x);
-  } else {
-    return lanes_reduce<kLanes>(x, [](Id a, Id b) { return min(a, b); });
-  }
-}
-
-// Takes the best that is left: clears its key and returns its id, the same in all of the row's
-// lanes.
-template <typename L, typename Key>
-__device__ int take_best(Key (&keys)[L::kValues], int lane) {
-  Key best = 0;
-#pragma unroll
-  for (int i = 0; i < L::kValues; ++i) best = max(best, keys[i]);
-  best = lanes_max<L::kLanes>(best);
-  unsigned id = ~0u;
-#pragma unroll
-  for (int i = L::kValues - 1; i >= 0; --i) {
-    if (keys[i] == best) id = L::id(lane, i);
-  }
-  id = lanes_min<L::kLanes>(id);
-#pragma unroll
-  for (int i = 0; i < L::kValues; ++i) {
-    if (L::id(lane, i) == static_cast<int>(id)) keys[i] = 0;
-  }
-  return static_cast<int>(id);
-}
-
-// Of the id that each lane names, the value in the row.
-template <typename L, typename T>
-__device__ T value_of(const T (&row)[L::kValues], int id) {
-  T value = 0;
-#pragma unroll
-  for (int i = 0; i < L::kValues; ++i) {
-    const T theirs = __shfl_sync(kAllLanes, row[i], L::lane_of(id), L::kLanes);
-    if (L::index_of(id) == i) value = theirs;
-  }
-  return value;
-}
+constexpr int kSumThreads = kSumColumns * kSumParts;
 
 // logits -> probs in place; those beyond num_experts are -inf before.
 template <typename L, typename T>
@@ -173,18 +41,15 @@ __device__ void score(Scoring scoring, T (&row)[L::kValues]) {
 }
 
 template <typename T, int kLanes, int kValues>
-__global__ __launch_bounds__(
-    Layout<T, kLanes, kValues>::kThreads,
-    Layout<T, kLanes,
-           kValues>::kBlocks) void gate_kernel(const T* __restrict__ logits,
-                                               const T* __restrict__ choice_scores,
-                                               int64_t num_tokens, int num_experts, int top_k,
-                                               Scoring scoring, bool normalize,
-                                               accumulate_t<T> scale, bool vectorised,
-                                               accumulate_t<T>* __restrict__ weights,
-                                               int32_t* __restrict__ expert_ids,
-                                               accumulate_t<T>* __restrict__ probs,
-                                               accumulate_t<T>* __restrict__ block_sums) {
+KERNEL(Layout<T, kLanes, kValues>::kThreads, Layout<T, kLanes, kValues>::kBlocks)
+void gate_kernel(const T* __restrict__ logits,         // [T, E]
+                 const T* __restrict__ choice_scores,  // [T, E]
+                 int64_t num_tokens, int num_experts, int top_k, Scoring scoring, bool normalize,
+                 accumulate_t<T> scale, bool vectorised,
+                 accumulate_t<T>* __restrict__ weights,       // [T, K]
+                 int32_t* __restrict__ expert_ids,            // [T, K]
+                 accumulate_t<T>* __restrict__ probs,         // [T, E]
+                 accumulate_t<T>* __restrict__ block_sums) {  // [blocks, E]
   using L = Layout<T, kLanes, kValues>;
   using Sum = accumulate_t<T>;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
@@ -249,12 +114,14 @@ __global__ __launch_bounds__(
 }
 
 template <typename T>
-__global__ __launch_bounds__(kSumColumns* kSumParts) void importance_kernel(
-    const T* __restrict__ block_sums, int num_blocks, int num_experts, T* __restrict__ importance) {
+KERNEL(kSumThreads)
+void importance_kernel(const T* __restrict__ block_sums,  // [blocks, E]
+                       int num_blocks, int num_experts,
+                       T* __restrict__ importance) {  // [E]
   const int column = threadIdx.x % kSumColumns, part = threadIdx.x / kSumColumns;
   const int e = blockIdx.x * kSumColumns + column;
   SharedMemory shared;
-  T* parts = shared.take<T>(kSumColumns * kSumParts);
+  T* parts = shared.take<T>(kSumThreads);
   T sum = 0;
   if (e < num_experts) {
     for (int b = part; b < num_blocks; b += kSumParts) {
@@ -270,18 +137,15 @@ __global__ __launch_bounds__(kSumColumns* kSumParts) void importance_kernel(
 }
 
 template <typename T, int kLanes, int kValues>
-__global__ __launch_bounds__(
-    Layout<T, kLanes, kValues>::kThreads,
-    Layout<T, kLanes,
-           kValues>::kBlocks) void gate_backward_kernel(const T* __restrict__ grad_weights,
-                                                        const T* __restrict__ grad_probs,
-                                                        const T* __restrict__ grad_importance,
-                                                        const T* __restrict__ probs,
-                                                        const int32_t* __restrict__ expert_ids,
-                                                        int64_t num_tokens, int num_experts,
-                                                        int top_k, Scoring scoring, bool normalize,
-                                                        T scale, bool vectorised,
-                                                        T* __restrict__ grad_logits) {
+KERNEL(Layout<T, kLanes, kValues>::kThreads, Layout<T, kLanes, kValues>::kBlocks)
+void gate_backward_kernel(const T* __restrict__ grad_weights,      // [T, K] or null
+                          const T* __restrict__ grad_probs,        // [T, E] or null
+                          const T* __restrict__ grad_importance,   // [E] or null
+                          const T* __restrict__ probs,             // [T, E]
+                          const int32_t* __restrict__ expert_ids,  // [T, K]
+                          int64_t num_tokens, int num_experts, int top_k, Scoring scoring,
+                          bool normalize, T scale, bool vectorised,
+                          T* __restrict__ grad_logits) {  // [T, E]
   using L = Layout<T, kLanes, kValues>;
   const int lane = threadIdx.x % kLanes;
   const int64_t token = blockIdx.x * int64_t{L::kRows} + threadIdx.x / kLanes;
@@ -369,10 +233,9 @@ void launch_gate(const Gate& call, CUstream_st* stream) {
            static_cast<Sum*>(blocks == 1 ? call.importance : call.block_sums));
   });
   if (blocks == 1) return;
-  launch("gate_importance", importance_kernel<Sum>, divide_up(E, kSumColumns),
-         kSumColumns * kSumParts, shared_bytes<Sum>(kSumColumns * kSumParts), stream,
-         static_cast<const Sum*>(call.block_sums), static_cast<int>(blocks), E,
-         static_cast<Sum*>(call.importance));
+  launch("gate_importance", importance_kernel<Sum>, divide_up(E, kSumColumns), kSumThreads,
+         shared_bytes<Sum>(kSumThreads), stream, static_cast<const Sum*>(call.block_sums),
+         static_cast<int>(blocks), E, static_cast<Sum*>(call.importance));
 }
 
 template <typename T>
@@ -400,7 +263,7 @@ int64_t gate_blocks(Dtype dtype, int64_t num_tokens, int64_t num_experts) {
     visit_layout<decltype(zero)>(num_experts, [&](auto layout) {
       using L = decltype(layout);
       blocks = divide_up(num_tokens, L::kRows);
-      if (blocks > kMaxThreads / L::kThreads) blocks = kMaxThreads / L::kThreads;
+      if (blocks > kMostThreads / L::kThreads) blocks = kMostThreads / L::kThreads;
     });
   });
   return blocks;

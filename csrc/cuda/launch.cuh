@@ -1,4 +1,4 @@
-// What the kernels need beyond CUDA C++ itself: the launch, shared memory, and a count of accesses.
+// The launch, shared memory, and a count of accesses: needs of the kernels beyond CUDA C++ itself.
 // Here alone it matters whether nvcc compiles the kernels for a GPU, or a C++ compiler for
 // tests/cusim, which runs them on the CPU.
 
@@ -21,6 +21,10 @@
 #include "cusim.h"
 
 #endif
+
+// A kernel for blocks of at most so many threads, at least so many of them on a multiprocessor:
+// KERNEL(threads) or KERNEL(threads, blocks).
+#define KERNEL(...) __global__ __launch_bounds__(__VA_ARGS__)
 
 namespace moe_ext::cuda {
 

@@ -1,9 +1,9 @@
-// What the .cu files offer: the operators' CUDA kernels behind plain pointers to device memory.
+// The operators' CUDA kernels, in the .cu files, behind plain pointers to device memory.
 // Neither torch's nor CUDA's headers are needed to call them.
 //
 // Nothing here waits for the device, allocates, or keeps anything after the call: a caller gives
 // the outputs and the scratch memory. The shape of every launch follows from sizes alone. A launch
-// that CUDA refuses throws std::runtime_error. Letters as in csrc/ops.cpp.
+// that CUDA refuses throws std::runtime_error. Letters as in moe_ext/ops/contracts.py.
 
 #pragma once
 
@@ -86,7 +86,7 @@ void mask_weights(const MaskWeights& call, void* kept, CUstream_st* stream);
 void mask_weights_backward(const MaskWeights& call, const void* grad, void* grad_weights,
                            CUstream_st* stream);
 
-// What the row operators share. A route has a row where slots and sources agree that it has;
+// The routes of the row operators. A route has a row where slots and sources agree that it has;
 // whatever else they hold, no access is out of bounds.
 struct Routes {
   const int32_t* slots;    // [T, K]

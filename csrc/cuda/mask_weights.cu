@@ -12,11 +12,13 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// grad: null for the weights, else the gradient of what they give.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void mask_weights_kernel(
-    const T* __restrict__ grad, const T* __restrict__ weights, const int32_t* __restrict__ slots,
-    int64_t num_tokens, int64_t top_k, bool normalize, T eps, T scale, T* __restrict__ out) {
+KERNEL(kThreads)
+void mask_weights_kernel(const T* __restrict__ grad,         // [T, K]; null: out is the weights
+                         const T* __restrict__ weights,      // [T, K]
+                         const int32_t* __restrict__ slots,  // [T, K]
+                         int64_t num_tokens, int64_t top_k, bool normalize, T eps, T scale,
+                         T* __restrict__ out) {  // [T, K]
   const int64_t token = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (token >= num_tokens) return;
   const int64_t first = token * top_k;
@@ -32,7 +34,7 @@ __global__ __launch_bounds__(kThreads) void mask_weights_kernel(
     }
     kept.divide(eps);
   }
-  // From a weight itself nothing is subtracted.
+  // Nothing is subtracted from a weight itself.
   if (!grad) kept.shift = kept.mean = 0;
   for (int64_t k = 0; k < top_k; ++k) {
     const bool has_row = load(slots + k) >= 0;

@@ -15,7 +15,7 @@
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int kMaxWarps = 8;
+constexpr int kMaxWarps = 8, kMaxThreads = kMaxWarps * kWarp;
 
 template <typename T, int kSize>
 __device__ accumulate_t<T> dot(const Pack<T, kSize>& a, const Pack<T, kSize>& b) {
@@ -25,12 +25,13 @@ __device__ accumulate_t<T> dot(const Pack<T, kSize>& a, const Pack<T, kSize>& b)
   return sum;
 }
 
-// dispatched: null for the dots alone.
 template <typename T, int kSize>
-__global__ __launch_bounds__(kMaxWarps* kWarp) void route_dot_kernel(
-    const Pack<T, kSize>* __restrict__ tokens, const Pack<T, kSize>* __restrict__ rows,
-    Routes routes, int columns, Pack<T, kSize>* __restrict__ dispatched,
-    accumulate_t<T>* __restrict__ dots) {
+KERNEL(kMaxThreads)
+void route_dot_kernel(const Pack<T, kSize>* __restrict__ tokens,  // [T, columns]
+                      const Pack<T, kSize>* __restrict__ rows,    // [R, columns]
+                      Routes routes, int columns,
+                      Pack<T, kSize>* __restrict__ dispatched,  // [R, columns]; null: dots alone
+                      accumulate_t<T>* __restrict__ dots) {     // [T, K]
   using Sum = accumulate_t<T>;
   const unsigned sweeps = dispatched ? num_sweeps(routes) : 0;
   if (blockIdx.x < sweeps) return zero_empty_rows(routes, blockIdx.x, columns, dispatched);
@@ -91,7 +92,7 @@ void launch_route_dot(const char* name, Dtype dtype, const void* tokens, const v
     using Sum = accumulate_t<T>;
     const int columns = num_columns(hidden, size);
     // A thread takes two vectors or more, and no round of the block is half idle.
-    const int64_t rounds = std::max<int64_t>(2, divide_up(columns, kMaxWarps * kWarp));
+    const int64_t rounds = std::max<int64_t>(2, divide_up(columns, kMaxThreads));
     const int warps = std::max(1, static_cast<int>(divide_up(columns, rounds * kWarp)));
     const std::size_t shared = shared_bytes<int32_t>(kInFlight) + shared_bytes<Sum>(kInFlight) +
                                shared_bytes<Sum>(kMaxWarps * kInFlight);

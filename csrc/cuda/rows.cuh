@@ -1,4 +1,4 @@
-// What dispatch, combine and route_dot share: which row a route has, and rows that no route has.
+// Shared by dispatch, combine and route_dot: which row a route has, and rows that no route has.
 
 #pragma once
 
@@ -132,8 +132,8 @@ class RouteTile {
     __syncthreads();
   }
 
-  // Of this thread's token's i-th choice among those read: its row or -1, and its weight, of which
-  // nothing is left without a row.
+  // The i-th choice, among those read, of this thread's token: its row or -1, and its weight, 0
+  // without a row.
   __device__ int32_t row(int i) const { return rows_[local_ * kChoices + i]; }
   __device__ Weight weight(int i) const { return weights_ ? weights_[local_ * kChoices + i] : 1; }
   __device__ bool weighted() const { return weights_ != nullptr; }

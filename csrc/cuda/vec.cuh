@@ -17,8 +17,8 @@ constexpr unsigned kAllLanes = 0xffffffff;
 template <typename T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// What a thread moves at a time: 16 bytes, or one element where rows do not keep 16-byte vectors
-// aligned.
+// The elements that a thread moves at a time: 16 bytes, or one element where rows do not keep
+// 16-byte vectors aligned.
 template <typename T, int kSize>
 struct alignas(kSize * sizeof(T)) Pack {
   static constexpr int size = kSize;

@@ -360,19 +360,18 @@ class ActivateBackward(Operator):
         return grad_grad, grad_pre_activation, None, None, grad_weights, None
 
 
-registry.libraries.register_gradients(
-    {
-        "gate": Gate,
-        "gate_backward": GateBackward,
-        "mask_weights": MaskWeights,
-        "mask_weights_backward": MaskWeightsBackward,
-        "dispatch": Dispatch,
-        "combine": Combine,
-        "route_dot": RouteDot,
-        "combine_backward": CombineBackward,
-        "grouped_mm": GroupedMM,
-        "grouped_outer": GroupedOuter,
-        "activate": Activate,
-        "activate_backward": ActivateBackward,
-    }
-)
+OPERATORS: dict[str, type[Operator]] = {
+    "gate": Gate,
+    "gate_backward": GateBackward,
+    "mask_weights": MaskWeights,
+    "mask_weights_backward": MaskWeightsBackward,
+    "dispatch": Dispatch,
+    "combine": Combine,
+    "route_dot": RouteDot,
+    "combine_backward": CombineBackward,
+    "grouped_mm": GroupedMM,
+    "grouped_outer": GroupedOuter,
+    "activate": Activate,
+    "activate_backward": ActivateBackward,
+}
+registry.libraries.register_gradients(OPERATORS)

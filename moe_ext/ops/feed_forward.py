@@ -1,7 +1,7 @@
 """A feed-forward network per expert that saves less: tokens, pre-activations and the plan.
 
-    pre_activation = up[e] @ token            [R, G]    saves tokens       _UpProjection
-    out   = down[e] @ fn(pre_activation)      [T, H]    saves pre_activation        _DownProjection
+    pre_activation = up[e] @ token        [R, G]    _UpProjection saves the tokens
+    out = down[e] @ fn(pre_activation)    [T, H]    _DownProjection saves the pre-activations
 
 The backward dispatches the tokens again and computes the activation again: no product is repeated.
 A route's weight needs no saved output either: with y = down @ a,
@@ -11,10 +11,12 @@ A route's weight needs no saved output either: with y = down @ a,
 the row's gradient times its activation, which the backward has both.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..options import Activation
-from . import checks, registry
+from . import autograd, checks, registry
 from .autograd import (
     ActivateBackward,
     Combine,
@@ -27,26 +29,62 @@ from .autograd import (
     outer_like,
     sum_of_groups,
 )
-from .functional import activate, autocast, check_plan, combine, dispatch, grouped_mm
+from .functional import autocast, check_plan
 from .plan import Plan
+
+# The compositions below run operators by name: registry.run inside a Function, or _follow, where
+# autograd saves the operands of each.
+
+
+def _follow(name: str, *args) -> Tensor:
+    return autograd.OPERATORS[name].call(*args)
+
+
+def _project_up(
+    run: Callable[..., Tensor], tokens: Tensor, weights: Tensor, bias: Tensor | None, plan: Plan
+) -> Tensor:
+    """grouped_mm(dispatch(tokens), weights, bias)."""
+    rows = run("dispatch", tokens, plan.slots, plan.sources, None)
+    return run("grouped_mm", rows, weights, bias, plan.offsets, plan.load, plan.capacity)
+
+
+def _project_down(
+    run: Callable[..., Tensor],
+    pre_activation: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    route_weights: Tensor,
+    plan: Plan,
+    activation: Activation,
+    score_before_experts: bool,
+) -> Tensor:
+    """combine(grouped_mm(activate(pre_activation), weights, bias), route_weights); a route's weight
+    is a factor of its output, or of its activation where it is weighed before."""
+    routes, groups = (plan.slots, plan.sources), (plan.offsets, plan.load, plan.capacity)
+    before, after = (route_weights, None) if score_before_experts else (None, route_weights)
+    active = run("activate", pre_activation, *routes, before, activation)
+    rows = run("grouped_mm", active, weights, None if score_before_experts else bias, *groups)
+    if score_before_experts and bias is not None:
+        one = pre_activation.new_ones(plan.slots.shape[0], 1)
+        factors = run("dispatch", one, *routes, route_weights)
+        rows = rows + run("grouped_mm", factors, bias.unsqueeze(-1), None, *groups)
+    return run("combine", rows, *routes, after)
 
 
 class _UpProjection(Operator):
-    """grouped_mm(dispatch(tokens), weights, bias)."""
-
-    # Without gradients torch.compile counts the arguments of forward: none may be *variadic.
     @staticmethod
-    def forward(tokens, weights, bias, slots, sources, offsets, load, capacity):
-        rows = registry.run("dispatch", tokens, slots, sources, None)
-        return registry.run("grouped_mm", rows, weights, bias, offsets, load, capacity)
+    def forward(tokens, weights, bias, plan):
+        return _project_up(registry.run, tokens, weights, bias, plan)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tokens, weights, _, *routes, ctx.capacity = inputs
+        tokens, weights, _, plan = inputs
         needs_tokens, needs_weights, *_ = ctx.needs_input_grad
-        ctx.is_transposed = is_transposed(weights)
+        ctx.is_transposed, ctx.capacity = is_transposed(weights), plan.capacity
         ctx.save_for_backward(
-            tokens if needs_weights else None, weights if needs_tokens else None, *routes
+            tokens if needs_weights else None,
+            weights if needs_tokens else None,
+            *(plan.slots, plan.sources, plan.offsets, plan.load),
         )
 
     @staticmethod
@@ -64,47 +102,32 @@ class _UpProjection(Operator):
         if needs_tokens:
             grad_rows = GroupedMM.call(grad, weights.transpose(1, 2), None, *groups)
             grad_tokens = Combine.call(grad_rows, slots, sources, None)
-        return grad_tokens, grad_weights, grad_bias, None, None, None, None, None
+        return grad_tokens, grad_weights, grad_bias, None
 
 
 class _DownProjection(Operator):
-    """combine(grouped_mm(activate(pre_activation), weights, bias), route_weights); the route's
-    weight is a factor of its output, or of its activation where it is weighed before."""
-
+    # Without gradients torch.compile counts the arguments of forward: none may be *variadic.
     @staticmethod
     def forward(
-        pre_activation,
-        weights,
-        bias,
-        route_weights,
-        slots,
-        sources,
-        offsets,
-        load,
-        capacity,
-        activation,
-        score_before_experts,
+        pre_activation, weights, bias, route_weights, plan, activation, score_before_experts
     ):
-        groups = offsets, load, capacity
-        if not score_before_experts:
-            active = registry.run("activate", pre_activation, slots, sources, None, activation)
-            rows = registry.run("grouped_mm", active, weights, bias, *groups)
-            return registry.run("combine", rows, slots, sources, route_weights)
-        active = registry.run("activate", pre_activation, slots, sources, route_weights, activation)
-        rows = registry.run("grouped_mm", active, weights, None, *groups)
-        if bias is not None:
-            one = pre_activation.new_ones(slots.shape[0], 1)
-            factors = registry.run("dispatch", one, slots, sources, route_weights)
-            rows = rows + registry.run("grouped_mm", factors, bias.unsqueeze(-1), None, *groups)
-        return registry.run("combine", rows, slots, sources, None)
+        return _project_down(
+            registry.run,
+            pre_activation,
+            weights,
+            bias,
+            route_weights,
+            plan,
+            activation,
+            score_before_experts,
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pre_activation, weights, bias, route_weights, *routes, ctx.capacity, ctx.activation, _ = (
-            inputs
-        )
-        ctx.is_transposed = is_transposed(weights)
-        ctx.save_for_backward(pre_activation, weights, bias, route_weights, *routes)
+        *tensors, plan, ctx.activation, _ = inputs
+        _, weights, _, _ = tensors
+        ctx.is_transposed, ctx.capacity = is_transposed(weights), plan.capacity
+        ctx.save_for_backward(*tensors, plan.slots, plan.sources, plan.offsets, plan.load)
 
     @staticmethod
     def backward(ctx, grad):
@@ -136,7 +159,7 @@ class _DownProjection(Operator):
             grad_weights,
             grad_bias,
             grad_route_weights if needs_route_weights else None,
-            *(None,) * 7,
+            *(None,) * 3,
         )
 
 
@@ -146,9 +169,7 @@ def dispatch_mm(tokens: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None
     tokens: [T, M], weights: [E, N, M], bias: [E, N] of one dtype -> [R, N]
     """
     tokens, weights, bias = autocast(tokens, weights, bias)
-    return _UpProjection.call(
-        tokens, weights, bias, plan.slots, plan.sources, plan.offsets, plan.load, plan.capacity
-    )
+    return _UpProjection.call(tokens, weights, bias, plan)
 
 
 def feed_forward(
@@ -180,7 +201,7 @@ def feed_forward(
         score_before_experts: multiply a route's activation by its weight, not the expert's output:
             the same but for rounding
         recompute: save for the backward tokens, weights, the pre-activation [R, G] and the plan
-            alone, dispatch and activate again there. Otherwise everything between is saved too.
+            alone, and dispatch and activate again there. Otherwise save everything between too.
 
     Returns:
         [T, H], combine(grouped_mm(activate(grouped_mm(dispatch(tokens), up)), down), weights)
@@ -190,27 +211,10 @@ def feed_forward(
     """
     check_plan("feed_forward", plan)
     checks.feed_forward(tokens, plan.num_experts, up, down, activation, up_bias, down_bias)
-    if not recompute:
-        pre_activation = grouped_mm(dispatch(tokens, plan), up, plan, up_bias)
-        return _weighed(
-            pre_activation, plan, weights, down, activation, down_bias, score_before_experts
-        )
     tokens, up, down, up_bias, down_bias = autocast(tokens, up, down, up_bias, down_bias)
-    routes = plan.slots, plan.sources, plan.offsets, plan.load, plan.capacity
-    pre_activation = _UpProjection.call(tokens, up, up_bias, *routes)
-    return _DownProjection.call(
-        pre_activation, down, down_bias, weights, *routes, activation, score_before_experts
-    )
-
-
-def _weighed(
-    pre_activation, plan, weights, down, activation, down_bias, score_before_experts
-) -> Tensor:
-    if not score_before_experts:
-        active = activate(pre_activation, plan, activation)
-        return combine(grouped_mm(active, down, plan, down_bias), plan, weights)
-    rows = grouped_mm(activate(pre_activation, plan, activation, weights), down, plan)
-    if down_bias is not None:
-        factors = dispatch(pre_activation.new_ones(weights.shape[0], 1), plan, weights)
-        rows = rows + grouped_mm(factors, down_bias.unsqueeze(-1), plan)
-    return combine(rows, plan)
+    rest = weights, plan, activation, score_before_experts
+    if not recompute:
+        pre_activation = _project_up(_follow, tokens, up, up_bias, plan)
+        return _project_down(_follow, pre_activation, down, down_bias, *rest)
+    pre_activation = _UpProjection.call(tokens, up, up_bias, plan)
+    return _DownProjection.call(pre_activation, down, down_bias, *rest)

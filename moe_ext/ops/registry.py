@@ -12,7 +12,7 @@ torch.export, which calls those, can be trained. torch.func does not reach throu
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ class Libraries:
         self.load_error: str | None = None
         self.cuda_library: Path | None = None
         self.cuda_load_error: str | None = None
-        self._gradients: dict[str, type[torch.autograd.Function]] = {}
+        self._gradients: Mapping[str, type[torch.autograd.Function]] = {}
 
     def load_installed(self) -> None:
         """Register the library that was built with the package, else the reference alone."""
@@ -124,7 +124,7 @@ class Libraries:
             torch.library.register_fake(f"moe_ext::{name}", fake, lib=self._python)
         self.register_gradients(self._gradients)
 
-    def register_gradients(self, functions: dict[str, type[torch.autograd.Function]]) -> None:
+    def register_gradients(self, functions: Mapping[str, type[torch.autograd.Function]]) -> None:
         """Stand autograd.Functions of the operators' arguments behind them."""
         self._gradients = functions
         for name, function in functions.items():

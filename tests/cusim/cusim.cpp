@@ -6,15 +6,12 @@
 #include "cusim.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <iterator>
-#include <map>
 #include <mutex>
-#include <numeric>
 
-#include "fiber.h"
+#include "turns.h"
 
 #undef threadIdx
 #undef blockIdx
@@ -49,60 +46,12 @@ std::vector<Launch>& launches() {
 
 namespace {
 
-constexpr std::size_t kMaxSharedBytes = 48 << 10;  // what a block may have without asking for more
-
-// ---- Threads, warps and the block that runs -----------------------------------------------------
-
-struct Wait {
-  const char *name, *file;
-  int line;
-  unsigned mask;
-  std::uint64_t value;
-  unsigned source_lane;
-};
-
-struct Thread : Coordinates {
-  Fiber fiber;
-  Context context;
-  unsigned rank;
-  bool returned, waiting;
-  Wait wait;  // the operation it waits in, or waited in last
-  std::uint64_t result;
-};
-
-// Lanes of a warp that have arrived at an operation and wait for the others of its mask.
-struct Meeting {
-  WarpOp op;
-  const char* name;
-  unsigned mask, arrived;
-  void* ordering;
-};
-
-struct Warp {
-  unsigned lanes;  // those that have not returned
-  std::vector<Meeting> meetings;
-};
-
-bool same(const char* a, const char* b) { return a == b || !std::strcmp(a, b); }
-
-std::string text(const uint3& v) {
-  return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")";
-}
-
-std::string text(const Wait& wait) {
-  char mask[16] = "";
-  if (wait.mask) std::snprintf(mask, sizeof mask, "(0x%08x)", wait.mask);
-  return wait.name + std::string(mask) + " at " + wait.file + ":" + std::to_string(wait.line);
-}
-
-std::string ranges(const std::vector<unsigned>& ascending) {
-  std::string out;
-  for (std::size_t i = 0, j; i < ascending.size(); i = j) {
-    for (j = i + 1; j < ascending.size() && ascending[j] == ascending[j - 1] + 1;) ++j;
-    out += (i ? "," : "") + std::to_string(ascending[i]);
-    if (j - i > 1) out += "-" + std::to_string(ascending[j - 1]);
-  }
-  return out;
+void* allocate_shared(std::size_t bytes) {
+  // aligned_alloc would round the size up, and an access past the end would not be seen.
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, bytes)) throw std::bad_alloc();
+  std::memset(memory, 0xff, bytes);  // NaN as a float, -1 as an integer
+  return memory;
 }
 
 class Engine {
@@ -116,8 +65,8 @@ class Engine {
     } finally{*this};
     name_ = name, shape_ = &shape, thread_ = thread, argument_ = argument;
     loads_ = {}, stores_ = {};
-    check_shape();
-    random_state_ = options().seed * 0x9e3779b97f4a7c15u + ++num_launches_;
+    check_shape(name, shape);
+    turns_.start_launch(++num_launches_);
     if (__tsan_get_current_fiber) host_.tsan_fiber = __tsan_get_current_fiber();
     threads_.resize(shape.threads);
     warps_.resize((threads_.size() + 31) / 32);
@@ -125,13 +74,7 @@ class Engine {
     fibers_.prepare(threads_.size());
     release(&launch_ordering_[0]);
 
-    std::vector<unsigned> order(shape.blocks);
-    std::iota(order.begin(), order.end(), 0u);
-    if (options().order == Order::kReverse) std::reverse(order.begin(), order.end());
-    if (options().order == Order::kRandom) {
-      for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random() % i]);
-    }
-    for (unsigned block : order) run_block(block);
+    for (unsigned block : turns_.order_of_blocks(shape.blocks)) run_block(block);
     if (options().recording) {
       launches().push_back(
           {name, shape.blocks, shape.threads, shape.shared_bytes, loads_, stores_});
@@ -156,8 +99,8 @@ class Engine {
 
   // Often enough to vary the order of atomic operations when it is random.
   void preempt() {
-    if (options().order != Order::kRandom || random() % 4) return;
-    make_ready(self());
+    if (!turns_.gives_way()) return;
+    turns_.add(self());
     suspend();
   }
 
@@ -184,7 +127,8 @@ class Engine {
         meeting = &open;
       } else if ((open.mask & bit) && (open.arrived & wait.mask)) {
         fail("lanes of warp " + std::to_string(thread.rank / 32) +
-             " wait for each other in different operations or with different masks:" + waits());
+             " wait for each other in different operations or with different masks:" +
+             waits(threads_));
       }
     }
     if (!meeting) {
@@ -234,47 +178,10 @@ class Engine {
     std::size_t bytes;
   };
 
-  // What ThreadSanitizer knows one barrier or __syncwarp() by.
+  // By this address ThreadSanitizer knows one barrier or __syncwarp().
   void* new_ordering() { return &orderings_[last_ordering_++ % std::size(orderings_)]; }
 
-  std::uint64_t random() {  // splitmix64
-    std::uint64_t z = random_state_ += 0x9e3779b97f4a7c15u;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
-    return z ^ z >> 31;
-  }
-
   void suspend() { switch_context(self().context, host_); }
-
-  Thread*& slot(std::size_t i) { return ready_[(ready_first_ + i) % std::size(ready_)]; }
-
-  void make_ready(Thread& thread) {
-    thread.waiting = false;
-    slot(ready_count_++) = &thread;
-  }
-
-  Thread& take_ready() {
-    if (options().order == Order::kForward) {
-      Thread& thread = *slot(0);
-      ++ready_first_, --ready_count_;
-      return thread;
-    }
-    if (options().order == Order::kRandom) {
-      std::swap(slot(random() % ready_count_), slot(ready_count_ - 1));
-    }
-    return *slot(--ready_count_);
-  }
-
-  void check_shape() const {
-    const Shape& shape = *shape_;
-    if (shape.blocks && shape.blocks <= 0x7fffffff && shape.threads && shape.threads <= 1024 &&
-        shape.shared_bytes <= kMaxSharedBytes) {
-      return;
-    }
-    throw Error("cusim: invalid launch of " + std::string(name_) + ": " +
-                std::to_string(shape.blocks) + " blocks of " + std::to_string(shape.threads) +
-                " threads, " + std::to_string(shape.shared_bytes) + " bytes of shared memory");
-  }
 
   void run_block(unsigned index) {
     struct Finally {
@@ -282,8 +189,8 @@ class Engine {
       ~Finally() { engine.end_block(); }
     } finally{*this};
     start_block(index);
-    while (ready_count_) {
-      Thread& thread = take_ready();
+    while (turns_.any()) {
+      Thread& thread = turns_.take();
       if (!thread.fiber.stack) start_thread(thread);
       current = &thread;
       switch_context(host_, thread.context);
@@ -296,13 +203,14 @@ class Engine {
       fail("deadlock: no thread can go on" +
            std::string(returned ? ", and some have returned before a barrier or warp operation"
                                 : "") +
-           ":" + waits());
+           ":" + waits(threads_));
     }
   }
 
   void start_block(unsigned index) {
     block_ = index;
-    ready_first_ = ready_count_ = arrived_ = 0;
+    turns_.start_block();
+    arrived_ = 0;
     live_ = threads_.size();
     for (Warp& warp : warps_) warp.lanes = 0, warp.meetings.clear();
     for (unsigned rank = 0; rank < threads_.size(); ++rank) {
@@ -313,7 +221,7 @@ class Engine {
       thread.grid_dim = dim3(unsigned(shape_->blocks));
       thread.rank = rank, thread.lane = rank % 32;
       warps_[rank / 32].lanes |= 1u << thread.lane;
-      make_ready(thread);
+      turns_.add(thread);
     }
   }
 
@@ -347,8 +255,7 @@ class Engine {
     if (thread.returned) {
       fibers_.give_back(thread.fiber);
     } else {
-      if (__tsan_switch_to_fiber) {  // and back: what the thread did comes before what the host
-                                     // does
+      if (__tsan_switch_to_fiber) {  // and back: orders the thread's work before the host's
         __tsan_switch_to_fiber(thread.fiber.tsan_fiber, 1);
         __tsan_switch_to_fiber(host_.tsan_fiber, 0);
       }
@@ -382,10 +289,11 @@ class Engine {
     for (const Thread& thread : threads_) {
       const Wait &wait = thread.wait, &first = threads_[0].wait;
       if (wait.line != first.line || !same(wait.file, first.file)) {
-        fail("divergent barrier: the threads of the block wait at different places:" + waits());
+        fail("divergent barrier: the threads of the block wait at different places:" +
+             waits(threads_));
       }
     }
-    for (Thread& thread : threads_) make_ready(thread);
+    for (Thread& thread : threads_) turns_.add(thread);
     arrived_ = 0;
   }
 
@@ -435,30 +343,8 @@ class Engine {
           }
           break;
       }
-      make_ready(thread);
+      turns_.add(thread);
     }
-  }
-
-  static void* allocate_shared(std::size_t bytes) {
-    // aligned_alloc would round the size up, and an access past the end would not be seen.
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 16, bytes)) throw std::bad_alloc();
-    std::memset(memory, 0xff, bytes);  // NaN as a float, -1 as an integer
-    return memory;
-  }
-
-  // Where the threads wait, as lines of a message.
-  std::string waits() const {
-    std::map<std::string, std::vector<unsigned>> groups;
-    for (const Thread& thread : threads_) {
-      const std::string where = thread.returned  ? "returned"
-                                : thread.waiting ? text(thread.wait)
-                                                 : "running";
-      groups[where].push_back(thread.rank);
-    }
-    std::string out;
-    for (const auto& [where, ranks] : groups) out += "\n  threads " + ranges(ranks) + ": " + where;
-    return out;
   }
 
   std::mutex mutex_;
@@ -466,7 +352,8 @@ class Engine {
   const Shape* shape_ = nullptr;
   void (*thread_)(void*) = nullptr;
   void* argument_ = nullptr;
-  std::uint64_t random_state_ = 0, num_launches_ = 0;
+  Turns turns_;
+  std::uint64_t num_launches_ = 0;
   std::exception_ptr exception_;
   Context host_;
   FiberPool fibers_;
@@ -476,8 +363,6 @@ class Engine {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::size_t live_ = 0;
-  Thread* ready_[1024] = {};  // a ring
-  std::size_t ready_first_ = 0, ready_count_ = 0;
   std::size_t arrived_ = 0;  // at the block's barrier
   void* barrier_ordering_ = nullptr;
   std::uint64_t orderings_[4096] = {}, last_ordering_ = 0;

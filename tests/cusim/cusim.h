@@ -69,7 +69,7 @@ struct Launch {
   Accesses loads, stores;
 };
 
-// What was launched while options().recording was set; the caller empties it.
+// The launches made while options().recording was set; the caller empties the list.
 std::vector<Launch>& launches();
 
 struct Shape {

@@ -1,4 +1,4 @@
-// Fibers for the engine of cusim, and what the sanitizers are told of them.
+// Fibers for the engine of cusim. The sanitizers are told of them.
 //
 // Include this file once, in a file compiled without -fsanitize.
 

@@ -24,7 +24,7 @@ ENDS = {
     "too_much_shared": r"takes 32 bytes of shared memory, the launch gave 16",
     "too_many_threads": r"invalid launch of f: 1 blocks of 1056 threads",
 }
-# What one sanitizer reports, in every order.
+# Reported by one sanitizer, in every order.
 REPORTED = {
     "out_of_bounds_global": ("address", OVERFLOW),
     "out_of_bounds_shared": ("address", OVERFLOW),

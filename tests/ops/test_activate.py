@@ -30,7 +30,7 @@ def test_matches_reference(device, T, K, E, ffn, dtype, activation):
             len(plan.sources), width(activation, ffn), dtype=dtype, device=device
         )
         grad = values(len(plan.sources), ffn, dtype=dtype, device=device)
-        # What no route owns is not even read.
+        # A row that no route owns is not even read.
         pre_activation[empty], grad[empty] = torch.nan, torch.nan
 
         # |fn(x)| and |fn'(x) x| are at most about |x|: torch's gelu is a difference of the like.

@@ -35,7 +35,7 @@ def test_matches_reference(device, T, K, E, H, dtype):
         x, g = values(R, H, dtype=dtype, device=device), values(R, N, dtype=dtype, device=device)
         w = values(E, N, H, dtype=dtype, device=device)
         bias = values(E, N, dtype=dtype, device=device)
-        # What no route owns is not even read.
+        # A row that no route owns is not even read.
         x[~owned(plan)], g[~owned(plan)] = torch.nan, torch.nan
 
         for b in (None, bias):
@@ -165,7 +165,7 @@ def test_autocast_casts_as_mm_does(device):
         moe_ext.grouped_mm(x, w.double(), plan)
 
 
-# What torch's own products are made to give, where no kernel of ours is compiled.
+# torch's own products stand in where no kernel of ours is compiled.
 
 
 def _from_odd_address(tensor: torch.Tensor) -> torch.Tensor:

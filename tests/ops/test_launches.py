@@ -1,30 +1,24 @@
-"""What the CUDA kernels launch and move, as the emulator counts it: for --cusim."""
-
-from types import ModuleType
+"""Launches of the CUDA kernels and the bytes they move, as the emulator counts them: --cusim."""
 
 import pytest
 import torch
-from cases import DTYPES, masked_experts, random_experts, skewed_experts, values, weights_for
+from cases import (
+    DTYPES,
+    call_operator,
+    masked_experts,
+    random_experts,
+    skewed_experts,
+    values,
+    weights_for,
+)
 
 import moe_ext
+from moe_ext.ops import registry, samples, torch_grouped_mm
 
+each_kernel = pytest.mark.parametrize(
+    "op", [op for op in registry.NAMES if op not in torch_grouped_mm.OPERATORS]
+)
 ORDERS = ("forward", "reverse", "random1", "random2", "random3")
-
-
-@pytest.fixture
-def launches_of(cusim: ModuleType):
-    """launches_of(function, ...): what the call launched, a dict for each launch."""
-
-    def launches_of(function, *args, **kwargs) -> list[dict]:
-        cusim.take_launches()
-        cusim.record(True)
-        try:
-            function(*args, **kwargs)
-        finally:
-            cusim.record(False)
-        return cusim.take_launches()
-
-    return launches_of
 
 
 def kernels(launches: list[dict]) -> list[str]:
@@ -63,24 +57,6 @@ def test_gate(launches_of, T, E, scoring):
 
     total = out.weights.sum() + out.probs.square().sum() + out.importance.square().sum()
     assert kernels(launches_of(total.backward)) == ["gate_backward"]
-
-
-@pytest.mark.parametrize(("T", "K"), [(1, 1), (256, 2), (1000, 8)])
-def test_mask_weights(launches_of, T, K):
-    """One launch each way; a weight is read twice, as a first sum needs all of them."""
-    plan = moe_ext.make_plan(random_experts(T, K, 8), 8, T)
-    weights = torch.rand(T, K, requires_grad=True)
-    kept = None
-
-    def forward():
-        nonlocal kept
-        kept = moe_ext.mask_weights(weights, plan, normalize=True)
-
-    (launch,) = launches_of(forward)
-    assert launch["kernel"] == "mask_weights"
-    assert launch["loads"] == {4: 4 * T * K}
-    assert launch["stores"] == {4: T * K}
-    assert kernels(launches_of(kept.square().sum().backward)) == ["mask_weights_backward"]
 
 
 @pytest.mark.parametrize(("T", "K"), [(0, 2), (1, 1), (512, 8), (513, 8), (20000, 3)])
@@ -184,37 +160,47 @@ def test_launches_fit_the_device(launches_of):
         assert 0 < call["shared_bytes"] <= 48 << 10
 
 
+@pytest.fixture
+def in_every_order(cusim, request):
+    """in_every_order(function): its results, with the threads and blocks in each order."""
+
+    def in_every_order(function):
+        try:
+            for order in ORDERS:
+                cusim.set_order(order)
+                yield function()
+        finally:
+            cusim.set_order(request.config.getoption("--cusim-order"))
+
+    return in_every_order
+
+
+@each_kernel
+def test_the_same_bits_in_every_order(in_every_order, op):
+    args = samples.arguments(op, T=900, K=5)
+    first, *others = in_every_order(lambda: call_operator(op, args))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize("routing", [random_experts, skewed_experts, masked_experts])
-def test_the_same_bits_in_every_order(cusim, request, routing):
-    """No turn of threads or blocks shows in a result."""
-    T, K, E, H = 900, 5, 8, 24
-    experts = routing(T, K, E)
-    logits, priority = torch.randn(T, E), torch.rand(T, K).round(decimals=1)
-    tokens, weights = torch.randn(T, H), torch.rand(T, K)
+@pytest.mark.parametrize("options", [{}, {"align": 8}, {"capacity": 0}, {"capacity": 99}], ids=str)
+def test_the_same_plan_in_every_order(in_every_order, routing, options):
+    experts, priority = routing(900, 5, 8), torch.rand(900, 5).round(decimals=1)
+    for scores in (None, priority) if "capacity" in options else (None,):
+        plans = in_every_order(
+            lambda scores=scores: moe_ext.make_plan(experts, 8, priority=scores, **options)
+        )
+        first, *others = plans
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first[:4], other[:4], strict=True))
 
-    def everything() -> list[torch.Tensor]:
-        plans = [moe_ext.make_plan(experts, E, capacity, priority=priority) for capacity in (0, 99)]
-        plans += [moe_ext.make_plan(experts, E, align=8), moe_ext.make_plan(experts, E, 99)]
-        results = [*moe_ext.gate(logits, K)]
-        for plan in plans:
-            rows = moe_ext.dispatch(tokens, plan, weights)
-            routes = plan.slots, plan.sources
-            results += [plan.load, plan.offsets, *routes, rows]
-            results += [moe_ext.combine(rows, plan, weights), moe_ext.route_dot(tokens, rows, plan)]
-            results += torch.ops.moe_ext.combine_backward(tokens, rows, *routes, weights)
-            pre_activation = rows, *routes, weights, "swiglu"
-            results += torch.ops.moe_ext.activate_backward(rows[:, : H // 2], *pre_activation)
-        return results
 
-    try:
-        runs = []
-        for order in ORDERS:
-            cusim.set_order(order)
-            runs.append(everything())
-    finally:
-        cusim.set_order(request.config.getoption("--cusim-order"))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+@each_kernel
+def test_kernels_have_the_name_of_their_operator(launches_of, op):
+    launched = kernels(launches_of(call_operator, op, samples.arguments(op)))
+    assert launched[0].startswith(op)
+    assert all(name.startswith(op) for name in launched)
 
 
 def test_too_many_experts(unchecked):

@@ -1,8 +1,8 @@
-"""keep and its gradient."""
+"""mask_weights and its gradient."""
 
 import pytest
 import torch
-from cases import SIZES, assert_within, plans
+from cases import SIZES, assert_within, plans, random_experts
 from torch.autograd import gradcheck, gradgradcheck
 
 import moe_ext
@@ -30,7 +30,7 @@ def test_matches_reference(device, T, K, E, H, dtype, normalize):
 
         got = torch.ops.moe_ext.mask_weights_backward(grad, weights, plan.slots, *rule)
         exact = reference.mask_weights_backward(grad.double(), weights.double(), plan.slots, *rule)
-        # Of a difference of two numbers that are no larger than this.
+        # The gradient is a difference of two numbers that are no larger than this.
         terms = grad.double().abs().sum(dim=-1, keepdim=True) * 2.5 / EPS
         assert_within(got, exact, terms.expand(T, K), K + 5)
         assert (got[plan.slots < 0] == 0).all()
@@ -86,3 +86,22 @@ def test_gradients(device, T, K, E, normalize):
 
         assert gradcheck(function, (weights,), check_batched_grad=T > 0)
         assert gradgradcheck(function, (weights,))
+
+
+@pytest.mark.parametrize(("T", "K"), [(1, 1), (256, 2), (1000, 8)])
+def test_one_launch_each_way(launches_of, T, K):
+    """A weight is read twice, as a first sum needs all of them."""
+    plan = moe_ext.make_plan(random_experts(T, K, 8), 8, T)
+    weights = torch.rand(T, K, requires_grad=True)
+    kept = None
+
+    def forward():
+        nonlocal kept
+        kept = moe_ext.mask_weights(weights, plan, normalize=True)
+
+    (launch,) = launches_of(forward)
+    assert launch["kernel"] == "mask_weights"
+    assert launch["loads"] == {4: 4 * T * K}
+    assert launch["stores"] == {4: T * K}
+    (launch,) = launches_of(kept.square().sum().backward)
+    assert launch["kernel"] == "mask_weights_backward"

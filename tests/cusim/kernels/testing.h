@@ -1,0 +1,135 @@
+// Shared by the kernel tests: checks, memory of exact size filled with NaN, random numbers, and the
+// list of tests. A sanitizer sees the first access out of bounds, and a comparison whatever was not
+// written.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "cusim.h"
+#include "launchers.h"
+
+namespace testing {
+
+using namespace moe_ext;
+using namespace moe_ext::cuda;
+
+inline long checks = 0, failures = 0;
+inline std::string context;
+
+#define CHECK(condition)                                                                       \
+  do {                                                                                         \
+    ++checks;                                                                                  \
+    if (!(condition) && ++failures < 20)                                                       \
+      std::printf("FAILED %s:%d: %s (%s)\n", __FILE__, __LINE__, #condition, context.c_str()); \
+  } while (0)
+
+// The tests of an operator, and the most threads that each of its launches may have: its kernel's
+// __launch_bounds__, which the emulator does not see.
+struct Test {
+  void (*run)();
+  std::map<std::string, std::size_t> launch_bounds;
+};
+
+inline std::map<std::string, Test>& tests() {
+  static std::map<std::string, Test> tests;
+  return tests;
+}
+
+struct Registration {
+  Registration(const char* name, const Test& test) { tests().emplace(name, test); }
+};
+
+template <typename T>
+class Array {
+ public:
+  explicit Array(int64_t size)
+      : size_(size), data_(static_cast<T*>(std::malloc(size * sizeof(T))), std::free) {
+    // NaN, or a large number: -1 is what many an integer should be.
+    const int poison = std::is_integral_v<T> ? 0x7f : 0xff;
+    std::memset(static_cast<void*>(data_.get()), poison, size * sizeof(T));
+  }
+  T& operator[](int64_t i) { return data_.get()[i]; }
+  T* data() { return data_.get(); }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_;
+  std::unique_ptr<T, void (*)(void*)> data_;
+};
+
+inline std::mt19937 generator;
+
+inline double normal() { return std::normal_distribution<double>()(generator); }
+inline int64_t below(int64_t n) {
+  return std::uniform_int_distribution<int64_t>(0, n - 1)(generator);
+}
+
+template <typename T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+constexpr Dtype dtype_of = std::is_same_v<T, float>    ? Dtype::kFloat32
+                           : std::is_same_v<T, double> ? Dtype::kFloat64
+                           : std::is_same_v<T, __half> ? Dtype::kFloat16
+                                                       : Dtype::kBFloat16;
+
+template <typename T>
+constexpr double epsilon = std::is_same_v<T, float>    ? 1.2e-7
+                           : std::is_same_v<T, double> ? 2.3e-16
+                           : std::is_same_v<T, __half> ? 9.8e-4
+                                                       : 7.9e-3;
+
+template <typename T>
+double number(T x) {
+  if constexpr (std::is_same_v<T, double>) return x;
+  return static_cast<double>(static_cast<float>(x));
+}
+
+template <typename T>
+T make(double x) {
+  if constexpr (std::is_same_v<T, double>) return x;
+  return T(static_cast<float>(x));
+}
+
+// The next number away from zero.
+template <typename T>
+T neighbour(T x) {
+  using Bits = std::conditional_t<sizeof(T) == 2, std::uint16_t,
+                                  std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>;
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof x);
+  ++bits;
+  std::memcpy(static_cast<void*>(&x), &bits, sizeof x);
+  return x;
+}
+
+template <typename T>
+void fill(Array<T>& array) {
+  for (int64_t i = 0; i < array.size(); ++i) array[i] = make<T>(normal());
+}
+
+// Within `roundings` of the accumulation of terms of this size, and one of T.
+template <typename T>
+bool close(T actual, double expected, double terms, double roundings) {
+  if (std::isnan(expected)) return std::isnan(number(actual));
+  if (std::isinf(expected)) return number(actual) == expected;
+  using Sum = accumulate_t<T>;
+  const double error = std::abs(number(actual) - expected);
+  const double subnormal = std::is_same_v<T, __half> ? 6e-8 : 0;
+  return error <= subnormal + epsilon<T> * std::abs(expected) +
+                      roundings * (epsilon<Sum> * terms + std::numeric_limits<Sum>::denorm_min());
+}
+
+}  // namespace testing
