@@ -191,11 +191,11 @@ def feed_forward(
 
     Args:
         tokens: [T, H]
-        plan: of the same T tokens
+        plan: for the same T tokens
         weights: [T, K] float32 (float64 for float64 tokens)
         up: [E, G, H] of the tokens' dtype, G = 2F for an activation with a gate, else F
         down: [E, H, F]
-        activation: as of `activate`
+        activation: as in `activate`
         up_bias: [E, G]
         down_bias: [E, H]
         score_before_experts: multiply a route's activation by its weight, not the expert's output:

@@ -12,7 +12,7 @@ from .plan import Plan
 
 
 class Choice(NamedTuple):
-    """What `gate` gives.
+    """The result of `gate`.
 
     Attributes:
         weights: [T, K] float32 (float64 for float64 logits), differentiable
@@ -46,8 +46,8 @@ def gate(
         logits: [T, E] float32, float64, bfloat16 or float16; the gate computes in float32, in
             float64 for float64 logits
         k: choices per token, 1..E
-        choice_scores: [T, E] like logits, what the choice is made on (noise, a bias, groups masked
-            by -inf); the logits where None. No gradient flows through the choice.
+        choice_scores: [T, E] like logits, the scores of the top-k choice (with noise, a bias, or
+            groups masked by -inf); the logits where None. No gradient flows through the choice.
         scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
         normalize: divide a token's weights by their sum, or by the smallest normal number where
             the sum is below it; with softmax this is the softmax over the chosen logits, unless the
@@ -55,8 +55,8 @@ def gate(
         scale: finite factor on the weights
 
     Returns:
-        Choice(weights [T, K], experts [T, K] int32, probs [T, E], importance [E]), the choices of a
-        token from the highest score down
+        Choice(weights [T, K], expert_ids [T, K] int32, probs [T, E], importance [E]), the choices
+        of a token from the highest score down
 
     Raises:
         RuntimeError: an argument breaks this contract
@@ -72,18 +72,17 @@ def mask_weights(
     eps: float | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """The weights of routes that the plan has a row for; of those it drops, zero.
+    """The weights of routes that have a row, and zero for dropped routes.
 
     Args:
         weights: [T, K] float32 or float64
-        plan: of the same T tokens and K choices
+        plan: for the same T tokens and K choices
         normalize: divide a token's kept weights by their sum
-        eps: what they are divided by where their sum is below it, finite; None is the smallest
-            normal number
+        eps: the smallest divisor, finite; None is the smallest normal number
         scale: finite factor on all
 
     Returns:
-        [T, K]; zero for a dropped route, whatever stands beside it, NaN too
+        [T, K]; zero for a dropped route, also where its weight is NaN
 
     Raises:
         RuntimeError: an argument breaks this contract
@@ -107,7 +106,7 @@ def dispatch(tokens: Tensor, plan: Plan, weights: Tensor | None = None) -> Tenso
 
     Args:
         tokens: [T, H] float32, float64, bfloat16 or float16
-        plan: of the same T tokens
+        plan: for the same T tokens
         weights: [T, K] float32 (float64 for float64 tokens), a factor for every copy
 
     Returns:
@@ -146,7 +145,7 @@ def route_dot(tokens: Tensor, rows: Tensor, plan: Plan) -> Tensor:
     Args:
         tokens: [T, H]
         rows: [R, H] of the tokens' dtype
-        plan: of the same T tokens and R rows
+        plan: for the same T tokens and R rows
 
     Returns:
         [T, K] float32 (float64 for float64 rows), the inner product of tokens[t] and
@@ -160,7 +159,7 @@ def route_dot(tokens: Tensor, rows: Tensor, plan: Plan) -> Tensor:
 
 
 def has_autocast(device: torch.device) -> bool:
-    """Whether autocast is on for a device; of the meta device it knows nothing."""
+    """Whether autocast is on for a device; never for meta, which it does not know."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -218,13 +217,13 @@ def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = 
 def activate(
     pre_activation: Tensor, plan: Plan, activation: Activation, weights: Tensor | None = None
 ) -> Tensor:
-    """What an expert does between its two products.
+    """The activation between an expert's two GEMMs.
 
     Rows without a route are not read, come out zero and receive zero.
 
     Args:
-        pre_activation: [R, 2F], the gate's columns first, for "swiglu" and "geglu"; [R, F] for
-            "gelu" and "relu"
+        pre_activation: the output of the first GEMM: [R, 2F] for "swiglu" and "geglu", whose first
+            F columns are the gate's; [R, F] for "gelu" and "relu"
         plan: with the same R rows
         activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
         weights: [T, K] float32 (float64 for float64 rows), a factor for the row of every route

@@ -1,4 +1,4 @@
-"""Where every route goes: the plan that dispatch, the experts and combine share."""
+"""The placement of routes in rows, which dispatch, the experts and combine share."""
 
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ def make_plan(
     order: Order = "choice",
     align: int = 1,
 ) -> Plan:
-    """Place the routes of `experts`.
+    """Give every route of `expert_ids` a row, or drop it.
 
     Args:
         expert_ids: [T, K] int32 ids in 0..E-1, -1 where a token has no such choice. On the CPU

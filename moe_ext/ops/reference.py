@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: what every kernel has to compute, and what runs without one.
+"""The operators in plain PyTorch: their definition, and the code that runs without a kernel.
 
 Written to be read and to be right, not to be fast. Output shapes follow from input shapes. Off the
 CPU nothing is read back to the host, except in `grouped_mm` and `grouped_outer`, which loop over
@@ -48,7 +48,7 @@ def gate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Score the experts, choose the k largest `choice_scores` (the logits where None), weigh them.
 
-    logits, choice_scores: [T, E] -> weights [T, K], experts [T, K], probs [T, E], importance [E].
+    logits, choice_scores: [T, E] -> weights, expert_ids [T, K], probs [T, E], importance [E].
     NaN ranks above +inf and equal scores go to the lower id, as in a stable descending sort.
     """
     choice_scores = logits if choice_scores is None else choice_scores
@@ -276,7 +276,7 @@ def combine_backward(
 
 
 def owned_rows(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> list[tuple[int, int]]:
-    """Of every expert, the range of the rows that routes own; both tensors are read at once."""
+    """The range of rows that routes own, for every expert; both tensors are read at once."""
     numbers = torch.cat([offsets, load]).tolist()
     bounds, counts = numbers[: len(offsets)], numbers[len(offsets) :]
     checks.group_values(op, bounds, counts, num_rows)
@@ -376,7 +376,7 @@ def activate_backward(
 
 
 def activate_gradients(grad, pre_activation, slots, sources, weights, activation):
-    """activate_backward without looking at values: it is differentiated too, while compiling."""
+    """activate_backward without checks of values: torch.func.vjp traces it."""
     dtype = checks.accumulate_dtype(pre_activation.dtype)
     weight, filled = _of_rows(weights, sources)
     inner_wide = torch.where(filled, pre_activation, 0).to(dtype)

@@ -23,7 +23,7 @@ from . import contracts, reference, torch_grouped_mm
 from .contracts import CONTRACTS
 
 NAMES = tuple(CONTRACTS)
-QUESTIONS = ("widens",)  # of a tensor that is not looked into
+QUESTIONS = ("widens",)  # about a tensor's dtype; its values are not read
 
 _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
