@@ -179,9 +179,9 @@ class Communicator:
         words = [flat.new_full((self.size, 1), word) for word in call.words(levels)]
         if levels == 2:
             self._check_levels(words)
-        room = BLOCK - NUM_WORDS
-        first, rest = flat[:, :room], flat[:, room:]
-        unused = flat.new_zeros(self.size, room - first.shape[1])
+        limit = BLOCK - NUM_WORDS
+        first, rest = flat[:, :limit], flat[:, limit:]
+        unused = flat.new_zeros(self.size, limit - first.shape[1])
         trace = self._trace(torch.cat([*words, first, unused], dim=1))
         sent, received = (x[:, :NUM_WORDS] for x in (trace[0][0], trace[-1][1]))
         trace = [tuple(x[:, NUM_WORDS : NUM_WORDS + first.shape[1]] for x in xs) for xs in trace]

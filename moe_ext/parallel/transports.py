@@ -170,7 +170,7 @@ def _concatenated(parts: list[Tensor], dim: int) -> Tensor:
 
 
 class _ChunkResults(NamedTuple):
-    """What `run_chunks` returns.
+    """The result of `run_chunks`.
 
     returned: expert outputs that came back, of each chunk
     result: of `work`

@@ -334,7 +334,7 @@ def _explained(rank: int) -> tuple:
 
 
 def test_explain_sees_the_local_experts_and_restores_the_layer():
-    for notes, met in on_processes(2, _explained):
+    for notes, modes in on_processes(2, _explained):
         expected = f"MOELayer: ModuleExperts runs {E // 2} experts one after the other"
         assert [note.split(";")[0] for note in notes] == [expected]
-        assert met == set()
+        assert modes == set()
