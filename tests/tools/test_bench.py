@@ -93,7 +93,7 @@ def test_peers_that_are_missing_are_named(bench_ops, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("state", ["new", "huge", "kept"])
-def test_states_of_memory(bench_ops, tmp_path, state):
+def test_the_state_of_memory_is_recorded(bench_ops, tmp_path, state):
     out = tmp_path / "ops.json"
     options = ["--shape", "gshard", "--op", "plan", "--memory", state, "--threads", "1"]
     bench_ops.main([*SMALL, *options, "--out", str(out)])
@@ -203,7 +203,7 @@ def test_layers_get_the_load_they_are_named_for(load_of):
         assert (share[:4] > 0).all()
 
 
-def test_growth(monkeypatch):
+def test_growth_has_slopes_and_checks_layers(monkeypatch):
     growth = load("bench_growth")
     counts = growth.token_counts(1_000_000)
     assert (counts[0], counts[-1]) == (1000, 1_000_000)
@@ -238,7 +238,7 @@ def test_limits_are_of_checked_operators(monkeypatch):
     assert seen == [(["dispatch"], 7, [1], "qwen3, half", "kept")]
 
 
-def test_bytes_of_an_exchange(tmp_path):
+def test_an_exchange_sends_at_least_the_least_bytes(tmp_path):
     out = tmp_path / "parallel.json"
     options = ["--processes", "2", "--top-k", "3", "--tokens", "64", "--seconds", "0"]
     subprocess.run(
@@ -260,7 +260,7 @@ def test_bytes_of_an_exchange(tmp_path):
     assert all(point["seconds"] > 0 for point in points.values())
 
 
-def test_model_of_many_gpus(monkeypatch):
+def test_the_model_of_many_gpus_has_exact_chances_and_a_bound(monkeypatch):
     scaling = load("scaling")
     layer = scaling.Layer(num_experts=12, k=3)
     choices = list(itertools.combinations(range(12), 3))

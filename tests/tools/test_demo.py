@@ -1,4 +1,4 @@
-"""The demo on a small setting."""
+"""The demo on a small setting: its claim, its files, its arguments."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_the_report_says_which_model_is_better():
     assert f"{steps // 5} steps are too few to compare the two; the default is {steps}" in said
 
 
-def test_writes_what_it_says_and_repeats(tmp_path, capsys):
+def test_equal_seeds_give_equal_results_and_files(tmp_path, capsys):
     first = demo.run(SMALL, out=tmp_path / "a")
     second = demo.run(SMALL, out=tmp_path / "b")
     printed = capsys.readouterr().out
@@ -174,7 +174,7 @@ def test_the_command_refuses_what_it_cannot_run(option, message):
     assert "Traceback" not in run.stderr
 
 
-def test_files_of_others_are_not_called_written(tmp_path, capsys):
+def test_only_files_of_this_run_are_listed(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     os.utime(tmp_path / "notes.txt", (0, 0))
     demo.run(SMALL, "cpu", tmp_path)

@@ -1,4 +1,4 @@
-"""What doctor finds, and what it says against each known failure."""
+"""The report of doctor, and the problem and fix that it prints for each known failure."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def python(*arguments, cwd: Path | None = None, **environment) -> subprocess.Com
     )
 
 
-def test_every_operator_is_tried():
+def test_every_operator_is_tested_on_every_device():
     report = doctor.examine()
     assert [operator.name for operator in report.operators[: len(registry.NAMES)]] == list(
         registry.NAMES
@@ -46,7 +46,7 @@ def test_every_operator_is_tried():
     assert torch.__version__ in text
 
 
-def test_the_command():
+def test_the_command_exits_with_1_on_a_problem():
     done = python("-m", "moe_ext", "doctor")
     report = json.loads(python("-m", "moe_ext", "doctor", "--json").stdout)
     assert {operator["name"] for operator in report["operators"]} == set(registry.NAMES)
@@ -56,14 +56,14 @@ def test_the_command():
         assert re.match(r"OK( \(CPU is busy: load .*\))?$", done.stdout.splitlines()[-1])
 
 
-def test_a_number_that_json_lacks_is_null():
+def test_an_infinite_error_is_null_in_json():
     wrong = doctor.Operator("gate", "cpu", "compiled", "", float("inf"), "")
     assert json.dumps(wrong.as_dict(), allow_nan=False)
     assert (wrong.as_dict()["error"], wrong.as_dict()["ok"]) == (None, False)
 
 
 @pytest.mark.parametrize("command", ["doctor", "plot"])
-def test_a_reader_that_has_read_enough_is_no_error(monkeypatch, tmp_path, command):
+def test_a_closed_pipe_ends_without_a_traceback(monkeypatch, tmp_path, command):
     """As `head -1` is."""
     run_file = tmp_path / "run.jsonl"
     layer = moe_ext.MOELayer(moe_ext.TopKGate(8, 4), moe_ext.GroupedExperts(4, 8, 6))
@@ -91,7 +91,7 @@ def test_a_reader_that_has_read_enough_is_no_error(monkeypatch, tmp_path, comman
     ],
     ids=["busy", "a build of its own", "for a moment", "no longer", "one thread"],
 )
-def test_other_work_is_told_once(monkeypatch, threads, load, others, is_told):
+def test_a_busy_cpu_is_reported_once(monkeypatch, threads, load, others, is_told):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert min(doctor._work()) >= 0
@@ -108,7 +108,7 @@ def libraries() -> tuple[dict[str, dict], list[doctor.Problem]]:
 
 
 def changed(monkeypatch, name: str, change) -> list[doctor.Problem]:
-    """What doctor says on the CPU where the reference of an operator gives something else."""
+    """Problems on the CPU after the reference of an operator was changed."""
     right = getattr(moe_ext.ops.reference, name)
     monkeypatch.setattr(doctor.reference, name, lambda *args: change(right(*args)))
     report = doctor.examine()
@@ -133,7 +133,7 @@ def test_a_nan_is_found_in_any_output(monkeypatch, which):
     assert problem.problem == "the self-test of activate_backward on cpu gave an error of inf"
 
 
-def test_an_operator_that_fails_is_told_with_its_error(monkeypatch):
+def test_the_error_of_a_failing_operator_is_reported(monkeypatch):
     def fails(out):
         raise RuntimeError("combine: no such thing")
 
@@ -159,7 +159,7 @@ def report_of(tree: Path, **environment) -> dict:
     return json.loads(done.stdout)
 
 
-def test_without_a_library(tree):
+def test_a_missing_library_is_a_problem(tree):
     report = report_of(tree)
     assert report["moe_ext"] == {"version": moe_ext.__version__, "path": str(tree / "moe_ext")}
     on_cpu = [operator for operator in report["operators"] if operator["device"] == "cpu"]
@@ -170,7 +170,7 @@ def test_without_a_library(tree):
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_a_compiler_that_fails_is_as_one_that_is_missing(monkeypatch, compiler):
+def test_a_failing_compiler_counts_as_missing(monkeypatch, compiler):
     monkeypatch.setattr(registry.libraries, "library", None)
     monkeypatch.setenv("CXX", compiler)
     (problem,) = libraries()[1]
@@ -178,7 +178,7 @@ def test_a_compiler_that_fails_is_as_one_that_is_missing(monkeypatch, compiler):
     assert doctor._facts()["compiler"] is None
 
 
-def test_a_library_that_cannot_be_loaded_is_told_verbatim(tree):
+def test_the_loaders_error_is_reported_verbatim(tree):
     (tree / "moe_ext" / "_C.abi3.so").write_bytes(b"\x7fELF, but not for long")
     report = report_of(tree)
     # The reason is the loader's own.
@@ -195,7 +195,7 @@ def test_a_library_that_cannot_be_loaded_is_told_verbatim(tree):
         (None, "--no-binary moe_ext moe_ext"),
     ],
 )
-def test_what_is_installed_again(monkeypatch, tmp_path, direct_url, source):
+def test_the_fix_installs_from_the_original_source(monkeypatch, tmp_path, direct_url, source):
     class Distribution:
         def read_text(self, name):
             assert name == "direct_url.json"
@@ -234,7 +234,7 @@ def test_without_a_card_there_is_no_problem(card, monkeypatch):
     assert doctor._table(doctor._facts())["card"].startswith("none that torch can use")
 
 
-def test_a_card_and_no_kernels(card, monkeypatch):
+def test_a_card_without_kernels_is_a_problem(card, monkeypatch):
     monkeypatch.setattr(finder, "find_toolkit", lambda major=None: None)
     problem = libraries()[1][-1]
     assert problem.problem == "operators on cuda run as plain PyTorch: no CUDA kernels were built"
@@ -245,7 +245,7 @@ def test_a_card_and_no_kernels(card, monkeypatch):
     assert doctor._table(facts)["card"] == "a card, compute capability 12.0"
 
 
-def test_a_toolkit_of_another_major_version(card, monkeypatch, tmp_path):
+def test_a_toolkit_of_another_major_version_is_reported(card, monkeypatch, tmp_path):
     toolkit = build.Toolkit(tmp_path, tmp_path, (12, 4))
     for module in (build, finder):
         monkeypatch.setattr(
@@ -260,13 +260,13 @@ def test_a_toolkit_of_another_major_version(card, monkeypatch, tmp_path):
     assert doctor._facts()["toolkit"] == {"cuda": "12.4", "path": str(tmp_path)}
 
 
-def test_kernels_left_out_on_purpose(card, monkeypatch):
+def test_the_fix_for_kernels_left_out_on_purpose(card, monkeypatch):
     monkeypatch.setenv("FORCE_CUDA", "0")
     assert libraries()[1][-1].fix.startswith("unset FORCE_CUDA to build both; then pip")
 
 
 @pytest.mark.parametrize("built_for", ["7.5,8.0+PTX,9.0+PTX", "7.5,8.0"])
-def test_a_card_that_the_kernels_are_not_for(card, monkeypatch, tmp_path, built_for):
+def test_a_card_without_machine_code_or_ptx_is_a_problem(card, monkeypatch, tmp_path, built_for):
     library = tmp_path / "_C_cuda.abi3.so"
     text = f"moe_ext built for compute capability {built_for}"
     library.write_bytes(b"\x7fELF\0" + text.encode() + b"\0\xff")
@@ -297,5 +297,5 @@ def test_a_card_that_the_kernels_are_not_for(card, monkeypatch, tmp_path, built_
         ("Hopper", (9, 0), True),
     ],
 )
-def test_who_is_served(built_for, capability, is_served):
+def test_machine_code_and_ptx_serve_later_cards(built_for, capability, is_served):
     assert doctor.serves(built_for.split(","), capability) is is_served
