@@ -63,12 +63,11 @@ def _transpose(rows: Tensor, step: Transpose) -> Tensor:
     return torch.cat(_transposed(list(rows.split(step.sizes)), step.columns))
 
 
-def wait_tensor(rows: Tensor) -> Tensor:
-    return _collectives.wait_tensor(rows)
+def all_to_all(rows: Tensor, step: AllToAll) -> Tensor:
+    return _collectives.wait_tensor(_launch(rows, step))
 
 
-def all_to_all_async(rows: Tensor, step: AllToAll) -> Tensor:
-    """Launch an all-to-all. Call `wait_tensor` on the result before it is read."""
+def _launch(rows: Tensor, step: AllToAll) -> Tensor:
     # As bytes, since gloo lacks some dtypes. An empty tensor is contiguous whatever its strides.
     rows = rows.contiguous() if rows.stride(-1) == 1 else rows.clone(memory_format=_DENSE)
     out = _collectives.all_to_all_single(
@@ -93,7 +92,7 @@ class _Pending:
 class _Start(Function):
     @staticmethod
     def forward(rows, pending):
-        pending.rows = all_to_all_async(rows, pending.step)
+        pending.rows = _launch(rows, pending.step)
         return rows.new_empty(0)
 
     @staticmethod
@@ -109,7 +108,7 @@ class _Wait(Function):
     @staticmethod
     def forward(link, pending):
         rows, pending.rows = pending.rows, None
-        return wait_tensor(rows)
+        return _collectives.wait_tensor(rows)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -126,7 +125,7 @@ class _StartAndWait(Function):
 
     @staticmethod
     def forward(rows, step):
-        return wait_tensor(all_to_all_async(rows, step))
+        return all_to_all(rows, step)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..process_group import GroupAttribute, resolve
-from .all_to_all import AllToAll, Steps, Transpose, all_to_all_async, wait_tensor
+from .all_to_all import AllToAll, Steps, Transpose, all_to_all
 from .consistency import BLOCK, NUM_WORDS, CallRecord, GroupState, check, check_on_host, state_of
 
 
@@ -46,15 +47,17 @@ class Communicator:
     def __init__(self, group: dist.ProcessGroup | DeviceMesh) -> None:
         if isinstance(group, DeviceMesh):
             if group.ndim not in (1, 2):
-                raise ValueError(f"group must be a mesh of one or two dimensions, got {group}")
+                raise ValueError(
+                    f"ExpertParallel: group must be a mesh of one or two dimensions, got {group}"
+                )
             if group.ndim == 2 and min(group.shape) > 1:
                 self._use_two_levels(group)
                 return
             group = max(group.get_all_groups(), key=dist.get_world_size)
         if not isinstance(group, dist.ProcessGroup):
             raise ValueError(
-                "group must be a mesh, or a process group that this process is a member of, got "
-                f"{group!r}"
+                "ExpertParallel: group must be a mesh, or a process group that this process is a "
+                f"member of, got {group!r}"
             )
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self._steps = (_Level(group.group_name, self.size),)
@@ -118,13 +121,13 @@ class Communicator:
 
         Returns [size, n] int64. Raises ConsistencyError where a rank makes another call.
         """
-        opened = self._open(call, counts.unsqueeze(2))
+        sent, received, trace = self._open(call, counts.unsqueeze(2))
         if on_host:
             # Selective checkpointing must not record what a recomputation does not repeat.
             with _disable_current_modes():
-                check_on_host(opened.received.tolist())
-        check(opened.sent, opened.received)
-        return opened.trace[-1][1].squeeze(2)
+                check_on_host(received.tolist())
+        check(sent, received)
+        return trace[-1][1].squeeze(2)
 
     def check_call(self, call: CallRecord, device: torch.device, on_host: bool) -> None:
         """Check that all ranks make the same call."""
@@ -142,37 +145,35 @@ class Communicator:
         Returns the steps of each, the received counts, and their sums over ranks [n][m]. The host
         waits for the device once. Raises ConsistencyError where a rank makes another call.
         """
-        n, m = counts.shape[1:]
-        opened = self._open(call, counts)
-        received = opened.trace[-1][1]
-        sizes = [opened.received]
-        for step, (before, after) in zip(self._steps, opened.trace, strict=True):
+        _, opening, trace = self._open(call, counts)
+        received = trace[-1][1]
+        tables = [opening, received.sum(dim=0)]
+        for step, (before, after) in zip(self._steps, trace, strict=True):
             if isinstance(step, _Transposition):
-                sizes += [before[..., 0]]
+                tables += [before[..., 0].t()]
             else:
-                sizes += [x[..., 0].view(step.size, -1, n).sum(dim=1) for x in (before, after)]
-        flat = torch.cat([x.reshape(-1) for x in (*sizes, received.sum(dim=0))]).tolist()
-        numbers = iter(flat)
-        check_on_host([[next(numbers) for _ in range(NUM_WORDS)] for _ in range(self.size)])
-
-        def take(length: int) -> list[list[int]]:
-            table = [[next(numbers) for _ in range(n)] for _ in range(length)]
-            return [list(column) for column in zip(*table, strict=True)]
-
+                blocks = (x[..., 0].unflatten(0, (step.size, -1)) for x in (before, after))
+                tables += [x.sum(dim=1).t() for x in blocks]
+        words, sums, *sizes = _on_host(tables)
+        check_on_host(words)
         steps: list[list[AllToAll | Transpose]] = []
         for step in self._steps:
             if isinstance(step, _Transposition):
-                steps.append([Transpose(step.columns, sizes) for sizes in take(self.size)])
+                steps.append([Transpose(step.columns, blocks) for blocks in sizes.pop(0)])
             else:
-                pairs = zip(take(step.size), take(step.size), strict=True)
+                pairs = zip(sizes.pop(0), sizes.pop(0), strict=True)
                 steps.append([AllToAll(step.group, *pair) for pair in pairs])
-        sums = [[next(numbers) for _ in range(m)] for _ in range(n)]
         return [tuple(one) for one in zip(*steps, strict=True)], received, sums
 
-    def _open(self, call: CallRecord, counts: Tensor) -> _Opened:
+    def _open(
+        self, call: CallRecord, counts: Tensor
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
         """Send the call's words and counts to every rank.
 
         The first message has one size for all layers; counts that do not fit follow in another.
+
+        Returns the words [size, NUM_WORDS] sent to and received from each rank, and the counts
+        before and after each step.
         """
         flat = counts.reshape(self.size, -1).to(torch.int64)
         levels = 1 if len(self._steps) == 1 else 2
@@ -189,8 +190,7 @@ class Communicator:
             check(sent, received)  # before a message whose size depends on the call
             pairs = zip(trace, self._trace(rest), strict=True)
             trace = [tuple(torch.cat(xs, dim=1) for xs in zip(*xs, strict=True)) for xs in pairs]
-        shaped = [tuple(x.reshape(counts.shape) for x in xs) for xs in trace]
-        return _Opened(sent, received, shaped)
+        return sent, received, [tuple(x.reshape(counts.shape) for x in xs) for xs in trace]
 
     def _check_levels(self, words: list[Tensor]) -> None:
         """Check in the first group that all its ranks exchange in two levels.
@@ -202,8 +202,7 @@ class Communicator:
         blocks = [word[:size] for word in words]
         sent = torch.cat([*blocks, words[0].new_zeros(size, BLOCK - NUM_WORDS)], dim=1)
         ones = [1] * size
-        pending = all_to_all_async(sent, AllToAll(self.first_group.group_name, ones, ones))
-        received = wait_tensor(pending)
+        received = all_to_all(sent, AllToAll(self.first_group.group_name, ones, ones))
         check(sent[:, :NUM_WORDS], received[:, :NUM_WORDS], columns=1)
 
     def _trace(self, blocks: Tensor) -> list[tuple[Tensor, ...]]:
@@ -219,20 +218,18 @@ class Communicator:
                 blocks = pairs.transpose(0, 1).flatten(0, 1)
             else:
                 counts = [self.size // step.size] * step.size
-                pending = all_to_all_async(blocks, AllToAll(step.group, counts, counts))
-                blocks = wait_tensor(pending)
+                blocks = all_to_all(blocks, AllToAll(step.group, counts, counts))
             trace.append((before, blocks))
         return trace
 
 
-class _Opened(NamedTuple):
-    """sent, received: [size, NUM_WORDS], the calls' words to and from each rank
-    trace: the counts before and after each step
-    """
-
-    sent: Tensor
-    received: Tensor
-    trace: list[tuple[Tensor, ...]]
+def _on_host(tables: list[Tensor]) -> list[list[list[int]]]:
+    """Read matrices with one synchronisation."""
+    numbers = iter(torch.cat([table.reshape(-1) for table in tables]).tolist())
+    return [
+        [list(itertools.islice(numbers, columns)) for _ in range(rows)]
+        for rows, columns in (table.shape for table in tables)
+    ]
 
 
 def check_backward(

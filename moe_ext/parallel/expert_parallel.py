@@ -93,7 +93,7 @@ class ExpertParallel(ExpertParameters, Experts):
         ep_group_name: str | None = None,
     ) -> None:
         num_local_experts = _num_local_experts(experts, num_local_experts)
-        communicator = _communicator(group)
+        communicator = Communicator(group)
         flags = {"dedup": dedup, "uneven_tokens": uneven_tokens, "average": average}
         options.names(_NAME, **{name: (flag, (True, False)) for name, flag in flags.items()})
         overlap = options.integer(_NAME, "overlap", overlap, 1)
@@ -173,7 +173,7 @@ class ExpertParallel(ExpertParameters, Experts):
         Raises:
             ValueError: experts that do not divide evenly
         """
-        communicator = _communicator(group)
+        communicator = Communicator(group)
         return cls(divide(experts, communicator.rank, communicator.size), group, **kwargs)
 
     @property
@@ -243,14 +243,7 @@ class ExpertParallel(ExpertParameters, Experts):
     def routed_beside(
         self, work: Callable[[], Tensor], tokens: Tensor, plan: Plan, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`routed`, and the result of `work`, which overlaps with communication.
-
-        Args:
-            work: a function that does not need the experts' output
-            tokens: [T, H]
-            plan: of all experts
-            weights: [T, K]
-        """
+        """As in Experts.routed_beside; `work` overlaps with communication."""
         return self(tokens, plan, weights, work)
 
     # Modules have forwards with different arguments; `routed` is the interface of all experts.
@@ -372,13 +365,6 @@ def _num_local_experts(experts: nn.Module, number: int | None) -> int:
             "ExpertParallel: SharedExperts(ExpertParallel(experts, group), shared)"
         )
     return number
-
-
-def _communicator(group: dist.ProcessGroup | DeviceMesh) -> Communicator:
-    try:
-        return Communicator(group)
-    except ValueError as error:
-        raise ValueError(f"{_NAME}: {error}") from None
 
 
 class _ScaleGradient(Function):

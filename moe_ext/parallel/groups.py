@@ -74,7 +74,9 @@ def make_groups(
     # A level of size 1 needs no all-to-all.
     shape = tuple(number for number in shape if number > 1) or (1,)
     if device_type is None:
-        device_type = "cpu" if dist.get_backend() == "gloo" else _accelerator()
+        is_gloo = dist.get_backend() == "gloo"
+        accelerator = None if is_gloo else torch.accelerator.current_accelerator()
+        device_type = "cpu" if accelerator is None else accelerator.type
     ranks = torch.arange(world)
     by_copy = ranks.view(dp, size).t() if neighbours_share else ranks.view(size, dp)
     names = ("ep",) if len(shape) == 1 else ("node", "local_rank")
@@ -84,22 +86,13 @@ def make_groups(
         timeout = dist.group.WORLD._get_backend(torch.device(device_type)).options._timeout
     # Always new groups: a mesh would reuse the world's group where it can, with its timeout and
     # with the messages of failed calls.
-    mine = [_new_group(table, dim, timeout) for dim in range(table.ndim)]
+    mine = []
+    for dim in range(table.ndim):
+        lines = table.movedim(dim, -1).flatten(0, -2).tolist()
+        mine += [dist.new_subgroups_by_enumeration(lines, timeout=timeout)[0]]
     mesh = DeviceMesh.from_group(mine, device_type, mesh=table, mesh_dim_names=(*names, "dp"))
     group = mesh.get_group("ep") if len(shape) == 1 else mesh[names]
     return Groups(mesh, group, mesh.get_group("dp"))
-
-
-def _new_group(table: Tensor, dim: int, timeout: timedelta) -> dist.ProcessGroup:
-    """This rank's group along a dimension of a table of all ranks."""
-    lines = table.movedim(dim, -1).flatten(0, -2).tolist()
-    group, _ = dist.new_subgroups_by_enumeration(lines, timeout=timeout)
-    return group
-
-
-def _accelerator() -> str:
-    accelerator = torch.accelerator.current_accelerator()
-    return "cpu" if accelerator is None else accelerator.type
 
 
 def rank_load(load: Tensor, group: dist.ProcessGroup | DeviceMesh) -> Tensor:

@@ -48,6 +48,10 @@ def begin_call(key: int) -> int:
 begin_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _wrap_by(function: str) -> str:
+    return f"Rebuild the model and wrap it by moe_ext.parallel.{function}(model, groups)"
+
+
 def _refuse_ddp(experts: ExpertParallel) -> None:
     ddp = DistributedDataParallel._get_active_ddp_module()
     if ddp is None or hasattr(ddp, "reduces_experts"):  # set by parallel.data_parallel
@@ -61,8 +65,7 @@ def _refuse_ddp(experts: ExpertParallel) -> None:
             raise RuntimeError(
                 f"ExpertParallel: DistributedDataParallel treats {name} as equal on ranks that "
                 "hold different experts: it has overwritten them with one rank's, and would "
-                "average their gradients. Rebuild the model and wrap it by "
-                "moe_ext.parallel.data_parallel(model, groups)"
+                f"average their gradients. {_wrap_by('data_parallel')}"
             )
 
 
@@ -71,8 +74,7 @@ def _refuse_fsdp(experts: ExpertParallel) -> None:
         if not experts.average:
             raise RuntimeError(
                 "ExpertParallel: fully_shard must shard experts over the ranks that hold the same "
-                "ones and average their gradients over all ranks. Rebuild the model and wrap it "
-                "by moe_ext.parallel.fully_shard(model, groups)"
+                f"ones and average their gradients over all ranks. {_wrap_by('fully_shard')}"
             )
         return
     # FSDP replaces all parameters by its own, so that checking one suffices.
@@ -82,9 +84,8 @@ def _refuse_fsdp(experts: ExpertParallel) -> None:
         if name in experts.marked and _is_replaced(parameter):
             raise RuntimeError(
                 f"ExpertParallel: {name} of the experts was replaced by another parameter. Plain "
-                "fully_shard does so and mixes the experts of different ranks: rebuild the model "
-                "and wrap it by moe_ext.parallel.fully_shard(model, groups). If you replaced "
-                "it yourself, call experts.mark()"
+                "fully_shard does so and mixes the experts of different ranks. "
+                f"{_wrap_by('fully_shard')}. If you replaced it yourself, call experts.mark()"
             )
 
 
@@ -96,8 +97,7 @@ def _refuse_fsdp1(experts: ExpertParallel) -> None:
         if tensor is None or hasattr(getattr(tensor, "_base", None), "_is_flat_param"):
             raise RuntimeError(
                 f"ExpertParallel: FullyShardedDataParallel treats {name} as equal on ranks that "
-                "hold different experts. Rebuild the model and wrap it by "
-                "moe_ext.parallel.fully_shard(model, groups)"
+                f"hold different experts. {_wrap_by('fully_shard')}"
             )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ class AllToAllTransport:
 
         The caller raises it when the other ranks have all that they wait for.
         """
-        returned, result, failure, nodes = run_chunks(chunks, run, work)
+        returned, result, failure, nodes = _run_chunks(chunks, run, work)
         if not torch.compiler.is_compiling():
             self.checks.state.is_exchanging = False
         if failure is not None:
@@ -169,30 +169,20 @@ def _concatenated(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-class _ChunkResults(NamedTuple):
-    """The result of `run_chunks`.
-
-    returned: expert outputs that came back, of each chunk
-    result: of `work`
-    failure: the first exception of `run` or `work`
-    nodes: the autograd nodes whose backward sends the gradients of what was sent
-    """
-
-    returned: list[Tensor]
-    result: Tensor | None
-    failure: BaseException | None
-    nodes: list[Node | None]
-
-
 _Sent = tuple[Chunk, list[PendingRows]]
 
 
-def run_chunks(chunks: Iterable[Chunk], run: Run, work: Work) -> _ChunkResults:
+def _run_chunks(
+    chunks: Iterable[Chunk], run: Run, work: Work
+) -> tuple[list[Tensor], Tensor | None, BaseException | None, list[Node | None]]:
     """Send each chunk to its experts and return their outputs. The next chunk is sent first.
 
     After an exception rows are still sent, with NaN in place of the outputs: a rank that waits for
     them would take the next message for rows. `run` may communicate too, so that every chunk calls
     it.
+
+    Returns the outputs of each chunk, the result of `work`, the first exception of `run` or `work`,
+    and the autograd nodes whose backward sends gradients.
     """
     guard = _Guard()
     returning, result, nodes = [], None, []
@@ -209,7 +199,7 @@ def run_chunks(chunks: Iterable[Chunk], run: Run, work: Work) -> _ChunkResults:
         if rows is None:  # after an exception
             rows = received[0].new_full(received[0].shape, torch.nan)
         returning.append(start(rows, reverse(chunk.steps)))
-    return _ChunkResults(list(map(finish, returning)), result, guard.failure, nodes)
+    return list(map(finish, returning)), result, guard.failure, nodes
 
 
 def _send(chunk: Chunk) -> _Sent:
