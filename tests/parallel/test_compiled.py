@@ -13,8 +13,7 @@ from test_expert_parallel import (
     H,
     assert_like_one_process,
     divided_layer,
-    gradients,
-    step,
+    results_of,
 )
 from torch import nn
 
@@ -30,7 +29,7 @@ def _compiled(rank: int, case: Case):
     torch._dynamo.reset()
     layer = divided_layer(case)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=case.drop_tokens)
-    return *step(compiled, case, rank), gradients(layer.gate), gradients(layer.experts)
+    return results_of(compiled, case, rank)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +60,13 @@ def _recompiled(rank: int, options: dict, gate: dict) -> list[bool]:
     compiled = torch.compile(layer, backend="eager", dynamic=False)
     same = []
     for call in range(5):
-        # Rank 0 runs eagerly from the third size on.
         x = torch.randn(3 + (call if rank == 0 else 0), H, dtype=torch.float64)
         found = []
         for run in (compiled, eager):
             tokens = x.clone().requires_grad_()
-            out = run(tokens)
+            # Rank 0 runs eagerly from the third size on.
+            with torch._dynamo.config.patch(recompile_limit=2):
+                out = run(tokens)
             (grad,) = torch.autograd.grad(out.square().sum(), tokens)
             found.append((out, grad))
         same.append(all(map(torch.equal, *found)))
@@ -84,12 +84,7 @@ def _recompiled(rank: int, options: dict, gate: dict) -> list[bool]:
     ids=["dropless", "uneven", "capacity"],
 )
 def test_one_rank_may_fall_back_to_eager_code(options, gate):
-    assert on_processes(2, _with_few_programs, options, gate) == [[True] * 5] * 2
-
-
-def _with_few_programs(rank: int, *args) -> list[bool]:
-    with torch._dynamo.config.patch(recompile_limit=2):
-        return _recompiled(rank, *args)
+    assert on_processes(2, _recompiled, options, gate) == [[True] * 5] * 2
 
 
 def _compiled_moe(rank: int):

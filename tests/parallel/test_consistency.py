@@ -2,6 +2,7 @@
 
 import copy
 import re
+from contextlib import closing
 from unittest import mock
 
 import pytest
@@ -16,10 +17,21 @@ from moe_ext.parallel import make_groups
 
 
 def _call(rank: int, *sides: dict) -> str:
-    options = sides[rank]
+    """before: grad modes of earlier calls; other names are options of `layer_of`"""
+    call = {"tokens": T, "requires_grad": False, "autocast": False, "before": ()}
+    options = {name: value for name, value in sides[rank].items() if name not in call}
+    call |= sides[rank]
     layer = layer_of(**options)
-    x = torch.randn(T, layer.gate.model_dim, dtype=options.get("dtype", torch.float32))
-    return error_of(lambda: layer(x))
+    x = torch.randn(
+        *(call["tokens"], layer.gate.model_dim),
+        dtype=options.get("dtype", torch.float32),
+        requires_grad=call["requires_grad"],
+    )
+    for grad_mode in call["before"]:
+        with torch.set_grad_enabled(grad_mode):
+            layer(x[:T].detach())
+    with torch.autocast("cpu", torch.bfloat16, enabled=call["autocast"]):
+        return error_of(lambda: layer(x))
 
 
 @pytest.mark.parametrize(
@@ -39,24 +51,22 @@ def _call(rank: int, *sides: dict) -> str:
         ({"options": {"dedup": True}}, {}, "dedup, got True {0} and False {1}"),
         ({"options": {"overlap": 2}}, {"options": {"overlap": 3}}, "overlap, got 2 {0} and 3 {1}"),
         ({"options": {"average": True}}, {}, "average, got True {0} and False {1}"),
+        # As many calls before, and a longer batch.
+        ({"before": [True]}, {"before": [True], "tokens": 2 * T}, "capacity, got 3 {0} and 5 {1}"),
+        ({"requires_grad": True}, {}, "tokens_require_grad, got True {0} and False {1}"),
+        (
+            {"before": [False], "requires_grad": True},
+            {"before": [False]},
+            "tokens_require_grad, got True {0} and False {1}",
+        ),
+        # Its experts would send rows of another width.
+        ({"autocast": True}, {}, "autocast_dtype, got torch.bfloat16 {0} and torch.float32 {1}"),
     ],
 )
 def test_options_that_differ_are_named_on_all_ranks(mine, theirs, text):
     where = "on rank 0 of the group", "on rank 1"
     for message in on_processes(2, _call, mine, theirs):
         assert f"all ranks must have the same {text.format(*where)}" in message
-
-
-def _second_call(rank: int) -> str:
-    layer = layer_of()
-    layer(torch.randn(T, H))
-    return error_of(lambda: layer(torch.randn(T if rank == 0 else 2 * T, H)))
-
-
-def test_a_capacity_that_differs_in_a_later_call_is_named():
-    expected = "same capacity, got 3 on rank 0 of the group and 5 on rank 1; with uneven_tokens"
-    for message in on_processes(2, _second_call):
-        assert expected in message
 
 
 def _two_levels(rank: int, options: dict) -> str:
@@ -70,35 +80,6 @@ def _two_levels(rank: int, options: dict) -> str:
 def test_a_difference_on_a_mesh_of_nodes_is_named(options):
     for message in on_processes(4, _two_levels, options):
         assert "same k, got 1 on rank 0 of the group and 2 on rank 1" in message
-
-
-def _one_needs_gradients(rank: int, evaluates_first: bool) -> str:
-    layer = layer_of()
-    if evaluates_first:
-        with torch.no_grad():
-            layer(torch.randn(T, H))
-    return error_of(lambda: layer(torch.randn(T, H, requires_grad=rank == 0)))
-
-
-@pytest.mark.parametrize("evaluates_first", [False, True])
-def test_tokens_that_need_gradients_on_one_rank_are_named(evaluates_first):
-    expected = "same tokens_require_grad, got True on rank 0 of the group and False on"
-    for message in on_processes(2, _one_needs_gradients, evaluates_first):
-        assert expected in message
-
-
-def _autocast_alone(rank: int) -> list[str]:
-    layer, x = layer_of(), torch.randn(T, H)
-    with torch.autocast("cpu", torch.bfloat16, enabled=rank == 0):
-        first = error_of(lambda: layer(x))
-    return [first, error_of(lambda: layer(x))]
-
-
-def test_autocast_on_one_rank_is_named():
-    """Its experts would send rows of another width."""
-    for first, second in on_processes(2, _autocast_alone):
-        assert "same autocast_dtype, got torch.bfloat16 on rank 0 of the group" in first
-        assert second == "no error"
 
 
 def _leaves_tokens_out(rank: int) -> list[str]:
@@ -225,11 +206,8 @@ def _in_a_second_world(rank: int, file: str) -> list[str]:
 
 
 def test_layers_of_a_destroyed_group_are_told_from_new_ones(tmp_path):
-    pool = Processes(2)
-    try:
+    with closing(Processes(2)) as pool:
         found = pool.run(_in_a_second_world, str(tmp_path / "rendezvous"))
-    finally:
-        pool.close()
     for swapped, after in found:
         assert "all ranks must make the same calls in the same order" in swapped
         assert after == "no error"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_expert_parallel import Case, assert_like_one_process, divided_layer, gradients, step
+from test_expert_parallel import Case, assert_like_one_process, divided_layer, results_of
 
 
 class DeepEPBuffer:
@@ -88,9 +88,7 @@ class DeepEPBuffer:
 
 
 def _by_deepep(rank: int, case: Case):
-    layer = divided_layer(case, deepep=DeepEPBuffer())
-    out, grad_tokens = step(layer, case, rank)
-    return out, grad_tokens, gradients(layer.gate), gradients(layer.experts)
+    return results_of(divided_layer(case, deepep=DeepEPBuffer()), case, rank)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from processes import on_processes
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moe_ext import ExpertParallel, GroupedExperts, ModuleExperts, MOELayer, SharedExperts, TopKGate
 from moe_ext.parallel import make_groups
@@ -94,18 +95,20 @@ def divided_layer(case: Case, **options) -> MOELayer:
     return layer
 
 
+def results_of(layer: MOELayer, case: Case, rank: int) -> tuple:
+    return *step(layer, case, rank), gradients(layer.gate), gradients(layer.experts)
+
+
 def parallel_step(rank: int, case: Case):
-    layer = divided_layer(case)
-    out, grad_tokens = step(layer, case, rank)
-    return out, grad_tokens, gradients(layer.gate), gradients(layer.experts)
+    return results_of(divided_layer(case), case, rank)
 
 
 def assert_same(actual, expected) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def assert_like_one_process(case: Case, function=parallel_step) -> None:
-    found = on_processes(len(case.tokens), function, case)
+def assert_like_one_process(case: Case, function=parallel_step, *args) -> None:
+    found = on_processes(len(case.tokens), function, case, *args)
     layer = layer_of(case)
     for rank, (out, grad_tokens, _, _) in enumerate(found):
         expected_out, expected_grad = step(layer, case, rank)
@@ -247,8 +250,7 @@ def _with_shared(layer: MOELayer) -> MOELayer:
 
 
 def _shared_step(rank: int, case: Case):
-    layer = divided_layer(case)
-    layer = _with_shared(layer)
+    layer = _with_shared(divided_layer(case))
     with CountCollectives() as counted:
         out, grad_tokens = step(layer, case, rank)
     return out, grad_tokens, gradients(layer.experts.shared), counted.order
@@ -273,8 +275,7 @@ def _tensor_parallel_step(rank: int, case: Case):
     layer.experts = ExpertParallel.of(
         *(layer.experts, dist.group.WORLD), tensor_group=tensor_group, **case.options
     )
-    out, grad_tokens = step(layer, case, rank // 2)
-    return out, grad_tokens, gradients(layer.gate), gradients(layer.experts)
+    return results_of(layer, case, rank // 2)
 
 
 @pytest.mark.parametrize(
@@ -300,21 +301,16 @@ def test_ranks_of_a_tensor_group_send_a_share_and_get_the_sum(case):
             assert_same(actual, expected_part(experts, name, rank, E // 4))
 
 
-def _twice_differentiated(rank: int, case: Case):
-    layer = layer_of(case)
-    if dist.get_world_size() > 1:
-        layer.experts = ExpertParallel.of(layer.experts, group_of(case), **case.options)
-        ranks = [rank]
-    else:
-        ranks = range(len(case.tokens))
-    results = []
-    for each in ranks:
-        tokens, grad = inputs_of(case, each)
-        out = layer(tokens)
-        (first,) = torch.autograd.grad((out * grad).sin().sum(), tokens, create_graph=True)
-        (second,) = torch.autograd.grad(first.square().sum(), tokens)
-        results.append(second)
-    return results
+def _twice_differentiated(layer: MOELayer, case: Case, rank: int) -> torch.Tensor:
+    tokens, grad = inputs_of(case, rank)
+    out = layer(tokens)
+    (first,) = torch.autograd.grad((out * grad).sin().sum(), tokens, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), tokens)
+    return second
+
+
+def _divided_and_twice_differentiated(rank: int, case: Case) -> torch.Tensor:
+    return _twice_differentiated(divided_layer(case), case, rank)
 
 
 @pytest.mark.parametrize(
@@ -328,9 +324,11 @@ def _twice_differentiated(rank: int, case: Case):
     ids=str,
 )
 def test_second_gradients_are_those_of_one_process(case):
-    found = on_processes(len(case.tokens), _twice_differentiated, case)
-    (expected,) = on_processes(1, _twice_differentiated, case)
-    assert_same([second for (second,) in found], expected)
+    layer = layer_of(case)
+    for rank, found in enumerate(
+        on_processes(len(case.tokens), _divided_and_twice_differentiated, case)
+    ):
+        assert_same(found, _twice_differentiated(layer, case, rank))
 
 
 def _narrow(rank: int, dtype: torch.dtype, options: dict):
@@ -354,10 +352,14 @@ def test_rows_keep_their_dtype(dtype):
         assert relative_error(out, expected) < 2 * eps
 
 
-def _checkpointed(rank: int, case: Case):
+def _checkpointed(rank: int, case: Case, saves_exchange: bool):
     layer = divided_layer(case)
     tokens, grad = inputs_of(case, rank)
-    out, aux = checkpoint(layer.forward_with_aux, tokens, use_reentrant=False)
+    options = {}
+    if saves_exchange:
+        saved = [torch.ops._c10d_functional.all_to_all_single.default]
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, saved)
+    out, aux = checkpoint(layer.forward_with_aux, tokens, use_reentrant=False, **options)
     ((out * grad).sum() + aux.l_aux).backward()
     return out.detach(), tokens.grad, gradients(layer.gate), gradients(layer.experts)
 
@@ -365,5 +367,12 @@ def _checkpointed(rank: int, case: Case):
 @pytest.mark.parametrize(
     "case", [Case(), Case((6, 6), drop_tokens=True), Case(options={"overlap": 2})], ids=str
 )
-def test_activation_checkpointing_recomputes_the_exchange(case):
-    assert_like_one_process(case, _checkpointed)
+@pytest.mark.parametrize("saves_exchange", [False, True])
+def test_activation_checkpointing_recomputes_or_saves_the_exchange(saves_exchange, case):
+    assert_like_one_process(case, _checkpointed, saves_exchange)
+
+
+def test_equal_inputs_give_bitwise_equal_results():
+    case = Case((5, 3, 0, 7), k=3, nodes=2, options={"dedup": True})
+    first, second = (on_processes(4, parallel_step, case) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)

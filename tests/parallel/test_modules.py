@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 from cases import relative_error
 from processes import on_processes
-from test_expert_parallel import Case, assert_like_one_process, gradients, inputs_of, layer_of, step
+from test_expert_parallel import Case, inputs_of, layer_of
 from test_training import batch, divided, everyones, loss_of, model_of
 from torch import nn
 from torch.distributed import fsdp
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.utils import checkpoint
 
 from moe_ext import (
     ExpertParallel,
@@ -163,9 +165,10 @@ def test_only_divided_experts_are_converted():
 
 
 def _wrapped(rank: int, kind: str) -> list[bool]:
-    groups = make_groups(WORLD)
-    model = divided(kind, groups.ep)
+    model, groups = divided(kind)
     plain = parallel.global_state(model, groups, model.state_dict())
+    inner = copy.deepcopy(model)  # its experts are wrapped, where they are modules
+    apply_activation_checkpointing(inner, check_fn=lambda m: isinstance(m, nn.Sequential))
     ddp = parallel.data_parallel(model, groups)
     compiled = torch.compile(model)
     checkpointed = nn.Sequential(model[0], checkpoint_wrapper(model[1]), model[2])
@@ -176,6 +179,7 @@ def _wrapped(rank: int, kind: str) -> list[bool]:
         (compiled, get_model_state_dict(compiled)),
         (compiled, compiled.state_dict()),
         (checkpointed, checkpointed.state_dict()),
+        (inner, inner.state_dict()),
     ):
         found = parallel.global_state(wrapped, groups, state)
         again = parallel.local_state(wrapped, groups, found)
@@ -192,12 +196,12 @@ def _wrapped(rank: int, kind: str) -> list[bool]:
 
 @pytest.mark.parametrize("kind", ["grouped", "modules"])
 def test_state_dicts_of_wrapped_models_keep_their_names(kind):
-    assert on_processes(WORLD, _wrapped, kind) == [[True] * 5] * WORLD
+    assert on_processes(WORLD, _wrapped, kind) == [[True] * 6] * WORLD
 
 
 def _block_by_block(rank: int, ep: int):
-    groups = make_groups(ep)
-    blocks = nn.Sequential(divided("grouped", groups.ep), nn.Linear(1, H).double())
+    model, groups = divided("grouped", ep)
+    blocks = nn.Sequential(model, nn.Linear(1, H).double())
     layer = blocks[0][1]
     parallel.fully_shard(blocks[0], groups)
     parallel.fully_shard(blocks, groups)
@@ -207,10 +211,8 @@ def _block_by_block(rank: int, ep: int):
 
 
 def test_a_model_sharded_block_by_block_trains_like_one_process():
-    torch.manual_seed(1)
     model = model_of("grouped")
-    last = nn.Linear(1, H).double()
-    blocks = nn.Sequential(model, last)
+    blocks = nn.Sequential(model, nn.Linear(1, H).double())
     found = on_processes(2, _block_by_block, 2)
     for rank in range(2):
         (loss_of(blocks, model[1], batch(rank, 0)) / 2).backward()
@@ -220,8 +222,8 @@ def test_a_model_sharded_block_by_block_trains_like_one_process():
 
 
 def _mixed(rank: int):
-    groups = make_groups(WORLD)
-    model = divided("grouped", groups.ep).float()
+    model, groups = divided("grouped")
+    model.float()
     policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     parallel.fully_shard(model, groups, mp_policy=policy)
     loss = loss_of(model, model[1], batch(rank, 0).float())
@@ -262,30 +264,9 @@ def test_average_counts_the_tokens_of_a_tensor_group_once():
         torch.testing.assert_close(others, model[0].weight.grad, rtol=1e-10, atol=1e-10)
 
 
-def _selectively_checkpointed(rank: int, case: Case):
-    layer = layer_of(case)
-    layer.experts = ExpertParallel.of(layer.experts, dist.group.WORLD)
-    saved = [torch.ops._c10d_functional.all_to_all_single.default]
-
-    def contexts():
-        return checkpoint.create_selective_checkpoint_contexts(saved)
-
-    tokens, grad = inputs_of(case, rank)
-    out, aux = checkpoint.checkpoint(
-        layer.forward_with_aux, tokens, use_reentrant=False, context_fn=contexts
-    )
-    ((out * grad).sum() + aux.l_aux).backward()
-    return out.detach(), tokens.grad, gradients(layer.gate), gradients(layer.experts)
-
-
-@pytest.mark.parametrize("case", [Case(), Case((6, 6), drop_tokens=True)], ids=str)
-def test_selective_checkpointing_may_save_the_all_to_all(case):
-    assert_like_one_process(case, _selectively_checkpointed)
-
-
 def _frozen(rank: int) -> float:
-    groups = make_groups(2)
-    model = divided("grouped", groups.ep).bfloat16()
+    model, groups = divided("grouped")
+    model.bfloat16()
     if rank == 1:
         model[1].experts.requires_grad_(False)
     loss_of(model, model[1], batch(rank, 0).bfloat16()).backward()
@@ -297,33 +278,6 @@ def _frozen(rank: int) -> float:
 def test_clipping_works_where_a_rank_has_no_gradient():
     norms = on_processes(2, _frozen)
     assert norms[0] == norms[1] > 0
-
-
-def _timeouts(rank: int):
-    world = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-    groups = make_groups((2, 2))
-    return [
-        g._get_backend(torch.device("cpu")).options._timeout == world
-        for g in groups.mesh.get_all_groups()
-    ]
-
-
-def test_groups_have_the_timeout_of_the_world():
-    assert on_processes(4, _timeouts) == [[True] * 3] * 4
-
-
-def test_equal_inputs_give_bitwise_equal_results():
-    case = Case((5, 3, 0, 7), k=3, nodes=2, options={"dedup": True})
-    first, second = (on_processes(4, _step, case) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _step(rank: int, case: Case):
-    layer = layer_of(case)
-    layer.experts = ExpertParallel.of(layer.experts, make_groups((2, 2)).ep, **case.options)
-    out, grad = step(layer, case, rank)
-    return out, grad, *gradients(layer.experts).values()
 
 
 def _explained(rank: int) -> tuple:

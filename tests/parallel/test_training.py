@@ -35,10 +35,14 @@ def model_of(kind: str) -> nn.Sequential:
     return nn.Sequential(nn.Linear(H, H), MOELayer(gate, experts), nn.Linear(H, 1)).double()
 
 
-def divided(kind: str, group) -> nn.Sequential:
-    model = model_of(kind)
-    model[1].experts = ExpertParallel.of(model[1].experts, group)
-    return model
+def divided(kind: str, ep: int | tuple[int, int] = 2) -> tuple[nn.Sequential, parallel.Groups]:
+    model, groups = model_of(kind), make_groups(ep)
+    model[1].experts = ExpertParallel.of(model[1].experts, groups.ep)
+    return model, groups
+
+
+def wrapped(model: nn.Module, groups: parallel.Groups, is_sharded: bool) -> nn.Module:
+    return (parallel.fully_shard if is_sharded else parallel.data_parallel)(model, groups)
 
 
 def batch(rank: int, step: int) -> torch.Tensor:
@@ -90,155 +94,106 @@ def everyones(model: nn.Module, groups: parallel.Groups) -> dict[str, torch.Tens
     return {name: value for state in every for name, value in state.items()}
 
 
-def _with_ddp(rank: int, kind: str, ep: int, micro: int):
-    groups = make_groups(ep)
-    model = divided(kind, groups.ep)
-    ddp = parallel.data_parallel(model, groups)
-    train(ddp, model[1], optimizer_of(model), rank, range(STEPS), micro)
-    return everyones(model, groups)
-
-
-@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (2, 1)])
-@pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_data_parallel_trains_like_one_process(kind, micro, world, ep):
-    """micro: batches per step; all but the last run without synchronisation, as in `no_sync`."""
-    expected = trained_alone(kind, world, micro=micro).state_dict()
-    for found in on_processes(world, _with_ddp, kind, ep, micro):
-        torch.testing.assert_close(found, dict(expected), rtol=1e-10, atol=1e-10)
-
-
-def _without_synchronisation(rank: int, kind: str):
-    groups = make_groups(2)
-    model = divided(kind, groups.ep)
-    ddp = parallel.data_parallel(model, groups)
-    counts = []
-    for is_last in (False, True):
-        with contextlib.nullcontext() if is_last else ddp.no_sync(), CountCollectives() as counted:
-            loss_of(ddp, model[1], batch(rank, 0)).backward()
-        counts.append(sum("allreduce" in name for name in counted.names))
-    return counts
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_sync_reduces_no_gradients(kind):
-    # A rank has half of the experts.
-    parameters = len(list(model_of(kind)[1].experts.parameters()))
-    number = parameters if kind == "grouped" else parameters // 2
-    for without, with_ in on_processes(4, _without_synchronisation, kind):
-        assert without == 0
-        # Every expert parameter, and the buckets of all others.
-        assert with_ >= number
-
-
-def _with_fsdp(rank: int, kind: str, ep: int):
-    groups = make_groups(ep)
-    model = divided(kind, groups.ep)
+def _trained(rank: int, kind: str, ep: int, is_sharded: bool, micro: int):
+    model, groups = divided(kind, ep)
     layer = model[1]
-    parallel.fully_shard(model, groups)
-    assert isinstance(layer.experts, FSDPModule) or ep == 1
-    optimizer = optimizer_of(model)
-    train(model, layer, optimizer, rank, range(STEPS))
+    outer = wrapped(model, groups, is_sharded)
+    assert isinstance(layer.experts, FSDPModule) == (is_sharded and ep > 1)
+    train(outer, layer, optimizer_of(model), rank, range(STEPS), micro)
     assert all(is_moe_param(p) for p in layer.experts.parameters()) or ep == 1
     return everyones(model, groups)
 
 
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (2, 1)])
+@pytest.mark.parametrize(("is_sharded", "micro"), [(False, 1), (False, 2), (True, 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fully_shard_trains_like_one_process(kind, world, ep):
-    expected = trained_alone(kind, world).state_dict()
-    for found in on_processes(world, _with_fsdp, kind, ep):
+def test_wrapped_models_train_like_one_process(kind, is_sharded, micro, world, ep):
+    """micro: batches per step; all but the last run without synchronisation, as in `no_sync`."""
+    expected = trained_alone(kind, world, micro=micro).state_dict()
+    for found in on_processes(world, _trained, kind, ep, is_sharded, micro):
         torch.testing.assert_close(found, dict(expected), rtol=1e-10, atol=1e-10)
 
 
-def _state(model: nn.Module, optimizer) -> tuple[dict, dict]:
-    options = dcp_state.StateDictOptions(flatten_optimizer_state_dict=True)
-    return (
-        dcp_state.get_model_state_dict(model),
-        dcp_state.get_optimizer_state_dict(model, optimizer, options=options),
-    )
+def _reduced(rank: int, kind: str, in_forward: bool, in_backward: bool):
+    model, groups = divided(kind)
+    ddp = parallel.data_parallel(model, groups)
+    with contextlib.nullcontext() if in_forward else ddp.no_sync():
+        loss = loss_of(ddp, model[1], batch(rank, 0))
+    with contextlib.nullcontext() if in_backward else ddp.no_sync(), CountCollectives() as counted:
+        loss.backward()
+    mine = model[0].weight.grad, next(model[1].experts.parameters()).grad
+    return sum("allreduce" in name for name in counted.names), mine
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_outside_no_sync_decides_that_its_backward_reduces(kind, in_forward, in_backward):
+    # A rank has half of the experts.
+    parameters = len(list(model_of(kind)[1].experts.parameters()))
+    number = parameters if kind == "grouped" else parameters // 2
+    found = on_processes(4, _reduced, kind, in_forward, in_backward)
+    for (count, mine), (_, copies) in zip(found[:2], found[2:], strict=True):
+        # Every expert parameter, and the buckets of all others.
+        assert count >= number if in_forward else count == 0
+        assert list(map(torch.equal, mine, copies)) == [in_forward] * 2
+
+
+OPTIONS = dcp_state.StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def _state(model: nn.Module, groups: parallel.Groups, optimizer) -> dict[str, dict]:
+    states = dcp_state.get_state_dict(model, optimizer, options=OPTIONS)
+    weights, moments = (parallel.global_state(model, groups, state) for state in states)
+    return {"model": weights, "optimizer": moments}
 
 
 def _load_train_save(
     rank: int, kind: str, before: str, after: str, ep: int, is_sharded: bool, step: int
 ):
-    """Continue the training of four ranks by one step."""
-    groups = make_groups(ep)
-    model = divided(kind, groups.ep)
+    """Continue the training of four ranks by one step. Returns weights before and after it."""
+    model, groups = divided(kind, ep)
     layer = model[1]
-    # With fewer ranks each has the batches of several.
-    world = dist.get_world_size()
-    if is_sharded:
-        wrapped = parallel.fully_shard(model, groups)
-    else:
-        wrapped = parallel.data_parallel(model, groups)
+    outer = wrapped(model, groups, is_sharded)
     optimizer = optimizer_of(model)
     if step > 0:
-        weights, moments = _state(model, optimizer)
-        state = {
-            "model": parallel.global_state(model, groups, weights),
-            "optimizer": parallel.global_state(model, groups, moments),
-        }
+        state = _state(model, groups, optimizer)
         dcp.load(state, checkpoint_id=before)
-        weights = parallel.local_state(model, groups, state["model"])
-        moments = parallel.local_state(model, groups, state["optimizer"])
+        weights, moments = (parallel.local_state(model, groups, part) for part in state.values())
         dcp_state.set_model_state_dict(model, weights)
-        options = dcp_state.StateDictOptions(flatten_optimizer_state_dict=True)
-        dcp_state.set_optimizer_state_dict(model, optimizer, moments, options=options)
-    each = 4 // world
+        dcp_state.set_optimizer_state_dict(model, optimizer, moments, options=OPTIONS)
+    loaded = everyones(model, groups)
+    # With fewer ranks each has the batches of several.
+    each = 4 // dist.get_world_size()
     for part in range(each):
         last = part == each - 1
         if is_sharded:
             model.set_requires_gradient_sync(last)
         else:
-            wrapped.require_backward_grad_sync = last
-        (loss_of(wrapped, layer, batch(rank * each + part, step)) / each).backward()
+            outer.require_backward_grad_sync = last
+        (loss_of(outer, layer, batch(rank * each + part, step)) / each).backward()
     optimizer.step()
-    weights, moments = _state(model, optimizer)
-    state = {
-        "model": parallel.global_state(model, groups, weights),
-        "optimizer": parallel.global_state(model, groups, moments),
-    }
-    dcp.save(state, checkpoint_id=after)
-    return everyones(model, groups)
+    dcp.save(_state(model, groups, optimizer), checkpoint_id=after)
+    return loaded, everyones(model, groups)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_continues_on_another_number_of_ranks(kind, tmp_path):
     # Ranks, ranks that share the experts, and whether FSDP2 shards the model.
     runs = [(4, 4, False), (2, 2, True), (4, 2, True), (4, 2, False), (1, 1, False), (2, 2, False)]
+    trained = dict(model_of(kind).state_dict())
     for i, (world, ep, is_sharded) in enumerate(runs):
         before, after = (str(tmp_path / str(j)) for j in (i, i + 1))
         found = on_processes(world, _load_train_save, kind, before, after, ep, is_sharded, i)
+        for loaded, _ in found:
+            torch.testing.assert_close(loaded, trained, rtol=0, atol=0)
+        trained = found[0][1]
     expected = trained_alone(kind, 4, len(runs)).state_dict()
-    torch.testing.assert_close(found[0], dict(expected), rtol=1e-9, atol=1e-9)
-
-
-def _resharded(rank: int, kind: str, folder: str, ep: int, has_to_save: bool):
-    groups = make_groups(ep)
-    model = divided(kind, groups.ep)
-    if not has_to_save:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.zero_()
-    state = parallel.global_state(model, groups, model.state_dict())
-    (dcp.save if has_to_save else dcp.load)(state, checkpoint_id=folder)
-    model.load_state_dict(parallel.local_state(model, groups, state))
-    return everyones(model, groups)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_resharding_is_exact(kind, tmp_path):
-    expected = dict(model_of(kind).state_dict())
-    on_processes(4, _resharded, kind, str(tmp_path), 4, True)
-    for world in (2, 1, 4):
-        for found in on_processes(world, _resharded, kind, str(tmp_path), world, False):
-            assert found.keys() == expected.keys()
-            assert all(torch.equal(found[name], expected[name]) for name in found)
+    torch.testing.assert_close(trained, dict(expected), rtol=1e-9, atol=1e-9)
     # A process without groups loads the same files.
-    alone = {name: torch.zeros_like(value) for name, value in expected.items()}
-    dcp.load(alone, checkpoint_id=tmp_path, no_dist=True)
-    assert all(torch.equal(alone[name], expected[name]) for name in alone)
+    alone = {name: torch.zeros_like(value) for name, value in trained.items()}
+    dcp.load({"model": alone}, checkpoint_id=after, no_dist=True)
+    torch.testing.assert_close(alone, trained, rtol=0, atol=0)
 
 
 def _deepspeed_way(rank: int, is_strided: bool):
@@ -291,11 +246,9 @@ def test_rank_load_counts_the_routes_of_all_ranks():
 
 
 def _clipped(rank: int, kind: str, ep: int, is_sharded: bool):
-    groups = make_groups(ep)
-    model = divided(kind, groups.ep)
-    wrap = parallel.fully_shard if is_sharded else parallel.data_parallel
-    wrapped = wrap(model, groups)
-    loss_of(wrapped, model[1], batch(rank, 0)).backward()
+    model, groups = divided(kind, ep)
+    outer = wrapped(model, groups, is_sharded)
+    loss_of(outer, model[1], batch(rank, 0)).backward()
     norm = parallel.clip_grad_norm_(model, groups, 0.01)
     again = parallel.clip_grad_norm_(model, groups, 1.0)
     return norm, again

@@ -6,38 +6,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from faults import error_of
 from processes import on_processes
 from test_expert_parallel import CountCollectives
 from test_training import E, H, T, batch, divided, loss_of, model_of
 from torch import nn
 from torch.distributed import fsdp
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing,
-)
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_ext import MoE, MOELayer, TopKGate, parallel
+from moe_ext import ExpertParallel, MoE, MOELayer, TopKGate, parallel
 from moe_ext.parallel import make_groups
-
-
-def _with_checkpointed_experts(rank: int):
-    groups = make_groups(2)
-    model = divided("modules", groups.ep)
-    plain = parallel.global_state(model, groups, model.state_dict())
-    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, nn.Sequential))
-    here = model.state_dict()
-    state = parallel.global_state(model, groups, here)
-    back = parallel.local_state(model, groups, state)
-    return plain.keys() == state.keys(), here.keys() == back.keys()
-
-
-def test_state_dicts_of_checkpointed_experts_keep_their_names():
-    assert on_processes(2, _with_checkpointed_experts) == [(True, True)] * 2
 
 
 def by_columns(parameter: nn.Parameter) -> Shard | None:
@@ -45,8 +27,7 @@ def by_columns(parameter: nn.Parameter) -> Shard | None:
 
 
 def _sharded_by_columns(rank: int):
-    groups = make_groups(2)
-    model = divided("grouped", groups.ep)
+    model, groups = divided("grouped")
     parallel.fully_shard(model, groups, shard_placement_fn=by_columns)
     before = {name: value.full_tensor() for name, value in model.state_dict().items()}
     state = parallel.global_state(model, groups, model.state_dict())
@@ -63,30 +44,8 @@ def test_experts_may_be_sharded_along_another_dimension():
         torch.testing.assert_close(whole, dict(expected), rtol=0, atol=0)
 
 
-def _decided_in_the_forward(rank: int, syncs_in_forward: bool):
-    groups = make_groups(2)
-    model = divided("grouped", groups.ep)
-    ddp = parallel.data_parallel(model, groups)
-    ddp.require_backward_grad_sync = syncs_in_forward
-    loss = loss_of(ddp, model[1], batch(rank, 0))
-    ddp.require_backward_grad_sync = not syncs_in_forward
-    loss.backward()
-    grads = [model[0].weight.grad, model[1].experts.down_proj.grad]
-    mine = [grad.clone() for grad in grads]
-    for grad in grads:
-        dist.broadcast(grad, group=groups.dp, group_src=0)
-    return [torch.equal(a, b) for a, b in zip(mine, grads, strict=True)]
-
-
-@pytest.mark.parametrize("syncs_in_forward", [True, False])
-def test_a_forward_decides_whether_its_backward_reduces(syncs_in_forward):
-    found = on_processes(4, _decided_in_the_forward, syncs_in_forward)
-    assert found[-1] == [syncs_in_forward] * 2
-
-
 def _other_way_in(rank: int):
-    groups = make_groups(2)
-    layer = divided("grouped", groups.ep)[1]
+    (_, layer, _), groups = divided("grouped")
     x = batch(rank, 0)
     expected = layer.forward_with_aux(x)[0].detach()
     parallel.fully_shard(layer, groups)
@@ -98,8 +57,7 @@ def test_a_sharded_layer_may_be_called_by_forward_with_aux():
 
 
 def _gathers(rank: int, reshard: bool):
-    groups = make_groups(2)
-    layer = divided("grouped", groups.ep)[1]
+    (_, layer, _), groups = divided("grouped")
     parallel.fully_shard(layer, groups, reshard_after_forward=reshard)
     with CountCollectives() as counted:
         layer(batch(rank, 0)).sum().backward()
@@ -129,8 +87,7 @@ def test_experts_that_are_not_divided_are_reduced_by_ddp():
 
 def _overflowed(rank: int):
     """The gradients overflow in the experts of one rank."""
-    groups = make_groups(2)
-    model = divided("grouped", groups.ep)
+    model, groups = divided("grouped")
     parallel.data_parallel(model, groups)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     assert dist.get_world_size(groups.dp) == 1
@@ -148,25 +105,17 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all():
     assert on_processes(2, _overflowed) == [(4.0, True)] * 2
 
 
-def _error_of(function) -> str:
-    try:
-        function()
-    except (RuntimeError, CheckpointException) as error:
-        return str(error)
-    return "no error"
-
-
 def _plain(rank: int, kind: str, wrap: str, compiles: bool) -> str:
     torch._dynamo.reset()
-    model = divided(kind, make_groups(2).ep)
+    model, _ = divided(kind)
     if not compiles:
         model(batch(rank, 0))  # a layer that was called before is refused too
-    if compiles:
+    else:
         gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
         model[1] = MOELayer(gate, model[1].experts).double()
         model[1].compile(backend="eager")
     wrapped = fsdp.fully_shard(model) if wrap == "fsdp" else DistributedDataParallel(model)
-    return _error_of(lambda: wrapped(batch(rank, 0)))
+    return error_of(lambda: wrapped(batch(rank, 0)))
 
 
 @pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
@@ -184,13 +133,13 @@ def test_plain_wrappers_are_refused(kind, wrap, instead, compiles):
 
 def _flattened(rank: int, kind: str, strategy: str, use_orig_params: bool, trains: bool) -> str:
     model = fsdp.FullyShardedDataParallel(
-        divided(kind, make_groups(2).ep),
+        divided(kind)[0],
         use_orig_params=use_orig_params,
         sharding_strategy=fsdp.ShardingStrategy[strategy],
         device_id=torch.device("cpu"),
     )
     with torch.set_grad_enabled(trains):
-        return _error_of(lambda: model(batch(rank, 0)))
+        return error_of(lambda: model(batch(rank, 0)))
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -204,10 +153,10 @@ def test_fully_sharded_data_parallel_is_refused(kind, strategy, use_orig_params,
 
 
 def _sharded_alone(rank: int) -> str:
-    model = divided("grouped", make_groups(2).ep)
+    model, _ = divided("grouped")
     fsdp.fully_shard(model[1].experts)
     fsdp.fully_shard(model)
-    return _error_of(lambda: model(batch(rank, 0)))
+    return error_of(lambda: model(batch(rank, 0)))
 
 
 def test_fully_shard_over_ranks_with_different_experts_is_refused():
@@ -216,11 +165,11 @@ def test_fully_shard_over_ranks_with_different_experts_is_refused():
 
 
 def _replaced(rank: int) -> tuple[str, str]:
-    layer = divided("grouped", make_groups(2).ep)[1]
+    (_, layer, _), _ = divided("grouped")
     layer.experts.gate_up_proj = nn.Parameter(layer.experts.gate_up_proj.detach().clone())
-    before = _error_of(lambda: layer(batch(rank, 0)))
+    before = error_of(lambda: layer(batch(rank, 0)))
     layer.experts.mark()
-    return before, _error_of(lambda: layer(batch(rank, 0)))
+    return before, error_of(lambda: layer(batch(rank, 0)))
 
 
 def test_replaced_parameters_are_refused_until_they_are_marked():
@@ -230,10 +179,10 @@ def test_replaced_parameters_are_refused_until_they_are_marked():
 
 
 def _adapted(rank: int) -> str:
-    layer = divided("modules", make_groups(2).ep)[1]
+    (_, layer, _), _ = divided("modules")
     for expert in layer.experts.experts:
         expert[0].adapter = nn.Parameter(torch.zeros(1))
-    return _error_of(lambda: layer(batch(rank, 0)))
+    return error_of(lambda: layer(batch(rank, 0)))
 
 
 def test_experts_may_have_adapters():
@@ -241,16 +190,15 @@ def test_experts_may_have_adapters():
 
 
 def _saved_plainly(rank: int, kind: str, folder: str, is_sharded: bool) -> list[str]:
-    groups = make_groups(2)
-    model = divided(kind, groups.ep)
+    model, groups = divided(kind)
     if is_sharded:
         parallel.fully_shard(model, groups)
     whole = parallel.global_state(model, groups, model.state_dict())
     dcp.save(whole, checkpoint_id=folder)
     return [
-        _error_of(lambda: dcp.save(model.state_dict(), checkpoint_id=f"{folder}/plain")),
-        _error_of(lambda: dcp.save(get_model_state_dict(model), checkpoint_id=f"{folder}/plain")),
-        _error_of(lambda: dcp.load(model.state_dict(), checkpoint_id=folder)),
+        error_of(lambda: dcp.save(model.state_dict(), checkpoint_id=f"{folder}/plain")),
+        error_of(lambda: dcp.save(get_model_state_dict(model), checkpoint_id=f"{folder}/plain")),
+        error_of(lambda: dcp.load(model.state_dict(), checkpoint_id=folder)),
     ]
 
 
@@ -267,7 +215,7 @@ def test_plain_checkpoints_of_divided_experts_are_refused(kind, is_sharded, tmp_
 
 
 def _saved_by_rank(rank: int, folder: str) -> tuple[bool, str, bool]:
-    model = divided("modules", make_groups(2).ep)
+    model, _ = divided("modules")
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     dist.barrier()
     mine = torch.load(f"{folder}/{rank}.pt", weights_only=True)
@@ -275,7 +223,7 @@ def _saved_by_rank(rank: int, folder: str) -> tuple[bool, str, bool]:
     is_same = all(map(torch.equal, mine.values(), model.state_dict().values()))
     others = torch.load(f"{folder}/{1 - rank}.pt", weights_only=True)
     are_plain = all(type(value) is torch.Tensor and not vars(value) for value in mine.values())
-    return is_same, _error_of(lambda: model.load_state_dict(others)), are_plain
+    return is_same, error_of(lambda: model.load_state_dict(others)), are_plain
 
 
 def test_a_state_dict_saved_per_rank_loads_on_that_rank_alone(tmp_path):
@@ -288,13 +236,13 @@ def test_a_state_dict_saved_per_rank_loads_on_that_rank_alone(tmp_path):
 
 
 def _whole_by_rank(rank: int, folder: str) -> list[str]:
-    model = divided("grouped", make_groups(2).ep)
+    model, _ = divided("grouped")
     torch.save(model, f"{folder}/{rank}.pt")
     dist.barrier()
 
     def call(file: int) -> str:
         model = torch.load(f"{folder}/{file}.pt", weights_only=False)
-        return _error_of(lambda: model(batch(rank, 0)))
+        return error_of(lambda: model(batch(rank, 0)))
 
     return [call(rank), *([call(0)] if rank == 1 else [])]
 
@@ -305,24 +253,33 @@ def test_a_model_saved_on_another_rank_is_refused(tmp_path):
     assert "holds the experts of rank 0 of 2, and was loaded on another rank" in refused
 
 
-def _groups_again(rank: int) -> tuple[bool, bool]:
-    before = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-    first, second = (make_groups(2, timeout=timedelta(seconds=3)) for _ in range(2))
-    after = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-    names = {g.ep.group_name for g in (first, second)} | {dist.group.WORLD.group_name}
-    return len(names) == 3, before == after
+def _timeout_of(group: dist.ProcessGroup) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
 
 
-def test_make_groups_creates_new_groups():
+def _groups_again(rank: int, ep: int | tuple[int, int]) -> None:
+    world, short = dist.group.WORLD, timedelta(seconds=3)
+    before = _timeout_of(world)
+    made = [make_groups(ep, timeout=timeout).mesh.get_all_groups() for timeout in (short, None)]
+    for groups, timeout in zip(made, (short, before), strict=True):
+        assert [_timeout_of(group) for group in groups] == [timeout] * len(groups)
+    names = {group.group_name for group in (world, *made[0], *made[1])}
+    assert len(names) == 1 + 2 * len(made[0])
+    assert _timeout_of(world) == before
+
+
+@pytest.mark.parametrize("ep", [4, (2, 2)])
+def test_make_groups_creates_new_groups(ep):
     """A fault in one, and its timeout, must not affect another."""
-    assert on_processes(2, _groups_again) == [(True, True)] * 2
+    on_processes(4, _groups_again, ep)
 
 
 def _over_copies(rank: int) -> str:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
-    model = divided("grouped", mesh.get_group("ep"))
+    model = model_of("grouped")
+    model[1].experts = ExpertParallel.of(model[1].experts, mesh.get_group("ep"))
     parallel = DistributedDataParallel(model, process_group=mesh.get_group("dp"))
-    return _error_of(lambda: parallel(batch(rank, 0)).sum().backward())
+    return error_of(lambda: parallel(batch(rank, 0)).sum().backward())
 
 
 def test_plain_ddp_over_copies_is_accepted():
@@ -330,9 +287,9 @@ def test_plain_ddp_over_copies_is_accepted():
 
 
 def _functional(rank: int) -> str:
-    model = divided("grouped", make_groups(2).ep)
+    model, _ = divided("grouped")
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return _error_of(lambda: torch.func.functional_call(model, parameters, (batch(rank, 0),)))
+    return error_of(lambda: torch.func.functional_call(model, parameters, (batch(rank, 0),)))
 
 
 def test_functional_call_is_accepted():
