@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import moe_ext
 from moe_ext import GroupedExperts, SharedExperts
+from moe_ext.experts.convert import GPT_OSS, GROUPED, MIXTRAL, convert_state_dict, from_grouped
 from moe_ext.ops import checks
 
 E, H, FFN = 3, 6, 4
@@ -21,6 +22,12 @@ def experts_of(activation="swiglu", bias=False, dtype=torch.float64, **options) 
     for parameter in experts.parameters():
         nn.init.normal_(parameter)
     return experts
+
+
+def small_case() -> tuple[torch.Tensor, moe_ext.Plan, torch.Tensor]:
+    """Five tokens, a plan of two choices each, and weights."""
+    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    return torch.randn(5, H), plan, torch.rand(5, 2)
 
 
 def by_hand(experts: GroupedExperts, tokens, plan, weights) -> torch.Tensor:
@@ -164,28 +171,23 @@ def test_a_subclass_with_its_own_forward_is_run_by_it():
         def forward(self, rows, plan):
             return 2 * super().forward(rows, plan)
 
-    doubled = Doubled(E, H, FFN)
+    doubled, case = Doubled(E, H, FFN), small_case()
     plain = GroupedExperts(E, H, FFN)
     plain.load_state_dict(doubled.state_dict())
-    tokens, weights = torch.randn(5, H), torch.rand(5, 2)
-    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
-    expected = 2 * plain.routed(tokens, plan, weights)
-    assert relative_error(doubled.routed(tokens, plan, weights), expected) < 1e-6
+    assert relative_error(doubled.routed(*case), 2 * plain.routed(*case)) < 1e-6
+    plain.forward = lambda rows, plan: torch.zeros_like(rows)
+    assert (plain.routed(*case) == 0).all()
 
 
-def test_routed_calls_the_module():
+@pytest.mark.parametrize("shared", [False, True])
+def test_routed_calls_the_module(shared):
     """Hooks run, and so do FSDP and offloading, which use them."""
-    experts = GroupedExperts(E, H, FFN)
-    tokens, weights = torch.randn(5, H), torch.rand(5, 2)
-    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
-    expected = experts.routed(tokens, plan, weights)
-    seen = []
+    experts, seen = GroupedExperts(E, H, FFN), []
+    experts = SharedExperts(experts, nn.Linear(H, H)) if shared else experts
     experts.register_forward_hook(lambda module, args, out: seen.append(out))
-    assert torch.equal(experts.routed(tokens, plan, weights), expected)
+    out = experts.routed(*small_case())
     assert len(seen) == 1
-    assert seen[0] is not None
-    experts.forward = lambda rows, plan: torch.zeros_like(rows)
-    assert (experts.routed(tokens, plan, weights) == 0).all()
+    assert seen[0] is out
 
 
 WRONG = [
@@ -201,11 +203,11 @@ WRONG = [
 
 @pytest.mark.parametrize(("wrong", "message"), WRONG)
 def test_feed_forward_names_what_is_wrong(wrong, message):
-    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    tokens, plan, weights = small_case()
     right = {"up": (E, 2 * FFN, H), "down": (E, H, FFN), "activation": "swiglu"}
     given = {n: torch.randn(v) if isinstance(v, tuple) else v for n, v in (right | wrong).items()}
     with pytest.raises(RuntimeError, match="^" + re.escape(f"feed_forward: {message}")):
-        moe_ext.feed_forward(torch.randn(5, H), plan, torch.rand(5, 2), **given)
+        moe_ext.feed_forward(tokens, plan, weights, **given)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -260,8 +262,8 @@ def test_16_bit_results_are_close_to_float64(dtype):
 
 def test_autocast_casts_tokens_and_weights():
     experts = GroupedExperts(E, H, FFN, bias=True)
-    tokens, weights = torch.randn(5, H, requires_grad=True), torch.rand(5, 2)
-    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
+    tokens, plan, weights = small_case()
+    tokens.requires_grad_()
     for recompute in (True, False):
         experts.recompute = recompute
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
@@ -270,14 +272,6 @@ def test_autocast_casts_tokens_and_weights():
         out.float().sum().backward()
         assert tokens.grad.dtype == torch.float32
         assert all(p.grad.dtype == torch.float32 for p in experts.parameters())
-
-
-def test_tokens_of_another_dtype_are_named():
-    experts = GroupedExperts(E, H, FFN)
-    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
-    expected = r"tokens are torch\.bfloat16, the weights torch\.float32; convert one of the two"
-    with pytest.raises(RuntimeError, match=expected):
-        experts.routed(torch.randn(5, H).bfloat16(), plan, torch.rand(5, 2))
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -295,71 +289,13 @@ def test_shared_experts_add_their_output(gated):
     torch.testing.assert_close(layer(x), alone(x) + of_shared)
 
 
-def test_shared_experts_are_called_as_a_module():
-    shared = SharedExperts(GroupedExperts(E, H, FFN), nn.Linear(H, H))
-    plan, seen = moe_ext.make_plan(random_experts(5, 2, E), E), []
-    shared.register_forward_hook(lambda module, args, out: seen.append(out))
-    out = shared.routed(torch.randn(5, H), plan, torch.rand(5, 2))
-    assert seen[0] is out
-
-
-def test_shared_experts_check_their_parts():
-    routed = GroupedExperts(E, H, FFN)
-    with pytest.raises(ValueError, match="SharedExperts: experts must be Experts, got Linear"):
-        SharedExperts(nn.Linear(H, H), nn.Linear(H, H))
-    with pytest.raises(ValueError, match="SharedExperts: shared must be a module, got builtin"):
-        SharedExperts(routed, print)
-    layer = SharedExperts(routed, nn.Linear(H, H + 1))
-    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
-    with pytest.raises(
-        RuntimeError, match=r"SharedExperts: shared must return \[T, H\] = \[5, 6\]"
-    ):
-        layer.routed(torch.randn(5, H), plan, torch.rand(5, 2))
-    layer = SharedExperts(routed, nn.Linear(H, H), nn.Linear(H, 5))
-    with pytest.raises(RuntimeError, match=r"SharedExperts: gate must return \[T, 1\] = \[5, 1\]"):
-        layer.routed(torch.randn(5, H), plan, torch.rand(5, 2))
-
-
-class PerExpert(nn.Module):
-    """An expert with the names of Mixtral's checkpoints."""
-
-    def __init__(self, bias=False):
-        super().__init__()
-        for e in range(E):
-            expert = nn.Module()
-            expert.w1, expert.w3 = nn.Linear(H, FFN, bias), nn.Linear(H, FFN, bias)
-            expert.w2 = nn.Linear(FFN, H, bias)
-            self.add_module(str(e), expert)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_load_state_dict_takes_one_tensor_per_expert(bias):
-    theirs = PerExpert(bias)
-    layer = nn.ModuleDict(
-        {"experts": GroupedExperts(E, H, FFN, bias=bias), "other": nn.Linear(2, 2)}
-    )
-    state = {f"experts.{name}": tensor for name, tensor in theirs.state_dict().items()}
-    state |= {f"other.{name}": tensor for name, tensor in layer["other"].state_dict().items()}
-    given = dict(state)
-    layer.load_state_dict(state)
-    assert state == given
-    for e in range(E):
-        expert = getattr(theirs, str(e))
-        gate, up = layer["experts"].gate_up_proj[e].chunk(2)
-        assert torch.equal(gate, expert.w1.weight)
-        assert torch.equal(up, expert.w3.weight)
-        assert torch.equal(layer["experts"].down_proj[e], expert.w2.weight)
-        if bias:
-            assert torch.equal(layer["experts"].down_proj_bias[e], expert.w2.bias)
-
-
 def test_unexpected_keys_are_reported():
     class Scaled(GroupedExperts):
         def __init__(self):
             super().__init__(E, H, FFN)
             self.scale = nn.Parameter(torch.zeros(1))
 
-    state = PerExpert().state_dict()
+    state = from_grouped(GroupedExperts(E, H, FFN).state_dict(), MIXTRAL)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weird"):
         GroupedExperts(E, H, FFN).load_state_dict(state | {"weird": torch.ones(1)})
     scaled = Scaled()
@@ -367,16 +303,25 @@ def test_unexpected_keys_are_reported():
     assert scaled.scale == 1
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_load_state_dict_takes_one_tensor_per_expert(bias):
+    layer, other = (
+        nn.ModuleDict({"experts": GroupedExperts(E, H, FFN, bias=bias), "other": nn.Linear(2, 2)})
+        for _ in range(2)
+    )
+    state = convert_state_dict(other.state_dict(), GROUPED, MIXTRAL)
+    given = dict(state)
+    layer.load_state_dict(state)
+    assert state == given
+    loaded = layer.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in other.state_dict().items())
+
+
 def test_missing_experts_of_a_checkpoint_are_named():
-    state = PerExpert().state_dict()
+    experts = GroupedExperts(E, H, FFN, bias=True)
+    state = from_grouped(experts.state_dict(), MIXTRAL)
     del state["1.w2.weight"]
     with pytest.raises(RuntimeError, match=r"1\.w2\.weight"):
-        GroupedExperts(E, H, FFN).load_state_dict(state)
-    gpt_oss = {
-        "gate_up_proj": torch.randn(E, H, 2 * FFN),
-        "gate_up_proj_bias": torch.randn(E, 2 * FFN),
-        "down_proj": torch.randn(E, FFN, H),
-        "down_proj_bias": torch.randn(E, H),
-    }
+        experts.load_state_dict(state)
     with pytest.raises(RuntimeError, match="clamp"):
-        GroupedExperts(E, H, FFN, bias=True).load_state_dict(gpt_oss)
+        experts.load_state_dict(from_grouped(experts.state_dict(), GPT_OSS))

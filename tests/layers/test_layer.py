@@ -1,11 +1,10 @@
 """TopKGate and MOELayer against plain loops."""
 
-from functools import partial
-
 import pytest
 import torch
 from cases import gate_for, gradients_of, layer_for, relative_error
 from torch import nn
+from torch.autograd import gradgradcheck
 from torch.nn import functional as F
 
 from moe_ext import (
@@ -23,20 +22,10 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 E, H, FFN = 6, 10, 12
 
-compile_eagerly = partial(torch.compile, backend="eager")
-
 
 def expert_by_hand(experts: GroupedExperts, e: int, x: torch.Tensor) -> torch.Tensor:
-    p = dict(experts.named_parameters())
-    up_name = "gate_up_proj" if experts.activation == "swiglu" else "up_proj"
-    up = x @ p[up_name][e].T + (p[f"{up_name}_bias"][e] if experts.has_bias else 0)
-    if experts.activation == "swiglu":
-        pre_activation = F.silu(up[:, :FFN]) * up[:, FFN:]
-    else:
-        pre_activation = {"gelu": F.gelu, "relu": F.relu}[experts.activation](up)
-    return pre_activation @ p["down_proj"][e].T + (
-        p["down_proj_bias"][e] if experts.has_bias else 0
-    )
+    gate, up = (x @ experts.gate_up_proj[e].T).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ experts.down_proj[e].T
 
 
 def layer_by_hand(layer: MOELayer, x: torch.Tensor, capacity: int | None):
@@ -63,18 +52,16 @@ def layer_by_hand(layer: MOELayer, x: torch.Tensor, capacity: int | None):
     return out, l_aux, torch.tensor(load)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("capacity", ["dropless", "above T", "below T"])
-def test_a_layer_equals_the_plain_loop(k, capacity, activation, bias):
+def test_a_layer_equals_the_plain_loop(k, capacity):
     T = 50
     options = {
         "dropless": {"drop_tokens": False},
         "above T": {"capacity_factor": 2.0 * E},
         "below T": {"capacity_factor": 0.6},
     }[capacity]
-    layer = layer_for(k, activation=activation, bias=bias, **options)
+    layer = layer_for(k, **options)
     x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
     C = layer.gate.capacity(T)
     if capacity == "above T":
@@ -133,21 +120,6 @@ def test_modules_given_one_by_one_are_divided_among_processes():
     assert part.num_experts == E // 2
     for mine, its in zip(part.experts, given[E // 2 :], strict=True):
         assert torch.equal(mine.weight, its.weight)
-
-
-def test_module_experts_name_what_is_wrong_with_their_modules():
-    one = nn.Linear(H, H)
-    for make, message in (
-        (lambda: ModuleExperts(nn.ModuleList()), "must hold one module or more, got an empty"),
-        (lambda: ModuleExperts(nn.ModuleList([one]), 2), "num_experts must be 1, the length of"),
-        (lambda: ModuleExperts(nn.ModuleList([one, None])), "expert 1 must be an nn.Module, got N"),
-        (lambda: ModuleExperts(nn.ModuleList([one] * 2)), "0 and 1 are the same object"),
-        (lambda: ModuleExperts([one]), "or an nn.ModuleList of one per expert, got list"),
-        (lambda: ModuleExperts(one), "num_experts must be given beside one module"),
-        (lambda: MOELayer(gate_for(2), nn.ModuleList([one])), "ModuleExperts takes an nn.Modul"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make()
 
 
 @pytest.mark.parametrize("router", [nn.Linear(H, E), CosineRouter(H, E), nn.Sequential()])
@@ -256,28 +228,22 @@ def test_layer_under_autocast():
 @pytest.mark.parametrize(("dtype", "advice"), [(torch.float64, True), (torch.int64, False)])
 def test_autocast_is_advised_to_floating_tokens_alone(dtype, advice):
     layer = MOELayer(TopKGate(H, E), GroupedExperts(E, H, FFN))
-    with pytest.raises(RuntimeError, match=r"convert one of the two with \.to\(dtype\)") as error:
+    message = rf"tokens are {dtype}, the weights torch\.float32; convert one of the two with \.to\("
+    with pytest.raises(RuntimeError, match=message) as error:
         layer(torch.ones(3, H, dtype=dtype))
     assert ("torch.autocast" in str(error.value)) == advice
 
 
 def test_gradient_of_a_gradient():
     layer = layer_for(2, capacity_factor=0.7)
-    x = torch.randn(20, H, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(10, H, dtype=torch.float64, requires_grad=True)
+    assert (layer.gate.route(x).plan.slots < 0).any()
 
-    def loss(x):
+    def out_and_loss(x):
         out, aux = layer.forward_with_aux(x)
-        return out.square().sum() + aux.l_aux
+        return out, aux.l_aux
 
-    (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
-    direction = torch.randn_like(x)
-    (product,) = torch.autograd.grad((grad * direction).sum(), x)
-    step = 1e-6
-    ahead, behind = (
-        torch.autograd.grad(loss(point), point)[0]
-        for point in ((x + s * step * direction).detach().requires_grad_() for s in (1, -1))
-    )
-    assert relative_error((ahead - behind) / (2 * step), product) < 1e-6
+    assert gradgradcheck(out_and_loss, x, fast_mode=True)
 
 
 def test_experts_with_only_a_forward_run_in_a_layer():

@@ -1,79 +1,125 @@
 """Errors of constructors and layers name the argument, the contract and what came."""
 
+import math
 import re
 
 import pytest
 import torch
+from torch import nn
 
 import moe_ext
-from moe_ext import CosineRouter, Experts, GroupedExperts, ModuleExperts, MoE, MOELayer, TopKGate
+from moe_ext import (
+    CosineRouter,
+    Experts,
+    GroupedExperts,
+    ModuleExperts,
+    MoE,
+    MOELayer,
+    SharedExperts,
+    TopKGate,
+)
+from moe_ext.layer import Layer
 
 E, H = 8, 4
 
+NAN, INF = math.nan, math.inf
+FLAG = "be one of (True, False)"
+FACTOR = "be in 1e-06..1000000.0"
+# The argument of TopKGate, what it must do, and values that do not.
 GATE = [
-    ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
-    ({"num_experts": 4.0}, "num_experts must be an integer, got 4.0"),
-    ({"k": 0}, "k must be at least 1, got 0"),
-    ({"k": 9}, "k must be in 1..num_experts = 8, got 9"),
-    ({"k": 2.0}, "k must be an integer, got 2.0"),
-    ({"min_capacity": 1.5}, "min_capacity must be an integer, got 1.5"),
-    ({"ep_group": "world"}, "ep_group must be None or a process group, got 'world'"),
-    ({"capacity_factor": 0.0}, "capacity_factor must be in 1e-06..1000000.0, got 0.0"),
-    ({"eval_capacity_factor": float("nan")}, "eval_capacity_factor must be in 1e-06..1000000.0"),
-    ({"min_capacity": -1}, "min_capacity must be at least 0, got -1"),
-    ({"noisy_gate_policy": "Gauss"}, "noisy_gate_policy must be one of"),
-    ({"drop_policy": "first"}, "drop_policy must be one of"),
-    ({"order": "expert"}, "order must be one of"),
-    ({"scoring": "tanh"}, "scoring must be one of"),
-    ({"normalize": True}, "normalize must be one of"),
-    ({"group_score": "mean"}, "group_score must be one of"),
-    ({"balancing": "bias"}, "balancing must be one of"),
-    ({"scale": float("inf")}, "scale must be in -1000000.0..1000000.0, got inf"),
-    ({"noise_scale": -1.0}, "noise_scale must be in 0..1000000.0, got -1.0"),
-    ({"num_groups": 3}, "num_groups must divide num_experts = 8, got 3"),
-    ({"num_groups": 0}, "num_groups must be at least 1, got 0"),
-    ({"num_groups": 4, "topk_groups": 5}, "topk_groups must be in 1..num_groups = 4"),
-    ({"k": 3, "num_groups": 4}, "topk_groups must leave k = 3 experts to choose from"),
+    ("num_experts", "be at least 1", [0]),
+    ("num_experts", "be an integer", [4.0]),
+    ("k", "be at least 1", [0, -1]),
+    ("k", "be in 1..num_experts = 8", [9, 99]),
+    ("k", "be an integer", [1.5, 2.0, "2", None]),
+    ("capacity_factor", FACTOR, [0.0, -1.0, NAN, INF, "1", None]),
+    ("eval_capacity_factor", FACTOR, [0.0, NAN]),
+    ("min_capacity", "be an integer", [0.5, None]),
+    ("min_capacity", "be at least 0", [-1]),
+    ("noisy_gate_policy", "be one of (None, 'None', ", ["jitter", 3, ["Jitter"]]),
+    ("drop_policy", "be one of ('random', ", ["first", 0]),
+    ("order", "be one of ('choice', ", ["expert", True]),
+    ("scoring", "be one of ('softmax', ", ["tanh", None]),
+    ("normalize", "be one of ('never', ", [True, "always"]),
+    ("group_score", "be one of ('max', ", ["mean", None]),
+    ("balancing", "be one of (None, 'sinkhorn', ", ["bias", False]),
+    ("scale", "be in -1000000.0..1000000.0", [NAN, INF, "2", None]),
+    ("noise_scale", "be in 0..1000000.0", [-1.0, NAN, "a"]),
+    ("num_groups", "divide num_experts = 8", [3, 5]),
+    ("num_groups", "be at least 1", [0]),
+    ("num_groups", "be an integer", [2.0]),
+    ("topk_groups", "be in 1..num_groups = 1", [5]),
+    ("topk_groups", "be at least 1", [0]),
+    ("topk_groups", "be an integer", [None]),
+    ("ep_group", "be None or a process group", ["world", 0]),
+    ("router", "be None or a module", [5, nn.Linear]),
+    ("aux_loss", "be None or a function of a Routing", [0.01, "z"]),
+    ("expert_bias", FLAG, ["no", torch.zeros(8)]),
+    ("drop_tokens", FLAG, ["no", None, 0.5]),
+    ("use_rts", FLAG, ["x"]),
+    ("top2_2nd_expert_sampling", FLAG, ["no"]),
+    ("noise_in_eval", FLAG, ["x"]),
+    ("sampling_in_eval", FLAG, [3]),
 ]
 
 
-@pytest.mark.parametrize(("wrong", "message"), GATE)
-def test_gate_constructor(wrong, message):
-    with pytest.raises(ValueError, match=re.escape(f"TopKGate: {message}")):
-        TopKGate(**{"model_dim": H, "num_experts": E} | wrong)
+@pytest.mark.parametrize(("name", "contract", "values"), GATE)
+def test_gate_constructor(name, contract, values):
+    for value in values:
+        message = (
+            re.escape(f"TopKGate: {name} must {contract}") + f".*, got {re.escape(repr(value))}$"
+        )
+        with pytest.raises(ValueError, match="^" + message):
+            TopKGate(**{"model_dim": H, "num_experts": E, name: value})
+
+
+def test_groups_leave_k_experts():
+    message = "TopKGate: topk_groups must leave k = 3 experts to choose from, got 1 groups of 2"
+    with pytest.raises(ValueError, match=message):
+        TopKGate(H, E, 3, num_groups=4)
 
 
 def test_layer_constructor():
-    gate, experts = TopKGate(H, E), GroupedExperts(E, H, 4)
+    gate, experts, one = TopKGate(H, E), GroupedExperts(E, H, 4), nn.Linear(H, H)
     for make, message in (
-        (lambda: MOELayer(gate, torch.nn.Linear(H, H)), "num_local_experts must be given where"),
-        (lambda: MOELayer(gate, torch.nn.Linear(H, H), "", 1, 4), "num_experts = 8, got 4"),
+        (lambda: MOELayer(gate, nn.Linear(H, H)), "num_local_experts must be given where"),
+        (lambda: MOELayer(gate, nn.Linear(H, H), "", 1, 4), "num_experts = 8, got 4"),
         (lambda: MOELayer(gate, None, "", 1, E), "experts must be a module, got NoneType"),
         (lambda: MOELayer(print, experts), "gate must be an nn.Module with route(), got builtin"),
         (lambda: MOELayer(experts, gate), "gate must be an nn.Module with route(), got Group"),
         (lambda: MOELayer(gate, gate), "experts must be a module, got TopKGate"),
-        (lambda: MoE(torch.nn.Linear(H, H), H, E), "MoE: expert must be the module of one"),
-        (lambda: MoE(H, torch.nn.ModuleList(), E), "one expert, got ModuleList"),
+        (lambda: MoE(nn.Linear(H, H), H, E), "MoE: expert must be the module of one"),
+        (lambda: MoE(H, nn.ModuleList(), E), "one expert, got ModuleList"),
         (
             lambda: MoE(H, GroupedExperts(E, H, 3), E),
             "MoE: expert must be the module of one expert, got GroupedExperts",
         ),
+        (lambda: Layer(gate, GroupedExperts(4, H, 4)), "Layer: experts must have the gate's num_e"),
         (lambda: MOELayer(gate, GroupedExperts(4, H, 4)), "num_experts = 8, got 4"),
         (lambda: MOELayer(gate, GroupedExperts(E, 5, 4)), "model_dim = 4 as hidden_size, got 5"),
         (lambda: MOELayer(gate, experts, ep_size=2), "num_experts = 8, got 16"),
         (lambda: MOELayer(gate, experts, ep_size=0), "MOELayer: ep_size must be at least 1, got 0"),
         (lambda: MOELayer(gate, experts, num_local_experts=4), "num_local_experts must be 8"),
         (
-            lambda: MoE(H, torch.nn.Identity(), E, dtype=torch.float16),
+            lambda: MoE(H, nn.Identity(), E, dtype=torch.float16),
             "MoE: dtype must not be given to the gate",
         ),
-        (lambda: MoE(H, torch.nn.Identity(), E, ep_size=3), "must be a multiple of ep_size = 3"),
-        (lambda: MoE(H, torch.nn.Identity(), 0), "MoE: num_experts must be at least 1, got 0"),
+        (lambda: MoE(H, nn.Identity(), E, ep_size=3), "must be a multiple of ep_size = 3"),
+        (lambda: MoE(H, nn.Identity(), 0), "MoE: num_experts must be at least 1, got 0"),
         (lambda: CosineRouter(H, E, 0), "CosineRouter: proj_dim must be at least 1, got 0"),
         (lambda: CosineRouter(H, E, temperature=0.0), "temperature must be 0.01 or more, got 0.0"),
         (lambda: GroupedExperts(E, H, 4, activation="tanh"), "activation must be one of"),
         (lambda: GroupedExperts(0, H, 4), "GroupedExperts: num_experts must be at least 1"),
-        (lambda: ModuleExperts(torch.nn.Identity(), 0), "ModuleExperts: num_experts must be"),
+        (lambda: ModuleExperts(nn.Identity(), 0), "ModuleExperts: num_experts must be"),
+        (lambda: ModuleExperts(nn.ModuleList()), "must hold one module or more, got an empty"),
+        (lambda: ModuleExperts(nn.ModuleList([one]), 2), "num_experts must be 1, the length of"),
+        (lambda: ModuleExperts(nn.ModuleList([one, None])), "expert 1 must be an nn.Module, got N"),
+        (lambda: ModuleExperts(nn.ModuleList([one] * 2)), "0 and 1 are the same object"),
+        (lambda: ModuleExperts([one]), "or an nn.ModuleList of one per expert, got list"),
+        (lambda: ModuleExperts(one), "num_experts must be given beside one module"),
+        (lambda: MOELayer(gate, nn.ModuleList([one])), "ModuleExperts takes an nn.Modul"),
+        (lambda: SharedExperts(one, one), "SharedExperts: experts must be Experts, got Linear"),
+        (lambda: SharedExperts(experts, print), "SharedExperts: shared must be a module, got buil"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             make()
@@ -95,9 +141,6 @@ def test_layer_input():
     layer.gate = TopKGate(H, 5)
     with pytest.raises(RuntimeError, match="gate must choose among E = 8 experts, got 5"):
         layer(torch.randn(3, H))
-    layer.gate = TopKGate(H, E)
-    with pytest.raises(RuntimeError, match=r"tokens are torch\.bfloat16, the weights torch\.float"):
-        layer(torch.randn(3, H).bfloat16())
 
 
 class Returns(Experts):
@@ -121,6 +164,19 @@ def test_experts_of_the_wrong_shape(function):
         MOELayer(gate, ModuleExperts(Returns(function), E))(x)
 
 
+def test_shared_parts_of_the_wrong_shape():
+    experts, plan = GroupedExperts(E, H, 4), moe_ext.make_plan(torch.zeros(5, 1).int(), E)
+    for parts, message in (
+        ((nn.Linear(H, 5),), r"SharedExperts: shared must return \[T, H\] = \[5, 4\], got"),
+        (
+            (nn.Linear(H, H), nn.Linear(H, 5)),
+            r"SharedExperts: gate must return \[T, 1\] = \[5, 1\]",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            SharedExperts(experts, *parts).routed(torch.randn(5, H), plan, torch.rand(5, 1))
+
+
 def test_lists_for_tensors():
     with pytest.raises(RuntimeError, match="route: expert_ids must be a tensor, got list"):
         moe_ext.route(torch.randn(2, 3), 1, expert_ids=[[0], [1]])
@@ -129,14 +185,11 @@ def test_lists_for_tensors():
 
 
 def test_module_experts_cannot_be_exported():
-    layer = MOELayer(TopKGate(H, E), ModuleExperts(torch.nn.Linear(H, H), E)).eval()
-    with pytest.raises(
-        RuntimeError, match="ModuleExperts: the bounds of the experts are read back"
-    ):
+    layer = MOELayer(TopKGate(H, E), ModuleExperts(nn.Linear(H, H), E)).eval()
+    message = "ModuleExperts: the bounds of the experts are read back"
+    with pytest.raises(RuntimeError, match=message):
         torch.export.export(layer, (torch.randn(5, H),))
-    with pytest.raises(
-        RuntimeError, match="ModuleExperts: the bounds of the experts are read back"
-    ):
+    with pytest.raises(RuntimeError, match=message):
         layer.to("meta")(torch.randn(5, H, device="meta"))
 
 

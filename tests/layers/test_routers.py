@@ -119,3 +119,26 @@ def test_buffers_of_a_router_in_16_bit_change():
     before = norm.running_mean.clone()
     gate.eval().route(x)
     assert torch.equal(norm.running_mean, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gate_is_float32_under_autocast_and_for_16_bit(dtype):
+    gate = gate_for(2, dtype=torch.float32)
+    x = torch.randn(30, H).to(dtype)
+    expected = gate.route(x.float())
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        under = gate.route(x)
+    for routing in (under, gate.route(x)):
+        assert routing.weights.dtype == torch.float32
+        assert torch.equal(routing.weights, expected.weights)
+        assert torch.equal(routing.l_aux, expected.l_aux)
+    gate.to(dtype)
+    assert gate.route(x).probs.dtype == torch.float32
+    assert gate.wg.weight.dtype == dtype
+
+
+def test_gate_is_float64_where_its_weight_is():
+    gate = gate_for(2)
+    routing = gate.route(torch.randn(30, H))
+    assert routing.probs.dtype == torch.float64
+    assert routing.weights.dtype == torch.float32

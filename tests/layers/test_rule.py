@@ -8,6 +8,7 @@ from rules import E, H, tokens
 
 from moe_ext import GroupedExperts, MOELayer, TopKGate, route
 from moe_ext.layer import Layer
+from moe_ext.routing.capacity import expert_capacity
 from moe_ext.routing.gate import Gate
 from moe_ext.routing.rule import Rule
 
@@ -100,10 +101,13 @@ def test_a_rule_that_does_not_fit_the_gate_is_refused(rule, message):
         gate_of(MIXTRAL, rule)
 
 
-def test_experts_of_another_number_or_width_are_refused():
-    for experts, message in (
-        (GroupedExperts(E - 1, H, 7), f"Layer: experts must have the gate's num_experts = {E}"),
-        (GroupedExperts(E, H + 1, 7), f"Layer: experts must have the gate's model_dim = {H}"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Layer(gate_of(MIXTRAL), experts)
+def test_capacity_is_float32_arithmetic():
+    assert expert_capacity(25, 2, 1.2, 0) == 16
+    assert expert_capacity(20, 3, 1.05, 0) == 7
+    factors = [0.1, 0.5, 0.7, 1.0, 1.05, 1.1, 1.2, 1.25, 1.3, 1.5, 2.0, 2.4, 3.3, 4.0, 1e-3]
+    for T in [*range(1, 130), 1000, 4095, 4096, 4097, 65537, 999_999]:
+        for num_experts in (1, 2, 3, 5, 7, 8, 12, 64, 100, 256):
+            for factor in factors:
+                tensor = torch.tensor(T / num_experts) * torch.tensor(factor)
+                wanted = max(int(tensor.ceil()), 4)
+                assert expert_capacity(T, num_experts, factor, 4) == wanted
