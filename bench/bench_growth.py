@@ -1,4 +1,4 @@
-"""Time and memory as the number of tokens grows, then as the number of experts grows.
+"""Time and memory as the number of tokens grows.
 
     python bench/bench_growth.py [--most 1000000] [--seconds 0.3]
 
@@ -9,25 +9,24 @@ by which a process grows in a step. A complete run writes bench/results/<machine
 """
 
 import argparse
-import math
 from collections.abc import Callable
+from functools import partial
 
+import bench_ops
 import layer_peers
 import memory
 import torch
 from bench_layer import Case, Point
 from common import keep, parser, positive, setting
+from report import growth_table
 from timing import clock, compare, spreads
 from tqdm import tqdm
 
-import moe_ext
-
 H, F, E, K = 64, 64, 16, 2
 MOST_BYTES = 6 << 30
-LAYERS = {peer.name: peer for peer in (layer_peers.OURS, *layer_peers.LAYERS)}
+LAYERS = {peer.name: peer for peer in layer_peers.LAYERS}
 BESIDE = ("moe_ext", "DeepSpeed", "DeepSpeed dense")
 OPERATORS = ("gate", "plan", "dispatch", "combine")
-EXPERTS = (8, 32, 128, 512)
 
 
 def token_counts(most: int) -> list[int]:
@@ -36,43 +35,16 @@ def token_counts(most: int) -> list[int]:
     return [count for count in counts if count <= most]
 
 
-def step_of(name: str, num_tokens: int, num_experts: int) -> Callable[[], None]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator) / math.sqrt(size[-1])
-
-    weights = layer_peers.Weights(
-        normal(num_experts, H), normal(num_experts, 2 * F, H), normal(num_experts, H, F)
-    )
-    layer = LAYERS[name].make(weights, K)
-    tokens = torch.randn(num_tokens, H, requires_grad=True)
-
-    def step() -> None:
-        tokens.grad = None
-        layer.zero_grad(set_to_none=True)
-        layer(tokens).sum().backward()
-
-    return step
+def costs_of(name: str, counts: list[int], budget: float) -> list[tuple[float, int]]:
+    """Seconds and bytes of one step for each number of tokens. The largest comes first: its freed
+    memory is room for the others."""
+    Case(Point(1000, H, F, E, K), torch.float32).checked(LAYERS[name])
+    return [cost_of(name, count, budget) for count in tqdm(counts[::-1], leave=False)][::-1]
 
 
-def check(name: str) -> None:
-    """Raise where a layer's output or gradients are wrong, before it is timed."""
-    case = Case(Point(1000, H, F, E, K), torch.float32)
-    if not (error := case.error(case.make(LAYERS[name]))) <= 1e-5:
-        raise AssertionError(f"{name}: relative error {error:.2g}")
-
-
-def costs_of(name: str, sizes: list[tuple[int, int]], budget: float) -> list[tuple[float, int]]:
-    """Seconds and bytes of one step for each (number of tokens, number of experts). The largest
-    comes first: its freed memory is room for the others."""
-    check(name)
-    costs = {size: cost_of(name, *size, budget) for size in tqdm(sorted(sizes)[::-1], leave=False)}
-    return [costs[size] for size in sizes]
-
-
-def cost_of(name: str, num_tokens: int, num_experts: int, budget: float) -> tuple[float, int]:
-    step = step_of(name, num_tokens, num_experts)
+def cost_of(name: str, num_tokens: int, budget: float) -> tuple[float, int]:
+    case = Case(Point(num_tokens, H, F, E, K), torch.float32)
+    step = partial(case.step, case.make(LAYERS[name]))
     seconds = spreads(compare({name: clock(step, [()])}, budget, rounds=1))[name].median
     return seconds, memory.growth(step)
 
@@ -81,17 +53,13 @@ def operator_seconds(counts: list[int], budget: float) -> dict[str, list[float]]
     """By operator, for each number of tokens."""
     seconds: dict[str, list[float]] = {name: [] for name in OPERATORS}
     for num_tokens in tqdm(counts, desc="operators", leave=False):
-        logits, tokens = torch.randn(num_tokens, E), torch.randn(num_tokens, H)
-        choice = moe_ext.gate(logits, K)
-        plan = moe_ext.make_plan(choice.expert_ids, E)
-        rows = moe_ext.dispatch(tokens, plan)
-        calls = {
-            "gate": (moe_ext.gate, (logits, K)),
-            "plan": (moe_ext.make_plan, (choice.expert_ids, E)),
-            "dispatch": (moe_ext.dispatch, (tokens, plan)),
-            "combine": (moe_ext.combine, (rows, plan, choice.weights)),
-        }
-        timers = {name: clock(function, [args]) for name, (function, args) in calls.items()}
+        shape = bench_ops.Shape(num_tokens, H, E, K)
+        operands = bench_ops.operands(shape, torch.float32, torch.device("cpu"))
+        cases = dict(bench_ops.cases(operands, torch.float32))
+        if num_tokens == counts[0]:
+            for name in OPERATORS:
+                bench_ops.check(cases[name])
+        timers = {name: clock(bench_ops.call, [(cases[name],)]) for name in OPERATORS}
         for name, spread in spreads(compare(timers, budget)).items():
             seconds[name].append(spread.median)
     return seconds
@@ -122,44 +90,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     counts = token_counts(options.most)
-    seconds: dict[str, list[float]] = {}
-    grown: dict[str, list[int]] = {}
-    of_experts: dict[int, dict[str, float]] = {num_experts: {} for num_experts in EXPERTS}
-    names = [name for name in BESIDE if LAYERS[name].missing(torch.device("cpu")) is None]
 
     def apart(function: Callable, *args):
         return memory.in_new_process(function, *args, options.seconds, start=memory.keep_freed)
 
-    seconds |= apart(operator_seconds, counts)
+    seconds: dict[str, list[float]] = apart(operator_seconds, counts)
+    grown: dict[str, list[int]] = {}
+    names = [name for name in BESIDE if LAYERS[name].missing(torch.device("cpu")) is None]
     for name in tqdm(names, leave=False):
-        here = [(count, E) for count in counts if fits(name, count)]
-        costs = apart(costs_of, name, here + [(4096, num_experts) for num_experts in EXPERTS])
-        seconds[f"layer, {name}"] = [of_step for of_step, _ in costs[: len(here)]]
-        grown[name] = [bytes_of_step for _, bytes_of_step in costs[: len(here)]]
-        for num_experts, (of_step, _) in zip(EXPERTS, costs[len(here) :], strict=True):
-            of_experts[num_experts][name] = of_step
+        costs = apart(costs_of, name, [count for count in counts if fits(name, count)])
+        seconds[f"layer, {name}"], grown[name] = map(list, zip(*costs, strict=True))
 
     def slopes(of: dict[str, list]) -> dict[str, float]:
         return {name: slope(counts[: len(values)], values) for name, values in of.items()}
 
     report = setting(torch.device("cpu")) | {
         **{"hidden": H, "ffn": F, "num_experts": E, "top_k": K, "tokens": counts},
-        **{"seconds": seconds, "bytes": grown, "of_experts": of_experts},
+        **{"seconds": seconds, "bytes": grown},
         **{"slope": slopes(seconds), "slope_bytes": slopes(grown)},
     }
-    for name, values in seconds.items():
-        print(
-            f"{name:24} slope {report['slope'][name]:.2f}, "
-            f"{values[-1] * 1e3:.1f} ms at T = {counts[len(values) - 1]}"
-        )
-    for name, values in grown.items():
-        print(
-            f"memory of {name:14} slope {report['slope_bytes'][name]:.2f}, "
-            f"{values[-1] / 2**20:.0f} MiB at T = {counts[len(values) - 1]}"
-        )
-    for num_experts, of_names in of_experts.items():
-        cells = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in of_names.items())
-        print(f"T = 4096, E = {num_experts}: {cells}")
+    print(growth_table({"growth": report}))
     is_part = options.most < 1_000_000
     keep(report, None if is_part else "growth", options.out)
 

@@ -5,13 +5,14 @@
 
 Layers route by themselves; with --experts the routing is given, and the peers are transformers'
 implementations of Mixtral's experts. Output and gradients of each are checked against float64
-before it is timed. "bound" is the time of the experts' matrix products alone (gemm_bound.py).
+before it is timed. "Bound" is the time of the experts' matrix products alone (gemm_bound.py).
 The process keeps freed memory (memory.py); --new-memory gives large blocks back. Peers that are
-missing, too slow or too large for memory are named. Prints tables and, after a run of all points,
+missing, too slow or too large for memory are named. Prints a table and, after a run of all points,
 writes bench/results/<machine>/layer-<dtype>.json or experts-<dtype>.json.
 """
 
 import argparse
+import functools
 import math
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from common import keep, parser, positive, setting
 from gemm_bound import gemm_bound
 from layer_peers import Weights
 from peers import Peer
+from report import points_table
 from timing import clock, compare, ratio, spreads
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -89,6 +91,15 @@ def exact(weights: Weights, tokens: Tensor, mix: Tensor) -> Tensor:
     return out
 
 
+class Solution(NamedTuple):
+    """Output, gradients, weights and load in float64."""
+
+    out: Tensor
+    grads: tuple[Tensor, ...]
+    weights: Weights
+    load: list[int]
+
+
 class Case:
     """Weights, tokens, the right results, and one forward and backward of a module."""
 
@@ -112,17 +123,16 @@ class Case:
         self.weights = Weights(router, up, down)
         self.tokens = tokens.to(dtype).requires_grad_()
         self.grad = torch.randn(T, H, generator=generator).to(dtype)
-        self._solve()
 
-    def _solve(self) -> None:
-        """Output, gradients and load in float64."""
+    @functools.cached_property
+    def solution(self) -> Solution:
         tokens = self.tokens.detach().double().requires_grad_()
         wide = Weights(*(w.double().requires_grad_() for w in self.weights))
         mix = self._mix(wide, tokens)
         out = exact(wide, tokens, mix)
-        self.grads = torch.autograd.grad(out, [tokens, *wide], self.grad.double())
-        self.out, self.wide = out.detach(), Weights(*(w.detach() for w in wide))
-        self.load = mix.detach().count_nonzero(0).tolist()
+        grads = torch.autograd.grad(out, [tokens, *wide], self.grad.double())
+        load = mix.detach().count_nonzero(0).tolist()
+        return Solution(out.detach(), grads, Weights(*(w.detach() for w in wide)), load)
 
     def _mix(self, weights: Weights, tokens: Tensor) -> Tensor:
         """Weights of each token's experts, 0 elsewhere. [T, E]"""
@@ -145,14 +155,22 @@ class Case:
 
     def error(self, layer: nn.Module) -> float:
         """The largest relative error of the output and the gradients."""
-        out = self.step(layer).detach().double()
+        out, right = self.step(layer).detach(), self.solution
         mix = getattr(layer, "weights_of", None)
         if mix is not None:  # a gate that chose other experts than ours
-            right = exact(self.wide, self.tokens.detach().double(), mix.double())
-            return float((out - right).norm() / right.norm())
-        grads = [self.tokens.grad, *layer_peers.gradients(layer, self.weights)]
-        pairs = [(out, self.out), *zip(grads, self.grads, strict=True)]
-        return max(float((got.double() - right).norm() / right.norm()) for got, right in pairs)
+            pairs = [(out, exact(right.weights, self.tokens.detach().double(), mix.double()))]
+        else:
+            grads = [self.tokens.grad, *layer_peers.gradients(layer, self.weights)]
+            pairs = [(out, right.out), *zip(grads, right.grads, strict=True)]
+        return max(float((got.double() - want).norm() / want.norm()) for got, want in pairs)
+
+    def checked(self, peer: Peer) -> tuple[nn.Module, float]:
+        """The peer's module and its error. Raises if that is too large."""
+        layer = self.make(peer)
+        error = self.error(layer)
+        if not error <= (1e-5 if self.tokens.dtype == torch.float32 else 0.03):
+            raise AssertionError(f"{peer.name}: relative error {error:.2g}")
+        return layer, error
 
 
 def why_not(
@@ -179,10 +197,7 @@ def why_not(
 
 
 def peers_of(of_experts: bool) -> list[Peer]:
-    """Ours first."""
-    if of_experts:
-        return [layer_peers.OUR_EXPERTS, *layer_peers.EXPERTS]
-    return [layer_peers.OURS, *layer_peers.LAYERS]
+    return layer_peers.EXPERTS if of_experts else layer_peers.LAYERS
 
 
 def measure(
@@ -196,17 +211,14 @@ def measure(
 ) -> dict:
     torch.set_num_threads(threads)
     case = Case(point, dtype, of_experts)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    load = case.solution.load
     timers, errors, excluded = {}, {}, {}
     ours, *_ = everyone = peers_of(of_experts)
     for peer in everyone:
-        if reason := why_not(peer, point, dtype, max(case.load), longest):
+        if reason := why_not(peer, point, dtype, max(load), longest):
             excluded[peer.name] = reason
             continue
-        layer = case.make(peer)
-        errors[peer.name] = case.error(layer)
-        if not errors[peer.name] <= tolerance:
-            raise AssertionError(f"{peer.name}: relative error {errors[peer.name]:.2g}")
+        layer, errors[peer.name] = case.checked(peer)
         timer = clock(case.step, [(layer,)])
         if (seconds := next(timer)) > longest and peer is not ours:
             excluded[peer.name] = f"took {seconds:.1f} s"
@@ -215,7 +227,7 @@ def measure(
     if not keeps_freed:
         memory.give_back_large()
         memory.fetch()
-    timers["bound"] = iter(gemm_bound(case.load, case.weights.up, case.weights.down), None)
+    timers["bound"] = iter(gemm_bound(load, case.weights.up, case.weights.down), None)
     taken = compare(timers, budget, rounds=3)
     seconds = {name: spread.median for name, spread in spreads(taken).items()}
     peers = set(taken) - {ours.name, "bound"}
@@ -256,24 +268,7 @@ def measure_all(
                 if name != "bound"
             }
         results.append({"point": label, **point._asdict(), **found})
-        bar.write(lines(label, point, found))
     return results
-
-
-def lines(label: str, point: Point, result: dict) -> str:
-    T, H, ffn, E, K, _ = point
-    text = [
-        f"{label}: T{T} H{H} F{ffn} E{E} K{K}, {result['threads']} threads, "
-        f"{result['of_bound']:.0%} of the GEMM bound"
-    ]
-    grown = result.get("growth_bytes", {})
-    for name, seconds in sorted(result["seconds"].items(), key=lambda item: item[1]):
-        line = f"  {name:26}{seconds * 1e3:9.1f} ms"
-        if name in result["ratio"]:
-            line += " {:6.2f}x ({:.2f} to {:.2f})".format(*result["ratio"][name])
-        text.append(line + (f"  {grown[name] / 2**20:.0f} MiB" if name in grown else ""))
-    text += [f"  {name:26} not timed: {reason}" for name, reason in result["excluded"].items()]
-    return "\n".join(text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -311,6 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     # All points in one process: loading the other libraries takes longer than timing them.
     report["points"] = memory.in_new_process(measure_all, chosen, dtype, options)
+    print(points_table(report))
     kind = "experts" if options.experts else "layer"
     suffix = "-new-memory" if options.new_memory else ""
     whole = None if options.point else f"{kind}-{options.dtype}{suffix}"

@@ -17,6 +17,7 @@ import bench_ops
 import memory
 import torch
 from common import keep, parser, positive, setting
+from report import limits_table
 from timing import clock, compare, spreads
 
 SHAPE = "qwen3, half"
@@ -65,8 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     seconds["read"] = memory.in_new_process(read, size, options.seconds, start=memory.keep_freed)
     seconds |= operator("combine", "kept", num_tokens, options.seconds)
     report = setting(torch.device("cpu")) | {"mebibytes": options.mebibytes, "seconds": seconds}
-    for name, value in seconds.items():
-        print(f"{name:28}{value * 1e3:8.1f} ms")
+    print(limits_table({"limits": report}))
     keep(report, "limits" if options.mebibytes == 256 else None, options.out)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import memory
 import torch
 from common import keep, parser, positive, setting
+from report import stats_table
 from timing import compare, spreads, timer
 from tqdm import tqdm
 
@@ -77,9 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
             measure, point, threads, device, options.seconds, start=memory.keep_freed
         )
         report["points"].append(found)
-        step = found["seconds"]["step"].median
-        costs = ", ".join(f"{tier} {found['share'][tier]:.2%}" for tier in TIERS)
-        tqdm.write(f"{point}, {threads} threads: {step * 1e3:.2f} ms; {costs}")
+    print(stats_table({"stats": report}))
     keep(report, "stats", options.out)
 
 

@@ -1,4 +1,4 @@
-"""Layers and experts of other libraries, made of equal weights: `LAYERS` and `EXPERTS`.
+"""Layers and experts of other libraries, made of equal weights: `LAYERS` and `EXPERTS`, ours first.
 
 `make(weights, routing)` gives a module, [T, H] -> [T, H]. A layer routes by itself: `routing` is
 top_k. Experts get their routing: `routing` is expert_ids [T, K], weights.router the weights [T, K].
@@ -167,37 +167,6 @@ def _hugging_face(implementation: str, cls: type[nn.Module] = _HuggingFace) -> C
     return lambda weights, routing: cls(weights, routing, implementation)
 
 
-def _experts_of(implementation: str) -> Peer:
-    make = _hugging_face(implementation, _HuggingFaceExperts)
-    return Peer(implementation, "transformers", make)
-
-
-class _Liger(PlainLayer):
-    """Liger's fused experts behind plain routing."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        from liger_kernel.ops import LigerFusedMoEFunction
-
-        weights, experts = _choose(tokens, self.router, self.top_k)
-        return LigerFusedMoEFunction.apply(
-            tokens, self.up, self.down, experts.int(), weights.to(tokens.dtype)
-        )
-
-
-class _MoeOps(_Liger):
-    def forward(self, tokens: Tensor) -> Tensor:
-        import moe_ops
-
-        logits = F.linear(tokens.float(), self.router.float())
-        weights, experts = moe_ops.fused_topk_softmax(logits, self.top_k)
-        E, (T, K) = len(self.router), experts.shape
-        rows, places, offsets = moe_ops.permute(tokens, experts, 0, E)
-        ends = offsets[1:].contiguous()
-        gate, linear = moe_ops.grouped_gemm(rows, self.up, ends).chunk(2, dim=-1)
-        out = moe_ops.grouped_gemm(F.silu(gate) * linear, self.down, ends)
-        return moe_ops.unpermute(out, places, weights, T, K)
-
-
 class _Fairscale(nn.Module):
     """fairscale's gate samples the second expert and drops tokens over a capacity of 2T/E.
     `weights_of` records its choice, and the output is checked against that choice."""
@@ -236,8 +205,8 @@ def gradients(layer: nn.Module, weights: Weights) -> Weights:
     return Weights(*map(of, weights))
 
 
-OURS = Peer("moe_ext", None, _ours)
 LAYERS = [
+    Peer("moe_ext", None, _ours),
     Peer("plain PyTorch", None, PlainLayer),
     Peer("DeepSpeed", "deepspeed", _DeepSpeed),
     Peer("DeepSpeed dense", "deepspeed", _DeepSpeedDense),
@@ -245,8 +214,8 @@ LAYERS = [
     Peer("Hugging Face batched_mm", "transformers", _hugging_face("batched_mm")),
     Peer("Hugging Face grouped_mm", "transformers", _hugging_face("grouped_mm")),
     Peer("fairscale", "fairscale", _Fairscale),
-    Peer("Liger", "liger-kernel", _Liger, gpu_only=True),
-    Peer("moe-ops", "moe-ops", _MoeOps, gpu_only=True),
 ]
-OUR_EXPERTS = _experts_of("moe_ext")
-EXPERTS = [_experts_of(name) for name in ("eager", "batched_mm", "grouped_mm")]
+EXPERTS = [
+    Peer(name, "transformers", _hugging_face(name, _HuggingFaceExperts))
+    for name in ("moe_ext", "eager", "batched_mm", "grouped_mm")
+]

@@ -57,26 +57,31 @@ def pairs(group: dict) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def cell(run: dict, op: str, peer: str) -> str:
-    ratio = line_of(run, op)["ratio"].get(peer)
-    return f"{ratio[0]:.2f}x" if ratio else "-"
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
+    lines.insert(1, "|---" * len(heads) + "|")
+    return "\n".join(lines)
+
+
+def factor(ratio: list[float] | None) -> str | None:
+    return f"{ratio[0]:.2f}x" if ratio else None
 
 
 def operators_table(found: dict[str, dict]) -> str:
-    lines = []
+    tables = []
     for group in operator_runs(found):
-        keys = sorted(group["runs"], key=lambda key: (key[0], key[1] != "new"))
+        runs = group["runs"]
+        keys = sorted(runs, key=lambda key: (key[0], key[1] != "new"))
         heads = [f"{t} thread{'s' * (t > 1)}, {memory}" for t, memory in keys]
-        lines += [f"| {group['title']} | compared with | {' | '.join(heads)} |"]
-        lines += ["|---|---|" + "---|" * len(keys)]
-        for op, peer in pairs(group):
-            cells = [cell(group["runs"][key], op, peer) for key in keys]
-            lines.append(f"| {op} | {peer} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+        rows = [
+            [op, peer, *(factor(line_of(runs[key], op)["ratio"].get(peer)) or "-" for key in keys)]
+            for op, peer in pairs(group)
+        ]
+        tables.append(markdown([group["title"], "compared with", *heads], rows))
+    return "\n\n".join(tables)
 
 
-def points_table(report: dict) -> list[str]:
+def points_table(report: dict) -> str:
     """Layers or experts: a line for each point."""
     points = report["points"]
     memory = "reused" if report["reuses_freed_memory"] else "new"
@@ -84,25 +89,23 @@ def points_table(report: dict) -> list[str]:
     heads = [f"{report['dtype']}, {memory} memory", "threads", "ms", "of bound", *names]
     if "growth_bytes" in points[0]:
         heads.append(f"memory, MiB: {' / '.join([OURS, *names])}")
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    rows = []
     for point in points:
         shape = "T{tokens} H{hidden} F{ffn} E{num_experts} K{top_k}".format(**point)
         cells = [f"{point['point']}, {shape}", f"{point['threads']}"]
         cells += [f"{point['seconds'][OURS] * 1e3:.0f}", f"{point['of_bound']:.0%}"]
         for peer in names:
-            ratio = point["ratio"].get(peer)
-            cells.append(f"{ratio[0]:.2f}x" if ratio else point["excluded"].get(peer, "-"))
+            cells.append(factor(point["ratio"].get(peer)) or point["excluded"].get(peer, "-"))
         if grown := point.get("growth_bytes"):
             mebibytes = [f"{grown[n] / 2**20:.0f}" if n in grown else "-" for n in (OURS, *names)]
             cells.append(" / ".join(mebibytes))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return markdown(heads, rows)
 
 
 def layers_table(found: dict[str, dict]) -> str:
     names = ("layer-float32", "layer-float32-new-memory", "layer-bfloat16")
-    tables = [points_table(found[name]) for name in names if name in found]
-    return "\n\n".join("\n".join(table) for table in tables)
+    return "\n\n".join(points_table(found[name]) for name in names if name in found)
 
 
 def experts_table(found: dict[str, dict]) -> str:
@@ -112,78 +115,66 @@ def experts_table(found: dict[str, dict]) -> str:
         best = [min(ratio[0] for ratio in point["ratio"].values()) for point in points]
         shares = [point["of_bound"] for point in points]
         parts += [
-            "\n".join(points_table(found[name])),
+            points_table(found[name]),
             f"Speedup over the fastest peer: {statistics.geometric_mean(best):.2f}x in the "
             f"geometric mean, {min(best):.2f}x at least. Share of the bound: "
             f"{statistics.geometric_mean(shares):.0%} in the geometric mean, {min(shares):.0%} at "
             "least.",
         ]
-    parts.append(where(found["experts-float32"]) + ".")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, where(found["experts-float32"]) + "."])
 
 
 def growth_table(found: dict[str, dict]) -> str:
-    growth = found["growth"]
-    lines = ["| | slope | largest T | time | memory, slope | memory |", "|---|---|---|---|---|---|"]
+    growth, rows = found["growth"], []
     for name, values in growth["seconds"].items():
-        layer = name.removeprefix("layer, ")
-        memory = growth["bytes"].get(layer) if name.startswith("layer") else None
-        of_memory = (
-            f"{growth['slope_bytes'][layer]:.2f} | {memory[-1] / 2**20:.0f} MiB"
-            if memory
-            else " | "
-        )
-        lines.append(
-            f"| {name} | {growth['slope'][name]:.2f} | {growth['tokens'][len(values) - 1]:,} "
-            f"| {values[-1] * 1e3:.1f} ms | {of_memory} |"
-        )
-    return "\n".join(lines)
+        cells = [f"{growth['slope'][name]:.2f}", f"{growth['tokens'][len(values) - 1]:,}"]
+        cells += [f"{values[-1] * 1e3:.1f} ms", "", ""]
+        if memory := growth["bytes"].get(layer := name.removeprefix("layer, ")):
+            cells[-2:] = f"{growth['slope_bytes'][layer]:.2f}", f"{memory[-1] / 2**20:.0f} MiB"
+        rows.append([name, *cells])
+    return markdown(["", "slope", "largest T", "time", "memory, slope", "memory"], rows)
 
 
 def stats_table(found: dict[str, dict]) -> str:
-    report = found["stats"]
-    lines = ["| step of a layer | threads | ms | brief | detailed |", "|---|---|---|---|---|"]
-    for point in report["points"]:
-        costs = [
-            f"{point['seconds'][tier][0] * 1e6:.0f} us, {point['share'][tier]:.2%}"
-            for tier in ("brief", "detailed")
-        ]
-        lines.append(
-            "| T{T} H{H} F{F} E{E} K{K} ".format(**point)
-            + f"| {point['threads']} | {point['seconds']['step'][0] * 1e3:.1f} "
-            + f"| {' | '.join(costs)} |"
-        )
-    lines += ["", f"{where(report)}."]
-    return "\n".join(lines)
+    rows = []
+    for point in found["stats"]["points"]:
+        seconds, share = point["seconds"], point["share"]
+        cells = ["T{T} H{H} F{F} E{E} K{K}".format(**point), f"{point['threads']}"]
+        cells += [f"{seconds['step'][0] * 1e3:.1f}"]
+        cells += [f"{seconds[t][0] * 1e6:.0f} us, {share[t]:.2%}" for t in ("brief", "detailed")]
+        rows.append(cells)
+    table = markdown(["step of a layer", "threads", "ms", "brief", "detailed"], rows)
+    return f"{table}\n\n{where(found['stats'])}."
 
 
 def limits_table(found: dict[str, dict]) -> str:
     limits = found["limits"]
-    lines = [f"| {limits['mebibytes']} MiB, one thread | ms |", "|---|---|"]
-    lines += [f"| {name} | {value * 1e3:.1f} |" for name, value in limits["seconds"].items()]
-    return "\n".join(lines)
+    rows = [[name, f"{value * 1e3:.1f}"] for name, value in limits["seconds"].items()]
+    return markdown([f"{limits['mebibytes']} MiB, one thread", "ms"], rows)
 
 
 def summary(found: dict[str, dict]) -> str:
     """README's table: the lowest and highest speedup over the fastest peer of each setting."""
+    layers = found["layer-float32"]
     ratios = [
         (f"`{line['op']}`", line["ratio"])
         for group in operator_runs(found)
         for run in group["runs"].values()
         for line in run["ops"]
     ]
-    layers = found["layer-float32"]
     ratios += [("a layer, forward and backward", point["ratio"]) for point in layers["points"]]
     fastest: dict[str, list[tuple[float, str]]] = {}
     for name, of_peers in ratios:
         fastest.setdefault(name, []).append(min((r[0], peer) for peer, r in of_peers.items()))
-    lines = ["| | fastest other implementation | speedup |", "|---|---|---|"]
-    for name, found_ones in fastest.items():
-        peers = ", ".join(dict.fromkeys(peer for _, peer in found_ones))
-        least, most = min(found_ones)[0], max(found_ones)[0]
-        lines.append(f"| {name} | {peers} | {least:.2f}x to {most:.2f}x |")
-    lines += ["", f"{where(layers)}."]
-    return "\n".join(lines)
+    rows = [
+        [
+            name,
+            ", ".join(dict.fromkeys(peer for _, peer in settings)),
+            f"{min(settings)[0]:.2f}x to {max(settings)[0]:.2f}x",
+        ]
+        for name, settings in fastest.items()
+    ]
+    return f"{markdown(['', 'fastest other implementation', 'speedup'], rows)}\n\n{where(layers)}."
 
 
 def tables(found: dict[str, dict]) -> dict[str, str]:

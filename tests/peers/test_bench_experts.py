@@ -1,4 +1,4 @@
-"""The bench of experts checks results before it times them, and names peers that are left out."""
+"""The bench of experts times every implementation, and names peers that are left out."""
 
 import importlib
 import json
@@ -8,8 +8,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs the extra peers")
-
-from transformers.integrations import moe
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def test_every_implementation_is_timed(bench, tiny, tmp_path, capfd, monkeypatch
         assert set(point["seconds"]) == {"moe_ext", "bound", *point["ratio"]}
         assert all(error < 1e-5 for error in point["relative_error"].values())
         assert point["of_bound"] == pytest.approx(bound / ours, rel=1e-3)
-    assert "of the GEMM bound" in capfd.readouterr().out
+    assert "| ms | of bound | eager | batched_mm | grouped_mm |" in capfd.readouterr().out
 
 
 def test_memory_is_at_least_the_weights_gradients(bench):
@@ -56,16 +54,3 @@ def test_peers_that_are_left_out_are_named(bench, tiny, monkeypatch):
     result = bench.measure(tiny, torch.float32, 1, 0.0, longest=0.0, of_experts=True)
     assert result["excluded"]["eager"].startswith("took")
     assert set(result["seconds"]) == {"moe_ext", "bound"}
-
-
-@pytest.mark.parametrize("name", ["moe_ext", "grouped_mm"])
-def test_a_wrong_implementation_is_not_timed(bench, tiny, monkeypatch, name):
-    importlib.import_module("moe_ext.hf")
-    right = moe.ExpertsInterface._global_mapping[name]
-
-    def wrong(*args):
-        return 1.001 * right(*args)
-
-    monkeypatch.setitem(moe.ExpertsInterface._global_mapping, name, wrong)
-    with pytest.raises(AssertionError, match=rf"{name}: relative error 0\.001"):
-        bench.measure(tiny, torch.float32, 1, 0.0, of_experts=True)

@@ -23,8 +23,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 SMALL = ["--device", "cpu", "--tokens", "40", "--seconds", "0.001"]
 
 
-def load(name: str):
-    return importlib.import_module(name)
+load = importlib.import_module
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +42,20 @@ def bench_ops(monkeypatch):
     return module
 
 
-def test_every_operator_is_timed(bench_ops, tmp_path):
-    out = tmp_path / "folder" / "ops.json"
-    bench_ops.main([*SMALL, "--shape", "gshard", "mixtral", "--out", str(out)])
-    report = json.loads(out.read_text())
+@pytest.fixture
+def ops_report(bench_ops, tmp_path):
+    """Runs bench_ops with options, and gives the report that it writes."""
+
+    def report(*options: str) -> dict:
+        out = tmp_path / "folder" / "ops.json"
+        bench_ops.main([*SMALL, *options, "--out", str(out)])
+        return json.loads(out.read_text())
+
+    return report
+
+
+def test_every_operator_is_timed(bench_ops, ops_report):
+    report = ops_report("--shape", "gshard", "mixtral")
     assert report["complete"]
     assert [shape["shape"] for shape in report["shapes"]] == ["gshard", "mixtral"]
     for shape in report["shapes"]:
@@ -78,27 +87,23 @@ def test_result_files_have_a_line_for_each_record(tmp_path):
     assert (stored["number"], stored["text"], stored["none"]) == (12345678, "\n", None)
 
 
-def test_peers_that_are_missing_are_named(bench_ops, tmp_path, monkeypatch):
+def test_peers_that_are_missing_are_named(ops_report, monkeypatch):
     find = importlib.util.find_spec
 
     def without_deepspeed(name, *args):
         return None if name == "deepspeed" else find(name, *args)
 
     monkeypatch.setattr(importlib.util, "find_spec", without_deepspeed)
-    out = tmp_path / "ops.json"
-    bench_ops.main([*SMALL, "--shape", "gshard", "--op", "gate", "--out", str(out)])
-    (gate,) = json.loads(out.read_text())["shapes"][0]["ops"]
+    (gate,) = ops_report("--shape", "gshard", "--op", "gate")["shapes"][0]["ops"]
     assert gate["excluded"]["DeepSpeed, with positions and loss"] == "needs deepspeed"
     assert "moe-ops" in gate["excluded"]
 
 
-@pytest.mark.parametrize("state", ["new", "huge", "kept"])
-def test_the_state_of_memory_is_recorded(bench_ops, tmp_path, state):
-    out = tmp_path / "ops.json"
-    options = ["--shape", "gshard", "--op", "plan", "--memory", state, "--threads", "1"]
-    bench_ops.main([*SMALL, *options, "--out", str(out)])
-    (shape,) = json.loads(out.read_text())["shapes"]
-    assert (shape["memory"], shape["threads"]) == (state, 1)
+def test_the_state_of_memory_is_recorded(ops_report):
+    states = ["new", "huge", "kept"]
+    options = ["--shape", "gshard", "--op", "plan", "--memory", *states, "--threads", "1"]
+    shapes = ops_report(*options)["shapes"]
+    assert [(shape["memory"], shape["threads"]) for shape in shapes] == [(s, 1) for s in states]
 
 
 def memory_settings(*_) -> tuple[str | None, bool]:
@@ -164,11 +169,12 @@ def test_a_wrong_peer_is_not_timed(bench_ops, monkeypatch, title):
         bench_ops.main([*SMALL, "--shape", "gshard", "--op", title])
 
 
-def test_layers_are_checked_before_they_are_timed(tmp_path, monkeypatch):
-    bench, peers = load("bench_layer"), load("layer_peers")
+def test_layers_are_checked_before_they_are_timed(monkeypatch):
+    bench, growth, peers = load("bench_layer"), load("bench_growth"), load("layer_peers")
     point = bench.Point(64, 16, 8, 4, 2, "zipf")
     result = bench.measure(point, torch.float32, 1, 0.0)
-    assert set(result["ratio"]) | set(result["excluded"]) == {p.name for p in peers.LAYERS}
+    names = {"moe_ext", *result["ratio"], *result["excluded"]}
+    assert names == {peer.name for peer in peers.LAYERS}
     assert "plain PyTorch" in result["ratio"]
     assert all(error < 1e-5 for error in result["relative_error"].values())
     assert {"moe_ext", "bound"} <= set(result["seconds"])
@@ -177,53 +183,42 @@ def test_layers_are_checked_before_they_are_timed(tmp_path, monkeypatch):
         def forward(self, tokens):
             return super().forward(tokens).index_fill(0, torch.tensor([3]), 0.0)
 
-    monkeypatch.setattr(peers, "LAYERS", [peers.Peer("wrong", None, Wrong)])
+    wrong = peers.Peer("wrong", None, Wrong)
+    monkeypatch.setattr(peers, "LAYERS", [peers.LAYERS[0], wrong])
+    monkeypatch.setitem(growth.LAYERS, "wrong", wrong)
     with pytest.raises(AssertionError, match="wrong: relative error"):
         bench.measure(point, torch.float32, 1, 0.0)
+    with pytest.raises(AssertionError, match="wrong: relative error"):
+        growth.costs_of("wrong", [1000], 0.0)
 
 
 @pytest.mark.parametrize(
-    "load_of", ["balanced", "zipf", "one hot expert", "half of the experts empty"]
+    ("load_of", "is_as_named"),
+    [
+        ("balanced", lambda share: share.max() < 2 * share.min()),
+        ("zipf", lambda share: share[0] > 3 * share[-1] > 0),
+        ("one hot expert", lambda share: share[0] == 1 and share[1:].max() < 0.4),
+        ("half of the experts empty", lambda share: not share[4:].any() and share[:4].all()),
+    ],
 )
-def test_layers_get_the_load_they_are_named_for(load_of):
+def test_layers_get_the_load_they_are_named_for(load_of, is_as_named):
     bench = load("bench_layer")
     case = bench.Case(bench.Point(512, 32, 8, 8, 2, load_of), torch.float32)
-    load_of_experts = torch.tensor(case.load)
-    assert load_of_experts.sum() == 1024
-    share = load_of_experts / 512
-    if load_of == "balanced":
-        assert share.max() < 2 * share.min()
-    elif load_of == "zipf":
-        assert share[0] > 3 * share[-1] > 0
-    elif load_of == "one hot expert":
-        assert share[0] == 1
-        assert share[1:].max() < 0.4
-    else:
-        assert (share[4:] == 0).all()
-        assert (share[:4] > 0).all()
+    share = torch.tensor(case.solution.load) / 512
+    assert share.sum() == 2
+    assert is_as_named(share)
 
 
-def test_growth_has_slopes_and_checks_layers(monkeypatch):
+def test_growth_has_slopes_and_counts_memory():
     growth = load("bench_growth")
     counts = growth.token_counts(1_000_000)
     assert (counts[0], counts[-1]) == (1000, 1_000_000)
     assert math.isclose(growth.slope(counts, [3e-6 * t for t in counts]), 1.0)
     assert math.isclose(growth.slope(counts, [1e-9 * t**2 for t in counts]), 2.0)
-    seconds, grown = growth.cost_of("moe_ext", 20_000, 4, 0.0)
+    ((seconds, grown),) = growth.costs_of("moe_ext", [20_000], 0.0)
     assert seconds > 0
     rows = 2 * 20_000 * 64 * 4
     assert rows < grown < 100 * rows
-    ours = growth.LAYERS["moe_ext"]
-
-    def doubled(weights, top_k):
-        layer = ours.make(weights, top_k)
-        layer.register_forward_hook(lambda _module, _args, out: 2 * out)
-        return layer
-
-    growth.check("moe_ext")
-    monkeypatch.setitem(growth.LAYERS, "moe_ext", ours._replace(make=doubled))
-    with pytest.raises(AssertionError, match="moe_ext: relative error"):
-        growth.check("moe_ext")
 
 
 def test_limits_are_of_checked_operators(monkeypatch):
@@ -293,16 +288,26 @@ def measured():
     return found[0]
 
 
-def texts_of(figure) -> str:
-    return "\n".join(text.get_text() for text in figure.findobj(Text))
-
-
 def drawn(monkeypatch, draw, *arguments) -> Figure:
     """The figure that a function draws, instead of its file."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     draw(*arguments)
     return figures[0]
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        ("draw_ratios", "median over|lowest to highest|moe_ext is faster|torch 2|threads"),
+        ("draw_roofline", "relative to a plain copy|copy_ of large tensors|GB/s|lowest to highest"),
+        ("draw_growth", "seconds|MiB|tokens T|slope|does not fit|one MoE layer|torch 2"),
+    ],
+)
+def test_pictures_name_their_units_and_setting(measured, monkeypatch, draw, words):
+    figure = drawn(monkeypatch, getattr(load("pictures"), draw), measured, None)
+    said = "\n".join(text.get_text() for text in figure.findobj(Text))
+    assert [word for word in words.split("|") if word not in said] == []
 
 
 def test_bars_of_ratios_begin_where_both_take_as_long(measured, monkeypatch):
@@ -317,9 +322,6 @@ def test_bars_of_ratios_begin_where_both_take_as_long(measured, monkeypatch):
     # Names of operators stand once, at the left.
     shown = [bool(axis.yaxis.get_tick_params()["labelleft"]) for axis in figure.axes]
     assert shown == [True, False, False]
-    said = texts_of(figure)
-    for words in ("median over", "lowest to highest", "moe_ext is faster", "torch 2", "threads"):
-        assert words in said
 
 
 def test_a_throughput_above_a_copy_is_explained(measured, monkeypatch):
@@ -337,29 +339,6 @@ def test_a_throughput_above_a_copy_is_explained(measured, monkeypatch):
     (note,) = axis.texts
     assert note.get_text().startswith(f"{max(shares):.2f}: ")
     assert note.xy[1] == max(shares)
-    said = texts_of(figure)
-    for words in (
-        "relative to a plain copy",
-        "copy_ of large tensors",
-        "GB/s",
-        "lowest to highest",
-    ):
-        assert words in said
-
-
-def test_growth_is_drawn_with_units(measured, monkeypatch):
-    figure = drawn(monkeypatch, load("pictures").draw_growth, measured, None)
-    said = texts_of(figure)
-    for words in (
-        "seconds",
-        "MiB",
-        "tokens T",
-        "slope",
-        "does not fit",
-        "one MoE layer",
-        "torch 2",
-    ):
-        assert words in said
 
 
 def test_pages_show_what_was_measured(measured):
