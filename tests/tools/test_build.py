@@ -1,22 +1,18 @@
 """Building and loading the library: schemas, JIT, setup.py, and a package without a library."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT, copy_tree, output_of, python
 
 import moe_ext
 from moe_ext import build
 from moe_ext.ops import reference, registry
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Runs a layer forward and backward, and prints results and backends.
 PROBE = """
@@ -50,27 +46,24 @@ print(json.dumps({{
 """
 
 
-def probe(tree: Path, before: str = "", **env: str) -> dict:
-    run = subprocess.run(
-        [sys.executable, "-c", PROBE.format(before=before)],
-        cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree), **env},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+def run_in(tree: Path, code: str, **environment: str) -> str:
+    return output_of("-c", code, cwd=tree, PYTHONPATH=str(tree), **environment)
+
+
+def probe(tree: Path, before: str = "", **environment: str) -> dict:
+    return json.loads(run_in(tree, PROBE.format(before=before), **environment))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    """The results of the compiled library."""
+    return probe(ROOT)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A copy of the source tree without a built library."""
-    tree = tmp_path_factory.mktemp("tree")
-    shutil.copytree(ROOT / "csrc", tree / "csrc")
-    shutil.copytree(
-        ROOT / "moe_ext", tree / "moe_ext", ignore=shutil.ignore_patterns("_C*", "__pycache__")
-    )
-    return tree
+    return copy_tree(tmp_path_factory.mktemp("tree"), "csrc", "moe_ext")
 
 
 def test_tests_run_on_the_compiled_library():
@@ -88,8 +81,8 @@ def test_schemas_are_the_signatures_of_the_reference(name):
     assert schema == f"moe_ext::{name}{expected}"
 
 
-def test_without_a_library_the_reference_runs(tree):
-    result, compiled = probe(tree), probe(ROOT)
+def test_without_a_library_the_reference_runs(tree, compiled):
+    result = probe(tree)
     assert result["library"] == "None"
     assert set(result["backends"]) == {"reference"}
     assert any("plain-PyTorch reference" in text for text in result["warnings"])
@@ -115,23 +108,19 @@ for is_on in (False, True):
         grads.append(torch.autograd.grad(out.sum(), list(layer.experts.parameters())))
 print(all(torch.equal(a, b) for a, b in zip(*grads)))
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=tree, capture_output=True, text=True
-    )
-    assert done.stdout == "True\n", done.stderr
+    assert run_in(tree, code) == "True\n"
 
 
 def test_a_broken_library_is_named_in_a_warning(tree):
     broken = tree / "moe_ext" / "_C.abi3.so"
     broken.write_bytes(b"not a library")
-    try:
-        result = probe(tree)
-    finally:
-        broken.unlink()
-    assert result["library"] == "None"
+    code = "import moe_ext; print(moe_ext.ops.registry.libraries.library)"
+    done = python("-c", code, cwd=tree, PYTHONPATH=str(tree))
+    broken.unlink()
+    assert done.stdout == "None\n"
     # The warning holds the reason that the loader gives.
     expected = r"_C.abi3.so could not be loaded: .*(file too short|invalid ELF|not a mach-o)"
-    assert any(re.search(expected, text) for text in result["warnings"]), result["warnings"]
+    assert re.search(expected, done.stderr), done.stderr
 
 
 def test_a_library_of_other_sources_is_refused(tree):
@@ -141,59 +130,48 @@ def test_a_library_of_other_sources_is_refused(tree):
     contracts = tree / "moe_ext" / "ops" / "contracts.py"
     text = contracts.read_text()
     contracts.write_text(text.replace("num_experts:SymInt", "num_experts:SymInt more:SymInt"))
-    run = subprocess.run(
-        [sys.executable, "-c", "import moe_ext"],
-        env={**os.environ, "PYTHONPATH": str(tree)},
-        cwd=tree,
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", "import moe_ext", cwd=tree, PYTHONPATH=str(tree))
     library.unlink()
     contracts.write_text(text)
-    assert run.returncode != 0
-    assert "was built from other sources than this package (operator plan)" in run.stderr
+    assert done.returncode != 0
+    assert "was built from other sources than this package (operator plan)" in done.stderr
 
 
-def test_jit_builds_the_tree_once(tree, tmp_path):
-    before = "path = moe_ext.build.jit()"
+def test_jit_builds_the_tree_once(tree, tmp_path, compiled):
+    jit = "import moe_ext; path = moe_ext.build.jit()"
     cache = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    result = probe(tree, before, **cache)
+    result = probe(tree, jit, **cache)
     library = Path(result["library"])
     assert library.is_relative_to(tmp_path)
     assert set(result["backends"]) == {"compiled"}
-    assert result["out"] == pytest.approx(probe(ROOT)["out"], rel=1e-6)
+    assert result["out"] == pytest.approx(compiled["out"], rel=1e-6)
 
-    # A killed build leaves files that do not block the next one.
+    # A killed build leaves files that do not block the next one. A second call returns the loaded
+    # library. With other sources it raises.
     (library.parent.parent / "building-dead").mkdir()
     (library.parent.parent / "building-dead" / "lock").touch()
     built = library.stat().st_mtime_ns
-    assert probe(tree, before, **cache)["library"] == str(library)
-    assert library.stat().st_mtime_ns == built
-
-    # A second call returns the loaded library. With other sources it raises.
     source = tree / "csrc" / "ops.cpp"
     text = source.read_text()
-    twice = f"""{before}
+    twice = f"""{jit}
+assert str(path) == {str(library)!r}
 assert moe_ext.build.jit() == path
 open({str(source)!r}, "a").write("// changed")
 try: moe_ext.build.jit()
 except RuntimeError as e: assert f"{{path}} is already loaded" in str(e)
 else: raise AssertionError"""
-    try:
-        probe(tree, twice, **cache)
-    finally:
-        source.write_text(text)
+    run_in(tree, twice, **cache)
+    assert library.stat().st_mtime_ns == built
 
     source.write_text(text + "#error broken\n")
-    broken = (
-        "try: moe_ext.build.jit()\n"
-        "except RuntimeError as e: assert '#error broken' in str(e)\n"
-        "else: raise AssertionError"
-    )
-    try:
-        assert set(probe(tree, broken, **cache)["backends"]) == {"reference"}
-    finally:
-        source.write_text(text)
+    broken = """import moe_ext
+try: moe_ext.build.jit()
+except RuntimeError as e: assert "#error broken" in str(e)
+else: raise AssertionError
+registry = moe_ext.ops.registry
+assert {registry.backend(name, "cpu") for name in registry.NAMES} == {"reference"}"""
+    run_in(tree, broken, **cache)
+    source.write_text(text)
 
 
 def test_errors_of_jit_name_the_cause(monkeypatch, tmp_path):
@@ -220,41 +198,19 @@ def test_errors_of_jit_name_the_cause(monkeypatch, tmp_path):
         build.jit()
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_setup_without_a_working_compiler_says_so(compiler):
-    run = subprocess.run(
-        [sys.executable, "setup.py", "--version"],
-        cwd=ROOT,
-        env={**os.environ, "CXX": compiler},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "no working C++ compiler found" in run.stderr.splitlines()[-1]
-    assert run.stdout.strip().endswith(moe_ext.__version__)
+def test_setup_without_a_working_compiler_says_so():
+    done = python("setup.py", "--version", CXX="false")
+    assert done.returncode == 0, done.stderr
+    assert "no working C++ compiler found" in done.stderr.splitlines()[-1]
+    assert done.stdout.strip().endswith(moe_ext.__version__)
 
 
 def test_an_editable_install_is_found_from_anywhere(tmp_path):
     """Also from the folder that holds the clone, and by tools that read only .pth files."""
-    clone, site = tmp_path / "moe_ext", tmp_path / "site"
-    shutil.copytree(
-        ROOT / "moe_ext", clone / "moe_ext", ignore=shutil.ignore_patterns("_C*", "__pycache__")
-    )
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, clone)
-
-    def python(*arguments: str, cwd: Path) -> str:
-        run = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=cwd,
-            env={**os.environ, "CXX": "no-such-compiler", "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        return run.stdout
-
-    python("-c", "from setuptools.build_meta import build_editable as b; b('..')", cwd=clone)
+    clone, site = copy_tree(tmp_path / "moe_ext", "moe_ext"), tmp_path / "site"
+    alone = {"CXX": "no-such-compiler", "PYTHONPATH": ""}
+    build_editable = "from setuptools.build_meta import build_editable as b; b('..')"
+    output_of("-c", build_editable, cwd=clone, **alone)
     (wheel,) = tmp_path.glob("*.whl")
     shutil.unpack_archive(wheel, site, "zip")
     assert [path.read_text().strip() for path in site.glob("*.pth")] == [str(clone)]
@@ -262,35 +218,21 @@ def test_an_editable_install_is_found_from_anywhere(tmp_path):
 import importlib.util, site
 site.addsitedir({str(site)!r})
 print(importlib.util.find_spec("moe_ext").origin)"""
-    assert Path(python("-S", "-c", find, cwd=tmp_path).strip()) == clone / "moe_ext/__init__.py"
+    found = output_of("-S", "-c", find, cwd=tmp_path, **alone)
+    assert Path(found.strip()) == clone / "moe_ext/__init__.py"
 
 
-def test_the_source_distribution_has_every_source(tmp_path):
-    for env in ({}, {"CXX": "no-such-compiler"}):
-        subprocess.run(
-            # In a new folder, because setuptools also packs the files of an earlier list.
-            [
-                *(sys.executable, "setup.py", "-q"),
-                *("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path)),
-            ],
-            cwd=ROOT,
-            env={**os.environ, **env},
-            check=True,
-            capture_output=True,
-        )
-        (archive,) = tmp_path.glob("*.tar.gz")
-        with tarfile.open(archive) as tar:
-            names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-        archive.unlink()
-        needed = {*build.sources(), *build.headers(), "CMakeLists.txt", "Makefile", "LICENSE"}
-        needed |= {*build.cuda_sources(), "tests/cusim/cusim.h", "tests/cusim/planted.cu"}
-        needed |= {"bench/bench_ops.py", "bench/ptxas.py", ".clang-format"}
-        needed |= {
-            "setup.py",
-            "tests/cases.py",
-            "tests/conftest.py",
-            "moe_ext/build.py",
-            "moe_ext/toolkit.py",
-        }
-        assert needed <= names
-        assert not any(name.endswith((".so", ".pyc")) for name in names)
+@pytest.mark.parametrize("environment", [{}, {"CXX": "no-such-compiler"}])
+def test_the_source_distribution_has_every_source(tmp_path, environment):
+    # In a new folder, because setuptools also packs the files of an earlier list.
+    arguments = ("egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path)
+    output_of("setup.py", "-q", *arguments, **environment)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    needed = {*build.sources(), *build.headers(), *build.cuda_sources()}
+    needed |= {"tests/cusim/cusim.h", "tests/cusim/planted.cu", "tests/cases.py"}
+    needed |= {"bench/bench_ops.py", "bench/ptxas.py", "CMakeLists.txt", "Makefile", "LICENSE"}
+    needed |= {"setup.py", "moe_ext/build.py", "moe_ext/toolkit.py", "tests/conftest.py"}
+    assert needed | {".clang-format"} <= names
+    assert not any(name.endswith((".so", ".pyc")) for name in names)

@@ -1,12 +1,10 @@
 """explain shows the operators of a call, and leaves no trace."""
 
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import output_of
 
 import moe_ext
 from moe_ext import GroupedExperts, MOELayer, TopKGate
@@ -117,27 +115,16 @@ def test_explain_shows_where_16_bit_products_run_in_float32():
 )
 def test_explain_shows_missing_bfloat16_instructions():
     """In a process where oneDNN may use AVX2 only."""
-    code = (
-        (
-            "import torch, moe_ext;"
-            "layer = moe_ext.GroupedExperts(2, 8, 8, dtype=torch.bfloat16);"
-            "plan = moe_ext.make_plan(torch.zeros(3, 1, dtype=torch.int32), 2);"
-            "class M(torch.nn.Module):\n"
-            "    def forward(self, x): return layer.routed(x, plan, torch.ones(3, 1))\n"
-            "print(moe_ext.explain(M(), torch.randn(3, 8).bfloat16()))"
-        )
-        .replace(";class", "\nclass")
-        .replace(";", "\n")
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(moe_ext.__file__).parents[1],
-        env={"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1", "PATH": ""},
-    )
-    assert done.stdout.count("in float32, as this CPU's torch has no bfloat16 instructions") == 2
+    code = """
+import torch, moe_ext
+layer = moe_ext.GroupedExperts(2, 8, 8, dtype=torch.bfloat16)
+plan = moe_ext.make_plan(torch.zeros(3, 1, dtype=torch.int32), 2)
+class Model(torch.nn.Module):
+    def forward(self, x): return layer.routed(x, plan, torch.ones(3, 1))
+print(moe_ext.explain(Model(), torch.randn(3, 8).bfloat16()))
+"""
+    printed = output_of("-c", code, ONEDNN_MAX_CPU_ISA="AVX2")
+    assert printed.count("in float32, as this CPU's torch has no bfloat16 instructions") == 2
 
 
 def test_explain_restores_the_layer_and_random_state():
@@ -189,7 +176,11 @@ def test_explain_names_operators_whose_first_argument_is_none(monkeypatch):
 
 
 def test_explain_tells_the_path_of_a_product(monkeypatch):
-    rows, weights = torch.randn(8, 4), torch.randn(2, 3, 4)
+    class Product(torch.nn.Module):
+        def forward(self):
+            plan = moe_ext.make_plan(torch.zeros(8, 1, dtype=torch.int32), 2)
+            return moe_ext.grouped_mm(torch.randn(8, 4), torch.randn(2, 3, 4), plan)
+
     real = registry.backend
 
     def backend(name, device):
@@ -200,16 +191,6 @@ def test_explain_tells_the_path_of_a_product(monkeypatch):
         torch_grouped_mm, "choose", lambda rows, widths, capacity: ("loop", f"{widths}")
     )
     monkeypatch.setattr("moe_ext.monitor.explain._HOST", "elsewhere")
-    call = moe_ext.explain(_Product(rows, weights)).calls[-1]
+    call = moe_ext.explain(Product()).calls[-1]
     assert (call.operator, call.backend) == ("grouped_mm", "torch")
     assert call.how == "loop, as (3, 4)"
-
-
-class _Product(torch.nn.Module):
-    def __init__(self, rows, weights):
-        super().__init__()
-        self.operands = rows, weights
-
-    def forward(self):
-        plan = moe_ext.make_plan(torch.zeros(8, 1, dtype=torch.int32), 2)
-        return moe_ext.grouped_mm(*self.operands, plan)

@@ -6,9 +6,6 @@ test_deepspeed.py compares their results with those of DeepSpeed.
 import copy
 import pickle
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,18 +21,7 @@ from moe_ext import Experts, GroupedExperts, MoE, MOELayer, TopKGate
 from moe_ext.deepspeed import sharded_moe, utils
 from moe_ext.deepspeed.mappings import drop_tokens, gather_tokens
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "train_moe.py"
 E, H, S = 6, 10, 40
-
-
-def test_a_script_for_deepspeed_learns():
-    run = subprocess.run(
-        [sys.executable, EXAMPLE, "--steps", "60"], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+),", run.stdout)]
-    assert 5 < losses[0] < 6.5
-    assert losses[-1] < 3.5
 
 
 def expert() -> nn.Module:

@@ -1,82 +1,90 @@
 """`python -m moe_ext plot`, and the pictures of readings."""
 
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from scripts import python
 
-from moe_ext import plot, stats
+from moe_ext import __main__, plot, stats
 
 PNG = b"\x89PNG"
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "moe_ext", "plot", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True)
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run `python -m moe_ext plot` in this process."""
+
+    def run_plot(*arguments) -> SimpleNamespace:
+        monkeypatch.setattr("sys.argv", ["moe_ext", "plot", *map(str, arguments)])
+        code = __main__.main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
+
+    return run_plot
 
 
-def test_plot_prints_the_table_and_the_files(run, tmp_path):
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that are drawn, which are not saved."""
+    figures = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def layer_of(*load: int, **numbers) -> stats.LayerStats:
+    counts = torch.tensor(load)
+    return stats.LayerStats(4, 1, counts, counts, **numbers)
+
+
+def test_plot_prints_the_table_and_the_files(run, command, tmp_path):
     readings, path = run
     done = command(path, "--out", tmp_path / "new" / "folder")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"step 40\n{readings[-1][1]}\n")
+    assert done.code == 0, done.err
+    assert done.out.startswith(f"step 40\n{readings[-1][1]}\n")
     names = ["load.png", "sorted.png", "over-time.png", "pairs.png"]
     files = [tmp_path / "new" / "folder" / name for name in names]
-    assert done.stdout.splitlines()[-4:] == list(map(str, files))
+    assert done.out.splitlines()[-4:] == list(map(str, files))
     for file in files:
         assert file.read_bytes().startswith(PNG)
 
 
-def test_plot_prints_on_an_ascii_terminal(run, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = command(run[1], "--text")
+def test_plot_with_text_prints_on_an_ascii_terminal_and_draws_nothing(run, tmp_path):
+    arguments = ("-m", "moe_ext", "plot", run[1], "--text", "--out", tmp_path)
+    done = python(*arguments, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "max/mean" in done.stdout
-
-
-def test_plot_with_text_draws_nothing(run, tmp_path):
-    done = command(run[1], "--text", "--out", tmp_path)
-    assert done.returncode == 0
     assert "a bar for an expert" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", [None, "", "nonsense\n", '{"step": 50, "mode"'])
-def test_plot_refuses_a_wrong_file_in_one_line(tmp_path, text):
+@pytest.mark.parametrize("text", [None, b"", b"nonsense\n", b'{"step": 50, "mode"', PNG + b"\r\n"])
+def test_plot_refuses_a_wrong_file_in_one_line(command, tmp_path, text):
     path = tmp_path / "run.jsonl"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text)
     done = command(path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("moe_ext plot: ")
-    assert len(done.stderr.splitlines()) == 1
+    assert done.code == 2
+    assert done.err.startswith("moe_ext plot: ")
+    assert str(path) in done.err
+    assert len(done.err.splitlines()) == 1
 
 
-def test_plot_refuses_a_wrong_layer_or_a_picture(run, tmp_path):
+def test_plot_refuses_a_wrong_layer_or_folder(run, command, tmp_path):
     done = command(run[1], "--layer", "ffn", "--text")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "moe_ext plot: --layer must be 0 or 1, got ffn\n"
-    path = tmp_path / "load.png"
-    path.write_bytes(PNG + b"\r\n")
-    error = f"moe_ext plot: {path}, line 1: not a line of moe_ext's stats: "
-    assert command(path, "--text").stderr.startswith(error)
-
-
-def test_plot_refuses_a_file_in_place_of_its_folder(run, tmp_path):
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "moe_ext plot: --layer must be 0 or 1, got ffn\n"
     out = tmp_path / "out"
     out.write_text("")
     done = command(run[1], "--out", out)
-    assert done.returncode == 2
-    assert done.stderr.startswith("moe_ext plot: ")
-    assert str(out) in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert done.code == 2
+    assert done.err.startswith("moe_ext plot: ")
+    assert str(out) in done.err
+    assert len(done.err.splitlines()) == 1
 
 
-def test_a_heat_map_shows_shares_on_one_scale(tmp_path, monkeypatch):
+def test_a_heat_map_shows_shares_on_one_scale(drawn, tmp_path):
     """Numbers are percentages; the scale of every picture ends at twice the even share."""
-    drawn = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
     plot.plot_load({"a": [0.5, 0.25, 0.25, 0], "b": [0.5, 0.5]}, tmp_path, "training")
     axes = drawn[0].axes[0]
     assert [text.get_text() for text in axes.texts] == ["50%", "25%", "25%", "idle", "50%", "50%"]
@@ -87,10 +95,8 @@ def test_a_heat_map_shows_shares_on_one_scale(tmp_path, monkeypatch):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
 
 
-def test_pictures_have_titles_and_named_axes(run, tmp_path, monkeypatch):
+def test_pictures_have_titles_and_named_axes(run, drawn, tmp_path):
     """Every axis and scale has a name with its unit."""
-    drawn = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
     plot.plot_run(run[0], tmp_path)
     curves = {"moe, held out": [(1, 2.0)], "moe, training": [(1, 3.0)]}
     plot.plot_curves(curves, tmp_path, "loss of a model", "bits per byte")
@@ -110,8 +116,7 @@ def test_pictures_have_titles_and_named_axes(run, tmp_path, monkeypatch):
 
 def test_pictures_show_any_printable_name(tmp_path):
     """A dollar sign does not begin a formula."""
-    counts, pairs = torch.tensor([2, 3]), torch.tensor([[0, 90], [90, 0]])
-    layer = stats.LayerStats(4, 1, counts, counts, pairs=pairs)
+    layer = layer_of(2, 3, pairs=torch.tensor([[0, 90], [90, 0]]))
     readings = [(step, stats.Reading({r"a$\frac$": layer}, {})) for step in (1, 2)]
     assert len(plot.plot_run(readings, tmp_path)) == 4
 
@@ -145,10 +150,7 @@ def test_co_routing_of_few_pairs_is_nan():
 def test_plot_run_draws_the_least_even_layer_or_the_named_one(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plot, "plot_over_time", lambda *args: drawn.append(args[-1]))
-    even, uneven = (
-        stats.LayerStats(4, 1, counts, counts, 1.0)
-        for counts in (torch.tensor([2, 2]), torch.tensor([1, 3]))
-    )
+    even, uneven = layer_of(2, 2), layer_of(1, 3)
     readings = [(step, stats.Reading({"a": even, "b": uneven}, {})) for step in (1, 2)]
     plot.plot_run(readings, tmp_path)
     plot.plot_run(readings, tmp_path, "a")
@@ -157,18 +159,14 @@ def test_plot_run_draws_the_least_even_layer_or_the_named_one(tmp_path, monkeypa
         plot.plot_run(readings, tmp_path, "c")
 
 
-def test_layers_with_one_choice_have_no_picture_of_pairs(run, tmp_path):
-    load = torch.tensor([3, 1])
-    layer = stats.LayerStats(4, 1, load, load, 1.0, pairs=torch.diag(load))
+def test_layers_with_one_choice_have_no_picture_of_pairs(tmp_path):
+    layer = layer_of(3, 1, pairs=torch.diag(torch.tensor([3, 1])))
     paths = plot.plot_run([(1, stats.Reading({"a": layer}, {}))], tmp_path)
     assert [path.name for path in paths] == ["load.png", "sorted.png"]
 
 
 def test_a_file_may_hold_two_runs_with_different_experts(tmp_path):
-    def reading(*load):
-        counts = torch.tensor(load)
-        return stats.Reading({"a": stats.LayerStats(4, 1, counts, counts, 1.0)}, {})
-
-    runs = [(1, reading(2, 2)), (2, reading(3, 1)), (1, reading(1, 1, 2)), (2, reading(0, 1, 3))]
-    paths = plot.plot_run(runs, tmp_path)
+    runs = [(1, (2, 2)), (2, (3, 1)), (1, (1, 1, 2)), (2, (0, 1, 3))]
+    readings = [(step, stats.Reading({"a": layer_of(*load)}, {})) for step, load in runs]
+    paths = plot.plot_run(readings, tmp_path)
     assert [path.name for path in paths] == ["load.png", "sorted.png", "over-time.png"]

@@ -27,6 +27,14 @@ def routings(layer: MOELayer, *calls) -> list:
     return [layer.gate.route(x) for x in calls]
 
 
+def counted(layer: MOELayer, *calls, detailed: bool = False) -> stats.LayerStats:
+    """The counts of a layer in training, after these calls."""
+    counting = stats.track(layer, detailed=detailed)
+    for x in calls:
+        layer(x)
+    return counting.read().train["MOELayer"]
+
+
 @pytest.fixture
 def inputs():
     torch.manual_seed(0)
@@ -35,10 +43,7 @@ def inputs():
 
 def test_counts_are_those_of_the_plans(inputs):
     layer = layer_of(capacity_factor=0.7)
-    counting = stats.track(layer)
-    for x in inputs:
-        layer(x)
-    read = counting.read().train["MOELayer"]
+    read = counted(layer, *inputs)
     made = routings(layer, *inputs)
     assert read.calls == 2
     assert read.tokens == T + 17
@@ -96,9 +101,7 @@ def test_padding_does_not_count(inputs, detailed):
 @pytest.mark.parametrize("scoring", moe_ext.ops.checks.SCORINGS)
 def test_detailed_numbers_follow_their_definitions(inputs, scoring):
     layer = layer_of(k=3, scoring=scoring, drop_tokens=False)
-    counting = stats.track(layer, detailed=True)
-    layer(inputs[0])
-    read = counting.read().train["MOELayer"]
+    read = counted(layer, inputs[0], detailed=True)
     (routing,) = routings(layer, inputs[0])
     shares = routing.probs / routing.probs.sum(-1, keepdim=True)
     torch.testing.assert_close(read.importance, shares.double().mean(0))
@@ -173,10 +176,7 @@ def test_compiled_layers_count_like_eager_ones(inputs, wrap, detailed):
 
 def test_nan_logits_give_nan_numbers(inputs):
     """Where training diverges the numbers say so."""
-    layer = layer_of()
-    counting = stats.track(layer, detailed=True)
-    layer(torch.full((T, H), torch.nan))
-    read = counting.read().train["MOELayer"]
+    read = counted(layer_of(), torch.full((T, H), torch.nan), detailed=True)
     assert math.isnan(read.router_entropy)
     assert math.isnan(read.z_loss)
     assert int(read.load.sum()) == 2 * T
@@ -186,9 +186,7 @@ def test_ties_agree_with_the_router():
     """torch.topk does not define which of equal logits it takes."""
     layer = layer_of(k=3, drop_tokens=False)
     nn.init.zeros_(layer.gate.wg.weight)
-    counting = stats.track(layer, detailed=True)
-    layer(torch.randn(T, H))
-    assert counting.read().train["MOELayer"].agreement == 1
+    assert counted(layer, torch.randn(T, H), detailed=True).agreement == 1
 
 
 def test_many_choices_have_no_pairs(inputs):
@@ -196,9 +194,7 @@ def test_many_choices_have_no_pairs(inputs):
     experts = 40
     gate = TopKGate(H, experts, experts, drop_policy="probs", normalize="never")
     layer = MOELayer(gate, GroupedExperts(experts, H, 8))
-    counting = stats.track(layer, detailed=True)
-    layer(inputs[0])
-    read = counting.read().train["MOELayer"]
+    read = counted(layer, inputs[0], detailed=True)
     assert read.load.tolist() == [T] * experts
     assert read.agreement == 1
     assert read.pairs is None
@@ -281,9 +277,7 @@ def test_a_deepspeed_gate_counts_what_was_asked_for(inputs):
     """Its masks tell which routes were kept, its exp_counts which were asked for."""
     mine = layer_of(k=1, capacity_factor=0.5, drop_policy="position")
     layer = MOELayer(ForDeepSpeed(mine.gate), mine.experts)
-    counting = stats.track(layer, detailed=True)
-    layer(inputs[0])
-    read = counting.read().train["MOELayer"]
+    read = counted(layer, inputs[0], detailed=True)
     (routing,) = routings(mine, inputs[0])
     assert torch.equal(read.load, routing.plan.load.long())
     assert torch.equal(read.kept, routing.plan.kept().long())
@@ -295,9 +289,7 @@ def test_kept_is_at_most_load(inputs):
     """A gate may count its first choices only, as DeepSpeed's top-2 gate once did."""
     mine = layer_of(k=2)
     layer = MOELayer(ForDeepSpeed(mine.gate, lambda counts: counts // 2), mine.experts)
-    counting = stats.track(layer)
-    layer(inputs[0])
-    read = counting.read().train["MOELayer"]
+    read = counted(layer, inputs[0])
     assert torch.equal(read.load, read.kept)
     assert read.dropped == 0
 
@@ -312,10 +304,7 @@ def test_l_aux_may_be_none_or_a_number(inputs, l_aux):
         def route(self, tokens, used_token):
             return plain.gate.route(tokens, used_token)._replace(l_aux=l_aux)
 
-    layer = MOELayer(Gate(), plain.experts)
-    counting = stats.track(layer)
-    layer(inputs[0])
-    read = counting.read().train["MOELayer"]
+    read = counted(MOELayer(Gate(), plain.experts), inputs[0])
     assert read.l_aux == (None if l_aux is None else 0.5)
     assert ("l_aux" in read.scalars()) == (l_aux is not None)
 

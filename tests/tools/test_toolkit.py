@@ -1,20 +1,15 @@
 """The CUDA toolkit: where it is found, when it is used, and the builds that use it."""
 
-import os
-import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from scripts import copy_tree, output_of, python
 
 from moe_ext import toolkit as finder
 from moe_ext.ops import registry
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def fake_toolkit(root: Path, version: int = 13000, include: str = "include") -> Path:
@@ -153,22 +148,7 @@ def test_default_architectures_follow_from_the_toolkit():
 
 @pytest.fixture
 def tree(tmp_path):
-    for name in ("csrc", "moe_ext"):
-        ignore = shutil.ignore_patterns("_C*", "__pycache__")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    return tmp_path
-
-
-def setup(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "setup.py", *arguments],
-        cwd=tree,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-    )
+    return copy_tree(tmp_path / "tree", "csrc", "moe_ext")
 
 
 def test_a_build_without_cuda_removes_older_cuda_kernels(tree):
@@ -178,8 +158,9 @@ def test_a_build_without_cuda_removes_older_cuda_kernels(tree):
     compiler = tree / "compiler"
     compiler.write_text('#!/bin/sh\nfor last; do :; done\n[ "$last" = - ]\n')
     compiler.chmod(0o755)
-    run = setup(tree, "build_ext", "--inplace", FORCE_CUDA="0", CXX=str(compiler))
-    assert "moe_ext: FORCE_CUDA=0: CPU kernels only" in run.stderr
+    arguments = ("setup.py", "build_ext", "--inplace")
+    done = python(*arguments, cwd=tree, FORCE_CUDA="0", CXX=str(compiler))
+    assert "moe_ext: FORCE_CUDA=0: CPU kernels only" in done.stderr
     assert not stale.exists()
 
 
@@ -195,17 +176,11 @@ BuildExtension.run = lambda self: print("compiled", file=sys.stderr)
 sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tree,
-        env={**os.environ, "FORCE_CUDA": force, "CUDA_HOME": str(toolkit)},
-        capture_output=True,
-        text=True,
-    )
-    assert (run.returncode != 0) == (force == "1"), run.stderr
-    assert ("\ncompiled\n" in run.stderr) == (force != "1")
+    done = python("-c", code, cwd=tree, FORCE_CUDA=force, CUDA_HOME=str(toolkit))
+    assert (done.returncode != 0) == (force == "1"), done.stderr
+    assert ("\ncompiled\n" in done.stderr) == (force != "1")
     expected = f"is for CUDA 99.1, the toolkit at {toolkit} is CUDA 13.0"
-    assert expected in run.stderr.splitlines()[-1]
+    assert expected in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(finder.find_toolkit() is None, reason="there are no CUDA headers")
@@ -229,12 +204,5 @@ for launch in dev.take_launches():
     print(launch["kernel"], launch["blocks"], launch["threads"], launch["stores"].get(16))
 assert dev.take_launches() == []
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == ["plan_place 1 256 None", "dispatch 2 256 8"]
+    printed = output_of("-c", code, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert printed.splitlines() == ["plan_place 1 256 None", "dispatch 2 256 8"]
