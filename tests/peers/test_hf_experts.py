@@ -85,6 +85,12 @@ def logits_and_grads(model: nn.Module, ids: torch.Tensor, implementation: str) -
     return [out.logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
+def training_arguments(folder: Path, **options) -> "transformers.TrainingArguments":
+    options = {"per_device_train_batch_size": 2, "learning_rate": 3e-3} | options
+    options |= {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    return transformers.TrainingArguments(output_dir=str(folder), **options)
+
+
 def assert_close(mine: list, theirs: list, tolerance=1e-5) -> None:
     assert len(mine) == len(theirs)
     for one, other in zip(mine, theirs, strict=True):
@@ -153,11 +159,9 @@ def test_transformers_models_compile_in_one_graph(name):
     model, ids = model_of(name), tokens_of()
     expected = logits_and_grads(model, ids, "moe_ext")
     blocks = [b for _, b in moe_ext.hf.experts_modules(model)]
-    experts, weights = torch.rand(22, 8).topk(2)[1], torch.rand(22, 2)
-    x = torch.randn(22, 32)
-    eager = blocks[0](x, experts, weights)
+    routed = torch.randn(22, 32), torch.rand(22, 8).topk(2)[1], torch.rand(22, 2)
     compiled = torch.compile(blocks[0], fullgraph=True, backend="aot_eager")
-    assert relative_error(compiled(x, experts, weights), eager) < 1e-6
+    assert relative_error(compiled(*routed), blocks[0](*routed)) < 1e-6
     whole = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert relative_error(whole(input_ids=ids).logits, expected[0]) < 1e-5
 
@@ -206,17 +210,7 @@ def test_the_trainer_trains(tmp_path):
     for implementation in ("eager", "moe_ext"):
         model = model_of("mixtral", output_router_logits=True)
         model.set_experts_implementation(implementation)
-        arguments = transformers.TrainingArguments(
-            output_dir=tmp_path,
-            max_steps=4,
-            per_device_train_batch_size=2,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-            learning_rate=3e-3,
-        )
+        arguments = training_arguments(tmp_path, max_steps=4, logging_steps=1)
         trainer = transformers.Trainer(model, arguments, train_dataset=data)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
@@ -229,8 +223,7 @@ def test_the_finetuning_example_runs(capsys, tmp_path, monkeypatch):
     pytest.importorskip("accelerate", reason="needs the extra peers")
     monkeypatch.chdir(tmp_path)
     path = Path(__file__).parents[2] / "examples" / "finetune_mixtral.py"
-    example = runpy.run_path(str(path))
-    results = example["main"](["--steps", "4", "--batch", "2", "--length", "32"])
+    results = runpy.run_path(str(path))["main"](["--steps", "4", "--batch", "2", "--length", "32"])
     printed = capsys.readouterr().out
     losses = [losses for losses, _ in results.values()]
     assert list(results) == ["eager", "grouped_mm", "moe_ext"]

@@ -7,15 +7,19 @@ pytest.importorskip("transformers", reason="needs the extra peers")
 pytest.importorskip("accelerate", reason="needs the extra peers")
 
 import transformers
-from test_hf_experts import SIZES, model_of, tokens_of
+from test_hf_experts import SIZES, model_of, tokens_of, training_arguments
 
 import moe_ext.hf
 from moe_ext import profiling, stats
 from moe_ext.monitor.sinks import JsonLines, read_json_lines
 
 
+def mixtral(implementation: str = "moe_ext"):
+    return model_of("mixtral", experts_implementation=implementation)
+
+
 def test_experts_of_transformers_are_counted():
-    model = model_of("mixtral", experts_implementation="moe_ext")
+    model = mixtral()
     counting = stats.track(model)
     tokens = tokens_of(rows=3, length=11)
     with torch.no_grad():
@@ -30,7 +34,7 @@ def test_experts_of_transformers_are_counted():
 
 def test_divided_experts_are_not_summed():
     """Equal ids are different experts on different ranks."""
-    model = model_of("mixtral", experts_implementation="moe_ext")
+    model = mixtral()
     counting = stats.track(model)
     assert not counting.is_divided
     for _, module in moe_ext.hf.experts_modules(model):
@@ -42,11 +46,11 @@ def test_divided_experts_are_not_summed():
 
 def test_another_implementation_is_refused():
     with pytest.raises(ValueError, match='with experts_implementation="moe_ext"'):
-        stats.track(model_of("mixtral", experts_implementation="eager"))
+        stats.track(mixtral("eager"))
 
 
 def test_explain_notes_another_implementation():
-    model = model_of("mixtral", experts_implementation="eager")
+    model = mixtral("eager")
     (note,) = moe_ext.explain(model, tokens_of()).notes
     assert note.startswith("2 experts modules of transformers have")
     assert "experts_implementation='eager'" in note
@@ -55,7 +59,7 @@ def test_explain_notes_another_implementation():
 
 
 def test_explain_and_ranges_name_experts_of_transformers():
-    model, tokens = model_of("mixtral", experts_implementation="moe_ext"), tokens_of()
+    model, tokens = mixtral(), tokens_of()
     names = [name for name, _ in moe_ext.hf.experts_modules(model)]
     attributes = [set(vars(module)) for module in model.modules()]
     found = moe_ext.explain(model, tokens)
@@ -69,17 +73,10 @@ def test_explain_and_ranges_name_experts_of_transformers():
 
 
 def test_the_callback_writes_readings(tmp_path):
-    model = model_of("mixtral", experts_implementation="moe_ext")
+    model = mixtral()
     data = [{"input_ids": ids, "labels": ids} for ids in tokens_of(rows=24, length=10)]
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        logging_steps=3,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-    )
+    options = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 3}
+    arguments = training_arguments(tmp_path, **options)
     sink = JsonLines(tmp_path / "run.jsonl")
     with pytest.raises(ValueError, match=r"StatsCallback: a sink must be a function .* got 'run'"):
         moe_ext.hf.StatsCallback("run")
