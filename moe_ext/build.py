@@ -68,14 +68,6 @@ def cmake_prefix_path() -> str:
     return f"{ROOT};{torch.utils.cmake_prefix_path}"
 
 
-def _tree_key(root: Path, torch_version: str, files: list[str], flags: list[str]) -> str:
-    digest = hashlib.sha256()
-    for name in files:
-        digest.update(name.encode() + b"\0" + (root / name).read_bytes() + b"\0")
-    digest.update(" ".join(flags).encode())
-    return f"torch{torch_version}-{digest.hexdigest()[:16]}"
-
-
 def jit(verbose: bool = False) -> Path:
     """Build the working tree's csrc and use it from now on.
 
@@ -175,7 +167,10 @@ def _folder(files: list[str], loads: list[dict], toolkit: Toolkit | None) -> Pat
 
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     flags = [repr(loads), str(toolkit), os.environ.get("TORCH_CUDA_ARCH_LIST", "")]
-    return cache / "moe_ext" / _tree_key(ROOT, torch.__version__, files, flags)
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for name in files:
+        digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes() + b"\0")
+    return cache / "moe_ext" / f"torch{torch.__version__}-{digest.hexdigest()[:16]}"
 
 
 def _build_once(folder: Path, loads: list[dict], toolkit: Toolkit | None, verbose: bool) -> None:

@@ -58,9 +58,7 @@ def plot_curves(
             label, colour = f"{name}: {values[-1]:.3f} at the end", COLOURS[i % solid]
             style = "-" if i < solid else ":"
             axes.plot(steps, values, style, label=label, color=colour, lw=1.8, marker=".")
-    axes.set_title(title)
-    axes.set_xlabel("training step")
-    axes.set_ylabel(ylabel)
+    axes.set(title=title, xlabel="training step", ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -92,9 +90,8 @@ def plot_load(shares: dict[str, Sequence[float]], path: Path, when: str) -> None
         axes.set_xticks(range(experts))
     every = -(-layers // MOST_NAMES)
     axes.set_yticks(range(0, layers, every), list(shares)[::every])
-    axes.set_ylabel("layer")
-    axes.set_xlabel("expert (number)")
-    axes.set_title(f"Load of each expert, % of its layer's token-expert pairs\n{when}")
+    title = f"Load of each expert, % of its layer's token-expert pairs\n{when}"
+    axes.set(title=title, xlabel="expert (number)", ylabel="layer")
     _save(figure, path)
 
 
@@ -157,11 +154,10 @@ def plot_sorted(shares: dict[str, Sequence[float]], path: Path, when: str) -> No
         else:
             axes.plot(ranks, values, color="0.8", lw=0.8, zorder=1)
     axes.axhline(1, color="black", lw=0.8, ls="--", label="1: all experts alike")
-    axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("experts sorted by load, busiest first (fraction of the layer's experts)")
-    axes.set_ylabel("load / even share")
-    axes.set_title(f"How evenly each layer uses its experts\n{when}")
+    xlabel = "experts sorted by load, busiest first (fraction of the layer's experts)"
+    title = f"How evenly each layer uses its experts\n{when}"
+    axes.set(title=title, xlim=(0, 1), xlabel=xlabel, ylabel="load / even share")
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -175,8 +171,7 @@ def plot_pairs(pairs: Tensor, path: Path, layer: str) -> None:
         path: the PNG file
         layer: the layer's name, for the title
     """
-    lift = co_routing(pairs)
-    experts = len(lift)
+    lift, experts = co_routing(pairs), len(pairs)
     size = 2.2 + min(max(0.3 * experts, 2.5), 8)
     figure, axes = _figure(size + 1, size)
     axes.set_facecolor("0.85")
