@@ -15,6 +15,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +85,16 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact.double()).norm() / exact.double().norm())
 
 
+def slowest(function: Callable[[], object]) -> float:
+    """Seconds on the slowest rank."""
+    dist.barrier()
+    begin = time.perf_counter()
+    function()
+    taken = torch.tensor(time.perf_counter() - begin)
+    dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+    return float(taken)
+
+
 def measure(rank: int, way: Way, k: int, num_tokens: int, seconds: float) -> dict:
     world = dist.get_world_size()
     group = make_groups((way.nodes, world // way.nodes) if way.nodes else world).ep
@@ -111,12 +123,7 @@ def measure(rank: int, way: Way, k: int, num_tokens: int, seconds: float) -> dic
     times = []
     # All ranks see the same times, so they make equally many calls.
     while sum(times) < seconds or len(times) < 5:
-        dist.barrier()
-        begin = time.perf_counter()
-        step(layer)
-        taken = torch.tensor(time.perf_counter() - begin)
-        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
-        times.append(float(taken))
+        times.append(slowest(partial(step, layer)))
     inside = None
     if way.nodes:
         _, places = group.get_all_groups()
@@ -136,14 +143,8 @@ def collective(rank: int, seconds: float) -> list[tuple[int, float]]:
     for size in (2**i for i in range(8, 23, 2)):
         data = torch.ones(world * size, dtype=torch.uint8)
         out = torch.empty_like(data)
-        times = []
-        for _ in range(5 + int(seconds * 20)):
-            dist.barrier()
-            begin = time.perf_counter()
-            dist.all_to_all_single(out, data)
-            taken = torch.tensor(time.perf_counter() - begin)
-            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
-            times.append(float(taken))
+        call = partial(dist.all_to_all_single, out, data)
+        times = [slowest(call) for _ in range(5 + int(seconds * 20))]
         points.append((size, statistics.median(times[2:])))
     return points
 

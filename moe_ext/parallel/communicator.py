@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,20 +18,6 @@ from .all_to_all import AllToAll, Steps, Transpose, all_to_all
 from .consistency import BLOCK, NUM_WORDS, CallRecord, GroupState, check, check_on_host, state_of
 
 
-class _Level(NamedTuple):
-    """An all-to-all step before its counts are known."""
-
-    group: str
-    size: int
-
-
-class _Transposition(NamedTuple):
-    """A transpose step before its sizes are known."""
-
-    rows: int
-    columns: int
-
-
 class Communicator:
     """The ranks of a group, and the steps of an all-to-all among them.
 
@@ -42,7 +28,7 @@ class Communicator:
     """
 
     group = GroupAttribute()
-    _steps: tuple[_Transposition | _Level, ...]
+    _unit_steps: Steps  # for one row from every rank to every rank
 
     def __init__(self, group: dist.ProcessGroup | DeviceMesh) -> None:
         if isinstance(group, DeviceMesh):
@@ -60,7 +46,7 @@ class Communicator:
                 f"member of, got {group!r}"
             )
         self.group, self.rank, self.size = group, group.rank(), group.size()
-        self._steps = (_Level(group.group_name, self.size),)
+        self._unit_steps = (_equal(group.group_name, self.size, 1),)
 
     def _use_two_levels(self, mesh: DeviceMesh) -> None:
         nodes, local_ranks = mesh.shape
@@ -69,17 +55,20 @@ class Communicator:
         self.group = None
         self.rank = mesh.get_local_rank(0) * local_ranks + mesh.get_local_rank(1)
         self.size = nodes * local_ranks
-        self._steps = (
-            _Transposition(nodes, local_ranks),
-            _Level(inside, local_ranks),
-            _Transposition(local_ranks, nodes),
-            _Level(between, nodes),
+        self._unit_steps = (
+            Transpose(local_ranks, [1] * self.size),
+            _equal(inside, local_ranks, nodes),
+            Transpose(nodes, [1] * self.size),
+            _equal(between, nodes, local_ranks),
         )
 
     @property
     def first_group(self) -> dist.ProcessGroup:
         """The group of the first all-to-all."""
-        return next(resolve(step.group) for step in self._steps if isinstance(step, _Level))
+        return next(self._groups())
+
+    def _groups(self) -> Iterator[dist.ProcessGroup]:
+        return (resolve(step.group) for step in self._unit_steps if isinstance(step, AllToAll))
 
     @property
     def state(self) -> GroupState:
@@ -87,8 +76,7 @@ class Communicator:
 
     def global_ranks(self) -> list[list[int]]:
         """The global ranks in the group of each all-to-all."""
-        levels = (step for step in self._steps if isinstance(step, _Level))
-        return [dist.get_process_group_ranks(resolve(level.group)) for level in levels]
+        return [dist.get_process_group_ranks(group) for group in self._groups()]
 
     def current_rank(self) -> int:
         """This process's rank now. `rank` of an unpickled copy may be another process's."""
@@ -99,14 +87,12 @@ class Communicator:
 
     def equal_steps(self, rows: int) -> Steps:
         """The steps for as many rows from every rank to every rank."""
-        steps: list[AllToAll | Transpose] = []
-        for step in self._steps:
-            if isinstance(step, _Transposition):
-                steps.append(Transpose(step.columns, [rows] * self.size))
-            else:
-                counts = [rows * (self.size // step.size)] * step.size
-                steps.append(AllToAll(step.group, counts, counts))
-        return tuple(steps)
+        return tuple(
+            Transpose(step.columns, [rows] * self.size)
+            if isinstance(step, Transpose)
+            else _equal(step.group, len(step.send_counts), rows * step.send_counts[0])
+            for step in self._unit_steps
+        )
 
     def begin_exchange(self) -> None:
         """Mark that other ranks wait for this one: from here on an exception breaks the group."""
@@ -148,17 +134,18 @@ class Communicator:
         _, opening, trace = self._open(call, counts)
         received = trace[-1][1]
         tables = [opening, received.sum(dim=0)]
-        for step, (before, after) in zip(self._steps, trace, strict=True):
-            if isinstance(step, _Transposition):
+        for step, (before, after) in zip(self._unit_steps, trace, strict=True):
+            if isinstance(step, Transpose):
                 tables += [before[..., 0].t()]
             else:
-                blocks = (x[..., 0].unflatten(0, (step.size, -1)) for x in (before, after))
+                ranks = len(step.send_counts)
+                blocks = (x[..., 0].unflatten(0, (ranks, -1)) for x in (before, after))
                 tables += [x.sum(dim=1).t() for x in blocks]
         words, sums, *sizes = _on_host(tables)
         check_on_host(words)
         steps: list[list[AllToAll | Transpose]] = []
-        for step in self._steps:
-            if isinstance(step, _Transposition):
+        for step in self._unit_steps:
+            if isinstance(step, Transpose):
                 steps.append([Transpose(step.columns, blocks) for blocks in sizes.pop(0)])
             else:
                 pairs = zip(sizes.pop(0), sizes.pop(0), strict=True)
@@ -176,7 +163,7 @@ class Communicator:
         before and after each step.
         """
         flat = counts.reshape(self.size, -1).to(torch.int64)
-        levels = 1 if len(self._steps) == 1 else 2
+        levels = 1 if len(self._unit_steps) == 1 else 2
         words = [flat.new_full((self.size, 1), word) for word in call.words(levels)]
         if levels == 2:
             self._check_levels(words)
@@ -201,8 +188,7 @@ class Communicator:
         size = self.first_group.size()
         blocks = [word[:size] for word in words]
         sent = torch.cat([*blocks, words[0].new_zeros(size, BLOCK - NUM_WORDS)], dim=1)
-        ones = [1] * size
-        received = all_to_all(sent, AllToAll(self.first_group.group_name, ones, ones))
+        received = all_to_all(sent, _equal(self.first_group.group_name, size, 1))
         check(sent[:, :NUM_WORDS], received[:, :NUM_WORDS], columns=1)
 
     def _trace(self, blocks: Tensor) -> list[tuple[Tensor, ...]]:
@@ -211,16 +197,20 @@ class Communicator:
         blocks: [size, n]
         """
         trace: list[tuple[Tensor, ...]] = []
-        for step in self._steps:
+        for step in self._unit_steps:
             before = blocks
-            if isinstance(step, _Transposition):
-                pairs = blocks.unflatten(0, (step.rows, step.columns))
+            if isinstance(step, Transpose):
+                pairs = blocks.unflatten(0, (-1, step.columns))
                 blocks = pairs.transpose(0, 1).flatten(0, 1)
             else:
-                counts = [self.size // step.size] * step.size
-                blocks = all_to_all(blocks, AllToAll(step.group, counts, counts))
+                blocks = all_to_all(blocks, step)
             trace.append((before, blocks))
         return trace
+
+
+def _equal(group: str, ranks: int, rows: int) -> AllToAll:
+    counts = [rows] * ranks
+    return AllToAll(group, counts, counts)
 
 
 def _on_host(tables: list[Tensor]) -> list[list[list[int]]]:

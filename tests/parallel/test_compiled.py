@@ -21,10 +21,6 @@ from moe_ext import ExpertParallel, GroupedExperts, MoE, MOELayer, TopKGate
 from moe_ext.parallel import make_groups
 
 
-def tokens_of(rank: int) -> torch.Tensor:
-    return torch.randn(8, H, generator=torch.Generator().manual_seed(rank))
-
-
 def _compiled(rank: int, case: Case):
     torch._dynamo.reset()
     layer = divided_layer(case)
@@ -87,32 +83,23 @@ def test_one_rank_may_fall_back_to_eager_code(options, gate):
     assert on_processes(2, _recompiled, options, gate) == [[True] * 5] * 2
 
 
-def _compiled_moe(rank: int):
+def _compiled_whole(rank: int, kind: str) -> bool:
     torch._dynamo.reset()
-    moe = MoE(H, nn.Linear(H, H), E, ep_size=2, use_rts=False)
-    moe.set_deepspeed_parallelism()
-    x = tokens_of(rank)
-    expected = moe(x)[0]
-    return torch.equal(torch.compile(moe, fullgraph=True, backend="aot_eager")(x)[0], expected)
-
-
-def test_deepspeeds_layer_compiles_whole():
-    assert on_processes(2, _compiled_moe) == [True] * 2
-
-
-def _compiled_with_a_tensor_group(rank: int):
-    torch._dynamo.reset()
-    gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
     torch.manual_seed(1)
-    experts = ExpertParallel.of(
-        GroupedExperts(E, H, F), make_groups(2).ep, tensor_group=make_groups(2).ep
-    )
-    layer, x = MOELayer(gate, experts), tokens_of(0)
-    for parameter in layer.gate.parameters():
-        dist.broadcast(parameter.detach(), 0)
-    expected = layer(x)
-    return torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+    if kind == "MoE":
+        layer = MoE(H, nn.Linear(H, H), E, ep_size=2, use_rts=False)
+        layer.set_deepspeed_parallelism()
+    else:
+        gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
+        group, tensor_group = make_groups(2).ep, make_groups(2).ep
+        experts = ExpertParallel.of(GroupedExperts(E, H, F), group, tensor_group=tensor_group)
+        layer = MOELayer(gate, experts)
+    x = torch.randn(8, H)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    out, expected = (found[0] if kind == "MoE" else found for found in (compiled(x), layer(x)))
+    return torch.equal(out, expected)
 
 
-def test_layers_with_a_tensor_group_compile_whole():
-    assert on_processes(2, _compiled_with_a_tensor_group) == [True] * 2
+@pytest.mark.parametrize("kind", ["MoE", "tensor group"])
+def test_layers_with_a_capacity_compile_whole(kind):
+    assert on_processes(2, _compiled_whole, kind) == [True] * 2

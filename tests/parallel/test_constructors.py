@@ -13,7 +13,6 @@ from moe_ext import (
     ModuleExperts,
     MoE,
     MOELayer,
-    Plan,
     SharedExperts,
     TopKGate,
     make_plan,
@@ -25,6 +24,8 @@ def _messages(rank: int) -> list[str]:
     world = dist.group.WORLD
     experts = GroupedExperts(E, H, 3)
     parallel = ExpertParallel.of(experts, world)
+    plan = make_plan(torch.zeros(T, 1, dtype=torch.int32), E + 2)
+    of_six = torch.randn(T, H), plan, torch.ones(T, 1)
     gate = TopKGate(H, E)
     with_scale = ModuleExperts(nn.Linear(H, H), E)
     with_scale.scale = nn.Parameter(torch.ones(1))
@@ -50,6 +51,7 @@ def _messages(rank: int) -> list[str]:
             lambda: make_groups(3),
             lambda: make_groups((1, 2, 1)),
             lambda: make_groups(2, 2),
+            lambda: SharedExperts(parallel, nn.Identity()).routed(*of_six),
         )
     ]
 
@@ -74,6 +76,7 @@ def test_invalid_arguments_are_named():
         "ValueError: make_groups: ep * dp must be the 2 ranks, got 3 * 1",
         "ValueError: make_groups: ep must be a number or (nodes, local ranks), got (1, 2, 1)",
         "ValueError: make_groups: ep * dp must be the 2 ranks, got 2 * 2",
+        "RuntimeError: ExpertParallel: plan must be of E = 4 experts, got 6",
     ]
     for found in on_processes(2, _messages):
         for message, start in zip(found, expected, strict=True):
@@ -93,15 +96,3 @@ def _deepspeeds_layer_in_two_levels(rank: int) -> str:
 def test_a_mesh_of_nodes_is_refused_by_deepspeeds_layer():
     for message in on_processes(4, _deepspeeds_layer_in_two_levels):
         assert "MoE.set_deepspeed_parallelism: groups must have one level" in message
-
-
-def _plan_of_six(rank: int) -> str:
-    parallel = ExpertParallel.of(GroupedExperts(E, H, 3), dist.group.WORLD)
-    plan: Plan = make_plan(torch.zeros(T, 1, dtype=torch.int32), E + 2)
-    layer, x = SharedExperts(parallel, nn.Identity()), torch.randn(T, H)
-    return error_of(lambda: layer.routed(x, plan, torch.ones(T, 1)))
-
-
-def test_a_plan_for_another_number_of_experts_is_refused():
-    for message in on_processes(2, _plan_of_six):
-        assert message == "RuntimeError: ExpertParallel: plan must be of E = 4 experts, got 6"

@@ -107,17 +107,17 @@ def assert_same(actual, expected) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def assert_like_one_process(case: Case, function=parallel_step, *args) -> None:
-    found = on_processes(len(case.tokens), function, case, *args)
+def assert_like_one_process(case: Case, function=parallel_step, *args, copies: int = 1) -> None:
+    """copies: ranks that hold the same tokens"""
+    found = on_processes(len(case.tokens) * copies, function, case, *args)
     layer = layer_of(case)
+    expected = [step(layer, case, rank) for rank in range(len(case.tokens))]
     for rank, (out, grad_tokens, _, _) in enumerate(found):
-        expected_out, expected_grad = step(layer, case, rank)
-        assert_same(out, expected_out)
-        assert_same(grad_tokens, expected_grad)
+        assert_same((out, grad_tokens), expected[rank // copies])
     gate, experts = gradients(layer.gate), gradients(layer.experts)
-    for name, expected in gate.items():
-        assert_same(sum(of_gate[name] for _, _, of_gate, _ in found), expected)
-    local = E // len(case.tokens)
+    for name, grad in gate.items():
+        assert_same(sum(of_gate[name] for _, _, of_gate, _ in found[::copies]), grad)
+    local = E // len(found)
     for rank, (_, _, _, of_experts) in enumerate(found):
         for name, actual in of_experts.items():
             assert_same(actual, expected_part(experts, name, rank, local))
@@ -288,17 +288,7 @@ def _tensor_parallel_step(rank: int, case: Case):
     ids=str,
 )
 def test_ranks_of_a_tensor_group_send_a_share_and_get_the_sum(case):
-    found = on_processes(4, _tensor_parallel_step, case)
-    layer = layer_of(case)
-    expected = [step(layer, case, rank) for rank in range(2)]
-    for rank, (out, grad_tokens, _, _) in enumerate(found):
-        assert_same([out, grad_tokens], list(expected[rank // 2]))
-    gate, experts = gradients(layer.gate), gradients(layer.experts)
-    for name, grad in gate.items():
-        assert_same(sum(of_gate[name] for _, _, of_gate, _ in found[::2]), grad)
-    for rank, (_, _, _, of_experts) in enumerate(found):
-        for name, actual in of_experts.items():
-            assert_same(actual, expected_part(experts, name, rank, E // 4))
+    assert_like_one_process(case, _tensor_parallel_step, copies=2)
 
 
 def _twice_differentiated(layer: MOELayer, case: Case, rank: int) -> torch.Tensor:

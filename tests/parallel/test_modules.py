@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cases import relative_error
 from processes import on_processes
 from test_expert_parallel import Case, inputs_of, layer_of
-from test_training import batch, divided, everyones, loss_of, model_of
+from test_training import batch, divided, loss_of, model_of
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -197,28 +197,6 @@ def _wrapped(rank: int, kind: str) -> list[bool]:
 @pytest.mark.parametrize("kind", ["grouped", "modules"])
 def test_state_dicts_of_wrapped_models_keep_their_names(kind):
     assert on_processes(WORLD, _wrapped, kind) == [[True] * 6] * WORLD
-
-
-def _block_by_block(rank: int, ep: int):
-    model, groups = divided("grouped", ep)
-    blocks = nn.Sequential(model, nn.Linear(1, H).double())
-    layer = blocks[0][1]
-    parallel.fully_shard(blocks[0], groups)
-    parallel.fully_shard(blocks, groups)
-    loss_of(blocks, layer, batch(rank, 0)).backward()
-    torch.optim.SGD(blocks.parameters(), lr=0.1).step()
-    return everyones(blocks[0], groups)
-
-
-def test_a_model_sharded_block_by_block_trains_like_one_process():
-    model = model_of("grouped")
-    blocks = nn.Sequential(model, nn.Linear(1, H).double())
-    found = on_processes(2, _block_by_block, 2)
-    for rank in range(2):
-        (loss_of(blocks, model[1], batch(rank, 0)) / 2).backward()
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
-    for state in found:
-        torch.testing.assert_close(state, dict(model.state_dict()), rtol=1e-10, atol=1e-10)
 
 
 def _mixed(rank: int):

@@ -94,9 +94,11 @@ def everyones(model: nn.Module, groups: parallel.Groups) -> dict[str, torch.Tens
     return {name: value for state in every for name, value in state.items()}
 
 
-def _trained(rank: int, kind: str, ep: int, is_sharded: bool, micro: int):
+def _trained(rank: int, kind: str, ep: int, wrapper: str, micro: int):
     model, groups = divided(kind, ep)
-    layer = model[1]
+    layer, is_sharded = model[1], wrapper != "ddp"
+    if wrapper == "fsdp, block by block":
+        parallel.fully_shard(layer, groups)
     outer = wrapped(model, groups, is_sharded)
     assert isinstance(layer.experts, FSDPModule) == (is_sharded and ep > 1)
     train(outer, layer, optimizer_of(model), rank, range(STEPS), micro)
@@ -105,12 +107,14 @@ def _trained(rank: int, kind: str, ep: int, is_sharded: bool, micro: int):
 
 
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (2, 1)])
-@pytest.mark.parametrize(("is_sharded", "micro"), [(False, 1), (False, 2), (True, 1)])
+@pytest.mark.parametrize(
+    ("wrapper", "micro"), [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp, block by block", 1)]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_wrapped_models_train_like_one_process(kind, is_sharded, micro, world, ep):
+def test_wrapped_models_train_like_one_process(kind, wrapper, micro, world, ep):
     """micro: batches per step; all but the last run without synchronisation, as in `no_sync`."""
     expected = trained_alone(kind, world, micro=micro).state_dict()
-    for found in on_processes(world, _trained, kind, ep, is_sharded, micro):
+    for found in on_processes(world, _trained, kind, ep, wrapper, micro):
         torch.testing.assert_close(found, dict(expected), rtol=1e-10, atol=1e-10)
 
 
