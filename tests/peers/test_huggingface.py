@@ -23,71 +23,44 @@ from moe_ext import TopKGate
 
 T, H = 200, 24
 
-# The rows of docs/routing.md: router, its configuration, options of the gate.
+# The rows of docs/routing.md: router, options of the gate.
 MODELS = {
-    "Mixtral": (MixtralTopKRouter, {}, {"k": 2, "normalize": "before"}),
-    "Qwen3-MoE": (
-        Qwen3MoeTopKRouter,
-        {"norm_topk_prob": True, "num_experts_per_tok": 8},
-        {"k": 8, "normalize": "before"},
-    ),
-    "OLMoE": (
-        OlmoeTopKRouter,
-        {"norm_topk_prob": False, "num_experts_per_tok": 8},
-        {"k": 8, "normalize": "never"},
-    ),
+    "Mixtral": (MixtralTopKRouter, {"k": 2, "normalize": "before"}),
+    "Qwen3-MoE": (Qwen3MoeTopKRouter, {"k": 8, "normalize": "before"}),
+    "OLMoE": (OlmoeTopKRouter, {"k": 8, "normalize": "never"}),
     "gpt-oss": (
         GptOssTopKRouter,
-        {"num_experts_per_tok": 4},
         {"k": 4, "normalize": "before", "router": torch.nn.Linear(H, 32)},
     ),
     "DeepSeek-V2": (
         DeepseekV2TopkRouter,
-        {
-            "topk_method": "group_limited_greedy",
-            "n_group": 8,
-            "topk_group": 3,
-            "num_experts_per_tok": 6,
-            "routed_scaling_factor": 16.0,
-        },
         {"k": 6, "normalize": "never", "scale": 16.0, "num_groups": 8, "topk_groups": 3},
     ),
     "DeepSeek-V3": (
         DeepseekV3TopkRouter,
-        {
-            "n_group": 8,
-            "topk_group": 4,
-            "num_experts_per_tok": 8,
-            "routed_scaling_factor": 2.5,
-            "norm_topk_prob": True,
-        },
-        {
-            "k": 8,
-            "scoring": "sigmoid",
-            "normalize": "before",
-            "scale": 2.5,
-            "expert_bias": True,
-            "num_groups": 8,
-            "topk_groups": 4,
-            "group_score": "top2_sum",
-        },
+        {"k": 8, "scoring": "sigmoid", "normalize": "before", "scale": 2.5, "expert_bias": True}
+        | {"num_groups": 8, "topk_groups": 4, "group_score": "top2_sum"},
     ),
     "DeepSeek-V4": (
         DeepseekV4TopKRouter,
-        {
-            "num_experts_per_tok": 6,
-            "routed_scaling_factor": 1.5,
-            "scoring_func": "sqrtsoftplus",
-        },
-        {
-            "k": 6,
-            "scoring": "sqrtsoftplus",
-            "normalize": "before",
-            "scale": 1.5,
-            "expert_bias": True,
-        },
+        {"k": 6, "scoring": "sqrtsoftplus", "normalize": "before", "scale": 1.5}
+        | {"expert_bias": True},
     ),
 }
+# What transformers calls the options.
+CONFIG = {"k": "num_experts_per_tok", "scoring": "scoring_func", "scale": "routed_scaling_factor"}
+CONFIG |= {"num_groups": "n_group", "topk_groups": "topk_group"}
+
+
+def config_of(options: dict) -> SimpleNamespace:
+    """The configuration of a router with these options of the gate."""
+    known = {CONFIG[name]: value for name, value in options.items() if name in CONFIG}
+    sizes = {"hidden_size": H, "num_experts": 32, "num_local_experts": 32, "vocab_size": 50}
+    rules = {
+        "norm_topk_prob": options["normalize"] == "before",
+        "topk_method": "group_limited_greedy",
+    }
+    return SimpleNamespace(**sizes, **rules, **known)
 
 
 def by_expert(weights, experts):
@@ -98,9 +71,8 @@ def by_expert(weights, experts):
 
 def pair(name):
     """A model's router and the gate, with equal weights."""
-    Router, config, options = MODELS[name]
-    defaults = {"hidden_size": H, "num_experts": 32, "num_local_experts": 32}
-    router = Router(SimpleNamespace(**({"num_experts_per_tok": 2} | defaults | config)))
+    Router, options = MODELS[name]
+    router = Router(config_of(options))
     gate = TopKGate(H, 32, drop_tokens=False, top2_2nd_expert_sampling=False, **options)
     with torch.no_grad():
         for mine, theirs in ((gate.wg.weight, "weight"), (gate.wg.bias, "bias")):
@@ -133,18 +105,9 @@ def test_routers_equal_transformers(name):
 
 
 def test_hash_routing_is_a_recorded_choice():
-    config = SimpleNamespace(
-        hidden_size=H,
-        num_local_experts=32,
-        num_experts_per_tok=6,
-        routed_scaling_factor=1.5,
-        scoring_func="sqrtsoftplus",
-        vocab_size=50,
-    )
-    router = DeepseekV4HashRouter(config)
-    gate = TopKGate(
-        H, 32, 6, scoring="sqrtsoftplus", normalize="before", scale=1.5, drop_tokens=False
-    )
+    options = {"k": 6, "scoring": "sqrtsoftplus", "normalize": "before", "scale": 1.5}
+    router = DeepseekV4HashRouter(config_of(options))
+    gate = TopKGate(H, 32, drop_tokens=False, **options)
     torch.nn.init.normal_(router.weight)
     table = torch.rand(50, 32).argsort(-1)[:, :6]
     router.tid2eid.copy_(table)
