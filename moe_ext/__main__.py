@@ -12,18 +12,20 @@ from pathlib import Path
 import torch
 
 
+class Refused(Exception):
+    """A command cannot run: an error text and the exit code."""
+
+
 def demo(arguments: argparse.Namespace) -> int:
     try:
         from .cli import demo
     except ImportError as error:
-        print(f"moe_ext demo: {error}; pip install tqdm matplotlib", file=sys.stderr)
-        return 1
+        raise Refused(f"{error}; pip install tqdm matplotlib", 1) from error
     try:
         torch.empty(0, device=arguments.device)
         arguments.out.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, AssertionError, OSError) as error:
-        print(f"moe_ext demo: {error}", file=sys.stderr)
-        return 2
+        raise Refused(error, 2) from error
     steps = arguments.steps or demo.Config.steps
     # A short run is evaluated at least three times too.
     every = min(demo.Config.eval_every, -(-steps // 3))
@@ -42,34 +44,26 @@ def plot(arguments: argparse.Namespace) -> int:
     try:
         readings = list(read_json_lines(arguments.run_file))
     except (OSError, ValueError) as error:
-        print(f"moe_ext plot: {error}", file=sys.stderr)
-        return 2
+        raise Refused(error, 2) from error
     if not readings:
-        print(f"moe_ext plot: {arguments.run_file} has no complete line", file=sys.stderr)
-        return 2
+        raise Refused(f"{arguments.run_file} has no complete line", 2)
     step, last = readings[-1]
     names = list(last.train or last.eval)
     if arguments.layer not in (None, *names):
-        print(
-            f"moe_ext plot: --layer must be {' or '.join(names)}, got {arguments.layer}",
-            file=sys.stderr,
-        )
-        return 2
+        raise Refused(f"--layer must be {' or '.join(names)}, got {arguments.layer}", 2)
     print(f"step {step}\n{last}")
     if arguments.text:
         return 0
     try:
         from .monitor.plot import plot_run
     except ImportError as error:
-        print(f"moe_ext plot: {error}; pip install matplotlib, or --text", file=sys.stderr)
-        return 1
+        raise Refused(f"{error}; pip install matplotlib, or --text", 1) from error
     out = arguments.out or arguments.run_file.parent
     try:
         out.mkdir(parents=True, exist_ok=True)
         print("\n".join(map(str, plot_run(readings, out, arguments.layer))))
     except (OSError, ValueError) as error:
-        print(f"moe_ext plot: {error}", file=sys.stderr)
-        return 2
+        raise Refused(error, 2) from error
     return 0
 
 
@@ -141,6 +135,9 @@ def main() -> int:
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
+    except Refused as refused:
+        text, code = refused.args
+        print(f"moe_ext {arguments.command}: {text}", file=sys.stderr)
     except BrokenPipeError:
         # The reader closed the pipe, as head does. Python flushes the rest at its end: discard it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -102,27 +102,6 @@ def active_parameters(model: GPT) -> int:
     return total
 
 
-@torch.no_grad()
-def evaluate(
-    model: GPT,
-    corpus: Corpus,
-    config: Config,
-    device: torch.device,
-    processes: Processes = ALONE,
-) -> float:
-    """Held-out bits per byte over evenly spaced windows."""
-    model.eval()
-    last = len(corpus.heldout) - config.context - 1
-    starts = torch.linspace(0, last, config.eval_windows, dtype=torch.float64).long()
-    nats = 0.0
-    for chunk in map(processes.share, starts.split(config.batch)):
-        inputs, targets = windows(corpus.heldout, chunk, config.context)
-        nats += loss_of(model, inputs.to(device), targets.to(device)).item() * len(chunk)
-    model.train()
-    nats = float(processes.total(torch.tensor(nats, dtype=torch.float64)))
-    return nats / config.eval_windows / math.log(2)
-
-
 def learning_rate(step: int, config: Config) -> float:
     """Linear warm-up over a twentieth of the steps, then a cosine down to a twentieth."""
     warmup = max(1, config.steps // 20)
@@ -172,15 +151,30 @@ class Trainer:
         if self.stats:
             self.stats.reset()
 
+    def loss(self, model: nn.Module, text: Tensor, starts: Tensor) -> Tensor:
+        """Mean cross entropy over the windows that begin at `starts`."""
+        inputs, targets = windows(text, starts, self.config.context)
+        return loss_of(model, inputs.to(self.device), targets.to(self.device))
+
+    @torch.no_grad()
     def score(self) -> float:
-        return evaluate(self.model, self.corpus, self.config, self.device, self.processes)
+        """Held-out bits per byte over evenly spaced windows."""
+        config, text = self.config, self.corpus.heldout
+        self.model.eval()
+        last = len(text) - config.context - 1
+        starts = torch.linspace(0, last, config.eval_windows, dtype=torch.float64).long()
+        nats = 0.0
+        for chunk in map(self.processes.share, starts.split(config.batch)):
+            nats += self.loss(self.model, text, chunk).item() * len(chunk)
+        self.model.train()
+        nats = float(self.processes.total(torch.tensor(nats, dtype=torch.float64)))
+        return nats / config.eval_windows / math.log(2)
 
     def step(self, number: int) -> None:
         begin = time.perf_counter()
         config, text = self.config, self.corpus.train
         starts = torch.randint(len(text) - config.context, (config.batch,), generator=self.batches)
-        inputs, targets = windows(text, self.processes.share(starts), config.context)
-        loss = loss_of(self.wrapped, inputs.to(self.device), targets.to(self.device))
+        loss = self.loss(self.wrapped, text, self.processes.share(starts))
         balance = sum((layer.l_aux for layer in self.layers), torch.zeros((), device=self.device))
         self.optimizer.zero_grad(set_to_none=True)
         (loss + config.balance * balance).backward()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,12 +133,10 @@ class Report(NamedTuple):
                 "note: no CUDA kernels are built; they matter on a machine with a GPU",
                 f" fix: {self.libraries['_C_cuda']['fix']}",
             ]
-        busy = _busy(self.facts["cpu"])
-        if self.is_well:
-            lines.append(f"OK (CPU is busy: load {busy})" if busy else "OK")
-        elif busy:
-            lines.append(f"CPU is busy: load {busy}")
-        return "\n".join(lines)
+        busy = crowded(self.facts["cpu"])
+        busy = f"CPU is busy: load {busy}" if busy else ""
+        lines.append((f"OK ({busy})" if busy else "OK") if self.is_well else busy)
+        return "\n".join(lines).rstrip()
 
 
 def _table(facts: dict) -> dict[str, str]:
@@ -217,12 +216,9 @@ def _cpu() -> dict:
     }
 
 
-def crowded() -> str:
-    """Load and advice if other work keeps the CPU busy, else ""."""
-    return _busy(_cpu())
-
-
-def _busy(cpu: dict) -> str:
+def crowded(cpu: dict | None = None) -> str:
+    """Load and advice if other work keeps the CPU busy, else "". cpu: facts, measured if None."""
+    cpu = cpu or _cpu()
     if not cpu["is_busy"]:
         return ""
     return (
@@ -258,33 +254,23 @@ def _compiler() -> dict | None:
 
 def _libraries(problems: list[Problem]) -> dict[str, dict]:
     libraries = registry.libraries
-    found: dict[str, dict] = {
-        "_C": {"path": _text(libraries.library), "error": libraries.load_error},
-        "_C_cuda": {
-            "path": _text(libraries.cuda_library),
-            "error": libraries.cuda_load_error,
-            "fix": None,
-            "built_for": None,
-        },
-    }
+    path, cuda_path = (p and str(p) for p in (libraries.library, libraries.cuda_library))
+    cuda: dict = {"path": cuda_path, "error": libraries.cuda_load_error}
+    cuda |= {"fix": None, "built_for": None}
     if libraries.library is None:
-        found["_C_cuda"]["error"] = "not looked for without _C"
+        cuda["error"] = "not looked for without _C"
         has_compiler = build.find_compiler() is not None
         fix = AGAIN if has_compiler else f"install a C++ compiler or set CXX to one; then {AGAIN}"
         problems.append(Problem(f"the CPU library is not used: {libraries.load_error}", fix))
     elif libraries.cuda_library is None and torch.version.cuda is not None:
-        problem = _without_kernels()
-        found["_C_cuda"]["fix"] = problem.fix
-        problems += [problem] if _num_cards() else []
+        choice = build.choose_toolkit()
+        cuda["fix"] = f"{choice.fix}; then {AGAIN}" if choice.fix else AGAIN
+        problem = f"operators on cuda run as plain PyTorch: {libraries.cuda_load_error}"
+        problems += [Problem(problem, cuda["fix"])] if _num_cards() else []
     if libraries.cuda_library is not None:
-        built_for = _built_for(libraries.cuda_library)
-        found["_C_cuda"]["built_for"] = built_for
-        problems += [p for p in (_unserved(i, built_for) for i in range(_num_cards())) if p]
-    return found
-
-
-def _text(path: Path | None) -> str | None:
-    return str(path) if path else None
+        cuda["built_for"] = _built_for(libraries.cuda_library)
+        problems += _unserved(cuda["built_for"])
+    return {"_C": {"path": path, "error": libraries.load_error}, "_C_cuda": cuda}
 
 
 def _built_for(library: Path) -> list[str]:
@@ -293,23 +279,13 @@ def _built_for(library: Path) -> list[str]:
     return built.group(1).decode().split(",") if built else []
 
 
-def _unserved(card: int, built_for: list[str]) -> Problem | None:
-    if not built_for or serves(built_for, torch.cuda.get_device_capability(card)):
-        return None
-    name = _capability_name(card)
-    return Problem(
-        f"card {card} has compute capability {name}, the kernels are for {','.join(built_for)}",
-        f'TORCH_CUDA_ARCH_LIST="{name}" {AGAIN}',
-    )
-
-
-def _without_kernels() -> Problem:
-    """The problem of a torch with CUDA but without kernels."""
-    choice = build.choose_toolkit()
-    fix = f"{choice.fix}; then {AGAIN}" if choice.fix else AGAIN
-    return Problem(
-        f"operators on cuda run as plain PyTorch: {registry.libraries.cuda_load_error}", fix
-    )
+def _unserved(built_for: list[str]) -> Iterator[Problem]:
+    """A problem for each card that the kernels do not run on."""
+    for card in range(_num_cards()):
+        if built_for and not serves(built_for, torch.cuda.get_device_capability(card)):
+            name, kernels = _capability_name(card), ",".join(built_for)
+            problem = f"card {card} has compute capability {name}, the kernels are for {kernels}"
+            yield Problem(problem, f'TORCH_CUDA_ARCH_LIST="{name}" {AGAIN}')
 
 
 def serves(built_for: list[str], capability: tuple[int, int]) -> bool:
@@ -333,11 +309,9 @@ def serves(built_for: list[str], capability: tuple[int, int]) -> bool:
 
 def _operator(name: str, device: str) -> Operator:
     backend = registry.backend(name, device)
-    why = ""
+    why = "torch's grouped_mm is used; explain(layer, x) says where" if backend == "torch" else ""
     if backend == "reference":
         why = registry.why_reference(device)
-    elif backend == "torch":
-        why = "torch's grouped_mm is used; explain(layer, x) says where"
     try:
         return Operator(name, device, backend, why, _error(name, device), "")
     except Exception as error:
@@ -351,8 +325,8 @@ def _error(name: str, device: str) -> float:
     got = getattr(torch.ops.moe_ext, name)(*args)
     # A plan has integers alone.
     right = getattr(reference, name)(*(args if name == "plan" else map(_exact, args)))
-    pairs = zip(_as_tuple(got), _as_tuple(right), strict=True)
-    errors = [_difference(one.cpu(), other.cpu()) for one, other in pairs]
+    outputs = ((out,) if isinstance(out, Tensor) else tuple(out) for out in (got, right))
+    errors = [_difference(one.cpu(), other.cpu()) for one, other in zip(*outputs, strict=True)]
     # max would ignore a NaN.
     return math.inf if any(map(math.isnan, errors)) else max(errors)
 
@@ -362,10 +336,6 @@ def _exact(argument):
     if not isinstance(argument, Tensor):
         return argument
     return argument.cpu().double() if argument.is_floating_point() else argument.cpu()
-
-
-def _as_tuple(result) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 def _difference(got: Tensor, right: Tensor) -> float:

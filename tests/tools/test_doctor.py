@@ -107,38 +107,28 @@ def libraries() -> tuple[dict[str, dict], list[doctor.Problem]]:
     return doctor._libraries(problems), problems
 
 
-def changed(monkeypatch, name: str, change) -> list[doctor.Problem]:
-    """Problems on the CPU after the reference of an operator was changed."""
-    right = getattr(moe_ext.ops.reference, name)
-    monkeypatch.setattr(doctor.reference, name, lambda *args: change(right(*args)))
-    report = doctor.examine()
-    assert not report.is_well
-    return [problem for problem in report.problems if "on cpu" in problem.problem]
-
-
-def test_a_wrong_result_is_found(monkeypatch):
-    (problem,) = changed(monkeypatch, "combine", lambda out: 1.01 * out)
-    assert problem.problem.startswith("the self-test of combine on cpu gave an error of")
-    assert "doctor --json" in problem.fix
-
-
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_nan_is_found_in_any_output(monkeypatch, which):
+def nan_in(which: int):
     def change(outputs):
-        outputs = list(outputs)
-        outputs[which] = torch.full_like(outputs[which], torch.nan)
-        return outputs
+        return [torch.full_like(out, torch.nan) if i == which else out for i, out in outputs]
 
-    (problem,) = changed(monkeypatch, "activate_backward", change)
-    assert problem.problem == "the self-test of activate_backward on cpu gave an error of inf"
+    return lambda outputs: change(enumerate(outputs))
 
 
-def test_the_error_of_a_failing_operator_is_reported(monkeypatch):
-    def fails(out):
-        raise RuntimeError("combine: no such thing")
-
-    (problem,) = changed(monkeypatch, "combine", fails)
-    assert "RuntimeError: combine: no such thing" in problem.problem
+@pytest.mark.parametrize(
+    ("name", "change", "found"),
+    [
+        ("combine", lambda out: 1.01 * out, "an error of "),
+        ("combine", lambda out: out.no_such_thing, "AttributeError: 'Tensor' object has no"),
+        *(("activate_backward", nan_in(which), "an error of inf") for which in range(3)),
+    ],
+)
+def test_a_wrong_result_is_found(monkeypatch, name, change, found):
+    """The reference is changed, so the operator differs from it."""
+    right = getattr(doctor.reference, name)
+    monkeypatch.setattr(doctor.reference, name, lambda *args: change(right(*args)))
+    (problem,) = [p for p in doctor.examine().problems if "on cpu" in p.problem]
+    assert problem.problem.startswith(f"the self-test of {name} on cpu gave {found}")
+    assert "doctor --json" in problem.fix
 
 
 @pytest.fixture
