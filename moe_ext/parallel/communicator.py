@@ -138,9 +138,8 @@ class Communicator:
             if isinstance(step, Transpose):
                 tables += [before[..., 0].t()]
             else:
-                ranks = len(step.send_counts)
-                blocks = (x[..., 0].unflatten(0, (ranks, -1)) for x in (before, after))
-                tables += [x.sum(dim=1).t() for x in blocks]
+                shape = len(step.send_counts), -1, counts.shape[1]
+                tables += [x[..., 0].view(shape).sum(dim=1).t() for x in (before, after)]
         words, sums, *sizes = _on_host(tables)
         check_on_host(words)
         steps: list[list[AllToAll | Transpose]] = []

@@ -243,7 +243,14 @@ class ExpertParallel(ExpertParameters, Experts):
     def routed_beside(
         self, work: Callable[[], Tensor], tokens: Tensor, plan: Plan, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As in Experts.routed_beside; `work` overlaps with communication."""
+        """`routed`, and the result of `work`, which overlaps with communication.
+
+        Args:
+            work: a function that does not need the experts' output
+            tokens: [T, H]
+            plan: of all experts
+            weights: [T, K]
+        """
         return self(tokens, plan, weights, work)
 
     # Modules have forwards with different arguments; `routed` is the interface of all experts.

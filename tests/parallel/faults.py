@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from processes import on_processes
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moe_ext import ExpertParallel, GroupedExperts, MOELayer, TopKGate
@@ -35,11 +36,21 @@ def error_of(function) -> str:
     return "no error"
 
 
-def run_out_of_step(rank: int, program, options: dict, num_experts: int, trains: bool):
-    """Run a program on rank 1, and both layers in order on the others.
+def run_out_of_step(program, options: dict, num_experts: int, trains: bool) -> tuple[str, bool]:
+    """Run a program on rank 1 of 2, and both layers in order on rank 0.
 
-    Returns the first error, whether an output was NaN, and whether later steps are as before.
+    Asserts that both raise the same error, and that later steps are as before. Returns the error,
+    and whether an output on rank 0 was NaN.
     """
+    arguments = _out_of_step, program, options, num_experts, trains
+    (first, has_nan, continues), (second, _, other_continues) = on_processes(2, *arguments)
+    assert first == second
+    assert continues
+    assert other_continues
+    return first, has_nan
+
+
+def _out_of_step(rank: int, program, options: dict, num_experts: int, trains: bool):
     first, second = layer_of(**options), layer_of(num_experts=num_experts, **options)
 
     def step(program):

@@ -33,10 +33,11 @@ class DeepEPBuffer:
             topk_idx, num_experts = handle
         assert topk_idx.dtype == torch.int64
         parts = self._gathered((x, topk_idx, topk_weights))
-        first, past = self._mine(num_experts)
+        size = num_experts // len(parts)
+        first = dist.get_rank() * size
         received = []
         for rows, ids, weights in parts:
-            is_mine = (ids >= first) & (ids < past)
+            is_mine = (ids >= first) & (ids < first + size)
             comes = is_mine.any(dim=1)
             local = torch.where(is_mine, ids - first, -1)
             received.append(
@@ -81,10 +82,6 @@ class DeepEPBuffer:
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, mine)
         return parts
-
-    def _mine(self, num_experts: int) -> tuple[int, int]:
-        size = num_experts // dist.get_world_size()
-        return dist.get_rank() * size, (dist.get_rank() + 1) * size
 
 
 def _by_deepep(rank: int, case: Case):
