@@ -154,7 +154,7 @@ def test_ctrl_c_leaves_what_was_written(tmp_path):
         [sys.executable, "-m", "moe_ext", "demo", "--steps", "100000", "--out", str(tmp_path)],
         stderr=subprocess.PIPE,
         text=True,
-        # What runs in the background of a shell is told to ignore it.
+        # A shell tells its background jobs to ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300
