@@ -8,11 +8,8 @@ result once; "of copy" is their share of the GB/s of torch's copy_ in the same r
 operator cycles through several sets of operands, more than the last cache holds. A peer's ratio is
 its time over ours, on one set of operands for all.
 
---memory, on the CPU, says how large results are allocated, for ours and the others alike.
-  new   glibc gives a large block back when it is freed, so a large result is made of new pages,
-        which the system zeroes at first use. Ours asks for huge pages, torch does not.
-  huge  torch asks for huge pages too (THP_MEM_ALLOC_ENABLE=1).
-  kept  freed memory is used again (memory.py).
+--memory, on the CPU, says how large results are allocated, for ours and the others alike:
+docs/performance.md explains new and huge; with kept, freed memory is used again (memory.py).
 Prints tables and, after a run of all shapes and operators, writes
 bench/results/<machine>/ops-<dtype>.json.
 """
@@ -71,13 +68,6 @@ def nbytes(*args) -> int:
     return sum(arg.nbytes for arg in args if isinstance(arg, Tensor))
 
 
-def as_double(args: tuple) -> tuple:
-    def double(x):
-        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    return tuple(double(x) for x in args)
-
-
 def operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> peers.Operands:
     T, H, E, K = shape
     generator = torch.Generator(device).manual_seed(0)
@@ -126,7 +116,8 @@ def cases(o: peers.Operands, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
 
 def in_double(op: str, *args) -> tuple[Tensor, ...]:
     """The reference in float64."""
-    return as_tuple(getattr(reference, op)(*as_double(args)))
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+    return as_tuple(getattr(reference, op)(*wide))
 
 
 def by_columns(op: str, tokens: Tensor, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

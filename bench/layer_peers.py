@@ -25,12 +25,6 @@ class Weights(NamedTuple):
     down: Tensor  # [E, H, F]
 
 
-def _parameters(module: nn.Module, weights: Weights) -> nn.Module:
-    for name, value in weights._asdict().items():
-        module.register_parameter(name, nn.Parameter(value.clone()))
-    return module
-
-
 def _ours(weights: Weights, top_k: int) -> nn.Module:
     E, H = weights.router.shape
     gate = TopKGate(H, E, k=top_k, drop_tokens=False, top2_2nd_expert_sampling=False)
@@ -43,23 +37,19 @@ def _ours(weights: Weights, top_k: int) -> nn.Module:
     return layer
 
 
-def _choose(tokens: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    probs = F.linear(tokens.float(), router.float()).softmax(-1)
-    weights, experts = probs.topk(top_k)
-    return weights / weights.sum(-1, keepdim=True), experts
-
-
 class PlainLayer(nn.Module):
     """Plain PyTorch: tokens sorted by expert, a loop over the experts, index_add."""
 
     def __init__(self, weights: Weights, top_k: int) -> None:
         super().__init__()
-        _parameters(self, weights)
+        for name, value in weights._asdict().items():
+            self.register_parameter(name, nn.Parameter(value.clone()))
         self.top_k = top_k
 
     def forward(self, tokens: Tensor) -> Tensor:
-        weights, experts = _choose(tokens, self.router, self.top_k)
-        experts = experts.flatten()
+        probs = F.linear(tokens.float(), self.router.float()).softmax(-1)
+        weights, experts = probs.topk(self.top_k)
+        weights, experts = weights / weights.sum(-1, keepdim=True), experts.flatten()
         order = torch.argsort(experts, stable=True)
         load = torch.bincount(experts, minlength=len(self.router)).tolist()
         index = order // self.top_k

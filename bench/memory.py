@@ -1,8 +1,6 @@
 """Set how this process reuses freed memory, and measure how far it grows. Linux with glibc only.
 
-glibc gives a large block back to the system when it is freed. The next block is then made of new
-pages, which the system zeroes at first use. docs/performance.md says how a program keeps its memory
-instead.
+docs/performance.md explains the states of memory, and how a program keeps its memory.
 """
 
 import ctypes

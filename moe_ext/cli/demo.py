@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,21 +68,18 @@ class DenseFFN(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-def moe_ffn(config: Config) -> MOELayer:
-    gate = TopKGate(
-        config.width,
-        config.experts,
-        k=config.k,
-        drop_tokens=False,
-        top2_2nd_expert_sampling=False,
-    )
-    return MOELayer(gate, GroupedExperts(config.experts, config.width, config.ffn))
-
-
 def make_model(config: Config, is_moe: bool) -> GPT:
-    dense = partial(DenseFFN, config.width, config.k * config.ffn)
-    make_ffn: Callable[[], nn.Module] = partial(moe_ffn, config) if is_moe else dense
-    return GPT(config.width, config.heads, config.layers, config.context, make_ffn)
+    width, num_experts = config.width, config.experts
+
+    def make_ffn() -> nn.Module:
+        if not is_moe:
+            return DenseFFN(width, config.k * config.ffn)
+        gate = TopKGate(
+            width, num_experts, k=config.k, drop_tokens=False, top2_2nd_expert_sampling=False
+        )
+        return MOELayer(gate, GroupedExperts(num_experts, width, config.ffn))
+
+    return GPT(width, config.heads, config.layers, config.context, make_ffn)
 
 
 def moe_layers(model: GPT) -> list[MOELayer]:
