@@ -236,7 +236,6 @@ class TopKGate(Gate):
             "TopKGate",
             capacity_factor=(capacity_factor, 1e-6, 1e6),
             eval_capacity_factor=(eval_capacity_factor, 1e-6, 1e6),
-            noise_scale=(0 if noise_scale is None else noise_scale, 0, 1e6),
         )
         if ep_group is not None and not isinstance(ep_group, dist.ProcessGroup):
             raise ValueError(

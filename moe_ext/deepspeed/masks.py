@@ -21,15 +21,32 @@ def form(
     use_tutel: bool,
     ep_group: dist.ProcessGroup | None = None,
 ) -> tuple:
-    """Return the routing in the form that the flags of DeepSpeed's gates ask for."""
+    """Return the routing in the form that the flags of DeepSpeed's gates ask for.
+
+    Without a flag it is (l_aux, combine_weights [S, E, C], dispatch_mask [S, E, C] bool, exp_counts
+    [E] int64), with one (l_aux, C [] int64, E, indices, locations, gates, exp_counts). The routes
+    are then [K, S] with int32 indices and locations, with use_tutel lists of K tensors [S]. A
+    dropped route has index -1, location 0 and gate 0.
+    """
     C = _capacity(routing, ep_group)
+    plan, weights, l_aux = routing.plan, routing.weights, routing.l_aux
+    S, E = weights.shape[0], plan.num_experts
+    exp_counts = plan.load.to(torch.int64)
+    kept = plan.slots >= 0
+    indices = torch.where(kept, plan.expert_ids, -1).long()
+    locations = torch.where(kept, plan.slots - plan.offsets[indices.clamp(min=0)], 0).long()
+    lists: list
     if sparse_routes:
-        return sparse_routes_of(routing, C)
-    return tutel_routes_of(routing, C) if use_tutel else dense_routes_of(routing, C)
-
-
-def _exp_counts(routing: Routing) -> Tensor:
-    return routing.plan.load.to(torch.int64)
+        lists = [x.t().contiguous() for x in (indices.int(), locations.int(), weights)]
+        return l_aux, torch.tensor(C, device="cpu"), E, *lists, exp_counts
+    if use_tutel:
+        lists = [list(x.unbind(dim=1)) for x in (indices, locations, weights)]
+        return l_aux, torch.tensor(C, device="cpu"), E, *lists, exp_counts
+    # Dropped routes go to a last column, which is cut off.
+    column = torch.where(kept, indices * C + locations, E * C)
+    flat = weights.new_zeros(S, E * C + 1).scatter(1, column, weights)
+    combine_weights = flat[:, :-1].reshape(S, E, C)
+    return l_aux, combine_weights, combine_weights.bool(), exp_counts
 
 
 def _capacity(routing: Routing, ep_group: dist.ProcessGroup | None) -> int:
@@ -40,57 +57,6 @@ def _capacity(routing: Routing, ep_group: dist.ProcessGroup | None) -> int:
     if ep_group is not None and dist.get_world_size(ep_group) > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ep_group)
     return int(largest)
-
-
-def _locations(routing: Routing) -> tuple[Tensor, Tensor]:
-    """Expert, -1 where dropped, and row within the expert, 0 where dropped. Both [S, K] int64."""
-    plan = routing.plan
-    kept = plan.slots >= 0
-    expert_ids = torch.where(kept, plan.expert_ids, -1).long()
-    starts = plan.offsets[expert_ids.clamp(min=0)]
-    return expert_ids, torch.where(kept, plan.slots - starts, 0).long()
-
-
-def dense_routes_of(routing: Routing, C: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(l_aux, combine_weights [S, E, C], dispatch_mask [S, E, C] bool, exp_counts [E] int64)."""
-    S, E = routing.weights.shape[0], routing.plan.num_experts
-    expert_ids, locations = _locations(routing)
-    # Dropped routes go to a last column, which is cut off.
-    index = torch.where(expert_ids >= 0, expert_ids * C + locations, E * C)
-    flat = routing.weights.new_zeros(S, E * C + 1).scatter(1, index, routing.weights)
-    combine_weights = flat[:, :-1].reshape(S, E, C)
-    return routing.l_aux, combine_weights, combine_weights.bool(), _exp_counts(routing)
-
-
-def sparse_routes_of(routing: Routing, C: int) -> tuple:
-    """(l_aux, C [] int64, E, indices, locations, gates, exp_counts [E] int64), routes [K, S].
-
-    indices int32, -1 where dropped; locations int32 and gates like the weights, 0 where dropped.
-    """
-    expert_ids, locations = _locations(routing)
-    return (
-        routing.l_aux,
-        torch.tensor(C, device="cpu"),
-        routing.plan.num_experts,
-        expert_ids.t().to(torch.int32).contiguous(),
-        locations.t().to(torch.int32).contiguous(),
-        routing.weights.t().contiguous(),
-        _exp_counts(routing),
-    )
-
-
-def tutel_routes_of(routing: Routing, C: int) -> tuple:
-    """(l_aux, C [] int64, E, indices, locations, gates, exp_counts), lists of K tensors [S]."""
-    expert_ids, locations = _locations(routing)
-    return (
-        routing.l_aux,
-        torch.tensor(C, device="cpu"),
-        routing.plan.num_experts,
-        list(expert_ids.unbind(dim=1)),
-        list(locations.unbind(dim=1)),
-        list(routing.weights.unbind(dim=1)),
-        _exp_counts(routing),
-    )
 
 
 def plan_of(result: tuple, tokens: Tensor) -> tuple[Plan, Tensor, Tensor, Tensor]:
@@ -123,14 +89,10 @@ def plan_of(result: tuple, tokens: Tensor) -> tuple[Plan, Tensor, Tensor, Tensor
         weights = combine_weights.sum(dim=-1)
     else:
         C, E, indices, _, gates = result[1:6]
-        expert_ids, weights = _routes_last(indices), _routes_last(gates)
+        # [K, S], or a list of K tensors [S].
+        expert_ids, weights = (torch.stack(list(routes), dim=-1) for routes in (indices, gates))
         check.shape("indices", expert_ids, [("S", S), ("K", None)])
         check.shape("gates", weights, [("S", S), ("K", expert_ids.shape[1])])
         weights = torch.where(expert_ids >= 0, weights, 0)
     plan = make_plan(expert_ids.to(torch.int32), int(E), int(C), order="token")
     return plan, weights.to(checks.accumulate_dtype(tokens.dtype)), l_aux, exp_counts
-
-
-def _routes_last(routes: Tensor | list[Tensor]) -> Tensor:
-    """[K, S], or a list of K tensors [S] -> [S, K]."""
-    return torch.stack(list(routes), dim=-1)

@@ -29,16 +29,10 @@ class Rule:
     """How a gate chooses, in one mode: a gate has one rule for training and one for evaluation.
 
     Attributes:
-        k: choices per token, 1..E
+        k, drop_policy, order, scoring, normalize, scale: as for `route`
         capacity_factor: an expert takes max(ceil(T / E * k * capacity_factor), min_capacity)
             routes; None drops nothing
         min_capacity: routes that an expert takes at least
-        drop_policy: which routes are dropped: "position", the last to queue; "probs", the smallest
-            score; "random", by one torch.rand(T, E)
-        order: how routes queue, "choice" (all first choices, then all second ones) or "token"
-        scoring: "softmax", "sigmoid" or "sqrtsoftplus"; probs = scoring(logits)
-        normalize: divide a token's weights by their sum "before" or "after" dropping, or "never"
-        scale: factor on the weights
         num_groups: a token chooses within its best groups (see `choice_scores.group_mask`)
         topk_groups: how many groups a token may use
         group_score: how groups are compared, "max" or "top2_sum"

@@ -42,20 +42,6 @@ def loss_and_gradients(layer, function, x):
     return [out.detach(), aux.l_aux.detach(), aux.exp_counts, *grads]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_one_compilation_serves_five_values_of_t(compiled, options):
-    layer = layer_for(**options)
-    function = torch.compile(
-        layer.forward_with_aux, fullgraph=True, dynamic=True, backend="aot_eager"
-    )
-    for T in TOKENS:
-        x = torch.randn(T, H, requires_grad=True)
-        actual = loss_and_gradients(layer, function, x)
-        expected = loss_and_gradients(layer, layer.forward_with_aux, x)
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    assert compiled() == 1
-
-
 RULES = [
     {"noisy_gate_policy": "Jitter", "use_rts": True, "k": 1},
     {"noisy_gate_policy": "RSample", "drop_policy": "random"},
@@ -75,8 +61,8 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("options", RULES, ids=lambda options: " ".join(options))
-def test_every_rule_is_one_graph(compiled, options):
+@pytest.mark.parametrize("options", OPTIONS + RULES, ids=lambda options: " ".join(options))
+def test_one_graph_serves_five_values_of_t(compiled, options):
     if make_router := options.get("router"):
         options = options | {"router": make_router()}
     layer = layer_for(**options)
@@ -84,7 +70,7 @@ def test_every_rule_is_one_graph(compiled, options):
         layer.forward_with_aux, fullgraph=True, dynamic=True, backend="aot_eager"
     )
     used = torch.rand(max(TOKENS)) < 0.8
-    for T in TOKENS[:3]:
+    for T in TOKENS:
         x = torch.randn(T, H, requires_grad=True)
         results = []
         for step in (function, layer.forward_with_aux):
@@ -93,7 +79,7 @@ def test_every_rule_is_one_graph(compiled, options):
                 loss_and_gradients(layer, lambda x, step=step, T=T: step(x, used[:T]), x)
             )
         for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b) or relative_error(a, b) < 1e-6
+            assert torch.equal(a, b)
     assert compiled() == 1
 
 

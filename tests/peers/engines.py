@@ -4,19 +4,23 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import functools
 import importlib
 from typing import NamedTuple
 
+import pytest
 import torch
+from processes import on_processes
 from torch import Tensor, nn
 
 import moe_ext
 from moe_ext import convert
 
+pytest.importorskip("deepspeed", reason="needs the extra peers")
+
 THEIRS, OURS = "deepspeed.moe", "moe_ext.deepspeed"
 
-
-H, TOKENS, MICRO_STEPS = 16, 48, 40
+H, TOKENS, MICRO_STEPS, HALF = 16, 48, 40, 6
 
 
 class Run(NamedTuple):
@@ -103,6 +107,10 @@ def engine_of(rank: int, package: str, run: Run, *, make=Model, seed: int = 0, m
     return engine
 
 
+def weights_of(engine) -> dict[str, Tensor]:
+    return {name: w.detach().clone() for name, w in engine.module.state_dict().items()}
+
+
 def trained(engine, rank: int, steps: range = range(MICRO_STEPS)) -> Result:
     losses, counts = [], []
     dtype = next(engine.module.parameters()).dtype
@@ -116,12 +124,17 @@ def trained(engine, rank: int, steps: range = range(MICRO_STEPS)) -> Result:
         engine.step()
         losses.append(loss.item())
         counts += [count.tolist() for count in counts_of_layers]
-    weights = {name: w.detach().clone() for name, w in engine.module.state_dict().items()}
-    return Result(losses, counts, weights)
+    return Result(losses, counts, weights_of(engine))
 
 
-def train(rank: int, package: str, run: Run) -> Result:
-    return trained(engine_of(rank, package, run), rank)
+def train(rank: int, package: str, run: Run, make=Model) -> Result:
+    return trained(engine_of(rank, package, run, make=make), rank)
+
+
+@functools.cache
+def results(ranks: int, *args) -> list[Result]:
+    """Every rank's result of `train`; equal calls train once."""
+    return on_processes(ranks, train, *args)
 
 
 def assert_alike(ours: Result, theirs: Result, dtype: str) -> None:
@@ -135,13 +148,6 @@ def assert_alike(ours: Result, theirs: Result, dtype: str) -> None:
         error = (ours.weights[name] - theirs_).double().norm() / theirs_.double().norm()
         # A step of Adam is as large as the learning rate for any gradient.
         assert error <= (1e-5 if dtype == "fp32" else 2 * eps), name
-
-
-HALF = 6
-
-
-def weights_of(engine) -> dict[str, Tensor]:
-    return {name: w.detach().clone() for name, w in engine.module.state_dict().items()}
 
 
 class Grouped(Model):

@@ -111,22 +111,22 @@ def hangs_on_rounding(probs: Tensor, k: int, C: int) -> bool:
     return bool(((first > 0) & (last - first <= 2 * torch.finfo(probs.dtype).eps * last)).any())
 
 
-def compare(case: Case, mine, theirs) -> None:
+def compare(case: Case, name: str, *options) -> None:
     """Compare outputs in both forms, and the gradient of weights and loss.
 
-    mine, theirs: functions of (logits, sparse_routes)
+    name: of a function of (logits, *options, sparse_routes)
     """
     logits = case.logits
     for sparse in (False, True):
         results, grads, upstream = [], [], None
         # DeepSpeed's gradient through 16-bit probabilities is wrong by several percent.
-        for function, dtype in (
-            (mine, case.dtype),
-            (theirs, torch.float64 if case.is_short else case.dtype),
+        for module, dtype in (
+            (sharded_moe, case.dtype),
+            (ds, torch.float64 if case.is_short else case.dtype),
         ):
             leaf = logits.to(dtype, copy=True).requires_grad_()
             # DeepSpeed adds noise to its input in place.
-            out = case.run(function, leaf * 1, sparse)
+            out = case.run(getattr(module, name), leaf * 1, *options, sparse)
             weights = out[-2] if sparse else out[1]
             if upstream is None:
                 upstream = torch.randn(weights.shape, generator=case.generator)
@@ -168,14 +168,7 @@ def test_top1gating_equals_deepspeeds(batch):
         if options[2] is not None and not case.drops:
             options[2][0] = 1
         use_rts = bool(case.drops and C < case.S) or case.of(True, False)
-
-        def mine(logits, sparse, options=options, use_rts=use_rts):
-            return sharded_moe.top1gating(logits, *options, use_rts, None, sparse)
-
-        def theirs(logits, sparse, options=options, use_rts=use_rts):
-            return ds.top1gating(logits, *options, use_rts, None, sparse)
-
-        compare(case, mine, theirs)
+        compare(case, "top1gating", *options, use_rts, None)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -185,14 +178,7 @@ def test_top2gating_equals_deepspeeds(batch):
         case.E = max(case.E, 2)
         case.dtype = torch.float32
         options = case.factor, case.min_capacity, case.drops, None, case.of(True, False)
-
-        def mine(logits, sparse, options=options):
-            return sharded_moe.top2gating(logits, *options, sparse)
-
-        def theirs(logits, sparse, options=options):
-            return ds.top2gating(logits, *options, sparse)
-
-        compare(case, mine, theirs)
+        compare(case, "top2gating", *options)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -208,31 +194,17 @@ def test_topkgating_equals_deepspeeds(batch):
         if by_probs and hangs_on_rounding(case.logits.softmax(-1), k, int(C)):
             left_out += 1
             continue
-
-        def mine(logits, sparse, options=options):
-            return sharded_moe.topkgating(logits, *options, sparse)
-
-        def theirs(logits, sparse, options=options):
-            return ds.topkgating(logits, *options, sparse)
-
-        compare(case, mine, theirs)
+        compare(case, "topkgating", *options)
     assert left_out < len(CASES) / 2
 
 
 def test_noise_equals_deepspeeds_draws():
     x = torch.randn(50, 7)
-    for mine, theirs in (
-        (
-            lambda: sharded_moe.multiplicative_jitter(x, x.device),
-            lambda: ds.multiplicative_jitter(x, x.device),
-        ),
-        (
-            lambda: sharded_moe.gumbel_rsample(x.shape, x.device),
-            lambda: ds.gumbel_rsample(x.shape, x.device),
-        ),
-    ):
-        case = Case(0)
-        assert torch.equal(case.run(mine), case.run(theirs))
+    for name, first in (("multiplicative_jitter", x), ("gumbel_rsample", x.shape)):
+        mine, theirs = (
+            Case(0).run(getattr(module, name), first, x.device) for module in (sharded_moe, ds)
+        )
+        assert torch.equal(mine, theirs)
 
 
 class Modules:
@@ -390,17 +362,9 @@ def test_deepspeeds_gate_and_experts_run_in_our_layer(foreign, batch):
         if foreign == "our gate in their layer":
             ours = ds.MOELayer(our_gate, their_experts, "ep_size_1", 1, case.E)
         else:
-            ours = moe_ext.MOELayer(
-                our_gate
-                if foreign == "experts"
-                else Masks(their_gate)
-                if foreign == "masks"
-                else their_gate,
-                our_experts if foreign == "gate" else their_experts,
-                "ep_size_1",
-                1,
-                case.E,
-            )
+            gate = {"experts": our_gate, "masks": Masks(their_gate)}.get(foreign, their_gate)
+            experts = our_experts if foreign == "gate" else their_experts
+            ours = moe_ext.MOELayer(gate, experts, "ep_size_1", 1, case.E)
 
         def call(layer, hidden, modules=modules):
             out = layer(hidden, modules.used_token)

@@ -1,19 +1,10 @@
 """The engine's checkpoints of one package load into the other."""
 
-import os
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import importlib
 from typing import NamedTuple
 
 import pytest
 import torch
-from processes import on_processes
-from torch import Tensor, nn
-
-pytest.importorskip("deepspeed", reason="needs the extra peers")
-
 from engines import (
     GROUPED,
     HALF,
@@ -30,6 +21,8 @@ from engines import (
     trained,
     weights_of,
 )
+from processes import on_processes
+from torch import Tensor, nn
 
 import moe_ext
 

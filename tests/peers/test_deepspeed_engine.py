@@ -1,9 +1,6 @@
 """moe_ext.deepspeed in DeepSpeed's engine trains as deepspeed.moe does."""
 
 import os
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import re
 import subprocess
 import sys
@@ -11,11 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import on_processes
-from torch import Tensor, nn
-
-pytest.importorskip("deepspeed", reason="needs the extra peers")
-
 from engines import (
     GROUPED,
     HALF,
@@ -28,11 +20,13 @@ from engines import (
     Run,
     assert_alike,
     engine_of,
-    train,
+    results,
     trained,
     weights_of,
     without_compiler,
 )
+from processes import on_processes
+from torch import Tensor, nn
 
 import moe_ext
 
@@ -50,8 +44,7 @@ RUNS = [
 @pytest.mark.parametrize(("ranks", "run"), RUNS, ids=str)
 def test_training_is_deepspeeds(ranks, run):
     """Losses, expert counts and weights are equal, with clipping and accumulation."""
-    theirs, ours = (on_processes(ranks, train, package, run) for package in (THEIRS, OURS))
-    for mine, wanted in zip(ours, theirs, strict=True):
+    for mine, wanted in zip(results(ranks, OURS, run), results(ranks, THEIRS, run), strict=True):
         assert_alike(mine, wanted, run.dtype)
         assert wanted.losses[-1] < wanted.losses[0]
 
@@ -59,8 +52,7 @@ def test_training_is_deepspeeds(ranks, run):
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_training_without_dropping_is_deepspeeds_but_for_rounding(ep_size):
     run = Run(ep_size, 1, "bf16")
-    theirs, ours = (on_processes(2, train, package, run) for package in (THEIRS, OURS))
-    for mine, wanted in zip(ours, theirs, strict=True):
+    for mine, wanted in zip(results(2, OURS, run), results(2, THEIRS, run), strict=True):
         assert_alike(mine._replace(counts=wanted.counts), wanted, run.dtype)
         counts = torch.tensor([*map(sum, mine.counts)])
         assert torch.equal(counts, torch.tensor([*map(sum, wanted.counts)]))
@@ -69,11 +61,8 @@ def test_training_without_dropping_is_deepspeeds_but_for_rounding(ep_size):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_optimizer_groups_of_either_package(stage):
     run = Run(2, stage)
-    ours = [
-        on_processes(2, train, OURS, run._replace(splitter=splitter))
-        for splitter in (None, THEIRS, OURS)
-    ]
-    for rank, wanted in enumerate(on_processes(2, train, THEIRS, run._replace(splitter=THEIRS))):
+    ours = [results(2, OURS, run._replace(splitter=name)) for name in (None, THEIRS, OURS)]
+    for rank, wanted in enumerate(results(2, THEIRS, run._replace(splitter=THEIRS))):
         for mine in ours:
             assert_alike(mine[rank], wanted, run.dtype)
 
@@ -92,12 +81,8 @@ class WithoutMoE(nn.Module):
         return out, self.layer.l_aux, [self.layer.exp_counts]
 
 
-def _train_without_moe(rank: int, stage: int) -> Result:
-    return trained(engine_of(rank, OURS, Run(stage=stage), make=WithoutMoE), rank)
-
-
 def test_the_engine_trains_a_layer_with_grouped_experts():
-    found = [on_processes(1, _train_without_moe, stage)[0] for stage in (0, 1, 2)]
+    found = [results(1, OURS, Run(stage=stage), WithoutMoE)[0] for stage in (0, 1, 2)]
     assert found[0].losses[-1] < found[0].losses[0]
     assert found[0].losses == found[1].losses == found[2].losses
 
@@ -135,7 +120,7 @@ def _parallel_before(rank: int, groups_are_given: bool) -> Result:
 
 def test_groups_made_before_the_engine_are_the_engines():
     for mine, wanted in zip(
-        on_processes(2, _parallel_before, False), on_processes(2, train, OURS, Run(2)), strict=True
+        on_processes(2, _parallel_before, False), results(2, OURS, Run(2)), strict=True
     ):
         assert mine.losses == wanted.losses[:HALF]
 
@@ -170,10 +155,6 @@ def test_a_model_may_have_a_second_engine():
         assert again.losses == fresh.losses
 
 
-def _train_grouped(rank: int, run: Run) -> Result:
-    return trained(engine_of(rank, OURS, run, make=Grouped), rank)
-
-
 def _train_split(rank: int, run: Run) -> Result:
     """The script makes the optimizer groups of grouped experts itself."""
 
@@ -192,24 +173,24 @@ def _train_split(rank: int, run: Run) -> Result:
 def test_optimizer_groups_of_grouped_experts(ep_size, splitter):
     run = Run(ep_size, 1, splitter=splitter)
     mine = on_processes(2, _train_split, run)
-    wanted = on_processes(2, _train_grouped, run._replace(splitter=None))
+    wanted = results(2, OURS, run._replace(splitter=None), Grouped)
     for a, b in zip(mine, wanted, strict=True):
         assert a.losses == b.losses[:HALF]
 
 
 @pytest.mark.parametrize(("ranks", "run"), GROUPED, ids=str)
 def test_grouped_experts_train_as_modules_do(ranks, run):
-    ours = on_processes(ranks, _train_grouped, run)
-    for mine, wanted in zip(ours, on_processes(ranks, train, OURS, run), strict=True):
+    ours = results(ranks, OURS, run, Grouped)
+    for mine, wanted in zip(ours, results(ranks, OURS, run), strict=True):
         for a, b in zip(mine.losses, wanted.losses, strict=True):
             assert abs(a - b) < 1e-5
         assert mine.counts == wanted.counts
 
 
-def printed(script: Path, *launcher: str) -> list[float]:
-    arguments = ["--engine", "--zero", "1", "--ep-size", "2", "--steps", "21"]
+def printed(script: Path, launcher: tuple[str, ...], options: str) -> Tensor:
+    """The loss and l_aux of every line that the script prints."""
     done = subprocess.run(
-        [sys.executable, *launcher, str(script), *arguments],
+        [sys.executable, *launcher, str(script), *options.split()],
         capture_output=True,
         text=True,
         timeout=300,
@@ -218,15 +199,23 @@ def printed(script: Path, *launcher: str) -> list[float]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return [float(x) for x in re.findall(r"loss (\d+\.\d+), l_aux (?:\d+\.\d+)", done.stdout)]
+    pairs = re.findall(r"loss (\d+\.\d+), l_aux (\d+\.\d+)", done.stdout)
+    return torch.tensor([[float(x) for x in pair] for pair in pairs])
 
 
-def test_the_example_trains_in_the_engine_with_either_import(tmp_path):
-    original = tmp_path / "train_moe.py"
-    text = EXAMPLE.read_text()
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options", "lines"),
+    [((), "--steps 41", 5), (TORCHRUN, "--engine --zero 1 --ep-size 2 --steps 21", 3)],
+)
+def test_the_example_trains_alike_with_either_import(launcher, options, lines, tmp_path):
+    original, text = tmp_path / "train_moe.py", EXAMPLE.read_text()
     original.write_text(text.replace("from moe_ext.deepspeed.", "from deepspeed.moe."))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    theirs, ours = (printed(script, *launcher) for script in (original, EXAMPLE))
-    assert len(theirs) == 3
-    assert ours == pytest.approx(theirs, abs=2e-3)
-    assert theirs[-1] < 0.8 * theirs[0]
+    changed = [line for line in original.read_text().splitlines() if line not in text.splitlines()]
+    assert [line.split()[1] for line in changed] == ["deepspeed.moe.layer", "deepspeed.moe.utils"]
+    theirs, ours = (printed(script, launcher, options) for script in (original, EXAMPLE))
+    assert len(theirs) == lines
+    assert torch.allclose(ours, theirs, rtol=0, atol=2e-3)
+    assert theirs[-1, 0] < 0.8 * theirs[0, 0]
