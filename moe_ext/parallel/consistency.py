@@ -242,9 +242,8 @@ def check_on_host(received: list[list[int]]) -> None:
             raise ConsistencyError(
                 "ExpertParallel: all ranks must make the same calls in the same order, got the "
                 f"{_name_of(first)} on rank 0 of the group and the {_name_of(call)} on rank "
-                f"{rank}. "
-                "Layers are numbered in the order of their creation. Create and call them in the "
-                "same order on all ranks; skip a layer or a batch on all ranks or on none"
+                f"{rank}. Layers are numbered in the order of their creation. Create and call them "
+                "in the same order on all ranks; skip a layer or a batch on all ranks or on none"
             )
     for name in CallRecord._fields:
         for rank, call in enumerate(calls):

@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops.functional import combine, dispatch, has_autocast
@@ -126,16 +125,36 @@ class AllToAllTransport:
     def _run_chunks(
         self, call: CallRecord, chunks: Iterable[Chunk], run: Run, work: Work
     ) -> tuple[list[Tensor], Tensor | None, BaseException | None]:
-        """Returned rows, the result of `work`, and an exception to raise.
+        """Send each chunk to its experts and return their outputs. The next chunk is sent first.
 
-        The caller raises it when the other ranks have all that they wait for.
+        After an exception rows are still sent, with NaN in place of the outputs: a rank that waits
+        for them would take the next message for rows. `run` may communicate too, so that every
+        chunk calls it.
+
+        Returns the outputs of each chunk, the result of `work`, and the first exception of `run` or
+        `work`. The caller raises it when the other ranks have all that they wait for.
         """
-        returned, result, failure, nodes = _run_chunks(chunks, run, work)
+        guard = _Guard()
+        returning, result, nodes = [], None, []
+        sent = map(_send, chunks)
+        current: _Sent | None = next(sent)
+        if work is not None:
+            result = guard(work)
+        while current is not None:
+            (chunk, pending), current = current, next(sent, None)
+            if not torch.compiler.is_compiling():
+                nodes += [rows.rows.grad_fn for rows in pending if rows.rows.requires_grad]
+            received = list(map(finish, pending))
+            rows = guard(_run_experts, run, chunk, received)
+            if rows is None:  # after an exception
+                rows = received[0].new_full(received[0].shape, torch.nan)
+            returning.append(start(rows, reverse(chunk.steps)))
+        returned = list(map(finish, returning))
         if not torch.compiler.is_compiling():
             self.checks.state.is_exchanging = False
-        if failure is not None:
+        if guard.failure is not None:
             self.checks.state.has_failed = True
-        return check_backward(returned, self.checks, call, nodes), result, failure
+        return check_backward(returned, self.checks, call, nodes), result, guard.failure
 
 
 class TwoLevelTransport:
@@ -170,36 +189,6 @@ def _concatenated(parts: list[Tensor], dim: int) -> Tensor:
 
 
 _Sent = tuple[Chunk, list[PendingRows]]
-
-
-def _run_chunks(
-    chunks: Iterable[Chunk], run: Run, work: Work
-) -> tuple[list[Tensor], Tensor | None, BaseException | None, list[Node | None]]:
-    """Send each chunk to its experts and return their outputs. The next chunk is sent first.
-
-    After an exception rows are still sent, with NaN in place of the outputs: a rank that waits for
-    them would take the next message for rows. `run` may communicate too, so that every chunk calls
-    it.
-
-    Returns the outputs of each chunk, the result of `work`, the first exception of `run` or `work`,
-    and the autograd nodes whose backward sends gradients.
-    """
-    guard = _Guard()
-    returning, result, nodes = [], None, []
-    sent = map(_send, chunks)
-    current: _Sent | None = next(sent)
-    if work is not None:
-        result = guard(work)
-    while current is not None:
-        (chunk, pending), current = current, next(sent, None)
-        if not torch.compiler.is_compiling():
-            nodes += [rows.rows.grad_fn for rows in pending if rows.rows.requires_grad]
-        received = list(map(finish, pending))
-        rows = guard(_run_experts, run, chunk, received)
-        if rows is None:  # after an exception
-            rows = received[0].new_full(received[0].shape, torch.nan)
-        returning.append(start(rows, reverse(chunk.steps)))
-    return list(map(finish, returning)), result, guard.failure, nodes
 
 
 def _send(chunk: Chunk) -> _Sent:
