@@ -9,6 +9,7 @@ by which a process grows in a step. A complete run writes bench/results/<machine
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -16,14 +17,13 @@ import bench_ops
 import layer_peers
 import memory
 import torch
-from bench_layer import Case, Point
+from bench_layer import Case, Point, why_not
 from common import keep, parser, positive, setting
 from report import growth_table
 from timing import clock, compare, spreads
 from tqdm import tqdm
 
 H, F, E, K = 64, 64, 16, 2
-MOST_BYTES = 6 << 30
 LAYERS = {peer.name: peer for peer in layer_peers.LAYERS}
 BESIDE = ("moe_ext", "DeepSpeed", "DeepSpeed dense")
 OPERATORS = ("gate", "plan", "dispatch", "combine")
@@ -66,8 +66,9 @@ def operator_seconds(counts: list[int], budget: float) -> dict[str, list[float]]
 
 
 def fits(name: str, num_tokens: int) -> bool:
-    """Whether four masks [T, E, C] fit, with C, the largest load, 1.2 times T * K / E."""
-    return "dense" not in name or 4 * 4 * num_tokens * num_tokens * K * 1.2 < MOST_BYTES
+    """Whether masks [T, E, C] fit, with C, the largest load, 1.2 times T * K / E."""
+    point, load = Point(num_tokens, H, F, E, K), int(1.2 * num_tokens * K / E)
+    return why_not(LAYERS[name], point, torch.float32, load, math.inf) is None
 
 
 def slope(counts: list[int], values: list[float]) -> float:
@@ -96,10 +97,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     seconds: dict[str, list[float]] = apart(operator_seconds, counts)
     grown: dict[str, list[int]] = {}
-    names = [name for name in BESIDE if LAYERS[name].missing(torch.device("cpu")) is None]
-    for name in tqdm(names, leave=False):
-        costs = apart(costs_of, name, [count for count in counts if fits(name, count)])
-        seconds[f"layer, {name}"], grown[name] = map(list, zip(*costs, strict=True))
+    for name in tqdm(BESIDE, leave=False):
+        if fitting := [count for count in counts if fits(name, count)]:
+            costs = apart(costs_of, name, fitting)
+            seconds[f"layer, {name}"], grown[name] = map(list, zip(*costs, strict=True))
 
     def slopes(of: dict[str, list]) -> dict[str, float]:
         return {name: slope(counts[: len(values)], values) for name, values in of.items()}

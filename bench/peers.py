@@ -103,15 +103,14 @@ class _DeepSpeedRoutes:
         self.capacity = int(o.plan.load.max())
         starts = o.plan.offsets[o.plan.expert_ids.long()]
         places = (o.plan.slots - starts).t().contiguous()
-        self.experts = o.plan.expert_ids.t().contiguous()
-        self.slots = sharded_moe._route_slots(self.experts, places, self.num_experts, self.capacity)
+        experts = o.plan.expert_ids.t().contiguous()
+        self.slots = sharded_moe._route_slots(experts, places, self.num_experts, self.capacity)
         # The row of its buffer for each of our rows.
         route = o.plan.sources.long()
         self.of_rows = self.slots.t().flatten()[route]
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        out = self.module._sparse_encode(tokens, self.slots, self.num_experts, self.capacity)
-        return out.flatten(0, 1)
+    def read(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        return (buffer[self.of_rows],)
 
     def buffer(self, rows: Tensor) -> Tensor:
         size = self.num_experts * self.capacity, rows.shape[1]
@@ -141,7 +140,8 @@ def _deepspeed_gate(o: Operands) -> Callable:
 
 def _deepspeed_encode(o: Operands) -> Callable:
     routes = _DeepSpeedRoutes(o)
-    return Seen(lambda: routes.encode(o.tokens), lambda out: (out[routes.of_rows],))
+    encode, args = routes.module._sparse_encode, (routes.slots, routes.num_experts, routes.capacity)
+    return Seen(lambda: encode(o.tokens, *args).flatten(0, 1), routes.read)
 
 
 def _deepspeed_decode(o: Operands) -> Callable:
@@ -155,10 +155,7 @@ def _deepspeed_encode_dense(o: Operands) -> Callable:
     routes = _DeepSpeedRoutes(o)
     mask = routes.mask(torch.ones_like(o.weights)).to(o.tokens.dtype)
     einsum = routes.module.einsum
-    return Seen(
-        lambda: einsum("sec,sm->ecm", mask, o.tokens).flatten(0, 1),
-        lambda out: (out[routes.of_rows],),
-    )
+    return Seen(lambda: einsum("sec,sm->ecm", mask, o.tokens).flatten(0, 1), routes.read)
 
 
 def _deepspeed_decode_dense(o: Operands) -> Callable:
