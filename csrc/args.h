@@ -54,7 +54,7 @@ inline GateArgs gate_args(const Tensor& logits, const OptionalTensor& choice_sco
     call.finite("scale", scale);
     kind = parse_scoring(call, scoring);
   };
-  const Sizes s = check(contract("gate"), {logits, choice_scores}, rule);
+  const Sizes s = check<contract("gate")>({logits, choice_scores}, rule);
   const Tensor dense_logits = dense(logits);
   return {dense_logits,
           choice_scores ? dense(*choice_scores) : dense_logits,
@@ -89,8 +89,8 @@ inline GateBackwardArgs gate_backward_args(const OptionalTensor& grad_weights,
     call.finite("scale", scale);
     kind = parse_scoring(call, scoring);
   };
-  const Sizes s = check(contract("gate_backward"),
-                        {grad_weights, grad_probs, grad_importance, probs, expert_ids}, rule);
+  const Sizes s = check<contract("gate_backward")>(
+      {grad_weights, grad_probs, grad_importance, probs, expert_ids}, rule);
   return {dense(grad_weights),
           dense(grad_probs),
           dense(grad_importance),
@@ -140,7 +140,7 @@ inline PlanArgs plan_args(const Tensor& expert_ids, const OptionalTensor& priori
     call.sizes.set(
         'R', capacity ? num_experts * *capacity : dropless_rows(num_routes, num_experts, align));
   };
-  const Sizes s = check(contract("plan"), {expert_ids, priority}, rule);
+  const Sizes s = check<contract("plan")>({expert_ids, priority}, rule);
   return {
       dense(expert_ids), dense(priority),   s['T'], s['K'], num_experts, s['T'] * s['K'], s['R'],
       capacity,          order == "choice", align};
@@ -157,7 +157,7 @@ struct MaskWeightsArgs {
 inline MaskWeightsArgs mask_weights_args(const Tensor& weights, const Tensor& slots, bool normalize,
                                          double eps, double scale) {
   const auto rule = [&](Call& call) { call.finite("eps", eps), call.finite("scale", scale); };
-  const Sizes s = check(contract("mask_weights"), {weights, slots}, rule);
+  const Sizes s = check<contract("mask_weights")>({weights, slots}, rule);
   return {dense(weights), dense(slots), s['T'], s['K'], normalize, eps, scale};
 }
 
@@ -170,7 +170,7 @@ inline MaskWeightsBackwardArgs mask_weights_backward_args(const Tensor& grad, co
                                                           const Tensor& slots, bool normalize,
                                                           double eps, double scale) {
   const auto rule = [&](Call& call) { call.finite("eps", eps), call.finite("scale", scale); };
-  const Sizes s = check(contract("mask_weights_backward"), {grad, weights, slots}, rule);
+  const Sizes s = check<contract("mask_weights_backward")>({grad, weights, slots}, rule);
   return {dense(grad), {dense(weights), dense(slots), s['T'], s['K'], normalize, eps, scale}};
 }
 
@@ -184,7 +184,7 @@ struct DispatchArgs {
 
 inline DispatchArgs dispatch_args(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
                                   const OptionalTensor& weights) {
-  const Sizes s = check(contract("dispatch"), {tokens, slots, sources, weights});
+  const Sizes s = check<contract("dispatch")>({tokens, slots, sources, weights});
   return {dense(tokens), dense(slots), dense(sources), dense(weights),
           s['T'],        s['K'],       s['R'],         s['H']};
 }
@@ -199,7 +199,7 @@ struct CombineArgs {
 
 inline CombineArgs combine_args(const Tensor& rows, const Tensor& slots, const Tensor& sources,
                                 const OptionalTensor& weights) {
-  const Sizes s = check(contract("combine"), {rows, slots, sources, weights});
+  const Sizes s = check<contract("combine")>({rows, slots, sources, weights});
   return {dense(rows), dense(slots), dense(sources), dense(weights),
           s['T'],      s['K'],       s['R'],         s['H']};
 }
@@ -214,7 +214,7 @@ struct RouteDotArgs {
 
 inline RouteDotArgs route_dot_args(const Tensor& tokens, const Tensor& rows, const Tensor& slots,
                                    const Tensor& sources) {
-  const Sizes s = check(contract("route_dot"), {tokens, rows, slots, sources});
+  const Sizes s = check<contract("route_dot")>({tokens, rows, slots, sources});
   return {dense(tokens), dense(rows), dense(slots), dense(sources), s['T'], s['K'], s['R'], s['H']};
 }
 
@@ -230,7 +230,7 @@ struct CombineBackwardArgs {
 inline CombineBackwardArgs combine_backward_args(const Tensor& tokens, const Tensor& rows,
                                                  const Tensor& slots, const Tensor& sources,
                                                  const Tensor& weights) {
-  const Sizes s = check(contract("combine_backward"), {tokens, rows, slots, sources, weights});
+  const Sizes s = check<contract("combine_backward")>({tokens, rows, slots, sources, weights});
   return {dense(tokens), dense(rows), dense(slots), dense(sources), dense(weights),
           s['T'],        s['K'],      s['R'],       s['H']};
 }
@@ -267,8 +267,9 @@ inline ActivateArgs activate_args(const Tensor& pre_activation, const Tensor& sl
                                   const Tensor& sources, const OptionalTensor& weights,
                                   const std::string& activation) {
   Activation kind;
-  const Sizes s = check(contract("activate"), {pre_activation, slots, sources, weights},
-                        [&](Call& call) { kind = check_activation(call, activation); });
+  const Sizes s =
+      check<contract("activate")>({pre_activation, slots, sources, weights},
+                                  [&](Call& call) { kind = check_activation(call, activation); });
   return {dense(pre_activation),
           dense(slots),
           dense(sources),
@@ -291,9 +292,9 @@ inline ActivateBackwardArgs activate_backward_args(const Tensor& grad, const Ten
                                                    const Tensor& weights,
                                                    const std::string& activation) {
   Activation kind;
-  const Sizes s =
-      check(contract("activate_backward"), {grad, pre_activation, slots, sources, weights},
-            [&](Call& call) { kind = check_activation(call, activation); });
+  const Sizes s = check<contract("activate_backward")>(
+      {grad, pre_activation, slots, sources, weights},
+      [&](Call& call) { kind = check_activation(call, activation); });
   return {dense(grad),
           {dense(pre_activation), dense(slots), dense(sources), dense(weights), kind, s['T'],
            s['K'], s['R'], s['G'], s['F']}};
@@ -326,8 +327,8 @@ struct GroupedMMArgs {
 inline GroupedMMArgs grouped_mm_args(const Tensor& rows, const Tensor& weights,
                                      const OptionalTensor& bias, const Tensor& offsets,
                                      const Tensor& load, const std::optional<int64_t>& capacity) {
-  const Sizes s = check(contract("grouped_mm"), {rows, weights, bias, offsets, load},
-                        [&](Call& call) { check_capacity(call, capacity); });
+  const Sizes s = check<contract("grouped_mm")>(
+      {rows, weights, bias, offsets, load}, [&](Call& call) { check_capacity(call, capacity); });
   const Groups groups{dense(offsets), dense(load), s['E']};
   return {dense(rows), weights, dense(bias), groups, s['R'], s['M'], s['N']};
 }
@@ -342,8 +343,8 @@ struct GroupedOuterArgs {
 inline GroupedOuterArgs grouped_outer_args(const Tensor& left, const Tensor& right,
                                            const Tensor& offsets, const Tensor& load,
                                            const std::optional<int64_t>& capacity) {
-  const Sizes s = check(contract("grouped_outer"), {left, right, offsets, load},
-                        [&](Call& call) { check_capacity(call, capacity); });
+  const Sizes s = check<contract("grouped_outer")>(
+      {left, right, offsets, load}, [&](Call& call) { check_capacity(call, capacity); });
   const Groups groups{dense(offsets), dense(load), s['E']};
   return {dense(left), dense(right), groups, s['R'], s['N'], s['M']};
 }

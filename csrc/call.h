@@ -133,10 +133,9 @@ class Call : public Check {
 inline void no_rule(Call&) {}
 
 // Raises an error that names the argument which breaks the contract; returns all sizes.
-template <typename Rule = void(Call&)>
-Sizes check(const Contract& contract, std::initializer_list<Given> tensors,
-            const Rule& rule = no_rule) {
-  Call call(contract, tensors);
+template <int kContract, typename Rule = void(Call&)>
+Sizes check(std::initializer_list<Given> tensors, const Rule& rule = no_rule) {
+  Call call(kContracts[kContract], tensors);
   call.check(rule);
   return call.sizes;
 }

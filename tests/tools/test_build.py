@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -236,3 +237,13 @@ def test_the_source_distribution_has_every_source(tmp_path, environment):
     needed |= {"setup.py", "moe_ext/build.py", "moe_ext/toolkit.py", "tests/conftest.py"}
     assert needed | {".clang-format"} <= names
     assert not any(name.endswith((".so", ".pyc")) for name in names)
+
+
+@pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("source", ["ops.cpp", "cuda_ops.cpp", "cpu/plan.cpp"])
+def test_sources_are_cpp17_as_torch_2_10_compiles_them(source):
+    torch_headers = Path(torch.__file__).parent / "include"
+    command = [build.find_compiler(), "-std=c++17", "-fsyntax-only", *build.compile_flags()]
+    command += ["-isystem", str(torch_headers), str(ROOT / "csrc" / source)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
