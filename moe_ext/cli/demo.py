@@ -302,8 +302,8 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
             write_json(out / "result.json", results)
 
     say = print if is_first else lambda text: None
-    if load := crowded():
-        say(f"CPU is busy: load {load}")
+    if busy := crowded():
+        say(busy)
     say(
         f"Python's own sources: {corpus.train_files} files ({len(corpus.train) / 1e6:.1f} MB) to "
         f"train on, {corpus.heldout_files} files ({len(corpus.heldout) / 1e6:.1f} MB) held out"

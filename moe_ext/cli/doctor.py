@@ -134,7 +134,6 @@ class Report(NamedTuple):
                 f" fix: {self.libraries['_C_cuda']['fix']}",
             ]
         busy = crowded(self.facts["cpu"])
-        busy = f"CPU is busy: load {busy}" if busy else ""
         lines.append((f"OK ({busy})" if busy else "OK") if self.is_well else busy)
         return "\n".join(lines).rstrip()
 
@@ -217,13 +216,13 @@ def _cpu() -> dict:
 
 
 def crowded(cpu: dict | None = None) -> str:
-    """Load and advice if other work keeps the CPU busy, else "". cpu: facts, measured if None."""
+    """Load and advice if other work keeps the CPU busy, else "". cpu: the facts; None measures."""
     cpu = cpu or _cpu()
     if not cpu["is_busy"]:
         return ""
     return (
-        f"{cpu['load']:.1f} on {cpu['cores']} cores in the last minute; torch's threads then wait "
-        "for each other, so set OMP_NUM_THREADS=1"
+        f"CPU is busy: load {cpu['load']:.1f} on {cpu['cores']} cores in the last minute; torch's "
+        "threads then wait for each other, so set OMP_NUM_THREADS=1"
     )
 
 
