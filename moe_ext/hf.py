@@ -100,11 +100,11 @@ class Layout:
     def __init__(self, module: ExpertsModule, is_only_checked: bool = False) -> None:
         self.module = module
         self.is_only_checked = is_only_checked
-        self.has_gate = self._flag("has_gate", True)
-        self.has_bias = self._flag("has_bias", False)
-        self.is_transposed = self._flag("is_transposed", False)
-        self.is_expert_parallel = self._flag("_is_expert_parallel", False)
-        self.has_post_expert_norm = self._flag("has_post_expert_norm", False)
+        self.has_gate = getattr(module, "has_gate", True)
+        self.has_bias = getattr(module, "has_bias", False)
+        self.is_transposed = getattr(module, "is_transposed", False)
+        self.is_expert_parallel = getattr(module, "_is_expert_parallel", False)
+        self.has_post_expert_norm = getattr(module, "has_post_expert_norm", False)
         self.up, self.up_bias = self._product("gate_up_proj" if self.has_gate else "up_proj")
         self.down, self.down_bias = self._product("down_proj")
         self.activation = self._activation()
@@ -131,9 +131,6 @@ class Layout:
             f'experts_implementation="{NAME}": {type(self.module).__name__} {why}; '
             'use another implementation, as "grouped_mm" or "eager"'
         )
-
-    def _flag(self, name: str, default: bool) -> bool:
-        return getattr(self.module, name, default)
 
     def _product(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return weights [E, N, M] and bias [E, N]."""
@@ -163,17 +160,17 @@ class Layout:
         own_gate = type(self.module)._apply_gate if self.has_gate else moe._default_apply_gate
         if own_gate is not moe._default_apply_gate or "_apply_gate" in vars(self.module):
             return None
-        if self.has_gate and not self._flag("is_concatenated", True):
+        if self.has_gate and not getattr(self.module, "is_concatenated", True):
             self._refuse("must have an _apply_gate for its interleaved gates, got none")
-        function = _plain_function(getattr(self.module, "act_fn", None))
-        if function is None and not callable(getattr(self.module, "act_fn", None)):
+        act_fn = getattr(self.module, "act_fn", None)
+        if not callable(act_fn):
             self._refuse("must have a callable act_fn")
         names: dict[Any, Activation] = (
             {F.silu: "swiglu", F.gelu: "geglu"}
             if self.has_gate
             else {F.gelu: "gelu", F.relu: "relu"}
         )
-        return names.get(function)
+        return names.get(_plain_function(act_fn))
 
 
 # Exactly these classes: a subclass may compute something else.

@@ -161,26 +161,23 @@ def require_toolkit() -> ToolkitChoice:
     return choice
 
 
-def _relative(root: Path, paths: list[Path]) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in paths]
+def _found(root: Path, pattern: str) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in sorted(root.glob(pattern))]
 
 
 def sources(root: Path = ROOT) -> list[str]:
     """List the C++ sources of the CPU library, relative to `root`."""
-    csrc = root / "csrc"
-    return _relative(root, [csrc / "ops.cpp", *sorted((csrc / "cpu").glob("*.cpp"))])
+    return ["csrc/ops.cpp", *_found(root, "csrc/cpu/*.cpp")]
 
 
 def cuda_sources(root: Path = ROOT) -> list[str]:
     """List the sources of the CUDA library, relative to `root`."""
-    csrc = root / "csrc"
-    return _relative(root, [csrc / "cuda_ops.cpp", *sorted((csrc / "cuda").glob("*.cu"))])
+    return ["csrc/cuda_ops.cpp", *_found(root, "csrc/cuda/*.cu")]
 
 
 def headers(root: Path = ROOT) -> list[str]:
     """List the headers that these sources include, relative to `root`."""
-    csrc = root / "csrc"
-    return _relative(root, [*sorted(csrc.rglob("*.h")), *sorted(csrc.rglob("*.cuh"))])
+    return [*_found(root, "csrc/**/*.h"), *_found(root, "csrc/**/*.cuh")]
 
 
 def compile_flags() -> list[str]:

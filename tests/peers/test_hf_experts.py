@@ -58,14 +58,11 @@ MODELS = {
 }
 
 
-def config_of(name: str, **options):
-    options = SIZES | MODELS[name] | {"use_cache": True} | options
-    return transformers.AutoConfig.for_model(name, **options)
-
-
 def model_of(name: str, dtype=torch.float32, **options) -> nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(name, **options), dtype=dtype)
+    options = SIZES | MODELS[name] | {"use_cache": True} | options
+    config = transformers.AutoConfig.for_model(name, **options)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -9,19 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT, output_of
 
 import moe_ext
 from moe_ext import build
 from moe_ext.ops import registry
 
-ROOT = Path(__file__).resolve().parents[2]
 CPP = ROOT / "examples" / "cpp"
 
 
 def cmake(*command: str) -> None:
-    program = shutil.which(
-        "cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    program = shutil.which("cmake", path=path)
     assert program, "cmake is in the extra `test`"
     done = subprocess.run([program, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -146,9 +145,7 @@ for dtype in (torch.bfloat16, torch.float16):
             torch.testing.assert_close(out[mine].double(), exact, rtol=eps, atol=1e-4)
             torch.testing.assert_close(outer[e].double(), y.T @ x, rtol=eps, atol=1e-2)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.strip() == "[[1, 0], [2, 3]]"
+    assert output_of("-c", code) == "[[1, 0], [2, 3]]\n"
     if registers == 32:
         check_installation(tmp_path)
 

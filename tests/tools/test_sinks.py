@@ -33,13 +33,14 @@ def test_equal_steps_stay_separate_readings(run, tmp_path):
     """Also after a reading without training: a reading begins with its training lines."""
     reading = run[0][1][1]
     sink = JsonLines(tmp_path / "run.jsonl")
-    for written in (reading._replace(train={}), reading, reading):
+    without = reading._replace(train={})
+    for written in (without, without, reading, reading):
         sink(written, 7)
     again = list(read_json_lines(sink.path))
-    assert [step for step, _ in again] == [7, 7, 7]
+    assert [step for step, _ in again] == [7, 7, 7, 7]
     both = ["0", "1"]
     names = [(list(read.train), list(read.eval)) for _, read in again]
-    assert names == [([], both), (both, both), (both, both)]
+    assert names == [([], both), ([], both), (both, both), (both, both)]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
