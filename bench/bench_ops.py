@@ -187,9 +187,11 @@ def peers_of(
         elif reason := peer.missing(o.tokens.device):
             excluded[peer.name] = reason
         else:
-            function = peer.make(o)
-            result = as_tuple(getattr(function, "read", as_tuple)(function()))
-            compare_results(peer.name, result, call(case), tolerance if case.tolerance else 0.0)
+            made = peer.make(o)
+            function, read = made if isinstance(made, tuple) else (made, as_tuple)
+            compare_results(
+                peer.name, read(function()), call(case), tolerance if case.tolerance else 0.0
+            )
             functions[peer.name] = function
     return functions, excluded
 

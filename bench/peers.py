@@ -1,7 +1,8 @@
 """Other implementations of our operators, behind one interface. `OPERATORS` lists them.
 
-`make(operands)` gives a function without arguments that returns what ours returns. A peer whose
-package or device is missing is named, with what it needs.
+`make(operands)` gives a function without arguments that returns what ours returns, or a function
+and another, not timed, that turns its result into ours. A peer whose package or device is missing
+is named, with what it needs.
 """
 
 import importlib.util
@@ -138,10 +139,10 @@ def _deepspeed_gate(o: Operands) -> Callable:
     return gate
 
 
-def _deepspeed_encode(o: Operands) -> Callable:
+def _deepspeed_encode(o: Operands) -> tuple[Callable, Callable]:
     routes = _DeepSpeedRoutes(o)
     encode, args = routes.module._sparse_encode, (routes.slots, routes.num_experts, routes.capacity)
-    return Seen(lambda: encode(o.tokens, *args).flatten(0, 1), routes.read)
+    return (lambda: encode(o.tokens, *args).flatten(0, 1), routes.read)
 
 
 def _deepspeed_decode(o: Operands) -> Callable:
@@ -151,11 +152,11 @@ def _deepspeed_decode(o: Operands) -> Callable:
     return lambda: (decode(buffer, routes.slots, weights, routes.num_tokens),)
 
 
-def _deepspeed_encode_dense(o: Operands) -> Callable:
+def _deepspeed_encode_dense(o: Operands) -> tuple[Callable, Callable]:
     routes = _DeepSpeedRoutes(o)
     mask = routes.mask(torch.ones_like(o.weights)).to(o.tokens.dtype)
     einsum = routes.module.einsum
-    return Seen(lambda: einsum("sec,sm->ecm", mask, o.tokens).flatten(0, 1), routes.read)
+    return (lambda: einsum("sec,sm->ecm", mask, o.tokens).flatten(0, 1), routes.read)
 
 
 def _deepspeed_decode_dense(o: Operands) -> Callable:
@@ -165,23 +166,13 @@ def _deepspeed_decode_dense(o: Operands) -> Callable:
     return lambda: (routes.module.einsum("sec,ecm->sm", mask, buffer),)
 
 
-class Seen:
-    """A function, and `read`, which turns its result into ours and is not timed."""
-
-    def __init__(self, function: Callable, read: Callable) -> None:
-        self.function, self.read = function, read
-
-    def __call__(self):
-        return self.function()
-
-
 def _moe_ops_gate(o: Operands) -> Callable:
     from moe_ops import fused_topk_softmax
 
     return lambda: fused_topk_softmax(o.logits, o.top_k)
 
 
-def _moe_ops_permute(o: Operands) -> Callable:
+def _moe_ops_permute(o: Operands) -> tuple[Callable, Callable]:
     from moe_ops import permute
 
     experts, E = o.plan.expert_ids, o.plan.num_experts
@@ -192,7 +183,7 @@ def _moe_ops_permute(o: Operands) -> Callable:
         rows, places, _ = out
         return (rows[places.view(K, T).t().flatten()[o.plan.sources.long()].long()],)
 
-    return Seen(lambda: permute(o.tokens, experts, 0, E), read)
+    return (lambda: permute(o.tokens, experts, 0, E), read)
 
 
 def _moe_ops_unpermute(o: Operands) -> Callable:
@@ -203,11 +194,11 @@ def _moe_ops_unpermute(o: Operands) -> Callable:
     return lambda: (unpermute(o.rows, places, o.weights, T, K),)
 
 
-def _liger_plan(o: Operands) -> Callable:
+def _liger_plan(o: Operands) -> tuple[Callable, Callable]:
     from liger_kernel.ops.fused_moe import compute_routing_metadata
 
     experts, num_experts = o.plan.expert_ids, o.plan.num_experts
-    return Seen(
+    return (
         lambda: compute_routing_metadata(experts, num_experts),
         lambda out: (out[4].view(experts.shape), out[3], out[1], out[0]),
     )

@@ -250,11 +250,6 @@ def test_a_toolkit_of_another_major_version_is_reported(card, monkeypatch, tmp_p
     assert doctor._facts()["toolkit"] == {"cuda": "12.4", "path": str(tmp_path)}
 
 
-def test_the_fix_for_kernels_left_out_on_purpose(card, monkeypatch):
-    monkeypatch.setenv("FORCE_CUDA", "0")
-    assert libraries()[1][-1].fix.startswith("unset FORCE_CUDA to build both; then pip")
-
-
 @pytest.mark.parametrize("built_for", ["7.5,8.0+PTX,9.0+PTX", "7.5,8.0"])
 def test_a_card_without_machine_code_or_ptx_is_a_problem(card, monkeypatch, tmp_path, built_for):
     library = tmp_path / "_C_cuda.abi3.so"
