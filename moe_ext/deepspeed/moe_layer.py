@@ -69,12 +69,9 @@ class MOELayer(Layer):
         options.integer("MOELayer", "ep_size", ep_size, 1)
         if num_local_experts is None:
             num_local_experts = _num_experts(experts)
-        is_own = isinstance(experts, Experts)
-        here = (
-            getattr(experts, "num_local_experts", num_local_experts)
-            if is_own
-            else num_local_experts
-        )
+        here, is_own = num_local_experts, isinstance(experts, Experts)
+        if is_own:
+            here = getattr(experts, "num_local_experts", num_local_experts)
         if ep_size > 1 and here < num_local_experts:
             raise ValueError(
                 f"MOELayer: ep_size must be 1 with experts that are ExpertParallel, got {ep_size}"

@@ -74,11 +74,8 @@ def test_expert_bias_changes_the_choice_not_the_weights():
     routing = gate.route(x)
     assert (chosen(routing)[:, 0] == 7).all()
     assert torch.equal(routing.probs, plain.probs)
-    assert torch.equal(routing.weights, _normalized(routing.probs.gather(-1, chosen(routing))))
-
-
-def _normalized(weights):
-    return weights / weights.sum(-1, keepdim=True)
+    weights = routing.probs.gather(-1, chosen(routing))
+    assert torch.equal(routing.weights, weights / weights.sum(-1, keepdim=True))
 
 
 def test_updates_of_the_bias_balance_the_load():

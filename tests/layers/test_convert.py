@@ -30,25 +30,21 @@ E, H, FFN = 3, 6, 5
 PREFIX = "model.layers.0.mlp.experts."
 SEQUENTIAL = deepspeed(PerExpert(up="0", down="2"))
 
-GATED = {
-    "mixtral": MIXTRAL,
-    "qwen": QWEN,
-    "deepspeed of mixtral": deepspeed(MIXTRAL),
-    "grouped": GROUPED,
-    "transposed": Stacked(transposed=True),
-    "interleaved": Stacked(interleaved=True),
-    "gpt-oss": GPT_OSS,
+LAYOUTS = {
+    "mixtral": (MIXTRAL, True),
+    "qwen": (QWEN, True),
+    "deepspeed of mixtral": (deepspeed(MIXTRAL), True),
+    "grouped": (GROUPED, True),
+    "transposed": (Stacked(transposed=True), True),
+    "interleaved": (Stacked(interleaved=True), True),
+    "gpt-oss": (GPT_OSS, True),
+    "nemotron": (NEMOTRON, False),
+    "sequential": (SEQUENTIAL, False),
+    "wi, wo": (deepspeed(PerExpert(up="wi", down="wo")), False),
+    "grouped without gate": (GROUPED, False),
+    "transposed without gate": (Stacked(transposed=True), False),
 }
-UNGATED = {
-    "nemotron": NEMOTRON,
-    "sequential": SEQUENTIAL,
-    "wi, wo": deepspeed(PerExpert(up="wi", down="wo")),
-    "grouped without gate": GROUPED,
-    "transposed without gate": Stacked(transposed=True),
-}
-CASES = [(layout, True) for layout in GATED.values()]
-CASES += [(layout, False) for layout in UNGATED.values()]
-layouts = pytest.mark.parametrize(("layout", "gated"), CASES, ids=[*GATED, *UNGATED])
+layouts = pytest.mark.parametrize(("layout", "gated"), LAYOUTS.values(), ids=LAYOUTS)
 
 
 def grouped_experts(gated=True, bias=True, num_experts=E, **options) -> GroupedExperts:
