@@ -243,20 +243,3 @@ def test_experts_compiled_in_place_are_used():
     layer.experts.compile(backend=backend)
     layer(torch.randn(6, 8))
     assert len(compiled) == 1
-
-
-def test_an_attribute_may_have_the_name_of_a_method():
-    """Experts written for DeepSpeed may have such an attribute."""
-
-    class Own(nn.Module):
-        num_experts = 4
-
-        def __init__(self):
-            super().__init__()
-            self.routed = nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.routed(x)
-
-    layer = MOELayer(TopKGate(8, 4), Own())
-    assert layer(torch.randn(6, 8)).shape == (6, 8)
