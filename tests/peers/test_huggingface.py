@@ -47,7 +47,7 @@ MODELS = {
         | {"expert_bias": True},
     ),
 }
-# What transformers calls the options.
+# The names of the options in transformers.
 CONFIG = {"k": "num_experts_per_tok", "scoring": "scoring_func", "scale": "routed_scaling_factor"}
 CONFIG |= {"num_groups": "n_group", "topk_groups": "topk_group"}
 

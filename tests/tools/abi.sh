@@ -9,7 +9,7 @@ for torch in "torch==2.10.*" "torch"; do
     rm -rf .venv-abi
     "${PYTHON:-python3}" -m venv .venv-abi
     bin="$root/.venv-abi/bin"
-    "$bin/pip" install --quiet "$torch" pytest numpy expecttest hypothesis tqdm matplotlib
+    "$bin/pip" install --quiet "$torch" pytest numpy expecttest tqdm matplotlib
     "$bin/pip" install --quiet --no-deps dist/cpu/*.whl
     if [ "$torch" != torch ]; then
         # What binds the CUDA kernels, against the oldest headers; the kernels see none of torch.

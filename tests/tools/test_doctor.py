@@ -198,7 +198,7 @@ def test_the_fix_installs_from_the_original_source(monkeypatch, tmp_path, direct
     assert doctor._source() == f"-e {tmp_path}"
 
 
-# What a torch with CUDA would say, on a machine without one.
+# The facts of a torch with CUDA, on a machine without one.
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_without_a_card_there_is_no_problem(card, monkeypatch):
     said, problems = libraries()
     assert said["_C_cuda"]["error"] == "no CUDA kernels were built"
     assert [p for p in problems if "cuda" in p.problem] == []
-    # What a build for a machine with a GPU would take is told all the same.
+    # doctor still names the toolkit that a build for a GPU would use.
     assert said["_C_cuda"]["fix"].endswith(doctor.AGAIN)
     text = str(doctor.examine())
     assert f"a machine with a GPU\n fix: {said['_C_cuda']['fix']}\nOK" in text

@@ -67,7 +67,7 @@ def test_watch_experts(tmp_path):
     assert idle["none"] >= 4
     assert max(idle["loss"], idle["bias"]) <= 1
     assert said.count("a bar for an expert") == 9
-    # What idle experts cost is the example's message.
+    # The example's message is the cost of idle experts.
     none, loss, bias = numbers(r"(?m)^(?:none|loss|bias) +([\d.]+)$", said)
     assert none > 1.2 * max(loss, bias)
 
@@ -79,7 +79,7 @@ def test_fsdp2_and_experts_on_two_processes():
     losses = [numbers(r"step \d+: loss ([\d.]+)", said) for said in (one, two)]
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
     assert losses[0][1] < losses[0][0]
-    # What both processes' tokens asked for.
+    # The load counts the tokens of both ranks.
     tables = [numbers(r"\d+\.\d+", said[said.index(" rank") :]) for said in (one, two)]
     assert tables[1] == pytest.approx(tables[0], abs=0.02)
 
