@@ -11,14 +11,15 @@ under deepspeed.initialize, which needs DeepSpeed:
 
 import argparse
 import os
+import random
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-from moe_ext.cli.gpt import load_corpus
 
 # Before: from deepspeed.moe.layer import MoE, and so on.
 from moe_ext.deepspeed.layer import MoE
@@ -28,6 +29,14 @@ from moe_ext.deepspeed.utils import (
 )
 
 CONTEXT, WIDTH, BATCH = 16, 64, 256
+
+
+def python_sources(limit: int = 2_000_000) -> torch.Tensor:
+    """Bytes of the standard library. [limit] int64."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    random.Random(0).shuffle(files)
+    text = b"".join(path.read_bytes() for path in files)[:limit]
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
 class Expert(nn.Module):
@@ -99,6 +108,7 @@ def main() -> None:
         parser.error("--steps and --ep-size must be at least 1")
     torch.manual_seed(args.seed)
 
+    data = python_sources()
     model = Model(args.ep_size)
     assert has_moe_layers(model) == (True, 8)
     if args.engine:
@@ -111,10 +121,10 @@ def main() -> None:
         optimizer = torch.optim.AdamW(groups, lr=2e-3)
         engine, rank, device = model, 0, torch.device("cpu")
     draws = torch.Generator().manual_seed(args.seed + rank)
-    windows = load_corpus().train.unfold(0, CONTEXT + 1, 1)
+    windows = data.unfold(0, CONTEXT + 1, 1)
     disable = None if rank == 0 else True
     for step in (bar := tqdm(range(args.steps), unit="step", disable=disable)):
-        batch = windows[torch.randint(len(windows), (BATCH,), generator=draws)].to(device).long()
+        batch = windows[torch.randint(len(windows), (BATCH,), generator=draws)].to(device)
         logits, l_aux = engine(batch[:, :-1])
         loss = F.cross_entropy(logits, batch[:, -1])
         if args.engine:
