@@ -123,7 +123,7 @@ def test_auto_ep_replaces_transformers_experts_and_check_says_so():
 
 @pytest.mark.parametrize("package", ["moe_ext", f"{OURS}.sharded_moe"])
 def test_auto_ep_is_refused_by_our_layer(package):
-    """docs/troubleshooting.md has this text."""
+    """docs/deepspeed.md describes it."""
     pytest.importorskip("transformers", reason="needs the extra peers")
     with pytest.raises(RuntimeError, match="AutoEP cannot replace a layer of moe_ext"):
         on_processes(1, _auto_ep, package)
