@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from faults import E, H, T, error_of, layer_of, run_out_of_step
+from parallel_faults import E, H, T, error_of, layer_of, run_out_of_step
 from processes import Processes, on_processes
 from torch.distributed.device_mesh import init_device_mesh
 

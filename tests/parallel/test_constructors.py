@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from faults import E, H, T, error_of
+from parallel_faults import E, H, T, error_of
 from processes import on_processes
 from torch import nn
 

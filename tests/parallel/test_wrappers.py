@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from faults import error_of
+from parallel_faults import error_of
 from processes import on_processes
 from test_expert_parallel import CountCollectives
 from test_training import E, H, T, batch, divided, loss_of, model_of
