@@ -122,27 +122,13 @@ class MOELayer(Layer):
                 ep_group_name=self.ep_group_name,
             )
 
-    def forward_with_aux(
-        self,
-        hidden: Tensor,
-        used_token: Tensor | None = None,
-        *,
-        expert_ids: Tensor | None = None,
+    def _forward(
+        self, hidden: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
     ) -> tuple[Tensor, Aux]:
-        """`forward` without side effects, but for `time_moe`.
-
-        Args:
-            hidden: as for `forward`
-            used_token: as for `forward`
-            expert_ids: as for `forward`
-
-        Returns:
-            (out, Aux(l_aux, exp_counts, expert_ids))
-        """
         if not self.wall_clock_breakdown:
-            return super().forward_with_aux(hidden, used_token, expert_ids=expert_ids)
+            return super()._forward(hidden, used_token, expert_ids)
         with self.timers.time(MOE_TIMER):
-            result = super().forward_with_aux(hidden, used_token, expert_ids=expert_ids)
+            result = super()._forward(hidden, used_token, expert_ids)
         self.time_moe = self.timers(MOE_TIMER).elapsed(reset=False)
         return result
 
