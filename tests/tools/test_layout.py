@@ -12,10 +12,9 @@ import moe_ext
 
 PACKAGE = Path(moe_ext.__file__).parent
 
-# From the bottom. What stands on a floor imports from lower floors and from its own floor.
+# From the bottom. A module imports from lower floors, and from its own floor.
 FLOORS = [
-    {"options", "toolkit"},
-    {"ops"},
+    {"options", "toolkit", "ops"},
     {"routing", "experts"},
     {"process_group", "parallel"},
     {"layer"},
