@@ -26,7 +26,7 @@ ORDERS := reverse random1 random2 random3
 LAWS := $(addprefix tests/ops/test_,activate.py gate.py mask_weights.py plan.py rows.py)
 
 # NVIDIA's sanitizer runs every kernel, without the many calls of gradcheck.
-SANITIZER = $(shell $(BIN)/python moe_ext/build.py toolkit | cut -d';' -f1)/bin/compute-sanitizer
+SANITIZER = $(shell $(BIN)/python moe_ext/toolkit.py | cut -d';' -f1)/bin/compute-sanitizer
 SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 	$(addprefix tests/ops/test_,gate.py plan.py mask_weights.py rows.py launches.py)
 

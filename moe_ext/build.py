@@ -1,12 +1,7 @@
-"""Build the working tree's C++ and CUDA sources at run time: `jit`, for development.
-
-The names of toolkit.py are here too. `python moe_ext/build.py toolkit` tells CMake where the CUDA
-toolkit is.
-"""
+"""Build the working tree's C++ and CUDA sources at run time: `jit`, for development."""
 
 import hashlib
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -14,48 +9,22 @@ import tempfile
 import warnings
 from pathlib import Path
 
-if __package__:
-    from .toolkit import (
-        NO_COMPILER,
-        ROOT,
-        Toolkit,
-        ToolkitChoice,
-        architectures,
-        choose_toolkit,
-        compile_flags,
-        cuda_binding_flags,
-        cuda_flags,
-        cuda_link_flags,
-        cuda_sources,
-        find_compiler,
-        find_toolkit,
-        headers,
-        prepare_cuda,
-        require_toolkit,
-        sources,
-    )
-else:  # run as a script
-    runpy.run_path(str(Path(__file__).with_name("toolkit.py")), run_name="__main__")
-    sys.exit()
-
-__all__ = [
-    "ROOT",
-    "Toolkit",
-    "ToolkitChoice",
-    "architectures",
-    "choose_toolkit",
-    "cmake_prefix_path",
-    "compile_flags",
-    "cuda_sources",
-    "find_compiler",
-    "find_toolkit",
-    "headers",
-    "jit",
-    "jit_dev",
-    "prepare_cuda",
-    "require_toolkit",
-    "sources",
-]
+from .toolkit import (
+    NO_COMPILER,
+    ROOT,
+    Toolkit,
+    architectures,
+    compile_flags,
+    cuda_binding_flags,
+    cuda_flags,
+    cuda_link_flags,
+    cuda_sources,
+    find_compiler,
+    find_toolkit,
+    headers,
+    require_toolkit,
+    sources,
+)
 
 
 def cmake_prefix_path() -> str:
@@ -199,7 +168,11 @@ def _compile(load: dict, folder: Path, toolkit: Toolkit | None, verbose: bool) -
     In a process of its own: cpp_extension.load would load the library from a path that changes.
     """
     flags = load.get("extra_ldflags", [])
+    environment = {}
     if toolkit:
+        environment["CUDA_HOME"] = str(toolkit.root)
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        environment["TORCH_CUDA_ARCH_LIST"] = listed or architectures(toolkit)
         # cpp_extension.load links -lcudart too, which some toolkits lack. An empty archive of that
         # name serves, and the static runtime is used.
         (folder / "libcudart.a").write_bytes(b"!<arch>\n")
@@ -211,23 +184,12 @@ def _compile(load: dict, folder: Path, toolkit: Toolkit | None, verbose: bool) -
         "is_python_module": False,
         "verbose": verbose,
     }
-    prepare = f"toolkit.prepare_cuda(toolkit.{toolkit!r})" if toolkit else ""
-    finder = Path(__file__).resolve().with_name("toolkit.py")
-    code = f"""
-import importlib.util
-from pathlib import PosixPath
-from torch.utils import cpp_extension
-spec = importlib.util.spec_from_file_location("toolkit", {str(finder)!r})
-toolkit = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toolkit)
-{prepare}
-cpp_extension.load(**{arguments!r})
-"""
+    code = f"from torch.utils import cpp_extension; cpp_extension.load(**{arguments!r})"
     # ninja is beside Python, also in a virtual environment that is not activated.
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PATH": path},
+        env=os.environ | environment | {"PATH": path},
         stdout=None if verbose else subprocess.PIPE,
         stderr=None if verbose else subprocess.STDOUT,
         text=True,

@@ -265,13 +265,6 @@ def find_compiler() -> str | None:
     return path if run.returncode == 0 else None
 
 
-def main() -> None:
-    """`build.py toolkit`, for CMake: print the toolkit's root and headers as a CMake list."""
-    if sys.argv[1:] != ["toolkit"]:
-        sys.exit("usage: python moe_ext/build.py toolkit")
+if __name__ == "__main__":  # for CMake: print the toolkit's root and headers as a CMake list
     found = find_toolkit()
     sys.exit("no CUDA toolkit found") if found is None else print(f"{found.root};{found.include}")
-
-
-if __name__ == "__main__":
-    main()

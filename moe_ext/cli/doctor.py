@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import build
+from .. import toolkit
 from ..ops import reference, registry, samples
 
 # A text that csrc/cuda_ops.cpp puts into the library.
@@ -29,8 +29,8 @@ ARCHITECTURES = re.compile(rb"moe_ext built for compute capability ([0-9a-zA-Z.+
 
 def _source() -> str:
     """The argument of pip install: the folder of the sources, where it is known."""
-    if (build.ROOT / "setup.py").exists():
-        return f"-e {build.ROOT}"
+    if (toolkit.ROOT / "setup.py").exists():
+        return f"-e {toolkit.ROOT}"
     try:
         text = importlib.metadata.distribution("moe_ext").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
@@ -140,7 +140,7 @@ class Report(NamedTuple):
 
 def _table(facts: dict) -> dict[str, str]:
     """The facts as text by name."""
-    cpu, compiler, toolkit = facts["cpu"], facts["compiler"], facts["toolkit"]
+    cpu, compiler, found = facts["cpu"], facts["compiler"], facts["toolkit"]
     threads = f"{cpu['threads']} thread{'s' * (cpu['threads'] > 1)}"
     cuda = facts["torch"]["cuda"]
     table = {
@@ -150,7 +150,7 @@ def _table(facts: dict) -> dict[str, str]:
         "torch": f"{facts['torch']['version']}, {f'for CUDA {cuda}' if cuda else 'without CUDA'}",
         "CPU": f"{cpu['capability']}, {cpu['cores']} cores, torch uses {threads}",
         "compiler": "{path}, {version}".format(**compiler) if compiler else "none works",
-        "CUDA toolkit": "{cuda}, {path}".format(**toolkit) if toolkit else "none found",
+        "CUDA toolkit": "{cuda}, {path}".format(**found) if found else "none found",
     }
     if cuda and not facts["cards"]:
         table["card"] = "none that torch can use; if there is one, run nvidia-smi"
@@ -185,7 +185,7 @@ def examine() -> Report:
 def _facts() -> dict:
     from .. import __version__
 
-    toolkit = build.choose_toolkit().toolkit or build.find_toolkit()
+    found = toolkit.choose_toolkit().toolkit or toolkit.find_toolkit()
     return {
         "moe_ext": {"version": __version__, "path": str(Path(__file__).parents[1])},
         "python": {"version": platform.python_version(), "path": sys.executable},
@@ -193,7 +193,7 @@ def _facts() -> dict:
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
         "cpu": _cpu(),
         "compiler": _compiler(),
-        "toolkit": {"cuda": toolkit.name, "path": str(toolkit.root)} if toolkit else None,
+        "toolkit": {"cuda": found.name, "path": str(found.root)} if found else None,
         "cards": [
             {"name": torch.cuda.get_device_name(i), "compute_capability": _capability_name(i)}
             for i in range(_num_cards())
@@ -244,7 +244,7 @@ def _capability_name(card: int) -> str:
 
 
 def _compiler() -> dict | None:
-    path = build.find_compiler()
+    path = toolkit.find_compiler()
     if path is None:
         return None
     run = subprocess.run([path, "--version"], capture_output=True, text=True)
@@ -258,11 +258,11 @@ def _libraries(problems: list[Problem]) -> dict[str, dict]:
     cuda |= {"fix": None, "built_for": None}
     if libraries.library is None:
         cuda["error"] = "not looked for without _C"
-        has_compiler = build.find_compiler() is not None
+        has_compiler = toolkit.find_compiler() is not None
         fix = AGAIN if has_compiler else f"install a C++ compiler or set CXX to one; then {AGAIN}"
         problems.append(Problem(f"the CPU library is not used: {libraries.load_error}", fix))
     elif libraries.cuda_library is None and torch.version.cuda is not None:
-        choice = build.choose_toolkit()
+        choice = toolkit.choose_toolkit()
         cuda["fix"] = f"{choice.fix}; then {AGAIN}" if choice.fix else AGAIN
         problem = f"operators on cuda run as plain PyTorch: {libraries.cuda_load_error}"
         problems += [Problem(problem, cuda["fix"])] if _num_cards() else []

@@ -17,6 +17,7 @@ def python(*arguments, cwd: Path = ROOT, **environment) -> subprocess.CompletedP
         env=os.environ | environment,
         capture_output=True,
         text=True,
+        timeout=900,
     )
 
 

@@ -3,33 +3,20 @@
 import json
 import os
 import re
+import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import python
 
 import moe_ext
-from moe_ext import build
 from moe_ext import toolkit as finder
 from moe_ext.__main__ import main
 from moe_ext.cli import doctor
-from moe_ext.monitor.sinks import JsonLines
 from moe_ext.ops import registry
-
-LIBRARY = Path(moe_ext.__file__).parent
-
-
-def python(*arguments, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_every_operator_is_tested_on_every_device():
@@ -63,16 +50,11 @@ def test_an_infinite_error_is_null_in_json():
 
 
 @pytest.mark.parametrize("command", ["doctor", "plot"])
-def test_a_closed_pipe_ends_without_a_traceback(monkeypatch, tmp_path, command):
+def test_a_closed_pipe_ends_without_a_traceback(monkeypatch, run, command):
     """As `head -1` is."""
-    run_file = tmp_path / "run.jsonl"
-    layer = moe_ext.MOELayer(moe_ext.TopKGate(8, 4), moe_ext.GroupedExperts(4, 8, 6))
-    stats = moe_ext.stats.track(layer)
-    layer(torch.randn(3, 8))
-    JsonLines(run_file)(stats.read(), step=1)
     reader, writer = os.pipe()
     os.close(reader)
-    arguments = {"doctor": ["doctor"], "plot": ["plot", "--text", str(run_file)]}
+    arguments = {"doctor": ["doctor"], "plot": ["plot", "--text", str(run[1])]}
     with open(writer, "w") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
         monkeypatch.setattr(sys, "argv", ["moe_ext", *arguments[command]])
@@ -134,12 +116,8 @@ def test_a_wrong_result_is_found(monkeypatch, name, change, found):
 @pytest.fixture
 def tree(tmp_path):
     """The package alone, with a library that is none."""
-    copy = tmp_path / "moe_ext"
-    copy.mkdir()
-    for path in LIBRARY.rglob("*.py"):
-        target = copy / path.relative_to(LIBRARY)
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(path.read_text())
+    ignore = shutil.ignore_patterns("_C*", "__pycache__")
+    shutil.copytree(Path(moe_ext.__file__).parent, tmp_path / "moe_ext", ignore=ignore)
     return tmp_path
 
 
@@ -191,7 +169,7 @@ def test_the_fix_installs_from_the_original_source(monkeypatch, tmp_path, direct
             assert name == "direct_url.json"
             return direct_url
 
-    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(finder, "ROOT", tmp_path)
     monkeypatch.setattr(doctor.importlib.metadata, "distribution", lambda name: Distribution())
     assert doctor._source() == source
     (tmp_path / "setup.py").touch()
@@ -236,11 +214,9 @@ def test_a_card_without_kernels_is_a_problem(card, monkeypatch):
 
 
 def test_a_toolkit_of_another_major_version_is_reported(card, monkeypatch, tmp_path):
-    toolkit = build.Toolkit(tmp_path, tmp_path, (12, 4))
-    for module in (build, finder):
-        monkeypatch.setattr(
-            module, "find_toolkit", lambda major=None: toolkit if major in (None, 12) else None
-        )
+    toolkit = finder.Toolkit(tmp_path, tmp_path, (12, 4))
+    found = {None: toolkit, 12: toolkit}
+    monkeypatch.setattr(finder, "find_toolkit", lambda major=None: found.get(major))
     loaded = registry.Libraries()
     loaded._load_cuda(tmp_path / "_C.abi3.so")
     why = f"torch {torch.__version__} is for CUDA 13.0, the toolkit at {tmp_path} is CUDA 12.4"

@@ -1,17 +1,14 @@
 """Each example runs on small settings, prints the results that it promises, and learns."""
 
-import os
 import re
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from scripts import ROOT, output_of, python
 
 from moe_ext.monitor.sinks import read_json_lines
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 # One process on a GPU and two on the CPU, which torchrun gives one thread, would not be alike.
 ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -23,17 +20,9 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def run(name: str, *arguments, launcher: tuple[str, ...] = (), cwd: Path | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / name), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, **ALONE, "MASTER_PORT": str(free_port())},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(name: str, *arguments, launcher: tuple[str, ...] = ()) -> str:
+    environment = ALONE | {"MASTER_PORT": str(free_port())}
+    return output_of(*launcher, EXAMPLES / name, *arguments, **environment)
 
 
 def numbers(pattern: str, text: str) -> list[float]:
@@ -108,9 +97,7 @@ def test_arguments_out_of_range_are_refused(arguments, message):
     name, *arguments = arguments.split()
     if name == "finetune_mixtral.py":
         pytest.importorskip("transformers", reason="needs the extra peers")
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True
-    )
+    done = python(EXAMPLES / name, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

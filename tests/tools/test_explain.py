@@ -7,7 +7,7 @@ import torch
 from scripts import output_of
 
 import moe_ext
-from moe_ext import GroupedExperts, MOELayer, TopKGate
+from moe_ext import GroupedExperts, MOELayer, TopKGate, profiling, stats
 from moe_ext.ops import registry, torch_grouped_mm
 
 E, H = 4, 16
@@ -96,10 +96,13 @@ def test_explain_takes_any_module():
     assert found.notes == ["Linear has no MOELayer, nor experts of transformers"]
 
 
-def test_monitoring_refuses_what_is_not_a_module():
-    for watch in (moe_ext.explain, moe_ext.stats.track, moe_ext.profiling.ranges):
+def test_monitoring_refuses_what_has_no_layers():
+    for watch in (moe_ext.explain, stats.track, profiling.ranges):
         with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
             watch(lambda x: x)
+    for name, watch in (("stats.track", stats.track), ("profiling.ranges", profiling.ranges)):
+        with pytest.raises(ValueError, match=f"{name}: model must have a MOELayer.* got a Linear"):
+            watch(torch.nn.Linear(2, 2))
 
 
 def test_explain_shows_where_16_bit_products_run_in_float32():

@@ -32,6 +32,14 @@ def drawn(monkeypatch) -> list:
     return figures
 
 
+def assert_refused(done: SimpleNamespace, text: str) -> None:
+    """The command ends with code 2 and one line on stderr that has the text."""
+    assert done.code == 2
+    assert done.err.startswith("moe_ext plot: ")
+    assert text in done.err
+    assert len(done.err.splitlines()) == 1
+
+
 def layer_of(*load: int, **numbers) -> stats.LayerStats:
     counts = torch.tensor(load)
     return stats.LayerStats(4, 1, counts, counts, **numbers)
@@ -63,24 +71,16 @@ def test_plot_refuses_a_wrong_file_in_one_line(command, tmp_path, text):
     path = tmp_path / "run.jsonl"
     if text is not None:
         path.write_bytes(text)
-    done = command(path)
-    assert done.code == 2
-    assert done.err.startswith("moe_ext plot: ")
-    assert str(path) in done.err
-    assert len(done.err.splitlines()) == 1
+    assert_refused(command(path), str(path))
 
 
 def test_plot_refuses_a_wrong_layer_or_folder(run, command, tmp_path):
     done = command(run[1], "--layer", "ffn", "--text")
-    assert (done.code, done.out) == (2, "")
-    assert done.err == "moe_ext plot: --layer must be 0 or 1, got ffn\n"
+    assert_refused(done, "--layer must be 0 or 1, got ffn")
+    assert done.out == ""
     out = tmp_path / "out"
     out.write_text("")
-    done = command(run[1], "--out", out)
-    assert done.code == 2
-    assert done.err.startswith("moe_ext plot: ")
-    assert str(out) in done.err
-    assert len(done.err.splitlines()) == 1
+    assert_refused(command(run[1], "--out", out), str(out))
 
 
 def test_a_heat_map_shows_shares_on_one_scale(drawn, tmp_path):
@@ -101,8 +101,8 @@ def test_pictures_have_titles_and_named_axes(run, drawn, tmp_path):
     curves = {"moe, held out": [(1, 2.0)], "moe, training": [(1, 3.0)]}
     plot.plot_curves(curves, tmp_path, "loss of a model", "bits per byte")
     titles = [figure.axes[0].get_title() for figure in drawn]
-    for title, words in zip(titles, ("Load", "evenly", "over time", "Pairs", "loss"), strict=True):
-        assert words in title
+    words = ("Load", "evenly", "over time", "Pairs", "loss")
+    assert all(word in title for word, title in zip(words, titles, strict=True))
     assert all(mark in title for title in titles[:2] for mark in ("training", "step 40"))
     for axes in (axes for figure in drawn for axes in figure.axes):
         is_scale = axes.get_label() == "<colorbar>"

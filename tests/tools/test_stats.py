@@ -22,9 +22,13 @@ def layer_of(k: int = 2, **options) -> MOELayer:
     return MOELayer(TopKGate(H, E, k, **options), GroupedExperts(E, H, 8))
 
 
-def routings(layer: MOELayer, *calls) -> list:
-    """Route each input by the gate of the layer."""
-    return [layer.gate.route(x) for x in calls]
+def assert_of_plans(read: stats.LayerStats, layer: MOELayer, *calls) -> list:
+    """Compare counts with the plans of these inputs, by the layer's gate. Returns the routings."""
+    made = [layer.gate.route(x) for x in calls]
+    assert (read.calls, read.tokens) == (len(calls), sum(map(len, calls)))
+    assert torch.equal(read.load, sum(r.plan.load for r in made).long())
+    assert torch.equal(read.kept, sum(r.plan.kept() for r in made).long())
+    return made
 
 
 def counted(layer: MOELayer, *calls, detailed: bool = False) -> stats.LayerStats:
@@ -37,18 +41,13 @@ def counted(layer: MOELayer, *calls, detailed: bool = False) -> stats.LayerStats
 
 @pytest.fixture
 def inputs():
-    torch.manual_seed(0)
     return [torch.randn(T, H), torch.randn(17, H)]
 
 
 def test_counts_are_those_of_the_plans(inputs):
     layer = layer_of(capacity_factor=0.7)
     read = counted(layer, *inputs)
-    made = routings(layer, *inputs)
-    assert read.calls == 2
-    assert read.tokens == T + 17
-    assert torch.equal(read.load, sum(r.plan.load for r in made).long())
-    assert torch.equal(read.kept, sum(r.plan.kept() for r in made).long())
+    made = assert_of_plans(read, layer, *inputs)
     dropped = sum(int((r.plan.slots < 0).sum()) for r in made)
     assert dropped > 0
     assert read.dropped == pytest.approx(dropped / (2 * (T + 17)))
@@ -88,21 +87,15 @@ def test_padding_does_not_count(inputs, detailed):
     used = torch.cat([torch.ones(T), torch.zeros(5)])
     layer(padded, used)
     read = counting.read().train["MOELayer"]
-    assert read.tokens == T
-    assert torch.equal(read.load, without.load)
-    if detailed:
-        torch.testing.assert_close(read.importance, without.importance)
-        assert read.router_entropy == pytest.approx(without.router_entropy)
-        assert read.z_loss == pytest.approx(without.z_loss)
-        assert read.agreement == without.agreement == 1
-        assert torch.equal(read.pairs, without.pairs)
+    # l_aux is the gate's, which averages over all tokens.
+    torch.testing.assert_close(read._replace(l_aux=without.l_aux), without, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("scoring", moe_ext.ops.checks.SCORINGS)
 def test_detailed_numbers_follow_their_definitions(inputs, scoring):
     layer = layer_of(k=3, scoring=scoring, drop_tokens=False)
     read = counted(layer, inputs[0], detailed=True)
-    (routing,) = routings(layer, inputs[0])
+    (routing,) = assert_of_plans(read, layer, inputs[0])
     shares = routing.probs / routing.probs.sum(-1, keepdim=True)
     torch.testing.assert_close(read.importance, shares.double().mean(0))
     entropy = -(shares * shares.log()).sum(-1).mean() / math.log(E)
@@ -165,13 +158,9 @@ def test_compiled_layers_count_like_eager_ones(inputs, wrap, detailed):
     for _ in range(3):
         compiled(x).sum().backward()
     read = counting.read().train["MOELayer"]
-    assert (read.calls, read.tokens) == (3, 3 * T)
-    assert torch.equal(read.load, 3 * expected.load)
-    assert torch.equal(read.kept, 3 * expected.kept)
-    assert read.l_aux == pytest.approx(expected.l_aux, rel=1e-6)
-    if detailed:
-        assert torch.equal(read.pairs, 3 * expected.pairs)
-        assert read.z_loss == pytest.approx(expected.z_loss, rel=1e-6)
+    counts = ("calls", "tokens", "load", "kept", *["pairs"] * detailed)
+    expected = expected._replace(**{name: 3 * getattr(expected, name) for name in counts})
+    torch.testing.assert_close(read, expected, rtol=1e-6, atol=0)
 
 
 def test_nan_logits_give_nan_numbers(inputs):
@@ -255,8 +244,6 @@ def test_layers_are_named_as_in_the_model(inputs):
     counting = stats.track(model)
     model(inputs[0])
     assert list(counting.read().train) == ["0", "2"]
-    with pytest.raises(ValueError, match=r"stats.track: model must have .* got a Linear"):
-        stats.track(nn.Linear(2, 2))
 
 
 class ForDeepSpeed(nn.Module):
@@ -278,9 +265,7 @@ def test_a_deepspeed_gate_counts_what_was_asked_for(inputs):
     mine = layer_of(k=1, capacity_factor=0.5, drop_policy="position")
     layer = MOELayer(ForDeepSpeed(mine.gate), mine.experts)
     read = counted(layer, inputs[0], detailed=True)
-    (routing,) = routings(mine, inputs[0])
-    assert torch.equal(read.load, routing.plan.load.long())
-    assert torch.equal(read.kept, routing.plan.kept().long())
+    assert_of_plans(read, mine, inputs[0])
     assert read.dropped > 0
     assert read.router_entropy is None
 
@@ -366,12 +351,8 @@ def _sums(rank: int) -> stats.LayerStats:
 
 
 def test_reading_with_a_group_sums_all_ranks():
-    first, second = on_processes(2, _sums)
-    torch.manual_seed(0)
+    reads = on_processes(2, _sums)
     layer = layer_of(capacity_factor=0.7)
     x = torch.randn(2, T, H)
-    made = routings(layer, *x)
-    for read in (first, second):
-        assert (read.calls, read.tokens) == (2, 2 * T)
-        assert torch.equal(read.load, sum(r.plan.load for r in made).long())
-        assert torch.equal(read.kept, sum(r.plan.kept() for r in made).long())
+    for read in reads:
+        assert_of_plans(read, layer, *x)

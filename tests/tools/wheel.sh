@@ -16,7 +16,7 @@ wheel() {
 }
 "$bin/pip" install --quiet torch-abi-audit auditwheel
 wheel 0 cpu
-if "$bin/python" moe_ext/build.py toolkit; then
+if "$bin/python" moe_ext/toolkit.py; then
     wheel 1 cuda
 fi
 ls -l dist/*/*.whl
