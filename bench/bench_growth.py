@@ -16,11 +16,12 @@ from functools import partial
 import bench_ops
 import layer_peers
 import memory
+import numpy as np
 import torch
 from bench_layer import Case, Point, why_not
 from common import keep, parser, positive, setting
 from report import growth_table
-from timing import clock, compare, spreads
+from timing import clock, spreads
 from tqdm import tqdm
 
 H, F, E, K = 64, 64, 16, 2
@@ -45,7 +46,7 @@ def costs_of(name: str, counts: list[int], budget: float) -> list[tuple[float, i
 def cost_of(name: str, num_tokens: int, budget: float) -> tuple[float, int]:
     case = Case(Point(num_tokens, H, F, E, K), torch.float32)
     step = partial(case.step, case.make(LAYERS[name]))
-    seconds = spreads(compare({name: clock(step, [()])}, budget, rounds=1))[name].median
+    seconds = spreads({name: clock(step, [()])}, budget, rounds=1)[name].median
     return seconds, memory.growth(step)
 
 
@@ -60,7 +61,7 @@ def operator_seconds(counts: list[int], budget: float) -> dict[str, list[float]]
             for name in OPERATORS:
                 bench_ops.check(cases[name])
         timers = {name: clock(bench_ops.call, [(cases[name],)]) for name in OPERATORS}
-        for name, spread in spreads(compare(timers, budget)).items():
+        for name, spread in spreads(timers, budget).items():
             seconds[name].append(spread.median)
     return seconds
 
@@ -74,9 +75,7 @@ def fits(name: str, num_tokens: int) -> bool:
 def slope(counts: list[int], values: list[float]) -> float:
     """The slope of log values over log counts, least squares over the upper half."""
     half = len(counts) // 2
-    x = torch.tensor(counts[half:], dtype=torch.float64).log()
-    y = torch.tensor(values[half:], dtype=torch.float64).log()
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    return float(np.polyfit(np.log(counts[half:]), np.log(values[half:]), 1)[0])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from gemm_bound import gemm_bound
 from layer_peers import Weights
 from peers import Peer
 from report import points_table
-from timing import clock, compare, ratio, spreads
+from timing import clock, compare_with
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -85,9 +85,8 @@ def exact(weights: Weights, tokens: Tensor, mix: Tensor) -> Tensor:
     out = torch.zeros_like(tokens)
     for e, (up, down) in enumerate(zip(weights.up, weights.down, strict=True)):
         index = mix[:, e].nonzero().squeeze(1)
-        gate, linear = F.linear(tokens[index], up).chunk(2, dim=-1)
-        rows = F.linear(F.silu(gate) * linear, down) * mix[index, e, None]
-        out = out.index_add(0, index, rows)
+        rows = layer_peers.swiglu(tokens[index], up, down)
+        out = out.index_add(0, index, rows * mix[index, e, None])
     return out
 
 
@@ -228,17 +227,11 @@ def measure(
         memory.give_back_large()
         memory.fetch()
     timers["bound"] = iter(gemm_bound(load, case.weights.up, case.weights.down), None)
-    taken = compare(timers, budget, rounds=3)
-    seconds = {name: spread.median for name, spread in spreads(taken).items()}
-    peers = set(taken) - {ours.name, "bound"}
-    return {
-        "threads": threads,
-        "seconds": seconds,
-        "ratio": {name: ratio(taken[ours.name], taken[name]) for name in taken if name in peers},
-        "of_bound": seconds["bound"] / seconds[ours.name],
-        "relative_error": errors,
-        "excluded": excluded,
-    }
+    found = compare_with(ours.name, timers, budget, rounds=3)
+    del found["ratio"]["bound"]
+    of_bound = found["seconds"]["bound"] / found["seconds"][ours.name]
+    rest = {"of_bound": of_bound, "relative_error": errors, "excluded": excluded}
+    return {"threads": threads, **found, **rest}
 
 
 def growth(point: Point, dtype: torch.dtype, of_experts: bool, name: str) -> int:

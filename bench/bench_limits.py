@@ -18,7 +18,7 @@ import memory
 import torch
 from common import keep, parser, positive, setting
 from report import limits_table
-from timing import clock, compare, spreads
+from timing import clock, spreads
 
 SHAPE = "qwen3, half"
 NAMES = {"dispatch": "index_select", "combine": "embedding_bag"}
@@ -40,7 +40,7 @@ def first_touch(size: int) -> float:
 def read(size: int, seconds: float) -> float:
     torch.set_num_threads(1)
     rows = torch.randn(size // 4)
-    return spreads(compare({"read": clock(rows.sum, [()])}, seconds))["read"].median
+    return spreads({"read": clock(rows.sum, [()])}, seconds)["read"].median
 
 
 def operator(op: str, state: str, num_tokens: int, seconds: float) -> dict[str, float]:

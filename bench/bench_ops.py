@@ -24,7 +24,8 @@ import memory
 import peers
 import torch
 from common import keep, parser, positive, setting
-from timing import compare, ratio, spreads, timer, timer_alone
+from report import markdown
+from timing import compare_with, spreads, timer, timer_alone
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ from moe_ext.ops import checks, reference, registry
 
 # A peer with masks is left out if its products would take longer than --longest at this speed.
 MOST_BYTES, SPEED = 2 << 30, 1e11
+NOT_COMPARED: dict[str, dict] = {"seconds": {}, "ratio": {}}
 
 
 class Shape(NamedTuple):
@@ -214,8 +216,8 @@ def copy_speed(device: torch.device, budget: float) -> dict:
     size = 1 << (30 if device.type == "cuda" else 28)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timed = timer(target.copy_, [(source,)], device)
-    seconds = spreads(compare({"copy_": timed}, budget))["copy_"].median
+    timers = {"copy_": timer(target.copy_, [(source,)], device)}
+    seconds = spreads(timers, budget)["copy_"].median
     return {"seconds": seconds, "gigabytes_per_second": 2 * source.nbytes / seconds / 1e9}
 
 
@@ -263,19 +265,16 @@ def timed(
     ours = getattr(torch.ops.moe_ext, case.op)
     sets = copies_of(case.args, device)
     alone = {"moe_ext": timer_alone(ours, sets, device)}
-    timers = {"moe_ext": timer(ours, [case.args], device)} if functions else {}
+    timers = {"moe_ext": timer(ours, [case.args], device)}
     timers |= {name: timer(f, [()], device) for name, f in functions.items()}
     if state in ("new", "huge"):
         memory.give_back_large()
         memory.fetch()
-    of_ours = spreads(compare(alone, budget))["moe_ext"]
-    taken = compare(timers, budget) if functions else {}
-    return {
+    line = {
         "backend": registry.backend(case.op, device.type),
-        "alone": of_ours,
-        "seconds": {name: spread.median for name, spread in spreads(taken).items()},
-        "ratio": {name: ratio(taken["moe_ext"], taken[name]) for name in functions},
+        "alone": spreads(alone, budget)["moe_ext"],
     }
+    return line | (compare_with("moe_ext", timers, budget) if functions else NOT_COMPARED)
 
 
 def measure_in(options: argparse.Namespace, label: str, state: str | None) -> list[dict]:
@@ -286,25 +285,20 @@ def measure_in(options: argparse.Namespace, label: str, state: str | None) -> li
     return memory.in_new_process(measure, options, label, state, start=start, environment=huge)
 
 
-def lines(result: dict) -> str:
+def table(result: dict) -> str:
+    """Our operators of one shape, each above its peers."""
     head = f"{result['shape']}, {result['threads']} threads"
     head += f", {result['memory']} memory" if result["memory"] else ""
-    text = [f"{head}: copy {result['copy']['gigabytes_per_second']:.0f} GB/s"]
+    rows = []
     for line in result["ops"]:
-        ours = line["alone"].median * 1e6
-        text.append(
-            f"  {line['op']:22}{ours:11.1f} us {line['gigabytes_per_second']:7.1f} GB/s "
-            f"{line['of_copy']:5.0%} of copy"
-            + (f"  ({line['backend']})" if line["backend"] != "compiled" else "")
-        )
+        speed = f"{line['gigabytes_per_second']:.1f} GB/s, {line['of_copy']:.0%} of copy"
+        rows.append([line["op"], line["backend"], f"{line['alone'].median * 1e6:.1f}", speed])
         for name, times in line["ratio"].items():
-            theirs = line["seconds"][name] * 1e6
-            text.append(
-                f"    {name:33}{theirs:11.1f} us {times.median:6.2f}x "
-                f"({times.fast:.2f} to {times.slow:.2f})"
-            )
-        text += [f"    {name:33} not timed: {why}" for name, why in line["excluded"].items()]
-    return "\n".join(text)
+            ratio = f"{times.median:.2f}x ({times.fast:.2f} to {times.slow:.2f})"
+            rows.append(["", name, f"{line['seconds'][name] * 1e6:.1f}", ratio])
+        rows += [["", name, "", f"not timed: {why}"] for name, why in line["excluded"].items()]
+    copy = f"copy {result['copy']['gigabytes_per_second']:.0f} GB/s"
+    return markdown([head, "implementation", "us", copy], rows)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -338,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
             bar.set_postfix_str(label)
             for result in measure_in(options, label, state):
                 report["shapes"].append(result)
-                bar.write(lines(result))
+                bar.write(table(result))
         report["complete"] = True
     finally:
         # A run that was stopped goes to --out alone.

@@ -15,7 +15,7 @@ import memory
 import torch
 from common import keep, parser, positive, setting
 from report import stats_table
-from timing import compare, spreads, timer
+from timing import spreads, timer
 from tqdm import tqdm
 
 import moe_ext
@@ -54,7 +54,7 @@ def measure(point: str, threads: int, device: torch.device, seconds: float) -> d
     torch.set_num_threads(threads)
     functions = functions_of(point, device)
     timers = {name: timer(function, [()], device) for name, function in functions.items()}
-    taken = spreads(compare(timers, seconds))
+    taken = spreads(timers, seconds)
     return {
         "point": point,
         **dict(zip("THFEK", POINTS[point], strict=True)),

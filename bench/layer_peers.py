@@ -5,7 +5,7 @@ top_k. Experts get their routing: `routing` is expert_ids [T, K], weights.router
 """
 
 import importlib
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,12 @@ class Weights(NamedTuple):
     router: Tensor  # [E, H]; [T, K] for experts alone
     up: Tensor  # [E, 2F, H], the gates first
     down: Tensor  # [E, H, F]
+
+
+def swiglu(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """One expert: rows [R, H], up [2F, H], down [H, F] -> [R, H]."""
+    gate, linear = F.linear(rows, up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * linear, down)
 
 
 def _ours(weights: Weights, top_k: int) -> nn.Module:
@@ -54,11 +60,8 @@ class PlainLayer(nn.Module):
         load = torch.bincount(experts, minlength=len(self.router)).tolist()
         index = order // self.top_k
         rows = tokens.index_select(0, index).split(load)
-        out = []
-        for mine, up, down in zip(rows, self.up.unbind(), self.down.unbind(), strict=True):
-            gate, linear = F.linear(mine, up).chunk(2, dim=-1)
-            out.append(F.linear(F.silu(gate) * linear, down))
-        weighed = torch.cat(out) * weights.flatten()[order].to(tokens.dtype).unsqueeze(1)
+        out = torch.cat(list(map(swiglu, rows, self.up.unbind(), self.down.unbind())))
+        weighed = out * weights.flatten()[order].to(tokens.dtype).unsqueeze(1)
         return torch.zeros_like(tokens).index_add(0, index, weighed)
 
 
@@ -68,8 +71,7 @@ class _Expert(nn.Module):
         self.up, self.down = nn.Parameter(up.clone()), nn.Parameter(down.clone())
 
     def forward(self, rows: Tensor) -> Tensor:
-        gate, linear = F.linear(rows, self.up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * linear, self.down)
+        return swiglu(rows, self.up, self.down)
 
 
 def _experts(weights: Weights) -> list[nn.Module]:
@@ -153,10 +155,6 @@ class _HuggingFaceExperts(nn.Module):
         return self.experts(tokens, self.expert_ids, self.weights)
 
 
-def _hugging_face(implementation: str, cls: type[nn.Module] = _HuggingFace) -> Callable:
-    return lambda weights, routing: cls(weights, routing, implementation)
-
-
 class _Fairscale(nn.Module):
     """fairscale's gate samples the second expert and drops tokens over a capacity of 2T/E.
     `weights_of` records its choice, and the output is checked against that choice."""
@@ -200,12 +198,13 @@ LAYERS = [
     Peer("plain PyTorch", None, PlainLayer),
     Peer("DeepSpeed", "deepspeed", _DeepSpeed),
     Peer("DeepSpeed dense", "deepspeed", _DeepSpeedDense),
-    Peer("Hugging Face eager", "transformers", _hugging_face("eager")),
-    Peer("Hugging Face batched_mm", "transformers", _hugging_face("batched_mm")),
-    Peer("Hugging Face grouped_mm", "transformers", _hugging_face("grouped_mm")),
+    *(
+        Peer(f"Hugging Face {name}", "transformers", partial(_HuggingFace, implementation=name))
+        for name in ("eager", "batched_mm", "grouped_mm")
+    ),
     Peer("fairscale", "fairscale", _Fairscale),
 ]
 EXPERTS = [
-    Peer(name, "transformers", _hugging_face(name, _HuggingFaceExperts))
+    Peer(name, "transformers", partial(_HuggingFaceExperts, implementation=name))
     for name in ("moe_ext", "eager", "batched_mm", "grouped_mm")
 ]

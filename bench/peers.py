@@ -89,10 +89,6 @@ def _swiglu(o: Operands) -> Callable:
     return lambda: (F.silu(gate) * up,)
 
 
-def _gelu(o: Operands) -> Callable:
-    return lambda: (F.gelu(o.rows),)
-
-
 class _DeepSpeedRoutes:
     """Slots [K, T] in a buffer [E, C] whose C is the largest load, as its gate makes them."""
 
@@ -228,5 +224,5 @@ OPERATORS = {
         Peer("moe-ops", "moe-ops", _moe_ops_unpermute, gpu_only=True),
     ],
     "activate, swiglu": [Peer("torch", None, _swiglu)],
-    "activate, gelu": [Peer("torch", None, _gelu)],
+    "activate, gelu": [Peer("torch", None, lambda o: lambda: (F.gelu(o.rows),))],
 }

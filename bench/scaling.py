@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import matplotlib
 from common import parser
+from report import markdown
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -130,15 +131,15 @@ def main() -> None:
     gpus = [8 * 2**i for i in range(8)]
     compute = layer.flops() / (machine.flops * machine.efficiency) * 1e3
     print(f"experts' products: {compute:.1f} ms per layer, forward and backward")
-    print(f"{'GPUs':>6}{'share':>7}" + "".join(f"{name:>34}" for name in (*WAYS, "least")))
     lines: dict[str, list[float]] = {name: [] for name in (*WAYS, "least")}
+    rows = []
     for number in gpus:
         share = min(number, layer.num_experts)
         for name, way in WAYS.items():
             lines[name].append(4e3 * exchange(layer, machine, share, *way))
         lines["least"].append(4e3 * least(layer, machine, share))
-        cells = "".join(f"{lines[name][-1]:31.2f} ms" for name in lines)
-        print(f"{number:6}{share:7}{cells}")
+        rows.append([str(number), *(f"{of[-1]:.2f} ms" for of in lines.values())])
+    print(markdown(["GPUs", *lines], rows))
     draw(gpus, lines, compute, layer.num_experts, options.out)
     print(options.out)
 

@@ -6,6 +6,7 @@ that uses one alone. Reported are the median of the calls that count, the fastes
 and for ratios the median over the rounds.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -45,17 +46,27 @@ def compare(
     return taken
 
 
-def spreads(taken: dict[str, list[list[float]]]) -> dict[str, Spread]:
+def spreads(
+    timers: dict[str, Iterator[float]], budget: float, rounds: int = 5
+) -> dict[str, Spread]:
+    taken = compare(timers, budget, rounds)
+    return {name: spread(list(itertools.chain(*times))) for name, times in taken.items()}
+
+
+def compare_with(
+    ours: str, timers: dict[str, Iterator[float]], budget: float, rounds: int = 5
+) -> dict[str, dict]:
+    """The median seconds of each, and for all others the ratio of their time to ours."""
+    taken = compare(timers, budget, rounds)
+
+    def ratio(theirs: list[list[float]]) -> Spread:
+        pairs = zip(taken[ours], theirs, strict=True)
+        return spread([statistics.median(b) / statistics.median(a) for a, b in pairs])
+
     return {
-        name: spread([t for times in of_rounds for t in times]) for name, of_rounds in taken.items()
+        "seconds": {n: statistics.median(itertools.chain(*times)) for n, times in taken.items()},
+        "ratio": {name: ratio(theirs) for name, theirs in taken.items() if name != ours},
     }
-
-
-def ratio(ours: list[list[float]], theirs: list[list[float]]) -> Spread:
-    """Their time over ours, round by round."""
-    return spread(
-        [statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=True)]
-    )
 
 
 def clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
