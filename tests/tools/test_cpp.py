@@ -81,12 +81,6 @@ def test_the_cpp_header_has_every_public_operator():
     assert found == {name for name in registry.NAMES if name in moe_ext.__all__} | {"plan"}
 
 
-def test_the_cpp_page_shows_the_example():
-    page = (ROOT / "docs" / "cpp.md").read_text()
-    for name, language in (("CMakeLists.txt", "cmake"), ("layer.cpp", "cpp")):
-        assert f"```{language}\n{(CPP / name).read_text()}```" in page
-
-
 @pytest.mark.parametrize("registers", [16, 32])
 def test_cmake_builds_the_same_library(tmp_path, registers):
     """Also for CPUs with narrower registers and without instructions for 16 bits."""
