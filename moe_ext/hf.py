@@ -27,22 +27,18 @@ from .ops.plan import Plan, make_plan
 from .options import Activation
 
 NAME = "moe_ext"
-MINIMUM = (5, 7)
 
 try:
     import transformers
     from transformers import activations
     from transformers.integrations import moe
+
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 7):
+        raise ImportError(f"got {transformers.__version__}")
 except ImportError as error:
     raise ImportError(
         f"moe_ext.hf needs transformers >= 5.7: {error}; pip install -U transformers"
     ) from error
-
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM:
-    raise ImportError(
-        f"moe_ext.hf needs transformers >= 5.7, got {transformers.__version__}; "
-        "pip install -U transformers"
-    )
 
 
 class ExpertsModule(Protocol):

@@ -46,7 +46,7 @@ def decide_by(gate: nn.Module) -> Decide:
         return _by_forward(gate)
     if not hasattr(gate, "num_experts"):
         raise ValueError(f"MOELayer: {name} has route, but no num_experts")
-    return _by_route if _takes(gate.route, 3) else _by_route_of_two
+    return partial(_by_route, _takes(gate.route, 3))
 
 
 def _takes(function: Any, arguments: int) -> bool:
@@ -71,16 +71,23 @@ def _by_forward(gate: nn.Module) -> Decide:
 
 
 def _by_route(
-    gate: nn.Module, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
+    takes_recorded: bool,
+    gate: nn.Module,
+    tokens: Tensor,
+    used_token: Tensor | None,
+    expert_ids: Tensor | None,
 ) -> Decision:
-    return _decision(gate, gate.route(tokens, used_token, expert_ids))  # type: ignore[operator]
-
-
-def _by_route_of_two(
-    gate: nn.Module, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
-) -> Decision:
-    _refuse_recorded(gate, expert_ids)
-    return _decision(gate, gate.route(tokens, used_token))  # type: ignore[operator]
+    if takes_recorded:
+        routing = gate.route(tokens, used_token, expert_ids)  # type: ignore[operator]
+    else:
+        _refuse_recorded(gate, expert_ids)
+        routing = gate.route(tokens, used_token)  # type: ignore[operator]
+    if not isinstance(routing, Routing):
+        raise RuntimeError(
+            f"MOELayer: {type(gate).__name__}.route must return a moe_ext.Routing, "
+            f"got {type(routing).__name__}"
+        )
+    return routing.plan, routing.weights, Aux.of(routing), routing
 
 
 def _by_tuple(
@@ -94,15 +101,6 @@ def _by_tuple(
     result = gate(tokens, used_token, **options)
     plan, weights, l_aux, exp_counts = masks.plan_of(result, tokens)
     return plan, weights, Aux(l_aux, exp_counts, plan.expert_ids), None
-
-
-def _decision(gate: nn.Module, routing: Routing) -> Decision:
-    if not isinstance(routing, Routing):
-        raise RuntimeError(
-            f"MOELayer: {type(gate).__name__}.route must return a moe_ext.Routing, "
-            f"got {type(routing).__name__}"
-        )
-    return routing.plan, routing.weights, Aux.of(routing), routing
 
 
 def _refuse_recorded(gate: nn.Module, expert_ids: Tensor | None) -> None:

@@ -172,22 +172,6 @@ class TopKGate(Gate):
         >>> routing = gate.eval().route(torch.randn(5, 16))
         >>> routing.weights.shape, routing.plan.expert_ids.shape, routing.plan.load.sum().item()
         (torch.Size([5, 2]), torch.Size([5, 2]), 10)
-
-        In a layer:
-
-        >>> layer = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(4, hidden_size=16, ffn_size=32))
-        >>> out = layer(torch.randn(3, 7, 16))
-        >>> out.shape, layer.l_aux.shape
-        (torch.Size([3, 7, 16]), torch.Size([]))
-
-        DeepSeek-V3's rule:
-
-        >>> gate = moe_ext.TopKGate(
-        ...     16, 32, k=8, scoring="sigmoid", normalize="before", scale=2.5, drop_tokens=False,
-        ...     expert_bias=True, num_groups=8, topk_groups=4, group_score="top2_sum",
-        ... )
-        >>> gate.route(torch.randn(5, 16)).weights.sum(-1).detach()
-        tensor([2.5000, 2.5000, 2.5000, 2.5000, 2.5000])
     """
 
     ep_group = GroupAttribute()

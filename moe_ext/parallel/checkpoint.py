@@ -146,9 +146,7 @@ def _as_local(entry: _Entry, groups: Groups, value: Tensor) -> Tensor:
 
 
 def _dtensor(local: Tensor, mesh: DeviceMesh, placements: list, shape: tuple[int, ...]) -> DTensor:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
+    strides = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
+        local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
     )

@@ -34,24 +34,15 @@ class DeepEPBuffer:
         assert topk_idx.dtype == torch.int64
         parts = self._gathered((x, topk_idx, topk_weights))
         size = num_experts // len(parts)
-        first = dist.get_rank() * size
         received = []
         for rows, ids, weights in parts:
-            is_mine = (ids >= first) & (ids < first + size)
-            comes = is_mine.any(dim=1)
-            local = torch.where(is_mine, ids - first, -1)
-            received.append(
-                (rows[comes], local[comes], None if weights is None else weights[comes])
-            )
-        rows, ids, weights = zip(*received, strict=True)
+            is_mine = ids // size == dist.get_rank()
+            local = torch.where(is_mine, ids % size, -1)
+            of_token = (rows, local) if handle else (rows, local, weights)
+            received.append([x[is_mine.any(dim=1)] for x in of_token])
+        rows, ids, *weights = map(torch.cat, zip(*received, strict=True))
         self.waited = not async_with_compute_stream
-        return (
-            torch.cat(rows),
-            torch.cat(ids),
-            None if handle else torch.cat(weights),
-            (topk_idx, num_experts),
-            self,
-        )
+        return rows, ids, weights[0] if weights else None, (topk_idx, num_experts), self
 
     def current_stream_wait(self) -> None:
         self.waited = True
@@ -62,20 +53,17 @@ class DeepEPBuffer:
         parts = self._gathered((x, topk_idx, topk_weights))
         out = torch.zeros(len(topk_idx), x.shape[1], dtype=x.dtype)
         weights = (
-            None if topk_weights is None else torch.zeros(topk_idx.shape, dtype=topk_weights.dtype)
+            None if topk_weights is None else torch.zeros_like(topk_idx, dtype=topk_weights.dtype)
         )
-        size = num_experts // len(parts)
+        size, mine = num_experts // len(parts), dist.get_rank()
         for receiver, (rows, _, weights_there) in enumerate(parts):
-            done = 0
-            for sender, (_, ids, _) in enumerate(parts):
-                is_there = (ids >= 0) & (ids // size == receiver)
-                comes = is_there.any(dim=1)
-                end = done + int(comes.sum())
-                if sender == dist.get_rank():
-                    out[comes] += rows[done:end]
-                    if weights is not None:
-                        weights[comes] += torch.where(is_there[comes], weights_there[done:end], 0)
-                done = end
+            is_there = [ids // size == receiver for _, ids, _ in parts]
+            counts = [int(there.any(dim=1).sum()) for there in is_there]
+            comes = is_there[mine].any(dim=1)
+            out[comes] += rows.split(counts)[mine]
+            if weights is not None:
+                returned = weights_there.split(counts)[mine]
+                weights[comes] += torch.where(is_there[mine][comes], returned, 0)
         return out, weights, self
 
     def _gathered(self, mine: tuple) -> list[tuple]:

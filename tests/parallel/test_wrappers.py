@@ -114,12 +114,19 @@ def _plain(rank: int, kind: str, wrap: str, compiles: bool) -> str:
         gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
         model[1] = MOELayer(gate, model[1].experts).double()
         model[1].compile(backend="eager")
-    wrapped = fsdp.fully_shard(model) if wrap == "fsdp" else DistributedDataParallel(model)
+    if wrap == "fsdp of experts, then of all":
+        fsdp.fully_shard(model[1].experts)
+    wrapped = DistributedDataParallel(model) if wrap == "ddp" else fsdp.fully_shard(model)
     return error_of(lambda: wrapped(batch(rank, 0)))
 
 
 @pytest.mark.parametrize(
-    ("wrap", "instead"), [("ddp", "parallel.data_parallel"), ("fsdp", "parallel.fully_shard")]
+    ("wrap", "instead"),
+    [
+        ("ddp", "parallel.data_parallel"),
+        ("fsdp", "parallel.fully_shard"),
+        ("fsdp of experts, then of all", "parallel.fully_shard"),
+    ],
 )
 # torch.compile does not trace the forward of experts that are modules.
 @pytest.mark.parametrize(
@@ -150,18 +157,6 @@ def test_fully_sharded_data_parallel_is_refused(kind, strategy, use_orig_params,
     for error in on_processes(2, _flattened, kind, strategy, use_orig_params, trains):
         assert "ExpertParallel: FullyShardedDataParallel treats" in error
         assert "wrap it by moe_ext.parallel.fully_shard(model, groups)" in error
-
-
-def _sharded_alone(rank: int) -> str:
-    model, _ = divided("grouped")
-    fsdp.fully_shard(model[1].experts)
-    fsdp.fully_shard(model)
-    return error_of(lambda: model(batch(rank, 0)))
-
-
-def test_fully_shard_over_ranks_with_different_experts_is_refused():
-    for error in on_processes(2, _sharded_alone):
-        assert "parallel.fully_shard(model, groups)" in error
 
 
 def _replaced(rank: int) -> tuple[str, str]:

@@ -73,21 +73,17 @@ def test_training_goes_on_from_a_checkpoint_of_either_package(before, after, ran
     assert len(list(tmp_path.glob("*/layer_*_expert_*"))) == 4 + 2 + 8
 
 
-def _save(rank: int, package: str, folder: str) -> None:
-    engine_of(rank, package, Run(2)).save_checkpoint(folder)
-
-
-def _load(rank: int, package: str, folder: str) -> None:
-    engine_of(rank, package, Run(2)).load_checkpoint(folder)
+def _call(rank: int, method: str, package: str, folder: str) -> None:
+    getattr(engine_of(rank, package, Run(2)), method)(folder)
 
 
 @pytest.mark.parametrize("package", [OURS, THEIRS])
 def test_a_missing_expert_file_is_named(package, tmp_path):
-    on_processes(2, _save, package, str(tmp_path))
+    on_processes(2, _call, "save_checkpoint", package, str(tmp_path))
     name = "layer_0_expert_3_mp_rank_00_model_states.pt"
     next(tmp_path.glob(f"*/{name}")).unlink()
     with pytest.raises(RuntimeError, match=f"FileNotFoundError.*{name}"):
-        on_processes(2, _load, package, str(tmp_path))
+        on_processes(2, _call, "load_checkpoint", package, str(tmp_path))
 
 
 @pytest.mark.parametrize(("ranks", "run"), GROUPED, ids=str)

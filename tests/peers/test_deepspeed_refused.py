@@ -42,15 +42,6 @@ def test_inference_with_expert_parallelism_is_refused():
         on_processes(2, _infer, 2)
 
 
-def _engine(rank: int, run: Run) -> None:
-    engine_of(rank, OURS, run)
-
-
-def test_zero_3_is_refused():
-    with pytest.raises(RuntimeError, match="Native DeepSpeed MoE is not supported with ZeRO Stage"):
-        on_processes(1, _engine, Run(stage=3))
-
-
 class TensorParallel:
     """An mpu of two ranks that share every tensor."""
 
@@ -68,13 +59,20 @@ class TensorParallel:
         raise AttributeError(name)
 
 
-def _with_mpu(rank: int) -> None:
-    engine_of(rank, OURS, Run(2), mpu=TensorParallel())
+def _engine(rank: int, run: Run, make_mpu) -> None:
+    engine_of(rank, OURS, run, mpu=make_mpu())
 
 
-def test_a_tensor_parallel_mpu_is_refused():
-    with pytest.raises(RuntimeError, match="an mpu with tensor parallelism is not supported"):
-        on_processes(2, _with_mpu)
+@pytest.mark.parametrize(
+    ("run", "make_mpu", "message"),
+    [
+        (Run(stage=3), type(None), "Native DeepSpeed MoE is not supported with ZeRO Stage"),
+        (Run(2), TensorParallel, "an mpu with tensor parallelism is not supported"),
+    ],
+)
+def test_zero_3_and_a_tensor_parallel_mpu_are_refused(run, make_mpu, message):
+    with pytest.raises(RuntimeError, match=message):
+        on_processes(run.ep_size, _engine, run, make_mpu)
 
 
 AUTO_EP = {"expert_parallel": {"enabled": True, "autoep_size": 1}}
