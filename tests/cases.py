@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_ext import GroupedExperts, MOELayer, Plan, TopKGate, make_plan
+from moe_ext import Plan, make_plan
 from moe_ext.ops import checks, reference
 
 # Who checks an operator's arguments.
@@ -89,23 +89,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return 0.0 if difference == 0 else float(difference / expected.norm())
 
 
-def gate_for(k: int, dtype: torch.dtype = torch.float64, **options) -> TopKGate:
-    """A gate without noise that drops the last to queue: of width 10 and 6 experts."""
-    options = {"min_capacity": 0, "drop_policy": "position"} | options
-    return TopKGate(10, 6, k=k, top2_2nd_expert_sampling=False, dtype=dtype, **options)
-
-
-def layer_for(k: int, dtype=torch.float64, activation="swiglu", bias=False, **options) -> MOELayer:
-    """A layer of `gate_for`, with 12 as the width inside an expert."""
-    experts = GroupedExperts(6, 10, 12, activation=activation, bias=bias, dtype=dtype)
-    return MOELayer(gate_for(k, dtype, **options), experts)
-
-
-def gradients_of(layer: MOELayer, x: Tensor, out: Tensor, l_aux: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of a loss of both results, for x and the parameters."""
-    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    loss = (out * upstream).sum() + 3 * l_aux
-    return torch.autograd.grad(loss, [x, *layer.parameters()])
+def weighted_sum(outputs: list[Tensor], expert_ids: Tensor, weights: Tensor) -> Tensor:
+    """The sum of every token's experts by their weights; outputs[e]: of expert e for all tokens."""
+    tokens = torch.arange(len(weights)).unsqueeze(-1)
+    chosen = torch.stack(outputs, dim=1)[tokens, expert_ids.clamp(min=0).long()]
+    return (weights.unsqueeze(-1) * chosen).sum(1)
 
 
 def call_operator(op: str, args: tuple, where: str = "compiled") -> tuple[Tensor, ...]:

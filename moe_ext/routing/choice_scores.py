@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.types import Device
 
-from .. import options
 from ..options import GroupScore
 from .capacity import float32
 
@@ -81,36 +80,6 @@ def group_mask(
     best = torch.sort(worth, dim=-1, descending=True, stable=True).indices[:, :topk_groups]
     chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, True)
     return chosen.unsqueeze(-1).expand_as(groups).flatten(-2)
-
-
-def check_groups(owner: str, num_experts: int, k: int, num_groups: int, topk_groups: int) -> None:
-    """Check that the groups divide the experts and leave k of them.
-
-    Args:
-        owner: whose options they are
-        num_experts: E
-        k: choices per token
-        num_groups: as of `group_mask`
-        topk_groups: as of `group_mask`
-
-    Raises:
-        ValueError: they do not
-    """
-    options.integer(owner, "num_groups", num_groups, 1)
-    options.integer(owner, "topk_groups", topk_groups, 1)
-    if num_experts % num_groups:
-        raise ValueError(
-            f"{owner}: num_groups must divide num_experts = {num_experts}, got {num_groups}"
-        )
-    if topk_groups > num_groups:
-        raise ValueError(
-            f"{owner}: topk_groups must be in 1..num_groups = {num_groups}, got {topk_groups}"
-        )
-    if k > num_experts // num_groups * topk_groups:
-        raise ValueError(
-            f"{owner}: topk_groups must leave k = {k} experts to choose from, "
-            f"got {topk_groups} groups of {num_experts // num_groups}"
-        )
 
 
 def within(scores: Tensor, allowed: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ class Rule:
         if self.k > num_experts:
             raise ValueError(f"{owner}: k must be in 1..num_experts = {num_experts}, got {self.k}")
         options.integer(owner, "min_capacity", self.min_capacity, 0)
+        groups = options.integer(owner, "num_groups", self.num_groups, 1)
+        used_groups = options.integer(owner, "topk_groups", self.topk_groups, 1)
         options.names(
             owner,
             drop_policy=(self.drop_policy, DROP_POLICIES),
@@ -92,7 +94,19 @@ class Rule:
             scale=(self.scale, -1e6, 1e6),
             noise_scale=(self.noise_scale, 0, 1e6),
         )
-        choice_scores.check_groups(owner, num_experts, self.k, self.num_groups, self.topk_groups)
+        if num_experts % groups:
+            raise ValueError(
+                f"{owner}: num_groups must divide num_experts = {num_experts}, got {groups}"
+            )
+        if used_groups > groups:
+            raise ValueError(
+                f"{owner}: topk_groups must be in 1..num_groups = {groups}, got {used_groups}"
+            )
+        if self.k > num_experts // groups * used_groups:
+            raise ValueError(
+                f"{owner}: topk_groups must leave k = {self.k} experts to choose from, "
+                f"got {used_groups} groups of {num_experts // groups}"
+            )
 
     def capacity(self, num_tokens: int, num_experts: int) -> int | None:
         """Rows an expert may have; None without limit.

@@ -1,15 +1,16 @@
-"""Shared by the tests of routing rules: a gate of width 10 with 12 experts, and tokens for it."""
+"""Shared by the tests of layers: a gate of width 10 with 12 experts, a layer, and tokens for it."""
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from moe_ext import TopKGate
+from moe_ext import GroupedExperts, MOELayer, TopKGate
 
-T, E, H = 60, 12, 10
+T, E, H, FFN = 60, 12, 10, 12
 SCORES = {
     "softmax": lambda x: x.softmax(-1),
     "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": lambda x: nn.functional.softplus(x).sqrt(),
+    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
 }
 
 
@@ -27,11 +28,43 @@ def gate_for(k=3, **options) -> TopKGate:
     return gate.to(torch.get_default_device())
 
 
-def tokens(number=T) -> torch.Tensor:
+def tokens(number=T) -> Tensor:
     """Random tokens, equal on every device."""
     drawn = torch.randn(number, H, dtype=torch.float64, device="cpu")
     return drawn.to(torch.get_default_device())
 
 
-def chosen(routing) -> torch.Tensor:
+def chosen(routing) -> Tensor:
     return routing.plan.expert_ids.long()
+
+
+def layer_for(k, dtype=torch.float64, bias=False, **options) -> MOELayer:
+    """A layer that drops the last to queue."""
+    options = {"drop_tokens": True, "drop_policy": "position"} | options
+    experts = GroupedExperts(E, H, FFN, bias=bias, dtype=dtype)
+    return MOELayer(gate_for(k, dtype=dtype, **options), experts)
+
+
+def expert_by_hand(experts: GroupedExperts, e: int, x: Tensor) -> Tensor:
+    """The output of expert e for every token of x."""
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    up, down = (getattr(experts, name)[e] for name in (up_name, "down_proj"))
+    up_bias, down_bias = (
+        getattr(experts, f"{name}_bias")[e] if experts.has_bias else None
+        for name in (up_name, "down_proj")
+    )
+    pre_activation = F.linear(x, up, up_bias)
+    function = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
+    if experts.has_gate:
+        gate, up = pre_activation.chunk(2, dim=-1)
+        active = function[experts.activation](gate) * up
+    else:
+        active = function[experts.activation](pre_activation)
+    return F.linear(active, down, down_bias)
+
+
+def gradients_of(layer: MOELayer, x: Tensor, out: Tensor, l_aux: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of a loss of both results, for x and the parameters."""
+    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    loss = (out * upstream).sum() + 3 * l_aux
+    return torch.autograd.grad(loss, [x, *layer.parameters()])

@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 import torch
-from cases import random_experts, relative_error
+from cases import random_experts, relative_error, weighted_sum
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -118,10 +118,7 @@ def agree(experts: GroupedExperts, outputs: list[Tensor], x: Tensor) -> bool:
     """Check that grouped experts compute `outputs`, each expert's output for all of x."""
     chosen, weights = random_experts(len(x), 2, E), torch.rand(len(x), 2, dtype=x.dtype)
     out = experts.routed(x, make_plan(chosen, E), weights)
-    rows = torch.arange(len(x))
-    every = torch.stack(outputs)
-    by_hand = sum(weights[:, k, None] * every[chosen[:, k].long(), rows] for k in range(2))
-    return relative_error(out, by_hand) < 1e-12
+    return relative_error(out, weighted_sum(outputs, chosen, weights)) < 1e-12
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import gate_for, gradients_of, layer_for, relative_error
+from cases import relative_error, weighted_sum
+from rules import FFN, E, H, expert_by_hand, gate_for, gradients_of, layer_for
 from torch import nn
 from torch.autograd import gradgradcheck
 from torch.nn import functional as F
@@ -19,13 +20,6 @@ from moe_ext import (
 from moe_ext.parallel.sharding import divide
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-E, H, FFN = 6, 10, 12
-
-
-def expert_by_hand(experts: GroupedExperts, e: int, x: torch.Tensor) -> torch.Tensor:
-    gate, up = (x @ experts.gate_up_proj[e].T).chunk(2, dim=-1)
-    return (F.silu(gate) * up) @ experts.down_proj[e].T
 
 
 def layer_by_hand(layer: MOELayer, x: torch.Tensor, capacity: int | None):
@@ -44,8 +38,7 @@ def layer_by_hand(layer: MOELayer, x: torch.Tensor, capacity: int | None):
     if k > 1:
         eps = torch.finfo(weights.dtype).eps
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=eps)
-    outputs = torch.stack([expert_by_hand(layer.experts, e, x) for e in range(E)], dim=1)
-    out = (weights.unsqueeze(-1) * outputs.gather(1, ids.unsqueeze(-1).expand(-1, -1, H))).sum(1)
+    out = weighted_sum([expert_by_hand(layer.experts, e, x) for e in range(E)], ids, weights)
     counted = ids[:, :1] if k <= 2 else ids
     share = F.one_hot(counted, E).double().sum((0, 1)) / len(x)
     l_aux = E / counted.shape[1] * (probs.mean(0) * share).sum()
@@ -90,9 +83,8 @@ def test_modules_given_one_by_one_are_the_experts(options):
     assert set(experts.state_dict()) == {f"experts.{name}" for name in given.state_dict()}
     layer, x = MOELayer(gate_for(2, **options), experts), torch.randn(9, H).double()
     routing = layer.gate.route(x)
-    outputs = torch.stack([expert(x) for expert in given], dim=1)
-    chosen = outputs.gather(1, routing.plan.expert_ids.long().unsqueeze(-1).expand(-1, -1, H))
-    expected = (routing.weights.unsqueeze(-1) * chosen).sum(1)
+    outputs = [expert(x) for expert in given]
+    expected = weighted_sum(outputs, routing.plan.expert_ids, routing.weights)
     assert relative_error(layer(x.view(3, 3, H)).view(9, H), expected) < 1e-12
     # Experts without a token have a gradient, which is zero.
     layer(x[:1]).sum().backward()

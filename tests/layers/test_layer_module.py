@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import gradients_of, layer_for
+from rules import FFN, E, H, gradients_of, layer_for
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +22,6 @@ from moe_ext import (
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-E, H, FFN = 6, 10, 12
 compile_eagerly = partial(torch.compile, backend="eager")
 
 
@@ -57,12 +56,12 @@ def test_total_l_aux_is_the_sum_over_the_layers(wrap):
 
 def test_total_l_aux_without_a_loss():
     class NoLoss(nn.Module):
-        num_experts = E
+        num_experts = H
 
         def route(self, tokens, used_token):
-            return route(tokens[:, :E], 1)._replace(l_aux=self.l_aux)
+            return route(tokens, 1)._replace(l_aux=self.l_aux)
 
-    layer, x = MOELayer(NoLoss(), GroupedExperts(E, H, FFN)), torch.randn(5, H)
+    layer, x = MOELayer(NoLoss(), GroupedExperts(H, H, FFN)), torch.randn(5, H)
     with pytest.raises(RuntimeError, match="no MOELayer in this MOELayer was called yet"):
         total_l_aux(layer)
     for l_aux, total in ((None, 0.0), (2.5, 2.5), (torch.tensor(3), 3.0)):

@@ -64,15 +64,40 @@ def test_the_same_bits_again(op, dtype, device, poisoned):
 
 
 @each_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_for_any_number_of_threads(op, dtype):
+    """Whichever thread takes a part. A GEMM's rounding may depend on how many there are."""
+    is_gemm = op.startswith("grouped")
+    args = samples.arguments(op, dtype=dtype, T=2000, K=3, E=16, H=100, F=300)
+    before, first = torch.get_num_threads(), None
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            if first is None or is_gemm:
+                first = call_operator(op, args)
+            for _ in range(7 if is_gemm else 1):
+                assert_same(call_operator(op, args), first)
+    finally:
+        torch.set_num_threads(before)
+
+
+def turned(tensor):
+    return tensor.mT.contiguous().mT
+
+
+def spaced(tensor):
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+@each_operator
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides_do_not_matter(op, dtype, device):
-    """Every argument laid out the other way round gives the same bits, but for GEMMs' rounding."""
+@pytest.mark.parametrize("lay_out", [turned, spaced])
+def test_strides_do_not_matter(op, dtype, device, lay_out):
+    """Every argument laid out another way gives the same bits, but for GEMMs' rounding."""
     args = samples.arguments(op, device, dtype, K=3)
-    turned = tuple(
-        a.mT.contiguous().mT if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args
-    )
-    assert any(not tensor.is_contiguous() for tensor in samples.tensors(turned))
-    results = call_operator(op, args), call_operator(op, turned)
+    others = tuple(lay_out(a) if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args)
+    assert any(not tensor.is_contiguous() for tensor in samples.tensors(others))
+    results = call_operator(op, args), call_operator(op, others)
     if op.startswith("grouped"):
         close = 10 * torch.finfo(dtype).eps
         for one, other in zip(*results, strict=True):

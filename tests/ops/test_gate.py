@@ -34,21 +34,10 @@ def test_choice_is_a_stable_sort(device, T, E, K, dtype):
 
 @pytest.mark.parametrize("K", [1, 3, 40])
 def test_ids_are_distinct_and_in_range_whatever_comes(device, K):
-    E = 40
     special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 3e38], device=device)
-    logits = special[torch.randint(len(special), (500, E), device=device)]
+    logits = special[torch.randint(len(special), (500, 40), device=device)]
     logits[0], logits[1], logits[2] = math.nan, -math.inf, math.inf
-    choice = moe_ext.gate(logits, K)
-    assert torch.equal(choice.expert_ids, stable_choice(logits, K))
-    ids = choice.expert_ids.sort(dim=-1).values
-    assert (ids[:, 0] >= 0).all()
-    assert (ids[:, -1] < E).all()
-    assert (ids.diff(dim=-1) > 0).all()
-
-
-def test_equal_scores_go_to_the_lower_id(device):
-    choice = moe_ext.gate(torch.zeros(5, 8, device=device), 3)
-    assert choice.expert_ids.tolist() == [[0, 1, 2]] * 5
+    assert torch.equal(moe_ext.gate(logits, K).expert_ids, stable_choice(logits, K))
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)
@@ -72,54 +61,25 @@ def test_matches_reference(device, T, E, K, dtype, scoring, normalize):
     assert_within(actual.importance, importance, importance, additions=160 + E)
 
 
-def test_softmax_weights_sum_to_one_over_all_experts(device):
-    logits = 5 * torch.randn(64, 16, device=device, dtype=torch.float64)
-    choice = moe_ext.gate(logits, 16)
-    torch.testing.assert_close(choice.weights.sum(-1), torch.ones(64).double().to(device))
-    normalized = moe_ext.gate(logits, 3, normalize=True)
-    torch.testing.assert_close(normalized.weights, logits.topk(3).values.softmax(-1))
-
-
-def test_nan_stays_in_its_token(device):
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_nan_stays_in_its_token(device, scoring):
     logits = torch.randn(300, 8, device=device)
-    clean = moe_ext.gate(logits, 2, normalize=True)
+    clean = moe_ext.gate(logits, 3, scoring=scoring, normalize=True)
     logits[7, 3] = math.nan
-    dirty = moe_ext.gate(logits, 2, normalize=True)
+    dirty = moe_ext.gate(logits, 3, scoring=scoring, normalize=True)
     assert dirty.weights[7].isnan().all()
-    assert dirty.probs[7].isnan().all()
-    assert dirty.importance.isnan().all()
+    spoilt = torch.arange(8, device=device) == 3
+    assert (dirty.probs[7].isnan() == (spoilt | (scoring == "softmax"))).all()
+    assert torch.equal(dirty.importance.isnan(), dirty.probs[7].isnan())
     others = torch.arange(300, device=device) != 7
     for before, after in zip(clean[:3], dirty[:3], strict=True):
         assert torch.equal(before[others], after[others])
-
-
-@pytest.mark.parametrize("scoring", SCORINGS)
-def test_a_nan_makes_all_weights_of_its_token_nan(device, scoring):
-    logits = torch.randn(3, 8, device=device)
-    logits[1, 4] = math.nan
-    choice = moe_ext.gate(logits, 3, scoring=scoring, normalize=True)
-    assert choice.weights.isnan().all(dim=-1).tolist() == [False, True, False]
-    assert not choice.weights[[0, 2]].isnan().any()
 
 
 def test_a_sum_of_zero_gives_zero_weights(device):
     logits = torch.full((3, 4), -math.inf, device=device)
     choice = moe_ext.gate(logits, 2, scoring="sigmoid", normalize=True)
     assert torch.equal(choice.weights, torch.zeros(3, 2, device=device))
-
-
-def test_bitwise_the_same_for_any_number_of_threads():
-    logits = torch.randn(3000, 32)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(moe_ext.gate(logits, 4, normalize=True))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def _differentiable(K, scoring, normalize):

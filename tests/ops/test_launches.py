@@ -37,13 +37,8 @@ def moved(launch: dict) -> int:
 def test_gate(launches_of, T, E, scoring):
     """Logits are read once and probs written once, in vectors where E keeps them aligned."""
     logits = torch.randn(T, E, requires_grad=True)
-    out = None
-
-    def forward():
-        nonlocal out
-        out = moe_ext.gate(logits, 4, scoring=scoring, normalize=True)
-
-    gate, *importance = launches_of(forward)
+    args, rule = (logits, 4), {"scoring": scoring, "normalize": True}
+    gate, *importance = launches_of(moe_ext.gate, *args, **rule)
     assert gate["kernel"] == "gate"
     width = 16 if E % 4 == 0 else 4
     assert gate["loads"][width] * width >= logits.nbytes
@@ -55,6 +50,7 @@ def test_gate(launches_of, T, E, scoring):
         assert kernels(importance) == ["gate_importance"]
         assert importance[0]["loads"] == {4: gate["blocks"] * E}
 
+    out = moe_ext.gate(*args, **rule)
     total = out.weights.sum() + out.probs.square().sum() + out.importance.square().sum()
     assert kernels(launches_of(total.backward)) == ["gate_backward"]
 
