@@ -214,7 +214,7 @@ class _Trace(TorchDispatchMode):
         return result
 
     def _called(self, name: str, func, args: tuple):
-        call = _call(name, args)._replace(layer=self.layer)
+        call = _call(name, args, self.layer)
         # These backends consist of other operators: the function itself is called to see them.
         composed = {
             "torch": torch_grouped_mm.OPERATORS.get(name),
@@ -234,25 +234,22 @@ def _waits(name: str, args: tuple, result) -> bool:
     """Whether the host waited for a device: for a value, or for a copy to the host."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     is_away = [tensor.device.type != _HOST for tensor in tensors]
-    if name in _READS or (name == "index" and _has_mask(args[1])):
+    has_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+    if name in _READS or has_mask:
         return is_away[0]
     if name == "copy_":
         return is_away == [False, True]
     return name == "_to_copy" and is_away[0] and result.device.type == _HOST
 
 
-def _has_mask(indices: list[Tensor | None]) -> bool:
-    return any(index is not None and index.dtype == torch.bool for index in indices)
-
-
-def _call(name: str, args: tuple) -> Call:
+def _call(name: str, args: tuple, layer: str) -> Call:
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     shapes = " ".join(str(list(tensor.shape)) for tensor in tensors)
     device = tensors[0].device
     backend = registry.backend(name, device)
     how = registry.why_reference(device) if backend == "reference" else _how(name, args, backend)
-    return Call(name, f"{dtype} {shapes}", backend, how, 0)
+    return Call(name, f"{dtype} {shapes}", backend, how, 0, layer)
 
 
 def _how(name: str, args: tuple, backend: str) -> str:

@@ -8,7 +8,7 @@ which layer called it.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 
 import torch
@@ -57,10 +57,8 @@ def _labelled(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 def _in_range(function: Callable, label: str) -> Callable:
     @wraps(function)
     def in_range(*args, **kwargs):
-        if not torch.cuda.is_available():
-            with torch.profiler.record_function(label):
-                return function(*args, **kwargs)
-        with torch.profiler.record_function(label), torch.cuda.nvtx.range(label):
+        nvtx = torch.cuda.nvtx.range(label) if torch.cuda.is_available() else nullcontext()
+        with torch.profiler.record_function(label), nvtx:
             return function(*args, **kwargs)
 
     return in_range

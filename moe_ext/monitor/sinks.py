@@ -8,7 +8,7 @@ A sink is any function of a reading and a step. For Weights and Biases:
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from operator import index
 from pathlib import Path
 from reprlib import repr as shortened
@@ -158,31 +158,25 @@ def read_json_lines(path: Path | str) -> Iterator[tuple[int, Reading]]:
     Raises:
         ValueError: a line is not one that JsonLines writes; the text names the file and the line
     """
-    # In binary mode lines end at b"\n" only.
-    with Path(path).open("rb") as lines:
-        yield from _readings(path, lines)
-
-
-def _readings(path: Path | str, lines: Iterable[bytes]) -> Iterator[tuple[int, Reading]]:
     step, reading = None, Reading({}, {})
-    for number, text in enumerate(lines, start=1):
-        if not text.endswith(b"\n"):
-            break
-        try:
-            here, mode, name, layer = _parsed(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not a line of moe_ext's stats: {error}; delete the line "
-                "to read the others"
-            ) from error
-        layers = getattr(reading, mode)
-        is_past = mode == MODES[0] and reading.eval  # a reading begins with its training lines
-        if step is not None and (here != step or name in layers or is_past):
-            yield step, reading
-            reading = Reading({}, {})
-            layers = getattr(reading, mode)
-        step = here
-        layers[name] = layer
+    with Path(path).open("rb") as lines:  # in binary mode lines end at b"\n" only
+        for number, text in enumerate(lines, start=1):
+            if not text.endswith(b"\n"):
+                break
+            try:
+                here, mode, name, layer = _parsed(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: not a line of moe_ext's stats: {error}; delete the "
+                    "line to read the others"
+                ) from error
+            # A reading begins with its training lines.
+            is_past = mode == MODES[0] and reading.eval
+            if step is not None and (here != step or name in getattr(reading, mode) or is_past):
+                yield step, reading
+                reading = Reading({}, {})
+            step = here
+            getattr(reading, mode)[name] = layer
     if step is not None:
         yield step, reading
 

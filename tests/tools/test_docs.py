@@ -1,9 +1,9 @@
 """The pages: their code runs, the files and tests that they name exist."""
 
 import doctest
-import importlib
 import importlib.util
 import inspect
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,11 +135,7 @@ def test_every_public_name_is_on_the_api_page():
 
 def shown(name: str, members: list[str]) -> Iterator[tuple[str, object]]:
     """The classes, functions and methods of an entry that have arguments to describe."""
-    owner, _, last = name.rpartition(".")
-    try:
-        what = importlib.import_module(name)
-    except ModuleNotFoundError:
-        what = getattr(importlib.import_module(owner), last)
+    what = pkgutil.resolve_name(name)
     if inspect.ismodule(what):
         own = {k: v for k, v in vars(what).items() if getattr(v, "__module__", "") == what.__name__}
         for member in members or [k for k in own if not k.startswith("_")]:

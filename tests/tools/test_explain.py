@@ -153,14 +153,11 @@ def test_explain_restores_the_layer_and_random_state():
 def test_explain_counts_synchronisations(monkeypatch):
     """The CPU plays the part of another device."""
     layer = moe_ext.MoE(H, torch.nn.Linear(H, H), E, k=2, drop_tokens=False)
-    found = moe_ext.explain(layer, torch.randn(5, H))
-    assert found.synchronisations == 0
-    assert "the host waits for the device: never, all ran on the CPU" in str(found)
-    assert "Experts runs 4 experts one after the other" in str(found)
     monkeypatch.setattr("moe_ext.monitor.explain._HOST", "elsewhere")
     found = moe_ext.explain(layer, torch.randn(5, H))
     assert found.synchronisations == 1  # the largest load
     assert "the host waits for the device: 1 times" in str(found)
+    assert "Experts runs 4 experts one after the other" in str(found)
     assert found.is_away
     assert found.others["addmm"] == E
 

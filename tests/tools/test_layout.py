@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -42,14 +43,13 @@ def unit_of(module: str) -> str:
 
 def imported(module: str, tree: ast.Module) -> Iterator[str]:
     """The units that a module imports, in functions too."""
-    package = ["moe_ext", *module.split(".")[:-1]]
+    package = f"moe_ext.{module}".rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            base = [*base, *(node.module.split(".") if node.module else [])]
-            names = [".".join([*base, alias.name]) for alias in node.names]
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            names = [f"{base}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
