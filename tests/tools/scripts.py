@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from moe_ext import toolkit
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,6 +28,14 @@ def output_of(*arguments, **options) -> str:
     done = python(*arguments, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def quick_compiler(folder: Path) -> str:
+    """A C++ compiler, for CXX, that optimizes little: for tests of a build."""
+    compiler = folder / "quick-c++"
+    compiler.write_text(f'#!/bin/sh\nexec {toolkit.find_compiler()} "$@" -O0\n')
+    compiler.chmod(0o755)
+    return str(compiler)
 
 
 def copy_tree(to: Path, *folders: str) -> Path:

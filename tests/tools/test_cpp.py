@@ -87,6 +87,7 @@ def test_cmake_builds_the_same_library(tmp_path, registers):
     cmake(
         *("-S", str(ROOT), "-B", str(tmp_path), f"-DPython3_EXECUTABLE={sys.executable}"),
         f"-DCMAKE_CXX_FLAGS=-DMOE_EXT_WIDEN_16BIT -DMOE_EXT_REGISTERS={registers}",
+        "-DCMAKE_CXX_FLAGS_RELEASE=-O1",  # builds in half the time
     )
     cmake("--build", str(tmp_path), "--parallel", "2")
     (library,) = tmp_path.glob("libmoe_ext.*")

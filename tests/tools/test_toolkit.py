@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from scripts import copy_tree, output_of, python
+from scripts import copy_tree, output_of, python, quick_compiler
 
 from moe_ext import toolkit as finder
 from moe_ext.ops import registry
@@ -204,5 +204,6 @@ for launch in dev.take_launches():
     print(launch["kernel"], launch["blocks"], launch["threads"], launch["stores"].get(16))
 assert dev.take_launches() == []
 """
-    printed = output_of("-c", code, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": quick_compiler(tmp_path)}
+    printed = output_of("-c", code, **environment)
     assert printed.splitlines() == ["plan_place 1 256 None", "dispatch 2 256 8"]
