@@ -12,11 +12,12 @@ WHERE = ["compiled", "reference", "fake"]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-# T, K, E, H: no token, one of everything, K = E, rows that end in a scalar tail, rows longer than
-# any tile, in elements and in vectors, more tokens than a block, more choices than are read at a
-# time.
+# T, K, E, H: no token, no column, one of everything, K = E, rows that end in a scalar tail, rows
+# longer than any tile, in elements and in vectors, more tokens than a block, more choices than are
+# read at a time.
 SIZES = [
     (0, 2, 4, 8),
+    (4, 2, 3, 0),
     (1, 1, 1, 1),
     (33, 2, 8, 7),
     (127, 8, 8, 13),

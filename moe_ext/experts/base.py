@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -41,11 +41,7 @@ class Experts(nn.Module):
         """
         rows = dispatch(tokens, plan)
         out = self(rows, plan)
-        if shape_of(out) != list(rows.shape):
-            raise RuntimeError(
-                f"{type(self).__name__}: forward must return [R, H] = {list(rows.shape)}, "
-                f"got {shape_of(out)}"
-            )
+        check_shape(f"{type(self).__name__}: forward must return [R, H]", out, rows.shape)
         return combine(out, plan, weights)
 
     def routed_beside(
@@ -123,3 +119,9 @@ def first_of(out):
 def shape_of(out) -> list[int] | str:
     """The shape of a tensor; the type of anything else. For error texts."""
     return list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+
+
+def check_shape(contract: str, out, shape: Sequence[int]) -> None:
+    """Raise RuntimeError unless `out` is a tensor of this shape, as the contract says."""
+    if shape_of(out) != list(shape):
+        raise RuntimeError(f"{contract} = {list(shape)}, got {shape_of(out)}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..ops import checks, reference
 from ..ops.plan import Plan
 from ..ops.registry import is_exporting
-from .base import Experts, first_of, shape_of
+from .base import Experts, check_shape, first_of
 
 
 class ModuleExperts(Experts):
@@ -58,11 +58,8 @@ class ModuleExperts(Experts):
         done = 0
         for e, (begin, end) in enumerate(bounds):
             out = first_of(self.experts[e](rows[begin:end]))
-            if shape_of(out) != [end - begin, rows.shape[1]]:
-                raise RuntimeError(
-                    f"ModuleExperts: expert {e} must return [rows, H] = "
-                    f"{[end - begin, rows.shape[1]]}, got {shape_of(out)}"
-                )
+            shape = end - begin, rows.shape[1]
+            check_shape(f"ModuleExperts: expert {e} must return [rows, H]", out, shape)
             pieces += [out.new_zeros(begin - done, rows.shape[1]), out]
             done = end
         pieces.append(out.new_zeros(rows.shape[0] - done, rows.shape[1]))

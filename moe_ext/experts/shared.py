@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..ops import checks
 from ..ops.plan import Plan
-from .base import Experts, shape_of
+from .base import Experts, check_shape
 
 
 class SharedExperts(Experts):
@@ -69,17 +69,9 @@ class SharedExperts(Experts):
 
     def _of_shared(self, tokens: Tensor) -> Tensor:
         of_shared = self.shared(tokens)
-        if shape_of(of_shared) != list(tokens.shape):
-            raise RuntimeError(
-                f"SharedExperts: shared must return [T, H] = {list(tokens.shape)}, "
-                f"got {shape_of(of_shared)}"
-            )
+        check_shape("SharedExperts: shared must return [T, H]", of_shared, tokens.shape)
         if self.gate is None:
             return of_shared
         scores = self.gate(tokens)
-        if shape_of(scores) != [tokens.shape[0], 1]:
-            raise RuntimeError(
-                f"SharedExperts: gate must return [T, 1] = {[tokens.shape[0], 1]}, "
-                f"got {shape_of(scores)}"
-            )
+        check_shape("SharedExperts: gate must return [T, 1]", scores, (tokens.shape[0], 1))
         return of_shared * torch.sigmoid(scores)

@@ -159,10 +159,20 @@ __global__ void misaligned(const float* in, int* out) {
 
 __global__ void nothing() {}
 
-void run(const char* name, void (*kernel)(int*), int threads, std::size_t shared, int* out,
-         int blocks = 1) {
-  launch(name, kernel, blocks, threads, shared, nullptr, out);
+struct Case {
+  std::function<void()> launch;
+  int results = 0;  // of the output that are as expected
+  std::function<int(int)> expected = nullptr;
+};
+
+// A launch of one kernel, for later.
+template <typename... Parameters, typename... Arguments>
+std::function<void()> launched(void (*kernel)(Parameters...), int blocks, int threads, int shared,
+                               Arguments... arguments) {
+  return [=] { launch("f", kernel, blocks, threads, shared, nullptr, arguments...); };
 }
+
+int neighbour(int i) { return i ^ 1; }
 
 }  // namespace
 
@@ -172,79 +182,56 @@ int main(int argc, char** argv) {
   std::vector<float> some(128);
   int *out = outs.data(), *small = ints.data(), *counter = counters.data();
   float* floats = some.data();
-  const auto all = [&](int n, auto expected) {
-    for (int i = 0; i < n; ++i) {
-      if (out[i] == expected(i)) continue;
-      std::printf("out[%d] is %d, not %d\n", i, out[i], expected(i));
-      return false;
-    }
-    return true;
-  };
-  std::map<std::string, std::function<bool()>> cases;
+  std::map<std::string, Case> cases{
+      {"out_of_bounds_global", {launched(out_of_bounds_global, 3, 64, 0, small, 128)}},
+      {"out_of_bounds_shared", {launched(out_of_bounds_shared, 1, 33, 288, out, 33)}},
+      {"out_of_bounds_local", {launched(out_of_bounds_local, 1, 32, 0, out, 4)}},
+      {"too_much_shared", {launched(too_much_shared, 1, 1, 16, out)}},
+      {"racy_blocks", {launched(racy_blocks, 4, 64, 0, out), 1, [](int) { return 4; }}},
+      {"warp_exchange", {launched(warp_exchange<false>, 1, 32, 128, out), 32, neighbour}},
+      {"right_warp_exchange", {launched(warp_exchange<true>, 1, 32, 128, out), 32, neighbour}},
+      {"uninitialised_shared",
+       {launched(uninitialised_shared, 1, 128, 128, out), 32, [](int) { return 4; }}},
+      {"order_of_atomics",
+       {launched(order_of_atomics, 2, 64, 0, counter, out), 128, [](int i) { return i; }}},
+      {"barrier_after_return", {launched(barrier_after_return, 1, 64, 0, out, 50)}},
+      {"barrier_in_branches", {launched(barrier_in_branches, 1, 64, 0, out)}},
+      {"barrier_and_shuffle", {launched(barrier_and_shuffle, 1, 64, 0, out)}},
+      {"masks_disagree", {launched(masks_disagree, 1, 32, 0, out)}},
+      {"operations_disagree", {launched(operations_disagree, 1, 32, 0, out)}},
+      {"shuffle_from_absent", {launched(shuffle_from_absent, 1, 20, 0, out)}},
+      {"misaligned", {launched(misaligned, 1, 16, 0, floats, out)}},
+      {"too_many_threads", {launched(nothing, 1, 1056, 0)}}};
   for (const int n : {64, 256, 1024}) {
-    const std::string size = "_" + std::to_string(n);
-    const auto reversed = [=](int i) { return n - 1 - i; };
-    const auto round = [=](int i) { return i / n; };
-    const std::size_t bytes = n * sizeof(int);
-    cases["reverse" + size] = [=] {
-      return run("f", reverse<false>, n, bytes, out), all(n, reversed);
-    };
-    cases["right_reverse" + size] = [=] {
-      return run("f", reverse<true>, n, bytes, out), all(n, reversed);
-    };
-    cases["rounds" + size] = [=] { return run("f", rounds<false>, n, 16, out), all(4 * n, round); };
-    cases["right_rounds" + size] = [=] {
-      return run("f", rounds<true>, n, 16, out), all(4 * n, round);
-    };
-    cases["count" + size] = [=] { return run("f", count<false>, n, 16, out), out[0] == n; };
-    cases["right_count" + size] = [=] { return run("f", count<true>, n, 16, out), out[0] == n; };
+    for (const bool right : {false, true}) {
+      const std::string prefix = right ? "right_" : "", size = "_" + std::to_string(n);
+      cases[prefix + "reverse" + size] = {
+          launched(right ? reverse<true> : reverse<false>, 1, n, n * int{sizeof(int)}, out), n,
+          [=](int i) { return n - 1 - i; }};
+      cases[prefix + "rounds" + size] = {
+          launched(right ? rounds<true> : rounds<false>, 1, n, 16, out), 4 * n,
+          [=](int i) { return i / n; }};
+      cases[prefix + "count" + size] = {launched(right ? count<true> : count<false>, 1, n, 16, out),
+                                        1, [=](int) { return n; }};
+    }
   }
-  cases["out_of_bounds_global"] = [=] {
-    return launch("f", out_of_bounds_global, 3, 64, 0, nullptr, small, 128), true;
-  };
-  cases["out_of_bounds_shared"] = [=] {
-    return launch("f", out_of_bounds_shared, 1, 33, 288, nullptr, out, 33), true;
-  };
-  cases["out_of_bounds_local"] = [=] {
-    return launch("f", out_of_bounds_local, 1, 32, 0, nullptr, out, 4), true;
-  };
-  cases["too_much_shared"] = [=] { return run("f", too_much_shared, 1, 16, out), true; };
-  cases["racy_blocks"] = [=] { return run("f", racy_blocks, 64, 0, out, 4), out[0] == 4; };
-  cases["warp_exchange"] = [=] {
-    return run("f", warp_exchange<false>, 32, 128, out), all(32, [](int i) { return i ^ 1; });
-  };
-  cases["right_warp_exchange"] = [=] {
-    return run("f", warp_exchange<true>, 32, 128, out), all(32, [](int i) { return i ^ 1; });
-  };
-  cases["uninitialised_shared"] = [=] {
-    return run("f", uninitialised_shared, 128, 128, out), all(32, [](int) { return 4; });
-  };
-  cases["order_of_atomics"] = [=] {
-    return launch("f", order_of_atomics, 2, 64, 0, nullptr, counter, out),
-           all(128, [](int i) { return i; });
-  };
-  cases["barrier_after_return"] = [=] {
-    return launch("f", barrier_after_return, 1, 64, 0, nullptr, out, 50), true;
-  };
-  cases["barrier_in_branches"] = [=] { return run("f", barrier_in_branches, 64, 0, out), true; };
-  cases["barrier_and_shuffle"] = [=] { return run("f", barrier_and_shuffle, 64, 0, out), true; };
-  cases["masks_disagree"] = [=] { return run("f", masks_disagree, 32, 0, out), true; };
-  cases["operations_disagree"] = [=] { return run("f", operations_disagree, 32, 0, out), true; };
-  cases["shuffle_from_absent"] = [=] { return run("f", shuffle_from_absent, 20, 0, out), true; };
-  cases["misaligned"] = [=] {
-    return launch("f", misaligned, 1, 16, 0, nullptr, floats, out), true;
-  };
-  cases["too_many_threads"] = [=] { return launch("f", nothing, 1, 1056, 0, nullptr), true; };
 
   if (argc < 3) {
     for (const auto& named : cases) std::puts(named.first.c_str());
     return 0;
   }
   cusim::set_order(argv[2]);
+  const Case& chosen = cases.at(argv[1]);
   try {
-    return cases.at(argv[1])() ? 0 : 1;
+    chosen.launch();
   } catch (const std::runtime_error& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 2;
   }
+  for (int i = 0; i < chosen.results; ++i) {
+    if (out[i] == chosen.expected(i)) continue;
+    std::printf("out[%d] is %d, not %d\n", i, out[i], chosen.expected(i));
+    return 1;
+  }
+  return 0;
 }

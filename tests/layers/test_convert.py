@@ -303,35 +303,24 @@ def test_a_model_that_cannot_be_converted_is_an_error():
         convert_state_dict(state | {f"{PREFIX}down_proj": torch.zeros(1)}, MIXTRAL, GROUPED)
 
 
-SIZES = {
+# Each model reads those that it has.
+OPTIONS = {
     "vocab_size": 32,
     "hidden_size": 16,
     "intermediate_size": 24,
+    "moe_intermediate_size": 12,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    **dict.fromkeys(("head_dim", "q_lora_rank", "kv_lora_rank", "v_head_dim"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 4),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
 }
-MODELS = {
-    "Mixtral": (MIXTRAL, {"num_local_experts": 4}),
-    "Qwen3Moe": (QWEN, {"num_experts": 4, "moe_intermediate_size": 12}),
-    "DeepseekV3": (
-        DEEPSEEK,
-        {
-            "n_routed_experts": 8,
-            "moe_intermediate_size": 12,
-            "first_k_dense_replace": 1,
-            "n_group": 2,
-            "topk_group": 1,
-            "q_lora_rank": 8,
-            "kv_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 8,
-        },
-    ),
-    "GptOss": (GPT_OSS, {"num_local_experts": 4}),
-}
+MODELS = {"Mixtral": MIXTRAL, "Qwen3Moe": QWEN, "DeepseekV3": DEEPSEEK, "GptOss": GPT_OSS}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -339,8 +328,7 @@ def test_checkpoints_of_transformers_load(name, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs the extra peers")
     from safetensors.torch import load_file
 
-    layout, options = MODELS[name]
-    config = getattr(transformers, f"{name}Config")(**SIZES, **options)
+    layout, config = MODELS[name], getattr(transformers, f"{name}Config")(**OPTIONS)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     for tensor in model.parameters():
         nn.init.normal_(tensor)

@@ -1,5 +1,7 @@
 """The functions and the layer under torch.compile, torch.export and torch.func."""
 
+from functools import partial
+
 import pytest
 import torch
 from cases import relative_error
@@ -40,6 +42,14 @@ def loss_and_gradients(layer, function, x):
     out, aux = function(x)
     grads = torch.autograd.grad(out.square().sum() + aux.l_aux, [x, *layer.parameters()])
     return [out.detach(), aux.l_aux.detach(), aux.exp_counts, *grads]
+
+
+def assert_alike(layer, function, x, tolerance):
+    """The function is forward_with_aux, with its gradients."""
+    actual = loss_and_gradients(layer, function, x)
+    expected = loss_and_gradients(layer, layer.forward_with_aux, x)
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a, b) < tolerance
 
 
 RULES = [
@@ -87,11 +97,7 @@ def test_inductor_compiles_forward_and_backward(compiled):
     layer = layer_for(drop_tokens=False)
     function = torch.compile(layer.forward_with_aux, fullgraph=True, dynamic=True)
     for T in TOKENS:
-        x = torch.randn(T, H, requires_grad=True)
-        actual = loss_and_gradients(layer, function, x)
-        expected = loss_and_gradients(layer, layer.forward_with_aux, x)
-        for a, b in zip(actual, expected, strict=True):
-            assert relative_error(a, b) < 1e-5
+        assert_alike(layer, function, torch.randn(T, H, requires_grad=True), 1e-5)
     assert compiled() == 1
 
 
@@ -109,17 +115,9 @@ def test_compiled_layer_sets_its_attributes(compiled):
 @pytest.mark.parametrize("options", OPTIONS[:2])
 def test_compile_with_checkpoint(compiled, options):
     layer = layer_for(**options)
-
-    def function(x):
-        return checkpoint(layer.forward_with_aux, x, use_reentrant=False)
-
-    x = torch.randn(40, H, requires_grad=True)
-    actual = loss_and_gradients(
-        layer, torch.compile(function, fullgraph=True, backend="aot_eager"), x
-    )
-    expected = loss_and_gradients(layer, layer.forward_with_aux, x)
-    for a, b in zip(actual, expected, strict=True):
-        assert relative_error(a, b) < 1e-6
+    function = partial(checkpoint, layer.forward_with_aux, use_reentrant=False)
+    fast = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_alike(layer, fast, torch.randn(40, H, requires_grad=True), 1e-6)
 
 
 class Pure(torch.nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import DTYPES, WHERE, call_operator, operator_error
 
-from moe_ext.ops import checks, contracts, registry, samples
+from moe_ext.ops import contracts, registry, samples
 
 TENSORS = [
     (op, i, argument)
@@ -193,8 +193,3 @@ def test_dtypes_have_their_names_in_python(where):
         wrong = torch.empty(args[0].shape, dtype=dtype)
         text = operator_error("plan", replaced(args, 0, wrong), where)
         assert re.match(rf"expert_ids must be int32, got {name}\b", text)
-
-
-def test_accumulation():
-    assert checks.accumulate_dtype(torch.float64) == torch.float64
-    assert checks.accumulate_dtype(torch.bfloat16) == torch.float32

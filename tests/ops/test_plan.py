@@ -12,17 +12,14 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 ORDERS = checks.ORDERS
 
 
-def queue_of(T: int, K: int, order: str) -> list[tuple[int, int]]:
-    if order == "choice":
-        return [(t, k) for k in range(K) for t in range(T)]
-    return [(t, k) for t in range(T) for k in range(K)]
-
-
 def plan_by_hand(experts, E, capacity, priority, order, align):
     """The definition, one route at a time. -> slots {(t, k): row}, offsets, load."""
     T, K = experts.shape
     waiting = {e: [] for e in range(E)}
-    for t, k in queue_of(T, K, order):
+    queue = [(t, k) for t in range(T) for k in range(K)]
+    if order == "choice":
+        queue.sort(key=lambda route: route[1])
+    for t, k in queue:
         if experts[t, k] >= 0:
             waiting[int(experts[t, k])].append((t, k))
     slots, offsets, load, row = {}, [], [], 0
