@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ def demo(arguments: argparse.Namespace) -> int:
     steps = arguments.steps or demo.Config.steps
     # A short run is evaluated at least three times too.
     every = min(demo.Config.eval_every, -(-steps // 3))
-    config = replace(demo.Config(), steps=steps, seed=arguments.seed, eval_every=every)
+    config = demo.Config(steps=steps, seed=arguments.seed, eval_every=every)
     try:
         demo.run(config, arguments.device, arguments.out)
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import toolkit
+from .. import __version__, toolkit
 from ..ops import reference, registry, samples
 
 # A text that csrc/cuda_ops.cpp puts into the library.
@@ -183,8 +183,6 @@ def examine() -> Report:
 
 
 def _facts() -> dict:
-    from .. import __version__
-
     found = toolkit.choose_toolkit().toolkit or toolkit.find_toolkit()
     return {
         "moe_ext": {"version": __version__, "path": str(Path(__file__).parents[1])},

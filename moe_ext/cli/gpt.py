@@ -80,9 +80,8 @@ def load_corpus(holdout: int = 10) -> Corpus:
 
 def windows(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
     """Windows of `text`: inputs and the bytes that follow them, both [B, context] int64."""
-    index = starts.unsqueeze(1) + torch.arange(context + 1)
-    bytes_ = text[index].long()
-    return bytes_[:, :-1], bytes_[:, 1:]
+    taken = text.unfold(0, context + 1, 1)[starts].long()
+    return taken[:, :-1], taken[:, 1:]
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Show which code a call of a layer runs, and why not a faster one."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -138,22 +138,20 @@ def _random_state_restored(module: nn.Module) -> AbstractContextManager[None]:
 def _watched(layers: list, trace: "_Trace") -> Iterator[tuple[nn.Module, str, object]]:
     for name, module in layers:
         method = entry(module)
-        yield module, method, _named(getattr(module, method), name, trace)
+        yield module, method, _in_layer(name, trace)(getattr(module, method))
         yield module, "observer", None
         for part in module.modules():
             unobserved = getattr(part, "unobserved", dict)
             yield from ((part, attribute, value) for attribute, value in unobserved().items())
 
 
-def _named(function: Callable, name: str, trace: "_Trace") -> Callable:
-    def named(*args, **kwargs):
-        outer, trace.layer = trace.layer, name
-        try:
-            return function(*args, **kwargs)
-        finally:
-            trace.layer = outer
-
-    return named
+@contextmanager
+def _in_layer(name: str, trace: "_Trace") -> Iterator[None]:
+    outer, trace.layer = trace.layer, name
+    try:
+        yield
+    finally:
+        trace.layer = outer
 
 
 def _notes(name: str, layer: nn.Module) -> Iterator[str]:

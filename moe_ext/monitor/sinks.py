@@ -28,10 +28,6 @@ def _is_integer(value: Any) -> bool:
     return type(value) is int and -_LIMIT <= value < _LIMIT
 
 
-def _is_count(value: Any) -> bool:
-    return _is_integer(value) and value >= 0
-
-
 def _are_counts(value: Any) -> bool:
     is_of_integers = type(value) is list and set(map(type, value)) == {int}
     return is_of_integers and min(value) >= 0 and sum(value) < _LIMIT
@@ -56,10 +52,6 @@ def _is_name(value: Any) -> bool:
     return type(value) is str and value != "" and value.isprintable()
 
 
-def _counts(value: list) -> Tensor:
-    return torch.tensor(value, dtype=torch.int64)
-
-
 def _numbers(value: list) -> Tensor:
     return torch.tensor([*map(float, value)], dtype=torch.float64)
 
@@ -73,8 +65,8 @@ class _Field(NamedTuple):
     is_required: bool = True
 
 
-_COUNT = _Field("an integer >= 0", _is_count, int)
-_LOAD = _Field("a list of integers >= 0", _are_counts, _counts)
+_COUNT = _Field("an integer >= 0", lambda value: _is_integer(value) and value >= 0, int)
+_LOAD = _Field("a list of integers >= 0", _are_counts, torch.tensor)
 _NUMBER = _Field('a number, "nan", "inf" or "-inf"', _is_number, float, is_required=False)
 _FIELDS = {
     "step": _Field("an integer of 64 bits", _is_integer, int),
@@ -89,7 +81,9 @@ _FIELDS = {
     "router_entropy": _NUMBER,
     "z_loss": _NUMBER,
     "agreement": _NUMBER,
-    "pairs": _Field("a symmetric matrix of integers >= 0", _are_pairs, _counts, is_required=False),
+    "pairs": _Field(
+        "a symmetric matrix of integers >= 0", _are_pairs, torch.tensor, is_required=False
+    ),
 }
 
 

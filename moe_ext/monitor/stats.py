@@ -155,10 +155,8 @@ class _Counters:
         self.lengths = (3 + 2 * E + (1 + E * E) * detailed, 1 + (2 + E) * detailed)
         self._place(device)
 
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a layer has no counters."""
-
     def __reduce__(self) -> tuple:
+        """A copy of a layer has no counters."""
         return type(None), ()
 
     def _place(self, device: torch.device) -> None:

@@ -90,10 +90,9 @@ def libraries() -> tuple[dict[str, dict], list[doctor.Problem]]:
 
 
 def nan_in(which: int):
-    def change(outputs):
-        return [torch.full_like(out, torch.nan) if i == which else out for i, out in outputs]
-
-    return lambda outputs: change(enumerate(outputs))
+    return lambda outputs: [
+        torch.full_like(out, torch.nan) if i == which else out for i, out in enumerate(outputs)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import socket
 import sys
 
 import pytest
@@ -12,19 +11,13 @@ from moe_ext.monitor.sinks import read_json_lines
 
 EXAMPLES = ROOT / "examples"
 # One process on a GPU and two on the CPU, which torchrun gives one thread, would not be alike.
-ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+# Port 0 is any that is free.
+ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
-
-
 def run(name: str, *arguments, launcher: tuple[str, ...] = ()) -> str:
-    environment = ALONE | {"MASTER_PORT": str(free_port())}
-    return output_of(*launcher, EXAMPLES / name, *arguments, **environment)
+    return output_of(*launcher, EXAMPLES / name, *arguments, **ALONE)
 
 
 def numbers(pattern: str, text: str) -> list[float]:
