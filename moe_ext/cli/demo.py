@@ -226,13 +226,6 @@ def train(
     return trainer.result
 
 
-def write_json(path: Path, data: dict) -> None:
-    """Replace the file in one step: an interruption leaves the old or the new one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, path)
-
-
 def report(results: dict) -> str:
     """The figures of both trained models as text."""
     lines = [
@@ -299,7 +292,10 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
 
     def save() -> None:
         if is_first:
-            write_json(out / "result.json", results)
+            # Replace the file in one step: an interruption leaves the old or the new one.
+            part = out / "result.part"
+            part.write_text(json.dumps(results, indent=1) + "\n")
+            os.replace(part, out / "result.json")
 
     say = print if is_first else lambda text: None
     if busy := crowded():

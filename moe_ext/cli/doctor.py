@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import __version__, toolkit
 from ..ops import reference, registry, samples
 
-# A text that csrc/cuda_ops.cpp puts into the library.
+# A text that csrc/cuda_ops.cpp puts into the library, with the TORCH_CUDA_ARCH_LIST of its kernels.
 ARCHITECTURES = re.compile(rb"moe_ext built for compute capability ([0-9a-zA-Z.+,]*)")
 
 
@@ -265,15 +265,10 @@ def _libraries(problems: list[Problem]) -> dict[str, dict]:
         problem = f"operators on cuda run as plain PyTorch: {libraries.cuda_load_error}"
         problems += [Problem(problem, cuda["fix"])] if _num_cards() else []
     if libraries.cuda_library is not None:
-        cuda["built_for"] = _built_for(libraries.cuda_library)
+        built = ARCHITECTURES.search(libraries.cuda_library.read_bytes())
+        cuda["built_for"] = built.group(1).decode().split(",") if built else []
         problems += _unserved(cuda["built_for"])
     return {"_C": {"path": path, "error": libraries.load_error}, "_C_cuda": cuda}
-
-
-def _built_for(library: Path) -> list[str]:
-    """The TORCH_CUDA_ARCH_LIST of a library's kernels; empty if unknown."""
-    built = ARCHITECTURES.search(library.read_bytes())
-    return built.group(1).decode().split(",") if built else []
 
 
 def _unserved(built_for: list[str]) -> Iterator[Problem]:

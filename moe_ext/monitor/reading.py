@@ -89,11 +89,10 @@ class LayerStats(NamedTuple):
 
     def scalars(self) -> dict[str, float]:
         """The scalar numbers by name, without those that are None."""
-        names = ("max_over_mean", "cv", "load_entropy", "dropped")
+        names = ["max_over_mean", "cv", "load_entropy", "dropped"]
+        names += ["l_aux", "router_entropy", "z_loss", "agreement"]
         values = {name: getattr(self, name) for name in names} | {"dead": float(len(self.dead))}
-        optional = ("l_aux", "router_entropy", "z_loss", "agreement")
-        known = {name: getattr(self, name) for name in optional}
-        return values | {name: value for name, value in known.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Reading(NamedTuple):

@@ -60,10 +60,9 @@ class Stats:
 
     def __init__(self, model: nn.Module, detailed: bool) -> None:
         refuse_no_layers("stats.track", model)
-        self._layers = dict(named_layers(model))
-        self._counters = {name: _Counters(m, detailed) for name, m in self._layers.items()}
-        for name, module in self._layers.items():
-            module.observer = self._counters[name]
+        self._counters = {name: _Counters(layer, detailed) for name, layer in named_layers(model)}
+        for counters in self._counters.values():
+            counters.module.observer = counters
 
     def __enter__(self) -> Stats:
         return self
@@ -75,13 +74,14 @@ class Stats:
     def is_divided(self) -> bool:
         """Whether transformers divides the experts among ranks; equal ids then are different
         experts on different ranks."""
-        return any(getattr(m, "_is_expert_parallel", False) for m in self._layers.values())
+        modules = [counters.module for counters in self._counters.values()]
+        return any(getattr(module, "_is_expert_parallel", False) for module in modules)
 
     def stop(self) -> None:
         """Stop counting; the counts can still be read."""
-        for name, module in self._layers.items():
-            if module.observer is self._counters[name]:
-                module.observer = None
+        for counters in self._counters.values():
+            if counters.module.observer is counters:
+                counters.module.observer = None
 
     def reset(self) -> None:
         """Begin a new count."""

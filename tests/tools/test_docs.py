@@ -141,12 +141,8 @@ def shown(name: str, members: list[str]) -> Iterator[tuple[str, object]]:
         for member in members or [k for k in own if not k.startswith("_")]:
             one = getattr(what, member)
             if inspect.isclass(one) or inspect.isfunction(one):
-                yield from shown_of(f"{name}.{member}", one)
-    else:
-        yield from shown_of(name, what)
-
-
-def shown_of(name: str, what) -> Iterator[tuple[str, object]]:
+                yield from shown(f"{name}.{member}", [])
+        return
     yield name, what
     for member, value in vars(what).items() if inspect.isclass(what) else ():
         method = inspect.unwrap(getattr(value, "__func__", value))
@@ -158,9 +154,8 @@ def arguments_of(what) -> tuple[str, list[str]]:
     """The section of a docstring that describes the arguments, and their names."""
     if hasattr(what, "_fields"):
         return "Attributes", list(what._fields)
-    constructed = "__init__" in vars(what) if inspect.isclass(what) else True
-    function = what.__init__ if inspect.isclass(what) else what
-    names = inspect.signature(function).parameters if constructed else {}
+    has_arguments = not inspect.isclass(what) or "__init__" in vars(what)
+    names = inspect.signature(what).parameters if has_arguments else {}
     return "Args", [name for name in names if name not in ("self", "cls")]
 
 
