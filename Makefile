@@ -18,7 +18,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Tests run in as many processes, one thread each; the tests of a file share one.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
+	--no-loadscope-reorder
 
 CUSIM := build/cusim/tests/cusim/moe_ext_dev.so
 # The orders of threads and blocks, beside forward, in which the operators' laws hold.
