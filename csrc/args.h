@@ -174,65 +174,62 @@ inline MaskWeightsBackwardArgs mask_weights_backward_args(const Tensor& grad, co
   return {dense(grad), {dense(weights), dense(slots), s['T'], s['K'], normalize, eps, scale}};
 }
 
-struct DispatchArgs {
-  Tensor tokens;           // [T, H]
+// The routes of the row operators.
+struct RouteArgs {
   Tensor slots;            // [T, K]
   Tensor sources;          // [R]
   OptionalTensor weights;  // [T, K]
-  int64_t num_tokens, top_k, num_rows, hidden;
+  int64_t num_tokens, top_k, num_rows;
+};
+
+inline RouteArgs route_args(const Tensor& slots, const Tensor& sources,
+                            const OptionalTensor& weights, const Sizes& s) {
+  return {dense(slots), dense(sources), dense(weights), s['T'], s['K'], s['R']};
+}
+
+struct DispatchArgs {
+  Tensor tokens;  // [T, H]
+  RouteArgs routes;
+  int64_t hidden;
 };
 
 inline DispatchArgs dispatch_args(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
                                   const OptionalTensor& weights) {
   const Sizes s = check<contract("dispatch")>({tokens, slots, sources, weights});
-  return {dense(tokens), dense(slots), dense(sources), dense(weights),
-          s['T'],        s['K'],       s['R'],         s['H']};
+  return {dense(tokens), route_args(slots, sources, weights, s), s['H']};
 }
 
 struct CombineArgs {
-  Tensor rows;             // [R, H]
-  Tensor slots;            // [T, K]
-  Tensor sources;          // [R]
-  OptionalTensor weights;  // [T, K]
-  int64_t num_tokens, top_k, num_rows, hidden;
+  Tensor rows;  // [R, H]
+  RouteArgs routes;
+  int64_t hidden;
 };
 
 inline CombineArgs combine_args(const Tensor& rows, const Tensor& slots, const Tensor& sources,
                                 const OptionalTensor& weights) {
   const Sizes s = check<contract("combine")>({rows, slots, sources, weights});
-  return {dense(rows), dense(slots), dense(sources), dense(weights),
-          s['T'],      s['K'],       s['R'],         s['H']};
+  return {dense(rows), route_args(slots, sources, weights, s), s['H']};
 }
 
+// For route_dot, which has no weights, and combine_backward.
 struct RouteDotArgs {
-  Tensor tokens;   // [T, H]
-  Tensor rows;     // [R, H]
-  Tensor slots;    // [T, K]
-  Tensor sources;  // [R]
-  int64_t num_tokens, top_k, num_rows, hidden;
+  Tensor tokens;  // [T, H]
+  Tensor rows;    // [R, H]
+  RouteArgs routes;
+  int64_t hidden;
 };
 
 inline RouteDotArgs route_dot_args(const Tensor& tokens, const Tensor& rows, const Tensor& slots,
                                    const Tensor& sources) {
   const Sizes s = check<contract("route_dot")>({tokens, rows, slots, sources});
-  return {dense(tokens), dense(rows), dense(slots), dense(sources), s['T'], s['K'], s['R'], s['H']};
+  return {dense(tokens), dense(rows), route_args(slots, sources, std::nullopt, s), s['H']};
 }
 
-struct CombineBackwardArgs {
-  Tensor tokens;   // [T, H]
-  Tensor rows;     // [R, H]
-  Tensor slots;    // [T, K]
-  Tensor sources;  // [R]
-  Tensor weights;  // [T, K]
-  int64_t num_tokens, top_k, num_rows, hidden;
-};
-
-inline CombineBackwardArgs combine_backward_args(const Tensor& tokens, const Tensor& rows,
-                                                 const Tensor& slots, const Tensor& sources,
-                                                 const Tensor& weights) {
+inline RouteDotArgs combine_backward_args(const Tensor& tokens, const Tensor& rows,
+                                          const Tensor& slots, const Tensor& sources,
+                                          const Tensor& weights) {
   const Sizes s = check<contract("combine_backward")>({tokens, rows, slots, sources, weights});
-  return {dense(tokens), dense(rows), dense(slots), dense(sources), dense(weights),
-          s['T'],        s['K'],      s['R'],       s['H']};
+  return {dense(tokens), dense(rows), route_args(slots, sources, weights, s), s['H']};
 }
 
 inline Activation parse_activation(const Check& check, const std::string& activation) {
@@ -255,12 +252,10 @@ inline Activation check_activation(Call& call, const std::string& activation) {
 }
 
 struct ActivateArgs {
-  Tensor pre_activation;   // [R, G], G = 2F with the gate's columns first, F without a gate
-  Tensor slots;            // [T, K]
-  Tensor sources;          // [R]
-  OptionalTensor weights;  // [T, K]
+  Tensor pre_activation;  // [R, G], G = 2F with the gate's columns first, F without a gate
+  RouteArgs routes;
   Activation activation;
-  int64_t num_tokens, top_k, num_rows, inner_width, width;
+  int64_t inner_width, width;
 };
 
 inline ActivateArgs activate_args(const Tensor& pre_activation, const Tensor& slots,
@@ -270,16 +265,7 @@ inline ActivateArgs activate_args(const Tensor& pre_activation, const Tensor& sl
   const Sizes s =
       check<contract("activate")>({pre_activation, slots, sources, weights},
                                   [&](Call& call) { kind = check_activation(call, activation); });
-  return {dense(pre_activation),
-          dense(slots),
-          dense(sources),
-          dense(weights),
-          kind,
-          s['T'],
-          s['K'],
-          s['R'],
-          s['G'],
-          s['F']};
+  return {dense(pre_activation), route_args(slots, sources, weights, s), kind, s['G'], s['F']};
 }
 
 struct ActivateBackwardArgs {
@@ -295,9 +281,8 @@ inline ActivateBackwardArgs activate_backward_args(const Tensor& grad, const Ten
   const Sizes s = check<contract("activate_backward")>(
       {grad, pre_activation, slots, sources, weights},
       [&](Call& call) { kind = check_activation(call, activation); });
-  return {dense(grad),
-          {dense(pre_activation), dense(slots), dense(sources), dense(weights), kind, s['T'],
-           s['K'], s['R'], s['G'], s['F']}};
+  const RouteArgs routes = route_args(slots, sources, weights, s);
+  return {dense(grad), {dense(pre_activation), routes, kind, s['G'], s['F']}};
 }
 
 // The rows of each expert that a route owns: offsets[e] and the min(load[e], room) after it.

@@ -165,12 +165,10 @@ Tensor mask_weights_backward_cuda(const Tensor& grad, const Tensor& weights, con
   return grad_weights;
 }
 
-// The routes in a row operator's arguments; route_dot has no weights.
-template <typename Args>
-cuda::Routes routes_of(const Args& a, const OptionalTensor& weights) {
+cuda::Routes routes_of(const RouteArgs& a) {
   return {const_int_data(a.slots),
           const_int_data(a.sources),
-          data_or_null<void>(weights),
+          data_or_null<void>(a.weights),
           a.num_tokens,
           a.top_k,
           a.num_rows};
@@ -180,8 +178,8 @@ Tensor dispatch_cuda(const Tensor& tokens, const Tensor& slots, const Tensor& so
                      const OptionalTensor& weights) {
   const DispatchArgs a = dispatch_args(tokens, slots, sources, weights);
   const OnDevice device(a.tokens);
-  const Tensor rows = empty(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
-  cuda::dispatch(dtype_of(a.tokens), a.tokens.const_data_ptr(), routes_of(a, a.weights), a.hidden,
+  const Tensor rows = empty(a.tokens, {a.routes.num_rows, a.hidden}, a.tokens.scalar_type());
+  cuda::dispatch(dtype_of(a.tokens), a.tokens.const_data_ptr(), routes_of(a.routes), a.hidden,
                  rows.mutable_data_ptr(), device.stream());
   return rows;
 }
@@ -190,32 +188,36 @@ Tensor combine_cuda(const Tensor& rows, const Tensor& slots, const Tensor& sourc
                     const OptionalTensor& weights) {
   const CombineArgs a = combine_args(rows, slots, sources, weights);
   const OnDevice device(a.rows);
-  const Tensor tokens = empty(a.rows, {a.num_tokens, a.hidden}, a.rows.scalar_type());
-  cuda::combine(dtype_of(a.rows), a.rows.const_data_ptr(), routes_of(a, a.weights), a.hidden,
+  const Tensor tokens = empty(a.rows, {a.routes.num_tokens, a.hidden}, a.rows.scalar_type());
+  cuda::combine(dtype_of(a.rows), a.rows.const_data_ptr(), routes_of(a.routes), a.hidden,
                 tokens.mutable_data_ptr(), device.stream());
   return tokens;
+}
+
+// [T, K], in the dtype of sums
+Tensor empty_route_sums(const Tensor& rows, const RouteArgs& a) {
+  return empty(rows, {a.num_tokens, a.top_k}, accumulate_type(rows.scalar_type()));
 }
 
 Tensor route_dot_cuda(const Tensor& tokens, const Tensor& rows, const Tensor& slots,
                       const Tensor& sources) {
   const RouteDotArgs a = route_dot_args(tokens, rows, slots, sources);
   const OnDevice device(a.tokens);
-  const Tensor dots =
-      empty(a.tokens, {a.num_tokens, a.top_k}, accumulate_type(a.tokens.scalar_type()));
+  const Tensor dots = empty_route_sums(a.tokens, a.routes);
   cuda::route_dot(dtype_of(a.tokens), a.tokens.const_data_ptr(), a.rows.const_data_ptr(),
-                  routes_of(a, std::nullopt), a.hidden, dots.mutable_data_ptr(), device.stream());
+                  routes_of(a.routes), a.hidden, dots.mutable_data_ptr(), device.stream());
   return dots;
 }
 
 std::tuple<Tensor, Tensor> combine_backward_cuda(const Tensor& tokens, const Tensor& rows,
                                                  const Tensor& slots, const Tensor& sources,
                                                  const Tensor& weights) {
-  const CombineBackwardArgs a = combine_backward_args(tokens, rows, slots, sources, weights);
+  const RouteDotArgs a = combine_backward_args(tokens, rows, slots, sources, weights);
   const OnDevice device(a.tokens);
-  const Tensor dispatched = empty(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
-  const Tensor dots = empty(a.tokens, {a.num_tokens, a.top_k}, a.weights.scalar_type());
+  const Tensor dispatched = empty(a.tokens, {a.routes.num_rows, a.hidden}, a.tokens.scalar_type());
+  const Tensor dots = empty_route_sums(a.tokens, a.routes);
   cuda::combine_backward(dtype_of(a.tokens), a.tokens.const_data_ptr(), a.rows.const_data_ptr(),
-                         routes_of(a, a.weights), a.hidden, dispatched.mutable_data_ptr(),
+                         routes_of(a.routes), a.hidden, dispatched.mutable_data_ptr(),
                          dots.mutable_data_ptr(), device.stream());
   return {dispatched, dots};
 }
@@ -223,11 +225,11 @@ std::tuple<Tensor, Tensor> combine_backward_cuda(const Tensor& tokens, const Ten
 Tensor activate_cuda(const Tensor& pre_activation, const Tensor& slots, const Tensor& sources,
                      const OptionalTensor& weights, const std::string& activation) {
   const ActivateArgs a = activate_args(pre_activation, slots, sources, weights, activation);
-  const OnDevice device(a.pre_activation);
-  const Tensor out = empty(a.pre_activation, {a.num_rows, a.width}, a.pre_activation.scalar_type());
-  cuda::activate(dtype_of(a.pre_activation), a.pre_activation.const_data_ptr(),
-                 routes_of(a, a.weights), a.width, a.activation, out.mutable_data_ptr(),
-                 device.stream());
+  const Tensor& from = a.pre_activation;
+  const OnDevice device(from);
+  const Tensor out = empty(from, {a.routes.num_rows, a.width}, from.scalar_type());
+  cuda::activate(dtype_of(from), from.const_data_ptr(), routes_of(a.routes), a.width, a.activation,
+                 out.mutable_data_ptr(), device.stream());
   return out;
 }
 
@@ -237,17 +239,16 @@ std::tuple<Tensor, Tensor, Tensor> activate_backward_cuda(
   const ActivateBackwardArgs a =
       activate_backward_args(grad, pre_activation, slots, sources, weights, activation);
   const ActivateArgs& f = a.forward;
-  const OnDevice device(f.pre_activation);
-  const ScalarType dtype = f.pre_activation.scalar_type();
-  const Tensor grad_pre_activation = empty(f.pre_activation, {f.num_rows, f.inner_width}, dtype);
-  const Tensor active = empty(f.pre_activation, {f.num_rows, f.width}, dtype);
-  const Tensor grad_weights =
-      empty(f.pre_activation, {f.num_tokens, f.top_k}, f.weights->scalar_type());
-  cuda::activate_backward(
-      {dtype_of(f.pre_activation), a.grad.const_data_ptr(), f.pre_activation.const_data_ptr(),
-       f.width, f.activation, grad_pre_activation.mutable_data_ptr(), active.mutable_data_ptr(),
-       grad_weights.mutable_data_ptr()},
-      routes_of(f, f.weights), device.stream());
+  const Tensor& from = f.pre_activation;
+  const OnDevice device(from);
+  const int64_t num_rows = f.routes.num_rows;
+  const Tensor grad_pre_activation = empty(from, {num_rows, f.inner_width}, from.scalar_type());
+  const Tensor active = empty(from, {num_rows, f.width}, from.scalar_type());
+  const Tensor grad_weights = empty_route_sums(from, f.routes);
+  cuda::activate_backward({dtype_of(from), a.grad.const_data_ptr(), from.const_data_ptr(), f.width,
+                           f.activation, grad_pre_activation.mutable_data_ptr(),
+                           active.mutable_data_ptr(), grad_weights.mutable_data_ptr()},
+                          routes_of(f.routes), device.stream());
   return {grad_pre_activation, active, grad_weights};
 }
 

@@ -181,26 +181,25 @@ template <typename scalar_t>
 struct ActivateRoutes {
   using T = accumulate_t<scalar_t>;
   const scalar_t* pre_activation;  // [R, inner_width]
-  const T* weights;                // [T, K] or null
-  const int32_t* slots;            // [T, K]
-  const int32_t* sources;          // [R]
-  scalar_t* active;                // [R, width]
+  Routes<scalar_t> routes;
+  scalar_t* active;  // [R, width]
   Activation activation;
-  int64_t inner_width, width, num_rows;
+  int64_t inner_width, width;
 
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
     const bool gated = is_gated(activation);
     Piece<scalar_t> gate, up, result;
     for (int64_t route = begin; route < end; ++route) {
-      if (!has_row(slots, sources, route, num_rows, bad_slot)) continue;
-      const scalar_t* row = pre_activation + slots[route] * inner_width;
-      scalar_t* to = active + slots[route] * width;
+      if (!routes.has_row(route, bad_slot)) continue;
+      const scalar_t* row = pre_activation + routes.slots[route] * inner_width;
+      scalar_t* to = active + routes.slots[route] * width;
+      const T weight = routes.weights ? routes.weights[route] : T{1};
       for (int64_t f = 0; f < width; f += kPiece) {
         const int64_t size = std::min(kPiece, width - f);
         const Forward<T> piece{gate.read(row + f, size),
                                gated ? up.read(row + width + f, size) : nullptr,
-                               result.target(to + f), weights ? weights[route] : T{1}};
+                               result.target(to + f), weight};
         activate_piece<bytes>(activation, piece, size);
         result.write(to + f, size);
       }
@@ -210,27 +209,16 @@ struct ActivateRoutes {
 
 template <typename scalar_t>
 void activate_kernel(const ActivateArgs& a, const Tensor& out) {
-  const int64_t num_routes = a.num_tokens * a.top_k;
-  const int32_t* slots = const_data<int32_t>(a.slots);
-  const int32_t* sources = const_data<int32_t>(a.sources);
+  const Routes<scalar_t> routes(a.routes);
   scalar_t* active = data<scalar_t>(out);
-  const ActivateRoutes<scalar_t> activate_routes{const_data<scalar_t>(a.pre_activation),
-                                                 data_or_null<accumulate_t<scalar_t>>(a.weights),
-                                                 slots,
-                                                 sources,
-                                                 active,
-                                                 a.activation,
-                                                 a.inner_width,
-                                                 a.width,
-                                                 a.num_rows};
+  const ActivateRoutes<scalar_t> activate_routes{
+      const_data<scalar_t>(a.pre_activation), routes, active, a.activation, a.inner_width, a.width};
   Fault bad_slot, bad_source;
   parallel_for(
-      0, num_routes, grain((a.inner_width + a.width) * sizeof(scalar_t)),
+      0, routes.size(), grain((a.inner_width + a.width) * sizeof(scalar_t)),
       [&](int64_t begin, int64_t end) { on_widest(activate_routes, begin, end, bad_slot); });
-  zero_empty_rows(slots, sources, num_routes, a.num_rows, active, a.width, bad_source);
-  const Check check("activate");
-  check_routes_agree(check, bad_slot, slots, a.top_k, a.num_rows);
-  check_sources_agree(check, bad_source, sources, num_routes);
+  routes.zero_empty_rows(active, a.width, bad_source);
+  routes.check("activate", bad_slot, bad_source);
 }
 
 template <typename scalar_t>
@@ -238,14 +226,12 @@ struct ActivateBackwardRoutes {
   using T = accumulate_t<scalar_t>;
   const scalar_t* pre_activation;  // [R, inner_width]
   const scalar_t* grad;            // [R, width]
-  const T* weights;                // [T, K]
-  const int32_t* slots;            // [T, K]
-  const int32_t* sources;          // [R]
-  scalar_t* grad_pre_activation;   // [R, inner_width]
-  scalar_t* active;                // [R, width]
-  T* grad_weights;                 // [T, K]
+  Routes<scalar_t> routes;
+  scalar_t* grad_pre_activation;  // [R, inner_width]
+  scalar_t* active;               // [R, width]
+  T* grad_weights;                // [T, K]
   Activation activation;
-  int64_t inner_width, width, num_rows;
+  int64_t inner_width, width;
 
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
@@ -254,9 +240,9 @@ struct ActivateBackwardRoutes {
     T unweighed[kPiece];
     for (int64_t route = begin; route < end; ++route) {
       grad_weights[route] = 0;
-      if (!has_row(slots, sources, route, num_rows, bad_slot)) continue;
-      const int64_t row = slots[route];
-      const T weight = weights[route];
+      if (!routes.has_row(route, bad_slot)) continue;
+      const int64_t row = routes.slots[route];
+      const T weight = routes.weights[route];
       T sum = 0;
       for (int64_t f = 0; f < width; f += kPiece) {
         const int64_t size = std::min(kPiece, width - f);
@@ -288,39 +274,32 @@ void activate_backward_kernel(const ActivateBackwardArgs& args, const Tensor& gr
                               const Tensor& out, const Tensor& grad_weights) {
   using T = accumulate_t<scalar_t>;
   const ActivateArgs& a = args.forward;
-  const int64_t num_routes = a.num_tokens * a.top_k, R = a.num_rows;
-  const int32_t* slots = const_data<int32_t>(a.slots);
-  const int32_t* sources = const_data<int32_t>(a.sources);
+  const Routes<scalar_t> routes(a.routes);
   scalar_t* grad_rows = data<scalar_t>(grad_pre_activation);
   scalar_t* active = data<scalar_t>(out);
   const ActivateBackwardRoutes<scalar_t> activate_routes{const_data<scalar_t>(a.pre_activation),
                                                          const_data<scalar_t>(args.grad),
-                                                         const_data<T>(*a.weights),
-                                                         slots,
-                                                         sources,
+                                                         routes,
                                                          grad_rows,
                                                          active,
                                                          data<T>(grad_weights),
                                                          a.activation,
                                                          a.inner_width,
-                                                         a.width,
-                                                         R};
+                                                         a.width};
   Fault bad_slot, bad_source;
   parallel_for(
-      0, num_routes, grain(2 * (a.inner_width + a.width) * sizeof(scalar_t)),
+      0, routes.size(), grain(2 * (a.inner_width + a.width) * sizeof(scalar_t)),
       [&](int64_t begin, int64_t end) { on_widest(activate_routes, begin, end, bad_slot); });
-  zero_empty_rows(slots, sources, num_routes, R, grad_rows, a.inner_width, bad_source);
-  zero_empty_rows(slots, sources, num_routes, R, active, a.width, bad_source);
-  const Check check("activate_backward");
-  check_routes_agree(check, bad_slot, slots, a.top_k, R);
-  check_sources_agree(check, bad_source, sources, num_routes);
+  routes.zero_empty_rows(grad_rows, a.inner_width, bad_source);
+  routes.zero_empty_rows(active, a.width, bad_source);
+  routes.check("activate_backward", bad_slot, bad_source);
 }
 
 Tensor activate_cpu(const Tensor& pre_activation, const Tensor& slots, const Tensor& sources,
                     const OptionalTensor& weights, const std::string& activation) {
   const ActivateArgs a = activate_args(pre_activation, slots, sources, weights, activation);
   const ScalarType dtype = a.pre_activation.scalar_type();
-  const Tensor out = fresh(a.pre_activation, {a.num_rows, a.width}, dtype);
+  const Tensor out = fresh(a.pre_activation, {a.routes.num_rows, a.width}, dtype);
   visit_float(dtype, [&](auto zero) { activate_kernel<decltype(zero)>(a, out); });
   return out;
 }
@@ -334,10 +313,11 @@ std::tuple<Tensor, Tensor, Tensor> activate_backward_cpu(const Tensor& grad,
       activate_backward_args(grad, pre_activation, slots, sources, weights, activation);
   const ActivateArgs& f = a.forward;
   const ScalarType dtype = f.pre_activation.scalar_type();
-  const Tensor grad_pre_activation = fresh(f.pre_activation, {f.num_rows, f.inner_width}, dtype);
-  const Tensor active = fresh(f.pre_activation, {f.num_rows, f.width}, dtype);
+  const RouteArgs& r = f.routes;
+  const Tensor grad_pre_activation = fresh(f.pre_activation, {r.num_rows, f.inner_width}, dtype);
+  const Tensor active = fresh(f.pre_activation, {r.num_rows, f.width}, dtype);
   const Tensor grad_weights =
-      empty(f.pre_activation, {f.num_tokens, f.top_k}, f.weights->scalar_type());
+      empty(f.pre_activation, {r.num_tokens, r.top_k}, r.weights->scalar_type());
   visit_float(dtype, [&](auto zero) {
     activate_backward_kernel<decltype(zero)>(a, grad_pre_activation, active, grad_weights);
   });

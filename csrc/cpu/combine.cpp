@@ -6,8 +6,7 @@
 // k, stays in registers until it is rounded once. The next token's rows, which lie anywhere, are
 // fetched meanwhile.
 
-#include "common.h"
-#include "vector.h"
+#include "rows.h"
 
 namespace moe_ext {
 namespace {
@@ -16,10 +15,9 @@ template <typename scalar_t>
 struct CombineTokens {
   using T = accumulate_t<scalar_t>;
   const scalar_t* rows;  // [R, H]
-  const T* weights;      // [T, K] or null
-  const int32_t* slots;  // [T, K]
-  scalar_t* tokens;      // [T, H]
-  int64_t num_tokens, top_k, hidden, num_rows;
+  Routes<scalar_t> routes;
+  scalar_t* tokens;  // [T, H]
+  int64_t hidden;
 
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end) const {
@@ -36,12 +34,13 @@ struct CombineTokens {
   template <typename V, int count>
   MOE_EXT_INLINE void sum(int64_t t, int64_t h) const {
     constexpr int64_t kWidth = sizeof(V) / sizeof(T);
+    const int64_t top_k = routes.top_k;
     V sums[count]{};
     for (int64_t route = t * top_k; route < (t + 1) * top_k; ++route) {
       fetch_ahead(route + top_k, h, count * kWidth);
-      if (slots[route] == -1) continue;
-      const scalar_t* row = rows + slots[route] * hidden + h;
-      const T weight = weights ? weights[route] : T{1};
+      if (routes.slots[route] == -1) continue;
+      const scalar_t* row = rows + routes.slots[route] * hidden + h;
+      const T weight = routes.weights ? routes.weights[route] : T{1};
       for (int i = 0; i < count; ++i) {
         V value;
         load_as(value, row + i * kWidth);
@@ -53,39 +52,32 @@ struct CombineTokens {
 
   MOE_EXT_INLINE void fetch_ahead(int64_t route, int64_t h, int64_t size) const {
     // Another thread may still have to check it.
-    if (route >= num_tokens * top_k || !in_range(slots[route], num_rows)) return;
-    prefetch(rows + slots[route] * hidden + h, size);
+    if (route >= routes.size() || !in_range(routes.slots[route], routes.num_rows)) return;
+    prefetch(rows + routes.slots[route] * hidden + h, size);
   }
 };
 
 template <typename scalar_t>
 void combine_kernel(const CombineArgs& a, const Tensor& out) {
-  const int64_t K = a.top_k, H = a.hidden, R = a.num_rows;
-  const int32_t* slots = const_data<int32_t>(a.slots);
-  const int32_t* sources = const_data<int32_t>(a.sources);
-  const CombineTokens<scalar_t> combine_tokens{const_data<scalar_t>(a.rows),
-                                               data_or_null<accumulate_t<scalar_t>>(a.weights),
-                                               slots,
-                                               data<scalar_t>(out),
-                                               a.num_tokens,
-                                               K,
-                                               H,
-                                               R};
+  const Routes<scalar_t> routes(a.routes);
+  const int64_t K = routes.top_k, H = a.hidden;
+  const CombineTokens<scalar_t> tokens{const_data<scalar_t>(a.rows), routes, data<scalar_t>(out),
+                                       H};
   Fault bad_slot;
-  parallel_for(0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
+  parallel_for(0, routes.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t route = begin * K; route < end * K; ++route) {
-                   has_row(slots, sources, route, R, bad_slot);
+                   routes.has_row(route, bad_slot);
                  }
-                 if (!bad_slot.found()) on_widest(combine_tokens, begin, end);
+                 if (!bad_slot.found()) on_widest(tokens, begin, end);
                });
-  check_routes_agree(Check("combine"), bad_slot, slots, K, R);
+  routes.check("combine", bad_slot);
 }
 
 Tensor combine_cpu(const Tensor& rows, const Tensor& slots, const Tensor& sources,
                    const OptionalTensor& weights) {
   const CombineArgs a = combine_args(rows, slots, sources, weights);
-  Tensor tokens = fresh(a.rows, {a.num_tokens, a.hidden}, a.rows.scalar_type());
+  Tensor tokens = fresh(a.rows, {a.routes.num_tokens, a.hidden}, a.rows.scalar_type());
   visit_float(a.rows.scalar_type(), [&](auto zero) { combine_kernel<decltype(zero)>(a, tokens); });
   return tokens;
 }

@@ -108,42 +108,4 @@ inline void check_ids(const Check& check, const int32_t* expert_ids, int64_t num
   }
 }
 
-// slots and sources must be inverse to each other where they are not -1: then every row is written
-// exactly once, by one thread. Checked route by route and row by row while they are read anyway.
-//
-// Whether a route has a row. One whose slot no source gives back is noted, and has none.
-inline bool has_row(const int32_t* slots, const int32_t* sources, int64_t route, int64_t num_rows,
-                    Fault& bad_slot) {
-  const int64_t slot = slots[route];
-  if (slot == -1) return false;
-  if (in_range(slot, num_rows) && sources[slot] == route) return true;
-  bad_slot.note(route);
-  return false;
-}
-
-inline void check_routes_agree(const Check& check, const Fault& bad_slot, const int32_t* slots,
-                               int64_t top_k, int64_t num_rows) {
-  if (!bad_slot.found()) return;
-  const int64_t route = bad_slot.first(), slot = slots[route];
-  const int64_t t = route / top_k, k = route % top_k;
-  if (slot < -1 || slot >= num_rows) {
-    check.fail("slots must be in -1..R-1 with R = ", num_rows, ", got ", slot, " at [", t, ", ", k,
-               "]");
-  }
-  check.fail("slots and sources must be of one plan, got slot ", slot, " at [", t, ", ", k,
-             "], which sources gives to another route");
-}
-
-inline void check_sources_agree(const Check& check, const Fault& bad_source, const int32_t* sources,
-                                int64_t num_routes) {
-  if (!bad_source.found()) return;
-  const int64_t row = bad_source.first(), route = sources[row];
-  if (route < -1 || route >= num_routes) {
-    check.fail("sources must be in -1..T*K-1 with T*K = ", num_routes, ", got ", route, " at [",
-               row, "]");
-  }
-  check.fail("slots and sources must be of one plan, got route ", route, " at sources[", row,
-             "], which slots gives to another row");
-}
-
 }  // namespace moe_ext

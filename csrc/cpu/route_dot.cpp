@@ -13,20 +13,20 @@ namespace {
 
 template <typename scalar_t>
 struct RouteDotTokens {
-  const scalar_t* tokens;        // [T, H]
-  const scalar_t* rows;          // [R, H]
-  const int32_t* slots;          // [T, K]
-  const int32_t* sources;        // [R]
+  const scalar_t* tokens;  // [T, H]
+  const scalar_t* rows;    // [R, H]
+  Routes<scalar_t> routes;
   accumulate_t<scalar_t>* dots;  // [T, K]
-  int64_t top_k, hidden, num_rows;
+  int64_t hidden;
 
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
+    const int64_t top_k = routes.top_k;
     for (int64_t route = begin * top_k; route < end * top_k; ++route) {
-      dots[route] =
-          has_row(slots, sources, route, num_rows, bad_slot)
-              ? dot<bytes>(tokens + route / top_k * hidden, rows + slots[route] * hidden, hidden)
-              : 0;
+      dots[route] = 0;
+      if (!routes.has_row(route, bad_slot)) continue;
+      const scalar_t* row = rows + routes.slots[route] * hidden;
+      dots[route] = dot<bytes>(tokens + route / top_k * hidden, row, hidden);
     }
   }
 };
@@ -35,74 +35,64 @@ struct RouteDotTokens {
 template <typename scalar_t>
 struct CombineBackwardTokens {
   RouteDotTokens<scalar_t> at;
-  const accumulate_t<scalar_t>* weights;  // [T, K]
-  scalar_t* dispatched;                   // [R, H]
+  scalar_t* dispatched;  // [R, H]
 
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, const RowWriter<scalar_t>& writer,
                           Fault& bad_slot) const {
-    for (int64_t route = begin * at.top_k; route < end * at.top_k; ++route) {
+    const Routes<scalar_t>& routes = at.routes;
+    for (int64_t route = begin * routes.top_k; route < end * routes.top_k; ++route) {
       at.dots[route] = 0;
-      if (!has_row(at.slots, at.sources, route, at.num_rows, bad_slot)) continue;
-      const scalar_t* token = at.tokens + route / at.top_k * at.hidden;
-      const int64_t row = at.slots[route] * at.hidden;
+      if (!routes.has_row(route, bad_slot)) continue;
+      const scalar_t* token = at.tokens + route / routes.top_k * at.hidden;
+      const int64_t row = routes.slots[route] * at.hidden;
       at.dots[route] = dot<bytes>(token, at.rows + row, at.hidden);
-      writer.scale(token, weights[route], dispatched + row, at.hidden);
+      writer.scale(token, routes.weights[route], dispatched + row, at.hidden);
     }
   }
 };
 
 template <typename scalar_t>
-void route_dot_kernel(const RouteDotArgs& a, const Tensor& out) {
-  using T = accumulate_t<scalar_t>;
-  const int64_t K = a.top_k, H = a.hidden, R = a.num_rows;
-  const int32_t* slots = const_data<int32_t>(a.slots);
-  const int32_t* sources = const_data<int32_t>(a.sources);
-  Fault bad_slot;
-
-  const RouteDotTokens<scalar_t> tokens{const_data<scalar_t>(a.tokens),
-                                        const_data<scalar_t>(a.rows),
-                                        slots,
-                                        sources,
-                                        data<T>(out),
-                                        K,
-                                        H,
-                                        R};
-  parallel_for(0, a.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
-               [&](int64_t begin, int64_t end) { on_widest(tokens, begin, end, bad_slot); });
-  check_routes_agree(Check("route_dot"), bad_slot, slots, K, R);
+RouteDotTokens<scalar_t> tokens_of(const RouteDotArgs& a, const Tensor& dots) {
+  return {const_data<scalar_t>(a.tokens), const_data<scalar_t>(a.rows), Routes<scalar_t>(a.routes),
+          data<accumulate_t<scalar_t>>(dots), a.hidden};
 }
 
 template <typename scalar_t>
-void combine_backward_kernel(const CombineBackwardArgs& a, const Tensor& out_rows,
-                             const Tensor& out) {
-  using T = accumulate_t<scalar_t>;
-  const int64_t K = a.top_k, H = a.hidden, R = a.num_rows;
-  const int32_t* slots = const_data<int32_t>(a.slots);
-  const int32_t* sources = const_data<int32_t>(a.sources);
-  scalar_t* dispatched = data<scalar_t>(out_rows);
-  Fault bad_slot, bad_source;
+void route_dot_kernel(const RouteDotArgs& a, const Tensor& dots) {
+  const RouteDotTokens<scalar_t> tokens = tokens_of<scalar_t>(a, dots);
+  Fault bad_slot;
+  parallel_for(0, tokens.routes.num_tokens,
+               grain(a.hidden * (tokens.routes.top_k + 1) * sizeof(scalar_t)),
+               [&](int64_t begin, int64_t end) { on_widest(tokens, begin, end, bad_slot); });
+  tokens.routes.check("route_dot", bad_slot);
+}
 
-  const CombineBackwardTokens<scalar_t> tokens{
-      {const_data<scalar_t>(a.tokens), const_data<scalar_t>(a.rows), slots, sources, data<T>(out),
-       K, H, R},
-      const_data<T>(a.weights),
-      dispatched};
-  parallel_for(0, a.num_tokens, grain(H * (2 * K + 1) * sizeof(scalar_t)),
+template <typename scalar_t>
+void combine_backward_kernel(const RouteDotArgs& a, const Tensor& out, const Tensor& dots) {
+  scalar_t* dispatched = data<scalar_t>(out);
+  const CombineBackwardTokens<scalar_t> tokens{tokens_of<scalar_t>(a, dots), dispatched};
+  const Routes<scalar_t>& routes = tokens.at.routes;
+  Fault bad_slot, bad_source;
+  parallel_for(0, routes.num_tokens, grain(a.hidden * (2 * routes.top_k + 1) * sizeof(scalar_t)),
                [&](int64_t begin, int64_t end) {
-                 const RowWriter<scalar_t> writer(out_rows);
+                 const RowWriter<scalar_t> writer(out);
                  on_widest(tokens, begin, end, writer, bad_slot);
                });
-  zero_empty_rows(slots, sources, a.num_tokens * K, R, dispatched, H, bad_source);
-  const Check check("combine_backward");
-  check_routes_agree(check, bad_slot, slots, K, R);
-  check_sources_agree(check, bad_source, sources, a.num_tokens * K);
+  routes.zero_empty_rows(dispatched, a.hidden, bad_source);
+  routes.check("combine_backward", bad_slot, bad_source);
+}
+
+// [T, K], in the dtype of sums
+Tensor empty_dots(const RouteDotArgs& a) {
+  const ScalarType dtype = accumulate_type(a.tokens.scalar_type());
+  return empty(a.tokens, {a.routes.num_tokens, a.routes.top_k}, dtype);
 }
 
 Tensor route_dot_cpu(const Tensor& tokens, const Tensor& rows, const Tensor& slots,
                      const Tensor& sources) {
   const RouteDotArgs a = route_dot_args(tokens, rows, slots, sources);
-  Tensor dots = empty(a.tokens, {a.num_tokens, a.top_k}, accumulate_type(a.tokens.scalar_type()));
+  const Tensor dots = empty_dots(a);
   visit_float(a.tokens.scalar_type(),
               [&](auto zero) { route_dot_kernel<decltype(zero)>(a, dots); });
   return dots;
@@ -111,9 +101,9 @@ Tensor route_dot_cpu(const Tensor& tokens, const Tensor& rows, const Tensor& slo
 std::tuple<Tensor, Tensor> combine_backward_cpu(const Tensor& tokens, const Tensor& rows,
                                                 const Tensor& slots, const Tensor& sources,
                                                 const Tensor& weights) {
-  const CombineBackwardArgs a = combine_backward_args(tokens, rows, slots, sources, weights);
-  Tensor dispatched = fresh(a.tokens, {a.num_rows, a.hidden}, a.tokens.scalar_type());
-  Tensor dots = empty(a.tokens, {a.num_tokens, a.top_k}, a.weights.scalar_type());
+  const RouteDotArgs a = combine_backward_args(tokens, rows, slots, sources, weights);
+  const Tensor dispatched = fresh(a.tokens, {a.routes.num_rows, a.hidden}, a.tokens.scalar_type());
+  const Tensor dots = empty_dots(a);
   visit_float(a.tokens.scalar_type(),
               [&](auto zero) { combine_backward_kernel<decltype(zero)>(a, dispatched, dots); });
   return {dispatched, dots};

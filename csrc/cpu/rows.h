@@ -1,4 +1,4 @@
-// Work on one row, shared by dispatch, route_dot, combine_backward and activate.
+// The routes and rows of dispatch, combine, route_dot, combine_backward and activate.
 
 #pragma once
 
@@ -12,6 +12,75 @@
 #include "vector.h"
 
 namespace moe_ext {
+
+// The routes of an operator whose rows are scalar_t.
+//
+// slots and sources must be inverse to each other where they are not -1: then every row is written
+// exactly once, by one thread. Checked route by route and row by row while they are read anyway:
+// what is at fault is noted, and `check` raises for it.
+template <typename scalar_t>
+struct Routes {
+  const int32_t* slots;                   // [T, K]
+  const int32_t* sources;                 // [R]
+  const accumulate_t<scalar_t>* weights;  // [T, K] or null
+  int64_t num_tokens, top_k, num_rows;
+
+  explicit Routes(const RouteArgs& a)
+      : slots(const_data<int32_t>(a.slots)),
+        sources(const_data<int32_t>(a.sources)),
+        weights(data_or_null<accumulate_t<scalar_t>>(a.weights)),
+        num_tokens(a.num_tokens),
+        top_k(a.top_k),
+        num_rows(a.num_rows) {}
+
+  int64_t size() const { return num_tokens * top_k; }
+
+  // Whether a route has a row. One whose slot no source gives back is noted, and has none.
+  bool has_row(int64_t route, Fault& bad_slot) const {
+    const int64_t slot = slots[route];
+    if (slot == -1) return false;
+    if (in_range(slot, num_rows) && sources[slot] == route) return true;
+    bad_slot.note(route);
+    return false;
+  }
+
+  // Zeroes the rows that no route has, and notes those whose route has another one.
+  void zero_empty_rows(scalar_t* rows, int64_t hidden, Fault& bad_source) const {
+    parallel_for(0, num_rows, grain(hidden * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t route = sources[r];
+        if (route == -1) {
+          std::memset(static_cast<void*>(rows + r * hidden), 0, hidden * sizeof(scalar_t));
+        } else if (!in_range(route, size()) || slots[route] != r) {
+          bad_source.note(r);
+        }
+      }
+    });
+  }
+
+  void check(const char* op, const Fault& bad_slot, const Fault& bad_source = {}) const {
+    const Check check(op);
+    if (bad_slot.found()) {
+      const int64_t route = bad_slot.first(), slot = slots[route];
+      const int64_t t = route / top_k, k = route % top_k;
+      if (slot < -1 || slot >= num_rows) {
+        check.fail("slots must be in -1..R-1 with R = ", num_rows, ", got ", slot, " at [", t, ", ",
+                   k, "]");
+      }
+      check.fail("slots and sources must be of one plan, got slot ", slot, " at [", t, ", ", k,
+                 "], which sources gives to another route");
+    }
+    if (bad_source.found()) {
+      const int64_t row = bad_source.first(), route = sources[row];
+      if (route < -1 || route >= size()) {
+        check.fail("sources must be in -1..T*K-1 with T*K = ", size(), ", got ", route, " at [",
+                   row, "]");
+      }
+      check.fail("slots and sources must be of one plan, got route ", route, " at sources[", row,
+                 "], which slots gives to another row");
+    }
+  }
+};
 
 // Writes rows of a result, on one thread. A result that outgrows the caches goes around them: a
 // line that is written whole need not be read first. What fits is better left there, where the
@@ -75,22 +144,6 @@ class RowWriter {
 
   bool streams_;
 };
-
-// Zeroes the rows that no route has, and notes those whose route has another one.
-template <typename scalar_t>
-void zero_empty_rows(const int32_t* slots, const int32_t* sources, int64_t num_routes,
-                     int64_t num_rows, scalar_t* rows, int64_t hidden, Fault& bad_source) {
-  parallel_for(0, num_rows, grain(hidden * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t route = sources[r];
-      if (route == -1) {
-        std::memset(static_cast<void*>(rows + r * hidden), 0, hidden * sizeof(scalar_t));
-      } else if (!in_range(route, num_routes) || slots[route] != r) {
-        bad_source.note(r);
-      }
-    }
-  });
-}
 
 constexpr int64_t kSumLanes = 16;
 
