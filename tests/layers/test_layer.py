@@ -17,7 +17,6 @@ from moe_ext import (
     MOELayer,
     TopKGate,
 )
-from moe_ext.parallel.sharding import divide
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -89,14 +88,6 @@ def test_modules_given_one_by_one_are_the_experts(options):
     # Experts without a token have a gradient, which is zero.
     layer(x[:1]).sum().backward()
     assert all(parameter.grad is not None for parameter in experts.parameters())
-
-
-def test_modules_given_one_by_one_are_divided_among_processes():
-    given = nn.ModuleList(nn.Linear(H, H) for _ in range(E))
-    part = divide(ModuleExperts(given), 1, 2)
-    assert part.num_experts == E // 2
-    for mine, its in zip(part.experts, given[E // 2 :], strict=True):
-        assert torch.equal(mine.weight, its.weight)
 
 
 @pytest.mark.parametrize("router", [nn.Linear(H, E), CosineRouter(H, E), nn.Sequential()])

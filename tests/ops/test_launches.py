@@ -141,21 +141,6 @@ def test_nothing_to_do_is_not_launched(launches_of):
     assert launches_of(moe_ext.dispatch, torch.empty(5, 0), plan) == []
 
 
-def test_launches_fit_the_device(launches_of):
-    """Blocks of whole warps, and no more shared memory than a block has without asking."""
-    logits = torch.randn(9000, 1024)
-    plan = moe_ext.make_plan(random_experts(3000, 2, 1024), 1024)
-    calls = launches_of(moe_ext.gate, logits, 8)
-    calls += launches_of(moe_ext.gate, logits.double(), 8)
-    calls += launches_of(moe_ext.make_plan, plan.expert_ids, 1024, 3, priority=torch.rand(3000, 2))
-    calls += launches_of(moe_ext.dispatch, torch.randn(3000, 1), plan, torch.rand(3000, 2))
-    assert len(calls) == 8
-    for call in calls:
-        assert call["threads"] % 32 == 0
-        assert 0 < call["threads"] <= 1024
-        assert 0 < call["shared_bytes"] <= 48 << 10
-
-
 @pytest.fixture
 def in_every_order(cusim, request):
     """in_every_order(function): its results, with the threads and blocks in each order."""
