@@ -1,6 +1,9 @@
 """Run functions in the processes of a gloo group, which stay for later functions."""
 
 import atexit
+import functools
+import importlib
+import inspect
 import multiprocessing
 import tempfile
 import traceback
@@ -38,6 +41,28 @@ def on_processes(number: int, function, *args) -> list:
         # The other processes may wait for the one that failed.
         _pools.pop(number).close()
         raise
+
+
+def on_ranks(number: int):
+    """Make a test of `function(rank, ...)`, which asserts in each process of a gloo group.
+
+    The test has the function's other parameters.
+    """
+
+    def decorate(function):
+        def test(**arguments) -> None:
+            on_processes(number, _body, function.__module__, function.__name__, arguments)
+
+        functools.update_wrapper(test, function)
+        signature = inspect.signature(function)
+        test.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
+        return test
+
+    return decorate
+
+
+def _body(rank: int, module: str, name: str, arguments: dict) -> None:
+    getattr(importlib.import_module(module), name).__wrapped__(rank, **arguments)
 
 
 class Processes:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from processes import on_processes
+from processes import on_ranks
 from test_expert_parallel import (
     Case,
     E,
@@ -42,33 +42,6 @@ def test_compiled_ranks_compute_what_one_process_computes(case):
     assert_like_one_process(case, _compiled)
 
 
-def _recompiled(rank: int, options: dict, gate: dict) -> list[bool]:
-    """Whether compiled calls, and their gradients, equal eager ones.
-
-    Rank 0 has more sizes than torch.compile makes programs for, and rank 1 has one.
-    """
-    torch._dynamo.reset()
-    torch.manual_seed(1)
-    gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False, **gate)
-    experts = ExpertParallel.of(GroupedExperts(E, H, F), dist.group.WORLD, **options)
-    layer = MOELayer(gate, experts).double()
-    eager = copy.deepcopy(layer)
-    compiled = torch.compile(layer, backend="eager", dynamic=False)
-    same = []
-    for call in range(5):
-        x = torch.randn(3 + (call if rank == 0 else 0), H, dtype=torch.float64)
-        found = []
-        for run in (compiled, eager):
-            tokens = x.clone().requires_grad_()
-            # Rank 0 runs eagerly from the third size on.
-            with torch._dynamo.config.patch(recompile_limit=2):
-                out = run(tokens)
-            (grad,) = torch.autograd.grad(out.square().sum(), tokens)
-            found.append((out, grad))
-        same.append(all(map(torch.equal, *found)))
-    return same
-
-
 @pytest.mark.parametrize(
     ("options", "gate"),
     [
@@ -79,11 +52,32 @@ def _recompiled(rank: int, options: dict, gate: dict) -> list[bool]:
     ],
     ids=["dropless", "uneven", "capacity"],
 )
-def test_one_rank_may_fall_back_to_eager_code(options, gate):
-    assert on_processes(2, _recompiled, options, gate) == [[True] * 5] * 2
+@on_ranks(2)
+def test_one_rank_may_fall_back_to_eager_code(rank, options, gate):
+    """Rank 0 has more sizes than torch.compile makes programs for, and rank 1 has one."""
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False, **gate)
+    experts = ExpertParallel.of(GroupedExperts(E, H, F), dist.group.WORLD, **options)
+    layer = MOELayer(gate, experts).double()
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="eager", dynamic=False)
+    for call in range(5):
+        x = torch.randn(3 + (call if rank == 0 else 0), H, dtype=torch.float64)
+        found = []
+        for run in (compiled, eager):
+            tokens = x.clone().requires_grad_()
+            # Rank 0 runs eagerly from the third size on.
+            with torch._dynamo.config.patch(recompile_limit=2):
+                out = run(tokens)
+            (grad,) = torch.autograd.grad(out.square().sum(), tokens)
+            found.append((out, grad))
+        assert all(map(torch.equal, *found))
 
 
-def _compiled_whole(rank: int, kind: str) -> bool:
+@pytest.mark.parametrize("kind", ["MoE", "tensor group"])
+@on_ranks(2)
+def test_layers_with_a_capacity_compile_whole(rank, kind):
     torch._dynamo.reset()
     torch.manual_seed(1)
     if kind == "MoE":
@@ -97,9 +91,4 @@ def _compiled_whole(rank: int, kind: str) -> bool:
     x = torch.randn(8, H)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     out, expected = (found[0] if kind == "MoE" else found for found in (compiled(x), layer(x)))
-    return torch.equal(out, expected)
-
-
-@pytest.mark.parametrize("kind", ["MoE", "tensor group"])
-def test_layers_with_a_capacity_compile_whole(kind):
-    assert on_processes(2, _compiled_whole, kind) == [True] * 2
+    assert torch.equal(out, expected)

@@ -9,29 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_faults import E, H, T, error_of, layer_of, run_out_of_step
-from processes import Processes, on_processes
+from processes import Processes, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_ext import ExpertParallel, GroupedExperts
 from moe_ext.parallel import make_groups
-
-
-def _call(rank: int, *sides: dict) -> str:
-    """before: grad modes of earlier calls; other names are options of `layer_of`"""
-    call = {"tokens": T, "requires_grad": False, "autocast": False, "before": ()}
-    options = {name: value for name, value in sides[rank].items() if name not in call}
-    call |= sides[rank]
-    layer = layer_of(**options)
-    x = torch.randn(
-        *(call["tokens"], layer.gate.model_dim),
-        dtype=options.get("dtype", torch.float32),
-        requires_grad=call["requires_grad"],
-    )
-    for grad_mode in call["before"]:
-        with torch.set_grad_enabled(grad_mode):
-            layer(x[:T].detach())
-    with torch.autocast("cpu", torch.bfloat16, enabled=call["autocast"]):
-        return error_of(lambda: layer(x))
 
 
 @pytest.mark.parametrize(
@@ -63,39 +45,47 @@ def _call(rank: int, *sides: dict) -> str:
         ({"autocast": True}, {}, "autocast_dtype, got torch.bfloat16 {0} and torch.float32 {1}"),
     ],
 )
-def test_options_that_differ_are_named_on_all_ranks(mine, theirs, text):
+@on_ranks(2)
+def test_options_that_differ_are_named_on_all_ranks(rank, mine, theirs, text):
+    """before: grad modes of earlier calls; other names are options of `layer_of`"""
+    call = {"tokens": T, "requires_grad": False, "autocast": False, "before": ()}
+    side = theirs if rank else mine
+    options = {name: value for name, value in side.items() if name not in call}
+    call |= side
+    layer = layer_of(**options)
+    x = torch.randn(
+        *(call["tokens"], layer.gate.model_dim),
+        dtype=options.get("dtype", torch.float32),
+        requires_grad=call["requires_grad"],
+    )
+    for grad_mode in call["before"]:
+        with torch.set_grad_enabled(grad_mode):
+            layer(x[:T].detach())
+    with torch.autocast("cpu", torch.bfloat16, enabled=call["autocast"]):
+        error = error_of(lambda: layer(x))
     where = "on rank 0 of the group", "on rank 1"
-    for message in on_processes(2, _call, mine, theirs):
-        assert f"all ranks must have the same {text.format(*where)}" in message
-
-
-def _two_levels(rank: int, options: dict) -> str:
-    layer = layer_of(k=1 if rank == 0 else 2)
-    group = make_groups((2, 2)).ep
-    layer.experts = ExpertParallel.of(GroupedExperts(E, H, 3), group, **options)
-    return error_of(lambda: layer(torch.randn(T, H)))
+    assert f"all ranks must have the same {text.format(*where)}" in error
 
 
 @pytest.mark.parametrize("options", [{}, {"dedup": True}])
-def test_a_difference_on_a_mesh_of_nodes_is_named(options):
-    for message in on_processes(4, _two_levels, options):
-        assert "same k, got 1 on rank 0 of the group and 2 on rank 1" in message
+@on_ranks(4)
+def test_a_difference_on_a_mesh_of_nodes_is_named(rank, options):
+    layer = layer_of(k=1 if rank == 0 else 2, group=make_groups((2, 2)).ep, options=options)
+    error = error_of(lambda: layer(torch.randn(T, H)))
+    assert "same k, got 1 on rank 0 of the group and 2 on rank 1" in error
 
 
-def _leaves_tokens_out(rank: int) -> list[str]:
+@on_ranks(2)
+def test_a_backward_of_other_inputs_on_one_rank_is_named(rank):
     layer = layer_of()
 
     def step(leaves_out: bool):
         out = layer(torch.randn(T, H, requires_grad=True)).sum()
         out.backward(inputs=list(layer.parameters()) if leaves_out else None)
 
-    return [error_of(lambda: step(rank == 1)), error_of(lambda: step(False))]
-
-
-def test_a_backward_of_other_inputs_on_one_rank_is_named():
-    for error, after in on_processes(2, _leaves_tokens_out):
-        assert "the same tokens_require_grad, got True on rank 0 of the group and False" in error
-        assert after == "no error"
+    error = error_of(lambda: step(rank == 1))
+    assert "the same tokens_require_grad, got True on rank 0 of the group and False" in error
+    step(False)
 
 
 # Rank 1 alone runs one of these in place of `second(first(x))`.
@@ -137,19 +127,19 @@ def test_ranks_out_of_step_raise_one_error_and_may_continue(
     assert found.groups() == calls
 
 
-def _one_has_a_copy(rank: int) -> list[str]:
+@on_ranks(2)
+def test_one_rank_may_have_a_copy_of_a_layer(rank):
     layer = layer_of()
     if rank == 0:
         copy.deepcopy(layer)
-    other, x = layer_of(), torch.randn(T, H)
-    return [error_of(lambda: other(layer(x)))]
+    other = layer_of()
+    other(layer(torch.randn(T, H)))
 
 
-def test_one_rank_may_have_a_copy_of_a_layer():
-    assert on_processes(2, _one_has_a_copy) == [["no error"]] * 2
-
-
-def _share_tokens(rank: int, fault: str, drops: bool) -> list[str]:
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("fault", ["autocast", "tokens", "experts"])
+@on_ranks(4)
+def test_a_fault_in_a_tensor_group_is_raised_on_all_ranks(rank, fault, drops):
     """Ranks 0 and 1 share tokens, and ranks 2 and 3. Rank 1 alone is at fault, once."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
     layer = layer_of(drop_tokens=drops)
@@ -169,22 +159,15 @@ def _share_tokens(rank: int, fault: str, drops: bool) -> list[str]:
         with torch.autocast("cpu", torch.bfloat16, enabled=fault == "autocast"):
             return layer(torch.cat([x, x]) if fault == "tokens" else x)
 
-    errors = [error_of(lambda: call(rank == 1))]
+    error = error_of(lambda: call(rank == 1))
     if fault == "experts":  # the others are told in the next call
-        errors.append(error_of(lambda: call(False)))
+        error = error_of(lambda: call(False))
+    assert (
+        "all ranks must have the same" in error
+        or "ranks of a tensor_group" in error
+        or (fault == "experts" and "experts raised an exception in the last call" in error)
+    )
     assert torch.equal(layer(x), expected)
-    return errors
-
-
-@pytest.mark.parametrize("drops", [False, True])
-@pytest.mark.parametrize("fault", ["autocast", "tokens", "experts"])
-def test_a_fault_in_a_tensor_group_is_raised_on_all_ranks(fault, drops):
-    for *_, error in on_processes(4, _share_tokens, fault, drops):
-        assert (
-            "all ranks must have the same" in error
-            or "ranks of a tensor_group" in error
-            or (fault == "experts" and "experts raised an exception in the last call" in error)
-        )
 
 
 def _in_a_second_world(rank: int, file: str) -> list[str]:

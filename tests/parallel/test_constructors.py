@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_faults import E, H, T, error_of
-from processes import on_processes
+from processes import on_ranks
 from torch import nn
 
 from moe_ext import (
@@ -20,7 +20,8 @@ from moe_ext import (
 from moe_ext.parallel import data_parallel, make_groups
 
 
-def _messages(rank: int) -> list[str]:
+@on_ranks(2)
+def test_invalid_arguments_are_named(rank):
     world = dist.group.WORLD
     experts = GroupedExperts(E, H, 3)
     parallel = ExpertParallel.of(experts, world)
@@ -30,33 +31,27 @@ def _messages(rank: int) -> list[str]:
     with_scale = ModuleExperts(nn.Linear(H, H), E)
     with_scale.scale = nn.Parameter(torch.ones(1))
     experts_alone = MOELayer(gate.requires_grad_(False), ExpertParallel.of(experts, world))
-    return [
-        error_of(make)
-        for make in (
-            lambda: ExpertParallel.of(GroupedExperts(5, H, 3), world),
-            lambda: ExpertParallel.of(nn.Linear(H, H), world),
-            lambda: ExpertParallel.of(with_scale, world),
-            lambda: ExpertParallel(experts, None),
-            lambda: ExpertParallel(experts, "world"),
-            lambda: ExpertParallel(experts, world, overlap=0),
-            lambda: ExpertParallel(experts, world, overlap=256),
-            lambda: ExpertParallel(experts, world, dedup=1.5),
-            lambda: ExpertParallel(nn.Linear(H, H), world),
-            lambda: MOELayer(gate, ExpertParallel(experts, world)),
-            lambda: MOELayer(gate, parallel, ep_size=2),
-            lambda: MOELayer(TopKGate(H, E), nn.Linear(H, H), "", 2, 2)._set_ep_group(None),
-            lambda: ExpertParallel(SharedExperts(experts, nn.Identity()), world),
-            lambda: ExpertParallel(experts, world, deepep=object(), overlap=2),
-            lambda: data_parallel(experts_alone, make_groups(2)),
-            lambda: make_groups(3),
-            lambda: make_groups((1, 2, 1)),
-            lambda: make_groups(2, 2),
-            lambda: SharedExperts(parallel, nn.Identity()).routed(*of_six),
-        )
+    calls = [
+        lambda: ExpertParallel.of(GroupedExperts(5, H, 3), world),
+        lambda: ExpertParallel.of(nn.Linear(H, H), world),
+        lambda: ExpertParallel.of(with_scale, world),
+        lambda: ExpertParallel(experts, None),
+        lambda: ExpertParallel(experts, "world"),
+        lambda: ExpertParallel(experts, world, overlap=0),
+        lambda: ExpertParallel(experts, world, overlap=256),
+        lambda: ExpertParallel(experts, world, dedup=1.5),
+        lambda: ExpertParallel(nn.Linear(H, H), world),
+        lambda: MOELayer(gate, ExpertParallel(experts, world)),
+        lambda: MOELayer(gate, parallel, ep_size=2),
+        lambda: MOELayer(TopKGate(H, E), nn.Linear(H, H), "", 2, 2)._set_ep_group(None),
+        lambda: ExpertParallel(SharedExperts(experts, nn.Identity()), world),
+        lambda: ExpertParallel(experts, world, deepep=object(), overlap=2),
+        lambda: data_parallel(experts_alone, make_groups(2)),
+        lambda: make_groups(3),
+        lambda: make_groups((1, 2, 1)),
+        lambda: make_groups(2, 2),
+        lambda: SharedExperts(parallel, nn.Identity()).routed(*of_six),
     ]
-
-
-def test_invalid_arguments_are_named():
     expected = [
         "ValueError: ExpertParallel: experts must divide evenly, got num_experts = 5 for 2",
         "ValueError: ExpertParallel: experts must have num_experts, got Linear",
@@ -78,9 +73,8 @@ def test_invalid_arguments_are_named():
         "ValueError: make_groups: ep * dp must be the 2 ranks, got 2 * 2",
         "RuntimeError: ExpertParallel: plan must be of E = 4 experts, got 6",
     ]
-    for found in on_processes(2, _messages):
-        for message, start in zip(found, expected, strict=True):
-            assert message.startswith(start)
+    for call, start in zip(calls, expected, strict=True):
+        assert error_of(call).startswith(start)
 
 
 def test_make_groups_needs_an_initialised_process_group():
@@ -88,11 +82,8 @@ def test_make_groups_needs_an_initialised_process_group():
         make_groups(1)
 
 
-def _deepspeeds_layer_in_two_levels(rank: int) -> str:
+@on_ranks(4)
+def test_a_mesh_of_nodes_is_refused_by_deepspeeds_layer(rank):
     moe = MoE(H, nn.Linear(H, H), E, ep_size=4)
-    return error_of(lambda: moe.set_deepspeed_parallelism(groups=make_groups((2, 2))))
-
-
-def test_a_mesh_of_nodes_is_refused_by_deepspeeds_layer():
-    for message in on_processes(4, _deepspeeds_layer_in_two_levels):
-        assert "MoE.set_deepspeed_parallelism: groups must have one level" in message
+    error = error_of(lambda: moe.set_deepspeed_parallelism(groups=make_groups((2, 2))))
+    assert "MoE.set_deepspeed_parallelism: groups must have one level" in error

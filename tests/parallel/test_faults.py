@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_faults import E, H, T, error_of, layer_of, run_out_of_step
-from processes import Processes, on_processes
+from processes import Processes, on_processes, on_ranks
 from torch import nn
 
-from moe_ext import ExpertParallel, GroupedExperts, SharedExperts
+from moe_ext import ExpertParallel, GroupedExperts, MOELayer, SharedExperts
 from moe_ext.parallel import make_groups
 
 
@@ -24,32 +24,34 @@ def shorten_timeout(group: dist.ProcessGroup) -> None:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
 
 
-def _nan(rank: int, options: dict):
+@pytest.mark.parametrize("options", [{}, {"dedup": True}, {"overlap": 2}])
+@on_ranks(2)
+def test_nan_stays_in_its_token(rank, options):
     layer = layer_of(drop_tokens=False, options=options)
     torch.manual_seed(rank)
     x = torch.randn(T, H)
-    x[2] = torch.nan if rank == 0 else x[2]
+    is_nan = (torch.arange(T) == 2) & (rank == 0)
+    x[is_nan] = torch.nan
     x.requires_grad_()
     out = layer(x)
     # The gradient of tokens: weights' gradients are sums over tokens.
     (grad,) = torch.autograd.grad(out.nan_to_num().square().sum(), x)
-    return out.isnan().all(-1), out.isnan().any(-1), grad.isnan().any(-1)
+    assert torch.equal(out.isnan().all(-1), is_nan)
+    assert torch.equal(out.isnan().any(-1), is_nan)
+    assert not grad[~is_nan].isnan().any()
 
 
-@pytest.mark.parametrize("options", [{}, {"dedup": True}, {"overlap": 2}])
-def test_nan_stays_in_its_token(options):
-    first, second = on_processes(2, _nan, options)
-    only = [False, False, True, False, False]
-    assert first[0].tolist() == first[1].tolist() == only
-    assert not first[2][torch.tensor(only).logical_not()].any()
-    assert not any(found.any() for found in second)
-
-
-def _one_dies(rank: int) -> str:
+def impatient_layer() -> MOELayer:
+    """After its first call its group has a short timeout."""
     group = make_groups(2).ep
     layer = layer_of(drop_tokens=False, group=group)
     layer(torch.randn(T, H))
     shorten_timeout(group)
+    return layer
+
+
+def _one_dies(rank: int) -> str:
+    layer = impatient_layer()
     if rank == 1:
         time.sleep(1)  # what it has sent arrives
         os._exit(3)
@@ -67,23 +69,15 @@ def test_a_rank_that_dies_ends_the_others_calls():
         assert time.monotonic() - begin < 30
 
 
-def _one_is_late(rank: int) -> tuple[str, float]:
-    group = make_groups(2).ep
-    layer = layer_of(drop_tokens=False, group=group)
-    layer(torch.randn(T, H))
-    shorten_timeout(group)
-    begin, error = time.monotonic(), "no call"
+@on_ranks(2)
+def test_a_rank_that_does_not_call_ends_the_others_calls_after_the_timeout(rank):
+    layer = impatient_layer()
+    begin = time.monotonic()
     if rank == 0:
         error = error_of(lambda: layer(torch.randn(T, H)))
-    seconds = time.monotonic() - begin
+        assert error.startswith("RuntimeError")
+        assert 2 < time.monotonic() - begin < 15
     dist.barrier()
-    return error, seconds
-
-
-def test_a_rank_that_does_not_call_ends_the_others_calls_after_the_timeout():
-    (error, seconds), _ = on_processes(2, _one_is_late)
-    assert error.startswith("RuntimeError")
-    assert 2 < seconds < 15
 
 
 def _failing(error, first, second, x):
@@ -128,7 +122,19 @@ def test_outputs_of_another_shape_are_named_on_their_rank(rows, got):
     assert "experts raised an exception in the last call on rank 1" in error
 
 
-def _step_fails(rank: int, step: str, drops: bool, trains: bool) -> list[str]:
+@pytest.mark.parametrize(
+    ("step", "drops", "trains"),
+    [
+        ("parallel.permute.dispatch", False, False),
+        ("parallel.permute._ids_of_buffers", True, False),
+        ("parallel.communicator.check", True, False),
+        ("parallel.communicator.check", True, True),
+        ("ops.feed_forward._DownProjection.backward", True, True),
+    ],
+)
+@on_ranks(2)
+def test_a_rank_that_fails_while_others_wait_refuses_further_calls(rank, step, drops, trains):
+    """Otherwise its next message would be taken for rows."""
     # Rows of as many bytes as the opening message, which could pass for it.
     group = make_groups(2).ep
     layer = layer_of(width=2, drop_tokens=drops, capacity_factor=4.0, group=group)
@@ -140,31 +146,18 @@ def _step_fails(rank: int, step: str, drops: bool, trains: bool) -> list[str]:
 
     if rank == 0:
         shorten_timeout(group)
-        return [error_of(call)]
+        assert error_of(call).startswith("RuntimeError")
+        return
     with mock.patch(f"moe_ext.{step}", side_effect=MemoryError):
-        first = error_of(call)
-    return [first, error_of(lambda: layer(x))]
-
-
-@pytest.mark.parametrize(
-    ("step", "drops", "trains"),
-    [
-        ("parallel.permute.dispatch", False, False),
-        ("parallel.permute._ids_of_buffers", True, False),
-        ("parallel.communicator.check", True, False),
-        ("parallel.communicator.check", True, True),
-        ("ops.feed_forward._DownProjection.backward", True, True),
-    ],
-)
-def test_a_rank_that_fails_while_others_wait_refuses_further_calls(step, drops, trains):
-    """Otherwise its next message would be taken for rows."""
-    (waits,), (failed, refused) = on_processes(2, _step_fails, step, drops, trains)
-    assert waits.startswith("RuntimeError")
-    assert failed.startswith("MemoryError")
+        assert error_of(call).startswith("MemoryError")
+    refused = error_of(lambda: layer(x))
     assert re.search("an exception ended a (call|backward) on this rank", refused)
 
 
-def _part_fails_on_a_mesh(rank: int, part: str, dedup: bool) -> list[str]:
+@pytest.mark.parametrize("dedup", [False, True])
+@pytest.mark.parametrize("part", ["shared", "experts"])
+@on_ranks(4)
+def test_a_part_that_fails_on_one_rank_of_a_mesh_of_nodes(rank, part, dedup):
     layer, shared = layer_of(drop_tokens=False), nn.Linear(H, H)
     group = make_groups((2, 2)).ep
     experts = ExpertParallel.of(GroupedExperts(E, H, 3), group, dedup=dedup, overlap=2)
@@ -175,14 +168,7 @@ def _part_fails_on_a_mesh(rank: int, part: str, dedup: bool) -> list[str]:
     effect = MemoryError if rank == 1 else getattr(owner, method)
     with mock.patch.object(owner, method, side_effect=effect):
         first = error_of(lambda: layer(x))
-    return [first, error_of(lambda: layer(x)), error_of(lambda: layer(x))]
-
-
-@pytest.mark.parametrize("dedup", [False, True])
-@pytest.mark.parametrize("part", ["shared", "experts"])
-def test_a_part_that_fails_on_one_rank_of_a_mesh_of_nodes(part, dedup):
-    found = on_processes(4, _part_fails_on_a_mesh, part, dedup)
-    for rank, (first, error, after) in enumerate(found):
-        assert first.startswith("MemoryError" if rank == 1 else "no error")
-        assert "experts raised an exception in the last call on rank 1 of the group" in error
-        assert after == "no error"
+    assert first.startswith("MemoryError" if rank == 1 else "no error")
+    error = error_of(lambda: layer(x))
+    assert "experts raised an exception in the last call on rank 1 of the group" in error
+    layer(x)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import relative_error
-from processes import on_processes
+from processes import on_processes, on_ranks
 from test_expert_parallel import Case, inputs_of, layer_of
 from test_training import batch, divided, loss_of, model_of
 from torch import nn
@@ -59,7 +59,8 @@ def test_importing_the_package_does_not_import_dtensor():
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
-def _copied(rank: int) -> list[bool]:
+@on_ranks(WORLD)
+def test_copies_and_pickles_are_layers_of_their_own_with_the_same_names(rank):
     layer = layer_of(Case())
     layer.experts = ExpertParallel.of(
         layer.experts, make_groups(2).ep, tensor_group=make_groups(1).ep
@@ -75,20 +76,15 @@ def _copied(rank: int) -> list[bool]:
     for parameter in itertools.chain(*(other.experts.parameters() for other in again)):
         assert parameter.group_name == "ep_size_2"
         assert parameter.allreduce is False
-    names = set(layer.state_dict())
-    return [torch.equal(other(x), expected) for other in again] + [
-        names == set(layer_of(Case()).state_dict()),
-        layer.eval().experts.local.training is False,
-        "ExpertParallel(" in repr(layer),
-        MOELayer(layer.gate, layer.experts).num_local_experts == E // WORLD,
-    ]
+    assert all(torch.equal(other(x), expected) for other in again)
+    assert set(layer.state_dict()) == set(layer_of(Case()).state_dict())
+    assert layer.eval().experts.local.training is False
+    assert "ExpertParallel(" in repr(layer)
+    assert MOELayer(layer.gate, layer.experts).num_local_experts == E // WORLD
 
 
-def test_copies_and_pickles_are_layers_of_their_own_with_the_same_names():
-    assert on_processes(WORLD, _copied) == [[True] * 7] * WORLD
-
-
-def _buffers(rank: int):
+@on_ranks(WORLD)
+def test_buffers_are_divided_and_not_broadcast_by_ddp(rank):
     layer = MOELayer(TopKGate(H, E, drop_tokens=False, use_rts=False), Scaled())
     layer.gate.wg.weight.data.copy_(torch.eye(E, H))
     alone = copy.deepcopy(layer)
@@ -98,35 +94,25 @@ def _buffers(rank: int):
     ddp = parallel.data_parallel(layer, groups)
     x = torch.randn(20, H, generator=torch.Generator().manual_seed(rank))
     torch.testing.assert_close(ddp(x), alone(x))
-    return layer.experts.scale
+    assert torch.equal(layer.experts.scale, 10.0 ** torch.arange(E).chunk(WORLD)[rank])
 
 
-def test_buffers_are_divided_and_not_broadcast_by_ddp():
-    assert torch.cat(on_processes(WORLD, _buffers)).tolist() == (10.0 ** torch.arange(E)).tolist()
-
-
-def _names_of_others(rank: int) -> bool:
+@on_ranks(WORLD)
+def test_weights_of_single_experts_load(rank):
     part = ExpertParallel.of(GroupedExperts(E, H, 4), dist.group.WORLD)
     weights = {name: torch.randn_like(value) for name, value in part.state_dict().items()}
     part.load_state_dict(convert.from_grouped(weights, convert.QWEN))
-    return torch.equal(part.down_proj, weights["down_proj"])
+    assert torch.equal(part.down_proj, weights["down_proj"])
 
 
-def test_weights_of_single_experts_load():
-    assert on_processes(WORLD, _names_of_others) == [True] * WORLD
-
-
-def _from_meta(rank: int) -> float:
+@on_ranks(WORLD)
+def test_experts_on_the_meta_device_can_be_initialised(rank):
     part = ExpertParallel.of(GroupedExperts(E, H, 4, device="meta"), dist.group.WORLD)
     part.to_empty(device="cpu")
     for module in part.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    return max(float(p.detach().abs().max()) for p in part.parameters())
-
-
-def test_experts_on_the_meta_device_can_be_initialised():
-    assert all(0 < largest <= 0.5 for largest in on_processes(WORLD, _from_meta))
+    assert 0 < max(float(p.detach().abs().max()) for p in part.parameters()) <= 0.5
 
 
 class Twice(nn.Module):
@@ -140,7 +126,8 @@ class Twice(nn.Module):
         self.aux = nn.ModuleDict({"experts": nn.Linear(E // WORLD, 3)})
 
 
-def _converted(rank: int) -> list[str]:
+@on_ranks(WORLD)
+def test_only_divided_experts_are_converted(rank):
     groups = make_groups(WORLD)
     model = Twice(groups.ep)
     state = model.state_dict()
@@ -148,15 +135,13 @@ def _converted(rank: int) -> list[str]:
     again = parallel.local_state(model, groups, everywhere)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)
-    return [name for name in everywhere if everywhere[name] is not state[name]]
+    converted = [name for name in everywhere if everywhere[name] is not state[name]]
+    assert converted == ["ffn.experts.gate_up_proj", "ffn.experts.down_proj"]
 
 
-def test_only_divided_experts_are_converted():
-    expected = ["ffn.experts.gate_up_proj", "ffn.experts.down_proj"]
-    assert on_processes(WORLD, _converted) == [expected] * WORLD
-
-
-def _wrapped(rank: int, kind: str) -> list[bool]:
+@pytest.mark.parametrize("kind", ["grouped", "modules"])
+@on_ranks(WORLD)
+def test_state_dicts_of_wrapped_models_keep_their_names(rank, kind):
     model, groups = divided(kind)
     plain = parallel.global_state(model, groups, model.state_dict())
     inner = copy.deepcopy(model)  # its experts are wrapped, where they are modules
@@ -164,7 +149,6 @@ def _wrapped(rank: int, kind: str) -> list[bool]:
     ddp = parallel.data_parallel(model, groups)
     compiled = torch.compile(model)
     checkpointed = nn.Sequential(model[0], checkpoint_wrapper(model[1]), model[2])
-    results = []
     for wrapped, state in (
         (ddp, get_model_state_dict(ddp)),
         (ddp, ddp.state_dict()),
@@ -178,17 +162,12 @@ def _wrapped(rank: int, kind: str) -> list[bool]:
         assert list(again) == list(state)
         names = [name.removeprefix("module.").removeprefix("_orig_mod.") for name in found]
         same = [type(x) is type(y) for x, y in zip(found.values(), plain.values(), strict=True)]
-        results.append(names == list(plain) and all(same))
+        assert names == list(plain)
+        assert all(same)
     with pytest.raises(
         ValueError, match=r"state must have the experts' names, such as '1\.experts"
     ):
         parallel.global_state(ddp, groups, {"other": torch.ones(1)})
-    return results
-
-
-@pytest.mark.parametrize("kind", ["grouped", "modules"])
-def test_state_dicts_of_wrapped_models_keep_their_names(kind):
-    assert on_processes(WORLD, _wrapped, kind) == [[True] * 6] * WORLD
 
 
 def _mixed(rank: int):
@@ -212,7 +191,8 @@ def test_a_model_sharded_in_mixed_precision_has_the_gradients_of_one_process():
     assert relative_error(grad, model[1].experts.down_proj.grad) < 0.05
 
 
-def _shared_tokens(rank: int):
+@on_ranks(4)
+def test_average_counts_the_tokens_of_a_tensor_group_once(rank):
     """Ranks 0 and 1 hold the same tokens, and ranks 2 and 3: there are two losses."""
     groups = make_groups(4)
     model = model_of("grouped")
@@ -221,17 +201,14 @@ def _shared_tokens(rank: int):
     layer.experts = ExpertParallel.of(layer.experts, groups.ep, tensor_group=tensor_group)
     ddp = parallel.data_parallel(model, groups)
     loss_of(ddp, layer, batch(rank // 2, 0)).backward()
-    return layer.experts.down_proj.grad, model[0].weight.grad
-
-
-def test_average_counts_the_tokens_of_a_tensor_group_once():
-    model = model_of("grouped")
-    for rank in range(2):
-        (loss_of(model, model[1], batch(rank, 0)) / 2).backward()
-    for rank, (grad, others) in enumerate(on_processes(4, _shared_tokens)):
-        expected = model[1].experts.down_proj.grad[rank * E // 4 : (rank + 1) * E // 4]
+    alone = model_of("grouped")
+    for part in range(2):
+        (loss_of(alone, alone[1], batch(part, 0)) / 2).backward()
+    for grad, expected in (
+        (layer.experts.down_proj.grad, alone[1].experts.down_proj.grad.chunk(4)[rank]),
+        (model[0].weight.grad, alone[0].weight.grad),
+    ):
         torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(others, model[0].weight.grad, rtol=1e-10, atol=1e-10)
 
 
 def _frozen(rank: int) -> float:
@@ -250,15 +227,11 @@ def test_clipping_works_where_a_rank_has_no_gradient():
     assert norms[0] == norms[1] > 0
 
 
-def _explained(rank: int) -> tuple:
+@on_ranks(2)
+def test_explain_sees_the_local_experts_and_restores_the_layer(rank):
     gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False)
     layer = MOELayer(gate, ExpertParallel.of(ModuleExperts(nn.Linear(H, H), E), dist.group.WORLD))
     found = explain(layer, torch.randn(3, H))
-    return found.notes, layer.experts._compared_modes
-
-
-def test_explain_sees_the_local_experts_and_restores_the_layer():
-    for notes, modes in on_processes(2, _explained):
-        expected = f"MOELayer: ModuleExperts runs {E // 2} experts one after the other"
-        assert [note.split(";")[0] for note in notes] == [expected]
-        assert modes == set()
+    expected = f"MOELayer: ModuleExperts runs {E // 2} experts one after the other"
+    assert [note.split(";")[0] for note in found.notes] == [expected]
+    assert layer.experts._compared_modes == set()

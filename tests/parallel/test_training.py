@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from processes import on_processes
+from processes import on_processes, on_ranks
 from test_expert_parallel import CountCollectives
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -200,7 +200,9 @@ def test_training_continues_on_another_number_of_ranks(kind, tmp_path):
     torch.testing.assert_close(alone, trained, rtol=0, atol=0)
 
 
-def _deepspeed_way(rank: int, is_strided: bool):
+@pytest.mark.parametrize("is_strided", [False, True])
+@on_ranks(4)
+def test_deepspeeds_layer_divides_its_experts(rank, is_strided):
     torch.manual_seed(1)
     expert = nn.Linear(H, H)
     moe = MoE(H, expert, E, ep_size=2, k=1, drop_tokens=True, use_rts=False, min_capacity=T)
@@ -232,21 +234,14 @@ def _deepspeed_way(rank: int, is_strided: bool):
     groups = make_groups(2, neighbours_share=not is_strided)
     other.set_deepspeed_parallelism(groups=groups)
     assert other.deepspeed_moe.experts.group is groups.ep
-    return dist.get_process_group_ranks(layer.ep_group)
+    expected = [rank % 2, rank % 2 + 2] if is_strided else [rank // 2 * 2, rank // 2 * 2 + 1]
+    assert dist.get_process_group_ranks(layer.ep_group) == expected
 
 
-def test_deepspeeds_layer_divides_its_experts():
-    assert on_processes(4, _deepspeed_way, False) == [[0, 1], [0, 1], [2, 3], [2, 3]]
-    assert on_processes(4, _deepspeed_way, True) == [[0, 2], [1, 3], [0, 2], [1, 3]]
-
-
-def _loads(rank: int):
-    load = torch.arange(E) * (rank + 1)
-    return parallel.rank_load(load, dist.group.WORLD).tolist()
-
-
-def test_rank_load_counts_the_routes_of_all_ranks():
-    assert on_processes(2, _loads) == [[(0 + 1 + 2 + 3) * 3, (4 + 5 + 6 + 7) * 3]] * 2
+@on_ranks(2)
+def test_rank_load_counts_the_routes_of_all_ranks(rank):
+    load = parallel.rank_load(torch.arange(E) * (rank + 1), dist.group.WORLD)
+    assert load.tolist() == [(0 + 1 + 2 + 3) * 3, (4 + 5 + 6 + 7) * 3]
 
 
 def _clipped(rank: int, kind: str, ep: int, is_sharded: bool):

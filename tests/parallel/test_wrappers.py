@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parallel_faults import error_of
-from processes import on_processes
+from processes import on_processes, on_ranks
 from test_expert_parallel import CountCollectives
 from test_training import E, H, T, batch, divided, loss_of, model_of
 from torch import nn
@@ -26,7 +26,8 @@ def by_columns(parameter: nn.Parameter) -> Shard | None:
     return Shard(2) if parameter.dim() == 3 else None
 
 
-def _sharded_by_columns(rank: int):
+@on_ranks(4)
+def test_experts_may_be_sharded_along_another_dimension(rank):
     model, groups = divided("grouped")
     parallel.fully_shard(model, groups, shard_placement_fn=by_columns)
     before = {name: value.full_tensor() for name, value in model.state_dict().items()}
@@ -34,42 +35,32 @@ def _sharded_by_columns(rank: int):
     whole = {name: value.full_tensor() for name, value in state.items()}
     model.load_state_dict(parallel.local_state(model, groups, state))
     after = {name: value.full_tensor() for name, value in model.state_dict().items()}
-    return whole, all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    expected = dict(model_of("grouped").state_dict())
+    torch.testing.assert_close(whole, expected, rtol=0, atol=0)
 
 
-def test_experts_may_be_sharded_along_another_dimension():
-    expected = model_of("grouped").state_dict()
-    for whole, is_same in on_processes(4, _sharded_by_columns):
-        assert is_same
-        torch.testing.assert_close(whole, dict(expected), rtol=0, atol=0)
-
-
-def _other_way_in(rank: int):
+@on_ranks(2)
+def test_a_sharded_layer_may_be_called_by_forward_with_aux(rank):
     (_, layer, _), groups = divided("grouped")
     x = batch(rank, 0)
     expected = layer.forward_with_aux(x)[0].detach()
     parallel.fully_shard(layer, groups)
-    return torch.equal(layer.forward_with_aux(x)[0].detach(), expected)
+    assert torch.equal(layer.forward_with_aux(x)[0].detach(), expected)
 
 
-def test_a_sharded_layer_may_be_called_by_forward_with_aux():
-    assert on_processes(2, _other_way_in) == [True, True]
-
-
-def _gathers(rank: int, reshard: bool):
+@pytest.mark.parametrize("reshard", [False, True])
+@on_ranks(2)
+def test_a_sharded_layer_is_gathered_again_for_the_backward_if_it_reshards(rank, reshard):
     (_, layer, _), groups = divided("grouped")
     parallel.fully_shard(layer, groups, reshard_after_forward=reshard)
     with CountCollectives() as counted:
         layer(batch(rank, 0)).sum().backward()
-    return sum("allgather" in name for name in counted.names)
+    assert sum("allgather" in name for name in counted.names) == 1 + reshard
 
 
-@pytest.mark.parametrize("reshard", [False, True])
-def test_a_sharded_layer_is_gathered_again_for_the_backward_if_it_reshards(reshard):
-    assert on_processes(2, _gathers, reshard) == [1 + reshard] * 2
-
-
-def _experts_alone(rank: int):
+@on_ranks(2)
+def test_experts_that_are_not_divided_are_reduced_by_ddp(rank):
     moe = MoE(H, nn.Linear(H, H), E)
     moe.deepspeed_moe.gate.requires_grad_(False)
     groups = make_groups(2)
@@ -78,14 +69,11 @@ def _experts_alone(rank: int):
     (grad, *_) = (p.grad for p in moe.deepspeed_moe.experts.parameters())
     total = grad.clone()
     dist.all_reduce(total)
-    return torch.allclose(total, 2 * grad)
+    assert torch.allclose(total, 2 * grad)
 
 
-def test_experts_that_are_not_divided_are_reduced_by_ddp():
-    assert on_processes(2, _experts_alone) == [True, True]
-
-
-def _overflowed(rank: int):
+@on_ranks(2)
+def test_an_overflow_on_one_rank_skips_the_step_on_all(rank):
     """The gradients overflow in the experts of one rank."""
     model, groups = divided("grouped")
     parallel.data_parallel(model, groups)
@@ -98,26 +86,8 @@ def _overflowed(rank: int):
         model[1].experts.down_proj.grad[0, 0, 0] = torch.inf
     scaler.step(optimizer)
     scaler.update()
-    return scaler.get_scale(), all(map(torch.equal, before, model.parameters()))
-
-
-def test_an_overflow_on_one_rank_skips_the_step_on_all():
-    assert on_processes(2, _overflowed) == [(4.0, True)] * 2
-
-
-def _plain(rank: int, kind: str, wrap: str, compiles: bool) -> str:
-    torch._dynamo.reset()
-    model, _ = divided(kind)
-    if not compiles:
-        model(batch(rank, 0))  # a layer that was called before is refused too
-    else:
-        gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
-        model[1] = MOELayer(gate, model[1].experts).double()
-        model[1].compile(backend="eager")
-    if wrap == "fsdp of experts, then of all":
-        fsdp.fully_shard(model[1].experts)
-    wrapped = DistributedDataParallel(model) if wrap == "ddp" else fsdp.fully_shard(model)
-    return error_of(lambda: wrapped(batch(rank, 0)))
+    assert scaler.get_scale() == 4.0
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -132,13 +102,30 @@ def _plain(rank: int, kind: str, wrap: str, compiles: bool) -> str:
 @pytest.mark.parametrize(
     ("kind", "compiles"), [("grouped", False), ("grouped", True), ("modules", False)]
 )
-def test_plain_wrappers_are_refused(kind, compiles, wrap, instead):
+@on_ranks(2)
+def test_plain_wrappers_are_refused(rank, kind, compiles, wrap, instead):
     """They would mix the experts of different ranks."""
-    for error in on_processes(2, _plain, kind, wrap, compiles):
-        assert f"wrap it by moe_ext.{instead}(model, groups)" in error
+    torch._dynamo.reset()
+    model, _ = divided(kind)
+    if not compiles:
+        model(batch(rank, 0))  # a layer that was called before is refused too
+    else:
+        gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
+        model[1] = MOELayer(gate, model[1].experts).double()
+        model[1].compile(backend="eager")
+    if wrap == "fsdp of experts, then of all":
+        fsdp.fully_shard(model[1].experts)
+    wrapped = DistributedDataParallel(model) if wrap == "ddp" else fsdp.fully_shard(model)
+    error = error_of(lambda: wrapped(batch(rank, 0)))
+    assert f"wrap it by moe_ext.{instead}(model, groups)" in error
 
 
-def _flattened(rank: int, kind: str, strategy: str, use_orig_params: bool, trains: bool) -> str:
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD"])
+@pytest.mark.parametrize("kind", ["grouped", "modules"])
+@on_ranks(2)
+def test_fully_sharded_data_parallel_is_refused(rank, kind, strategy, use_orig_params, trains):
     model = fsdp.FullyShardedDataParallel(
         divided(kind)[0],
         use_orig_params=use_orig_params,
@@ -146,45 +133,28 @@ def _flattened(rank: int, kind: str, strategy: str, use_orig_params: bool, train
         device_id=torch.device("cpu"),
     )
     with torch.set_grad_enabled(trains):
-        return error_of(lambda: model(batch(rank, 0)))
+        error = error_of(lambda: model(batch(rank, 0)))
+    assert "ExpertParallel: FullyShardedDataParallel treats" in error
+    assert "wrap it by moe_ext.parallel.fully_shard(model, groups)" in error
 
 
-@pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("use_orig_params", [False, True])
-@pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD"])
-@pytest.mark.parametrize("kind", ["grouped", "modules"])
-def test_fully_sharded_data_parallel_is_refused(kind, strategy, use_orig_params, trains):
-    for error in on_processes(2, _flattened, kind, strategy, use_orig_params, trains):
-        assert "ExpertParallel: FullyShardedDataParallel treats" in error
-        assert "wrap it by moe_ext.parallel.fully_shard(model, groups)" in error
-
-
-def _replaced(rank: int) -> tuple[str, str]:
+@on_ranks(2)
+def test_replaced_parameters_are_refused_until_they_are_marked(rank):
     (_, layer, _), _ = divided("grouped")
     layer.experts.gate_up_proj = nn.Parameter(layer.experts.gate_up_proj.detach().clone())
-    before = error_of(lambda: layer(batch(rank, 0)))
+    assert "call experts.mark()" in error_of(lambda: layer(batch(rank, 0)))
     layer.experts.mark()
-    return before, error_of(lambda: layer(batch(rank, 0)))
+    layer(batch(rank, 0))
 
 
-def test_replaced_parameters_are_refused_until_they_are_marked():
-    for before, after in on_processes(2, _replaced):
-        assert "call experts.mark()" in before
-        assert after == "no error"
-
-
-def _adapted(rank: int) -> list[str]:
+@on_ranks(2)
+def test_functional_calls_and_adapters_are_accepted(rank):
     model, _ = divided("modules")
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    call = torch.func.functional_call
-    errors = [error_of(lambda: call(model, parameters, (batch(rank, 0),)))]
+    torch.func.functional_call(model, parameters, (batch(rank, 0),))
     for expert in model[1].experts.experts:
         expert[0].adapter = nn.Parameter(torch.zeros(1))
-    return [*errors, error_of(lambda: model(batch(rank, 0)))]
-
-
-def test_functional_calls_and_adapters_are_accepted():
-    assert on_processes(2, _adapted) == [["no error"] * 2] * 2
+    model(batch(rank, 0))
 
 
 def _saved_plainly(rank: int, kind: str, folder: str, is_sharded: bool) -> list[str]:
@@ -212,50 +182,41 @@ def test_plain_checkpoints_of_divided_experts_are_refused(kind, is_sharded, tmp_
         assert "moe_ext.parallel.global_state" in load or "Size mismatch between saved" in load
 
 
-def _saved_by_rank(rank: int, folder: str) -> tuple[bool, str, bool]:
+@on_ranks(2)
+def test_a_state_dict_saved_per_rank_loads_on_that_rank_alone(rank, tmp_path):
     model, _ = divided("modules")
-    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
     dist.barrier()
-    mine = torch.load(f"{folder}/{rank}.pt", weights_only=True)
+    mine, others = (
+        torch.load(tmp_path / f"{file}.pt", weights_only=True) for file in (rank, 1 - rank)
+    )
     model.load_state_dict(mine)
-    is_same = all(map(torch.equal, mine.values(), model.state_dict().values()))
-    others = torch.load(f"{folder}/{1 - rank}.pt", weights_only=True)
-    are_plain = all(type(value) is torch.Tensor and not vars(value) for value in mine.values())
-    return is_same, error_of(lambda: model.load_state_dict(others)), are_plain
+    assert all(map(torch.equal, mine.values(), model.state_dict().values()))
+    error = error_of(lambda: model.load_state_dict(others))
+    assert f"holds the experts of rank {1 - rank} of 2, and this is rank {rank} of 2" in error
+    assert all(type(value) is torch.Tensor and not vars(value) for value in mine.values())
 
 
-def test_a_state_dict_saved_per_rank_loads_on_that_rank_alone(tmp_path):
-    for rank, (is_same, error, are_plain) in enumerate(
-        on_processes(2, _saved_by_rank, str(tmp_path))
-    ):
-        assert is_same
-        assert f"holds the experts of rank {1 - rank} of 2, and this is rank {rank} of 2" in error
-        assert are_plain
-
-
-def _whole_by_rank(rank: int, folder: str) -> list[str]:
+@on_ranks(2)
+def test_a_model_saved_on_another_rank_is_refused(rank, tmp_path):
     model, _ = divided("grouped")
-    torch.save(model, f"{folder}/{rank}.pt")
+    torch.save(model, tmp_path / f"{rank}.pt")
     dist.barrier()
-
-    def call(file: int) -> str:
-        model = torch.load(f"{folder}/{file}.pt", weights_only=False)
-        return error_of(lambda: model(batch(rank, 0)))
-
-    return [call(rank), *([call(0)] if rank == 1 else [])]
-
-
-def test_a_model_saved_on_another_rank_is_refused(tmp_path):
-    (first,), (second, refused) = on_processes(2, _whole_by_rank, str(tmp_path))
-    assert first == second == "no error"
-    assert "holds the experts of rank 0 of 2, and was loaded on another rank" in refused
+    torch.load(tmp_path / f"{rank}.pt", weights_only=False)(batch(rank, 0))
+    if rank == 1:
+        model = torch.load(tmp_path / "0.pt", weights_only=False)
+        error = error_of(lambda: model(batch(rank, 0)))
+        assert "holds the experts of rank 0 of 2, and was loaded on another rank" in error
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta:
     return group._get_backend(torch.device("cpu")).options._timeout
 
 
-def _groups_again(rank: int, ep: int | tuple[int, int]) -> None:
+@pytest.mark.parametrize("ep", [4, (2, 2)])
+@on_ranks(4)
+def test_make_groups_creates_new_groups(rank, ep):
+    """A fault in one, and its timeout, must not affect another."""
     world, short = dist.group.WORLD, timedelta(seconds=3)
     before = _timeout_of(world)
     made = [make_groups(ep, timeout=timeout).mesh.get_all_groups() for timeout in (short, None)]
@@ -266,19 +227,10 @@ def _groups_again(rank: int, ep: int | tuple[int, int]) -> None:
     assert _timeout_of(world) == before
 
 
-@pytest.mark.parametrize("ep", [4, (2, 2)])
-def test_make_groups_creates_new_groups(ep):
-    """A fault in one, and its timeout, must not affect another."""
-    on_processes(4, _groups_again, ep)
-
-
-def _over_copies(rank: int) -> str:
+@on_ranks(4)
+def test_plain_ddp_over_copies_is_accepted(rank):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     model = model_of("grouped")
     model[1].experts = ExpertParallel.of(model[1].experts, mesh.get_group("ep"))
     parallel = DistributedDataParallel(model, process_group=mesh.get_group("dp"))
-    return error_of(lambda: parallel(batch(rank, 0)).sum().backward())
-
-
-def test_plain_ddp_over_copies_is_accepted():
-    assert on_processes(4, _over_copies) == ["no error"] * 4
+    parallel(batch(rank, 0)).sum().backward()

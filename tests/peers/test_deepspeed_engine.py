@@ -25,7 +25,7 @@ from engines import (
     weights_of,
     without_compiler,
 )
-from processes import on_processes
+from processes import on_processes, on_ranks
 from torch import Tensor, nn
 
 import moe_ext
@@ -87,21 +87,14 @@ def test_the_engine_trains_a_layer_with_grouped_experts():
     assert found[0].losses == found[1].losses == found[2].losses
 
 
-def _timed(rank: int) -> dict:
+@on_ranks(1)
+def test_the_engine_times_the_layers(rank):
     engine = engine_of(rank, OURS, Run(), wall_clock_breakdown=True, steps_per_print=1)
     trained(engine, rank, range(4))
-    return {
-        "gates": [type(gate).__module__ for gate in engine.gate_modules],
-        "layers": [type(layer).__module__ for layer in engine.moe_layers],
-        "times": [layer.time_moe for layer in engine.moe_layers],
-        "gate times": [gate.gate_time for gate in engine.gate_modules],
-    }
-
-
-def test_the_engine_times_the_layers():
-    (found,) = on_processes(1, _timed)
-    assert found["gates"] == found["layers"] == ["moe_ext.deepspeed.sharded_moe"] * 3
-    assert min(found["times"] + found["gate times"]) > 0
+    for modules in (engine.gate_modules, engine.moe_layers):
+        assert [type(module).__module__ for module in modules] == [f"{OURS}.sharded_moe"] * 3
+    assert min(layer.time_moe for layer in engine.moe_layers) > 0
+    assert min(gate.gate_time for gate in engine.gate_modules) > 0
 
 
 def _parallel_before(rank: int, groups_are_given: bool) -> Result:
@@ -130,7 +123,9 @@ def test_groups_given_before_the_engine_are_refused():
         on_processes(2, _parallel_before, True)
 
 
-def _initialize_twice(rank: int) -> tuple[Result, Result]:
+@on_ranks(2)
+def test_a_model_may_have_a_second_engine(rank):
+    """DeepSpeed's own layer refuses it: "Attempting to override an existing ep_group"."""
     first = engine_of(rank, OURS, Run(2))
     trained(first, rank, range(2))
     weights = weights_of(first)
@@ -146,13 +141,7 @@ def _initialize_twice(rank: int) -> tuple[Result, Result]:
     fresh, again = (
         trained(engine_of(rank, OURS, Run(2), make=make), rank, range(HALF)) for make in makers
     )
-    return again, fresh
-
-
-def test_a_model_may_have_a_second_engine():
-    """DeepSpeed's own layer refuses it: "Attempting to override an existing ep_group"."""
-    for again, fresh in on_processes(2, _initialize_twice):
-        assert again.losses == fresh.losses
+    assert again.losses == fresh.losses
 
 
 def _train_split(rank: int, run: Run) -> Result:
