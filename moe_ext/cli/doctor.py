@@ -168,8 +168,7 @@ def _library(library: dict) -> str:
 
 def examine() -> Report:
     """Examine the installation and test every operator once, on the CPU and the accelerator."""
-    problems: list[Problem] = []
-    libraries = _libraries(problems)
+    libraries, problems = _libraries()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     operators = [_operator(name, device) for device in devices for name in registry.NAMES]
@@ -249,8 +248,9 @@ def _compiler() -> dict | None:
     return {"path": path, "version": run.stdout.splitlines()[0] if run.stdout else "unknown"}
 
 
-def _libraries(problems: list[Problem]) -> dict[str, dict]:
-    libraries = registry.libraries
+def _libraries() -> tuple[dict[str, dict], list[Problem]]:
+    """The libraries as in `Report`, and their problems."""
+    libraries, problems = registry.libraries, []
     path, cuda_path = (p and str(p) for p in (libraries.library, libraries.cuda_library))
     cuda: dict = {"path": cuda_path, "error": libraries.cuda_load_error}
     cuda |= {"fix": None, "built_for": None}
@@ -268,7 +268,7 @@ def _libraries(problems: list[Problem]) -> dict[str, dict]:
         built = ARCHITECTURES.search(libraries.cuda_library.read_bytes())
         cuda["built_for"] = built.group(1).decode().split(",") if built else []
         problems += _unserved(cuda["built_for"])
-    return {"_C": {"path": path, "error": libraries.load_error}, "_C_cuda": cuda}
+    return {"_C": {"path": path, "error": libraries.load_error}, "_C_cuda": cuda}, problems
 
 
 def _unserved(built_for: list[str]) -> Iterator[Problem]:

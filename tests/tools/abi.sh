@@ -13,7 +13,7 @@ for torch in "torch==2.10.*" "torch"; do
     "$bin/pip" install --quiet --no-deps dist/cpu/*.whl
     if [ "$torch" != torch ]; then
         # What binds the CUDA kernels, against the oldest headers; the kernels see none of torch.
-        flags=$("$root/.venv/bin/python" -c 'from moe_ext import build; print(*build.compile_flags())')
+        flags=$("$root/.venv/bin/python" -c 'from moe_ext import toolkit; print(*toolkit.compile_flags())')
         headers=$("$bin/python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent / "include")')
         "${CXX:-c++}" -std=c++17 -fsyntax-only $flags -isystem "$headers" csrc/cuda_ops.cpp
     fi

@@ -84,11 +84,6 @@ def test_a_busy_cpu_is_reported_once(monkeypatch, threads, load, others, is_told
     assert str(report).count("OMP_NUM_THREADS=1") == str(report).count("load") == is_told
 
 
-def libraries() -> tuple[dict[str, dict], list[doctor.Problem]]:
-    problems: list[doctor.Problem] = []
-    return doctor._libraries(problems), problems
-
-
 def nan_in(which: int):
     return lambda outputs: [
         torch.full_like(out, torch.nan) if i == which else out for i, out in enumerate(outputs)
@@ -140,7 +135,7 @@ def test_a_missing_library_is_a_problem(tree):
 def test_a_failing_compiler_counts_as_missing(monkeypatch, compiler):
     monkeypatch.setattr(registry.libraries, "library", None)
     monkeypatch.setenv("CXX", compiler)
-    (problem,) = libraries()[1]
+    (problem,) = doctor._libraries()[1]
     assert problem.fix == f"install a C++ compiler or set CXX to one; then {doctor.AGAIN}"
     assert doctor._facts()["compiler"] is None
 
@@ -191,7 +186,7 @@ def card(monkeypatch):
 
 def test_without_a_card_there_is_no_problem(card, monkeypatch):
     monkeypatch.setattr(doctor, "_num_cards", lambda: 0)
-    said, problems = libraries()
+    said, problems = doctor._libraries()
     assert said["_C_cuda"]["error"] == "no CUDA kernels were built"
     assert [p for p in problems if "cuda" in p.problem] == []
     # doctor still names the toolkit that a build for a GPU would use.
@@ -203,7 +198,7 @@ def test_without_a_card_there_is_no_problem(card, monkeypatch):
 
 def test_a_card_without_kernels_is_a_problem(card, monkeypatch):
     monkeypatch.setattr(finder, "find_toolkit", lambda major=None: None)
-    problem = libraries()[1][-1]
+    problem = doctor._libraries()[1][-1]
     assert problem.problem == "operators on cuda run as plain PyTorch: no CUDA kernels were built"
     assert problem.fix.startswith("set CUDA_HOME to a toolkit of CUDA 13 or pip install")
     assert f"; then {doctor.AGAIN}" in problem.fix
@@ -221,7 +216,9 @@ def test_a_toolkit_of_another_major_version_is_reported(card, monkeypatch, tmp_p
     why = f"torch {torch.__version__} is for CUDA 13.0, the toolkit at {tmp_path} is CUDA 12.4"
     expected = f"no CUDA kernels were built with this package; on this machine: {why}"
     assert loaded.cuda_load_error == expected
-    assert libraries()[1][-1].fix.startswith("install a torch for CUDA 12, or set CUDA_HOME to a")
+    assert doctor._libraries()[1][-1].fix.startswith(
+        "install a torch for CUDA 12, or set CUDA_HOME to a"
+    )
     assert doctor._facts()["toolkit"] == {"cuda": "12.4", "path": str(tmp_path)}
 
 
@@ -231,7 +228,7 @@ def test_a_card_without_machine_code_or_ptx_is_a_problem(card, monkeypatch, tmp_
     text = f"moe_ext built for compute capability {built_for}"
     library.write_bytes(b"\x7fELF\0" + text.encode() + b"\0\xff")
     monkeypatch.setattr(registry.libraries, "cuda_library", library)
-    said, problems = libraries()
+    said, problems = doctor._libraries()
     assert said["_C_cuda"]["path"] == str(library)
     assert said["_C_cuda"]["built_for"] == built_for.split(",")
     assert doctor._library(said["_C_cuda"]) == f"{library}, for {built_for}"
