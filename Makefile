@@ -26,10 +26,10 @@ CUSIM := build/cusim/tests/cusim/moe_ext_dev.so
 ORDERS := reverse random1 random2 random3
 LAWS := $(addprefix tests/ops/test_,activate.py gate.py mask_weights.py plan.py rows.py)
 
-# NVIDIA's sanitizer runs every kernel, without the many calls of gradcheck.
+# NVIDIA's sanitizer runs the kernels of every operator, without the many calls of gradcheck.
 SANITIZER = $(shell $(BIN)/python moe_ext/toolkit.py | cut -d';' -f1)/bin/compute-sanitizer
 SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
-	$(addprefix tests/ops/test_,gate.py plan.py mask_weights.py rows.py launches.py)
+	$(LAWS) tests/ops/test_launches.py
 
 # Flags shared by the peer benchmarks: one thread and two, in two states of memory.
 PEER_BENCH := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.5

@@ -101,8 +101,23 @@ def test_matches_reference_where_threads_share_the_queue(device, order, with_pri
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("align", [1, 16])
+def test_without_capacity_every_route_has_a_row(device, align, order):
+    """The dropless law: no route is dropped, and no two share a row."""
+    for routing in ROUTINGS:
+        expert_ids = routing(200, 4, 7, device)
+        plan = moe_ext.make_plan(expert_ids, 7, align=align, order=order)
+        routes = (expert_ids.flatten() >= 0).nonzero().squeeze(1)
+        rows = plan.slots.flatten()[routes]
+        assert (rows >= 0).all()
+        assert torch.equal(plan.sources[rows.long()].long(), routes)
+        assert torch.equal(plan.kept(), plan.load)
+        assert plan.load.sum() == len(routes)
+
+
 @pytest.mark.parametrize("align", [1, 4, 128])
-def test_rows_of_a_dropless_plan_follow_from_shapes_and_suffice(device, align):
+def test_the_number_of_dropless_rows_follows_from_shapes_and_suffices(device, align):
     for T, K, E in ((0, 2, 3), (1, 1, 8), (3, 2, 64), (200, 4, 7)):
         N = T * K
         used = min(E, N)
