@@ -114,7 +114,7 @@ class Reading(NamedTuple):
                 layers and the worst of them, which are as many for any number of layers
         """
         values: dict[str, float] = {}
-        for mode, layers in zip(self._fields, self, strict=True):
+        for mode, layers in self._asdict().items():
             found = {name: layer.scalars() for name, layer in layers.items()}
             if per_layer:
                 for name, numbers in found.items():
@@ -128,9 +128,7 @@ class Reading(NamedTuple):
         return values
 
     def __str__(self) -> str:
-        tables = [
-            _table(mode, layers) for mode, layers in zip(self._fields, self, strict=True) if layers
-        ]
+        tables = [_table(mode, layers) for mode, layers in self._asdict().items() if layers]
         return "\n\n".join(tables) or "nothing was counted since the last reading"
 
 

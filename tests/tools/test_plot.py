@@ -96,7 +96,6 @@ def test_a_heat_map_shows_shares_on_one_scale(drawn, tmp_path):
 
 
 def test_pictures_have_titles_and_named_axes(run, drawn, tmp_path):
-    """Every axis and scale has a name with its unit."""
     plot.plot_run(run[0], tmp_path)
     curves = {"moe, held out": [(1, 2.0)], "moe, training": [(1, 3.0)]}
     plot.plot_curves(curves, tmp_path, "loss of a model", "bits per byte")
@@ -122,8 +121,6 @@ def test_pictures_show_any_printable_name(tmp_path):
 
 
 def test_co_routing_is_1_by_chance_and_higher_for_pairs():
-    """Choices without a liking for each other are at 1, whatever the loads; a pair that always goes
-    together is above."""
     for load in ([1.0, 1, 1, 1], [5.0, 2, 2, 1]):
         chances = torch.tensor(load, dtype=torch.float64)
         pairs = 1e6 * torch.outer(chances, chances)
