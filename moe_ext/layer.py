@@ -60,8 +60,8 @@ class _LostGradient(Function):
 def _warning_of_lost_gradient(l_aux: Tensor | Any) -> Tensor | Any:
     """Make l_aux of a call without gradients warn when a gradient reaches it.
 
-    It does so inside an autograd.Function only, as checkpoint(use_reentrant=True) makes of the
-    call. A Function that returns l_aux gives it a gradient of its own: no warning then.
+    Only inside an autograd.Function, which checkpoint(use_reentrant=True) wraps around the call. A
+    Function that returns l_aux gives it a gradient of its own: no warning then.
     """
     if not isinstance(l_aux, Tensor) or not l_aux.is_floating_point() or l_aux.is_inference():
         return l_aux
@@ -77,17 +77,17 @@ def _warning_of_lost_gradient(l_aux: Tensor | Any) -> Tensor | Any:
 
 
 class Layer(nn.Module):
-    """A mixture of experts: a gate decides, experts compute.
+    """A mixture of experts: a gate routes tokens to experts.
 
     `layer(hidden, used_token=None)` returns a tensor like hidden and leaves `l_aux` and
-    `exp_counts` of that call as attributes; copies and pickles hold None for both.
+    `exp_counts` of that call as attributes; both are None after a copy or pickle.
     `forward_with_aux` returns them instead, for checkpointing, export and compile + checkpoint.
     The layer calls its `observer(plan, aux, routing, used_token)`, if there is one.
 
     Args:
         gate: a module with `num_experts` and `route(tokens, used_token, expert_ids) -> Routing`
         experts: moe_ext.Experts
-        num_experts: E, where `experts` are a part of them; None is `experts.num_experts`
+        num_experts: E, if `experts` are only a part of them; None takes `experts.num_experts`
 
     Raises:
         ValueError: gate and experts do not fit
@@ -102,7 +102,7 @@ class Layer(nn.Module):
         _check_fit(type(self).__name__, gate, experts, self.num_experts)
         self.gate = gate
         self.experts = experts
-        # None before the first call, which `Tensor | None` would have every reader rule out.
+        # None before the first call. Typed Any, so that readers need no check for None.
         self.l_aux: Tensor | Any = None
         self.exp_counts: Tensor | Any = None
         self.observer: Observer | None = None
@@ -179,7 +179,7 @@ class Layer(nn.Module):
         return self.experts.routed(tokens, plan, weights)
 
     def unobserved(self) -> dict[str, Any]:
-        """Attributes and their values for a call that must leave no trace, as `explain` makes."""
+        """Attributes to set, and then to restore, for a call that leaves no trace, as of `explain`."""
         return {"observer": None, "l_aux": self.l_aux, "exp_counts": self.exp_counts}
 
     def __getstate__(self) -> dict:

@@ -47,12 +47,12 @@ _FLAGS = (
 
 
 def rule_of(given: dict[str, Any], num_experts: int, training: bool) -> Rule:
-    """The rule that DeepSpeed's options mean in one mode; None stands for DeepSpeed's choice.
+    """Translate the options of TopKGate to the rule of a mode; None is DeepSpeed's default.
 
     Args:
         given: TopKGate's options by name
         num_experts: E
-        training: the mode
+        training: True for the rule in training, False in evaluation
     """
     k = given["k"]
     draws = training or given["sampling_in_eval"]
@@ -109,8 +109,9 @@ class TopKGate(Gate):
 
     The gate computes in float32, or in float64 where the input or a weight is float64, under
     autocast too; it casts weights of other dtypes per call. All options but model_dim, num_experts,
-    expert_bias and router are attributes that may change later. With `wall_clock_breakdown`,
-    `gate_time` sums the time of all calls in milliseconds; torch.compile does not support that.
+    expert_bias and router are attributes that may change later: a change makes `rule` and
+    `eval_rule` anew, so set options, not rules. With `wall_clock_breakdown`, `gate_time` sums the
+    time of all calls in milliseconds; torch.compile does not support that.
 
     Args:
         model_dim: H
@@ -125,9 +126,9 @@ class TopKGate(Gate):
             choice is made on; "Gaussian" adds normal noise of deviation noise_scale to the logits,
             and so changes the weights
         drop_tokens: False drops nothing. True makes a token's output depend on the other tokens of
-            its batch, which may take its place.
+            its batch, which compete with it for capacity.
         use_rts: in training, k = 1 drops at random (random token selection)
-        ep_group: its ranks use the same C in `forward` without dropping
+        ep_group: ranks that agree on C where `forward` does not drop
         top2_2nd_expert_sampling: in training with k = 2, the second choice is made on scores with
             Gumbel noise
         drop_policy: which routes are dropped: "random"; "position", the last to queue; "probs", the
@@ -148,7 +149,7 @@ class TopKGate(Gate):
             `update_bias` balances the load with it
         balancing: in training, "sinkhorn" chooses on `choice_scores.sinkhorn` of the logits;
             "forced" gives every expert equally many routes, for benchmarks
-        noise_scale: see noisy_gate_policy; None takes 0.01, 1 or 1 / E
+        noise_scale: see noisy_gate_policy; None is 0.01 for Jitter, 1 for RSample, 1 / E for Gaussian
         noise_in_eval: noisy_gate_policy in evaluation too
         sampling_in_eval: random token selection and sampling of the second expert in evaluation
             too, as in DeepSpeed
@@ -293,7 +294,7 @@ class TopKGate(Gate):
         return routing
 
     def unobserved(self) -> dict[str, Any]:
-        """As of `Layer.unobserved`."""
+        """See `Layer.unobserved`."""
         return {"wall_clock_breakdown": False}
 
     def forward(  # type: ignore[override]

@@ -23,7 +23,8 @@ class GroupedExperts(Experts):
     down_proj [E, H, F]; with bias gate_up_proj_bias [E, 2F] (up_proj_bias [E, F]) and
     down_proj_bias [E, H]. Every expert is initialised like an nn.Linear of its size.
     load_state_dict also takes one tensor per expert, under the names of Mixtral, Qwen, DeepSeek or
-    Nemotron (convert.py). A subclass may define a forward of its own: dispatch, forward, combine.
+    Nemotron (convert.py). For a subclass with a `forward(rows, plan)` of its own a layer runs
+    dispatch, forward and combine.
 
     Args:
         num_experts: E
@@ -32,9 +33,9 @@ class GroupedExperts(Experts):
         activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
         bias: a bias on both products
         score_before_experts: multiply a route's activation by its weight, not the expert's output;
-            results differ by rounding
-        recompute: save only tokens and pre-activations for the backward, which repeats dispatch and
-            activation but no product. False saves all intermediate results.
+            results differ by rounding only (torchtitan multiplies the input)
+        recompute: save only tokens and pre-activations for the backward, which computes dispatch
+            and activation again, but no product. False saves all intermediate results.
         device: of the parameters
         dtype: of the parameters
 

@@ -100,7 +100,7 @@ class Gate(nn.Module):
         return ", ".join(shown)
 
     def _apply(self, fn, recurse: bool = True):
-        """Keep expert_bias in float32: steps of 0.001 are lost in 16 bits."""
+        """Keep expert_bias in float32: steps of 0.001 are rounded away in 16 bits."""
         bias = self.expert_bias
         super()._apply(fn, recurse)
         moved = self.expert_bias
@@ -109,14 +109,14 @@ class Gate(nn.Module):
         return self
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Rows an expert may have in the present mode; None without limit.
+        """Rows an expert may have in the current mode; None without limit.
 
         Args:
             num_tokens: T
         """
-        return self._present().capacity(num_tokens, self.num_experts)
+        return self._current_rule().capacity(num_tokens, self.num_experts)
 
-    def _present(self) -> Rule:
+    def _current_rule(self) -> Rule:
         return self.rule if self.training else self.eval_rule
 
     def forward(
@@ -152,7 +152,7 @@ class Gate(nn.Module):
         num_tokens = tokens.shape[0]
         if used_token is not None:
             options.used_token(type(self).__name__, used_token, num_tokens)
-        rule = self._present()
+        rule = self._current_rule()
         logits = self._logits(tokens, rule)
         scores = None
         if expert_ids is None and rule.balancing == "forced":
@@ -203,7 +203,7 @@ class Gate(nn.Module):
                 f"that was called, got {got}"
             )
         if load.is_floating_point():
-            # A rounded number is never equal to the mean.
+            # Floats above 2**24 are inexact: even loads could look uneven.
             raise RuntimeError(f"{owner}: load must be counts, integers, got {load.dtype}")
         load = load.to(self.expert_bias.device, torch.int64, copy=True)
         if group is not None:
@@ -256,7 +256,7 @@ class Gate(nn.Module):
         return None if scores is logits else scores.detach()
 
     def _scored(self, logits: Tensor, rule: Rule) -> Tensor:
-        """Scores by which experts compete: a bias, or a sum of two, asks for more than an order."""
+        """The scores that experts are compared by: with a bias, or sums of two, values matter too."""
         sums_scores = rule.group_score == "top2_sum" and rule.topk_groups < rule.num_groups
         if self.expert_bias is None and not sums_scores:
             return logits
