@@ -7,6 +7,7 @@ import inspect
 import multiprocessing
 import tempfile
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,15 +44,16 @@ def on_processes(number: int, function, *args) -> list:
         raise
 
 
-def on_ranks(number: int):
+def on_ranks(number: int | Callable[..., int]):
     """Make a test of `function(rank, ...)`, which asserts in each process of a gloo group.
 
-    The test has the function's other parameters.
+    number: of processes, or a function of the test's arguments, which are all but the rank
     """
 
     def decorate(function):
         def test(**arguments) -> None:
-            on_processes(number, _body, function.__module__, function.__name__, arguments)
+            processes = number if isinstance(number, int) else number(**arguments)
+            on_processes(processes, _body, function.__module__, function.__name__, arguments)
 
         functools.update_wrapper(test, function)
         signature = inspect.signature(function)

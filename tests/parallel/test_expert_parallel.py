@@ -217,19 +217,15 @@ class CountReads(TorchFunctionMode):
     ],
     ids=str,
 )
-def test_the_host_reads_counts_once_per_level(case, reads):
+@on_ranks(lambda case, reads: len(case.tokens))
+def test_the_host_reads_counts_once_per_level(rank, case, reads):
     """A group of one runs no collective."""
-    for names, found in on_processes(len(case.tokens), _reads, case):
-        assert found == reads
-        assert bool(names) == (len(case.tokens) > 1)
-
-
-def _reads(rank: int, case: Case) -> tuple[list[str], int]:
     layer = divided_layer(case)
     step(layer, case, rank)
     with CountCollectives() as counted, CountReads() as read:
         step(layer, case, rank)
-    return counted.names, read.reads
+    assert read.reads == reads
+    assert bool(counted.names) == (len(case.tokens) > 1)
 
 
 def _with_shared(layer: MOELayer) -> MOELayer:
@@ -288,10 +284,6 @@ def _twice_differentiated(layer: MOELayer, case: Case, rank: int) -> torch.Tenso
     return second
 
 
-def _divided_and_twice_differentiated(rank: int, case: Case) -> torch.Tensor:
-    return _twice_differentiated(divided_layer(case), case, rank)
-
-
 @pytest.mark.parametrize(
     "case",
     [
@@ -302,12 +294,12 @@ def _divided_and_twice_differentiated(rank: int, case: Case) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_second_gradients_are_those_of_one_process(case):
-    layer = layer_of(case)
-    for rank, found in enumerate(
-        on_processes(len(case.tokens), _divided_and_twice_differentiated, case)
-    ):
-        assert_same(found, _twice_differentiated(layer, case, rank))
+@on_ranks(lambda case: len(case.tokens))
+def test_second_gradients_are_those_of_one_process(rank, case):
+    found, expected = (
+        _twice_differentiated(layer, case, rank) for layer in (divided_layer(case), layer_of(case))
+    )
+    assert_same(found, expected)
 
 
 # The same sums of the same rows, where a GEMM's last bit may depend on the number of rows; with

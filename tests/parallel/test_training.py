@@ -94,7 +94,14 @@ def everyones(model: nn.Module, groups: parallel.Groups) -> dict[str, torch.Tens
     return {name: value for state in every for name, value in state.items()}
 
 
-def _trained(rank: int, kind: str, ep: int, wrapper: str, micro: int):
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("wrapper", "micro"), [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp, block by block", 1)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+@on_ranks(lambda world, **_: world)
+def test_wrapped_models_train_like_one_process(rank, kind, wrapper, micro, world, ep):
+    """micro: batches per step; all but the last run without synchronisation, as in `no_sync`."""
     model, groups = divided(kind, ep)
     layer, is_sharded = model[1], wrapper != "ddp"
     if wrapper == "fsdp, block by block":
@@ -103,19 +110,8 @@ def _trained(rank: int, kind: str, ep: int, wrapper: str, micro: int):
     assert isinstance(layer.experts, FSDPModule) == (is_sharded and ep > 1)
     train(outer, layer, optimizer_of(model), rank, range(STEPS), micro)
     assert all(is_moe_param(p) for p in layer.experts.parameters()) or ep == 1
-    return everyones(model, groups)
-
-
-@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (2, 1)])
-@pytest.mark.parametrize(
-    ("wrapper", "micro"), [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp, block by block", 1)]
-)
-@pytest.mark.parametrize("kind", KINDS)
-def test_wrapped_models_train_like_one_process(kind, wrapper, micro, world, ep):
-    """micro: batches per step; all but the last run without synchronisation, as in `no_sync`."""
-    expected = trained_alone(kind, world, micro=micro).state_dict()
-    for found in on_processes(world, _trained, kind, ep, wrapper, micro):
-        torch.testing.assert_close(found, dict(expected), rtol=1e-10, atol=1e-10)
+    expected = dict(trained_alone(kind, world, micro=micro).state_dict())
+    torch.testing.assert_close(everyones(model, groups), expected, rtol=1e-10, atol=1e-10)
 
 
 def _reduced(rank: int, kind: str, in_forward: bool, in_backward: bool):
@@ -244,23 +240,19 @@ def test_rank_load_counts_the_routes_of_all_ranks(rank):
     assert load.tolist() == [(0 + 1 + 2 + 3) * 3, (4 + 5 + 6 + 7) * 3]
 
 
-def _clipped(rank: int, kind: str, ep: int, is_sharded: bool):
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, (2, 2))])
+@pytest.mark.parametrize("kind", KINDS)
+@on_ranks(lambda world, **_: world)
+def test_gradients_are_clipped_by_the_norm_of_one_process(rank, kind, world, ep, is_sharded):
+    alone = model_of(kind)
+    for part in range(world):
+        (loss_of(alone, alone[1], batch(part, 0)) / world).backward()
+    expected = nn.utils.get_total_norm([p.grad for p in alone.parameters()])
     model, groups = divided(kind, ep)
     outer = wrapped(model, groups, is_sharded)
     loss_of(outer, model[1], batch(rank, 0)).backward()
     norm = parallel.clip_grad_norm_(model, groups, 0.01)
+    torch.testing.assert_close(norm, expected, rtol=1e-10, atol=0)
     again = parallel.clip_grad_norm_(model, groups, 1.0)
-    return norm, again
-
-
-@pytest.mark.parametrize("is_sharded", [False, True])
-@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, (2, 2))])
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_clipped_by_the_norm_of_one_process(kind, world, ep, is_sharded):
-    model = model_of(kind)
-    for rank in range(world):
-        (loss_of(model, model[1], batch(rank, 0)) / world).backward()
-    expected = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    for norm, again in on_processes(world, _clipped, kind, ep, is_sharded):
-        torch.testing.assert_close(norm, expected, rtol=1e-10, atol=0)
-        torch.testing.assert_close(again, torch.full_like(again, 0.01), rtol=1e-3, atol=0)
+    torch.testing.assert_close(again, torch.full_like(again, 0.01), rtol=1e-3, atol=0)

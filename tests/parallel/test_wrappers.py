@@ -1,13 +1,14 @@
 """torch's wrappers, savers and loaders: they treat divided experts as such, or are refused."""
 
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parallel_faults import error_of
-from processes import on_processes, on_ranks
+from processes import on_ranks
 from test_expert_parallel import CountCollectives
 from test_training import E, H, T, batch, divided, loss_of, model_of
 from torch import nn
@@ -157,29 +158,20 @@ def test_functional_calls_and_adapters_are_accepted(rank):
     model(batch(rank, 0))
 
 
-def _saved_plainly(rank: int, kind: str, folder: str, is_sharded: bool) -> list[str]:
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("kind", ["grouped", "modules"])
+@on_ranks(lambda is_sharded, **_: 4 if is_sharded else 2)
+def test_plain_checkpoints_of_divided_experts_are_refused(rank, kind, is_sharded, tmp_path):
+    """torch.distributed.checkpoint would save one rank's experts as those of all ranks."""
     model, groups = divided(kind)
     if is_sharded:
         parallel.fully_shard(model, groups)
-    whole = parallel.global_state(model, groups, model.state_dict())
-    dcp.save(whole, checkpoint_id=folder)
-    return [
-        error_of(lambda: dcp.save(model.state_dict(), checkpoint_id=f"{folder}/plain")),
-        error_of(lambda: dcp.save(get_model_state_dict(model), checkpoint_id=f"{folder}/plain")),
-        error_of(lambda: dcp.load(model.state_dict(), checkpoint_id=folder)),
-    ]
-
-
-@pytest.mark.parametrize("is_sharded", [False, True])
-@pytest.mark.parametrize("kind", ["grouped", "modules"])
-def test_plain_checkpoints_of_divided_experts_are_refused(kind, is_sharded, tmp_path):
-    """torch.distributed.checkpoint would save one rank's experts as those of all ranks."""
-    world = 4 if is_sharded else 2
-    for errors in on_processes(world, _saved_plainly, kind, str(tmp_path), is_sharded):
-        *saves, load = errors
-        for error in saves:
-            assert "moe_ext.parallel.global_state(model, groups, state)" in error
-        assert "moe_ext.parallel.global_state" in load or "Size mismatch between saved" in load
+    dcp.save(parallel.global_state(model, groups, model.state_dict()), checkpoint_id=tmp_path)
+    for state_of in (nn.Module.state_dict, get_model_state_dict):
+        save = partial(dcp.save, state_of(model), checkpoint_id=tmp_path / "plain")
+        assert "moe_ext.parallel.global_state(model, groups, state)" in error_of(save)
+    error = error_of(lambda: dcp.load(model.state_dict(), checkpoint_id=tmp_path))
+    assert "moe_ext.parallel.global_state" in error or "Size mismatch between saved" in error
 
 
 @on_ranks(2)
