@@ -179,7 +179,7 @@ class Layer(nn.Module):
         return self.experts.routed(tokens, plan, weights)
 
     def unobserved(self) -> dict[str, Any]:
-        """Attributes to set, and then to restore, for a call that leaves no trace, as of `explain`."""
+        """Attributes to set for a call that leaves no trace, as of `explain`, then to restore."""
         return {"observer": None, "l_aux": self.l_aux, "exp_counts": self.exp_counts}
 
     def __getstate__(self) -> dict:

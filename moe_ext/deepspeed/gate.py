@@ -149,7 +149,8 @@ class TopKGate(Gate):
             `update_bias` balances the load with it
         balancing: in training, "sinkhorn" chooses on `choice_scores.sinkhorn` of the logits;
             "forced" gives every expert equally many routes, for benchmarks
-        noise_scale: see noisy_gate_policy; None is 0.01 for Jitter, 1 for RSample, 1 / E for Gaussian
+        noise_scale: see noisy_gate_policy; None is 0.01 for Jitter, 1 for RSample and
+            1 / E for Gaussian
         noise_in_eval: noisy_gate_policy in evaluation too
         sampling_in_eval: random token selection and sampling of the second expert in evaluation
             too, as in DeepSpeed

@@ -256,7 +256,7 @@ class Gate(nn.Module):
         return None if scores is logits else scores.detach()
 
     def _scored(self, logits: Tensor, rule: Rule) -> Tensor:
-        """The scores that experts are compared by: with a bias, or sums of two, values matter too."""
+        """The scores that experts are compared by. Values matter with a bias, or sums of two."""
         sums_scores = rule.group_score == "top2_sum" and rule.topk_groups < rule.num_groups
         if self.expert_bias is None and not sums_scores:
             return logits
