@@ -351,9 +351,9 @@ class ActivateBackward(Operator):
         grad, pre_activation, slots, sources, weights = ctx.saved_tensors
 
         def activate_backward(grad, pre_activation, weights):
-            return reference.activate_gradients(
-                grad, pre_activation, slots, sources, weights, ctx.activation
-            )
+            # torch.func.vjp cannot trace the checks of values.
+            unchecked = reference.activate_backward.__wrapped__
+            return unchecked(grad, pre_activation, slots, sources, weights, ctx.activation)
 
         vjp = torch.func.vjp(activate_backward, grad, pre_activation, weights)[1]
         grad_grad, grad_pre_activation, grad_weights = vjp(grads)

@@ -274,14 +274,22 @@ _RULES: dict[str, Callable[[_Checking], None]] = {
 
 
 def checked(function: Callable) -> Callable:
-    """An operator in Python that checks its arguments first."""
+    """An operator in Python that checks its arguments first, on the CPU a plan's values too."""
     op = function.__name__
     names = [argument.name for argument in PARSED[op].arguments]
+    has_routes = {"slots", "sources"} <= set(names)
+    writes_rows = any(result.dims and result.dims[0] == "R" for result in PARSED[op].results)
 
     @functools.wraps(function)
     def operator(*args, **kwargs):
         args = *args, *(kwargs[name] for name in names[len(args) :])
         check(op, args)
+        if has_routes:
+            slots, sources = (args[names.index(name)] for name in ("slots", "sources"))
+            if slots.device.type == "cpu":
+                checks.route_values(op, slots, sources)
+                if writes_rows:
+                    checks.source_values(op, slots, sources)
         return function(*args)
 
     return operator

@@ -215,18 +215,14 @@ def _with_zero_row(matrix: Tensor) -> Tensor:
 @checked
 def dispatch(tokens: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
     """rows[slots[t, k]] = weights[t, k] * tokens[t]; a row without a route is zero. -> [R, H]."""
-    if slots.device.type == "cpu":
-        checks.route_values("dispatch", slots, sources)
-        checks.source_values("dispatch", slots, sources)
     T, K = slots.shape
     filled = (sources >= 0) & (sources < T * K)
     token = torch.where(filled, sources // max(K, 1), T)
     rows = _with_zero_row(tokens)[token]
     if weights is None:
         return rows
-    route = torch.where(filled, sources, T * K)
-    weight = torch.cat([weights.reshape(-1), weights.new_zeros(1)])[route]
-    return (rows.to(weights.dtype) * weight.unsqueeze(-1)).to(tokens.dtype)
+    weight, _ = _of_rows(weights, sources)
+    return (rows.to(weights.dtype) * weight).to(tokens.dtype)
 
 
 def _rows_of_routes(rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,8 +235,6 @@ def _rows_of_routes(rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 @checked
 def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
     """tokens[t] = sum over k, in order, of weights[t, k] * rows[slots[t, k]]. -> [T, H]."""
-    if slots.device.type == "cpu":
-        checks.route_values("combine", slots, sources)
     routed, kept = _rows_of_routes(rows, slots)
     routed = routed.to(checks.accumulate_dtype(rows.dtype))
     if weights is not None:
@@ -254,8 +248,6 @@ def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tens
 @checked
 def route_dot(tokens: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
     """weights[t, k] = <tokens[t], rows[slots[t, k]]>, 0 where the slot is -1. -> [T, K]."""
-    if slots.device.type == "cpu":
-        checks.route_values("route_dot", slots, sources)
     routed, kept = _rows_of_routes(rows, slots)
     dtype = checks.accumulate_dtype(rows.dtype)
     dots = (tokens.unsqueeze(1).to(dtype) * routed.to(dtype)).sum(dim=-1)
@@ -268,9 +260,6 @@ def combine_backward(
 ) -> tuple[Tensor, Tensor]:
     """dispatch(tokens, weights) [R, H] and route_dot(tokens, rows) [T, K], which a kernel computes
     in one pass over the tokens: together the gradients of a combine of `rows`."""
-    if slots.device.type == "cpu":
-        checks.route_values("combine_backward", slots, sources)
-        checks.source_values("combine_backward", slots, sources)
     dispatched = dispatch(tokens, slots, sources, weights)
     return dispatched, route_dot(tokens, rows, slots, sources)
 
@@ -348,9 +337,6 @@ def activate(
     """out[r] = weights[t, k] * fn(pre_activation[r]), [R, F]; with a gate
     fn(pre_activation[r, :F]) * pre_activation[r, F:]. [t, k] is the route of row r; a row without a
     route is not read and comes out zero."""
-    if slots.device.type == "cpu":
-        checks.route_values("activate", slots, sources)
-        checks.source_values("activate", slots, sources)
     dtype = checks.accumulate_dtype(pre_activation.dtype)
     if weights is None:
         weights = pre_activation.new_ones(slots.shape, dtype=dtype)
@@ -369,14 +355,6 @@ def activate_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `activate` [R, G] and [T, K], and between them its result once more."""
-    if slots.device.type == "cpu":
-        checks.route_values("activate_backward", slots, sources)
-        checks.source_values("activate_backward", slots, sources)
-    return activate_gradients(grad, pre_activation, slots, sources, weights, activation)
-
-
-def activate_gradients(grad, pre_activation, slots, sources, weights, activation):
-    """activate_backward without checks of values: torch.func.vjp traces it."""
     dtype = checks.accumulate_dtype(pre_activation.dtype)
     weight, filled = _of_rows(weights, sources)
     inner_wide = torch.where(filled, pre_activation, 0).to(dtype)
