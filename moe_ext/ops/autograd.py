@@ -10,6 +10,8 @@ two of them in one pass, for the gradients of a combine. The same holds for `gro
 `grouped_outer`.
 """
 
+import inspect
+
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
@@ -352,7 +354,7 @@ class ActivateBackward(Operator):
 
         def activate_backward(grad, pre_activation, weights):
             # torch.func.vjp cannot trace the checks of values.
-            unchecked = reference.activate_backward.__wrapped__
+            unchecked = inspect.unwrap(reference.activate_backward)
             return unchecked(grad, pre_activation, slots, sources, weights, ctx.activation)
 
         vjp = torch.func.vjp(activate_backward, grad, pre_activation, weights)[1]
