@@ -88,6 +88,22 @@ def cusim(request: pytest.FixtureRequest) -> ModuleType:
     return request.config.cusim
 
 
+@pytest.fixture
+def launches_of(cusim: ModuleType):
+    """launches_of(function, ...): the kernels that the call launched, a dict for each; --cusim."""
+
+    def launches_of(function, *args, **kwargs) -> list[dict]:
+        cusim.take_launches()
+        cusim.record(True)
+        try:
+            function(*args, **kwargs)
+        finally:
+            cusim.record(False)
+        return cusim.take_launches()
+
+    return launches_of
+
+
 def _why_no_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"

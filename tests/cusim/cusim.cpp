@@ -11,7 +11,7 @@
 #include <iterator>
 #include <mutex>
 
-#include "turns.h"
+#include "threads.h"
 
 #undef threadIdx
 #undef blockIdx
@@ -53,6 +53,9 @@ void* allocate_shared(std::size_t bytes) {
   std::memset(memory, 0xff, bytes);  // NaN as a float, -1 as an integer
   return memory;
 }
+
+class Engine;
+Engine& engine();
 
 class Engine {
  public:
@@ -166,11 +169,6 @@ class Engine {
 
   void count_load(std::size_t bytes) { ++loads_[unsigned(__builtin_ctzll(bytes))]; }
   void count_store(std::size_t bytes) { ++stores_[unsigned(__builtin_ctzll(bytes))]; }
-
-  static Engine& engine() {
-    static Engine engine;
-    return engine;
-  }
 
  private:
   struct SharedArray {
@@ -371,7 +369,10 @@ class Engine {
   std::size_t shared_bytes_ = 0;
 };
 
-Engine& engine() { return Engine::engine(); }
+Engine& engine() {
+  static Engine engine;
+  return engine;
+}
 
 }  // namespace
 

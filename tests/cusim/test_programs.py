@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 ORDERS = ("forward", "reverse", "random1", "random2", "random3")
-SANITIZERS = ("address", "thread", "undefined")
+BUILDS = ("", "_address", "_thread", "_undefined")
 
 RACE = "WARNING: ThreadSanitizer: data race"
 OVERFLOW = "ERROR: AddressSanitizer: heap-buffer-overflow"
@@ -55,7 +55,7 @@ def run(cusim: ModuleType):
     return run
 
 
-@pytest.mark.parametrize("suffix", ["", *(f"_{name}" for name in SANITIZERS)])
+@pytest.mark.parametrize("suffix", BUILDS)
 def test_kernels(run, suffix):
     code, output = run(f"kernel_tests{suffix}")
     assert code == 0, output
@@ -69,7 +69,7 @@ def test_every_planted_kernel_is_listed(run):
     assert len(output.split()) - len(wrong) == 10
 
 
-@pytest.mark.parametrize("build", ["", *(f"_{name}" for name in SANITIZERS)])
+@pytest.mark.parametrize("build", BUILDS)
 def test_nothing_is_said_of_what_is_right(run, build):
     for case in run("planted")[1].split():
         for order in ORDERS if case.startswith("right_") else ():
@@ -78,7 +78,7 @@ def test_nothing_is_said_of_what_is_right(run, build):
 
 @pytest.mark.parametrize("case", ENDS)
 def test_misuse_ends_the_launch(run, case):
-    for build in ["", *(f"_{name}" for name in SANITIZERS)]:
+    for build in BUILDS:
         for order in ORDERS:
             code, output = run(f"planted{build}", case, order)
             assert code == 2, (build, order, output)

@@ -230,13 +230,6 @@ def test_tensors_that_do_not_fit_are_named(layout, changes, message):
         to_grouped(state, layout, PREFIX)
 
 
-def test_the_layout_of_gpt_oss_is_not_that_of_grouped_experts():
-    state = from_grouped(grouped_experts().state_dict(), GPT_OSS)
-    message = r"down_proj must be \[3, 10, 3\] beside gate_up_proj \[3, 6, 10\]"
-    with pytest.raises(ValueError, match=message):
-        to_grouped(state, GROUPED)
-
-
 @pytest.mark.parametrize("number", ["10000000", str(10**30), "9" * 5000, "007", "00"])
 def test_a_gap_in_the_experts_numbers_is_an_error(number):
     """A large expert number must not make the error list millions of names."""
@@ -251,19 +244,31 @@ def test_a_gap_in_the_experts_numbers_is_an_error(number):
     tracemalloc.stop()
 
 
-def test_a_state_dict_without_experts_is_an_error():
-    message = r"no experts of PerExpert\(.*parent='model\.layers\.1\.mlp\.experts\.'\)"
-    with pytest.raises(ValueError, match=message):
-        to_grouped(per_expert(QWEN, PREFIX), QWEN, "model.layers.1.mlp.experts.")
-
-
-def test_a_layout_without_a_gate_refuses_gated_experts():
-    with pytest.raises(ValueError, match=r"PerExpert\(.*\) has no place for gate_up_proj"):
-        from_grouped(grouped_experts().state_dict(), NEMOTRON)
-    with pytest.raises(ValueError, match=r"PerExpert\(.*\) has no place for up_proj"):
-        from_grouped(grouped_experts(gated=False).state_dict(), MIXTRAL)
-    with pytest.raises(ValueError, match="missing: down_proj"):
-        from_grouped({"gate_up_proj": torch.zeros(E, 2 * FFN, H)}, MIXTRAL)
+def test_states_and_layouts_that_do_not_fit_are_errors():
+    gated, plain = (grouped_experts(gated).state_dict() for gated in (True, False))
+    layer_1, up_alone = PREFIX.replace("0", "1"), {"gate_up_proj": torch.zeros(E, 2 * FFN, H)}
+    model, taken = per_expert(MIXTRAL, PREFIX), {f"{PREFIX}down_proj": torch.zeros(1)}
+    for function, args, message in (
+        (
+            *(to_grouped, (from_grouped(gated, GPT_OSS), GROUPED)),
+            r"down_proj must be \[3, 10, 3\] beside gate_up_proj \[3, 6, 10\]",
+        ),
+        (
+            *(to_grouped, (per_expert(QWEN, PREFIX), QWEN, layer_1)),
+            r"no experts of PerExpert\(.*parent='model\.layers\.1\.mlp\.experts\.'\)",
+        ),
+        (from_grouped, (gated, NEMOTRON), r"PerExpert\(.*\) has no place for gate_up_proj"),
+        (from_grouped, (plain, MIXTRAL), r"PerExpert\(.*\) has no place for up_proj"),
+        (from_grouped, (up_alone, MIXTRAL), "missing: down_proj"),
+        (convert_state_dict, (model, GROUPED, MIXTRAL), r"no experts of Stacked\("),
+        (convert_state_dict, (model, QWEN, GROUPED), r"not of the layout: \S*\.0\.w1\.bias"),
+        (
+            *(convert_state_dict, (model | taken, MIXTRAL, GROUPED)),
+            r"has \['model\.\S*experts\.down_proj'\] already",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(*args)
 
 
 PLACES = ("model.layers.0.mlp.experts.", "model.layers.11.mlp.experts.", "experts.")
@@ -291,16 +296,6 @@ def test_a_models_experts_convert_there_and_back(layout, gated):
     back = convert_state_dict(theirs, layout, GROUPED)
     assert same(back, others | ours)
     assert all(theirs[name] is back[name] is others[name] for name in OTHERS)
-
-
-def test_a_model_that_cannot_be_converted_is_an_error():
-    state = per_expert(MIXTRAL, PREFIX)
-    with pytest.raises(ValueError, match=r"no experts of Stacked\("):
-        convert_state_dict(state, GROUPED, MIXTRAL)
-    with pytest.raises(ValueError, match=r"not of the layout: \S*experts\.0\.w1\.bias"):
-        convert_state_dict(state, QWEN, GROUPED)
-    with pytest.raises(ValueError, match=r"has \['model\.\S*experts\.down_proj'\] already"):
-        convert_state_dict(state | {f"{PREFIX}down_proj": torch.zeros(1)}, MIXTRAL, GROUPED)
 
 
 # Each model reads those that it has.

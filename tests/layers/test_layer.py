@@ -136,16 +136,6 @@ def test_zero_width():
     assert layer.exp_counts.sum() == 12
 
 
-def test_one_expert():
-    layer = MOELayer(
-        TopKGate(H, 1, dtype=torch.float64, drop_tokens=False),
-        GroupedExperts(1, H, FFN, dtype=torch.float64),
-    )
-    x = torch.randn(7, H, dtype=torch.float64)
-    assert relative_error(layer(x), expert_by_hand(layer.experts, 0, x)) < 1e-12
-    torch.testing.assert_close(layer.l_aux, torch.ones_like(layer.l_aux))
-
-
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
 def test_unused_tokens_give_zero_and_take_no_room(k, dtype):

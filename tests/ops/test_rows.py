@@ -1,6 +1,8 @@
-"""dispatch, combine and route_dot: the three derivatives of one form."""
+"""dispatch, combine and route_dot: the three derivatives of one form; gradients of all that takes
+a plan."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -106,16 +108,6 @@ def test_a_dropped_route_adds_nothing_whatever_its_weight(device):
     assert (grad[plan.slots < 0] == 0).all()
 
 
-def test_nan_stays_in_its_token(device):
-    T, E, H = 64, 4, 8
-    plan = moe_ext.make_plan(random_experts(T, 2, E, device), E)
-    x = values(T, H, dtype=torch.float32, device=device)
-    x[5] = math.nan
-    back = moe_ext.combine(moe_ext.dispatch(x, plan), plan)
-    assert back[5].isnan().all()
-    assert back.isnan().any(dim=-1).sum() == 1
-
-
 def test_combine_rounds_once(device):
     """Eight halves of a unit in the last place are four units: bfloat16 sums would lose them."""
     experts = torch.arange(9, dtype=torch.int32, device=device).view(1, 9)
@@ -126,32 +118,40 @@ def test_combine_rounds_once(device):
     assert moe_ext.combine(rows, plan).item() == 1 + 4 * ulp
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("T", "K", "E", "H"), [(5, 2, 3, 3), (1, 1, 1, 1), (4, 3, 3, 2)])
-def test_gradients(device, T, K, E, H, weighted):
+# Functions of a plan and tensors, and the tensors' sizes.
+DIFFERENTIABLE = {
+    "dispatch": (lambda plan, x: moe_ext.dispatch(x, plan), "TH"),
+    "dispatch, weighted": (lambda plan, x, w: moe_ext.dispatch(x, plan, w), "TH TK"),
+    "combine": (lambda plan, y: moe_ext.combine(y, plan), "RH"),
+    "combine, weighted": (lambda plan, y, w: moe_ext.combine(y, plan, w), "RH TK"),
+    "route_dot": (lambda plan, x, y: moe_ext.route_dot(x, y, plan), "TH RH"),
+    "combine_backward": (
+        lambda plan, x, y, w: torch.ops.moe_ext.combine_backward(x, y, plan.slots, plan.sources, w),
+        "TH RH TK",
+    ),
+    "grouped_mm": (lambda plan, y, w, b: moe_ext.grouped_mm(y, w, plan, b), "RH ENH EN"),
+    **{
+        f"{name} of {sizes}": (
+            lambda plan, y, w=None, name=name: moe_ext.activate(y, plan, name, w),
+            sizes,
+        )
+        for name in ("swiglu", "geglu", "gelu")
+        for sizes in ("RG", "RG TK")
+    },
+}
+
+
+@pytest.mark.parametrize(("function", "sizes"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
+@pytest.mark.parametrize(("T", "K", "E", "H"), [(5, 2, 3, 3), (1, 1, 1, 1), (2, 3, 3, 2)])
+def test_gradients(device, T, K, E, H, function, sizes):
     for plan in plans(T, K, E, device):
-        R = len(plan.sources)
-
-        def leaf(*size):
-            return values(*size, dtype=torch.float64, device=device).requires_grad_()
-
-        x, y = leaf(T, H), leaf(R, H)
-        w = (leaf(T, K),) if weighted else ()
-        cases = [
-            (lambda x, *w, plan=plan: moe_ext.dispatch(x, plan, *w), (x, *w)),
-            (lambda y, *w, plan=plan: moe_ext.combine(y, plan, *w), (y, *w)),
-        ]
-        if not weighted:
-            cases.append((lambda x, y, plan=plan: moe_ext.route_dot(x, y, plan), (x, y)))
-        else:
-
-            def combine_backward(x, y, w, routes=(plan.slots, plan.sources)):
-                return torch.ops.moe_ext.combine_backward(x, y, *routes, w)
-
-            cases.append((combine_backward, (x, y, *w)))
-        for function, inputs in cases:
-            assert gradcheck(function, inputs, check_batched_grad=R > 0)
-            assert gradgradcheck(function, inputs)
+        size = {"T": T, "K": K, "E": E, "H": H, "R": len(plan.sources), "N": 2, "G": 4}
+        shapes = ([size[letter] for letter in letters] for letters in sizes.split())
+        leaves = [values(*shape, dtype=torch.float64, device=device) for shape in shapes]
+        leaves = tuple(leaf.requires_grad_() for leaf in leaves)
+        of_plan = partial(function, plan)
+        assert gradcheck(of_plan, leaves, check_batched_grad=len(plan.sources) > 0)
+        assert gradgradcheck(of_plan, leaves)
 
 
 @pytest.mark.parametrize("function", [moe_ext.dispatch, moe_ext.combine])
