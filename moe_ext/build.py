@@ -20,7 +20,6 @@ from .toolkit import (
     cuda_link_flags,
     cuda_sources,
     find_compiler,
-    find_toolkit,
     headers,
     require_toolkit,
     sources,
@@ -61,7 +60,11 @@ def jit(verbose: bool = False) -> Path:
 
     from .ops.registry import libraries
 
-    _check_tree("jit")
+    if not (ROOT / "csrc" / "ops.cpp").exists():
+        raise RuntimeError(
+            f"moe_ext.build.jit: no source tree, {ROOT / 'csrc'} is missing; call it from a clone "
+            "of the repository"
+        )
     loads = [{"name": "_C", "sources": sources(), "extra_cflags": compile_flags()}]
     choice = require_toolkit() if torch.version.cuda else None
     toolkit = choice.toolkit if choice else None
@@ -83,50 +86,6 @@ def jit(verbose: bool = False) -> Path:
             "one; use these sources in a new process, without that file if it is the package's own"
         )
     return library
-
-
-def jit_dev(verbose: bool = False) -> Path:
-    """Build moe_ext_dev, the CUDA kernels emulated on the CPU, for tests.
-
-    It is kept like the libraries of `jit`. Needs the headers of a CUDA toolkit.
-
-    Args:
-        verbose: show the compiler's output
-
-    Returns:
-        the module's path
-
-    Raises:
-        RuntimeError: the toolkit, the sources or a compiler are missing
-    """
-    from torch.utils import cpp_extension
-
-    _check_tree("jit_dev")
-    toolkit = find_toolkit()
-    if toolkit is None:
-        raise RuntimeError("moe_ext.build.jit_dev: no CUDA toolkit found; set CUDA_HOME")
-    kernels = [name for name in cuda_sources() if name.endswith(".cu")]
-    others = ["csrc/cuda_ops.cpp", "csrc/dev/bindings.cpp", "tests/cusim/cusim.cpp"]
-    includes = [f"-I{ROOT / name}" for name in ("csrc/cuda", "tests/cusim")]
-    flags = [*compile_flags(), "-DMOE_EXT_EMULATED", "-fno-strict-aliasing", *includes]
-    module = {
-        "name": "moe_ext_dev",
-        "sources": [*kernels, *others],
-        "extra_cflags": [*flags, "-isystem", str(toolkit.include)],
-    }
-    emulator = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/cusim/*.h"))
-    files = [*kernels, *others, *emulator, *headers()]
-    folder = _folder(files, [module], None)
-    _build_once(folder, [module], None, verbose)
-    return folder / f"moe_ext_dev{cpp_extension.LIB_EXT}"
-
-
-def _check_tree(function: str) -> None:
-    if not (ROOT / "csrc" / "ops.cpp").exists():
-        raise RuntimeError(
-            f"moe_ext.build.{function}: no source tree, {ROOT / 'csrc'} is missing; call it from a "
-            "clone of the repository"
-        )
 
 
 def _folder(files: list[str], loads: list[dict], toolkit: Toolkit | None) -> Path:
@@ -179,7 +138,7 @@ def _compile(load: dict, folder: Path, toolkit: Toolkit | None, verbose: bool) -
         flags = [f"-L{folder}", *flags]
     arguments = load | {
         "extra_ldflags": flags,
-        "sources": [_compiled_as(ROOT / name, folder, toolkit) for name in load["sources"]],
+        "sources": [str(ROOT / name) for name in load["sources"]],
         "build_directory": str(folder),
         "is_python_module": False,
         "verbose": verbose,
@@ -196,12 +155,3 @@ def _compile(load: dict, folder: Path, toolkit: Toolkit | None, verbose: bool) -
     )
     if run.returncode != 0:
         raise RuntimeError(f"moe_ext.build: the build failed\n{run.stdout or ''}")
-
-
-def _compiled_as(source: Path, folder: Path, toolkit: Toolkit | None) -> str:
-    """The path to compile. Without nvcc a .cu file is included by a C++ file."""
-    if source.suffix != ".cu" or toolkit:
-        return str(source)
-    wrapper = folder / f"{source.stem}_cu.cpp"
-    wrapper.write_text(f'#include "{source}"\n')
-    return str(wrapper)

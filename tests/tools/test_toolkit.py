@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from scripts import copy_tree, output_of, python, quick_compiler
+from scripts import copy_tree, python
 
 from moe_ext import toolkit as finder
 from moe_ext.ops import registry
@@ -181,29 +181,3 @@ runpy.run_path("setup.py", run_name="__main__")
     assert ("\ncompiled\n" in done.stderr) == (force != "1")
     expected = f"is for CUDA 99.1, the toolkit at {toolkit} is CUDA 13.0"
     assert expected in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.skipif(finder.find_toolkit() is None, reason="there are no CUDA headers")
-def test_jit_dev_builds_the_emulated_kernels(tmp_path):
-    """The module of jit_dev replaces the CPU operators."""
-    code = f"""
-import sys, importlib.util, warnings
-import torch, moe_ext
-path = moe_ext.build.jit_dev()
-assert path.is_relative_to({str(tmp_path)!r}), path
-assert moe_ext.build.jit_dev() == path
-spec = importlib.util.spec_from_file_location("moe_ext_dev", path)
-dev = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dev)
-dev.set_order("random7")
-dev.record(True)
-plan = moe_ext.make_plan(torch.tensor([[1, 0], [1, -1]], dtype=torch.int32), 2)
-rows = moe_ext.dispatch(torch.arange(16.).view(2, 8), plan)
-assert rows[:, 0].tolist() == [0, 0, 8, 0], rows
-for launch in dev.take_launches():
-    print(launch["kernel"], launch["blocks"], launch["threads"], launch["stores"].get(16))
-assert dev.take_launches() == []
-"""
-    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": quick_compiler(tmp_path)}
-    printed = output_of("-c", code, **environment)
-    assert printed.splitlines() == ["plan_place 1 256 None", "dispatch 2 256 8"]
