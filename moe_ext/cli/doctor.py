@@ -117,14 +117,17 @@ class Report(NamedTuple):
         }
 
     def __str__(self) -> str:
-        table = {**_table(self.facts), **{k: _library(v) for k, v in self.libraries.items()}}
+        table = _table(self.facts)
+        table["CPU library"] = _library(self.libraries["_C"])
+        table["CUDA library"] = _library(self.libraries["_C_cuda"])
         width = max(map(len, table))
         lines = [f"{name:{width}}  {value}" for name, value in table.items()]
-        head = f"{'operator':23}{'device':8}{'backend':11}{'largest error':15}why no faster backend"
-        lines += ["", head]
+        why = "why no faster backend" if any(o.why for o in self.operators) else ""
+        limit = f"error (at most {TOLERANCE:.0e})"
+        lines += ["", f"{'operator':23}{'device':8}{'backend':11}{limit:24}{why}".rstrip()]
         for o in self.operators:
-            error = o.failure or f"{o.error:.1e}"
-            lines.append(f"{o.name:23}{o.device:8}{o.backend:11}{error:15}{o.why}".rstrip())
+            error = o.failure or (f"{o.error:.1e}" if o.error else "none")
+            lines.append(f"{o.name:23}{o.device:8}{o.backend:11}{error:24}{o.why}".rstrip())
         lines.append("")
         for problem in self.problems:
             lines += [f"problem: {problem.problem}", f"    fix: {problem.fix}"]
@@ -134,7 +137,10 @@ class Report(NamedTuple):
                 f" fix: {self.libraries['_C_cuda']['fix']}",
             ]
         busy = crowded(self.facts["cpu"])
-        lines.append((f"OK ({busy})" if busy else "OK") if self.is_well else busy)
+        if self.is_well:
+            devices = " and ".join(dict.fromkeys(o.device for o in self.operators))
+            lines.append(f"OK: every operator is right on {devices}")
+        lines.append(busy)
         return "\n".join(lines).rstrip()
 
 

@@ -50,20 +50,20 @@ class Libraries:
         folder = Path(__file__).parents[1]
         built = [p for p in folder.glob("_C.*") if p.suffix in (".so", ".pyd", ".dylib")]
         self.load_error = "no compiled library was built with this package"
-        cure = "with a C++ compiler, pip install --no-cache-dir --force-reinstall it"
+        fix = "with a C++ compiler install it again: pip install --no-cache-dir --force-reinstall"
         for path in built:
             try:
                 self._load(path)
                 break
             except OSError as error:
                 self.load_error = f"{path.name} could not be loaded: {error.__cause__ or error}"
-                cure = "remove it and install again"
+                fix = "remove it and install again"
         self._register_python()
         if self.library is None:
             warnings.warn(
-                f"moe_ext runs on its plain-PyTorch reference, a slower one: {self.load_error}; "
-                f"{cure}; in a source tree pip install -e ., or call moe_ext.build.jit(), or run "
-                "elsewhere",
+                f"moe_ext runs on its plain-PyTorch reference, which is slower: {self.load_error}. "
+                f"To fix it, {fix}. In a source tree run pip install -e ., or call "
+                "moe_ext.build.jit().",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -143,7 +143,7 @@ def _loud_on_cuda(kernel: Callable) -> Callable:
     def loud(*args):
         if libraries.cuda_load_error and any(getattr(arg, "is_cuda", False) for arg in args):
             warnings.warn(
-                "moe_ext runs on its plain-PyTorch reference on cuda, a slower one: "
+                "moe_ext runs on its plain-PyTorch reference on cuda, which is slower: "
                 f"{libraries.cuda_load_error}; `python -m moe_ext doctor` says how to fix it",
                 RuntimeWarning,
                 stacklevel=2,

@@ -130,7 +130,7 @@ def test_the_reference_on_cuda_warns(monkeypatch):
     kernel = registry._loud_on_cuda(lambda *args: len(args))
     monkeypatch.setattr(registry.libraries, "cuda_load_error", "no CUDA kernels were built")
     with pytest.warns(
-        RuntimeWarning, match="on cuda, a slower one: no CUDA kernels were built; `pyt"
+        RuntimeWarning, match="on cuda, which is slower: no CUDA kernels were built; `pyt"
     ):
         assert kernel(None, on_cuda) == 2
     with warnings.catch_warnings():
