@@ -21,10 +21,10 @@ def layer_of(
     **gate,
 ) -> MOELayer:
     torch.manual_seed(0)
-    gate = TopKGate(width, num_experts, k, top2_2nd_expert_sampling=False, min_capacity=0, **gate)
+    gate = {"top2_2nd_expert_sampling": False, "min_capacity": 0} | gate
     experts = GroupedExperts(num_experts, width, 3)
     experts = ExpertParallel.of(experts, group or dist.group.WORLD, **(options or {}))
-    return MOELayer(gate, experts).to(dtype)
+    return MOELayer(TopKGate(width, num_experts, k, **gate), experts).to(dtype)
 
 
 def error_of(function) -> str:

@@ -4,20 +4,12 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
+from parallel_faults import E, H, layer_of
 from processes import on_ranks
-from test_expert_parallel import (
-    Case,
-    E,
-    F,
-    H,
-    assert_like_one_process,
-    divided_layer,
-    results_of,
-)
+from test_expert_parallel import Case, assert_like_one_process, divided_layer, results_of
 from torch import nn
 
-from moe_ext import ExpertParallel, GroupedExperts, MoE, MOELayer, TopKGate
+from moe_ext import MoE
 from moe_ext.parallel import make_groups
 
 
@@ -56,10 +48,7 @@ def test_compiled_ranks_compute_what_one_process_computes(case):
 def test_one_rank_may_fall_back_to_eager_code(rank, options, gate):
     """Rank 0 has more sizes than torch.compile makes programs for, and rank 1 has one."""
     torch._dynamo.reset()
-    torch.manual_seed(1)
-    gate = TopKGate(H, E, 2, top2_2nd_expert_sampling=False, **gate)
-    experts = ExpertParallel.of(GroupedExperts(E, H, F), dist.group.WORLD, **options)
-    layer = MOELayer(gate, experts).double()
+    layer = layer_of(dtype=torch.float64, options=options, **gate)
     eager = copy.deepcopy(layer)
     compiled = torch.compile(layer, backend="eager", dynamic=False)
     for call in range(5):
@@ -84,10 +73,8 @@ def test_layers_with_a_capacity_compile_whole(rank, kind):
         layer = MoE(H, nn.Linear(H, H), E, ep_size=2, use_rts=False)
         layer.set_deepspeed_parallelism()
     else:
-        gate = TopKGate(H, E, 2, use_rts=False, top2_2nd_expert_sampling=False)
         group, tensor_group = make_groups(2).ep, make_groups(2).ep
-        experts = ExpertParallel.of(GroupedExperts(E, H, F), group, tensor_group=tensor_group)
-        layer = MOELayer(gate, experts)
+        layer = layer_of(group=group, options={"tensor_group": tensor_group}, use_rts=False)
     x = torch.randn(8, H)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     out, expected = (found[0] if kind == "MoE" else found for found in (compiled(x), layer(x)))

@@ -12,7 +12,6 @@ from parallel_faults import E, H, T, error_of, layer_of, run_out_of_step
 from processes import Processes, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
-from moe_ext import ExpertParallel, GroupedExperts
 from moe_ext.parallel import make_groups
 
 
@@ -142,10 +141,8 @@ def test_one_rank_may_have_a_copy_of_a_layer(rank):
 def test_a_fault_in_a_tensor_group_is_raised_on_all_ranks(rank, fault, drops):
     """Ranks 0 and 1 share tokens, and ranks 2 and 3. Rank 1 alone is at fault, once."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
-    layer = layer_of(drop_tokens=drops)
-    layer.experts = ExpertParallel.of(
-        GroupedExperts(E, H, 3), mesh.get_group("ep"), tensor_group=mesh.get_group("tp")
-    )
+    options = {"tensor_group": mesh.get_group("tp")}
+    layer = layer_of(drop_tokens=drops, group=mesh.get_group("ep"), options=options)
     torch.manual_seed(rank // 2)
     x = torch.randn(T, H)
     expected = layer(x)

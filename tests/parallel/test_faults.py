@@ -16,7 +16,7 @@ from parallel_faults import E, H, T, error_of, layer_of, run_out_of_step
 from processes import Processes, on_processes, on_ranks
 from torch import nn
 
-from moe_ext import ExpertParallel, GroupedExperts, MOELayer, SharedExperts
+from moe_ext import MOELayer, SharedExperts
 from moe_ext.parallel import make_groups
 
 
@@ -158,9 +158,9 @@ def test_a_rank_that_fails_while_others_wait_refuses_further_calls(rank, step, d
 @pytest.mark.parametrize("part", ["shared", "experts"])
 @on_ranks(4)
 def test_a_part_that_fails_on_one_rank_of_a_mesh_of_nodes(rank, part, dedup):
-    layer, shared = layer_of(drop_tokens=False), nn.Linear(H, H)
-    group = make_groups((2, 2)).ep
-    experts = ExpertParallel.of(GroupedExperts(E, H, 3), group, dedup=dedup, overlap=2)
+    group, options = make_groups((2, 2)).ep, {"dedup": dedup, "overlap": 2}
+    layer = layer_of(drop_tokens=False, group=group, options=options)
+    experts, shared = layer.experts, nn.Linear(H, H)
     layer.experts = SharedExperts(experts, shared)
     x = torch.randn(T, H)
     layer(x)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from cases import relative_error
 from processes import on_processes, on_ranks
-from test_expert_parallel import Case, inputs_of, layer_of
+from test_expert_parallel import Case, E, H, inputs_of, layer_of
 from test_training import batch, divided, loss_of, model_of
 from torch import nn
 from torch.distributed import fsdp
@@ -34,7 +34,6 @@ from moe_ext import (
 )
 from moe_ext.parallel import make_groups
 
-H, E = 10, 8
 WORLD = 2
 
 

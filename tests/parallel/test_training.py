@@ -8,31 +8,26 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from processes import on_processes, on_ranks
-from test_expert_parallel import CountCollectives
+from test_expert_parallel import Case, CountCollectives, E, H, layer_of
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_ext import ExpertParallel, GroupedExperts, ModuleExperts, MoE, MOELayer, TopKGate, parallel
+from moe_ext import ExpertParallel, MoE, MOELayer, parallel
 from moe_ext.deepspeed.utils import (
     is_moe_param,
     split_params_into_different_moe_groups_for_optimizer,
 )
 from moe_ext.parallel import make_groups
 
-H, F, E, T, STEPS = 10, 6, 8, 8, 3
+T, STEPS = 8, 3
 KINDS = ["grouped", "modules"]
 
 
 def model_of(kind: str) -> nn.Sequential:
-    torch.manual_seed(1)
-    gate = TopKGate(H, E, 2, drop_tokens=False, top2_2nd_expert_sampling=False)
-    if kind == "grouped":
-        experts = GroupedExperts(E, H, F, bias=True)
-    else:
-        experts = ModuleExperts(nn.Sequential(nn.Linear(H, F), nn.Tanh(), nn.Linear(F, H)), E)
-    return nn.Sequential(nn.Linear(H, H), MOELayer(gate, experts), nn.Linear(H, 1)).double()
+    layer = layer_of(Case(kind=kind))  # sets the seed
+    return nn.Sequential(nn.Linear(H, H), layer, nn.Linear(H, 1)).double()
 
 
 def divided(kind: str, ep: int | tuple[int, int] = 2) -> tuple[nn.Sequential, parallel.Groups]:

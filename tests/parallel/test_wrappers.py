@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parallel_faults import error_of
 from processes import on_ranks
-from test_expert_parallel import CountCollectives
-from test_training import E, H, T, batch, divided, loss_of, model_of
+from test_expert_parallel import CountCollectives, E, H
+from test_training import T, batch, divided, loss_of, model_of
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict

@@ -1,7 +1,6 @@
 """The engine's checkpoints of one package load into the other."""
 
 import importlib
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -27,27 +26,22 @@ from torch import Tensor, nn
 import moe_ext
 
 
-class Resumed(NamedTuple):
-    """One training continues while another resumes from its checkpoint, in one process."""
-
-    saved: Result
-    loaded: dict[str, Tensor]
-    continued: Result
-    resumed: Result
-
-
 def _resume(
-    rank: int, before: str, after: str, run: Run, folder: str, make: tuple = (Model, Model)
-) -> Resumed:
-    first = engine_of(rank, before, run, make=make[0])
+    rank: int, before: str, after: str, run: Run, folder: str, make: type[Model] = Model
+) -> tuple[Result, dict[str, Tensor], Result, Result]:
+    """One training continues while another resumes from its checkpoint, in one process.
+
+    Returns the training until the checkpoint, the loaded weights, and both continuations.
+    """
+    first = engine_of(rank, before, run, make=make)
     saved = trained(first, rank, range(HALF))
     assert first.save_checkpoint(folder)
-    second = engine_of(rank, after, run, make=make[1], seed=1)
+    second = engine_of(rank, after, run, make=make, seed=1)
     path, _ = second.load_checkpoint(folder)
     assert path is not None
     loaded = weights_of(second)
     rest = range(HALF, 2 * HALF)
-    return Resumed(saved, loaded, trained(first, rank, rest), trained(second, rank, rest))
+    return saved, loaded, trained(first, rank, rest), trained(second, rank, rest)
 
 
 CHECKPOINTS = [
@@ -88,7 +82,7 @@ def test_a_missing_expert_file_is_named(package, tmp_path):
 
 @pytest.mark.parametrize(("ranks", "run"), GROUPED, ids=str)
 def test_checkpoints_hold_grouped_experts_one_by_one(ranks, run, tmp_path):
-    found = on_processes(ranks, _resume, OURS, OURS, run, str(tmp_path), (Grouped, Grouped))
+    found = on_processes(ranks, _resume, OURS, OURS, run, str(tmp_path), Grouped)
     for saved, loaded, continued, resumed in found:
         assert all(torch.equal(loaded[name], w) for name, w in saved.weights.items())
         assert saved.losses[-1] < saved.losses[0]
