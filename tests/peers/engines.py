@@ -1,11 +1,8 @@
 """One training program in DeepSpeed's engine, with the imports of either package."""
 
-import os
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import functools
 import importlib
+import os
 from typing import NamedTuple
 
 import pytest

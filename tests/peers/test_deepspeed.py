@@ -6,10 +6,6 @@ takes equal numbers: who is kept by use_rts=False over capacity, and by probabil
 but for rounding; 16-bit logits are drawn without ties.
 """
 
-import os
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import functools
 
 import pytest

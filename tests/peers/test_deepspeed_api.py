@@ -1,9 +1,5 @@
 """moe_ext.deepspeed has DeepSpeed's names, signatures, helpers and optimizer groups."""
 
-import os
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import inspect
 
 import pytest

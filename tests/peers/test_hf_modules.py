@@ -157,24 +157,22 @@ def test_weights_may_have_the_dtype_of_the_router():
     assert torch.equal(out, exact.bfloat16())
 
 
+INT8 = nn.Parameter(torch.zeros(5, 16, 12, dtype=torch.int8), requires_grad=False)
+# A member of a module, and why the module is refused with it.
 REFUSED = {
-    "must have down_proj of 3 dimensions, got NoneType": lambda m: setattr(m, "down_proj", None),
-    "must have gate_up_proj in a floating-point dtype, got torch.int8": lambda m: setattr(
-        m,
-        "gate_up_proj",
-        nn.Parameter(m.gate_up_proj.to(torch.int8), requires_grad=False),
-    ),
-    "must have gate_up_proj of num_experts = 6": lambda m: setattr(m, "num_experts", 6),
-    "must have a callable act_fn": lambda m: setattr(m, "act_fn", None),
-    "must have an _apply_gate": lambda m: setattr(m, "is_concatenated", False),
-    "must have gate_up_proj_bias of 2 dimensions": lambda m: setattr(m, "has_bias", True),
+    ("down_proj", None): "must have down_proj of 3 dimensions, got NoneType",
+    ("gate_up_proj", INT8): "must have gate_up_proj in a floating-point dtype, got torch.int8",
+    ("num_experts", 6): "must have gate_up_proj of num_experts = 6",
+    ("act_fn", None): "must have a callable act_fn",
+    ("is_concatenated", False): "must have an _apply_gate",
+    ("has_bias", True): "must have gate_up_proj_bias of 2 dimensions",
 }
 
 
-@pytest.mark.parametrize("why", REFUSED)
-def test_unknown_flags_are_refused(why):
+@pytest.mark.parametrize(("member", "why"), REFUSED.items(), ids=REFUSED.values())
+def test_unknown_flags_are_refused(member, why):
     module = module_of()
-    REFUSED[why](module)
+    setattr(module, *member)
     module.config._experts_implementation = "moe_ext"
     with pytest.raises(ValueError, match=f'experts_implementation="moe_ext": Module {why}'):
         module(*routes_of())
