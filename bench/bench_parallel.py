@@ -10,6 +10,7 @@ collective alone by size, for the model of bench/scaling.py. Prints a table and 
 bench/results/<machine>/parallel.json.
 """
 
+import argparse
 import itertools
 import statistics
 import tempfile
@@ -149,6 +150,23 @@ def collective(rank: int, seconds: float) -> list[tuple[int, float]]:
     return points
 
 
+def cases_of(number: int, top_k: list[int]) -> list[tuple[int, str, Way]]:
+    """(k, label, way) of all that this number of ranks can exchange."""
+    cases = itertools.product(top_k, WAYS.items())
+    return [
+        (k, label, way)
+        for k, (label, way) in cases
+        if not way.nodes or (number % way.nodes == 0 and number > way.nodes)
+    ]
+
+
+def measure_all(rank: int, options: argparse.Namespace) -> tuple[list, list[dict]]:
+    """On one rank: the points of `collective`, and what `measure` finds for each case."""
+    points = collective(rank, options.seconds)
+    bar = tqdm(cases_of(dist.get_world_size(), options.top_k), leave=False, disable=rank > 0)
+    return points, [measure(rank, way, k, options.tokens, options.seconds) for k, _, way in bar]
+
+
 def fit(points: list[tuple[int, float]], others: int) -> dict:
     """Fit seconds = start + bytes sent / rate, by least squares of the relative error."""
     sizes, seconds = (np.array(column, dtype=float) for column in zip(*points, strict=True))
@@ -204,26 +222,19 @@ def main() -> None:
         "collective": {},
         "points": [],
     }
-    for number in options.processes:
-        points = on_processes(number, collective, options.seconds)[0]
-        report["collective"][number] = {"points": points, **fit(points, number - 1)}
     print(f"{'':10}{'':4}{'':32}{'KiB/token':>10}{'least':>8}{'of least':>10}{'ms':>8}")
-    cases = [
-        (number, k, label, way)
-        for number, k, (label, way) in itertools.product(
-            options.processes, options.top_k, WAYS.items()
-        )
-        if not way.nodes or (number % way.nodes == 0 and number > way.nodes)
-    ]
-    for number, k, label, way in (bar := tqdm(cases, leave=False)):
-        found = on_processes(number, measure, way, k, options.tokens, options.seconds)
-        point = {"processes": number, "k": k, "way": label, **summary(found, options.tokens)}
-        report["points"].append(point)
-        bar.write(
-            f"{number} procs   K={k} {label:32}{point['bytes_per_token'] / 1024:10.2f}"
-            f"{point['least_bytes_per_token'] / 1024:8.2f}{point['of_least']:9.2f}x"
-            f"{point['seconds'] * 1e3:8.1f}"
-        )
+    for number in options.processes:
+        ranks = on_processes(number, measure_all, options)
+        points, _ = ranks[0]
+        report["collective"][number] = {"points": points, **fit(points, number - 1)}
+        for i, (k, label, _) in enumerate(cases_of(number, options.top_k)):
+            found = summary([cases[i] for _, cases in ranks], options.tokens)
+            report["points"].append({"processes": number, "k": k, "way": label, **found})
+            print(
+                f"{number} procs   K={k} {label:32}{found['bytes_per_token'] / 1024:10.2f}"
+                f"{found['least_bytes_per_token'] / 1024:8.2f}{found['of_least']:9.2f}x"
+                f"{found['seconds'] * 1e3:8.1f}"
+            )
     keep(report, "parallel", options.out)
 
 
