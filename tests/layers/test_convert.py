@@ -94,24 +94,17 @@ def test_converted_experts_own_their_memory():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-class Expert(nn.Module):
-    """An expert with the layers of a PerExpert layout."""
+def expert_of(layout: PerExpert, bias: bool) -> nn.ModuleDict:
+    """The layers of an expert, under the layout's names."""
+    sizes = {layout.up: (H, FFN), layout.gate: (H, FFN), layout.down: (FFN, H)}
+    layers = {name: nn.Linear(*size, bias) for name, size in sizes.items() if name is not None}
+    return nn.ModuleDict(layers)
 
-    def __init__(self, layout: PerExpert, bias: bool) -> None:
-        super().__init__()
-        self.layout = layout
-        for name in (layout.up, layout.gate):
-            if name is not None:
-                self.add_module(name, nn.Linear(H, FFN, bias))
-        self.add_module(layout.down, nn.Linear(FFN, H, bias))
 
-    def forward(self, x: Tensor) -> Tensor:
-        up = self.get_submodule(self.layout.up)(x)
-        if self.layout.gate is None:
-            pre_activation = F.relu(up)
-        else:
-            pre_activation = F.silu(self.get_submodule(self.layout.gate)(x)) * up
-        return self.get_submodule(self.layout.down)(pre_activation)
+def output_of(expert: nn.ModuleDict, layout: PerExpert, x: Tensor) -> Tensor:
+    up = expert[layout.up](x)
+    active = F.relu(up) if layout.gate is None else F.silu(expert[layout.gate](x)) * up
+    return expert[layout.down](active)
 
 
 def agree(experts: GroupedExperts, outputs: list[Tensor], x: Tensor) -> bool:
@@ -125,16 +118,16 @@ def agree(experts: GroupedExperts, outputs: list[Tensor], x: Tensor) -> bool:
 @pytest.mark.parametrize("layout", [MIXTRAL, QWEN, NEMOTRON, deepspeed(QWEN), SEQUENTIAL])
 def test_per_expert_weights_compute_the_same_function(layout, bias):
     if layout.parent:
-        theirs = Experts(Expert(layout, bias), E).double()
+        theirs = Experts(expert_of(layout, bias), E).double()
         modules = theirs.deepspeed_experts
     else:
-        theirs = modules = nn.ModuleList(Expert(layout, bias) for _ in range(E)).double()
+        theirs = modules = nn.ModuleList(expert_of(layout, bias) for _ in range(E)).double()
     for parameter in theirs.parameters():
         nn.init.normal_(parameter)
     experts = grouped_experts(layout.gate is not None, bias, dtype=torch.float64)
     experts.load_state_dict(to_grouped(theirs.state_dict(), layout))
     x = torch.randn(40, H, dtype=torch.float64)
-    assert agree(experts, [module(x) for module in modules], x)
+    assert agree(experts, [output_of(module, layout, x) for module in modules], x)
 
 
 def test_gpt_oss_weights_compute_the_same_function():

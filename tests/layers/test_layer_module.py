@@ -152,20 +152,17 @@ def test_checkpointing(options):
         x = torch.linspace(-2, 2, 40 * H, dtype=torch.float64).view(40, H).requires_grad_()
         return gradients_of(layer, x, *apply(x))
 
-    def attribute(x):
-        out = layer(x)
+    def attribute(x, module=layer):
+        out = module(x)
         return out, layer.l_aux
 
-    def checkpointed_attribute(x):
-        out = checkpoint(layer, x, use_reentrant=False)
-        return out, layer.l_aux
-
-    def checkpointed(x):
-        out, aux = checkpoint(layer.forward_with_aux, x, use_reentrant=False)
+    def result(x):
+        out, aux = again(layer.forward_with_aux, x)
         return out, aux.l_aux
 
+    again = partial(checkpoint, use_reentrant=False)
     plain = run(attribute)
-    for other in (checkpointed_attribute, checkpointed):
+    for other in (partial(attribute, module=partial(again, layer)), result):
         assert all(torch.equal(a, b) for a, b in zip(plain, run(other), strict=True))
 
 

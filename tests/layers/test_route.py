@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from cases import relative_error
-from rules import SCORES, E, H, T, chosen, gate_for, tokens
+from rules import SCORES, E, H, T, chosen, expert_by_hand, gate_for, layer_for, tokens
 
-from moe_ext import GroupedExperts, MOELayer, TopKGate, losses, make_plan, route
+from moe_ext import GroupedExperts, MOELayer, TopKGate, losses, route
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -116,19 +116,15 @@ def test_repr_shows_options_that_are_not_default():
 def test_expert_choice_is_top_c_per_expert():
     """With K = E and drop_policy="probs" every expert keeps its C best tokens."""
     c = 2
-    gate = gate_for(
-        E, drop_policy="probs", normalize="never", capacity_factor=c / E, drop_tokens=True
-    )
+    layer = layer_for(E, drop_policy="probs", normalize="never", capacity_factor=c / E)
     x = tokens().requires_grad_()
-    layer = MOELayer(gate, GroupedExperts(E, H, 7, dtype=torch.float64))
-    probs = (x @ gate.wg.weight.T).softmax(-1)
+    probs = (x @ layer.gate.wg.weight.T).softmax(-1)
     C = c * T // E
-    assert gate.capacity(T) == C
+    assert layer.gate.capacity(T) == C
     out = torch.zeros_like(x)
     for e in range(E):
         best = probs[:, e].topk(C).indices
-        plan = make_plan(torch.full((C, 1), e, dtype=torch.int32), E)
-        rows = layer.experts.routed(x[best], plan, torch.ones(C, 1, dtype=torch.float64))
+        rows = expert_by_hand(layer.experts, e, x[best])
         out = out.index_add(0, best, rows * probs[best, e].unsqueeze(-1))
     assert relative_error(layer(x), out) < 1e-12
     grads = [

@@ -12,51 +12,32 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 ORDERS = checks.ORDERS
 
 
-def plan_by_hand(experts, E, capacity, priority, order, align):
-    """The definition, one route at a time. -> slots {(t, k): row}, offsets, load."""
-    T, K = experts.shape
-    waiting = {e: [] for e in range(E)}
+def assert_plan_by_hand(plan, priority, order, align):
+    """The plan is its definition, one route at a time."""
+    experts, capacity = plan.expert_ids.tolist(), plan.capacity
+    T, K = plan.expert_ids.shape
     queue = [(t, k) for t in range(T) for k in range(K)]
     if order == "choice":
         queue.sort(key=lambda route: route[1])
-    for t, k in queue:
-        if experts[t, k] >= 0:
-            waiting[int(experts[t, k])].append((t, k))
-    slots, offsets, load, row = {}, [], [], 0
-    for e in range(E):
-        routes = waiting[e]
-        load.append(len(routes))
-        offsets.append(row)
-        kept = routes
+
+    def rank(route):
+        p = float(priority[route])
+        return (1, 0.0) if math.isnan(p) else (0, -p)
+
+    slots, sources, offsets, load = [[-1] * K for _ in range(T)], [-1] * len(plan.sources), [0], []
+    for e in range(plan.num_experts):
+        kept = routes = [(t, k) for t, k in queue if experts[t][k] == e]
         if capacity is not None:
-            if priority is not None:
-
-                def rank(i, routes=routes):
-                    p = float(priority[routes[i]])
-                    return (math.isnan(p), 0.0 if math.isnan(p) else -p, i)
-
-                best = sorted(range(len(routes)), key=rank)[:capacity]
-                kept = [routes[i] for i in sorted(best)]
-            else:
-                kept = routes[:capacity]
-        slots |= {route: row + i for i, route in enumerate(kept)}
-        row += math.ceil(len(routes) / align) * align if capacity is None else capacity
-    return slots, [*offsets, row], load
-
-
-def assert_plan_by_hand(plan, priority, order, align):
-    experts, E = plan.expert_ids.cpu(), plan.num_experts
-    slots, offsets, load = plan_by_hand(experts, E, plan.capacity, priority, order, align)
-    T, K = experts.shape
-    expected_slots = torch.full((T, K), -1, dtype=torch.int32)
-    expected_sources = torch.full((len(plan.sources),), -1, dtype=torch.int32)
-    for (t, k), row in slots.items():
-        expected_slots[t, k] = row
-        expected_sources[row] = t * K + k
-    assert torch.equal(plan.slots.cpu(), expected_slots)
-    assert torch.equal(plan.sources.cpu(), expected_sources)
-    assert plan.offsets.tolist() == offsets
-    assert plan.load.tolist() == load
+            best = routes if priority is None else sorted(routes, key=rank)
+            kept = [route for route in routes if route in best[:capacity]]
+        for row, (t, k) in enumerate(kept, offsets[-1]):
+            slots[t][k], sources[row] = row, t * K + k
+        room = math.ceil(len(routes) / align) * align if capacity is None else capacity
+        offsets.append(offsets[-1] + room)
+        load.append(len(routes))
+    expected = slots, sources, offsets, load
+    assert [x.tolist() for x in plan[:4]] == list(expected)
+    assert all(x.dtype == torch.int32 for x in plan[:4])
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
