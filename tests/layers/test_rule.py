@@ -6,7 +6,7 @@ import pytest
 import torch
 from rules import E, H, tokens
 
-from moe_ext import GroupedExperts, MOELayer, TopKGate, route
+from moe_ext import GroupedExperts, MOELayer, TopKGate
 from moe_ext.layer import Layer
 from moe_ext.routing.capacity import expert_capacity
 from moe_ext.routing.gate import Gate
@@ -17,24 +17,6 @@ MIXTRAL = Rule(k=2, normalize="before")
 
 def gate_of(rule: Rule, eval_rule: Rule | None = None, **options) -> Gate:
     return Gate(H, E, rule, eval_rule, dtype=torch.float64, **options)
-
-
-def test_a_gate_routes_its_logits_by_its_rule():
-    rule = Rule(k=3, capacity_factor=0.7, drop_policy="probs", order="token", scoring="sigmoid")
-    gate, x = gate_of(rule), tokens()
-    routing, expected = (
-        gate.route(x),
-        route(
-            *(gate.wg(x), 3),
-            scoring="sigmoid",
-            capacity=gate.capacity(len(x)),
-            drop_policy="probs",
-            order="token",
-        ),
-    )
-    assert torch.equal(routing.plan.slots, expected.plan.slots)
-    assert torch.equal(routing.weights, expected.weights)
-    assert torch.equal(routing.l_aux, expected.l_aux)
 
 
 def test_each_mode_has_its_own_rule():

@@ -7,7 +7,6 @@ from cases import (
     call_operator,
     masked_experts,
     random_experts,
-    skewed_experts,
     values,
     weights_for,
 )
@@ -141,40 +140,19 @@ def test_nothing_to_do_is_not_launched(launches_of):
     assert launches_of(moe_ext.dispatch, torch.empty(5, 0), plan) == []
 
 
-@pytest.fixture
-def in_every_order(cusim, request):
-    """in_every_order(function): its results, with the threads and blocks in each order."""
-
-    def in_every_order(function):
-        try:
-            for order in ORDERS:
-                cusim.set_order(order)
-                yield function()
-        finally:
-            cusim.set_order(request.config.getoption("--cusim-order"))
-
-    return in_every_order
-
-
 @each_kernel
-def test_the_same_bits_in_every_order(in_every_order, op):
-    args = samples.arguments(op, T=900, K=5)
-    first, *others = in_every_order(lambda: call_operator(op, args))
+def test_the_same_bits_in_every_order(cusim, request, op):
+    """Orders of threads and blocks; test_plan.py compares whole plans in each."""
+    args, results = samples.arguments(op, T=900, K=5), []
+    try:
+        for order in ORDERS:
+            cusim.set_order(order)
+            results.append(call_operator(op, args))
+    finally:
+        cusim.set_order(request.config.getoption("--cusim-order"))
+    first, *others = results
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-@pytest.mark.parametrize("routing", [random_experts, skewed_experts, masked_experts])
-@pytest.mark.parametrize("options", [{}, {"align": 8}, {"capacity": 0}, {"capacity": 99}], ids=str)
-def test_the_same_plan_in_every_order(in_every_order, routing, options):
-    experts, priority = routing(900, 5, 8), torch.rand(900, 5).round(decimals=1)
-    for scores in (None, priority) if "capacity" in options else (None,):
-        plans = in_every_order(
-            lambda scores=scores: moe_ext.make_plan(experts, 8, priority=scores, **options)
-        )
-        first, *others = plans
-        for other in others:
-            assert all(torch.equal(a, b) for a, b in zip(first[:4], other[:4], strict=True))
 
 
 @each_kernel
