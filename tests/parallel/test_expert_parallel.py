@@ -1,6 +1,5 @@
 """Expert parallelism gives the outputs and gradients of one process."""
 
-import copy
 import itertools
 from dataclasses import dataclass, field
 from functools import partial
@@ -255,11 +254,7 @@ def test_shared_experts_run_between_launch_and_wait(case):
 
 def _tensor_parallel_step(rank: int, case: Case):
     """Ranks 0 and 1 hold the same tokens, and ranks 2 and 3."""
-    tensor_group = make_groups(2).ep
-    layer = layer_of(case)
-    layer.experts = ExpertParallel.of(
-        *(layer.experts, dist.group.WORLD), tensor_group=tensor_group, **case.options
-    )
+    layer = divided_layer(case, tensor_group=make_groups(2).ep)
     return results_of(layer, case, rank // 2)
 
 
@@ -309,13 +304,10 @@ def test_second_gradients_are_those_of_one_process(rank, case):
 @on_ranks(2)
 def test_rows_keep_their_dtype(rank, dtype, dedup, roundings):
     case = Case((6, 6), k=3, options={"dedup": dedup})
-    full = layer_of(case).to(dtype)
-    layer = copy.deepcopy(full)
-    layer.experts = ExpertParallel.of(layer.experts, dist.group.WORLD, **case.options)
     tokens = inputs_of(case, rank)[0].to(dtype)
-    out = layer(tokens)
+    out, expected = (layer.to(dtype)(tokens) for layer in (divided_layer(case), layer_of(case)))
     assert out.dtype == dtype
-    assert relative_error(out, full(tokens)) < roundings * torch.finfo(dtype).eps
+    assert relative_error(out, expected) < roundings * torch.finfo(dtype).eps
 
 
 def _checkpointed(rank: int, case: Case, saves_exchange: bool):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from cases import relative_error
 from processes import on_processes, on_ranks
-from test_expert_parallel import Case, E, H, inputs_of, layer_of
+from test_expert_parallel import Case, E, H, divided_layer, inputs_of, layer_of
 from test_training import batch, divided, loss_of, model_of
 from torch import nn
 from torch.distributed import fsdp
@@ -60,10 +60,7 @@ def test_importing_the_package_does_not_import_dtensor():
 
 @on_ranks(WORLD)
 def test_copies_and_pickles_are_layers_of_their_own_with_the_same_names(rank):
-    layer = layer_of(Case())
-    layer.experts = ExpertParallel.of(
-        layer.experts, make_groups(2).ep, tensor_group=make_groups(1).ep
-    )
+    layer = divided_layer(Case(), tensor_group=make_groups(1).ep)
     layer.gate._set_ep_group(dist.group.WORLD)
     x = inputs_of(Case(), rank)[0]
     expected = layer(x)
