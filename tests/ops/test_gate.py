@@ -23,7 +23,7 @@ def stable_choice(scores: torch.Tensor, k: int) -> torch.Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].to(torch.int32)
 
 
-@pytest.mark.parametrize(("T", "E", "K"), SHAPES)
+@pytest.mark.parametrize(("T", "E", "K"), [*SHAPES, (20_000, 16, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_choice_is_a_stable_sort(device, T, E, K, dtype):
     logits = torch.randn(T, E, device=device).to(dtype)
