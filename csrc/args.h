@@ -5,6 +5,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <initializer_list>
+
 #include "activation.h"
 #include "call.h"
 #include "scoring.h"
@@ -48,11 +50,11 @@ inline GateArgs gate_args(const Tensor& logits, const OptionalTensor& choice_sco
                           const std::string& scoring, bool normalize, double scale) {
   Scoring kind;
   const auto rule = [&](Call& call) {
+    kind = parse_scoring(call, scoring);
+    call.finite("scale", scale);
     const int64_t E = call.sizes['E'];
     if (k < 1 || k > E) call.fail("k must be in 1..E with E = ", E, ", got ", k);
     call.sizes.set('K', k);
-    call.finite("scale", scale);
-    kind = parse_scoring(call, scoring);
   };
   const Sizes s = check<contract("gate")>({logits, choice_scores}, rule);
   const Tensor dense_logits = dense(logits);
@@ -86,8 +88,8 @@ inline GateBackwardArgs gate_backward_args(const OptionalTensor& grad_weights,
                                            double scale) {
   Scoring kind;
   const auto rule = [&](Call& call) {
-    call.finite("scale", scale);
     kind = parse_scoring(call, scoring);
+    call.finite("scale", scale);
   };
   const Sizes s = check<contract("gate_backward")>(
       {grad_weights, grad_probs, grad_importance, probs, expert_ids}, rule);
@@ -124,11 +126,11 @@ inline PlanArgs plan_args(const Tensor& expert_ids, const OptionalTensor& priori
                           int64_t num_experts, const std::optional<int64_t>& capacity,
                           const std::string& order, int64_t align) {
   const auto rule = [&](Call& call) {
-    if (num_experts < 1) call.fail("num_experts must be at least 1, got ", num_experts);
-    call.int32_size("num_experts", num_experts);
     if (order != "choice" && order != "token") {
       call.fail("order must be choice or token, got ", order);
     }
+    if (num_experts < 1) call.fail("num_experts must be at least 1, got ", num_experts);
+    call.int32_size("num_experts", num_experts);
     if (align < 1) call.fail("align must be at least 1, got ", align);
     call.int32_size("align", align);
     if (capacity) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 #include <optional>
 
 #include "check.h"
@@ -40,8 +39,8 @@ class Sizes {
 
 class Call : public Check {
  public:
-  Call(const Contract& contract, std::initializer_list<Given> tensors)
-      : Check(contract.name), contract_(contract), given_(tensors.begin()) {}
+  Call(const Contract& contract, const Given* tensors)
+      : Check(contract.name), contract_(contract), given_(tensors) {}
 
   // rule(*this) checks what the contract's line cannot say, and sets the sizes that follow from
   // numbers and names.
@@ -133,8 +132,9 @@ class Call : public Check {
 inline void no_rule(Call&) {}
 
 // Raises an error that names the argument which breaks the contract; returns all sizes.
-template <int kContract, typename Rule = void(Call&)>
-Sizes check(std::initializer_list<Given> tensors, const Rule& rule = no_rule) {
+template <int kContract, int kCount, typename Rule = void(Call&)>
+Sizes check(const Given (&tensors)[kCount], const Rule& rule = no_rule) {
+  static_assert(kCount == kContracts[kContract].count, "the contract has other tensors");
   Call call(kContracts[kContract], tensors);
   call.check(rule);
   return call.sizes;

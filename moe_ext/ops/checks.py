@@ -202,12 +202,14 @@ def feed_forward(
     activation: str,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
+    score_before_experts: bool,
 ) -> None:
     """The shapes of an expert's parameters; dtypes are the operators' matter, after autocast."""
     check = Check("feed_forward")
     check.shape("tokens", tokens, [("T", None), ("H", None)])
-    if activation not in ACTIVATIONS:
-        check.fail(f"activation must be swiglu, geglu, gelu or relu, got {activation}")
+    check.one_of("activation", activation, ACTIVATIONS)
+    if score_before_experts not in (True, False):
+        check.fail(f"score_before_experts must be True or False, got {score_before_experts!r}")
     E, H = ("E", num_experts), ("H", tokens.shape[1])
     check.shape("up", up, [E, ("G", None), H])
     G = up.shape[1]

@@ -16,6 +16,7 @@ every backend and at compile time.
 """
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -137,11 +138,11 @@ def check(op: str, args: Sequence) -> Sizes:
     for argument in tensors:
         if argument.turn < 4:
             checking.tensor(argument)
+    checking.names_and_numbers()
     _RULES.get(op, lambda checking: None)(checking)
     for argument in tensors:
         if argument.turn >= 4 and values[argument.name] is not None:
             checking.tensor(argument)
-    checking.names_and_numbers()
     checking.indices()
     return checking.sizes
 
@@ -250,7 +251,6 @@ def _plan(call: _Checking) -> None:
 
 def _activate(call: _Checking) -> None:
     activation, G = call.values["activation"], call.sizes["G"]
-    call.one_of("activation", activation, checks.ACTIVATIONS)
     if activation not in checks.GATED:
         call.sizes["F"] = G
         return
@@ -275,14 +275,14 @@ _RULES: dict[str, Callable[[_Checking], None]] = {
 
 def checked(function: Callable) -> Callable:
     """An operator in Python that checks its arguments first, on the CPU a plan's values too."""
-    op = function.__name__
-    names = [argument.name for argument in PARSED[op].arguments]
+    op, signature = function.__name__, inspect.signature(function)
+    names = list(signature.parameters)
     has_routes = {"slots", "sources"} <= set(names)
     writes_rows = any(result.dims and result.dims[0] == "R" for result in PARSED[op].results)
 
     @functools.wraps(function)
     def operator(*args, **kwargs):
-        args = *args, *(kwargs[name] for name in names[len(args) :])
+        args = signature.bind(*args, **kwargs).args
         check(op, args)
         if has_routes:
             slots, sources = (args[names.index(name)] for name in ("slots", "sources"))

@@ -210,7 +210,10 @@ def feed_forward(
         RuntimeError: an argument breaks this contract
     """
     check_plan("feed_forward", plan)
-    checks.feed_forward(tokens, plan.num_experts, up, down, activation, up_bias, down_bias)
+    checks.feed_forward(
+        *(tokens, plan.num_experts, up, down, activation, up_bias, down_bias),
+        score_before_experts,
+    )
     tokens, up, down, up_bias, down_bias = autocast(tokens, up, down, up_bias, down_bias)
     rest = weights, plan, activation, score_before_experts
     if not recompute:

@@ -239,6 +239,19 @@ def test_only_the_second_expert_is_sampled():
     assert drawn[3].tolist() == [0, 1]
 
 
+def test_the_second_expert_is_sampled_by_balanced_scores():
+    gate = TopKGate(H, E, k=2, drop_tokens=False, balancing="sinkhorn")
+    state = torch.get_rng_state()
+    routing = gate.route(torch.randn(200, H) + torch.randn(H))
+    torch.set_rng_state(state)
+    torch.randn(200, H), torch.randn(H)
+    balanced = choice_scores.sinkhorn(routing.logits)
+    first = balanced.argmax(-1, keepdim=True)
+    noisy = balanced + choice_scores.gumbel(balanced)
+    second = noisy.scatter(1, first, -math.inf).argmax(-1, keepdim=True)
+    assert torch.equal(routing.plan.expert_ids.long(), torch.cat([first, second], 1))
+
+
 SECOND = {"top2_2nd_expert_sampling": True}
 RANDOM = {"drop_policy": "random", "capacity_factor": 0.4, "eval_capacity_factor": 0.4}
 

@@ -1,6 +1,7 @@
 """Laws that hold for every operator; the arguments follow from the contracts."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -97,10 +98,20 @@ def test_strides_do_not_matter(op, dtype, device, lay_out):
         assert_same(*results)
 
 
+def other_arguments(op, args):
+    """No optional tensors, and other names."""
+    other = {"scoring": "sigmoid", "activation": "geglu", "normalize": False, "order": "token"}
+    return tuple(
+        None if argument.dims and argument.is_optional else other.get(argument.name, value)
+        for argument, value in zip(contracts.PARSED[op].arguments, args, strict=True)
+    )
+
+
 @each_operator
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(op, dtype):
-    args = samples.arguments(op, dtype=dtype)
+@pytest.mark.parametrize("change", [lambda op, args: args, other_arguments])
+def test_opcheck(op, dtype, change):
+    args = change(op, samples.arguments(op, dtype=dtype))
     operator = getattr(torch.ops.moe_ext, op).default
     torch.library.opcheck(operator, args)
     leaves = tuple(
@@ -144,6 +155,50 @@ def test_a_wrong_size(op, i, argument):
         text = same_error(op, replaced(args, i, args[i].narrow(dim, 0, size - 1)))
         assert re.match(rf"({'|'.join(sharing)}|k|capacity) must be ", text)
         assert f"{letter[0]} = " in text or f"{letter[0]}+1 = " in text or "[R, 2F]" in text
+
+
+WRONG_NUMBERS = {
+    "scoring": ["tanh"],
+    "order": ["expert"],
+    "activation": ["silu"],
+    "eps": [float("nan")],
+    "scale": [float("inf")],
+    "k": [0, 99],
+    "num_experts": [0, 2**31],
+    "capacity": [-1, 3, 2**31],
+    "align": [0, 2, 2**31],
+}
+
+
+def wrong_values(argument, value):
+    if argument.dims is None:
+        return WRONG_NUMBERS.get(argument.name, [])
+    other = torch.int64 if value.is_floating_point() else torch.int16
+    return [value.unsqueeze(0), value[1:], value[..., 1:], value.to(other)]
+
+
+def outcome(op, args, where):
+    """The first line of the error; "" where two changes make other arguments that are right."""
+    try:
+        call_operator(op, args, where)
+    except RuntimeError as error:
+        return str(error).split("\n")[0]
+    return ""
+
+
+@each_operator
+def test_of_two_faults_the_same_one_is_named(op):
+    args, arguments = samples.arguments(op), contracts.PARSED[op].arguments
+    faults = [
+        (i, wrong)
+        for i, (argument, value) in enumerate(zip(arguments, args, strict=True))
+        for wrong in wrong_values(argument, value)
+    ]
+    for (i, wrong), (j, other) in itertools.combinations(faults, 2):
+        if i != j:
+            changed = replaced(replaced(args, i, wrong), j, other)
+            texts = [outcome(op, changed, where) for where in ("compiled", "reference")]
+            assert texts[0] == texts[1]
 
 
 KINDS = {

@@ -233,6 +233,15 @@ def test_module_experts_refuse_the_plans_that_grouped_mm_refuses(wrong):
     assert errors[1] == errors[0].replace("grouped_mm", "ModuleExperts")
 
 
+def test_feed_forward_is_told_when_it_scores():
+    with pytest.raises(RuntimeError, match="score_before_experts must be True or False, got 'aft"):
+        moe_ext.feed_forward(
+            *(ROWS[:0], moe_ext.make_plan(torch.zeros(0, 1, dtype=torch.int32), E), X[:0, :1]),
+            *(STACK, STACK.mT, "relu"),
+            score_before_experts="after",
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [
