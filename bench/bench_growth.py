@@ -3,9 +3,9 @@
     python bench/bench_growth.py [--most 1000000] [--seconds 0.3]
 
 Times each operator, and forward and backward of a layer beside DeepSpeed's layer with index lists
-and, as far as its masks [T, E, C] fit, with masks. K = 2, in processes that keep freed memory. A
-slope is of log time over log T for the upper half of the points: 1 is linear. Memory is the most
-by which a process grows in a step. A complete run writes bench/results/<machine>/growth.json.
+and, as far as its masks [T, E, C] fit, with masks, in processes that keep freed memory. Memory is
+the most by which a process grows in a step. A complete run writes
+bench/results/<machine>/growth.json; docs/performance.md explains its slopes.
 """
 
 import argparse

@@ -3,9 +3,7 @@
     python bench/bench_parallel.py [--processes 2 4] [--tokens 512] [--seconds 1]
 
 Ranks of a gloo group on this machine, bfloat16 tokens. Each way to exchange is checked against the
-layer of one process first. Bytes are counted in the rank's calls of torch's collectives: rows, ids,
-weights and counts, there and back, results and gradients. The least: each token goes once to each
-other rank that has one of its experts, and back, in the forward and in the backward. Also times the
+layer of one process first. docs/scaling.md defines the bytes and the least. Also times the
 collective alone by size, for the model of bench/scaling.py. Prints a table and writes
 bench/results/<machine>/parallel.json.
 """
