@@ -89,7 +89,6 @@ __all__ = [
 _LAZY = {
     "ExpertParallel": ".parallel",
     "MoE": ".deepspeed.layer",
-    "deepspeed": "",
     "hf": "",
     "parallel": "",
     "plot": ".monitor",

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from . import checks
 from .contracts import checked
 
-# The signatures are the operators' schemas: torch.library.infer_schema reads Optional[...].
+# A test compares the signatures with the contracts by torch.library.infer_schema, which reads
+# Optional[...].
 
 
 def scored(logits: Tensor, scoring: str) -> Tensor:

@@ -2,8 +2,8 @@
 
 Every operator is `torch.ops.moe_ext.<name>`. Compiled libraries register kernels for a device;
 `reference.py` is registered for all devices that have none, and `torch_grouped_mm.py` before it for
-expert GEMMs, so torch's dispatcher makes the choice per call. Where no library is built, the
-schemas come from the reference's signatures.
+expert GEMMs, so torch's dispatcher makes the choice per call. The schemas come from the contracts,
+in the library too.
 
 The operators are private; the functions of the package say what they take. Their gradients are
 autograd.Functions (autograd.py), which also stand behind the raw operators: a program from
