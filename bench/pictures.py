@@ -4,9 +4,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from report import OURS, line_of, operator_runs, pairs, where
 
 matplotlib.rcParams["mathtext.fontset"] = "dejavusans"
@@ -34,15 +32,8 @@ RUNS = "median over 1 and 2 threads, new and huge memory; line: lowest to highes
 def draw_ratios(found: dict[str, dict], path: Path) -> None:
     """A bar for every pair and shape: median and span over threads and states of memory."""
     groups = operator_runs(found)
-    figure, axes = plt.subplots(
-        1,
-        len(groups),
-        figsize=(12, 5),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False, sharex=True, sharey=True)
     for axis, group in zip(axes[0], groups, strict=True):
         for row, (op, peer) in enumerate(pairs(group)):
             cells = [line_of(run, op)["ratio"].get(peer) for run in group["runs"].values()]
@@ -70,13 +61,13 @@ def draw_ratios(found: dict[str, dict], path: Path) -> None:
         fontsize=10,
     )
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def draw_roofline(found: dict[str, dict], path: Path) -> None:
     """Each operator's share of a copy."""
     groups = operator_runs(found)
-    figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    axis = figure.subplots()
     ops = list(dict.fromkeys(op for group in groups for op, _ in pairs(group)))
     width = 0.8 / len(groups)
     for i, (group, colour) in enumerate(zip(groups, (BLUE, ORANGE, GREEN), strict=False)):
@@ -102,7 +93,6 @@ def draw_roofline(found: dict[str, dict], path: Path) -> None:
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _annotate_highest(axis, groups: list[dict], ops: list[str], width: float) -> None:
@@ -129,7 +119,8 @@ def _annotate_highest(axis, groups: list[dict], ops: list[str], width: float) ->
 def draw_growth(found: dict[str, dict], path: Path) -> None:
     growth = found["growth"]
     tokens = growth["tokens"]
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    time, memory = figure.subplots(1, 2)
     mebibytes = {name: [b / 2**20 for b in values] for name, values in growth["bytes"].items()}
     styles = {OURS: (BLUE, "o"), "DeepSpeed": (ORANGE, "s"), "DeepSpeed dense": (RED, "^")}
     for name, (colour, mark) in styles.items():
@@ -158,4 +149,3 @@ def draw_growth(found: dict[str, dict], path: Path) -> None:
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
-    plt.close(figure)

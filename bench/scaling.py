@@ -11,12 +11,9 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 from common import parser
+from matplotlib.figure import Figure
 from report import markdown
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 from moe_ext.monitor.plot import COLOURS
 
@@ -147,7 +144,8 @@ def main() -> None:
 def draw(
     gpus: list[int], lines: dict[str, list[float]], compute: float, num_experts: int, out: Path
 ) -> None:
-    figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    axes = figure.subplots()
     styles = ("-", "-", "--", "--", ":")
     colours = (COLOURS[1], COLOURS[0], COLOURS[1], COLOURS[0], "#555555")
     names = (*list(lines)[:-1], "lower bound: a token once per node")
@@ -172,7 +170,6 @@ def draw(
         fontsize=11,
     )
     figure.savefig(out, dpi=130)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
