@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import relative_error
+from cases import relative_error, with_seed
 from rules import SCORES, E, H, T, chosen, gate_for, tokens
 from torch import nn
 
@@ -185,11 +185,7 @@ def test_a_gate_by_sinkhorn_leaves_unused_tokens_out():
     gate = gate_for(2, balancing="sinkhorn", top2_2nd_expert_sampling=True)
     x, used = tokens(), torch.rand(T) < 0.6
     other = torch.where(used.unsqueeze(-1), x, 5 + tokens())
-    results = []
-    for y in (x, other):
-        torch.manual_seed(1)
-        results.append(chosen(gate.route(y, used)))
-    assert torch.equal(*results)
+    assert torch.equal(*(chosen(with_seed(gate.route, y, used)) for y in (x, other)))
 
 
 def test_gaussian_noise_is_on_the_logits():

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from cases import with_seed
 from torch import nn
 
 from moe_ext import Experts, MOELayer, TopKGate
@@ -155,10 +156,8 @@ def test_a_layer_and_its_gradient_equal_the_plain_loop(draw):
     logits = logits_from(draw, gate.num_experts).requires_grad_()
     used = mask_from(draw, len(logits))
     layer = MOELayer(gate, Twice(gate.num_experts))
-    torch.manual_seed(1)
-    out, aux = layer.forward_with_aux(logits, used)
-    torch.manual_seed(1)
-    weights = gate.route(logits, used).weights
+    out, aux = with_seed(layer.forward_with_aux, logits, used)
+    weights = with_seed(gate.route, logits, used).weights
     clean = logits.detach().abs().amax(-1) < 1e3
     expected = 2 * logits * weights.sum(-1, keepdim=True)
     torch.testing.assert_close(out[clean], expected[clean], rtol=1e-5, atol=1e-4)
@@ -186,10 +185,6 @@ def test_a_bad_token_spoils_no_other(draw):
         # Sinkhorn balances the batch: a token that takes part changes the others.
         spoilt[bad], logits[bad] = math.nan, math.inf
     others = torch.arange(len(logits)) != bad
-    results = []
-    for x in (logits, spoilt):
-        torch.manual_seed(1)
-        results.append(gate.route(x))
-    a, b = results
+    a, b = (with_seed(gate.route, x) for x in (logits, spoilt))
     assert torch.equal(a.plan.expert_ids[others], b.plan.expert_ids[others])
     assert torch.equal(a.weights[others], b.weights[others])

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import relative_error
+from cases import relative_error, with_seed
 from rules import SCORES, E, H, T, chosen, expert_by_hand, gate_for, layer_for, tokens
 
 from moe_ext import GroupedExperts, MOELayer, TopKGate, losses, route
@@ -54,10 +54,8 @@ def test_weights_follow_scoring_normalize_and_scale(scoring, normalize, k, scale
 def test_random_token_selection_replays_one_uniform_draw(k, options):
     gate = gate_for(k, capacity_factor=0.5, **options)
     x = tokens()
-    torch.manual_seed(5)
-    plan = gate.route(x).plan
-    torch.manual_seed(5)
-    uniform = torch.rand(T, E)
+    plan = with_seed(gate.route, x).plan
+    uniform = with_seed(torch.rand, T, E)
     for e in range(E):
         asked = plan.expert_ids == e
         kept = (asked & (plan.slots >= 0)).any(-1)
@@ -94,16 +92,12 @@ def test_options_may_change_after_construction():
         made = TopKGate(H, E, **({"capacity_factor": 0.5, "min_capacity": 0} | {name: value}))
         changed = TopKGate(H, E, capacity_factor=0.5, min_capacity=0)
         changed.load_state_dict(made.state_dict())
-        torch.manual_seed(1)
-        before = changed.route(x)
+        before = with_seed(changed.route, x)
         setattr(changed, name, value)
-        results = []
-        for gate in (made, changed):
-            torch.manual_seed(1)
-            results.append(gate.route(x))
-        assert torch.equal(results[0].weights, results[1].weights)
-        assert torch.equal(results[0].plan.slots, results[1].plan.slots)
-        assert not torch.equal(before.weights, results[1].weights)
+        expected, after = (with_seed(gate.route, x) for gate in (made, changed))
+        assert torch.equal(expected.weights, after.weights)
+        assert torch.equal(expected.plan.slots, after.plan.slots)
+        assert not torch.equal(before.weights, after.weights)
 
 
 def test_repr_shows_options_that_are_not_default():

@@ -3,6 +3,7 @@
 test_contracts.py has those that follow from a contract's line.
 """
 
+import inspect
 import re
 from math import inf, nan
 
@@ -242,19 +243,16 @@ def test_feed_forward_is_told_when_it_scores():
         )
 
 
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("mask_weights", lambda x, plan: moe_ext.mask_weights(x, plan)),
-        ("dispatch", lambda x, plan: moe_ext.dispatch(x, plan)),
-        ("combine", lambda x, plan: moe_ext.combine(x, plan)),
-        ("route_dot", lambda x, plan: moe_ext.route_dot(x, x, plan)),
-        ("grouped_mm", lambda x, plan: moe_ext.grouped_mm(x, x[None], plan)),
-        ("activate", lambda x, plan: moe_ext.activate(x, plan, "relu")),
-        ("feed_forward", lambda x, plan: moe_ext.feed_forward(x, plan, x, x, x, "relu")),
-    ],
-)
-def test_something_else_in_the_place_of_a_plan_is_named(name, call):
+PARAMETERS = {
+    name: list(inspect.signature(function).parameters)
+    for name, function in vars(moe_ext).items()
+    if inspect.isfunction(function)
+}
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if "plan" in PARAMETERS[name]])
+def test_something_else_in_the_place_of_a_plan_is_named(name):
     x = torch.randn(4, 4)
+    args = dict.fromkeys(PARAMETERS[name], x) | {"plan": moe_ext.gate(x, 2)}
     with pytest.raises(RuntimeError, match=f"{name}: plan must be a moe_ext.Plan.* got Choice"):
-        call(x, moe_ext.gate(x, 2))
+        getattr(moe_ext, name)(**args)
