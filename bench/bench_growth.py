@@ -8,7 +8,6 @@ the most by which a process grows in a step. A complete run writes
 bench/results/<machine>/growth.json; docs/performance.md explains its slopes.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from functools import partial
@@ -78,18 +77,13 @@ def slope(counts: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(counts[half:]), np.log(values[half:]), 1)[0])
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> None:
     parse = parser(__doc__, seconds=0.3)
     parse.add_argument("--most", type=positive, default=1_000_000, help="largest T (1000000)")
     options = parse.parse_args(arguments)
-    if len(token_counts(options.most)) < 3:
-        parse.error(f"--most must be at least 10000, for a slope, got {options.most}")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
     counts = token_counts(options.most)
+    if len(counts) < 3:
+        parse.error(f"--most must be at least 10000, for a slope, got {options.most}")
 
     def apart(function: Callable, *args):
         return memory.in_new_process(function, *args, options.seconds, start=memory.keep_freed)

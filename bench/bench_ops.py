@@ -332,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
             bar.set_postfix_str(label)
             for result in measure_in(options, label, state):
                 report["shapes"].append(result)
-                bar.write(table(result))
+                bar.write(table(result) + "\n")
         report["complete"] = True
     finally:
         # A run that was stopped goes to --out alone.
