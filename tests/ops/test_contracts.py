@@ -186,6 +186,7 @@ def outcome(op, args, where):
     return ""
 
 
+@pytest.mark.checks_values
 @each_operator
 def test_of_two_faults_the_same_one_is_named(op):
     args, arguments = samples.arguments(op), contracts.PARSED[op].arguments
