@@ -116,7 +116,7 @@ class CallRecord(NamedTuple):
     has_failed: as in the GroupState
     is_backward: whether the exchange belongs to the backward
     dtype, autocast_dtype: indices into DTYPES; without autocast both are the tokens' dtype
-    capacity: rows per expert, 0 where ranks may differ in it
+    capacity: rows per expert, 0 unless has_equal_capacity
     tensor_group_differs: ranks of its tensor_group make another call
 
     Other fields have the names of ExpertParallel's arguments and of the tensors of the call.
@@ -142,6 +142,11 @@ class CallRecord(NamedTuple):
     hidden_size: int
     k: int
     capacity: int
+
+    @property
+    def has_equal_capacity(self) -> bool:
+        """Whether all ranks have one capacity; otherwise rows are counted before they are sent."""
+        return self.drops_tokens and not (self.uneven_tokens or self.dedup)
 
     def words(self, levels: int) -> list[int]:
         """Pack the fields into int64 numbers, after a marker that rows never begin with.

@@ -56,7 +56,8 @@ class ExpertParallel(ExpertParameters, Experts):
 
     Parameters, buffers and submodules are those of `experts`, under their own names. A state dict
     has the names that all experts have on one rank. `moe_ext.parallel` reduces their gradients and
-    saves them.
+    saves them. The attributes `dedup`, `overlap`, `uneven_tokens`, `average` and `deepep` may be
+    set between calls, on all ranks.
 
     With a capacity, equal on all ranks, all counts are known beforehand, and an exchange compiles
     whole. Otherwise ranks exchange counts first, which the host reads: one synchronisation per call
@@ -125,16 +126,12 @@ class ExpertParallel(ExpertParameters, Experts):
     def _choose_transport(
         self, group: dist.ProcessGroup | DeviceMesh, experts: nn.Module
     ) -> Transport:
-        if self.deepep is not None:
-            return DeepEPTransport(self.deepep, self.communicator)
         if self.dedup and self.communicator.group is None:
             assert isinstance(group, DeviceMesh)
             return TwoLevelTransport(group, self.shards)
         return AllToAllTransport(
             self.communicator,
             self.shards,
-            dedup=self.dedup,
-            uneven_tokens=self.uneven_tokens,
             # Other modules take capacity buffers [ranks, E_local, C, H].
             as_buffer=not isinstance(experts, Experts),
         )
@@ -279,20 +276,23 @@ class ExpertParallel(ExpertParameters, Experts):
             )
         if self.size == 1:
             result = None if work is None else work()
-            return self._run_experts(tokens, plan, weights), result
+            return self._run_local_experts(tokens, plan, weights), result
         # Data-parallel wrappers may cast what they pass on.
         weights = weights.to(accumulate_dtype(tokens.dtype))
         call = self._call_record(tokens, plan, weights)
-        run = self._run_experts
+        run = self._run_local_experts
+        transport = self.transport
+        if self.deepep is not None:
+            transport = DeepEPTransport(self.deepep, self.communicator)
         if torch.compiler.is_compiling():
-            return self.transport.exchange(call, False, tokens, plan, weights, run, work)
+            return transport.exchange(call, False, tokens, plan, weights, run, work)
         on_host = call.grad_enabled not in self._compared_modes
         self._compared_modes.add(call.grad_enabled)
         with self.communicator.state.call():
             error = self._tensor_group_error(call, on_host, tokens)
             call = call._replace(tensor_group_differs=error is not None)
             try:
-                return self.transport.exchange(call, on_host, tokens, plan, weights, run, work)
+                return transport.exchange(call, on_host, tokens, plan, weights, run, work)
             except ConsistencyError as told:
                 raise error or told from None
 
@@ -312,8 +312,7 @@ class ExpertParallel(ExpertParameters, Experts):
         dtype = autocast_dtype = DTYPES.index(tokens.dtype)
         if has_autocast(tokens.device):
             autocast_dtype = DTYPES.index(torch.get_autocast_dtype(device_type))
-        has_equal_capacity = not (self.uneven_tokens or self.dedup)
-        return CallRecord(
+        call = CallRecord(
             layer=begin_call(id(self)),
             has_failed=not torch.compiler.is_compiling() and self.communicator.state.take_failure(),
             is_backward=False,
@@ -333,10 +332,11 @@ class ExpertParallel(ExpertParameters, Experts):
             num_experts=self.num_experts,
             hidden_size=tokens.shape[1],
             k=plan.slots.shape[1],
-            capacity=(plan.capacity or 0) if has_equal_capacity else 0,
+            capacity=plan.capacity or 0,
         )
+        return call if call.has_equal_capacity else call._replace(capacity=0)
 
-    def _run_experts(self, *inputs) -> Tensor:
+    def _run_local_experts(self, *inputs) -> Tensor:
         """inputs: tokens, plan and weights; or a capacity buffer"""
         run = routed_by(self.local)  # refuses experts that are wrapped alone
         if len(inputs) == 1:

@@ -1,7 +1,7 @@
 """Transports: how tokens reach the ranks of their experts, and how expert outputs return.
 
-`ExpertParallel` chooses one at its construction. A transport dispatches tokens, calls `run` with
-what this rank's experts get, and combines their outputs.
+A transport dispatches tokens, calls `run` with what this rank's experts get, and combines their
+outputs. Its options are those of the `CallRecord`, which all ranks compare.
 """
 
 from __future__ import annotations
@@ -50,10 +50,8 @@ class AllToAllTransport:
     """Rows sent by all-to-all.
 
     shards: splits tokens that the ranks of a tensor_group share
-    dedup: a token goes once to a rank, otherwise a row per route
-    uneven_tokens: ranks may differ in capacity, so that rows are counted
     as_buffer: the experts take capacity buffers where there is a capacity
-    checks: ranks that check the call; they include the communicator's, and are those by default
+    all_ranks: the layer's ranks, which check the call; the communicator's by default
     """
 
     def __init__(
@@ -61,26 +59,20 @@ class AllToAllTransport:
         communicator: Communicator,
         shards: TokenShards,
         *,
-        dedup: bool = False,
-        uneven_tokens: bool = False,
         as_buffer: bool = False,
-        checks: Communicator | None = None,
+        all_ranks: Communicator | None = None,
     ) -> None:
         self.communicator = communicator
-        self.checks = checks or communicator
+        self.all_ranks = all_ranks or communicator
         self.shards = shards
-        self.chunks = token_chunks if dedup else route_chunks
-        self.weighs_on_arrival = dedup
-        self.counts_rows = dedup or uneven_tokens
         self.as_buffer = as_buffer
 
     def exchange(
         self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work
     ) -> tuple[Tensor, Tensor | None]:
-        # A plan without capacity, which only the call knows, has no equal counts.
-        if self.counts_rows or plan.capacity is None:
-            return self._exchange_rows(call, tokens, plan, weights, run, work)
-        return self._exchange_buffers(call, on_host, tokens, plan, weights, run, work)
+        if call.has_equal_capacity:
+            return self._exchange_buffers(call, on_host, tokens, plan, weights, run, work)
+        return self._exchange_rows(call, tokens, plan, weights, run, work)
 
     def _exchange_buffers(
         self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work
@@ -90,7 +82,7 @@ class AllToAllTransport:
         buffer = self.shards.split(dispatch(tokens, plan).view(E, plan.capacity, H), 1)
         before = self.shards.rank * buffer.shape[1]
         kept = (plan.kept() - before).clamp(0, buffer.shape[1])
-        self.checks.begin_exchange()
+        self.all_ranks.begin_exchange()
         chunks = capacity_chunks(self.communicator, call, buffer, kept, on_host, self.as_buffer)
         returned, result, failure = self._run_chunks(call, chunks, run, work)
         buffer = _concatenated([rows.view(E, -1, H) for rows in returned], 1)
@@ -110,11 +102,13 @@ class AllToAllTransport:
         tokens, weights = self.shards.split(tokens, 0), self.shards.split(weights, 0)
         split = [x.tensor_split(call.overlap) for x in (tokens, ids, weights)]
         parts = list(zip(*split, strict=True))
-        self.checks.begin_exchange()
-        chunks, plans = self.chunks(self.communicator, call, parts)
+        self.all_ranks.begin_exchange()
+        # With dedup the experts' rank weights the outputs.
+        pack = token_chunks if call.dedup else route_chunks
+        chunks, plans = pack(self.communicator, call, parts)
         returned, result, failure = self._run_chunks(call, chunks, run, work)
         outs = [
-            combine(rows, plan, None if self.weighs_on_arrival else weights)
+            combine(rows, plan, None if call.dedup else weights)
             for rows, plan, (_, _, weights) in zip(returned, plans, parts, strict=True)
         ]
         out = self.shards.gather(_concatenated(outs, 0), 0)
@@ -145,16 +139,16 @@ class AllToAllTransport:
             if not torch.compiler.is_compiling():
                 nodes += [rows.rows.grad_fn for rows in pending if rows.rows.requires_grad]
             received = list(map(finish, pending))
-            rows = guard(_run_experts, run, chunk, received)
+            rows = guard(_expert_outputs, run, chunk, received)
             if rows is None:  # after an exception
                 rows = received[0].new_full(received[0].shape, torch.nan)
             returning.append(start(rows, reverse(chunk.steps)))
         returned = list(map(finish, returning))
         if not torch.compiler.is_compiling():
-            self.checks.state.is_exchanging = False
+            self.all_ranks.state.is_exchanging = False
         if guard.failure is not None:
-            self.checks.state.has_failed = True
-        return check_backward(returned, self.checks, call, nodes), result, guard.failure
+            self.all_ranks.state.has_failed = True
+        return check_backward(returned, self.all_ranks, call, nodes), result, guard.failure
 
 
 class TwoLevelTransport:
@@ -164,22 +158,22 @@ class TwoLevelTransport:
     """
 
     def __init__(self, mesh: DeviceMesh, shards: TokenShards) -> None:
-        self.checks = Communicator(mesh)
+        self.all_ranks = Communicator(mesh)
         between, inside = map(Communicator, mesh.get_all_groups())
-        self.between = AllToAllTransport(between, shards, dedup=True, checks=self.checks)
-        self.inside = AllToAllTransport(inside, TokenShards(None), dedup=True)
+        self.between = AllToAllTransport(between, shards, all_ranks=self.all_ranks)
+        self.inside = AllToAllTransport(inside, TokenShards(None))
 
     def exchange(
         self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work
     ) -> tuple[Tensor, Tensor | None]:
         # `between` opens with a check among equal local ranks alone.
-        self.checks.check_call(call, tokens.device, on_host)
+        self.all_ranks.check_call(call, tokens.device, on_host)
         per_node = call.num_experts // self.between.communicator.size
         run = partial(self._run_in_node, call._replace(num_experts=per_node, overlap=1), run)
         return self.between.exchange(call, on_host, tokens, plan, weights, run, work)
 
     def _run_in_node(self, call: CallRecord, run: Run, tokens, plan, weights) -> Tensor:
-        with self.checks.state.call():
+        with self.all_ranks.state.call():
             return self.inside.exchange(call, False, tokens, plan, weights, run, None)[0]
 
 
@@ -196,7 +190,7 @@ def _send(chunk: Chunk) -> _Sent:
     return chunk._replace(send=()), [start(tensor, chunk.steps) for tensor in chunk.send]
 
 
-def _run_experts(run: Run, chunk: Chunk, received: list[Tensor]) -> Tensor:
+def _expert_outputs(run: Run, chunk: Chunk, received: list[Tensor]) -> Tensor:
     rows = run(*chunk.expert_inputs(*received))
     expected, dtype, device = received[0].shape, received[0].dtype, received[0].device
     if not isinstance(rows, Tensor) or rows.shape != expected:

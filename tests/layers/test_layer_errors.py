@@ -149,14 +149,21 @@ class Returns(Experts):
         return self.function(rows)
 
 
-@pytest.mark.parametrize("function", [lambda x: x[:1], lambda x: x[:, :3], lambda x: x.sum()])
-def test_experts_of_the_wrong_shape(function):
+@pytest.mark.parametrize(
+    ("function", "got"),
+    [
+        (lambda x: x[:1], r"\[1, 4\]"),
+        (lambda x: x[:, :3], r"\[\d+, 3\]"),
+        (lambda x: x.sum(), r"\[\]"),
+        (lambda x: None, "NoneType"),
+    ],
+)
+def test_experts_of_the_wrong_shape(function, got):
     gate, x = TopKGate(H, E, drop_tokens=False), torch.randn(40, H)
-    with pytest.raises(
-        RuntimeError, match=r"Returns: forward must return \[R, H\] = \[40, 4\], got"
-    ):
+    message = rf"Returns: forward must return \[R, H\] = \[40, 4\], got {got}$"
+    with pytest.raises(RuntimeError, match=message):
         MOELayer(gate, Returns(function))(x)
-    message = r"ModuleExperts: expert \d must return \[rows, H\] = \[\d+, 4\], got"
+    message = rf"ModuleExperts: expert \d must return \[rows, H\] = \[\d+, 4\], got {got}$"
     with pytest.raises(RuntimeError, match=message):
         MOELayer(gate, ModuleExperts(Returns(function), E))(x)
 

@@ -1,5 +1,7 @@
 """DeepEP's transport, with a stand-in for its buffer: DeepEP itself needs GPUs."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -72,14 +74,20 @@ class DeepEPBuffer:
         return parts
 
 
-def _by_deepep(rank: int, case: Case):
-    return results_of(divided_layer(case, deepep=DeepEPBuffer()), case, rank)
+def _by_deepep(rank: int, case: Case, is_set_later: bool):
+    buffer = mock.Mock(wraps=DeepEPBuffer())
+    layer = divided_layer(case, deepep=None if is_set_later else buffer)
+    layer.experts.deepep = buffer
+    results = results_of(layer, case, rank)
+    assert buffer.dispatch.called
+    return results
 
 
+@pytest.mark.parametrize("is_set_later", [False, True])
 @pytest.mark.parametrize(
     "case",
     [Case(k=1), Case(k=3), Case((6, 6), k=3, drop_tokens=True), Case((5, 0, 3, 7), k=4)],
     ids=str,
 )
-def test_ranks_compute_what_one_process_computes(case):
-    assert_like_one_process(case, _by_deepep)
+def test_ranks_compute_what_one_process_computes(case, is_set_later):
+    assert_like_one_process(case, _by_deepep, is_set_later)

@@ -1,7 +1,7 @@
 """Expert parallelism gives the outputs and gradients of one process."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -163,6 +163,29 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ranks_compute_what_one_process_computes(case):
     assert_like_one_process(case)
+
+
+def _reconfigured_step(rank: int, case: Case, before: dict):
+    layer = divided_layer(replace(case, options=before))
+    for name, value in case.options.items():
+        setattr(layer.experts, name, value)
+    return results_of(layer, case, rank)
+
+
+@pytest.mark.parametrize(
+    ("case", "before"),
+    [
+        (Case((4, 16), drop_tokens=True, options={"uneven_tokens": True}), {}),
+        (Case((4, 16), drop_tokens=True, options={"dedup": True}), {}),
+        (Case((6, 6), drop_tokens=True, kind="modules", options={"dedup": False}), {"dedup": True}),
+        (Case((5, 3, 0, 17), nodes=2, drop_tokens=True, options={"dedup": True}), {}),
+        (Case((5, 3, 0, 7), nodes=2, options={"dedup": False}), {"dedup": True}),
+        (Case((4, 4, 4, 4), nodes=2, drop_tokens=True, options={"dedup": False}), {"dedup": True}),
+    ],
+    ids=str,
+)
+def test_options_may_change_between_calls(case, before):
+    assert_like_one_process(case, _reconfigured_step, before)
 
 
 class CountCollectives(TorchDispatchMode):

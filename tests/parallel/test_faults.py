@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_faults import E, H, T, error_of, layer_of, run_out_of_step
+from parallel_faults import E, GivenUp, H, T, error_of, layer_of, run_out_of_step
 from processes import Processes, on_processes, on_ranks
 from torch import nn
 
@@ -82,8 +82,9 @@ def test_a_rank_that_does_not_call_ends_the_others_calls_after_the_timeout(rank)
 
 def _failing(error, first, second, x):
     """While the other ranks wait for the outputs of its experts."""
-    with mock.patch.object(second.experts.local, "routed", side_effect=error):
-        return second(first(x))
+    with mock.patch.object(second.experts.local, "routed", side_effect=error), pytest.raises(error):
+        second(first(x))
+    raise GivenUp
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -112,7 +113,13 @@ def test_rows_are_sent_in_the_dtype_of_the_tokens():
     assert on_processes(2, _other_rows, operator.methodcaller("double")) == [["no error"] * 2] * 2
 
 
-@pytest.mark.parametrize(("rows", "got"), [(operator.itemgetter(slice(1, None)), "["), (id, "int")])
+def nothing(rows) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("rows", "got"), [(operator.itemgetter(slice(1, None)), "[9, 6]"), (nothing, "NoneType")]
+)
 def test_outputs_of_another_shape_are_named_on_their_rank(rows, got):
     (others, error), (here, same_error) = on_processes(2, _other_rows, rows)
     assert "ExpertParallel: experts must return [R, H]" in here
