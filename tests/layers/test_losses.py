@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import relative_error
-from processes import on_processes
-from torch import Tensor
+from processes import on_ranks
 
 from moe_ext import TopKGate, losses
 
@@ -136,45 +135,34 @@ def test_micro_batches_of_one_batch_average_to_it(loss):
     assert relative_error(torch.cat(grads) / parts, grad) < 1e-12
 
 
-def _global_losses(rank: int, x: Tensor, splits: list[list[int]]) -> list[list[Tensor]]:
-    """The ranks' mean loss of x, split among them, and its gradient."""
-    loss, found = functools.partial(all_choices, group=dist.group.WORLD), []
-    for split in splits:
-        begin = sum(split[:rank])
+@on_ranks(2)
+def test_the_loss_of_the_global_batch_is_that_of_one_process(rank):
+    """The ranks' mean loss and gradient are those of the whole batch, for any split of tokens."""
+    torch.manual_seed(0)
+    x, loss = tokens(), functools.partial(all_choices, group=dist.group.WORLD)
+    for split in ([T // 2, T // 2], [T - 5, 5], [T, 0], [0, 1]):
+        begin, size = sum(split[:rank]), sum(split)
         value, grad = gradient_by_x(loss, x[begin : begin + split[rank]])
         whole = torch.zeros_like(x)
         whole[begin : begin + split[rank]] = grad
         for tensor in (value, whole):
             dist.all_reduce(tensor)
-        found.append([value / len(split), whole[: sum(split)] / len(split)])
-    return found
+        expected = gradient_by_x(all_choices, x[:size])
+        assert relative_error(value / 2, expected[0]) < 1e-12
+        assert relative_error(whole[:size] / 2, expected[1]) < 1e-12
 
 
-def test_the_loss_of_the_global_batch_is_that_of_one_process():
-    """The ranks' mean loss and gradient are those of the whole batch, for any split of tokens."""
-    x, splits = tokens(), [[T // 2, T // 2], [T - 5, 5], [T, 0], [0, 1]]
-    expected = [gradient_by_x(all_choices, x[: sum(split)]) for split in splits]
-    for found in on_processes(2, _global_losses, x, splits):
-        for actual, wanted in zip(found, expected, strict=True):
-            assert relative_error(actual[0], wanted[0]) < 1e-12
-            assert relative_error(actual[1], wanted[1]) < 1e-12
-
-
-def _accumulated(rank: int, x: Tensor) -> Tensor:
+@on_ranks(2)
+def test_the_loss_of_a_global_batch_in_micro_batches(rank):
     """Two ranks with two micro-batches each; the load counts both micro-batches."""
+    torch.manual_seed(0)
+    x = tokens()
     routings = [routing_of(part) for part in x.chunk(2)[rank].chunk(2)]
     load = sum(routing.plan.load for routing in routings)
     options = {"load": load, "load_tokens": T // 2, "group": dist.group.WORLD}
     value = sum(all_choices(routing, **options).detach() for routing in routings) / 4
     dist.all_reduce(value)
-    return value
-
-
-def test_the_loss_of_a_global_batch_in_micro_batches():
-    x = tokens()
-    expected = all_choices(routing_of(x))
-    for value in on_processes(2, _accumulated, x):
-        assert relative_error(value, expected) < 1e-12
+    assert relative_error(value, all_choices(routing_of(x))) < 1e-12
 
 
 def test_shares_of_tiny_scores_are_finite():

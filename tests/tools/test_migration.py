@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import relative_error
-from processes import on_processes
+from processes import on_ranks
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -215,47 +215,51 @@ def test_optimizer_groups_keep_the_order_of_the_callers():
         utils.configure_moe_param_groups(["weight"])
 
 
-def _all_to_all(rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+@on_ranks(2)
+def test_all_to_all_and_its_gradients_exchange_parts(rank):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 3)
     mine = x[rank].clone().requires_grad_()
     out = sharded_moe._AllToAll.apply(dist.group.WORLD, mine)
     (grad,) = torch.autograd.grad(out.square().sum(), mine, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), mine)
+    assert torch.equal(out, torch.cat([x[0].chunk(2)[rank], x[1].chunk(2)[rank]]))
+    assert torch.equal(grad, 2 * x[rank])
+    assert torch.equal(second, torch.full((4, 3), 2.0))
     with pytest.raises(RuntimeError, match=r"a multiple of the group's size 2, got \[3, 3\]$"):
         sharded_moe._AllToAll.apply(dist.group.WORLD, x[rank, :3])
-    return [out.detach(), grad.detach(), second]
 
 
-def test_all_to_all_and_its_gradients_exchange_parts():
-    x = torch.randn(2, 4, 3)
-    for rank, (out, grad, second) in enumerate(on_processes(2, _all_to_all, x)):
-        assert torch.equal(out, torch.cat([x[0].chunk(2)[rank], x[1].chunk(2)[rank]]))
-        assert torch.equal(grad, 2 * x[rank])
-        assert torch.equal(second, torch.full((4, 3), 2.0))
+def test_all_to_all_needs_torch_distributed():
     with pytest.raises(RuntimeError, match=r"_AllToAll: torch\.distributed is not initialised"):
-        sharded_moe._AllToAll.apply(None, x)
+        sharded_moe._AllToAll.apply(None, torch.randn(2, 4, 3))
 
 
-def _drop_and_gather(rank: int, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
-    group = dist.group.WORLD
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@on_ranks(2)
+def test_gather_tokens_is_the_inverse_of_drop_tokens(rank, dim):
+    torch.manual_seed(0)
+    x, group = torch.randn(4, 6, 2), dist.group.WORLD
     whole = x.clone().requires_grad_()
     part = drop_tokens(whole, dim, group)
     again = gather_tokens(part, dim, group)
     (grad,) = torch.autograd.grad((again * x).sum(), whole)
-    return [part.detach(), again.detach(), grad]
+    assert torch.equal(part, x.chunk(2, dim)[rank])
+    assert torch.equal(again, x)
+    assert torch.equal(grad, x)
 
 
-@pytest.mark.parametrize("dim", [0, 1, -1])
-def test_gather_tokens_is_the_inverse_of_drop_tokens(dim):
+def test_without_a_group_every_token_is_kept():
     x = torch.randn(4, 6, 2)
-    for rank, (part, again, grad) in enumerate(on_processes(2, _drop_and_gather, x, dim)):
-        assert torch.equal(part, x.chunk(2, dim)[rank])
-        assert torch.equal(again, x)
-        assert torch.equal(grad, x)
     assert drop_tokens(x) is x
     assert gather_tokens(x) is x
 
 
-def _of_a_group(rank: int, logits: torch.Tensor) -> list[torch.Tensor]:
+@on_ranks(2)
+def test_gates_of_a_group_share_capacity_and_bias(rank):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 20, E)
+    logits[1, :, 3] += 2
     gate = TopKGate(E, E, drop_tokens=False, router=nn.Identity(), expert_bias=True, use_rts=False)
     gate._set_ep_group(dist.group.WORLD)
     mine = logits[rank]
@@ -267,20 +271,12 @@ def _of_a_group(rank: int, logits: torch.Tensor) -> list[torch.Tensor]:
     assert torch.equal(load, before)
     with pytest.raises(RuntimeError, match="ep_group has been set already"):
         gate._set_ep_group(None)
-    return [torch.tensor(combine_weights.shape), C, gate.expert_bias]
-
-
-def test_gates_of_a_group_share_capacity_and_bias():
-    logits = torch.randn(2, 20, E)
-    logits[1, :, 3] += 2
-    results = on_processes(2, _of_a_group, logits)
-    load = torch.stack([torch.bincount(x.argmax(-1), minlength=E) for x in logits])
+    loads = torch.stack([torch.bincount(x.argmax(-1), minlength=E) for x in logits])
     second = [torch.bincount(x.topk(2).indices.flatten(), minlength=E).max() for x in logits]
-    bias = 1e-3 * torch.sign(load.sum() / E - load.sum(0))
-    for shape, C, expert_bias in results:
-        assert shape.tolist() == [20, E, load.max()]
-        assert max(second) == C
-        assert relative_error(expert_bias, bias) < 1e-6
+    bias = 1e-3 * torch.sign(loads.sum() / E - loads.sum(0))
+    assert combine_weights.shape == (20, E, loads.max())
+    assert max(second) == C
+    assert relative_error(gate.expert_bias, bias) < 1e-6
 
 
 def test_has_moe_layers_counts_the_experts_of_a_layer():
