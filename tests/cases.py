@@ -103,6 +103,23 @@ def with_seed(function, *args):
     return function(*args)
 
 
+def mixtral_experts(
+    E: int, H: int, F: int, bias: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Experts as a checkpoint of Mixtral names them, and as GroupedExperts does.
+
+    Written by hand: w1 is the gate, w3 is up and w2 is down.
+    """
+    w1, w3, w2 = torch.randn(E, F, H), torch.randn(E, F, H), torch.randn(E, H, F)
+    layers = {"w1.weight": w1, "w3.weight": w3, "w2.weight": w2}
+    grouped = {"gate_up_proj": torch.cat([w1, w3], dim=1), "down_proj": w2}
+    if bias:
+        b1, b3, b2 = torch.randn(E, F), torch.randn(E, F), torch.randn(E, H)
+        layers |= {"w1.bias": b1, "w3.bias": b3, "w2.bias": b2}
+        grouped |= {"gate_up_proj_bias": torch.cat([b1, b3], dim=1), "down_proj_bias": b2}
+    return {f"{e}.{name}": x[e] for name, x in layers.items() for e in range(E)}, grouped
+
+
 def call_operator(op: str, args: tuple, where: str = "compiled") -> tuple[Tensor, ...]:
     """The results of an operator as a tuple."""
     if where == "reference":

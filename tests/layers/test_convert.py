@@ -115,19 +115,29 @@ def agree(experts: GroupedExperts, outputs: list[Tensor], x: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("layout", [MIXTRAL, QWEN, NEMOTRON, deepspeed(QWEN), SEQUENTIAL])
-def test_per_expert_weights_compute_the_same_function(layout, bias):
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        (MIXTRAL, PerExpert(gate="w1", up="w3", down="w2")),
+        (QWEN, PerExpert(gate="gate_proj", up="up_proj", down="down_proj")),
+        (NEMOTRON, PerExpert(up="up_proj", down="down_proj")),
+        (deepspeed(QWEN), PerExpert(gate="gate_proj", up="up_proj", down="down_proj")),
+        (SEQUENTIAL, PerExpert(up="0", down="2")),
+    ],
+)
+def test_per_expert_weights_compute_the_same_function(layout, names, bias):
+    """names: of the layers in checkpoints, by hand"""
     if layout.parent:
-        theirs = Experts(expert_of(layout, bias), E).double()
+        theirs = Experts(expert_of(names, bias), E).double()
         modules = theirs.deepspeed_experts
     else:
-        theirs = modules = nn.ModuleList(expert_of(layout, bias) for _ in range(E)).double()
+        theirs = modules = nn.ModuleList(expert_of(names, bias) for _ in range(E)).double()
     for parameter in theirs.parameters():
         nn.init.normal_(parameter)
-    experts = grouped_experts(layout.gate is not None, bias, dtype=torch.float64)
+    experts = grouped_experts(names.gate is not None, bias, dtype=torch.float64)
     experts.load_state_dict(to_grouped(theirs.state_dict(), layout))
     x = torch.randn(40, H, dtype=torch.float64)
-    assert agree(experts, [output_of(module, layout, x) for module in modules], x)
+    assert agree(experts, [output_of(module, names, x) for module in modules], x)
 
 
 def test_gpt_oss_weights_compute_the_same_function():

@@ -4,14 +4,21 @@ import re
 
 import pytest
 import torch
-from cases import plans, random_experts, relative_error, values, weighted_sum, weights_for
+from cases import (
+    mixtral_experts,
+    plans,
+    random_experts,
+    relative_error,
+    values,
+    weighted_sum,
+    weights_for,
+)
 from rules import expert_by_hand
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import moe_ext
 from moe_ext import GroupedExperts, SharedExperts
-from moe_ext.experts.convert import GPT_OSS, GROUPED, MIXTRAL, convert_state_dict, from_grouped
 from moe_ext.ops import checks
 
 E, H, FFN = 3, 6, 4
@@ -256,7 +263,7 @@ def test_unexpected_keys_are_reported():
             super().__init__(E, H, FFN)
             self.scale = nn.Parameter(torch.zeros(1))
 
-    state = from_grouped(GroupedExperts(E, H, FFN).state_dict(), MIXTRAL)
+    state, _ = mixtral_experts(E, H, FFN)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weird"):
         GroupedExperts(E, H, FFN).load_state_dict(state | {"weird": torch.ones(1)})
     scaled = Scaled()
@@ -266,23 +273,30 @@ def test_unexpected_keys_are_reported():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_load_state_dict_takes_one_tensor_per_expert(bias):
-    layer, other = (
-        nn.ModuleDict({"experts": GroupedExperts(E, H, FFN, bias=bias), "other": nn.Linear(2, 2)})
-        for _ in range(2)
-    )
-    state = convert_state_dict(other.state_dict(), GROUPED, MIXTRAL)
+    experts, other = GroupedExperts(E, H, FFN, bias=bias), nn.Linear(2, 2)
+    theirs, grouped = mixtral_experts(E, H, FFN, bias)
+    state = {f"experts.{name}": tensor for name, tensor in theirs.items()}
+    state |= {f"other.{name}": torch.randn_like(x) for name, x in other.state_dict().items()}
     given = dict(state)
-    layer.load_state_dict(state)
+    nn.ModuleDict({"experts": experts, "other": other}).load_state_dict(state)
     assert state == given
-    loaded = layer.state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in other.state_dict().items())
+    torch.testing.assert_close(dict(experts.state_dict()), grouped, rtol=0, atol=0)
+    assert torch.equal(other.weight, state["other.weight"])
 
 
 def test_missing_experts_of_a_checkpoint_are_named():
-    experts = GroupedExperts(E, H, FFN, bias=True)
-    state = from_grouped(experts.state_dict(), MIXTRAL)
+    state, _ = mixtral_experts(E, H, FFN)
     del state["1.w2.weight"]
     with pytest.raises(RuntimeError, match=r"1\.w2\.weight"):
-        experts.load_state_dict(state)
+        GroupedExperts(E, H, FFN).load_state_dict(state)
+
+
+def test_checkpoints_of_gpt_oss_are_refused():
+    state = {
+        "gate_up_proj": torch.randn(E, H, 2 * FFN),
+        "gate_up_proj_bias": torch.randn(E, 2 * FFN),
+        "down_proj": torch.randn(E, FFN, H),
+        "down_proj_bias": torch.randn(E, H),
+    }
     with pytest.raises(RuntimeError, match="clamp"):
-        experts.load_state_dict(from_grouped(experts.state_dict(), GPT_OSS))
+        GroupedExperts(E, H, FFN, bias=True).load_state_dict(state)
