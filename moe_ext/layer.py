@@ -6,12 +6,13 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from . import options
 from .ops.plan import Plan
 from .routing.route import Routing
 
@@ -44,20 +45,22 @@ class _LostGradient(Function):
     """The identity, whose backward drops the gradient and warns."""
 
     @staticmethod
-    def forward(ctx, l_aux: Tensor) -> Tensor:
+    def forward(ctx, l_aux: Tensor, owner: str) -> Tensor:
+        ctx.owner = owner
         return l_aux.view_as(l_aux)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> None:
+    def backward(ctx, grad: Tensor) -> tuple[None, None]:
         warnings.warn(
-            "MOELayer: the gradient of l_aux is lost, so the loss does not balance the router. The "
-            "layer ran without gradients, as in checkpoint(use_reentrant=True). Set "
+            f"{ctx.owner}: the gradient of l_aux is lost, so the loss does not balance the router. "
+            "The layer ran without gradients, as in checkpoint(use_reentrant=True). Set "
             "use_reentrant=False, or return l_aux from the checkpointed function",
             stacklevel=2,
         )
+        return None, None
 
 
-def _warning_of_lost_gradient(l_aux: Tensor | Any) -> Tensor | Any:
+def _warning_of_lost_gradient(l_aux: Tensor | Any, owner: str) -> Tensor | Any:
     """Make l_aux of a call without gradients warn when a gradient reaches it.
 
     Only inside an autograd.Function, which checkpoint(use_reentrant=True) wraps around the call. A
@@ -72,7 +75,7 @@ def _warning_of_lost_gradient(l_aux: Tensor | Any) -> Tensor | Any:
         code = frame.f_code
         if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
             with torch.enable_grad():
-                return _LostGradient.apply(l_aux.detach().requires_grad_())
+                return _LostGradient.apply(l_aux.detach().requires_grad_(), owner)
     return l_aux
 
 
@@ -90,7 +93,7 @@ class Layer(nn.Module):
         num_experts: E, if `experts` are only a part of them; None takes `experts.num_experts`
 
     Raises:
-        ValueError: gate and experts do not fit
+        ValueError: gate or experts is no such module, or they do not fit
     """
 
     gate: Any
@@ -98,14 +101,27 @@ class Layer(nn.Module):
 
     def __init__(self, gate: nn.Module, experts: nn.Module, num_experts: int | None = None) -> None:
         super().__init__()
-        self.num_experts = num_experts or cast(int, experts.num_experts)
-        _check_fit(type(self).__name__, gate, experts, self.num_experts)
+        owner = type(self).__name__
+        self._check_parts(gate, experts)
+        if num_experts is None:
+            num_experts = getattr(experts, "num_experts", None)
+        self.num_experts = options.integer(owner, "num_experts", num_experts, 1)
+        _check_fit(owner, gate, experts, self.num_experts)
         self.gate = gate
         self.experts = experts
         # None before the first call. Typed Any, so that readers need no check for None.
         self.l_aux: Tensor | Any = None
         self.exp_counts: Tensor | Any = None
         self.observer: Observer | None = None
+
+    def _check_parts(self, gate: nn.Module, experts: nn.Module) -> None:
+        """Raise ValueError for parts that this layer cannot call."""
+        for name, part, method in (("gate", gate, "route"), ("experts", experts, "routed")):
+            if not isinstance(part, nn.Module) or not hasattr(part, method):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be an nn.Module with {method}(), "
+                    f"got {type(part).__name__}"
+                )
 
     def forward(
         self,
@@ -129,7 +145,7 @@ class Layer(nn.Module):
         out, aux = type(self).forward_with_aux(self, hidden, used_token, expert_ids=expert_ids)
         self.l_aux, self.exp_counts = aux.l_aux, aux.exp_counts
         if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.l_aux = _warning_of_lost_gradient(aux.l_aux)
+            self.l_aux = _warning_of_lost_gradient(aux.l_aux, type(self).__name__)
         return out
 
     def forward_with_aux(
@@ -180,7 +196,7 @@ class Layer(nn.Module):
 
     def unobserved(self) -> dict[str, Any]:
         """Attributes to set for a call that leaves no trace, as of `explain`, then to restore."""
-        return {"observer": None, "l_aux": self.l_aux, "exp_counts": self.exp_counts}
+        return {"l_aux": self.l_aux, "exp_counts": self.exp_counts}
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "l_aux": None, "exp_counts": None, "observer": None}
@@ -208,7 +224,7 @@ def total_l_aux(model: nn.Module) -> Tensor:
     call.
 
     Args:
-        model: a MOELayer, or a module that contains MOELayers or MoEs, wrapped or not
+        model: a layer, or a module that contains MOELayers, MoEs or Layers, wrapped or not
 
     Returns:
         [], not scaled, on the device of the last layer that was called; differentiable where the
@@ -216,19 +232,19 @@ def total_l_aux(model: nn.Module) -> Tensor:
 
     Raises:
         TypeError: the model is not a module
-        ValueError: the model has no MOELayer
-        RuntimeError: no MOELayer of the model was called yet
+        ValueError: the model has no layer
+        RuntimeError: no layer of the model was called yet
     """
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(f"total_l_aux: model must be an nn.Module, got {name}")
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     if not layers:
-        raise ValueError(f"total_l_aux: model must contain a MOELayer, {name} does not")
+        raise ValueError(f"total_l_aux: model must contain a MOELayer or a Layer, {name} does not")
     called = [layer for layer in layers if layer.exp_counts is not None]
     if not called:
         raise RuntimeError(
-            f"total_l_aux: no MOELayer in this {name} was called yet; call the model first. "
+            f"total_l_aux: no layer in this {name} was called yet; call the model first. "
             "forward_with_aux leaves nothing: add the l_aux that it returns"
         )
     device = called[-1].exp_counts.device

@@ -26,8 +26,11 @@ GroupScore = Literal["max", "top2_sum"]
 Balancing = Literal["sinkhorn", "forced"]
 """How the choice is balanced without a loss."""
 
-NoisePolicy = Literal["None", "Jitter", "RSample", "Gaussian"]
-"""Where a gate adds noise; "None" means None."""
+Noise = Literal["Jitter", "RSample", "Gaussian"]
+"""Where a gate adds noise."""
+
+NoisePolicy = Literal["None", Noise]
+"""The noise of a TopKGate; "None" means None."""
 
 GatedActivation = Literal["swiglu", "geglu"]
 """Activations that multiply a gate and an input, each of width F."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from types import FunctionType, MethodType
 
+import torch
 from torch import Tensor, nn
 
 from ..experts.base import Experts
@@ -18,12 +18,10 @@ from . import masks
 from .gate import TopKGate
 
 Decision = tuple[Plan, Tensor, Aux, Routing | None]
-# (gate, tokens, used_token, expert_ids) -> a decision; Routing is None where the gate gives none.
-Decide = Callable[[nn.Module, Tensor, Tensor | None, Tensor | None], Decision]
 
 
-def decide_by(gate: nn.Module) -> Decide:
-    """The function that asks a gate of this kind.
+def has_route(gate: nn.Module) -> bool:
+    """Whether a gate is asked by its `route`; otherwise by DeepSpeed's forward.
 
     Args:
         gate: a module with `num_experts` and `route(tokens, used_token)`, with or without a third
@@ -40,72 +38,78 @@ def decide_by(gate: nn.Module) -> Decide:
     # A TopKGate with a forward of its own is used by that, as in DeepSpeed's layer.
     changes_forward = isinstance(gate, TopKGate) and type(gate).route is TopKGate.route
     if changes_forward and type(gate).forward is not TopKGate.forward:
-        return _by_forward(gate)
-    refuse_wrapped("gate", gate, "wrap the layer")
-    if not hasattr(gate, "route"):
-        return _by_forward(gate)
-    if not hasattr(gate, "num_experts"):
-        raise ValueError(f"MOELayer: {name} has route, but no num_experts")
-    return partial(_by_route, _takes(gate.route, 3))
-
-
-def _takes(function: Any, arguments: int) -> bool:
-    try:
-        inspect.signature(function).bind(*(None,) * arguments)
-    except TypeError:
         return False
-    except ValueError:  # a signature that Python does not know
-        pass
-    return True
-
-
-def _by_forward(gate: nn.Module) -> Decide:
-    if not _takes(gate.forward, 2):
+    refuse_wrapped("gate", gate)
+    if hasattr(gate, "route"):
+        if not hasattr(gate, "num_experts"):
+            raise ValueError(f"MOELayer: {name} has route, but no num_experts")
+        return True
+    if not _takes(gate, "forward", 2):
         raise ValueError(
             "MOELayer: gate must have route(tokens, used_token), or DeepSpeed's forward(tokens, "
-            f"used_token), got {type(gate).__name__}; to make logits with it use "
+            f"used_token), got {name}; to make logits with it use "
             "TopKGate(model_dim, num_experts, router=gate)"
         )
-    knows_sparse = "sparse_routes" in inspect.signature(gate.forward).parameters
-    return partial(_by_tuple, {"sparse_routes": True} if knows_sparse else {})
+    return False
 
 
-def _by_route(
-    takes_recorded: bool,
-    gate: nn.Module,
-    tokens: Tensor,
-    used_token: Tensor | None,
-    expert_ids: Tensor | None,
+def decide(
+    gate: nn.Module, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
 ) -> Decision:
-    if takes_recorded:
-        routing = gate.route(tokens, used_token, expert_ids)  # type: ignore[operator]
-    else:
-        _refuse_recorded(gate, expert_ids)
-        routing = gate.route(tokens, used_token)  # type: ignore[operator]
-    if not isinstance(routing, Routing):
+    """Ask a gate; without `route` it gives no Routing.
+
+    Raises:
+        ValueError, RuntimeError: as `has_route`, or the gate's result is not one
+    """
+    name, by_route = type(gate).__name__, has_route(gate)
+    recorded = () if expert_ids is None else (expert_ids,)
+    if recorded and not (by_route and _takes(gate, "route", 3)):
         raise RuntimeError(
-            f"MOELayer: {type(gate).__name__}.route must return a moe_ext.Routing, "
-            f"got {type(routing).__name__}"
+            f"MOELayer: expert_ids must be None with a gate of type {name}, which has no "
+            "route(tokens, used_token, expert_ids)"
         )
-    return routing.plan, routing.weights, Aux.of(routing), routing
-
-
-def _by_tuple(
-    options: dict[str, bool],
-    gate: nn.Module,
-    tokens: Tensor,
-    used_token: Tensor | None,
-    expert_ids: Tensor | None,
-) -> Decision:
-    _refuse_recorded(gate, expert_ids)
-    result = gate(tokens, used_token, **options)
+    if by_route:
+        routing = gate.route(tokens, used_token, *recorded)  # type: ignore[operator]
+        if not isinstance(routing, Routing):
+            raise RuntimeError(
+                f"MOELayer: {name}.route must return a moe_ext.Routing, "
+                f"got {type(routing).__name__}"
+            )
+        return routing.plan, routing.weights, Aux.of(routing), routing
+    signature = _signature(gate, "forward")
+    knows_sparse = signature is not None and "sparse_routes" in signature.parameters
+    result = gate(tokens, used_token, **({"sparse_routes": True} if knows_sparse else {}))
     plan, weights, l_aux, exp_counts = masks.plan_of(result, tokens)
     return plan, weights, Aux(l_aux, exp_counts, plan.expert_ids), None
 
 
-def _refuse_recorded(gate: nn.Module, expert_ids: Tensor | None) -> None:
-    if expert_ids is not None:
-        raise RuntimeError(
-            f"MOELayer: expert_ids must be None with a gate of type {type(gate).__name__}, "
-            "which has no route(tokens, used_token, expert_ids)"
-        )
+def _takes(gate: nn.Module, name: str, arguments: int) -> bool:
+    signature = _signature(gate, name)
+    if signature is None:
+        return True
+    try:
+        signature.bind(*(None,) * arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def _signature(gate: nn.Module, name: str) -> inspect.Signature | None:
+    """The signature of a gate's method; None where Python does not know it, as of builtins."""
+    method = getattr(gate, name)
+    # torch.compile would trace through the cache, and warn of it.
+    if not torch.compiler.is_compiling():
+        function = getattr(type(gate), name, None)
+        is_method = isinstance(method, MethodType) and method.__func__ is function
+        if is_method and isinstance(function, FunctionType):
+            return _signature_of_method(function)
+    try:
+        return inspect.signature(method)
+    except ValueError:
+        return None
+
+
+@functools.lru_cache
+def _signature_of_method(function: FunctionType) -> inspect.Signature:
+    """The signature without `self`, read once for each function of a class."""
+    return inspect.signature(MethodType(function, object()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,45 @@ _FLAGS = (
     *("drop_tokens", "use_rts", "top2_2nd_expert_sampling"),
     *("noise_in_eval", "sampling_in_eval"),
 )
+# The names that other options take.
+_NAMES: dict[str, tuple] = {
+    "noisy_gate_policy": tuple(NOISE_SCALES),
+    "drop_policy": (None, *get_args(DropPolicy)),
+    "order": (None, *get_args(Order)),
+    "normalize": (None, *get_args(Normalize)),
+    "balancing": (None, *get_args(Balancing)),
+    **dict.fromkeys(_FLAGS, (True, False)),
+}
+
+
+def rules_of(given: dict[str, Any], num_experts: int) -> tuple[Rule, Rule]:
+    """Check the options of TopKGate and translate them to its rules.
+
+    Args:
+        given: TopKGate's options by name; integers become int
+        num_experts: E
+
+    Returns:
+        (the rule in training, the rule in evaluation)
+
+    Raises:
+        ValueError: an option is out of range
+    """
+    owner = "TopKGate"
+    given["k"] = options.integer(owner, "k", given["k"], 1)
+    given["min_capacity"] = options.integer(owner, "min_capacity", given["min_capacity"], 0)
+    options.names(owner, **{name: (given[name], names) for name, names in _NAMES.items()})
+    noise_scale = 0 if given["noise_scale"] is None else given["noise_scale"]
+    options.numbers(
+        owner,
+        capacity_factor=(given["capacity_factor"], 1e-6, 1e6),
+        eval_capacity_factor=(given["eval_capacity_factor"], 1e-6, 1e6),
+        noise_scale=(noise_scale, 0, 1e6),
+    )
+    rules = rule_of(given, num_experts, True), rule_of(given, num_experts, False)
+    for rule in rules:
+        rule.check(owner, num_experts)
+    return rules
 
 
 def rule_of(given: dict[str, Any], num_experts: int, training: bool) -> Rule:
@@ -72,6 +111,7 @@ def rule_of(given: dict[str, Any], num_experts: int, training: bool) -> Rule:
     factor = given["capacity_factor" if training else "eval_capacity_factor"]
     balancing = given["balancing"]
     samples = k == 2 and given["top2_2nd_expert_sampling"] and draws and noise != "RSample"
+    noise = None if noise_scale == 0 else noise
     return Rule(
         **{name: given[name] for name in _SAME},
         capacity_factor=factor if given["drop_tokens"] else None,
@@ -110,8 +150,9 @@ class TopKGate(Gate):
     The gate computes in float32, or in float64 where the input or a weight is float64, under
     autocast too; it casts weights of other dtypes per call. All options but model_dim, num_experts,
     expert_bias and router are attributes that may change later: a change makes `rule` and
-    `eval_rule` anew, so set options, not rules. With `wall_clock_breakdown`, `gate_time` sums the
-    time of all calls in milliseconds; torch.compile does not support that.
+    `eval_rule` anew, so set options, not rules; one that does not fit the other options raises
+    ValueError and changes nothing. With `wall_clock_breakdown`, `gate_time` sums the time of all
+    calls in milliseconds; torch.compile does not support that.
 
     Args:
         model_dim: H
@@ -212,17 +253,8 @@ class TopKGate(Gate):
         dtype: torch.dtype | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _OPTIONS}
-        given["k"] = options.integer("TopKGate", "k", k, 1)
-        given["min_capacity"] = options.integer("TopKGate", "min_capacity", min_capacity, 0)
         num_experts = options.integer("TopKGate", "num_experts", num_experts, 1)
-        flags = {name: (given[name], (True, False)) for name in _FLAGS}
-        policies = tuple(NOISE_SCALES)
-        options.names("TopKGate", noisy_gate_policy=(noisy_gate_policy, policies), **flags)
-        options.numbers(
-            "TopKGate",
-            capacity_factor=(capacity_factor, 1e-6, 1e6),
-            eval_capacity_factor=(eval_capacity_factor, 1e-6, 1e6),
-        )
+        rules = rules_of(given, num_experts)
         if ep_group is not None and not isinstance(ep_group, dist.ProcessGroup):
             raise ValueError(
                 f"TopKGate: ep_group must be None or a process group, got {ep_group!r}"
@@ -230,8 +262,7 @@ class TopKGate(Gate):
         super().__init__(
             model_dim,
             num_experts,
-            rule_of(given, num_experts, True),
-            rule_of(given, num_experts, False),
+            *rules,
             expert_bias=expert_bias,
             aux_loss=aux_loss,
             router=router,
@@ -246,11 +277,12 @@ class TopKGate(Gate):
         self.gate_time = 0.0
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # A subclass may set an option before this constructor does.
+        if name in _OPTIONS and "eval_rule" in vars(self):
+            given = {option: getattr(self, option) for option in _OPTIONS} | {name: value}
+            self.rule, self.eval_rule = rules_of(given, self.num_experts)
+            value = given[name]
         super().__setattr__(name, value)
-        if name in _OPTIONS:
-            given = {option: vars(self)[option] for option in _OPTIONS}
-            self.rule = rule_of(given, self.num_experts, True)
-            self.eval_rule = rule_of(given, self.num_experts, False)
 
     def extra_repr(self) -> str:
         """The options that differ from the default."""
@@ -293,10 +325,6 @@ class TopKGate(Gate):
             routing = super().route(tokens, used_token, expert_ids)
         self.gate_time = self.timers(TOPK_GATE_TIMER).elapsed(reset=False)
         return routing
-
-    def unobserved(self) -> dict[str, Any]:
-        """See `Layer.unobserved`."""
-        return {"wall_clock_breakdown": False}
 
     def forward(  # type: ignore[override]
         self,

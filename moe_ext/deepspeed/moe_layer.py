@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import options
 from ..experts.base import Experts
-from ..experts.padded import routed_by
+from ..experts.padded import refuse_wrapped, routed
 from ..layer import Aux, Layer
 from ..ops.plan import Plan
 from ..process_group import GroupAttribute
 from ..routing.gate import Gate
-from .foreign import Decision, decide_by
+from .foreign import Decision, decide, has_route
 from .timers import Timers
 
 MOE_TIMER = "moe"
@@ -63,9 +61,6 @@ class MOELayer(Layer):
         num_local_experts: int | None = None,
         use_tutel: bool = False,
     ) -> None:
-        decide_by(gate)
-        if not isinstance(experts, nn.Module) or isinstance(experts, Gate):
-            raise ValueError(f"MOELayer: experts must be a module, got {type(experts).__name__}")
         options.integer("MOELayer", "ep_size", ep_size, 1)
         if num_local_experts is None:
             num_local_experts = _num_experts(experts)
@@ -94,13 +89,12 @@ class MOELayer(Layer):
         self.time_falltoall = 0.0
         self.time_salltoall = 0.0
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A part is adapted once, when it is assigned.
-        if name == "gate":
-            self._decide = decide_by(value)
-        elif name == "experts":
-            self._run_experts = routed_by(value)
-        super().__setattr__(name, value)
+    def _check_parts(self, gate: nn.Module, experts: nn.Module) -> None:
+        has_route(gate)
+        if not isinstance(experts, nn.Module) or isinstance(experts, Gate):
+            raise ValueError(f"MOELayer: experts must be a module, got {type(experts).__name__}")
+        if not isinstance(experts, Experts):
+            refuse_wrapped("experts", experts)
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
         size = 1 if ep_group is None else ep_group.size()
@@ -141,13 +135,10 @@ class MOELayer(Layer):
                 "MoE.set_deepspeed_parallelism() or _set_ep_group(group). deepspeed.initialize "
                 "does so; deepspeed.init_inference does not, and is not supported with ep_size > 1"
             )
-        return self._decide(self.gate, tokens, used_token, expert_ids)
+        return decide(self.gate, tokens, used_token, expert_ids)
 
     def _routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-        return self._run_experts(self.experts, tokens, plan, weights)
-
-    def unobserved(self) -> dict[str, Any]:
-        return {**super().unobserved(), "wall_clock_breakdown": False}
+        return routed(self.experts, tokens, plan, weights)
 
 
 def _num_experts(experts: nn.Module) -> int:

@@ -3,8 +3,6 @@
 Each of ep ranks sends C rows to each of E experts (GShard, arXiv 2006.16668).
 """
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from ..ops.functional import combine, dispatch
@@ -15,45 +13,39 @@ from .base import Experts, shape_of
 # torch.compile(module) and checkpoint_wrapper keep the module under these names, and pass its
 # attributes on.
 _WRAPPED = "_orig_mod", "_checkpoint_wrapped_module"
+_INSTEAD = {
+    "gate": "wrap the layer",
+    "experts": "wrap the layer, or call layer.experts.compile()",
+}
 
-Routed = Callable[[nn.Module, Tensor, Plan, Tensor], Tensor]
 
-
-def refuse_wrapped(part: str, module: nn.Module, instead: str) -> None:
+def refuse_wrapped(part: str, module: nn.Module) -> None:
     """Raises RuntimeError for a part that is wrapped alone: the layer would bypass the wrapper."""
     if any(name in module._modules for name in _WRAPPED):
         raise RuntimeError(
-            f"MOELayer: {part} must not be wrapped alone, got {type(module).__name__}; {instead}"
+            f"moe_ext: {part} must not be wrapped alone, got {type(module).__name__}; "
+            f"{_INSTEAD[part]}"
         )
 
 
-def routed_by(experts: nn.Module) -> Routed:
-    """The function `(experts, tokens, plan, weights) -> [T, H]` that runs experts of this kind.
+def routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+    """`Experts.routed`, also of a module that maps [1, E, C, H] to the same shape.
+
+    For such a module C is the largest load in a plan without capacity, which is read back from the
+    device: one synchronisation per call.
 
     Raises RuntimeError for experts that are wrapped alone.
     """
     if isinstance(experts, Experts):
-        return _routed
-    refuse_wrapped("experts", experts, "wrap the layer, or call layer.experts.compile()")
-    return _padded_routed
-
-
-def _routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-    return experts.routed(tokens, plan, weights)  # type: ignore[operator]
-
-
-def _padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-    """`Experts.routed` of a module that maps [1, E, C, H] to the same shape.
-
-    In a plan without capacity C is the largest load, which is read back from the device: one
-    synchronisation per call.
-    """
+        return experts.routed(tokens, plan, weights)
+    refuse_wrapped("experts", experts)
     capacity = plan.capacity
     if capacity is None:
         if tokens.is_meta or is_exporting():
             raise RuntimeError(
-                "MOELayer: without dropping, experts on [1, E, C, H] need the largest load on the "
-                "host, which torch.export and the meta device cannot; use GroupedExperts"
+                f"{type(experts).__name__}: without dropping, experts on [1, E, C, H] need the "
+                "largest load on the host, which torch.export and the meta device cannot; use "
+                "GroupedExperts"
             )
         capacity = int(plan.load.max())
         plan = make_plan(plan.expert_ids, plan.num_experts, capacity)
@@ -63,11 +55,16 @@ def _padded_routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tens
 
 
 def run_padded(experts: nn.Module, buffer: Tensor) -> Tensor:
-    """The output [ep * E * C, H] of a module that maps a buffer [ep, E, C, H] to the same shape."""
+    """The output [ep * E * C, H] of a module that maps a buffer [ep, E, C, H] to the same shape.
+
+    Raises RuntimeError for experts that are wrapped alone.
+    """
+    refuse_wrapped("experts", experts)
     out = experts(buffer)
     shape = list(buffer.shape)
     if shape_of(out) != shape and (shape[0] > 1 or shape_of(out) != shape[1:]):
         raise RuntimeError(
-            f"MOELayer: experts must return [ep, E, C, H] = {shape}, got {shape_of(out)}"
+            f"{type(experts).__name__}: experts must return [ep, E, C, H] = {shape}, "
+            f"got {shape_of(out)}"
         )
     return out.reshape(-1, shape[-1])

@@ -141,8 +141,12 @@ def _watched(layers: list, trace: "_Trace") -> Iterator[tuple[nn.Module, str, ob
         yield module, method, _in_layer(name, trace)(getattr(module, method))
         yield module, "observer", None
         for part in module.modules():
-            unobserved = getattr(part, "unobserved", dict)
-            yield from ((part, attribute, value) for attribute, value in unobserved().items())
+            if hasattr(part, "wall_clock_breakdown"):
+                yield part, "wall_clock_breakdown", False
+            # Modules of others may have an attribute of this name.
+            unobserved = getattr(part, "unobserved", None)
+            if callable(unobserved):
+                yield from ((part, attribute, value) for attribute, value in unobserved().items())
 
 
 @contextmanager

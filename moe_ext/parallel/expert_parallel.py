@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import options
 from ..experts.base import ExpertParameters, Experts
-from ..experts.padded import routed_by, run_padded
+from ..experts.padded import routed, run_padded
 from ..experts.shared import SharedExperts
 from ..ops.checks import accumulate_dtype
 from ..ops.functional import has_autocast
@@ -338,11 +338,10 @@ class ExpertParallel(ExpertParameters, Experts):
 
     def _run_local_experts(self, *inputs) -> Tensor:
         """inputs: tokens, plan and weights; or a capacity buffer"""
-        run = routed_by(self.local)  # refuses experts that are wrapped alone
         if len(inputs) == 1:
             return self._averaged(partial(run_padded, self.local), *inputs)
         tokens, plan, weights = inputs
-        return self._averaged(lambda x, w: run(self.local, x, plan, w), tokens, weights)
+        return self._averaged(lambda x, w: routed(self.local, x, plan, w), tokens, weights)
 
     def _averaged(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         if not self.average or self.size == 1:

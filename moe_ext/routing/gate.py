@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from torch.types import Device
 from .. import options
 from ..ops import checks, reference
 from ..ops.functional import has_autocast
+from ..ops.registry import is_exporting
 from . import choice_scores
 from .route import Routing, route
 from .routers import logits_of
@@ -65,7 +65,9 @@ class Gate(nn.Module):
         self.num_experts = options.integer(owner, "num_experts", num_experts, 1)
         self.rule = rule
         self.eval_rule = rule if eval_rule is None else eval_rule
-        for checked in {self.rule, self.eval_rule}:
+        for name, checked in (("rule", rule), ("eval_rule", self.eval_rule)):
+            if not isinstance(checked, Rule):
+                raise ValueError(f"{owner}: {name} must be a Rule, got {checked!r}")
             checked.check(owner, self.num_experts)
         options.names(owner, expert_bias=(expert_bias, (True, False)))
         if router is not None and not isinstance(router, nn.Module):
@@ -94,10 +96,10 @@ class Gate(nn.Module):
             self.expert_bias.zero_()
 
     def extra_repr(self) -> str:
-        """The options of the training rule that are not the default."""
-        given = ((field, getattr(self.rule, field.name)) for field in fields(self.rule))
-        shown = [f"{field.name}={value!r}" for field, value in given if value != field.default]
-        return ", ".join(shown)
+        shown = f"rule={self.rule}"
+        if self.eval_rule != self.rule:
+            shown += f", eval_rule={self.eval_rule}"
+        return shown if self.expert_bias is None else f"{shown}, expert_bias=True"
 
     def _apply(self, fn, recurse: bool = True):
         """Keep expert_bias in float32: steps of 0.001 are rounded away in 16 bits."""
@@ -113,7 +115,17 @@ class Gate(nn.Module):
 
         Args:
             num_tokens: T
+
+        Raises:
+            RuntimeError: torch.export traces with an unknown number of tokens
         """
+        capacity_factor = self._current_rule().capacity_factor
+        if capacity_factor is not None and is_exporting() and isinstance(num_tokens, torch.SymInt):
+            raise RuntimeError(
+                f"{type(self).__name__}: torch.export with a capacity needs a fixed number of "
+                "tokens; a gate that drops nothing (capacity_factor=None in a Rule, "
+                "drop_tokens=False in a TopKGate) exports with any"
+            )
         return self._current_rule().capacity(num_tokens, self.num_experts)
 
     def _current_rule(self) -> Rule:

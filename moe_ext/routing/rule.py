@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import get_args
-
-import torch
 
 from .. import options
 from ..ops import checks
-from ..ops.registry import is_exporting
 from ..options import (
     Balancing,
     DropPolicy,
     GroupScore,
-    NoisePolicy,
+    Noise,
     Normalize,
     Order,
     Scoring,
@@ -40,7 +37,7 @@ class Rule:
             every expert as many routes, whatever the router says; None leaves the choice alone
         noise: "Jitter" on the router's input, "Gaussian" on the logits, "RSample" on the scores
             that the choice is made on; None adds none
-        noise_scale: its size
+        noise_scale: its size, above 0 where there is noise
         sample_second: the second choice is made on scores with Gumbel noise
     """
 
@@ -56,9 +53,15 @@ class Rule:
     topk_groups: int = 1
     group_score: GroupScore = "max"
     balancing: Balancing | None = None
-    noise: NoisePolicy | None = None
+    noise: Noise | None = None
     noise_scale: float = 0.0
     sample_second: bool = False
+
+    def __repr__(self) -> str:
+        """The options that are not the default."""
+        given = ((field, getattr(self, field.name)) for field in fields(self))
+        shown = [f"{field.name}={value!r}" for field, value in given if value != field.default]
+        return f"Rule({', '.join(shown)})"
 
     def check(self, owner: str, num_experts: int) -> None:
         """Check every option for E experts.
@@ -84,7 +87,7 @@ class Rule:
             normalize=(self.normalize, NORMALIZE),
             group_score=(self.group_score, choice_scores.GROUP_SCORES),
             balancing=(self.balancing, (None, *get_args(Balancing))),
-            noise=(self.noise, (None, *get_args(NoisePolicy))),
+            noise=(self.noise, (None, *get_args(Noise))),
             sample_second=(self.sample_second, (True, False)),
         )
         factor = 1.0 if self.capacity_factor is None else self.capacity_factor
@@ -94,6 +97,10 @@ class Rule:
             scale=(self.scale, -1e6, 1e6),
             noise_scale=(self.noise_scale, 0, 1e6),
         )
+        if self.noise is not None and self.noise_scale == 0:
+            raise ValueError(
+                f"{owner}: noise_scale must be above 0 with noise = {self.noise!r}, got 0"
+            )
         if num_experts % groups:
             raise ValueError(
                 f"{owner}: num_groups must divide num_experts = {num_experts}, got {groups}"
@@ -114,16 +121,8 @@ class Rule:
         Args:
             num_tokens: T
             num_experts: E
-
-        Raises:
-            RuntimeError: torch.export traces with an unknown number of tokens
         """
         if self.capacity_factor is None:
             return None
-        if is_exporting() and isinstance(num_tokens, torch.SymInt):
-            raise RuntimeError(
-                "TopKGate: torch.export with a capacity needs a fixed number of tokens; "
-                "drop_tokens=False exports with any"
-            )
         factor = self.k * self.capacity_factor
         return expert_capacity(num_tokens, num_experts, factor, self.min_capacity)

@@ -81,6 +81,12 @@ def test_a_gate_written_for_deepspeed_runs_in_our_layer():
 
     with pytest.raises(RuntimeError, match="expert_ids must be None with a gate of type Own"):
         MOELayer(Own(), experts)(x, expert_ids=plan.expert_ids)
+
+    class Warm(Own):
+        def route(self, tokens, used_token=None, temperature=1.0):
+            return moe_ext.route(tokens[:, :E] / temperature, 1)
+
+    assert torch.equal(MOELayer(Warm(), experts)(x), MOELayer(Own(), experts)(x))
     short = MOELayer(Gate(lambda r: (r[0], r[1].bfloat16(), r[2], r[3])), experts)
     assert relative_error(short(x), out) < 1e-6
 
@@ -112,12 +118,15 @@ def sparse(routes, k):
     return routes[0], torch.tensor(S), E, ids, ids, torch.ones(2, S), routes[3]
 
 
-def test_a_gate_with_a_forward_of_its_own_is_used_by_it():
-    class Scaled(TopKGate):
-        def forward(self, input, used_token=None, sparse_routes=False, use_tutel=False):
-            l_aux, *rest = super().forward(input, used_token, sparse_routes, use_tutel)
-            return (l_aux * 100, *rest)
+class Scaled(TopKGate):
+    """DeepSpeed's gate with a forward of its own."""
 
+    def forward(self, input, used_token=None, sparse_routes=False, use_tutel=False):
+        l_aux, *rest = super().forward(input, used_token, sparse_routes, use_tutel)
+        return (l_aux * 100, *rest)
+
+
+def test_a_gate_with_a_forward_of_its_own_is_used_by_it():
     gate, experts = Scaled(H, E), GroupedExperts(E, H, 7)
     plain = TopKGate(H, E)
     plain.load_state_dict(gate.state_dict())
@@ -138,17 +147,76 @@ def test_a_dispatched_token_of_no_weight_has_a_gradient():
     assert relative_error(weight.grad, 2 * wanted) < 1e-5
 
 
-def test_gate_and_experts_may_be_replaced():
+def after_none(layer, name, part):
+    setattr(layer, name, None)
+    setattr(layer, name, part)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        setattr,
+        nn.Module.add_module,
+        lambda layer, name, part: layer._modules.__setitem__(name, part),
+        after_none,
+    ],
+)
+def test_gate_and_experts_may_be_replaced(replace):
     moe = MoE(H, nn.Linear(H, H), E)
-    moe.deepspeed_moe.gate = Gate()
+    replace(moe.deepspeed_moe, "gate", Gate())
     x = torch.randn(S, H)
     assert moe(x)[1] == 7
     grouped = GroupedExperts(E, H, 7)
-    moe.deepspeed_moe.experts = grouped
+    replace(moe.deepspeed_moe, "experts", grouped)
     assert relative_error(moe(x)[0], MOELayer(Gate(), grouped)(x)) == 0
-    moe.deepspeed_moe.gate = TopKGate(H, E, drop_tokens=False)
+    replace(moe.deepspeed_moe, "gate", TopKGate(H, E, drop_tokens=False))
     _, aux = moe.forward_with_aux(x)
     assert torch.equal(moe(x, expert_ids=aux.expert_ids)[0], moe.forward_with_aux(x)[0])
+    replace(moe.deepspeed_moe, "experts", Apply(lambda rows: rows))
+    assert moe(x)[0].shape == x.shape
+    replace(moe.deepspeed_moe, "gate", nn.Linear(H, E))
+    with pytest.raises(ValueError, match="MOELayer: gate must have route"):
+        moe(x)
+
+
+def test_a_gate_that_changes_is_used_as_it_is():
+    gate, experts, x = TopKGate(H, E).eval(), GroupedExperts(E, H, 7), torch.randn(S, H)
+    layer = MOELayer(gate, experts)
+    out, aux = layer.forward_with_aux(x)
+    recorded = aux.expert_ids
+    gate.route = lambda tokens, used_token: moe_ext.route(tokens[:, :E], 1)
+    assert torch.equal(layer.forward_with_aux(x)[1].expert_ids[:, 0], x[:, :E].argmax(-1))
+    with pytest.raises(RuntimeError, match="expert_ids must be None with a gate of type TopKGate"):
+        layer(x, expert_ids=recorded)
+    del gate.route
+    assert torch.equal(layer(x, expert_ids=recorded), out)
+    gate.__class__ = Scaled
+    assert relative_error(layer.forward_with_aux(x)[1].l_aux, 100 * aux.l_aux) < 1e-6
+
+
+def test_the_signature_of_a_gate_is_read_once(monkeypatch):
+    class Recording(nn.Module):
+        num_experts = E
+
+        def route(self, tokens, used_token=None, expert_ids=None):
+            return moe_ext.route(tokens[:, :E], 1, expert_ids=expert_ids)
+
+    x = torch.randn(S, H)
+    layers = [MOELayer(gate, GroupedExperts(E, H, 7)) for gate in (Scaled(H, E), Recording())]
+    recorded = [None, torch.zeros(S, 1, dtype=torch.int32)]
+    for _ in range(2):
+        for layer, expert_ids in zip(layers, recorded, strict=True):
+            layer(x, expert_ids=expert_ids)
+        monkeypatch.setattr("moe_ext.deepspeed.foreign.inspect", None)
+
+
+def test_a_gate_may_be_a_function_whose_signature_python_does_not_know():
+    class Largest(nn.Module):
+        forward = max
+
+    layer = MOELayer(Largest(), GroupedExperts(1, 1, 7))
+    with pytest.raises(RuntimeError, match=r"MOELayer: gate must return .* got Tensor$"):
+        layer(torch.ones(1, 1), torch.ones(1))
 
 
 @pytest.mark.parametrize("drop_tokens", [True, False])
@@ -182,7 +250,7 @@ def test_padded_experts_need_the_host_only_without_dropping():
     assert torch.equal(compiled(x)[0], moe(x)[0])
     torch._dynamo.reset()
     dropless = MoE(H, nn.Linear(H, H), E, drop_tokens=False).to("meta")
-    with pytest.raises(RuntimeError, match="the largest load on the host"):
+    with pytest.raises(RuntimeError, match=r"Experts: without dropping, .* the largest load"):
         dropless(x.to("meta"))
 
 
@@ -204,7 +272,7 @@ def test_an_expert_that_returns_another_shape_is_an_error(function, got):
 def test_padded_experts_that_return_another_shape_are_an_error(function):
     layer = MOELayer(TopKGate(H, E), Apply(function), num_local_experts=E)
     got = list(function(torch.ones(1, E, 8, H)).shape)
-    message = f"experts must return [ep, E, C, H] = [1, 6, 8, 10], got {got}"
+    message = f"Apply: experts must return [ep, E, C, H] = [1, 6, 8, 10], got {got}"
     with pytest.raises(RuntimeError, match=re.escape(message)):
         layer(torch.randn(30, H))
 

@@ -37,17 +37,17 @@ GATE = [
     ("min_capacity", "be an integer", [0.5, None]),
     ("min_capacity", "be at least 0", [-1]),
     ("noisy_gate_policy", "be one of (None, 'None', ", ["jitter", 3, ["Jitter"]]),
-    ("drop_policy", "be one of ('random', ", ["first", 0]),
-    ("order", "be one of ('choice', ", ["expert", True]),
-    ("scoring", "be one of ('softmax', ", ["tanh", None]),
-    ("normalize", "be one of ('never', ", [True, "always"]),
-    ("group_score", "be one of ('max', ", ["mean", None]),
-    ("balancing", "be one of (None, 'sinkhorn', ", ["bias", False]),
-    ("scale", "be in -1000000.0..1000000.0", [NAN, INF, "2", None]),
-    ("noise_scale", "be in 0..1000000.0", [-1.0, NAN, "a"]),
+    ("drop_policy", "be one of (None, 'random', ", ["first", 0, ["probs"]]),
+    ("order", "be one of (None, 'choice', ", ["expert", True, ["token"]]),
+    ("scoring", "be one of ('softmax', ", ["tanh", None, ["softmax"], {}]),
+    ("normalize", "be one of (None, 'never', ", [True, "always", ["after"]]),
+    ("group_score", "be one of ('max', ", ["mean", None, ["max"]]),
+    ("balancing", "be one of (None, 'sinkhorn', ", ["bias", False, {}, torch.ones(2)]),
+    ("scale", "be in -1000000.0..1000000.0", [NAN, INF, "2", None, [1.0], torch.ones(2)]),
+    ("noise_scale", "be in 0..1000000.0", [-1.0, NAN, "a", [1.0], torch.ones(2)]),
     ("num_groups", "divide num_experts = 8", [3, 5]),
     ("num_groups", "be at least 1", [0]),
-    ("num_groups", "be an integer", [2.0]),
+    ("num_groups", "be an integer", [2.0, [2]]),
     ("topk_groups", "be in 1..num_groups = 1", [5]),
     ("topk_groups", "be at least 1", [0]),
     ("topk_groups", "be an integer", [None]),
@@ -63,14 +63,26 @@ GATE = [
 ]
 
 
+# The arguments of TopKGate that are not attributes which change its rules.
+FIXED = {"num_experts", "ep_group", "router", "aux_loss", "expert_bias"}
+
+
 @pytest.mark.parametrize(("name", "contract", "values"), GATE)
-def test_gate_constructor(name, contract, values):
+def test_an_option_out_of_range_is_refused_by_the_constructor_and_later(name, contract, values):
+    gate = TopKGate(H, E)
+    before = repr(gate), gate.rule, gate.eval_rule
     for value in values:
         message = (
             re.escape(f"TopKGate: {name} must {contract}") + f".*, got {re.escape(repr(value))}$"
         )
         with pytest.raises(ValueError, match="^" + message):
             TopKGate(**{"model_dim": H, "num_experts": E, name: value})
+        if name not in FIXED:
+            with pytest.raises(ValueError, match="^" + message):
+                setattr(gate, name, value)
+            assert (repr(gate), gate.rule, gate.eval_rule) == before
+    gate.k = 2
+    assert gate.rule.k == gate.eval_rule.k == 2
 
 
 def test_layer_constructor():
@@ -93,6 +105,9 @@ def test_layer_constructor():
             "MoE: expert must be the module of one expert, got GroupedExperts",
         ),
         (lambda: Layer(gate, GroupedExperts(4, H, 4)), "Layer: experts must have the gate's num_e"),
+        (lambda: Layer(gate, experts, 0), "Layer: num_experts must be at least 1, got 0"),
+        (lambda: Layer(gate, one), "Layer: experts must be an nn.Module with routed(), got Linear"),
+        (lambda: Layer(nn.Linear, experts), "Layer: gate must be an nn.Module with route(), got t"),
         (lambda: MOELayer(gate, GroupedExperts(4, H, 4)), "num_experts = 8, got 4"),
         (lambda: MOELayer(gate, GroupedExperts(E, 5, 4)), "model_dim = 4 as hidden_size, got 5"),
         (lambda: MOELayer(gate, experts, ep_size=2), "num_experts = 8, got 16"),

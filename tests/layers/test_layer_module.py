@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 from functools import partial
 
 import pytest
@@ -20,6 +21,7 @@ from moe_ext import (
     route,
     total_l_aux,
 )
+from moe_ext.layer import Layer
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 compile_eagerly = partial(torch.compile, backend="eager")
@@ -62,7 +64,7 @@ def test_total_l_aux_without_a_loss():
             return route(tokens, 1)._replace(l_aux=self.l_aux)
 
     layer, x = MOELayer(NoLoss(), GroupedExperts(H, H, FFN)), torch.randn(5, H)
-    with pytest.raises(RuntimeError, match="no MOELayer in this MOELayer was called yet"):
+    with pytest.raises(RuntimeError, match="no layer in this MOELayer was called yet"):
         total_l_aux(layer)
     for l_aux, total in ((None, 0.0), (2.5, 2.5), (torch.tensor(3), 3.0)):
         layer.gate.l_aux = l_aux
@@ -71,7 +73,7 @@ def test_total_l_aux_without_a_loss():
     with torch.no_grad():
         layer(x)
     assert not total_l_aux(layer).requires_grad
-    with pytest.raises(ValueError, match="model must contain a MOELayer, Linear does not"):
+    with pytest.raises(ValueError, match="must contain a MOELayer or a Layer, Linear does not"):
         total_l_aux(nn.Linear(H, H))
     with pytest.raises(TypeError, match=r"total_l_aux: model must be an nn\.Module, got list"):
         total_l_aux([layer])
@@ -97,6 +99,8 @@ def test_a_layer_can_be_copied_and_pickled_after_a_forward(copier):
     assert twin.exp_counts is None
     assert layer.l_aux.requires_grad
     assert torch.equal(twin(x), out)
+    # Names of private modules would break a pickle when they change.
+    assert not {b"foreign", b"padded"} & set(re.findall(rb"\w+", pickle.dumps(layer)))
 
 
 def test_copies_of_a_compiled_layer_are_their_own():
@@ -168,11 +172,13 @@ def test_checkpointing(options):
 
 def test_a_gradient_of_l_aux_that_reentrant_checkpointing_loses_is_warned_of():
     layer, x = layer_for(2), torch.randn(40, H, dtype=torch.float64, requires_grad=True)
+    core = Layer(layer.gate, layer.experts)
     reentrant = partial(checkpoint, use_reentrant=True)
     for way in (reentrant, partial(reentrant, reentrant)):
-        out = way(layer, x)
-        with pytest.warns(UserWarning, match="the gradient of l_aux is lost"):
-            (out.sum() + layer.l_aux).backward()
+        for name, module in (("MOELayer", layer), ("Layer", core)):
+            out = way(module, x)
+            with pytest.warns(UserWarning, match=f"^{name}: the gradient of l_aux is lost"):
+                (out.sum() + module.l_aux).backward()
 
 
 @pytest.mark.filterwarnings("error")
@@ -214,11 +220,14 @@ def test_l_aux_of_a_call_without_gradients_has_none():
 @pytest.mark.parametrize("part", ["gate", "experts"])
 def test_a_part_that_is_wrapped_alone_is_refused(wrap, part):
     """The layer would bypass the wrapper."""
-    layer = MOELayer(TopKGate(8, 4), GroupedExperts(4, 8, 5))
-    wrapped = wrap(getattr(layer, part))
-    name = type(wrapped).__name__
-    with pytest.raises(RuntimeError, match=rf"{part} must not be wrapped alone, got {name}"):
-        setattr(layer, part, wrapped)
+    parts = {"gate": TopKGate(8, 4), "experts": GroupedExperts(4, 8, 5)}
+    layer, wrapped = MOELayer(**parts), wrap(parts[part])
+    message = rf"{part} must not be wrapped alone, got {type(wrapped).__name__}"
+    with pytest.raises(RuntimeError, match=message):
+        MOELayer(**parts | {part: wrapped})
+    layer._modules[part] = wrapped
+    with pytest.raises(RuntimeError, match=message):
+        layer(torch.randn(6, 8))
 
 
 def test_experts_compiled_in_place_are_used():

@@ -15,10 +15,9 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.mark.parametrize("scoring", SCORES)
 @pytest.mark.parametrize("normalize", ["never", "before", "after"])
-@pytest.mark.parametrize(
-    ("k", "scale", "policy"), [(1, 1.0, "random"), (2, 2.5, "position"), (5, 0.5, "probs")]
-)
-def test_weights_follow_scoring_normalize_and_scale(scoring, normalize, k, scale, policy):
+@pytest.mark.parametrize("policy", ["random", "position", "probs"])
+@pytest.mark.parametrize(("k", "scale"), [(1, 1.0), (2, 2.5), (5, 0.5)])
+def test_weights_follow_scoring_normalize_and_scale(scoring, normalize, policy, k, scale):
     gate = gate_for(
         k,
         capacity_factor=0.7,

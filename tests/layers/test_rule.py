@@ -72,6 +72,9 @@ def test_a_layer_is_its_two_parts():
     [
         (Rule(k=E + 1), f"Gate: k must be in 1..num_experts = {E}, got {E + 1}"),
         (Rule(noise="uniform"), "Gate: noise must be one of"),
+        (Rule(noise="None"), "Gate: noise must be one of"),
+        (Rule(noise="RSample"), "Gate: noise_scale must be above 0 with noise = 'RSample', got 0"),
+        ("top2", "Gate: (eval_)?rule must be a Rule, got 'top2'"),
         (Rule(capacity_factor=-1.0), "Gate: capacity_factor must be in"),
         (Rule(num_groups=5), f"Gate: num_groups must divide num_experts = {E}, got 5"),
     ],
@@ -81,6 +84,21 @@ def test_a_rule_that_does_not_fit_the_gate_is_refused(rule, message):
         gate_of(rule)
     with pytest.raises(ValueError, match=message):
         gate_of(MIXTRAL, rule)
+
+
+def test_a_gate_shows_the_rules_and_the_bias_that_it_has():
+    assert gate_of(MIXTRAL).extra_repr() == "rule=Rule(k=2, normalize='before')"
+    text = gate_of(MIXTRAL, replace(MIXTRAL, k=1), expert_bias=True).extra_repr()
+    assert text.endswith(", eval_rule=Rule(normalize='before'), expert_bias=True")
+
+
+def test_a_subclass_may_set_an_option_before_the_constructor():
+    class Two(TopKGate):
+        def __init__(self):
+            self.k = 2
+            super().__init__(H, E, self.k)
+
+    assert Two().rule.k == 2
 
 
 def test_capacity_is_float32_arithmetic():

@@ -10,6 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_ext
 from moe_ext import CosineRouter, GroupedExperts, MOELayer, TopKGate, losses
+from moe_ext.layer import Layer
+from moe_ext.routing.gate import Gate
+from moe_ext.routing.rule import Rule
 
 E, H, FFN = 6, 8, 8
 TOKENS = (33, 5, 64, 127, 200)
@@ -151,8 +154,11 @@ def test_export_gives_a_program_that_trains(options):
 
 def test_export_with_a_capacity_needs_a_fixed_number_of_tokens():
     shapes = {"hidden": {0: torch.export.Dim("T")}}
-    with pytest.raises(RuntimeError, match="with a capacity needs a fixed number"):
-        torch.export.export(Pure(layer_for()), (torch.randn(64, H),), dynamic_shapes=shapes)
+    core = Layer(Gate(H, E, Rule(capacity_factor=1.0)), GroupedExperts(E, H, FFN))
+    for name, layer in (("TopKGate", layer_for()), ("Gate", core)):
+        message = f"^{name}: torch.export with a capacity needs a fixed number"
+        with pytest.raises(RuntimeError, match=message):
+            torch.export.export(Pure(layer), (torch.randn(64, H),), dynamic_shapes=shapes)
 
 
 def test_an_exported_program_is_saved_and_loaded(tmp_path):

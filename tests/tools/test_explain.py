@@ -131,7 +131,17 @@ print(moe_ext.explain(Model(), torch.randn(3, 8).bfloat16()))
 
 
 def test_explain_restores_the_layer_and_random_state():
-    layer = layer_of()
+    class Timed(GroupedExperts):
+        """Experts of others, with attributes of these names."""
+
+        unobserved = wall_clock_breakdown = True
+        seen = None
+
+        def routed(self, *args):
+            self.seen = self.wall_clock_breakdown
+            return super().routed(*args)
+
+    layer = layer_of(Timed(E, H, 8))
     layer(torch.randn(5, H))
     kept = layer.l_aux, layer.exp_counts
     assert kept[0].requires_grad
@@ -146,6 +156,8 @@ def test_explain_restores_the_layer_and_random_state():
     assert layer.observer is observer
     assert not told
     assert layer.time_moe == layer.gate.gate_time == 0
+    assert layer.experts.seen is False
+    assert layer.experts.wall_clock_breakdown is True
     assert set(vars(layer)) == attributes
     assert torch.equal(torch.random.get_rng_state(), drawn)
 
@@ -153,6 +165,7 @@ def test_explain_restores_the_layer_and_random_state():
 def test_explain_counts_synchronisations(monkeypatch):
     """The CPU plays the part of another device."""
     layer = moe_ext.MoE(H, torch.nn.Linear(H, H), E, k=2, drop_tokens=False)
+    assert moe_ext.explain(layer, torch.randn(5, H)).synchronisations == 0
     monkeypatch.setattr("moe_ext.monitor.explain._HOST", "elsewhere")
     found = moe_ext.explain(layer, torch.randn(5, H))
     assert found.synchronisations == 1  # the largest load
