@@ -1,4 +1,5 @@
-// One matrix product on one thread, by torch's GEMM, whatever the dtype.
+// One matrix product on one thread, whatever the dtype: of few rows by the loops of few_rows.h,
+// else by torch's GEMM.
 //
 // Without instructions for a 16-bit type torch multiplies it ten to a hundred times slower than
 // float32: there operands are widened, a block that fits the cache at a time, and sums stay float32
@@ -8,11 +9,8 @@
 #pragma once
 
 #include <array>
-#include <cstring>
-#include <memory>
-#include <new>
 
-#include "common.h"
+#include "few_rows.h"
 
 namespace moe_ext {
 
@@ -40,56 +38,6 @@ inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
 #endif
 }
 
-// A matrix somewhere in memory. Threads make tensors of their part of it by themselves: what a
-// tensor carries of its caller's thread (gradients, inference mode) stays there.
-struct Matrix {
-  char* data;
-  ScalarType dtype;
-  int64_t rows, columns, row_stride, column_stride;  // strides in elements
-
-  int64_t width() const { return dtype == ScalarType::Double ? 8 : is_16bit() ? 2 : 4; }
-  bool is_16bit() const { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
-  Matrix transposed() const { return {data, dtype, columns, rows, column_stride, row_stride}; }
-  Matrix row_range(int64_t begin, int64_t end) const {
-    return {data + begin * row_stride * width(),
-            dtype,
-            end - begin,
-            columns,
-            row_stride,
-            column_stride};
-  }
-  Matrix column_range(int64_t begin, int64_t end) const {
-    return transposed().row_range(begin, end).transposed();
-  }
-  Tensor tensor() const {
-    const std::array<int64_t, 2> size{rows, columns}, stride{row_stride, column_stride};
-    return torch::stable::from_blob(data, {size.data(), 2}, {stride.data(), 2},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                    dtype);
-  }
-};
-
-inline Matrix matrix_of(const Tensor& tensor) {
-  return {static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())),
-          tensor.scalar_type(),
-          tensor.size(0),
-          tensor.size(1),
-          tensor.stride(0),
-          tensor.stride(1)};
-}
-
-// The e-th of a stack [E, rows, columns].
-inline Matrix matrix_of(const Tensor& stack, int64_t e) {
-  Matrix first{static_cast<char*>(const_cast<void*>(stack.const_data_ptr())),
-               stack.scalar_type(),
-               stack.size(1),
-               stack.size(2),
-               stack.stride(1),
-               stack.stride(2)};
-  first.data += e * stack.stride(0) * first.width();
-  return first;
-}
-
 // out = left @ right^T + first; `first` is one row for all of out's, or out itself, or nothing.
 inline void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
                      const std::optional<Matrix>& first) {
@@ -104,50 +52,6 @@ inline void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline void copy(const Matrix& to, const Matrix& from) {
-  Tensor target = to.tensor();
-  torch::stable::copy_(target, from.tensor());
-}
-
-// Memory of one thread for a block of a matrix.
-class Panel {
- public:
-  // Holds what an earlier block left there.
-  Matrix get(ScalarType dtype, int64_t rows, int64_t columns) {
-    Matrix panel{nullptr, dtype, rows, columns, columns, 1};
-    const auto bytes = static_cast<std::size_t>(rows * columns * panel.width());
-    if (bytes > size_) {
-      memory_.reset(static_cast<char*>(::operator new(bytes, kAlignment)));
-      size_ = bytes;
-    }
-    panel.data = memory_.get();
-    return panel;
-  }
-
-  // A copy of a matrix, with rows of zero after it.
-  Matrix copy_of(const Matrix& matrix, ScalarType dtype, int64_t rows) {
-    const Matrix panel = get(dtype, rows, matrix.columns);
-    copy(panel.row_range(0, matrix.rows), matrix);
-    const Matrix rest = panel.row_range(matrix.rows, rows);
-    std::memset(rest.data, 0, rest.rows * rest.columns * rest.width());
-    return panel;
-  }
-
-  // The same of a matrix whose columns may be dense in memory, without transposing it.
-  Matrix copy_as_it_lies(const Matrix& matrix, ScalarType dtype) {
-    if (matrix.column_stride == 1) return copy_of(matrix, dtype, matrix.rows);
-    return copy_of(matrix.transposed(), dtype, matrix.columns).transposed();
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Delete {
-    void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
-  };
-  std::unique_ptr<char, Delete> memory_;
-  std::size_t size_ = 0;
-};
-
 // The products of one thread.
 class Gemm {
  public:
@@ -159,6 +63,13 @@ class Gemm {
   // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N]
   void rows_by_weight(const Matrix& out, const Matrix& rows, const Matrix& weight,
                       const std::optional<Matrix>& bias) {
+#if defined(__x86_64__)
+    if (takes_few(rows) && rows.column_stride == 1 && out.column_stride == 1) {
+      const Matrix* first = bias ? &*bias : nullptr;
+      if (weight.column_stride == 1) return on_widest(FewRows{out, rows, weight, first}, left_);
+      if (weight.row_stride == 1) return on_widest(FewRowsFlat{out, rows, weight, first}, left_);
+    }
+#endif
     const int64_t padded = pads_ ? padded_size(rows.rows) : rows.rows;
     if (!widens_ && padded == rows.rows) return multiply(out, rows, weight, bias);
     const ScalarType dtype = widens_ ? ScalarType::Float : rows.dtype;
@@ -175,6 +86,12 @@ class Gemm {
 
   // out [N, M] = left [n, N]^T @ right [n, M]
   void outer(const Matrix& out, const Matrix& left, const Matrix& right) {
+#if defined(__x86_64__)
+    if (takes_few(left) && left.column_stride == 1 && right.column_stride == 1 &&
+        out.column_stride == 1) {
+      return on_widest(FewOuter{out, left, right}, left_);
+    }
+#endif
     const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
     if (widens_) return widened_outer(out, left, right);
     if (padded == left.rows) {
@@ -186,6 +103,15 @@ class Gemm {
 
  private:
   static constexpr int64_t kRows = 256;
+
+#if defined(__x86_64__)
+  // Up to so many rows the loops of few_rows.h are faster than torch's GEMM.
+  static constexpr int64_t kFewRows = 16;
+
+  static bool takes_few(const Matrix& rows) {
+    return rows.rows <= kFewRows && rows.dtype != ScalarType::Double && register_bytes() >= 32;
+  }
+#endif
 
   // The next of eight sizes for every doubling.
   static int64_t padded_size(int64_t n) {

@@ -1,5 +1,7 @@
 """grouped_mm and its gradient grouped_outer."""
 
+import itertools
+
 import pytest
 import torch
 from cases import DTYPES, SIZES, plans, random_experts, relative_error, values
@@ -74,6 +76,37 @@ def test_more_than_a_tile(device, dtype):
         assert relative_error(out[mine], exact) < rounding(dtype, 1)
         exact = out[mine].double().T @ x[mine].double()
         assert relative_error(outer[e], exact) < rounding(dtype, M)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "M"), [(64, 96), (5, 7), (130, 77), (1, 33), (3, 0), (9, 256)])
+def test_few_rows_have_the_results_that_they_have_alone(dtype, N, M):
+    w, strided = values(2, N, M, dtype=dtype), values(2, M, N, dtype=dtype).mT
+    bias = values(2, N, dtype=dtype)
+    plans = [moe_ext.make_plan(torch.ones(n, 1, dtype=torch.int32), 2) for n in range(1, 17)]
+    for weights, b in itertools.product((w, strided), (None, bias)):
+        for n, plan in enumerate(plans, start=1):
+            x = values(n, M, dtype=dtype)
+            assert_product(
+                torch.ops.moe_ext.grouped_mm, x, weights, b, plan, rounding(dtype, M + 1)
+            )
+            if dtype == torch.float64:
+                continue
+            out = moe_ext.grouped_mm(x, weights, plan, b)
+            alone = [moe_ext.grouped_mm(row, weights, plans[0], b) for row in x.split(1)]
+            assert torch.equal(out, torch.cat(alone))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "M"), [(64, 96), (5, 7), (130, 77), (1, 33), (3, 0), (9, 256)])
+def test_outer_products_of_few_rows(dtype, N, M):
+    for n in range(1, 17):
+        plan = moe_ext.make_plan(torch.ones(n, 1, dtype=torch.int32), 2)
+        left, right = values(n, N, dtype=dtype), values(n, M, dtype=dtype)
+        outer = torch.ops.moe_ext.grouped_outer(left, right, *groups(plan))
+        exact = left.double().T @ right.double()
+        assert (outer[0] == 0).all()
+        assert relative_error(outer[1], exact) < rounding(dtype, n + 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,108 @@
+// Matrices somewhere in memory, and a thread's memory for parts of them.
+
+#pragma once
+
+#include <array>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "common.h"
+
+namespace moe_ext {
+
+// A matrix somewhere in memory. Threads make tensors of their part of it by themselves: what a
+// tensor carries of its caller's thread (gradients, inference mode) stays there.
+struct Matrix {
+  char* data;
+  ScalarType dtype;
+  int64_t rows, columns, row_stride, column_stride;  // strides in elements
+
+  int64_t width() const { return dtype == ScalarType::Double ? 8 : is_16bit() ? 2 : 4; }
+  bool is_16bit() const { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
+  Matrix transposed() const { return {data, dtype, columns, rows, column_stride, row_stride}; }
+  Matrix row_range(int64_t begin, int64_t end) const {
+    return {data + begin * row_stride * width(),
+            dtype,
+            end - begin,
+            columns,
+            row_stride,
+            column_stride};
+  }
+  Matrix column_range(int64_t begin, int64_t end) const {
+    return transposed().row_range(begin, end).transposed();
+  }
+  Tensor tensor() const {
+    const std::array<int64_t, 2> size{rows, columns}, stride{row_stride, column_stride};
+    return torch::stable::from_blob(data, {size.data(), 2}, {stride.data(), 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    dtype);
+  }
+};
+
+inline Matrix matrix_of(const Tensor& tensor) {
+  return {static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())),
+          tensor.scalar_type(),
+          tensor.size(0),
+          tensor.size(1),
+          tensor.stride(0),
+          tensor.stride(1)};
+}
+
+// The e-th of a stack [E, rows, columns].
+inline Matrix matrix_of(const Tensor& stack, int64_t e) {
+  Matrix first{static_cast<char*>(const_cast<void*>(stack.const_data_ptr())),
+               stack.scalar_type(),
+               stack.size(1),
+               stack.size(2),
+               stack.stride(1),
+               stack.stride(2)};
+  first.data += e * stack.stride(0) * first.width();
+  return first;
+}
+
+inline void copy(const Matrix& to, const Matrix& from) {
+  Tensor target = to.tensor();
+  torch::stable::copy_(target, from.tensor());
+}
+
+// Memory of one thread for a block of a matrix.
+class Panel {
+ public:
+  // Holds what an earlier block left there.
+  Matrix get(ScalarType dtype, int64_t rows, int64_t columns) {
+    Matrix panel{nullptr, dtype, rows, columns, columns, 1};
+    const auto bytes = static_cast<std::size_t>(rows * columns * panel.width());
+    if (bytes > size_) {
+      memory_.reset(static_cast<char*>(::operator new(bytes, kAlignment)));
+      size_ = bytes;
+    }
+    panel.data = memory_.get();
+    return panel;
+  }
+
+  // A copy of a matrix, with rows of zero after it.
+  Matrix copy_of(const Matrix& matrix, ScalarType dtype, int64_t rows) {
+    const Matrix panel = get(dtype, rows, matrix.columns);
+    copy(panel.row_range(0, matrix.rows), matrix);
+    const Matrix rest = panel.row_range(matrix.rows, rows);
+    std::memset(rest.data, 0, rest.rows * rest.columns * rest.width());
+    return panel;
+  }
+
+  // The same of a matrix whose columns may be dense in memory, without transposing it.
+  Matrix copy_as_it_lies(const Matrix& matrix, ScalarType dtype) {
+    if (matrix.column_stride == 1) return copy_of(matrix, dtype, matrix.rows);
+    return copy_of(matrix.transposed(), dtype, matrix.columns).transposed();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  std::unique_ptr<char, Delete> memory_;
+  std::size_t size_ = 0;
+};
+
+}  // namespace moe_ext
