@@ -6,6 +6,7 @@ every test of device "cpu" is one of theirs.
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -149,6 +150,13 @@ def unchecked(request: pytest.FixtureRequest, device: torch.device) -> torch.dev
 def cuda() -> torch.device:
     """The test is for a GPU."""
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ranks_end_with_their_file():
+    yield
+    if processes := sys.modules.get("processes"):
+        processes.close()
 
 
 @pytest.fixture(autouse=True)
