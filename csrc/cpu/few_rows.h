@@ -4,9 +4,9 @@
 //   FewRowsFlat  the same, columns of the weight dense
 //   FewOuter     out [N, M] = left [n, N]^T @ right [n, M]
 //
-// The limit is the memory of the weight, or of FewOuter's result. So it is read or written once and
-// in order, four lines at a time, and the next four are fetched meanwhile. The sums of FewRows are
-// in registers; FewRowsFlat adds four lines to the sums of all rows, which are in cache.
+// The limit is the memory of the weight, or of FewOuter's result. So it is read or written once,
+// four lines at a time. The sums of FewRows are in registers; FewRowsFlat adds four lines to the
+// sums of all rows, for as many columns at a time as leave these in the first cache.
 //
 // The terms of a sum are added in one order, that of the lanes included: the result of a row
 // depends neither on the number of other rows, nor on threads and tiles.
@@ -19,9 +19,9 @@
 #if defined(__x86_64__)
 namespace moe_ext {
 
-constexpr int kLines = 4;
+constexpr int kLines = 4;  // as many as sum_lanes adds up
 
-// Vector v of row `row`; of the last one a copy, filled up with zeros.
+// Vector v of row `row`; a copy, filled up with zeros, where the row ends within it.
 template <int size, typename scalar_t>
 MOE_EXT_INLINE const scalar_t* vector_of(const Matrix& matrix, int64_t row, int64_t v,
                                          scalar_t (&copy)[size]) {
@@ -33,14 +33,24 @@ MOE_EXT_INLINE const scalar_t* vector_of(const Matrix& matrix, int64_t row, int6
   return copy;
 }
 
-// Calls body(Format{}) with the format of a 16- or 32-bit dtype.
+// Whether there are loops for a dtype on this CPU.
+inline bool has_lanes(ScalarType dtype) {
+#if defined(MOE_EXT_HALF_LANES)
+  if (dtype == ScalarType::Half) return register_bytes() >= 32;
+#endif
+  return (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && register_bytes() >= 32;
+}
+
+// Calls body(Format{}) with the format of a dtype that has_lanes.
 template <int bytes, typename Body>
 MOE_EXT_INLINE void visit_format(ScalarType dtype, const Body& body) {
   switch (dtype) {
     case ScalarType::Float: return body(FloatFormat<bytes>{});
+#if defined(MOE_EXT_HALF_LANES)
     case ScalarType::Half:
       if constexpr (bytes > 16) body(HalfFormat<bytes>{});
       return;
+#endif
     default: return body(BFloat16Format<bytes>{});
   }
 }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 
 #include "few_rows.h"
 
@@ -109,7 +110,7 @@ class Gemm {
   static constexpr int64_t kFewRows = 16;
 
   static bool takes_few(const Matrix& rows) {
-    return rows.rows <= kFewRows && rows.dtype != ScalarType::Double && register_bytes() >= 32;
+    return rows.rows > 0 && rows.rows <= kFewRows && has_lanes(rows.dtype);
   }
 #endif
 

@@ -40,7 +40,7 @@ void add_tiles(std::vector<Tile>& tiles, int64_t expert, int64_t row_begin, int6
 // slower than their size says. What a body throws is thrown again here.
 template <typename Body>
 void run(const std::vector<Tile>& tiles, ScalarType dtype, const Body& body) {
-  // One tile alone is left to the threads of torch's GEMM.
+  // One tile alone is left to the threads of torch's GEMM, if it has many rows.
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles.size());
   std::atomic<size_t> next{0};
   std::mutex mutex;

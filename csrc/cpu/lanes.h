@@ -53,9 +53,10 @@ struct BFloat16Format {
   }
 };
 
-#if defined(__x86_64__)
-// AVX2 has these instructions with it. In assembly, because compilers offer the intrinsics only in
-// files for such CPUs.
+// GCC alone takes vectors of any width as operands of assembly; the intrinsics need functions whose
+// callers are all for such CPUs. Every CPU with AVX2 has these instructions, F16C.
+#if defined(__x86_64__) && !defined(__clang__)
+#define MOE_EXT_HALF_LANES
 template <int bytes>
 struct HalfFormat {
   using scalar_t = torch::headeronly::Half;

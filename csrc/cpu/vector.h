@@ -17,6 +17,7 @@
 #if !defined(MOE_EXT_REGISTERS)
 #define MOE_EXT_REGISTERS 64
 #endif
+static_assert(MOE_EXT_REGISTERS == 16 || MOE_EXT_REGISTERS == 32 || MOE_EXT_REGISTERS == 64);
 
 #if !defined(__GNUC__)
 #error "moe_ext's CPU operators need GCC or clang"
