@@ -113,7 +113,7 @@ def test_two_processes_reach_the_loss_of_one(tmp_path):
     launchers = ([sys.executable], [sys.executable, "-m", "torch.distributed.run"])
     for folder, launcher in zip(folders, launchers, strict=True):
         torchrun = ["--standalone", "--nproc-per-node", "2"] if len(launcher) > 1 else []
-        command = [*launcher, *torchrun, "-m", "moe_ext", "demo", "--steps", "15"]
+        command = [*launcher, *torchrun, "-m", "moe_ext", "demo", "--steps", "10"]
         run = subprocess.run(
             [*command, "--out", str(folder)], capture_output=True, text=True, timeout=300
         )
