@@ -55,6 +55,29 @@ MOE_EXT_INLINE void visit_format(ScalarType dtype, const Body& body) {
   }
 }
 
+// Writes vector v of row `row`, as far as the row goes.
+template <typename Format>
+MOE_EXT_INLINE void write_vector(const typename Format::Lanes* from, const Matrix& matrix,
+                                 int64_t row, int64_t v) {
+  using scalar_t = typename Format::scalar_t;
+  const int64_t begin = v * Format::kElements, rest = matrix.columns - begin;
+  scalar_t* to = reinterpret_cast<scalar_t*>(matrix.data) + row * matrix.row_stride + begin;
+  if (rest >= Format::kElements) return Format::narrow(from, to);
+  scalar_t copy[Format::kElements];
+  Format::narrow(from, copy);
+  std::memcpy(static_cast<void*>(to), copy, rest * sizeof(scalar_t));
+}
+
+// A matrix as floats.
+template <typename Format>
+MOE_EXT_INLINE void to_floats(const Matrix& matrix, float* to) {
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    const auto* from =
+        reinterpret_cast<const typename Format::scalar_t*>(matrix.data) + row * matrix.row_stride;
+    for (int64_t i = 0; i < matrix.columns; ++i) *to++ = static_cast<float>(from[i]);
+  }
+}
+
 // The sum over the lanes of each of four registers.
 template <int bytes>
 MOE_EXT_INLINE void sum_lanes(Vector<float, 16>& sums, const Vector<float, bytes> (&parts)[4]) {
@@ -217,7 +240,6 @@ struct FewRowsFlat {
   template <typename Format>
   MOE_EXT_INLINE void multiply(Panel& memory) const {
     using Lanes = typename Format::Lanes;
-    using scalar_t = typename Format::scalar_t;
     const Matrix lines = weight.transposed();  // [M, N], a line dense in memory
     const int64_t n = rows.rows, M = lines.rows;
     constexpr int64_t kBytes = Format::kRegisters * sizeof(Lanes);
@@ -227,10 +249,7 @@ struct FewRowsFlat {
     const Matrix panel = memory.get(ScalarType::Float, 1, floats + n * M);
     auto* sums = reinterpret_cast<Lanes*>(panel.data);  // [vectors of a chunk, n, kRegisters]
     float* factors = reinterpret_cast<float*>(panel.data) + floats;  // [n, M]
-    for (int64_t j = 0; j < n; ++j) {
-      const auto* from = reinterpret_cast<const scalar_t*>(rows.data) + j * rows.row_stride;
-      for (int64_t m = 0; m < M; ++m) factors[j * M + m] = static_cast<float>(from[m]);
-    }
+    to_floats<Format>(rows, factors);
     for (int64_t begin = 0; begin < vectors; begin += chunk) {
       const int64_t end = std::min(begin + chunk, vectors);
       start<Format>(sums, begin, end);
@@ -282,16 +301,9 @@ struct FewRowsFlat {
 
   template <typename Format>
   MOE_EXT_INLINE void finish(const typename Format::Lanes* sums, int64_t begin, int64_t end) const {
-    using scalar_t = typename Format::scalar_t;
     for (int64_t v = begin; v < end; ++v) {
-      const int64_t column = v * Format::kElements;
-      const int64_t size = std::min<int64_t>(Format::kElements, out.columns - column);
       for (int64_t j = 0; j < rows.rows; ++j, sums += Format::kRegisters) {
-        auto* to = reinterpret_cast<scalar_t*>(out.data) + j * out.row_stride + column;
-        scalar_t copy[Format::kElements];
-        Format::narrow(sums, size == Format::kElements ? to : copy);
-        if (size < Format::kElements)
-          std::memcpy(static_cast<void*>(to), copy, size * sizeof(scalar_t));
+        write_vector<Format>(sums, out, j, v);
       }
     }
   }
@@ -325,22 +337,18 @@ struct FewOuter {
         Format::widen(vector_of(right, j, v, copy), packed + (v * n + j) * R);
       }
     }
-    for (int64_t j = 0; j < n; ++j) {
-      const auto* from = reinterpret_cast<const scalar_t*>(left.data) + j * left.row_stride;
-      for (int64_t r = 0; r < N; ++r) factors[j * N + r] = static_cast<float>(from[r]);
-    }
+    to_floats<Format>(left, factors);
     int64_t r = 0;
-    for (; r + kLines <= N; r += kLines) write<Format, kLines>(packed, factors, r);
-    for (; r < N; ++r) write<Format, 1>(packed, factors, r);
+    for (; r + kLines <= N; r += kLines) write<Format, kLines>(packed, factors, r, vectors);
+    for (; r < N; ++r) write<Format, 1>(packed, factors, r, vectors);
   }
 
   // Lines r, r + 1, ... of out.
   template <typename Format, int count>
-  MOE_EXT_INLINE void write(const typename Format::Lanes* packed, const float* factors,
-                            int64_t r) const {
-    using scalar_t = typename Format::scalar_t;
+  MOE_EXT_INLINE void write(const typename Format::Lanes* packed, const float* factors, int64_t r,
+                            int64_t vectors) const {
     constexpr int R = Format::kRegisters;
-    for (int64_t column = 0; column < out.columns; column += Format::kElements) {
+    for (int64_t v = 0; v < vectors; ++v) {
       typename Format::Lanes sums[count][R]{};
       for (int64_t j = 0; j < left.rows; ++j, packed += R) {
         const float* factor = factors + j * out.rows + r;
@@ -348,14 +356,7 @@ struct FewOuter {
           for (int p = 0; p < R; ++p) sums[i][p] += packed[p] * factor[i];
         }
       }
-      const int64_t size = std::min<int64_t>(Format::kElements, out.columns - column);
-      for (int i = 0; i < count; ++i) {
-        auto* to = reinterpret_cast<scalar_t*>(out.data) + (r + i) * out.row_stride + column;
-        scalar_t copy[Format::kElements];
-        Format::narrow(sums[i], size == Format::kElements ? to : copy);
-        if (size < Format::kElements)
-          std::memcpy(static_cast<void*>(to), copy, size * sizeof(scalar_t));
-      }
+      for (int i = 0; i < count; ++i) write_vector<Format>(sums[i], out, r + i, v);
     }
   }
 };

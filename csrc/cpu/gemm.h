@@ -61,6 +61,17 @@ class Gemm {
     multiplies_natively(dtype) ? pads_ = true : widens_ = true;
   }
 
+  // Whether the loops of few_rows.h multiply these rows, by weights that are dense in a dimension:
+  // up to so many they are faster than torch's GEMM.
+  static bool takes_few([[maybe_unused]] const Matrix& rows) {
+#if defined(__x86_64__)
+    constexpr int64_t kFewRows = 16;
+    return rows.rows > 0 && rows.rows <= kFewRows && has_lanes(rows.dtype);
+#else
+    return false;
+#endif
+  }
+
   // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N]
   void rows_by_weight(const Matrix& out, const Matrix& rows, const Matrix& weight,
                       const std::optional<Matrix>& bias) {
@@ -104,15 +115,6 @@ class Gemm {
 
  private:
   static constexpr int64_t kRows = 256;
-
-#if defined(__x86_64__)
-  // Up to so many rows the loops of few_rows.h are faster than torch's GEMM.
-  static constexpr int64_t kFewRows = 16;
-
-  static bool takes_few(const Matrix& rows) {
-    return rows.rows > 0 && rows.rows <= kFewRows && has_lanes(rows.dtype);
-  }
-#endif
 
   // The next of eight sizes for every doubling.
   static int64_t padded_size(int64_t n) {

@@ -19,6 +19,8 @@ namespace moe_ext {
 namespace {
 
 constexpr int64_t kTileRows = 256, kTileColumns = 1024;
+// Of few rows, which no GEMM divides among threads.
+constexpr int64_t kFewTileColumns = 256;
 constexpr int64_t kOuterTileRows = 512, kOuterTileColumns = 1024;
 
 // A part of one expert's product: rows and columns of what comes out.
@@ -40,7 +42,7 @@ void add_tiles(std::vector<Tile>& tiles, int64_t expert, int64_t row_begin, int6
 // slower than their size says. What a body throws is thrown again here.
 template <typename Body>
 void run(const std::vector<Tile>& tiles, ScalarType dtype, const Body& body) {
-  // One tile alone is left to the threads of torch's GEMM, if it has many rows.
+  // One tile alone is left to the threads of torch's GEMM.
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles.size());
   std::atomic<size_t> next{0};
   std::mutex mutex;
@@ -108,7 +110,9 @@ Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const OptionalT
 
   std::vector<Tile> tiles;
   for (int64_t e = 0; e < a.groups.num_experts; ++e) {
-    add_tiles(tiles, e, owned[e].begin, owned[e].end, kTileRows, a.out_width, kTileColumns);
+    const auto [begin, end] = owned[e];
+    const bool few = Gemm::takes_few(all_rows.row_range(begin, end));
+    add_tiles(tiles, e, begin, end, kTileRows, a.out_width, few ? kFewTileColumns : kTileColumns);
   }
   run(tiles, a.rows.scalar_type(), [&](Gemm& gemm, const Tile& t) {
     std::optional<Matrix> first;
