@@ -19,7 +19,7 @@ namespace moe_ext {
 namespace {
 
 constexpr int64_t kTileRows = 256, kTileColumns = 1024;
-// Of few rows, which no GEMM divides among threads.
+// For few rows: no GEMM divides their product among threads.
 constexpr int64_t kFewTileColumns = 256;
 constexpr int64_t kOuterTileRows = 512, kOuterTileColumns = 1024;
 
