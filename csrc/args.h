@@ -320,6 +320,87 @@ inline GroupedMMArgs grouped_mm_args(const Tensor& rows, const Tensor& weights,
   return {dense(rows), weights, dense(bias), groups, s['R'], s['M'], s['N']};
 }
 
+struct FeedForwardArgs {
+  Tensor tokens;  // [T, H]
+  RouteArgs routes;
+  Groups groups;
+  Tensor up, down;           // [E, G, H], [E, H, F], strides kept
+  OptionalTensor up_bias;    // [E, G]
+  OptionalTensor down_bias;  // [E, H]
+  Activation activation;
+  bool score_before_experts;
+  int64_t hidden, inner_width, width;  // H, G, F
+};
+
+// F follows from G and the activation.
+inline Activation check_experts(Call& call, const Tensor& tokens, const Tensor& up,
+                                const std::string& activation,
+                                const std::optional<int64_t>& capacity) {
+  const Activation kind = parse_activation(call, activation);
+  call.same_dtype("up", up, "tokens", tokens);
+  const int64_t G = call.sizes['G'];
+  if (is_gated(kind) && G % 2 != 0) call.fail("up must be [E, 2F, H], got ", shape_text(up));
+  call.sizes.set('F', is_gated(kind) ? G / 2 : G);
+  check_capacity(call, capacity);
+  return kind;
+}
+
+inline FeedForwardArgs feed_forward_args(
+    const Tensor& tokens, const Tensor& slots, const Tensor& sources, const Tensor& offsets,
+    const Tensor& load, const Tensor& weights, const Tensor& up, const Tensor& down,
+    const OptionalTensor& up_bias, const OptionalTensor& down_bias, const std::string& activation,
+    bool score_before_experts, const std::optional<int64_t>& capacity) {
+  Activation kind;
+  const Sizes s = check<contract("feed_forward")>(
+      {tokens, slots, sources, offsets, load, weights, up, down, up_bias, down_bias},
+      [&](Call& call) { kind = check_experts(call, tokens, up, activation, capacity); });
+  return {dense(tokens),
+          route_args(slots, sources, weights, s),
+          {dense(offsets), dense(load), s['E']},
+          up,
+          down,
+          dense(up_bias),
+          dense(down_bias),
+          kind,
+          score_before_experts,
+          s['H'],
+          s['G'],
+          s['F']};
+}
+
+struct FeedForwardBackwardArgs {
+  Tensor grad;            // [T, H]
+  Tensor pre_activation;  // [R, G]
+  FeedForwardArgs forward;
+};
+
+inline FeedForwardBackwardArgs feed_forward_backward_args(
+    const Tensor& grad, const Tensor& tokens, const Tensor& pre_activation, const Tensor& slots,
+    const Tensor& sources, const Tensor& offsets, const Tensor& load, const Tensor& weights,
+    const Tensor& up, const Tensor& down, const OptionalTensor& up_bias,
+    const OptionalTensor& down_bias, const std::string& activation, bool score_before_experts,
+    const std::optional<int64_t>& capacity) {
+  Activation kind;
+  const Sizes s = check<contract("feed_forward_backward")>(
+      {grad, tokens, pre_activation, slots, sources, offsets, load, weights, up, down, up_bias,
+       down_bias},
+      [&](Call& call) { kind = check_experts(call, tokens, up, activation, capacity); });
+  return {dense(grad),
+          dense(pre_activation),
+          {dense(tokens),
+           route_args(slots, sources, weights, s),
+           {dense(offsets), dense(load), s['E']},
+           up,
+           down,
+           dense(up_bias),
+           dense(down_bias),
+           kind,
+           score_before_experts,
+           s['H'],
+           s['G'],
+           s['F']}};
+}
+
 struct GroupedOuterArgs {
   Tensor left;   // [R, N]
   Tensor right;  // [R, M]

@@ -51,7 +51,7 @@ struct TensorArgument {
 };
 
 struct Contract {
-  static constexpr int kMaxTensors = 6;
+  static constexpr int kMaxTensors = 12;
 
   std::string_view name, line;
   TensorArgument tensors[kMaxTensors];
@@ -152,6 +152,18 @@ inline constexpr Contract kContracts[] = {
      "grad[R,F]:pre_activation pre_activation[R,G]:floating slots[T,K]:int32"
      " sources[R]:int32 weights[T,K]:acc activation:str -> [R,G]:pre_activation"
      " [R,F]:pre_activation [T,K]:weights"},
+    {"feed_forward",
+     "tokens[T,H]:floating slots[T,K]:int32 sources[R]:int32 offsets[E+1]:int32"
+     " load[E]:int32 weights[T,K]:acc up[E,G,H]:floating down[E,H,F]:tokens"
+     " up_bias[E,G]?:tokens down_bias[E,H]?:tokens activation:str score_before_experts:bool"
+     " capacity:SymInt? keeps:bool -> [T,H]:tokens [R,G]:tokens?keeps"},
+    {"feed_forward_backward",
+     "grad[T,H]:tokens tokens[T,H]:floating pre_activation[R,G]:tokens slots[T,K]:int32"
+     " sources[R]:int32 offsets[E+1]:int32 load[E]:int32 weights[T,K]:acc up[E,G,H]:floating"
+     " down[E,H,F]:tokens up_bias[E,G]?:tokens down_bias[E,H]?:tokens activation:str"
+     " score_before_experts:bool capacity:SymInt? needs_tokens:bool needs_up:bool"
+     " needs_down:bool -> [T,H]:tokens?needs_tokens up?needs_up down?needs_down"
+     " up_bias?needs_up down_bias?needs_down [T,K]:weights"},
 };
 
 // The index of an operator; a template argument, so that it is found when the file is compiled.

@@ -42,6 +42,6 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   for (const moe_ext::Contract& contract : moe_ext::kContracts) {
     m.def(moe_ext::schema_of(contract).c_str());
   }
-  // Whether products of such rows are computed in float32, from copies.
-  m.def("widens(Tensor rows) -> bool");
+  // How products of such rows are computed.
+  m.def("products(Tensor rows) -> str");
 }

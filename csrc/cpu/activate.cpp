@@ -9,173 +9,10 @@
 
 #include <tuple>
 
-#include "../activation.h"
-#include "rows.h"
-#include "vector.h"
+#include "activate_rows.h"
 
 namespace moe_ext {
 namespace {
-
-constexpr int64_t kPiece = 512;
-
-// A piece of a row, whose gate is activated and multiplied by `up`.
-template <typename T>
-struct Forward {
-  const T* gate;
-  const T* up;  // null without a gate
-  T* out;
-  T weight;
-};
-
-template <typename T>
-struct Backward {
-  const T *grad, *gate, *up;
-  T *grad_gate, *grad_up, *active;  // active: fn(gate) * up, not weighed
-  T weight;
-};
-
-// fn(x) and fn'(x) of as many floats as V holds, by the formulas of `activated`.
-struct Silu {
-  template <typename V>
-  MOE_EXT_INLINE static void run(const V& x, V& value, V& slope) {
-    V divisor = -x;
-    exponential(divisor);
-    divisor += 1.0f;
-    const V sigmoid = 1.0f / divisor;
-    value = x * sigmoid;
-    slope = sigmoid + value * (1.0f - sigmoid);
-  }
-};
-
-struct Gelu {
-  template <typename V>
-  MOE_EXT_INLINE static void run(const V& x, V& value, V& slope) {
-    const V size = x < 0 ? -x : x;
-    V bell = x * x * -0.5f;
-    exponential(bell);
-    // P(N(0, 1) <= -u) * e^(u * u / 2) = t * a polynomial in t = 1 / (1 + 0.3 u): least squares on
-    // Chebyshev points of u in [0, 14], weighted until the largest relative error was
-    // least, 3.4e-9. Beyond, `bell` is zero.
-    constexpr float kPowers[] = {-0.0206128303f, 0.112375781f,  -0.228067517f, 0.191581681f,
-                                 -0.0792473257f, 0.0960578173f, 0.0784255862f, 0.110227324f,
-                                 0.119572841f,   0.119686633f};
-    const V t = 1.0f / (1.0f + 0.3f * size);
-    V sum = V{};
-    for (const float power : kPowers) sum = sum * t + power;
-    const V tail = bell * (t * sum);
-    const V below = x > 0 ? 1.0f - tail : tail;
-    constexpr float kInverseSqrt2Pi = 0.398942280f;
-    value = x * below;
-    slope = below + x * kInverseSqrt2Pi * bell;
-  }
-};
-
-template <typename V, typename Function>
-MOE_EXT_INLINE void activate_some(const Forward<float>& p, int64_t i) {
-  V gate, value, slope;
-  load_as(gate, p.gate + i);
-  Function::run(gate, value, slope);
-  if (p.up) {
-    V up;
-    load_as(up, p.up + i);
-    value *= up;
-  }
-  store_as(p.weight * value, p.out + i);
-}
-
-template <typename V, typename Function>
-MOE_EXT_INLINE void activate_some(const Backward<float>& p, int64_t i) {
-  V grad, gate, value, slope;
-  load_as(grad, p.grad + i);
-  load_as(gate, p.gate + i);
-  Function::run(gate, value, slope);
-  const V weighed = p.weight * grad;
-  if (p.up) {
-    V up;
-    load_as(up, p.up + i);
-    store_as(weighed * value, p.grad_up + i);
-    value *= up;
-    slope *= up;
-  }
-  store_as(value, p.active + i);
-  store_as(weighed * slope, p.grad_gate + i);
-}
-
-template <int bytes, typename Function, typename Piece>
-MOE_EXT_INLINE void activate_all(const Piece& p, int64_t size) {
-  constexpr int64_t kWidth = bytes / sizeof(float);
-  int64_t i = 0;
-  for (; i + kWidth <= size; i += kWidth) activate_some<Vector<float, bytes>, Function>(p, i);
-  for (; i < size; ++i) activate_some<float, Function>(p, i);
-}
-
-// Activates floats by vector code that the compiler does not write by itself; false where it does.
-template <int bytes, typename Piece>
-MOE_EXT_INLINE bool activate_as_vectors(Activation activation, const Piece& p, int64_t size) {
-  if (activation == Activation::kRelu) return false;
-  if (activation == Activation::kSwiglu) {
-    activate_all<bytes, Silu>(p, size);
-  } else {
-    activate_all<bytes, Gelu>(p, size);
-  }
-  return true;
-}
-
-template <int bytes, typename T>
-MOE_EXT_INLINE void activate_piece(Activation activation, const Forward<T>& p, int64_t size) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (activate_as_vectors<bytes>(activation, p, size)) return;
-  }
-  for (int64_t i = 0; i < size; ++i) {
-    const T value = activated(activation, p.gate[i]).value;
-    p.out[i] = p.weight * (p.up ? value * p.up[i] : value);
-  }
-}
-
-template <int bytes, typename T>
-MOE_EXT_INLINE void activate_piece(Activation activation, const Backward<T>& p, int64_t size) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (activate_as_vectors<bytes>(activation, p, size)) return;
-  }
-  for (int64_t i = 0; i < size; ++i) {
-    const auto [value, slope] = activated(activation, p.gate[i]);
-    const T weighed = p.weight * p.grad[i];
-    p.active[i] = p.up ? value * p.up[i] : value;
-    p.grad_gate[i] = weighed * slope * (p.up ? p.up[i] : T{1});
-    if (p.up) p.grad_up[i] = weighed * value;
-  }
-}
-
-// Pieces of rows in the type that is computed in: the rows themselves, or copies of 16-bit ones.
-template <typename scalar_t>
-class Piece {
- public:
-  using T = accumulate_t<scalar_t>;
-  static constexpr bool kCopies = !std::is_same_v<T, scalar_t>;
-
-  MOE_EXT_INLINE const T* read(const scalar_t* from, int64_t size) {
-    if constexpr (!kCopies)
-      return from;
-    else {
-      for (int64_t i = 0; i < size; ++i) values_[i] = static_cast<T>(from[i]);
-      return values_;
-    }
-  }
-  MOE_EXT_INLINE T* target(scalar_t* to) {
-    if constexpr (!kCopies)
-      return to;
-    else
-      return values_;
-  }
-  MOE_EXT_INLINE void write(scalar_t* to, int64_t size) const {
-    if constexpr (kCopies) {
-      for (int64_t i = 0; i < size; ++i) to[i] = static_cast<scalar_t>(values_[i]);
-    }
-  }
-
- private:
-  T values_[kCopies ? kPiece : 1];
-};
 
 template <typename scalar_t>
 struct ActivateRoutes {
@@ -189,20 +26,12 @@ struct ActivateRoutes {
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
     const bool gated = is_gated(activation);
-    Piece<scalar_t> gate, up, result;
     for (int64_t route = begin; route < end; ++route) {
       if (!routes.has_row(route, bad_slot)) continue;
-      const scalar_t* row = pre_activation + routes.slots[route] * inner_width;
-      scalar_t* to = active + routes.slots[route] * width;
-      const T weight = routes.weights ? routes.weights[route] : T{1};
-      for (int64_t f = 0; f < width; f += kPiece) {
-        const int64_t size = std::min(kPiece, width - f);
-        const Forward<T> piece{gate.read(row + f, size),
-                               gated ? up.read(row + width + f, size) : nullptr,
-                               result.target(to + f), weight};
-        activate_piece<bytes>(activation, piece, size);
-        result.write(to + f, size);
-      }
+      const scalar_t* gate = pre_activation + routes.slots[route] * inner_width;
+      activate_row<bytes>(activation, gate, gated ? gate + width : nullptr,
+                          routes.weights ? routes.weights[route] : T{1},
+                          active + routes.slots[route] * width, width);
     }
   }
 };
@@ -236,35 +65,17 @@ struct ActivateBackwardRoutes {
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
     const bool gated = is_gated(activation);
-    Piece<scalar_t> upstream, gate, up, grad_gate, grad_up, result;
-    T unweighed[kPiece];
     for (int64_t route = begin; route < end; ++route) {
       grad_weights[route] = 0;
       if (!routes.has_row(route, bad_slot)) continue;
       const int64_t row = routes.slots[route];
-      const T weight = routes.weights[route];
-      T sum = 0;
-      for (int64_t f = 0; f < width; f += kPiece) {
-        const int64_t size = std::min(kPiece, width - f);
-        const scalar_t* from = pre_activation + row * inner_width + f;
-        scalar_t* to = grad_pre_activation + row * inner_width + f;
-        const Backward<T> piece{upstream.read(grad + row * width + f, size),
-                                gate.read(from, size),
-                                gated ? up.read(from + width, size) : nullptr,
-                                grad_gate.target(to),
-                                gated ? grad_up.target(to + width) : nullptr,
-                                unweighed,
-                                weight};
-        activate_piece<bytes>(activation, piece, size);
-        grad_gate.write(to, size);
-        if (gated) grad_up.write(to + width, size);
-        sum += dot<bytes>(piece.grad, unweighed, size);
-        scalar_t* to_active = active + row * width + f;
-        T* weighed = result.target(to_active);
-        for (int64_t i = 0; i < size; ++i) weighed[i] = weight * unweighed[i];
-        result.write(to_active, size);
-      }
-      grad_weights[route] = sum;
+      const scalar_t* gate = pre_activation + row * inner_width;
+      scalar_t* grad_gate = grad_pre_activation + row * inner_width;
+      const RowBackward<scalar_t> backward{
+          grad + row * width,    gate,      gated ? gate + width : nullptr,
+          routes.weights[route], grad_gate, gated ? grad_gate + width : nullptr,
+          active + row * width};
+      grad_weights[route] = backward.template run<bytes>(activation, width);
     }
   }
 };

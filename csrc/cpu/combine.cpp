@@ -74,11 +74,19 @@ void combine_kernel(const CombineArgs& a, const Tensor& out) {
   routes.check("combine", bad_slot);
 }
 
+}  // namespace
+
+void combine(const CombineArgs& a, const Tensor& out) {
+  visit_float(a.rows.scalar_type(), [&](auto zero) { combine_kernel<decltype(zero)>(a, out); });
+}
+
+namespace {
+
 Tensor combine_cpu(const Tensor& rows, const Tensor& slots, const Tensor& sources,
                    const OptionalTensor& weights) {
   const CombineArgs a = combine_args(rows, slots, sources, weights);
   Tensor tokens = fresh(a.rows, {a.routes.num_tokens, a.hidden}, a.rows.scalar_type());
-  visit_float(a.rows.scalar_type(), [&](auto zero) { combine_kernel<decltype(zero)>(a, tokens); });
+  combine(a, tokens);
   return tokens;
 }
 

@@ -1,5 +1,5 @@
-// One matrix product on one thread, whatever the dtype: of few rows by the loops of few_rows.h,
-// else by torch's GEMM.
+// One matrix product on one thread, whatever the dtype: of few rows by the loops of few_rows.h, of
+// floats by those of block_product.h, else by torch's GEMM.
 //
 // Without instructions for a 16-bit type torch multiplies it ten to a hundred times slower than
 // float32: there operands are widened, a block that fits the cache at a time, and sums stay float32
@@ -11,6 +11,7 @@
 #include <array>
 #include <optional>
 
+#include "block_product.h"
 #include "few_rows.h"
 
 namespace moe_ext {
@@ -39,9 +40,24 @@ inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
 #endif
 }
 
+// Whether floats are multiplied by block_product.h. Torch's library uses the widest registers on
+// Intel's CPUs alone; on others it is half as fast with 64 bytes, and as fast with 32.
+// MOE_EXT_OWN_PRODUCTS says yes on every CPU that has the registers: for tests.
+inline bool multiplies_floats() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#if !defined(MOE_EXT_OWN_PRODUCTS)
+  if (__builtin_cpu_is("intel")) return false;
+#endif
+  return register_bytes() >= 32;
+#else
+  return false;
+#endif
+}
+
 // out = left @ right^T + first; `first` is one row for all of out's, or out itself, or nothing.
-inline void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
-                     const std::optional<Matrix>& first) {
+inline void multiply_by_torch(const Matrix& out, const Matrix& left, const Matrix& right,
+                              const std::optional<Matrix>& first) {
   using torch::stable::detail::from;
   const Tensor target = out.tensor();
   OptionalTensor added;
@@ -61,25 +77,32 @@ class Gemm {
     multiplies_natively(dtype) ? pads_ = true : widens_ = true;
   }
 
-  // Whether the loops of few_rows.h multiply these rows, by weights that are dense in a dimension:
-  // up to so many they are faster than torch's GEMM.
-  static bool takes_few([[maybe_unused]] const Matrix& rows) {
+  static std::string description(ScalarType dtype) {
+    if (dtype == ScalarType::Float && multiplies_floats()) return "own loops";
+    std::string text = "torch's GEMM";
+    if (dtype != ScalarType::Float && dtype != ScalarType::Double && !multiplies_natively(dtype)) {
+      text = "in float32, as this CPU's torch has no " + dtype_name(dtype) + " instructions";
+    }
 #if defined(__x86_64__)
-    constexpr int64_t kFewRows = 16;
-    return rows.rows > 0 && rows.rows <= kFewRows && has_lanes(rows.dtype);
-#else
-    return false;
+    if (has_lanes(dtype)) {
+      return "own loops up to " + std::to_string(kFewRows) + " rows of an expert, else " + text;
+    }
 #endif
+    return text;
   }
 
   // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N]
   void rows_by_weight(const Matrix& out, const Matrix& rows, const Matrix& weight,
                       const std::optional<Matrix>& bias) {
 #if defined(__x86_64__)
-    if (takes_few(rows) && rows.column_stride == 1 && out.column_stride == 1) {
+    if (has_lanes(rows.dtype) && rows.column_stride == 1 && out.column_stride == 1) {
       const Matrix* first = bias ? &*bias : nullptr;
-      if (weight.column_stride == 1) return on_widest(FewRows{out, rows, weight, first}, left_);
-      if (weight.row_stride == 1) return on_widest(FewRowsFlat{out, rows, weight, first}, left_);
+      if (weight.column_stride == 1 && rows.rows <= most_rows(rows)) {
+        return on_widest(FewRows{out, rows, weight, first}, left_);
+      }
+      if (weight.row_stride == 1 && rows.rows <= kFewRows) {
+        return on_widest(FewRowsFlat{out, rows, weight, first}, left_);
+      }
     }
 #endif
     const int64_t padded = pads_ ? padded_size(rows.rows) : rows.rows;
@@ -99,8 +122,8 @@ class Gemm {
   // out [N, M] = left [n, N]^T @ right [n, M]
   void outer(const Matrix& out, const Matrix& left, const Matrix& right) {
 #if defined(__x86_64__)
-    if (takes_few(left) && left.column_stride == 1 && right.column_stride == 1 &&
-        out.column_stride == 1) {
+    if (has_lanes(left.dtype) && left.dtype != ScalarType::Float && left.rows <= kFewRows &&
+        left.column_stride == 1 && right.column_stride == 1 && out.column_stride == 1) {
       return on_widest(FewOuter{out, left, right}, left_);
     }
 #endif
@@ -115,6 +138,30 @@ class Gemm {
 
  private:
   static constexpr int64_t kRows = 256;
+  // Up to so many rows the loops of few_rows.h are faster than the others.
+  static constexpr int64_t kFewRows = 16;
+
+  // The same where the rows of the weight are dense: sums over lanes are dear for short rows.
+  static int64_t most_rows([[maybe_unused]] const Matrix& rows) {
+    if (rows.dtype != ScalarType::Float || !multiplies_floats()) return kFewRows;
+    return std::clamp<int64_t>(rows.columns / 16, 4, 64);
+  }
+
+  // out = left @ right^T + first, as of multiply_by_torch.
+  void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
+                const std::optional<Matrix>& first) {
+#if defined(__x86_64__)
+    const auto is_dense = [](const Matrix& matrix) {
+      return matrix.row_stride == 1 || matrix.column_stride == 1;
+    };
+    if (out.dtype == ScalarType::Float && out.column_stride == 1 && is_dense(left) &&
+        is_dense(right) && multiplies_floats()) {
+      const BlockProduct product{out, left, right.transposed(), first ? &*first : nullptr};
+      return on_widest(product, packed_left_, packed_right_);
+    }
+#endif
+    multiply_by_torch(out, left, right, first);
+  }
 
   // The next of eight sizes for every doubling.
   static int64_t padded_size(int64_t n) {
@@ -136,7 +183,7 @@ class Gemm {
   }
 
   bool widens_ = false, pads_ = false;
-  Panel left_, right_, out_, bias_;
+  Panel left_, right_, out_, bias_, packed_left_, packed_right_;
 };
 
 }  // namespace moe_ext

@@ -44,18 +44,36 @@ struct Routes {
     return false;
   }
 
+  // Whether a row has a route. One whose route has another row is noted.
+  bool has_route(int64_t row, Fault& bad_source) const {
+    const int64_t route = sources[row];
+    if (route == -1) return false;
+    if (!in_range(route, size()) || slots[route] != row) bad_source.note(row);
+    return true;
+  }
+
   // Zeroes the rows that no route has, and notes those whose route has another one.
   void zero_empty_rows(scalar_t* rows, int64_t hidden, Fault& bad_source) const {
     parallel_for(0, num_rows, grain(hidden * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        const int64_t route = sources[r];
-        if (route == -1) {
+        if (!has_route(r, bad_source)) {
           std::memset(static_cast<void*>(rows + r * hidden), 0, hidden * sizeof(scalar_t));
-        } else if (!in_range(route, size()) || slots[route] != r) {
-          bad_source.note(r);
         }
       }
     });
+  }
+
+  // Raises for the first slot or source at fault.
+  void check_all(const char* op) const {
+    Fault bad_slot, bad_source;
+    const int64_t at_a_time = grain(2 * sizeof(int32_t));
+    parallel_for(0, size(), at_a_time, [&](int64_t begin, int64_t end) {
+      for (int64_t route = begin; route < end; ++route) has_row(route, bad_slot);
+    });
+    parallel_for(0, num_rows, at_a_time, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) has_route(r, bad_source);
+    });
+    check(op, bad_slot, bad_source);
   }
 
   void check(const char* op, const Fault& bad_slot, const Fault& bad_source = {}) const {
@@ -144,6 +162,9 @@ class RowWriter {
 
   bool streams_;
 };
+
+// Fills `out` [T, H]; combine.cpp.
+void combine(const CombineArgs& a, const Tensor& out);
 
 constexpr int64_t kSumLanes = 16;
 

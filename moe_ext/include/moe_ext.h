@@ -131,6 +131,24 @@ inline at::Tensor route_dot(const at::Tensor& tokens, const at::Tensor& rows, co
   return detail::call<at::Tensor>(op, tokens, rows, plan.slots, plan.sources);
 }
 
+// tokens [T, H], weights [T, K], up [E, G, H], down [E, H, F], up_bias [E, G], down_bias [E, H] ->
+// [T, H]; activation: swiglu or geglu with G = 2F, gelu or relu with G = F. On the CPU alone, as
+// grouped_mm.
+inline at::Tensor feed_forward(const at::Tensor& tokens, const Plan& plan,
+                               const at::Tensor& weights, const at::Tensor& up,
+                               const at::Tensor& down, std::string_view activation,
+                               const OptionalTensor& up_bias = std::nullopt,
+                               const OptionalTensor& down_bias = std::nullopt,
+                               bool score_before_experts = false) {
+  static const c10::OperatorHandle op = detail::find("moe_ext::feed_forward");
+  const std::optional<c10::SymInt> capacity =
+      plan.capacity ? std::make_optional<c10::SymInt>(*plan.capacity) : std::nullopt;
+  auto [out, pre_activation] = detail::call<std::tuple<at::Tensor, at::Tensor>>(
+      op, tokens, plan.slots, plan.sources, plan.offsets, plan.load, weights, up, down, up_bias,
+      down_bias, activation, score_before_experts, capacity, false);
+  return out;
+}
+
 // rows [R, M], weights [E, N, M], bias [E, N] -> [R, N]. On the CPU alone: on CUDA the Python
 // package uses torch's products.
 inline at::Tensor grouped_mm(const at::Tensor& rows, const at::Tensor& weights, const Plan& plan,

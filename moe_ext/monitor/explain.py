@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layer import Layer
-from ..ops import reference, registry, torch_grouped_mm
+from ..ops import composed, reference, registry, torch_grouped_mm
 from .patching import entry, is_of_transformers, named_layers, replaced
 
 # Operators that copy values of a tensor, or their number, to the host.
@@ -190,6 +190,9 @@ def _other_implementations(model: nn.Module) -> Iterator[str]:
             )
 
 
+_PRODUCTS = torch_grouped_mm.OPERATORS | composed.OPERATORS
+
+
 class _Trace(TorchDispatchMode):
     supports_higher_order_operators = True
 
@@ -217,17 +220,20 @@ class _Trace(TorchDispatchMode):
 
     def _called(self, name: str, func, args: tuple):
         call = _call(name, args, self.layer)
+        if call.backend == "operators":
+            with self:
+                return composed.OPERATORS[name](*args)
         # These backends consist of other operators: the function itself is called to see them.
-        composed = {
+        in_python = {
             "torch": torch_grouped_mm.OPERATORS.get(name),
             "reference": getattr(reference, name),
         }
-        if call.backend not in composed:
+        if call.backend not in in_python:
             self.calls.append(call)
             return func(*args)
         inside = _Trace()
         with inside:
-            result = composed[call.backend](*args)
+            result = in_python[call.backend](*args)
         self.calls.append(call._replace(synchronisations=inside.reads))
         return result
 
@@ -255,7 +261,7 @@ def _call(name: str, args: tuple, layer: str) -> Call:
 
 
 def _how(name: str, args: tuple, backend: str) -> str:
-    if name not in torch_grouped_mm.OPERATORS:
+    if name not in _PRODUCTS:
         return ""
     first = args[0]
     if backend == "torch":
@@ -263,7 +269,4 @@ def _how(name: str, args: tuple, backend: str) -> str:
         widths = second.shape[1:] if name == "grouped_mm" else (first.shape[1], second.shape[1])
         path, why = torch_grouped_mm.choose(first, tuple(widths), args[-1])
         return f"{path}, as {why}" if why else path
-    if backend == "compiled" and torch.ops.moe_ext.widens(first):
-        dtype = str(first.dtype).removeprefix("torch.")
-        return f"in float32, as this CPU's torch has no {dtype} instructions"
-    return ""
+    return torch.ops.moe_ext.products(first)

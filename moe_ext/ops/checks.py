@@ -28,6 +28,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_transposed(weights: Tensor) -> bool:
+    """Whether weights [E, N, M] are a view of [E, M, N]."""
+    return weights.stride(1) < weights.stride(2)
+
+
 def dropless_rows(num_routes: int, num_experts: int, align: int) -> int:
     """Rows of a plan without capacity: known from shapes, enough for any routing."""
     if align == 1:
@@ -192,31 +197,3 @@ def planned_capacity(check: Check, capacity: int | None, num_rows: int, num_expe
     """A plan's capacity says what its offsets are: e * capacity."""
     if capacity is not None and capacity * num_experts != num_rows:
         check.fail(f"capacity must be R / E with R = {num_rows}, E = {num_experts}, got {capacity}")
-
-
-def feed_forward(
-    tokens: Tensor,
-    num_experts: int,
-    up: Tensor,
-    down: Tensor,
-    activation: str,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    score_before_experts: bool,
-) -> None:
-    """The shapes of an expert's parameters; dtypes are the operators' matter, after autocast."""
-    check = Check("feed_forward")
-    check.shape("tokens", tokens, [("T", None), ("H", None)])
-    check.one_of("activation", activation, ACTIVATIONS)
-    if score_before_experts not in (True, False):
-        check.fail(f"score_before_experts must be True or False, got {score_before_experts!r}")
-    E, H = ("E", num_experts), ("H", tokens.shape[1])
-    check.shape("up", up, [E, ("G", None), H])
-    G = up.shape[1]
-    if activation in GATED and G % 2 != 0:
-        check.fail(f"up must be [E, 2F, H], got {list(up.shape)}")
-    check.shape("down", down, [E, H, ("F", G // 2 if activation in GATED else G)])
-    if up_bias is not None:
-        check.shape("up_bias", up_bias, [E, ("G", G)])
-    if down_bias is not None:
-        check.shape("down_bias", down_bias, [E, H])

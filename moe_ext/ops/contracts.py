@@ -10,9 +10,10 @@ has a shape and a dtype:
     acc         float64 beside float64 operands, else float32: the dtype of sums
     int32, float32, or the name of the argument whose dtype it has
 
-`?` marks what may be None. The other arguments have a schema's types. csrc/contracts.h holds the
-same lines for the kernels; both raise the same errors, so that a wrong argument fails alike on
-every backend and at compile time.
+`?` marks what may be None. The other arguments have a schema's types. A result that is an
+argument's name is laid out like it, and empty where that is None; `?flag` makes a result empty
+unless the flag is set. csrc/contracts.h holds the same lines for the kernels; both raise the same
+errors, so that a wrong argument fails alike on every backend and at compile time.
 """
 
 import functools
@@ -54,6 +55,16 @@ CONTRACTS = {
     "activate_backward": "grad[R,F]:pre_activation pre_activation[R,G]:floating slots[T,K]:int32"
     " sources[R]:int32 weights[T,K]:acc activation:str"
     " -> [R,G]:pre_activation [R,F]:pre_activation [T,K]:weights",
+    "feed_forward": "tokens[T,H]:floating slots[T,K]:int32 sources[R]:int32 offsets[E+1]:int32"
+    " load[E]:int32 weights[T,K]:acc up[E,G,H]:floating down[E,H,F]:tokens up_bias[E,G]?:tokens"
+    " down_bias[E,H]?:tokens activation:str score_before_experts:bool capacity:SymInt? keeps:bool"
+    " -> [T,H]:tokens [R,G]:tokens?keeps",
+    "feed_forward_backward": "grad[T,H]:tokens tokens[T,H]:floating pre_activation[R,G]:tokens"
+    " slots[T,K]:int32 sources[R]:int32 offsets[E+1]:int32 load[E]:int32 weights[T,K]:acc"
+    " up[E,G,H]:floating down[E,H,F]:tokens up_bias[E,G]?:tokens down_bias[E,H]?:tokens"
+    " activation:str score_before_experts:bool capacity:SymInt? needs_tokens:bool needs_up:bool"
+    " needs_down:bool -> [T,H]:tokens?needs_tokens up?needs_up down?needs_down up_bias?needs_up"
+    " down_bias?needs_down [T,K]:weights",
 }
 
 # The tensors of a plan, which was made before: what does not fit them is at fault.
@@ -66,7 +77,7 @@ class Argument(NamedTuple):
     """A word of a contract.
 
     Attributes:
-        name: "" for a result
+        name: as in the schema
         dims: the letters of a tensor's shape; None for a number, a name or a flag
         kind: the dtype of a tensor, the schema's type of another argument
         is_optional: may be None
@@ -92,11 +103,25 @@ class Argument(NamedTuple):
         return {"floating": 2, "acc": 3}.get(self.kind, 4)
 
 
+class Result(NamedTuple):
+    """A word after the arrow.
+
+    Attributes:
+        dims: the letters of its shape; None where it is laid out like an argument
+        kind: its dtype, or the argument it is like
+        flag: the argument without which it is empty; None if it never is
+    """
+
+    dims: tuple[str, ...] | None
+    kind: str
+    flag: str | None
+
+
 class Contract(NamedTuple):
     """A parsed line."""
 
     arguments: tuple[Argument, ...]
-    results: tuple[Argument, ...]
+    results: tuple[Result, ...]
 
     @property
     def schema(self) -> str:
@@ -105,7 +130,8 @@ class Contract(NamedTuple):
         return f"({taken}) -> {given if len(self.results) == 1 else f'({given})'}"
 
 
-_WORD = re.compile(r"(\w*)(?:\[([\w+,]+)\])?(\?)?:(\w+)(\?)?")
+_WORD = re.compile(r"(\w+)(?:\[([\w+,]+)\])?(\?)?:(\w+)(\?)?")
+_RESULT = re.compile(r"(?:\[([\w+,]+)\]:)?(\w+)(?:\?(\w+))?")
 
 
 def parse(line: str) -> Contract:
@@ -116,8 +142,14 @@ def parse(line: str) -> Contract:
         letters = tuple(dims.split(",")) if dims else None
         return Argument(name, letters, kind, bool(optional_tensor or optional))
 
+    def result(word: str) -> Result:
+        match = _RESULT.fullmatch(word)
+        assert match, f"not a result of a contract: {word}"
+        dims, kind, flag = match.groups()
+        return Result(tuple(dims.split(",")) if dims else None, kind, flag)
+
     taken, given = line.split(" -> ")
-    return Contract(tuple(map(argument, taken.split())), tuple(map(argument, given.split())))
+    return Contract(tuple(map(argument, taken.split())), tuple(map(result, given.split())))
 
 
 PARSED = {name: parse(line) for name, line in CONTRACTS.items()}
@@ -259,6 +291,16 @@ def _activate(call: _Checking) -> None:
     call.sizes["F"] = G // 2
 
 
+def _feed_forward(call: _Checking) -> None:
+    up, G = call.values["up"], call.sizes["G"]
+    call.same_dtype("up", up, "tokens", call.values["tokens"])
+    has_gate = call.values["activation"] in checks.GATED
+    if has_gate and G % 2 != 0:
+        call.fail(f"up must be [E, 2F, H], got {list(up.shape)}")
+    call.sizes["F"] = G // 2 if has_gate else G
+    _grouped(call)
+
+
 def _grouped(call: _Checking) -> None:
     checks.planned_capacity(call, call.values["capacity"], call.sizes["R"], call.sizes["E"])
 
@@ -270,6 +312,8 @@ _RULES: dict[str, Callable[[_Checking], None]] = {
     "activate_backward": _activate,
     "grouped_mm": _grouped,
     "grouped_outer": _grouped,
+    "feed_forward": _feed_forward,
+    "feed_forward_backward": _feed_forward,
 }
 
 
@@ -295,6 +339,14 @@ def checked(function: Callable) -> Callable:
     return operator
 
 
+def _empty_like(argument: Tensor | None, first: Tensor) -> Tensor:
+    if argument is None:
+        return first.new_empty(0)
+    if argument.dim() == 3 and checks.is_transposed(argument):
+        return argument.new_empty(argument.mT.shape).mT
+    return argument.new_empty(argument.shape)
+
+
 def fake(op: str) -> Callable:
     """An operator that gives shapes and dtypes alone."""
     contract = PARSED[op]
@@ -305,8 +357,11 @@ def fake(op: str) -> Callable:
         sizes = check(op, args)
         values = dict(zip(names, args, strict=True))
 
-        def empty(result: Argument) -> Tensor:
-            assert result.dims is not None
+        def empty(result: Result) -> Tensor:
+            if result.flag and not values[result.flag]:
+                return args[like].new_empty(0)
+            if result.dims is None:
+                return _empty_like(values[result.kind], args[like])
             shape = [sizes["E"] + 1 if letter == "E+1" else sizes[letter] for letter in result.dims]
             if result.kind in values:
                 dtype = values[result.kind].dtype

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks
+from . import checks, composed
 from .contracts import checked
 
 # A test compares the signatures with the contracts by torch.library.infer_schema, which reads
@@ -383,6 +383,64 @@ def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return x * below, below + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
-def widens(rows: Tensor) -> bool:
-    """Whether grouped_mm and grouped_outer of such rows are float32 products of copies."""
-    return False
+def _referred(name: str, *args):
+    return globals()[name](*args)
+
+
+@checked
+def feed_forward(
+    tokens: Tensor,
+    slots: Tensor,
+    sources: Tensor,
+    offsets: Tensor,
+    load: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Optional[Tensor],
+    down_bias: Optional[Tensor],
+    activation: str,
+    score_before_experts: bool,
+    capacity: Optional[int],
+    keeps: bool,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of every token's experts [T, H], and the pre-activations [R, G] where they
+    are kept."""
+    return composed.feed_forward(
+        *(_referred, tokens, slots, sources, offsets, load, weights, up, down, up_bias, down_bias),
+        *(activation, score_before_experts, capacity, keeps),
+    )
+
+
+@checked
+def feed_forward_backward(
+    grad: Tensor,
+    tokens: Tensor,
+    pre_activation: Tensor,
+    slots: Tensor,
+    sources: Tensor,
+    offsets: Tensor,
+    load: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Optional[Tensor],
+    down_bias: Optional[Tensor],
+    activation: str,
+    score_before_experts: bool,
+    capacity: Optional[int],
+    needs_tokens: bool,
+    needs_up: bool,
+    needs_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `feed_forward` for tokens, up, down, up_bias, down_bias and weights."""
+    return composed.feed_forward_backward(
+        *(_referred, grad, tokens, pre_activation, slots, sources, offsets, load, weights),
+        *(up, down, up_bias, down_bias, activation, score_before_experts, capacity),
+        *(needs_tokens, needs_up, needs_down),
+    )
+
+
+def products(rows: Tensor) -> str:
+    """How grouped_mm, grouped_outer and feed_forward multiply such rows."""
+    return "torch's GEMM"

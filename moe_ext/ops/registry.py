@@ -19,11 +19,12 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import toolkit
-from . import contracts, reference, torch_grouped_mm
+from . import composed, contracts, reference, torch_grouped_mm
 from .contracts import CONTRACTS
 
 NAMES = tuple(CONTRACTS)
-QUESTIONS = ("widens",)  # about a tensor's dtype; its values are not read
+_IN_PYTHON = torch_grouped_mm.OPERATORS | composed.OPERATORS
+QUESTIONS = ("products",)  # about a tensor's dtype; its values are not read
 
 _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
@@ -118,7 +119,7 @@ class Libraries:
         for name in (*NAMES, *QUESTIONS):
             if self.library is None:
                 self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
-            kernel = torch_grouped_mm.OPERATORS.get(name) or _loud_on_cuda(getattr(reference, name))
+            kernel = _IN_PYTHON.get(name) or _loud_on_cuda(getattr(reference, name))
             self._python.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
             fake = contracts.fake(name) if name in CONTRACTS else kernel
             torch.library.register_fake(f"moe_ext::{name}", fake, lib=self._python)
@@ -132,7 +133,7 @@ class Libraries:
 
 
 def _schema(name: str) -> torch.FunctionSchema:
-    schema = contracts.PARSED[name].schema if name in CONTRACTS else "(Tensor rows) -> bool"
+    schema = contracts.PARSED[name].schema if name in CONTRACTS else "(Tensor rows) -> str"
     return torch._C.parse_schema(f"moe_ext::{name}{schema}")
 
 
@@ -209,14 +210,16 @@ def run(name: str, *args):
 
 def backend(name: str, device: torch.device | str) -> str:
     """What runs operator `name` on a device: "compiled", "torch" (torch_grouped_mm.py),
-    "reference", or "fake" on meta."""
+    "operators" (composed.py, of smaller ones), "reference", or "fake" on meta."""
     kind = torch.device(device).type
     if kind == "meta":
         return "fake"
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(kind)
     if key and torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_ext::{name}", key):
         return "compiled"
-    return "torch" if name in torch_grouped_mm.OPERATORS and kind != "cpu" else "reference"
+    if kind == "cpu" or name not in _IN_PYTHON:
+        return "reference"
+    return "torch" if name in torch_grouped_mm.OPERATORS else "operators"
 
 
 def why_reference(device: torch.device | str) -> str:

@@ -47,6 +47,11 @@ def arguments(
         "normalize": True,
         "eps": 1e-9,
         "scale": 1.5,
+        "score_before_experts": False,
+        "keeps": True,
+        "needs_tokens": True,
+        "needs_up": True,
+        "needs_down": True,
     }
 
     def value(argument: Argument):

@@ -159,7 +159,10 @@ def test_routed_calls_the_module(shared):
 WRONG = [
     ({"down": (E, H + 1, FFN)}, "down must be [E, H, F] with E = 3, H = 6, F = 4, got [3, 7, 4]"),
     ({"up": (E, 2 * FFN, H + 1)}, "up must be [E, G, H] with E = 3, H = 6, got [3, 8, 7]"),
-    ({"up": (E + 1, 2 * FFN, H)}, "up must be [E, G, H] with E = 3, H = 6, got [4, 8, 6]"),
+    (
+        {"up": (E + 1, 2 * FFN, H)},
+        "up must be [E, G, H] with E = 3, H = 6 like the plan's load [3], got [4, 8, 6]",
+    ),
     ({"up": (E, 7, H)}, "up must be [E, 2F, H], got [3, 7, 6]"),
     ({"up_bias": (E, FFN)}, "up_bias must be [E, G] with E = 3, G = 8, got [3, 4]"),
     ({"down_bias": (E, 1)}, "down_bias must be [E, H] with E = 3, H = 6, got [3, 1]"),

@@ -17,6 +17,7 @@ TENSORS = [
     for i, argument in enumerate(contract.arguments)
     if argument.dims is not None
 ]
+GEMMS = ("grouped", "feed_forward")
 each_operator = pytest.mark.parametrize("op", registry.NAMES)
 each_tensor = pytest.mark.parametrize(
     ("op", "i", "argument"), TENSORS, ids=lambda value: getattr(value, "name", value)
@@ -59,7 +60,7 @@ def test_fakes_have_the_shapes_and_dtypes_of_results(op, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_again(op, dtype, device, poisoned):
     """On any number of threads; a GEMM's rounding may depend on how many there are."""
-    is_gemm = op.startswith("grouped")
+    is_gemm = op.startswith(GEMMS)
     args = samples.arguments(op, device, dtype, T=2000, K=3, E=16, H=100, F=300)
     before, first = torch.get_num_threads(), None
     try:
@@ -90,7 +91,7 @@ def test_strides_do_not_matter(op, dtype, device, lay_out):
     others = tuple(lay_out(a) if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args)
     assert any(not tensor.is_contiguous() for tensor in samples.tensors(others))
     results = call_operator(op, args), call_operator(op, others)
-    if op.startswith("grouped"):
+    if op.startswith(GEMMS):
         close = 10 * torch.finfo(dtype).eps
         for one, other in zip(*results, strict=True):
             assert (one - other).norm() <= close * one.norm()
@@ -101,6 +102,7 @@ def test_strides_do_not_matter(op, dtype, device, lay_out):
 def other_arguments(op, args):
     """No optional tensors, and other names."""
     other = {"scoring": "sigmoid", "activation": "geglu", "normalize": False, "order": "token"}
+    other |= {"score_before_experts": True, "keeps": False, "needs_up": False}
     return tuple(
         None if argument.dims and argument.is_optional else other.get(argument.name, value)
         for argument, value in zip(contracts.PARSED[op].arguments, args, strict=True)
@@ -156,7 +158,7 @@ def test_a_wrong_size(op, i, argument):
         size = args[i].shape[dim]
         text = same_error(op, replaced(args, i, args[i].narrow(dim, 0, size - 1)))
         assert re.match(rf"({'|'.join(sharing)}|k|capacity) must be ", text)
-        assert f"{letter[0]} = " in text or f"{letter[0]}+1 = " in text or "[R, 2F]" in text
+        assert f"{letter[0]} = " in text or f"{letter[0]}+1 = " in text or "2F" in text
 
 
 WRONG_NUMBERS = {

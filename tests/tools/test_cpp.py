@@ -86,7 +86,8 @@ def test_cmake_builds_the_same_library(tmp_path, registers, optimize):
     """Also for CPUs with narrower registers and without instructions for 16 bits."""
     cmake(
         *("-S", str(ROOT), "-B", str(tmp_path), f"-DPython3_EXECUTABLE={sys.executable}"),
-        f"-DCMAKE_CXX_FLAGS=-DMOE_EXT_WIDEN_16BIT -DMOE_EXT_REGISTERS={registers}",
+        "-DCMAKE_CXX_FLAGS=-DMOE_EXT_WIDEN_16BIT -DMOE_EXT_OWN_PRODUCTS "
+        f"-DMOE_EXT_REGISTERS={registers}",
         f"-DCMAKE_CXX_FLAGS_RELEASE={optimize}",  # the first builds in half the time
     )
     cmake("--build", str(tmp_path), "--parallel", "2")
@@ -125,7 +126,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     gate, up = pre_activation.float().chunk(2, dim=-1)
     exact = torch.nn.functional.silu(gate) * up
     torch.testing.assert_close(active.float(), exact, rtol=4 * eps, atol=4 * eps)
-for dtype in (torch.bfloat16, torch.float16):
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
     rows, weights = torch.randn(605, 300).to(dtype), torch.randn(3, 530, 300).to(dtype)
     bias = torch.randn(3, 530).to(dtype)
     strided = weights.transpose(1, 2).contiguous().transpose(1, 2)

@@ -26,7 +26,7 @@ def test_ranges_name_the_layers_and_their_parts():
     assert names.index("moe_ext.layer 0") < names.index("moe_ext.gate")
     inside = {event.name: event.cpu_parent for event in profiled.events()}
     assert inside["moe_ext.gate"].name.startswith("moe_ext.layer")
-    assert inside["moe_ext::combine"] is not None
+    assert inside["moe_ext::feed_forward"] is not None
 
 
 def test_experts_of_deepspeed_are_named():

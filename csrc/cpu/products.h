@@ -1,0 +1,203 @@
+// Products of every expert's rows, in tiles.
+//
+// The rows of expert e that routes own are offsets[e] and the min(load[e], offsets[e+1] -
+// offsets[e]) after it. A thread takes whole tiles of their products: many small experts keep all
+// threads busy, and so does one that has all rows.
+
+#pragma once
+
+#include <exception>
+#include <mutex>
+#include <vector>
+
+#include "gemm.h"
+
+namespace moe_ext {
+
+// A part of one expert's product: rows and columns of what comes out.
+struct Tile {
+  int64_t expert, row_begin, row_end, column_begin, column_end;
+  int product;  // which one, where there are several
+
+  int64_t rows() const { return row_end - row_begin; }
+  int64_t columns() const { return column_end - column_begin; }
+  Matrix of(const Matrix& matrix) const {
+    return matrix.row_range(row_begin, row_end).column_range(column_begin, column_end);
+  }
+};
+
+// The rows that routes own, of every expert.
+struct Range {
+  int64_t begin, end;
+};
+
+inline std::vector<Range> owned_rows(const Check& check, const Groups& groups, int64_t num_rows) {
+  const int32_t* offsets = const_data<int32_t>(groups.offsets);
+  const int32_t* load = const_data<int32_t>(groups.load);
+  int64_t previous = 0;
+  for (int64_t e = 0; e <= groups.num_experts; ++e) {
+    if (offsets[e] < previous || offsets[e] > num_rows || (e == 0 && offsets[e] != 0)) {
+      check.fail("offsets must rise from 0 to at most R = ", num_rows, ", got ", offsets[e],
+                 " at [", e, "]");
+    }
+    previous = offsets[e];
+  }
+  std::vector<Range> ranges;
+  for (int64_t e = 0; e < groups.num_experts; ++e) {
+    if (load[e] < 0) check.fail("load must not be negative, got ", load[e], " at [", e, "]");
+    const int64_t begin = offsets[e], room = offsets[e + 1] - offsets[e];
+    ranges.push_back({begin, begin + std::min<int64_t>(load[e], room)});
+  }
+  return ranges;
+}
+
+inline void zero_rows(const Matrix& matrix, int64_t begin, int64_t end) {
+  const Matrix rows = matrix.row_range(begin, end);
+  std::memset(rows.data, 0, rows.rows * rows.columns * rows.width());
+}
+
+inline void zero_unowned(const Matrix& out, const std::vector<Range>& owned) {
+  int64_t done = 0;
+  for (const Range& range : owned) {
+    zero_rows(out, done, range.begin);
+    done = range.end;
+  }
+  zero_rows(out, done, out.rows);
+}
+
+// Sizes of tiles: as large as keeps all threads busy.
+struct TileSize {
+  static constexpr int64_t kRows = 256, kOuterRows = 512, kColumns = 1024, kLeast = 128;
+
+  int64_t rows, columns;
+
+  // of: rows and columns of each product
+  static TileSize fit(const std::vector<Range>& rows, int64_t columns, TileSize size) {
+    const int64_t wanted = 4 * torch::stable::get_num_threads();
+    const auto parts = [](int64_t all, int64_t part) { return (all + part - 1) / part; };
+    const auto count = [&] {
+      int64_t tiles = 0;
+      for (const auto [begin, end] : rows) tiles += parts(end - begin, size.rows);
+      return tiles * parts(columns, size.columns);
+    };
+    while (size.columns > kLeast && count() < wanted) size.columns /= 2;
+    return size;
+  }
+};
+
+inline void add_tiles(std::vector<Tile>& tiles, const Tile& all, TileSize size) {
+  // Rows are divided evenly: a rest of few rows would be multiplied by other loops.
+  const int64_t count = std::max<int64_t>(1, (all.rows() + size.rows - 1) / size.rows);
+  const int64_t rows = (all.rows() + count - 1) / count;
+  for (int64_t column = all.column_begin; column < all.column_end; column += size.columns) {
+    for (int64_t row = all.row_begin; row < all.row_end; row += rows) {
+      tiles.push_back({all.expert, row, std::min(row + rows, all.row_end), column,
+                       std::min(column + size.columns, all.column_end), all.product});
+    }
+  }
+}
+
+// Tiles of the products of ranges of rows, one for each expert, to so many columns.
+inline void add_tiles(std::vector<Tile>& tiles, const std::vector<Range>& rows, int64_t columns,
+                      TileSize largest = {TileSize::kRows, TileSize::kColumns}, int product = 0) {
+  const TileSize size = TileSize::fit(rows, columns, largest);
+  for (size_t e = 0; e < rows.size(); ++e) {
+    const auto [begin, end] = rows[e];
+    add_tiles(tiles, {static_cast<int64_t>(e), begin, end, 0, columns, product}, size);
+  }
+}
+
+// Tiles of the sums of outer products, [rows, columns] for each expert.
+inline void add_outer_tiles(std::vector<Tile>& tiles, int64_t num_experts, int64_t rows,
+                            int64_t columns, int product = 0) {
+  add_tiles(tiles, std::vector<Range>(num_experts, {0, rows}), columns,
+            {TileSize::kOuterRows, TileSize::kColumns}, product);
+}
+
+// A thread's products and memory.
+struct Worker {
+  explicit Worker(ScalarType dtype) : gemm(dtype) {}
+
+  Gemm gemm;
+  Panel left, right, out;
+};
+
+// body(worker, tile) for all. A thread that is done takes the next one: products of few rows are
+// slower than their size says. What a body throws is thrown again here.
+template <typename Body>
+void run(const std::vector<Tile>& tiles, ScalarType dtype, const Body& body) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles.size());
+  std::atomic<size_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr failure;
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    try {
+      Worker worker(dtype);
+      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tiles.size();) {
+        body(worker, tiles[i]);
+      }
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!failure) failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
+// The rows of a product: as they lie, or those of tokens, by the routes of the rows.
+struct Rows {
+  Matrix matrix;  // [R, M], or [T, M] with sources
+  const int32_t* sources = nullptr;
+  int64_t top_k = 1;
+
+  // Some rows and columns; tokens are gathered into `memory`.
+  Matrix range(int64_t begin, int64_t end, int64_t column_begin, int64_t column_end,
+               Panel& memory) const {
+    const Matrix columns = matrix.column_range(column_begin, column_end);
+    if (!sources) return columns.row_range(begin, end);
+    const Matrix panel = memory.get(matrix.dtype, end - begin, columns.columns);
+    const int64_t bytes = columns.columns * columns.width();
+    for (int64_t r = begin; r < end; ++r) {
+      char* to = panel.data + (r - begin) * bytes;
+      if (sources[r] < 0) {
+        std::memset(to, 0, bytes);
+      } else {
+        std::memcpy(to, columns.row_range(sources[r] / top_k, 0).data, bytes);
+      }
+    }
+    return panel;
+  }
+};
+
+// One row of a bias, as far as a tile goes.
+inline std::optional<Matrix> bias_of(const OptionalTensor& bias, int64_t expert,
+                                     int64_t column_begin, int64_t column_end) {
+  if (!bias) return std::nullopt;
+  return matrix_of(*bias).row_range(expert, expert + 1).column_range(column_begin, column_end);
+}
+
+// A tile of out = rows @ weights[e]^T + bias[e].
+inline void multiply_tile(Worker& worker, const Tile& t, const Matrix& out, const Rows& rows,
+                          const Matrix& weight, const OptionalTensor& bias) {
+  worker.gemm.rows_by_weight(
+      t.of(out), rows.range(t.row_begin, t.row_end, 0, rows.matrix.columns, worker.left),
+      weight.row_range(t.column_begin, t.column_end),
+      bias_of(bias, t.expert, t.column_begin, t.column_end));
+}
+
+// A tile of out[e] = left^T @ right over the owned rows.
+inline void outer_tile(Worker& worker, const Tile& t, const Range& owned, const Matrix& out,
+                       const Rows& left, const Rows& right) {
+  const auto [begin, end] = owned;
+  if (begin == end) {
+    const Matrix tile = t.of(out);
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      std::memset(tile.row_range(row, row + 1).data, 0, tile.columns * tile.width());
+    }
+    return;
+  }
+  worker.gemm.outer(t.of(out), left.range(begin, end, t.row_begin, t.row_end, worker.left),
+                    right.range(begin, end, t.column_begin, t.column_end, worker.right));
+}
+
+}  // namespace moe_ext

@@ -1,0 +1,162 @@
+"""The experts' operators, made of the smaller ones.
+
+`run(name, *args)` calls a smaller operator: one of the dispatcher where a device has no kernel of
+its own, a reference, or an autograd.Function where the operands of each are saved.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .checks import is_transposed
+from .contracts import check
+
+Run = Callable[..., Tensor]
+
+
+def feed_forward(
+    run: Run,
+    tokens: Tensor,
+    slots: Tensor,
+    sources: Tensor,
+    offsets: Tensor,
+    load: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    score_before_experts: bool,
+    capacity: int | None,
+    keeps: bool,
+) -> tuple[Tensor, Tensor]:
+    """combine(grouped_mm(activate(grouped_mm(dispatch(tokens), up)), down), weights), [T, H], and
+    the pre-activation where it is kept, [R, G]. A route's weight is a factor of its output, or of
+    its activation where it is weighed before."""
+    routes, groups = (slots, sources), (offsets, load, capacity)
+    pre_activation = project_up(run, tokens, up, up_bias, routes, groups)
+    before, after = (weights, None) if score_before_experts else (None, weights)
+    active = run("activate", pre_activation, *routes, before, activation)
+    if not keeps:
+        pre_activation = pre_activation.new_empty(0)
+    rows = run("grouped_mm", active, down, None if score_before_experts else down_bias, *groups)
+    if score_before_experts and down_bias is not None:
+        factors = run("dispatch", tokens.new_ones(tokens.shape[0], 1), *routes, weights)
+        rows = rows + run("grouped_mm", factors, down_bias.unsqueeze(-1), None, *groups)
+    return run("combine", rows, *routes, after), pre_activation
+
+
+def project_up(
+    run: Run, tokens: Tensor, up: Tensor, bias: Tensor | None, routes: tuple, groups: tuple
+) -> Tensor:
+    """grouped_mm(dispatch(tokens), up, bias)."""
+    return run("grouped_mm", run("dispatch", tokens, *routes, None), up, bias, *groups)
+
+
+def feed_forward_backward(
+    run: Run,
+    grad: Tensor,
+    tokens: Tensor,
+    pre_activation: Tensor,
+    slots: Tensor,
+    sources: Tensor,
+    offsets: Tensor,
+    load: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    score_before_experts: bool,
+    capacity: int | None,
+    needs_tokens: bool,
+    needs_up: bool,
+    needs_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `feed_forward` for tokens, up, down, both biases and weights; an empty
+    tensor for one that is not needed. No product of the forward is repeated, and a route's weight
+    needs no saved output: with y = down @ a,
+
+        d loss / d weight = <grad, y> = <down.T @ grad, a>
+    """
+    routes, groups = (slots, sources), (offsets, load, capacity)
+    grad_rows = run("dispatch", grad, *routes, None)
+    grad_active = run("grouped_mm", grad_rows, down.transpose(1, 2), None, *groups)
+    grad_pre_activation, active, grad_weights = run(
+        "activate_backward", grad_active, pre_activation, *routes, weights, activation
+    )
+    del grad_active
+    grad_down = grad_down_bias = grad.new_empty(0)
+    if needs_down:
+        grad_down = outer_like(run, is_transposed(down), grad_rows, active, groups)
+    if down_bias is not None:
+        one = grad.new_ones(grad.shape[0], 1)
+        dots = run("grouped_mm", grad_rows, down_bias.unsqueeze(1), None, *groups)
+        grad_weights = grad_weights + run("route_dot", one, dots, *routes)
+        if needs_down:
+            factors = run("dispatch", one, *routes, weights)
+            grad_down_bias = run("grouped_outer", grad_rows, factors, *groups).squeeze(-1)
+    del active, grad_rows
+    grad_tokens, grad_up, grad_up_bias = project_up_backward(
+        *(run, grad_pre_activation, tokens, up, up_bias, routes, groups, needs_tokens, needs_up)
+    )
+    return grad_tokens, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_weights
+
+
+def project_up_backward(
+    run: Run,
+    grad: Tensor,
+    tokens: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    routes: tuple,
+    groups: tuple,
+    needs_tokens: bool,
+    needs_up: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `project_up` for tokens, up and bias; an empty tensor for one that is not
+    needed."""
+    grad_tokens = grad_up = grad_bias = grad.new_empty(0)
+    if needs_up:
+        rows = run("dispatch", tokens, *routes, None)
+        grad_up = outer_like(run, is_transposed(up), grad, rows, groups)
+        if bias is not None:
+            grad_bias = sum_of_groups(run, grad, groups)
+    if needs_tokens:
+        rows = run("grouped_mm", grad, up.transpose(1, 2), None, *groups)
+        grad_tokens = run("combine", rows, *routes, None)
+    return grad_tokens, grad_up, grad_bias
+
+
+def outer_like(run: Run, transposed: bool, left: Tensor, right: Tensor, groups: tuple) -> Tensor:
+    """The sum of outer products [E, N, M] of every expert, laid out as its weights are: a gradient
+    of another layout would be copied."""
+    if transposed:
+        return run("grouped_outer", right, left, *groups).transpose(1, 2)
+    return run("grouped_outer", left, right, *groups)
+
+
+def sum_of_groups(run: Run, rows: Tensor, groups: tuple) -> Tensor:
+    """The sum of every expert's rows. [R, N] -> [E, N]."""
+    ones = rows.new_ones(rows.shape[0], 1)
+    return run("grouped_outer", rows, ones, *groups).squeeze(-1)
+
+
+def _dispatched(name: str, *args):
+    return getattr(torch.ops.moe_ext, name).default(*args)
+
+
+def _feed_forward(*args):
+    check("feed_forward", args)
+    return feed_forward(_dispatched, *args)
+
+
+def _feed_forward_backward(*args):
+    check("feed_forward_backward", args)
+    return feed_forward_backward(_dispatched, *args)
+
+
+OPERATORS = {"feed_forward": _feed_forward, "feed_forward_backward": _feed_forward_backward}

@@ -1,0 +1,147 @@
+"""The experts' operators: against the reference, and what they leave alone."""
+
+import itertools
+
+import pytest
+import torch
+from cases import DTYPES, call_operator, plans, random_experts, relative_error, values, weights_for
+
+import moe_ext
+from moe_ext.ops import checks
+
+# T, K, E, H, F: nothing, one token and expert, sizes that end within registers, more rows and
+# columns than a tile, and few rows of an expert beside many.
+SIZES = [
+    (0, 2, 3, 8, 4),
+    (1, 1, 1, 6, 5),
+    (37, 3, 5, 19, 7),
+    (700, 2, 3, 70, 600),
+    (9, 8, 8, 64, 48),
+]
+
+
+def operands(T, K, E, H, F, dtype, device, *, activation="swiglu", bias=True, turned=False):
+    """tokens and weights, up, down and their biases."""
+    G = 2 * F if activation in checks.GATED else F
+
+    def weight(N, M):
+        if turned:
+            return values(E, M, N, dtype=dtype, device=device).mT / max(M, 1) ** 0.5
+        return values(E, N, M, dtype=dtype, device=device) / max(M, 1) ** 0.5
+
+    biases = [values(E, N, dtype=dtype, device=device) if bias else None for N in (G, H)]
+    weights = weights_for(dtype, T, K, device=device)
+    return values(T, H, dtype=dtype, device=device), weights, weight(G, H), weight(H, F), *biases
+
+
+def arguments(plan, tensors, activation, before):
+    tokens, *rest = tensors
+    placed = plan.slots, plan.sources, plan.offsets, plan.load
+    return tokens, *placed, *rest, activation, before, plan.capacity
+
+
+def assert_close(op, args):
+    dtype = args[0].dtype
+    found, expected = call_operator(op, args), call_operator(op, args, "reference")
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        # Both round to the operands' dtype between products.
+        assert relative_error(one, other) < 30 * torch.finfo(dtype).eps
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_reference(size, dtype, device, poisoned):
+    T, K, E, *_ = size
+    for i, plan in enumerate(plans(T, K, E, device)):
+        # Every plan with other options.
+        options = {"bias": i % 2 == 0, "turned": i % 3 == 0}
+        activation, before = checks.ACTIVATIONS[i % 4], i % 5 == 0
+        tensors = operands(*size, dtype, device, activation=activation, **options)
+        args = arguments(plan, tensors, activation, before)
+        _, pre_activation = assert_close("feed_forward", (*args, True))
+        assert_close("feed_forward", (*args, False))
+        grad = torch.randn_like(tensors[0])
+        back = (grad, args[0], pre_activation, *args[1:], True, True, True)
+        assert_close("feed_forward_backward", back)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)))
+def test_gradients_that_are_not_needed_are_empty(needs, device):
+    plan = moe_ext.make_plan(random_experts(9, 2, 3, device), 3)
+    tensors = operands(9, 2, 3, 8, 4, torch.float32, device)
+    args = arguments(plan, tensors, "swiglu", False)
+    _, pre_activation = call_operator("feed_forward", (*args, True))
+    back = tensors[0], args[0], pre_activation, *args[1:], *needs
+    tokens, up, down, up_bias, down_bias, weights = assert_close("feed_forward_backward", back)
+    of_tokens, of_up, of_down = needs
+    assert [tokens.numel() > 0, weights.numel() > 0] == [of_tokens, True]
+    assert [grad.numel() > 0 for grad in (up, up_bias)] == [of_up] * 2
+    assert [grad.numel() > 0 for grad in (down, down_bias)] == [of_down] * 2
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_nan_stays_with_its_token(activation, device):
+    """Tokens of the same experts have the results that they have beside numbers."""
+    plan = moe_ext.make_plan(random_experts(40, 2, 3, device), 3)
+    tensors = operands(40, 2, 3, 16, 8, torch.float32, device, activation=activation)
+    tokens = tensors[0].clone()
+    tokens[7] = torch.nan
+    others = torch.arange(40, device=device) != 7
+
+    def out(tokens):
+        args = arguments(plan, (tokens, *tensors[1:]), activation, False)
+        return call_operator("feed_forward", (*args, False))[0]
+
+    assert out(tokens)[7].isnan().all()
+    assert torch.equal(out(tokens)[others], out(tensors[0])[others])
+
+
+def test_a_pre_activation_that_was_not_kept_is_computed_again(device):
+    plan = moe_ext.make_plan(random_experts(9, 2, 3, device), 3)
+    tensors = [x.requires_grad_() for x in operands(9, 2, 3, 8, 4, torch.float64, device)]
+    args = arguments(plan, tensors, "swiglu", False)
+    grads = []
+    for keeps in (True, False):
+        out, _ = torch.ops.moe_ext.feed_forward(*args, keeps)
+        grads.append(torch.autograd.grad(out.square().sum(), tensors))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_gradient_of_a_kept_pre_activation(device):
+    plan = moe_ext.make_plan(random_experts(9, 2, 3, device), 3)
+    tensors = [x.requires_grad_() for x in operands(9, 2, 3, 8, 4, torch.float64, device)]
+    tokens, _, up, _, up_bias, _ = tensors
+    out, kept = torch.ops.moe_ext.feed_forward(*arguments(plan, tensors, "swiglu", False), True)
+    by_hand = moe_ext.grouped_mm(moe_ext.dispatch(tokens, plan), up, plan, up_bias)
+    torch.testing.assert_close(kept, by_hand)
+    leaves = tokens, up, up_bias
+    for of_out in (False, True):
+        loss = out.sum() if of_out else 0
+        found, expected = (
+            torch.autograd.grad(loss + y.square().sum(), leaves, retain_graph=True)
+            for y in (kept, by_hand)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_plan_that_does_not_fit_itself_is_named(device):
+    plan = moe_ext.make_plan(random_experts(9, 2, 3, device), 3)
+    if device.type != "cpu":
+        pytest.skip("values are checked on the CPU")
+    tensors = operands(9, 2, 3, 8, 4, torch.float32, device)
+    for name, message in (
+        ("slots", "slots must be in -1..R-1 with R = 18, got 99 at [0, 0]"),
+        ("sources", "slots and sources must be of one plan, got slot 0 at "),
+        ("offsets", "offsets must rise from 0 to at most R = 18, got 99 at [0]"),
+        ("load", "load must not be negative, got -5 at [0]"),
+    ):
+        wrong = getattr(plan, name).clone()
+        wrong.view(-1)[0] = -5 if name == "load" else 99
+        with pytest.raises(RuntimeError, match=r"must") as raised:
+            moe_ext.feed_forward(
+                tensors[0], plan._replace(**{name: wrong}), *tensors[1:4], "swiglu"
+            )
+        assert message in str(raised.value)
