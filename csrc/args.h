@@ -21,8 +21,23 @@ inline OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
 }
 
+// Without the dispatcher, in which the results of an operator on a few tokens took most of its time.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
-  return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
+  constexpr std::size_t kMostDims = 3;
+  const std::size_t dims = size.size();
+  int64_t strides[kMostDims + 1] = {}, stride = 1;
+  for (std::size_t i = dims; i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(1, size.begin()[i]);
+  }
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle tensor;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), size.begin(), strides,
+                                                  type, device_type, device_index, &tensor));
+  return Tensor(tensor);
 }
 
 template <typename T>
@@ -146,6 +161,25 @@ inline PlanArgs plan_args(const Tensor& expert_ids, const OptionalTensor& priori
   return {
       dense(expert_ids), dense(priority),   s['T'], s['K'], num_experts, s['T'] * s['K'], s['R'],
       capacity,          order == "choice", align};
+}
+
+struct BalanceArgs {
+  Tensor importance;  // [E]
+  Tensor load;        // [E]
+  Tensor expert_ids;  // [T, K]
+  int64_t num_tokens, top_k, num_experts, choices;
+};
+
+inline BalanceArgs balance_args(const Tensor& importance, const Tensor& load,
+                                const Tensor& expert_ids, int64_t choices) {
+  const auto rule = [&](Call& call) {
+    const int64_t K = call.sizes['K'];
+    if (choices < 1 || choices > K) {
+      call.fail("choices must be in 1..K with K = ", K, ", got ", choices);
+    }
+  };
+  const Sizes s = check<contract("balance")>({importance, load, expert_ids}, rule);
+  return {dense(importance), dense(load), dense(expert_ids), s['T'], s['K'], s['E'], choices};
 }
 
 struct MaskWeightsArgs {

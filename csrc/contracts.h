@@ -123,6 +123,9 @@ inline constexpr Contract kContracts[] = {
     {"plan",
      "expert_ids[T,K]:int32 priority[T,K]?:float32 num_experts:SymInt capacity:SymInt?"
      " order:str align:SymInt -> [T,K]:int32 [R]:int32 [E+1]:int32 [E]:int32"},
+    {"balance",
+     "importance[E]:acc load[E]:int32 expert_ids[T,K]:int32 choices:SymInt -> []:importance"
+     " [E]:importance"},
     {"mask_weights",
      "weights[T,K]:acc slots[T,K]:int32 normalize:bool eps:float scale:float ->"
      " [T,K]:weights"},

@@ -143,7 +143,9 @@ class Layer(nn.Module):
         """
         # FSDP may replace the instance's method by another entry into the layer.
         out, aux = type(self).forward_with_aux(self, hidden, used_token, expert_ids=expert_ids)
-        self.l_aux, self.exp_counts = aux.l_aux, aux.exp_counts
+        # Without nn.Module's own __setattr__, which looks for parameters first.
+        object.__setattr__(self, "l_aux", aux.l_aux)
+        object.__setattr__(self, "exp_counts", aux.exp_counts)
         if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.l_aux = _warning_of_lost_gradient(aux.l_aux, type(self).__name__)
         return out
@@ -173,7 +175,9 @@ class Layer(nn.Module):
     def _forward(
         self, hidden: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
     ) -> tuple[Tensor, Aux]:
-        tokens = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
+        tokens = hidden
+        if hidden.dim() != 2:
+            tokens = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
         plan, weights, aux, routing = self._route(tokens, used_token, expert_ids)
         if plan.num_experts != self.num_experts:
             raise RuntimeError(
@@ -183,7 +187,8 @@ class Layer(nn.Module):
         if self.observer is not None:
             self.observer(plan, aux, routing, used_token)
         out = self._routed(tokens, plan, weights)
-        return out.to(hidden.dtype).view(hidden.shape), aux
+        out = out.to(hidden.dtype)
+        return out if hidden.dim() == 2 else out.view(hidden.shape), aux
 
     def _route(
         self, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from . import checks, composed, reference, registry
@@ -33,9 +34,13 @@ class Operator(Function):
     @classmethod
     def call(cls, *args):
         """`apply`; or the operator alone where nothing differentiates, as in most backwards."""
-        is_followed = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        if is_followed or torch.compiler.is_compiling():
+        is_transformed = torch._C._are_functorch_transforms_active()
+        if is_transformed or torch.compiler.is_compiling():
             return cls.apply(*args)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            # What apply does, but for default arguments: it reads forward's signature for them in
+            # every call, which takes longer than most operators do.
+            return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
         return cls.forward(*args)
 
 
@@ -111,6 +116,23 @@ class GateBackward(Operator):
         for i, tensor in zip(given, vjp(grad), strict=True):
             grads[i] = tensor
         return tuple(grads)
+
+
+class Balance(Operator):
+    @staticmethod
+    def forward(importance, load, expert_ids, choices):
+        return registry.run("balance", importance, load, expert_ids, choices)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        slope = output[1]
+        ctx.mark_non_differentiable(slope)
+        ctx.save_for_backward(slope)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None, None, None
 
 
 class MaskWeights(Operator):
@@ -458,6 +480,7 @@ class FeedForwardBackward(Operator):
 OPERATORS: dict[str, type[Operator]] = {
     "gate": Gate,
     "gate_backward": GateBackward,
+    "balance": Balance,
     "mask_weights": MaskWeights,
     "mask_weights_backward": MaskWeightsBackward,
     "dispatch": Dispatch,

@@ -120,12 +120,12 @@ class Check:
             self.fail(f"{name} must be {_listed(allowed)}, got {value}")
 
 
-def plan_values(expert_ids: Tensor, num_experts: int) -> None:
+def expert_values(op: str, expert_ids: Tensor, num_experts: int) -> None:
     """On the CPU an id must be -1 or an expert's."""
     bad = ((expert_ids < -1) | (expert_ids >= num_experts)).nonzero()
     if len(bad):
         t, k = bad[0].tolist()
-        Check("plan").fail(
+        Check(op).fail(
             f"expert_ids must be in -1..E-1 with E = {num_experts}, "
             f"got {expert_ids[t, k]} at [{t}, {k}]"
         )

@@ -1,4 +1,4 @@
-"""The experts' operators, made of the smaller ones.
+"""Operators that are made of smaller ones: the balance of a routing, and the experts'.
 
 `run(name, *args)` calls a smaller operator: one of the dispatcher where a device has no kernel of
 its own, a reference, or an autograd.Function where the operands of each are saved.
@@ -13,6 +13,20 @@ from .checks import is_transposed
 from .contracts import check
 
 Run = Callable[..., Tensor]
+
+
+def balance(
+    run: Run, importance: Tensor, load: Tensor, expert_ids: Tensor, choices: int
+) -> tuple[Tensor, Tensor]:
+    """The load-balance loss [], and its slope [E] by importance: E / choices / T^2 * the load of
+    the tokens' first choices."""
+    T, K = expert_ids.shape
+    E = importance.shape[0]
+    if choices < K:
+        load = run("plan", expert_ids[:, :choices], None, E, None, "choice", 1)[3]
+    T = torch.sym_max(T, 1)
+    slope = load.to(importance.dtype) / T * (E / choices / T)
+    return (importance * slope).sum(), slope
 
 
 def feed_forward(
@@ -149,6 +163,11 @@ def _dispatched(name: str, *args):
     return getattr(torch.ops.moe_ext, name).default(*args)
 
 
+def _balance(*args):
+    check("balance", args)
+    return balance(_dispatched, *args)
+
+
 def _feed_forward(*args):
     check("feed_forward", args)
     return feed_forward(_dispatched, *args)
@@ -159,4 +178,8 @@ def _feed_forward_backward(*args):
     return feed_forward_backward(_dispatched, *args)
 
 
-OPERATORS = {"feed_forward": _feed_forward, "feed_forward_backward": _feed_forward_backward}
+OPERATORS = {
+    "balance": _balance,
+    "feed_forward": _feed_forward,
+    "feed_forward_backward": _feed_forward_backward,
+}

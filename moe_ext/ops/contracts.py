@@ -34,6 +34,8 @@ CONTRACTS = {
     " probs[T,E]:acc expert_ids[T,K]:int32 scoring:str normalize:bool scale:float -> [T,E]:probs",
     "plan": "expert_ids[T,K]:int32 priority[T,K]?:float32 num_experts:SymInt capacity:SymInt?"
     " order:str align:SymInt -> [T,K]:int32 [R]:int32 [E+1]:int32 [E]:int32",
+    "balance": "importance[E]:acc load[E]:int32 expert_ids[T,K]:int32 choices:SymInt"
+    " -> []:importance [E]:importance",
     "mask_weights": "weights[T,K]:acc slots[T,K]:int32 normalize:bool eps:float scale:float"
     " -> [T,K]:weights",
     "mask_weights_backward": "grad[T,K]:weights weights[T,K]:acc slots[T,K]:int32 normalize:bool"
@@ -131,7 +133,7 @@ class Contract(NamedTuple):
 
 
 _WORD = re.compile(r"(\w+)(?:\[([\w+,]+)\])?(\?)?:(\w+)(\?)?")
-_RESULT = re.compile(r"(?:\[([\w+,]+)\]:)?(\w+)(?:\?(\w+))?")
+_RESULT = re.compile(r"(?:\[([\w+,]*)\]:)?(\w+)(?:\?(\w+))?")
 
 
 def parse(line: str) -> Contract:
@@ -146,7 +148,8 @@ def parse(line: str) -> Contract:
         match = _RESULT.fullmatch(word)
         assert match, f"not a result of a contract: {word}"
         dims, kind, flag = match.groups()
-        return Result(tuple(dims.split(",")) if dims else None, kind, flag)
+        letters = None if dims is None else tuple(filter(None, dims.split(",")))
+        return Result(letters, kind, flag)
 
     taken, given = line.split(" -> ")
     return Contract(tuple(map(argument, taken.split())), tuple(map(result, given.split())))
@@ -281,6 +284,12 @@ def _plan(call: _Checking) -> None:
     )
 
 
+def _balance(call: _Checking) -> None:
+    K, choices = call.sizes["K"], call.values["choices"]
+    if choices < 1 or choices > K:
+        call.fail(f"choices must be in 1..K with K = {K}, got {choices}")
+
+
 def _activate(call: _Checking) -> None:
     activation, G = call.values["activation"], call.sizes["G"]
     if activation not in checks.GATED:
@@ -308,6 +317,7 @@ def _grouped(call: _Checking) -> None:
 _RULES: dict[str, Callable[[_Checking], None]] = {
     "gate": _gate,
     "plan": _plan,
+    "balance": _balance,
     "activate": _activate,
     "activate_backward": _activate,
     "grouped_mm": _grouped,

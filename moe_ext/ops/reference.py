@@ -143,7 +143,7 @@ def plan(
     the queue), and gives its rows in the order of the queue.
     """
     if expert_ids.device.type == "cpu":
-        checks.plan_values(expert_ids, num_experts)
+        checks.expert_values("plan", expert_ids, num_experts)
     T, K = expert_ids.shape
     N, E = T * K, num_experts
     device = expert_ids.device
@@ -181,6 +181,16 @@ def plan(
         offsets.to(torch.int32),
         load.to(torch.int32),
     )
+
+
+@checked
+def balance(
+    importance: Tensor, load: Tensor, expert_ids: Tensor, choices: int
+) -> tuple[Tensor, Tensor]:
+    """The load-balance loss [] of the tokens' first choices, and its slope by importance [E]."""
+    if choices < expert_ids.shape[1] and expert_ids.device.type == "cpu":
+        checks.expert_values("balance", expert_ids, len(importance))
+    return composed.balance(_referred, importance, load, expert_ids, choices)
 
 
 @checked

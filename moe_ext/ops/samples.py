@@ -38,6 +38,7 @@ def arguments(
         "offsets": offsets,
         "load": load,
         "k": K,
+        "choices": K - 1,
         "num_experts": E,
         "capacity": C,
         "align": 1,

@@ -15,7 +15,7 @@ from ..ops.functional import has_autocast
 from ..ops.registry import is_exporting
 from . import choice_scores
 from .route import Routing, route
-from .routers import logits_of
+from .routers import Tensors, logits_of
 from .rule import Rule
 
 
@@ -223,16 +223,17 @@ class Gate(nn.Module):
         self.expert_bias += rate * torch.sign(load.sum() - self.num_experts * load)
 
     def _logits(self, tokens: Tensor, rule: Rule) -> Tensor:
-        dtypes = {tokens.dtype, *(p.dtype for p in self.wg.parameters())}
+        tensors = Tensors.of(self.wg)
+        dtypes = {tokens.dtype, *(p.dtype for p in tensors.parameters.values())}
         tokens = tokens.to(torch.float64 if torch.float64 in dtypes else torch.float32)
         if rule.noise == "Jitter":
             size = rule.noise_scale
             tokens = tokens * choice_scores.uniform(tokens, 1 - size, 1 + size)
         if has_autocast(tokens.device):
             with torch.autocast(tokens.device.type, enabled=False):
-                logits = logits_of(self.wg, tokens)
+                logits = logits_of(self.wg, tensors, tokens)
         else:
-            logits = logits_of(self.wg, tokens)
+            logits = logits_of(self.wg, tensors, tokens)
         shape = (tokens.shape[0], self.num_experts)
         if not isinstance(logits, Tensor) or logits.shape != shape:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import options
 from ..ops import checks
-from ..ops.autograd import MaskWeights
+from ..ops.autograd import Balance, MaskWeights
 from ..ops.functional import Choice, gate, mask_weights
 from ..ops.plan import Plan, make_plan
 from ..options import DropPolicy, Normalize, Order, Scoring
@@ -169,13 +169,8 @@ def _indices(expert_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def _balance(routing: Routing, scoring: str) -> Tensor:
-    T, E = routing.probs.shape
-    K = routing.weights.shape[1]
-    importance = routing.importance
+    importance, plan = routing.importance, routing.plan
     if scoring != "softmax":
         importance = losses.shares(routing.probs).sum(dim=0)
-    counted = 1 if K <= 2 else K
-    load = routing.plan.load
-    if counted < K:
-        load = make_plan(routing.plan.expert_ids[:, :counted], E).load
-    return losses.load_balance_loss(importance, load, T, counted)
+    K = plan.expert_ids.shape[1]
+    return Balance.call(importance, plan.load, plan.expert_ids, 1 if K <= 2 else K)[0]

@@ -4,7 +4,10 @@
 and they keep their own dtype.
 """
 
+from __future__ import annotations
+
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +72,28 @@ class CosineRouter(nn.Module):
         return F.linear(projected, directions) * scale
 
 
-def logits_of(router: nn.Module, tokens: Tensor) -> Tensor:
+class Tensors(NamedTuple):
+    """The tensors of a router, by name."""
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, router: nn.Module) -> Tensors:
+        if router._modules:
+            return cls(dict(router.named_parameters()), dict(router.named_buffers()))
+        # The same of a module without others, as an nn.Linear, in a tenth of the time.
+        both = router._parameters, router._buffers
+        return cls(*({n: t for n, t in some.items() if t is not None} for some in both))
+
+
+def logits_of(router: nn.Module, tensors: Tensors, tokens: Tensor) -> Tensor:
     """Run a router with its weights in the dtype of the tokens."""
-    buffers = dict(router.named_buffers())
+    parameters, buffers = tensors
     other = {
         name: value.to(tokens.dtype)
-        for name, value in (*router.named_parameters(), *buffers.items())
-        if value.is_floating_point() and value.dtype != tokens.dtype
+        for name, value in (*parameters.items(), *buffers.items())
+        if value.dtype != tokens.dtype and value.is_floating_point()
     }
     if not other:
         return router(tokens)

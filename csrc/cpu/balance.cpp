@@ -1,0 +1,60 @@
+// Balance: the load-balance loss of a routing, and its slope.
+//
+//   l_aux = sum over e of importance[e] * slope[e]
+//   slope = E / choices / T^2 * load                load: of the first `choices` choices of tokens
+
+#include <vector>
+
+#include "common.h"
+
+namespace moe_ext {
+namespace {
+
+std::vector<int64_t> first_load(const BalanceArgs& a) {
+  const int32_t* load = const_data<int32_t>(a.load);
+  if (a.choices == a.top_k) return {load, load + a.num_experts};
+  const int32_t* expert_ids = const_data<int32_t>(a.expert_ids);
+  check_ids(Check("balance"), expert_ids, a.num_tokens * a.top_k, a.top_k, -1, a.num_experts);
+  std::vector<int64_t> counts(a.num_experts);
+  for (int64_t t = 0; t < a.num_tokens; ++t) {
+    for (int64_t k = 0; k < a.choices; ++k) {
+      const int32_t e = expert_ids[t * a.top_k + k];
+      if (e >= 0) ++counts[e];
+    }
+  }
+  return counts;
+}
+
+template <typename T>
+void balance(const BalanceArgs& a, const Tensor& l_aux, const Tensor& slopes) {
+  const std::vector<int64_t> load = first_load(a);
+  const double tokens = static_cast<double>(std::max<int64_t>(1, a.num_tokens));
+  const double scale = static_cast<double>(a.num_experts) / a.choices / tokens / tokens;
+  const T* importance = const_data<T>(a.importance);
+  T* slope = data<T>(slopes);
+  double sum = 0;
+  for (int64_t e = 0; e < a.num_experts; ++e) {
+    slope[e] = static_cast<T>(scale * load[e]);
+    sum += static_cast<double>(importance[e]) * slope[e];
+  }
+  *data<T>(l_aux) = static_cast<T>(sum);
+}
+
+std::tuple<Tensor, Tensor> balance_cpu(const Tensor& importance, const Tensor& load,
+                                       const Tensor& expert_ids, int64_t choices) {
+  const BalanceArgs a = balance_args(importance, load, expert_ids, choices);
+  const ScalarType dtype = a.importance.scalar_type();
+  const Tensor l_aux = empty(a.importance, {}, dtype);
+  const Tensor slope = empty(a.importance, {a.num_experts}, dtype);
+  if (dtype == ScalarType::Double) {
+    balance<double>(a, l_aux, slope);
+  } else {
+    balance<float>(a, l_aux, slope);
+  }
+  return {l_aux, slope};
+}
+
+}  // namespace
+}  // namespace moe_ext
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("balance", TORCH_BOX(&moe_ext::balance_cpu)); }
