@@ -109,12 +109,12 @@ class _DeepSpeedDense(_DeepSpeed):
         return einsum("sec,ecm->sm", weights.type_as(tokens), rows)
 
 
-def _mixtral(cls: str, weights: Weights, top_k: int, implementation: str) -> nn.Module:
-    """A module of transformers' Mixtral."""
+def mixtral(cls: str, E: int, H: int, ffn: int, top_k: int, implementation: str) -> nn.Module:
+    """A module of transformers' Mixtral; the weights of its experts are not set."""
     from transformers import MixtralConfig
     from transformers.models.mixtral import modeling_mixtral
 
-    E, H, ffn = weights.down.shape
+    importlib.import_module("moe_ext.hf")  # registers the implementation "moe_ext"
     config = MixtralConfig(
         hidden_size=H,
         intermediate_size=ffn,
@@ -123,7 +123,11 @@ def _mixtral(cls: str, weights: Weights, top_k: int, implementation: str) -> nn.
         router_jitter_noise=0.0,
     )
     config._experts_implementation = implementation
-    module = getattr(modeling_mixtral, cls)(config).to(weights.up.dtype)
+    return getattr(modeling_mixtral, cls)(config)
+
+
+def _mixtral(cls: str, weights: Weights, top_k: int, implementation: str) -> nn.Module:
+    module = mixtral(cls, *weights.down.shape, top_k, implementation).to(weights.up.dtype)
     experts = getattr(module, "experts", module)
     with torch.no_grad():
         experts.gate_up_proj.copy_(weights.up)
@@ -146,7 +150,6 @@ class _HuggingFace(nn.Module):
 class _HuggingFaceExperts(nn.Module):
     def __init__(self, weights: Weights, expert_ids: Tensor, implementation: str) -> None:
         super().__init__()
-        importlib.import_module("moe_ext.hf")  # registers the implementation "moe_ext"
         top_k = expert_ids.shape[1]
         self.experts = _mixtral("MixtralExperts", weights, top_k, implementation)
         self.expert_ids, self.weights = expert_ids, nn.Parameter(weights.router.clone())

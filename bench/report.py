@@ -153,6 +153,28 @@ def limits_table(found: dict[str, dict]) -> str:
     return markdown([f"{limits['mebibytes']} MiB, one thread", "ms"], rows)
 
 
+def decode_table(report: dict) -> str:
+    """Milliseconds of the experts of one layer, and the share of the limit."""
+    rows = []
+    for shape in report["shapes"]:
+        name = "{shape}, H{hidden} F{ffn} E{num_experts} K{top_k}".format(**shape)
+        for point in shape["points"]:
+            seconds = dict(point["seconds"])
+            ours, limit = seconds.pop(OURS), seconds.pop("limit")
+            peer = min(seconds, key=seconds.__getitem__)
+            times = [f"{t * 1e3:.2f}" for t in (ours, limit)]
+            best = f"{seconds[peer] * 1e3:.2f} ({peer})"
+            cells = [name, f"{point['tokens']}", times[0], best, f"{seconds[peer] / ours:.2f}x"]
+            rows.append([*cells, times[1], f"{limit / ours:.0%}"])
+    heads = [f"experts, {report['dtype']}", "tokens", "ms", "best of transformers", "speedup"]
+    return markdown([*heads, "reading the weights once", "share of that rate"], rows)
+
+
+def decode_tables(found: dict[str, dict]) -> str:
+    names = [name for name in ("decode-float32", "decode-bfloat16") if name in found]
+    return "\n\n".join([*(decode_table(found[n]) for n in names), f"{where(found[names[0]])}."])
+
+
 def summary(found: dict[str, dict]) -> str:
     """README's table: the lowest and highest speedup over the fastest peer of each setting."""
     layers = found["layer-float32"]

@@ -12,6 +12,7 @@ from .experts import convert
 from .experts.base import Experts
 from .experts.grouped import GroupedExperts
 from .experts.module import ModuleExperts
+from .experts.pages import huge_pages
 from .experts.shared import SharedExperts
 from .layer import Aux, total_l_aux
 from .monitor import profiling, stats
@@ -71,6 +72,7 @@ __all__ = [
     "feed_forward",
     "gate",
     "grouped_mm",
+    "huge_pages",
     "losses",
     "make_plan",
     "mask_weights",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, toolkit
+from ..experts.pages import why_not_here
 from ..ops import reference, registry, samples
 
 # A text that csrc/cuda_ops.cpp puts into the library, with the TORCH_CUDA_ARCH_LIST of its kernels.
@@ -155,6 +156,7 @@ def _table(facts: dict) -> dict[str, str]:
         "platform": facts["platform"],
         "torch": f"{facts['torch']['version']}, {f'for CUDA {cuda}' if cuda else 'without CUDA'}",
         "CPU": f"{cpu['capability']}, {cpu['cores']} cores, torch uses {threads}",
+        "huge pages": facts["huge_pages"],
         "compiler": "{path}, {version}".format(**compiler) if compiler else "none works",
         "CUDA toolkit": "{cuda}, {path}".format(**found) if found else "none found",
     }
@@ -195,6 +197,7 @@ def _facts() -> dict:
         "platform": platform.platform(),
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
         "cpu": _cpu(),
+        "huge_pages": why_not_here() or "for weights, by moe_ext.huge_pages(model)",
         "compiler": _compiler(),
         "toolkit": {"cuda": found.name, "path": str(found.root)} if found else None,
         "cards": [

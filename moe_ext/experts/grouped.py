@@ -14,6 +14,7 @@ from ..ops.plan import Plan
 from ..options import Activation
 from . import convert
 from .base import Experts
+from .pages import advise
 
 
 class GroupedExperts(Experts):
@@ -73,7 +74,7 @@ class GroupedExperts(Experts):
         up_size = 2 * ffn_size if self.has_gate else ffn_size
 
         def parameter(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
+            return nn.Parameter(advise(torch.empty(*size, device=device, dtype=dtype)))
 
         self.register_parameter(self._up_name, parameter(num_experts, up_size, hidden_size))
         self.down_proj = parameter(num_experts, hidden_size, ffn_size)

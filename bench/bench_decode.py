@@ -1,0 +1,187 @@
+"""Few tokens through many experts, beside transformers' implementations and the limit.
+
+    python bench/bench_decode.py [--dtype bfloat16] [--shape OLMoE ...] [--tokens 1 4] [--threads 2]
+
+Times the experts of transformers' Mixtral with random choices that change from call to call, so
+that no cache holds the weights. Each implementation has a process and weights of its own; ours are
+in huge pages unless --small-pages. Rounds take turns, and outputs are compared first. "Limit" is
+the time to read the chosen experts' weights once, in our process. Prints a table and, after a run
+of all shapes, writes bench/results/<machine>/decode-<dtype>.json.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import layer_peers
+import torch
+from common import keep, parser, positive, setting
+from report import decode_table
+from tqdm import tqdm
+
+import moe_ext
+
+
+class Shape(NamedTuple):
+    hidden: int
+    ffn: int
+    num_experts: int
+    top_k: int
+
+
+SHAPES = {
+    "OLMoE": Shape(2048, 1024, 64, 8),
+    "Qwen3-30B-A3B": Shape(2048, 768, 128, 8),
+    "Mixtral, a quarter": Shape(1024, 3584, 8, 2),
+}
+OURS, PEERS = "moe_ext", ("eager", "batched_mm", "grouped_mm")
+MOST_BYTES = 4 << 30
+
+
+class Experts:
+    """One implementation, in a process of its own."""
+
+    current: "Experts"
+
+    def __init__(self, name: str, shape: Shape, dtype: torch.dtype, threads: int, huge: bool):
+        torch.set_num_threads(threads)
+        H, ffn, E, K = self.shape = shape
+        self.dtype = dtype
+        with torch.device("meta"):
+            module = layer_peers.mixtral("MixtralExperts", E, H, ffn, K, name).to(dtype)
+        self.module = module.to_empty(device="cpu").eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in self.module.parameters():
+                weight.uniform_(-1, 1, generator=generator).div_(weight.shape[-1] ** 0.5)
+        if name == OURS and huge:
+            moe_ext.huge_pages(self.module)
+        self.calls = itertools.count()
+
+    def operands(self, tokens: int, seed: int) -> tuple:
+        H, _, E, K = self.shape
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(tokens, H, generator=generator).to(self.dtype)
+        ids = torch.rand(tokens, E, generator=generator).topk(K).indices
+        return hidden, ids, torch.full((tokens, K), 1 / K)
+
+    @torch.no_grad()
+    def output(self, tokens: int) -> list:
+        return self.module(*self.operands(tokens, -1)).float().tolist()
+
+    @torch.no_grad()
+    def seconds(self, tokens: int, count: int) -> list[float]:
+        """Calls with other experts each; the first half does not count."""
+        taken = []
+        for _ in range(count):
+            operands = self.operands(tokens, next(self.calls))
+            start = time.perf_counter()
+            self.module(*operands)
+            taken.append(time.perf_counter() - start)
+        return taken[count // 2 :]
+
+    def seconds_to_read(self, tokens: int, count: int) -> list[float]:
+        """The chosen experts' weights once, as float32 numbers whatever they are."""
+        stacks = [weight.detach().view(torch.float32) for weight in self.module.parameters()]
+        taken = []
+        for _ in range(count):
+            chosen = self.operands(tokens, next(self.calls))[1].unique().tolist()
+            start = time.perf_counter()
+            for stack, e in itertools.product(stacks, chosen):
+                stack[e].sum()
+            taken.append(time.perf_counter() - start)
+        return taken[count // 2 :]
+
+
+def _start(*args) -> None:
+    Experts.current = Experts(*args)
+
+
+def _call(method: str, *args):
+    return getattr(Experts.current, method)(*args)
+
+
+class Process:
+    """Runs the methods of an Experts in its process."""
+
+    def __init__(self, *args) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=args)
+
+    def __call__(self, method: str, *args):
+        return self.pool.submit(_call, method, *args).result()
+
+
+def measure(shape: Shape, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
+    """A result for each number of tokens."""
+    rest = shape, dtype, options.threads, not options.small_pages
+    processes = {name: Process(name, *rest) for name in (OURS, *PEERS)}
+    results = []
+    try:
+        for tokens in options.tokens:
+            results.append({"tokens": tokens, **_measure(processes, tokens, shape, dtype, options)})
+    finally:
+        for process in processes.values():
+            process.pool.shutdown()
+    return results
+
+
+def _measure(
+    processes: dict[str, Process],
+    tokens: int,
+    shape: Shape,
+    dtype: torch.dtype,
+    options: argparse.Namespace,
+) -> dict:
+    timed, right = {}, None
+    copies = 3 * tokens * shape.top_k * shape.hidden * shape.ffn * dtype.itemsize
+    for name, process in processes.items():
+        if name == "batched_mm" and copies > MOST_BYTES:  # a weight for every route
+            continue
+        out = torch.tensor(process("output", tokens))
+        right = out if right is None else right
+        error = float((out - right).norm() / right.norm())
+        if not error < (1e-5 if dtype == torch.float32 else 0.02):
+            raise AssertionError(f"{name}: relative error {error:.2g}")
+        timed[name] = process, "seconds"
+    timed["limit"] = processes[OURS], "seconds_to_read"
+    taken: dict[str, list[float]] = {name: [] for name in timed}
+    counts = {}
+    for name, (process, method) in timed.items():
+        first = statistics.median(process(method, tokens, 2))
+        counts[name] = max(2, min(100, int(options.seconds / 5 / first)))
+    for _ in range(5):
+        for name, (process, method) in timed.items():
+            taken[name] += process(method, tokens, counts[name])
+    return {"seconds": {name: statistics.median(times) for name, times in taken.items()}}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parse = parser(__doc__, seconds=2.0)
+    parse.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parse.add_argument("--shape", nargs="*", choices=[*SHAPES], default=[*SHAPES])
+    parse.add_argument("--tokens", nargs="*", type=positive, default=[1, 4, 16, 64])
+    parse.add_argument("--threads", type=positive, default=1)
+    parse.add_argument("--small-pages", action="store_true", help="leave our weights as they come")
+    options = parse.parse_args(arguments)
+    dtype = getattr(torch, options.dtype)
+    report = setting(torch.device("cpu")) | {
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "huge_pages": not options.small_pages,
+        "shapes": [],
+    }
+    for name in tqdm(options.shape, unit="shape", leave=False):
+        points = measure(SHAPES[name], dtype, options)
+        report["shapes"].append({"shape": name, **SHAPES[name]._asdict(), "points": points})
+    print(decode_table(report))
+    is_whole = options.shape == [*SHAPES] and options.threads == 1 and not options.small_pages
+    keep(report, f"decode-{options.dtype}" if is_whole else None, options.out)
+
+
+if __name__ == "__main__":
+    main()
