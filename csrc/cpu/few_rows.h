@@ -196,8 +196,13 @@ struct FewRows {
     const int64_t full = rows.columns / Format::kElements;
     const int64_t ahead = kLines * weight.row_stride;
     for (int64_t v = 0; v < full; ++v, packed += count * Format::kRegisters) {
+      // The next lines, in the order of memory where it is the limit.
       for (int i = 0; i < kLines; ++i) {
-        __builtin_prefetch(lines[i] + v * Format::kElements + ahead, 0, 2);
+        if constexpr (count <= 3) {
+          __builtin_prefetch(lines[0] + (v * kLines + i) * Format::kElements + ahead, 0, 3);
+        } else {
+          __builtin_prefetch(lines[i] + v * Format::kElements + ahead, 0, 2);
+        }
       }
       for (int j = 0; j < count; ++j) {
         for (int i = 0; i < kLines; ++i) {
