@@ -67,7 +67,7 @@ inline void zero_unowned(const Matrix& out, const std::vector<Range>& owned) {
 
 // Sizes of tiles: as large as keeps all threads busy.
 struct TileSize {
-  static constexpr int64_t kRows = 256, kOuterRows = 512, kColumns = 1024, kLeast = 128;
+  static constexpr int64_t kRows = 512, kOuterRows = 512, kColumns = 1024, kLeast = 128;
 
   int64_t rows, columns;
 
