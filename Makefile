@@ -55,6 +55,10 @@ bench: $(VENV)/peers
 	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.3 --longest 1
 	$(BIN)/python bench/bench_layer.py --threads 2 --seconds 0.3 --longest 1 --new-memory \
 		--point balanced --name layer-float32-new-memory
+	$(BIN)/python bench/bench_layer.py --small --threads 1 --seconds 0.3 --longest 0.1
+	$(BIN)/python bench/bench_layer.py --small --threads 1 --seconds 0.3 --longest 0.1 --forward
+	$(BIN)/python bench/bench_decode.py --dtype float32 --seconds 1
+	$(BIN)/python bench/bench_decode.py --dtype bfloat16 --seconds 1
 	$(BIN)/python bench/bench_growth.py
 	$(BIN)/python bench/bench_limits.py
 	$(BIN)/python bench/bench_stats.py --seconds 0.5

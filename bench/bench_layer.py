@@ -1,14 +1,16 @@
 """Forward and backward of a layer, or of experts alone, beside other libraries' with equal weights.
 
     python bench/bench_layer.py [--dtype bfloat16] [--point NAME ...] [--threads 1 2]
+    python bench/bench_layer.py --small --threads 1 [--forward]
     python bench/bench_layer.py --experts [--memory]
 
 Layers route by themselves; with --experts the routing is given, and the peers are transformers'
-implementations of Mixtral's experts. Output and gradients of each are checked against float64
-before it is timed. "Bound" is the time of the experts' matrix products alone (gemm_bound.py).
-The process keeps freed memory (memory.py); --new-memory gives large blocks back. Peers that are
-missing, too slow or too large for memory are named. Prints a table and, after a run of all points,
-writes bench/results/<machine>/layer-<dtype>.json or experts-<dtype>.json.
+implementations of Mixtral's experts. --small times layers of few tokens, in which calls take as
+long as products; --forward, evaluation alone. Output and gradients of each are checked against
+float64 before it is timed. "Bound" is the time of the experts' matrix products alone by torch
+(gemm_bound.py). The process keeps freed memory (memory.py); --new-memory gives large blocks back.
+Peers that are missing, too slow or too large for memory are named. Prints a table and, after a run
+of all points, writes bench/results/<machine>/layer-, small- or experts-<dtype>.json.
 """
 
 import argparse
@@ -63,6 +65,13 @@ LAYER_POINTS = {
     "ragged": Point(4099, 512, 256, 32, 4),
     "top-2": Point(4096, 512, 256, 32, 2),
     "GEMM-bound": Point(2048, 1024, 1024, 8, 2),
+}
+SMALL_POINTS = {
+    "one token": Point(1, 64, 64, 8, 2),
+    "one token, all experts": Point(1, 64, 64, 8, 8),
+    "32 tokens": Point(32, 128, 256, 8, 2),
+    "128 tokens": Point(128, 128, 128, 16, 2),
+    "256 tokens": Point(256, 256, 256, 16, 4),
 }
 EXPERTS_POINTS = {
     "few": Point(256, 512, 512, 8, 2),
@@ -152,6 +161,10 @@ class Case:
         out.backward(self.grad)
         return out
 
+    @torch.no_grad()
+    def evaluate(self, layer: nn.Module) -> Tensor:
+        return layer(self.tokens)
+
     def error(self, layer: nn.Module) -> float:
         """The largest relative error of the output and the gradients."""
         out, right = self.step(layer).detach(), self.solution
@@ -207,6 +220,7 @@ def measure(
     longest: float = 2.0,
     keeps_freed: bool = True,
     of_experts: bool = False,
+    forward_alone: bool = False,
 ) -> dict:
     torch.set_num_threads(threads)
     case = Case(point, dtype, of_experts)
@@ -218,7 +232,9 @@ def measure(
             excluded[peer.name] = reason
             continue
         layer, errors[peer.name] = case.checked(peer)
-        timer = clock(case.step, [(layer,)])
+        if forward_alone:
+            layer.eval()
+        timer = clock(case.evaluate if forward_alone else case.step, [(layer,)])
         if (seconds := next(timer)) > longest and peer is not ours:
             excluded[peer.name] = f"took {seconds:.1f} s"
         else:
@@ -226,11 +242,12 @@ def measure(
     if not keeps_freed:
         memory.give_back_large()
         memory.fetch()
-    timers["bound"] = iter(gemm_bound(load, case.weights.up, case.weights.down), None)
+    if not forward_alone:
+        timers["bound"] = iter(gemm_bound(load, case.weights.up, case.weights.down), None)
     found = compare_with(ours.name, timers, budget, rounds=3)
-    del found["ratio"]["bound"]
-    of_bound = found["seconds"]["bound"] / found["seconds"][ours.name]
-    rest = {"of_bound": of_bound, "relative_error": errors, "excluded": excluded}
+    rest = {"relative_error": errors, "excluded": excluded}
+    if found["ratio"].pop("bound", None):
+        rest["of_bound"] = found["seconds"]["bound"] / found["seconds"][ours.name]
     return {"threads": threads, **found, **rest}
 
 
@@ -253,7 +270,10 @@ def measure_all(
     for label, point, threads in (bar := tqdm(chosen, unit="point", leave=False)):
         bar.set_postfix_str(label)
         (memory.keep_freed if keeps else memory.give_back)()
-        found = measure(point, dtype, threads, options.seconds, options.longest, keeps, of_experts)
+        found = measure(
+            *(point, dtype, threads, options.seconds, options.longest, keeps, of_experts),
+            options.forward,
+        )
         if options.memory:
             found["growth_bytes"] = {
                 name: memory.in_new_process(growth, point, dtype, of_experts, name)
@@ -267,8 +287,12 @@ def measure_all(
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse = parser(__doc__, seconds=3.0)
     parse.add_argument("--experts", action="store_true", help="experts alone, not whole layers")
+    parse.add_argument("--small", action="store_true", help="layers of few tokens")
+    parse.add_argument("--forward", action="store_true", help="evaluation, without gradients")
     parse.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parse.add_argument("--point", nargs="*", choices=[*LAYER_POINTS, *EXPERTS_POINTS])
+    parse.add_argument(
+        "--point", nargs="*", choices=[*LAYER_POINTS, *SMALL_POINTS, *EXPERTS_POINTS]
+    )
     parse.add_argument("--threads", nargs="*", type=positive, default=[torch.get_num_threads()])
     text = "leave a peer out if a step takes more seconds (2.0)"
     parse.add_argument("--longest", type=float, default=2.0, help=text)
@@ -277,6 +301,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse.add_argument("--name", help="name of the result file, also for some points only")
     options = parse.parse_args(arguments)
     options.points = EXPERTS_POINTS if options.experts else LAYER_POINTS
+    if options.small:
+        options.points = SMALL_POINTS
     if unknown := set(options.point or ()) - set(options.points):
         parse.error(f"--point must be one of {', '.join(options.points)}, got {unknown.pop()}")
     return options
@@ -300,7 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
     # All points in one process: loading the other libraries takes longer than timing them.
     report["points"] = memory.in_new_process(measure_all, chosen, dtype, options)
     print(points_table(report))
-    kind = "experts" if options.experts else "layer"
+    kind = "small" if options.small else "experts" if options.experts else "layer"
+    kind += "-forward" * options.forward
     suffix = "-new-memory" if options.new_memory else ""
     whole = None if options.point else f"{kind}-{options.dtype}{suffix}"
     keep(report, options.name or whole, options.out)

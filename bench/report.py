@@ -8,6 +8,7 @@ docs/performance.md (pictures.py).
 """
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -19,8 +20,10 @@ from common import RESULTS, machine, slug
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+SMALL = {"small-forward-float32": "forward", "small-float32": "with gradient"}
 PAGES = [ROOT / "README.md", *(DOCS / f"{n}.md" for n in ("performance", "experts", "watching"))]
-NEEDED = {"peers-float32", "layer-float32", "growth", "limits", "stats"}
+NEEDED = {"peers-float32", "layer-float32", "growth", "limits", "stats", *SMALL}
+NEEDED |= {"decode-float32", "decode-bfloat16"}
 EXPERTS = "experts-float32", "experts-float32-new-memory"  # of `make bench-full`
 OURS = "moe_ext"
 
@@ -93,7 +96,8 @@ def points_table(report: dict) -> str:
     for point in points:
         shape = "T{tokens} H{hidden} F{ffn} E{num_experts} K{top_k}".format(**point)
         cells = [f"{point['point']}, {shape}", f"{point['threads']}"]
-        cells += [f"{point['seconds'][OURS] * 1e3:.0f}", f"{point['of_bound']:.0%}"]
+        cells += [f"{point['seconds'][OURS] * 1e3:.3g}"]
+        cells += [f"{point['of_bound']:.0%}"] if "of_bound" in point else ["-"]
         for peer in names:
             cells.append(factor(point["ratio"].get(peer)) or point["excluded"].get(peer, "-"))
         if grown := point.get("growth_bytes"):
@@ -106,6 +110,18 @@ def points_table(report: dict) -> str:
 def layers_table(found: dict[str, dict]) -> str:
     names = ("layer-float32", "layer-float32-new-memory", "layer-bfloat16")
     return "\n\n".join(points_table(found[name]) for name in names if name in found)
+
+
+def small_table(found: dict[str, dict]) -> str:
+    """Microseconds of small layers, and the speedup over each of the others."""
+    names, rows = ("Hugging Face grouped_mm", "Hugging Face batched_mm", "DeepSpeed"), []
+    for points in zip(*(found[name]["points"] for name in SMALL), strict=True):
+        for point, what in zip(points, SMALL.values(), strict=True):
+            shape = "T{tokens} H{hidden} F{ffn} E{num_experts} K{top_k}".format(**point)
+            speedups = [factor(point["ratio"].get(name)) or "-" for name in names]
+            rows.append([shape, what, f"{point['seconds'][OURS] * 1e6:.0f}", *speedups])
+    table = markdown(["layer, float32, one thread", "", "us", *names], rows)
+    return f"{table}\n\n{where(found['small-float32'])}."
 
 
 def experts_table(found: dict[str, dict]) -> str:
@@ -185,6 +201,15 @@ def summary(found: dict[str, dict]) -> str:
         for line in run["ops"]
     ]
     ratios += [("a layer, forward and backward", point["ratio"]) for point in layers["points"]]
+    ratios += [
+        ("a layer of 1 to 256 tokens", p["ratio"]) for n in SMALL for p in found[n]["points"]
+    ]
+    for name in ("decode-float32", "decode-bfloat16"):
+        for point in itertools.chain(*(shape["points"] for shape in found[name]["shapes"])):
+            times = {n: t for n, t in point["seconds"].items() if n != "limit"}
+            ours = times.pop(OURS)
+            title = "experts of transformers, 1 to 64 tokens"
+            ratios.append((title, {f"its {n}": [t / ours] for n, t in times.items()}))
     fastest: dict[str, list[tuple[float, str]]] = {}
     for name, of_peers in ratios:
         fastest.setdefault(name, []).append(min((r[0], peer) for peer, r in of_peers.items()))
@@ -207,6 +232,8 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
         "growth": growth_table(found),
         "limits": limits_table(found),
         "stats": stats_table(found),
+        "small": small_table(found),
+        "decode": decode_tables(found),
     }
     return texts | ({"experts": experts_table(found)} if found.keys() >= set(EXPERTS) else {})
 
