@@ -47,8 +47,9 @@ peers: $(VENV)/peers
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
 
-# Time ours and other libraries in float32: eight minutes on two idle cores. Writes bench/results, the
-# tables of README.md and docs, and the pictures of docs/performance.md.
+# Time ours and other libraries in float32, and few tokens in bfloat16 too: fifteen minutes on two
+# idle cores. Writes bench/results, the tables of README.md and docs, and the pictures of
+# docs/performance.md.
 bench: $(VENV)/peers
 	$(BIN)/python bench/bench_ops.py $(PEER_BENCH) --dtype float32 --shape gshard "qwen3, half" \
 		--name peers-float32

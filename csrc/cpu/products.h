@@ -126,6 +126,7 @@ struct Worker {
 // slower than their size says. What a body throws is thrown again here.
 template <typename Body>
 void run(const std::vector<Tile>& tiles, ScalarType dtype, const Body& body) {
+  // One tile alone is left to the threads of torch's GEMM, where that multiplies.
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles.size());
   std::atomic<size_t> next{0};
   std::mutex mutex;

@@ -30,6 +30,20 @@ def test_explain_names_every_operator_in_order():
     assert text.endswith("the host waits for the device: never, all ran on the CPU")
 
 
+def test_explain_shows_what_an_operator_is_made_of(monkeypatch):
+    """Where a device has no kernel for it, as CUDA for the experts."""
+    real = registry.backend
+
+    def backend(name, device):
+        return "operators" if name in composed.OPERATORS else real(name, device)
+
+    monkeypatch.setattr(registry, "backend", backend)
+    found = moe_ext.explain(layer_of(drop_tokens=False), torch.randn(3, 5, H))
+    assert [call.operator for call in found.calls] == [
+        *("gate", "plan", "plan", "dispatch", "grouped_mm", "activate", "grouped_mm", "combine")
+    ]
+
+
 def test_explain_shows_equal_layers_once():
     model = torch.nn.Sequential(*(layer_of() for _ in range(3)), layer_of(drop_tokens=False))
     found = moe_ext.explain(model, torch.randn(5, H))
