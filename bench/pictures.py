@@ -34,10 +34,12 @@ def draw_ratios(found: dict[str, dict], path: Path) -> None:
     groups = operator_runs(found)
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False, sharex=True, sharey=True)
+    least = 1.0
     for axis, group in zip(axes[0], groups, strict=True):
         for row, (op, peer) in enumerate(pairs(group)):
             cells = [line_of(run, op)["ratio"].get(peer) for run in group["runs"].values()]
             median, below, above = spread_of([ratio[0] for ratio in cells if ratio])
+            least = min(least, median - below)
             # A bar's length is the logarithm of the ratio: it begins where both take as long.
             axis.barh(row, median - 1, left=1, color=BLUE)
             axis.errorbar(median, row, xerr=[[below], [above]], color="black", capsize=3, lw=1)
@@ -48,7 +50,7 @@ def draw_ratios(found: dict[str, dict], path: Path) -> None:
         axis.set_title(heading(group), fontsize=10)
     axes[0, 0].set_ylabel("operator of moe_ext: other implementation")
     axis.set_xscale("log")
-    axis.set_xlim(0.8, 100)
+    axis.set_xlim(min(0.8, 0.9 * least), 100)
     axis.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     axis.minorticks_off()
     axis.invert_yaxis()

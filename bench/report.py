@@ -96,7 +96,8 @@ def points_table(report: dict) -> str:
     for point in points:
         shape = "T{tokens} H{hidden} F{ffn} E{num_experts} K{top_k}".format(**point)
         cells = [f"{point['point']}, {shape}", f"{point['threads']}"]
-        cells += [f"{point['seconds'][OURS] * 1e3:.3g}"]
+        milliseconds = point["seconds"][OURS] * 1e3
+        cells.append(f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.3g}")
         cells += [f"{point['of_bound']:.0%}"] if "of_bound" in point else ["-"]
         for peer in names:
             cells.append(factor(point["ratio"].get(peer)) or point["excluded"].get(peer, "-"))

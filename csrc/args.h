@@ -21,7 +21,8 @@ inline OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
 }
 
-// Without the dispatcher, in which the results of an operator on a few tokens took most of its time.
+// Without the dispatcher, in which the results of an operator on a few tokens took most of its
+// time.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
   constexpr std::size_t kMostDims = 3;
   const std::size_t dims = size.size();

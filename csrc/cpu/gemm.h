@@ -163,9 +163,9 @@ class Gemm {
     multiply_by_torch(out, left, right, first);
   }
 
-  // The next of eight sizes for every doubling.
+  // The next of eight sizes for every doubling; a multiple of eight.
   static int64_t padded_size(int64_t n) {
-    int64_t step = 32;
+    int64_t step = 8;
     while (step * 16 <= n) step *= 2;
     return (n + step - 1) / step * step;
   }

@@ -339,6 +339,9 @@ def test_a_throughput_above_a_copy_is_explained(measured, monkeypatch):
     (axis,) = figure.axes
     assert axis.get_ylim()[0] == 0
     assert axis.get_ylim()[1] > max(shares)
+    if max(shares) <= 1:
+        assert not axis.texts
+        return
     (note,) = axis.texts
     assert note.get_text().startswith(f"{max(shares):.2f}: ")
     assert note.xy[1] == max(shares)
@@ -347,6 +350,9 @@ def test_a_throughput_above_a_copy_is_explained(measured, monkeypatch):
 def test_pages_show_what_was_measured(measured):
     report = load("report")
     texts = report.tables(measured)
+    if "experts" not in texts:  # of bench-full, perhaps on another machine
+        folders = [path.parent for path in report.RESULTS.glob(f"*/{report.EXPERTS[0]}.json")]
+        texts["experts"] = report.experts_table(report.results(folders[0]))
     for page in report.PAGES:
         shown = page.read_text()
         assert report.filled(shown, texts) == shown

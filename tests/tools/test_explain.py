@@ -9,7 +9,7 @@ from scripts import output_of
 
 import moe_ext
 from moe_ext import GroupedExperts, MOELayer, TopKGate, profiling, stats
-from moe_ext.ops import registry, torch_grouped_mm
+from moe_ext.ops import composed, registry, torch_grouped_mm
 
 E, H = 4, 16
 
@@ -21,7 +21,7 @@ def layer_of(experts=None, **options) -> MOELayer:
 
 def test_explain_names_every_operator_in_order():
     found = moe_ext.explain(layer_of(drop_tokens=False), torch.randn(3, 5, H))
-    assert [call.operator for call in found.calls] == [*("gate", "plan", "plan", "feed_forward")]
+    assert [call.operator for call in found.calls] == [*("gate", "plan", "balance", "feed_forward")]
     assert all(call.backend == "compiled" for call in found.calls)
     assert found.synchronisations == 0
     text = str(found)
