@@ -5,6 +5,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 
 #include "activation.h"
@@ -21,24 +23,37 @@ inline OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
 }
 
-// Without the dispatcher, in which the results of an operator on a few tokens took most of its
-// time.
+// MOE_EXT_POISON in the environment fills results on the CPU before an operator writes them, for
+// tests: with NaN, or with the largest integer.
+inline void poison(const Tensor& tensor) {
+  static const bool is_on = std::getenv("MOE_EXT_POISON") != nullptr;
+  if (!is_on) return;
+  const bool is_int = tensor.scalar_type() == ScalarType::Int;
+  const std::size_t bytes = tensor.numel() * tensor.element_size();
+  std::memset(tensor.mutable_data_ptr(), is_int ? 0x7f : 0xff, bytes);
+}
+
+// On the CPU without the dispatcher, in which the results of operators on a few tokens took most of
+// the time.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  const torch::stable::Device device = like.device();
+  if (device.type() != torch::headeronly::DeviceType::CPU) {
+    return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
+  }
   constexpr std::size_t kMostDims = 3;
-  const std::size_t dims = size.size();
   int64_t strides[kMostDims + 1] = {}, stride = 1;
-  for (std::size_t i = dims; i-- > 0;) {
+  for (std::size_t i = size.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= std::max<int64_t>(1, size.begin()[i]);
   }
-  int32_t device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle tensor;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), size.begin(), strides,
-                                                  type, device_type, device_index, &tensor));
-  return Tensor(tensor);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.begin(),
+                                                  strides, type, aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
+  const Tensor tensor(handle);
+  poison(tensor);
+  return tensor;
 }
 
 template <typename T>

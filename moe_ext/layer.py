@@ -187,8 +187,7 @@ class Layer(nn.Module):
         if self.observer is not None:
             self.observer(plan, aux, routing, used_token)
         out = self._routed(tokens, plan, weights)
-        out = out.to(hidden.dtype)
-        return out if hidden.dim() == 2 else out.view(hidden.shape), aux
+        return out.to(hidden.dtype).view(hidden.shape), aux
 
     def _route(
         self, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None

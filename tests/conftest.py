@@ -17,6 +17,8 @@ from moe_ext.ops import registry
 
 # For deterministic algorithms on a GPU; read at the first product there.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Results of compiled operators on the CPU are NaN until they are written; read at the first one.
+os.environ["MOE_EXT_POISON"] = "1"
 
 # Folders whose tests run on --device and on the emulated kernels; the tensors of layers/ are on
 # torch's default device. The other folders build, install, draw or start processes of their own.
@@ -175,7 +177,7 @@ def _default_device(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def poisoned():
-    """Fresh memory is NaN, or the largest integer: what a kernel does not write is seen."""
+    """Fresh memory of torch too is NaN, or the largest integer: what is not written is seen."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory

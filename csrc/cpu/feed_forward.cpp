@@ -255,7 +255,18 @@ void backward_to_pre_activation(const Experts<scalar_t>& at, const Rows& grads,
         std::nullopt);
     on_widest(ActivateTileBackward<scalar_t>{at, t, grad_active, pre_activation,
                                              grad_pre_activation, active, sums, num_sums});
-    if (!a.down_bias || t.column_begin > 0) return;
+  });
+}
+
+// Fills the last sum of every row.
+template <typename scalar_t>
+void multiply_by_bias(const Experts<scalar_t>& at, const Rows& grads, accumulate_t<scalar_t>* sums,
+                      int64_t num_sums) {
+  const FeedForwardArgs& a = at.a;
+  std::vector<Tile> tiles;
+  add_tiles(tiles, at.owned, 1);
+  run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
+    const Matrix grad = grads.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
     const auto* bias = const_data<scalar_t>(*a.down_bias) + t.expert * a.hidden;
     on_widest(BiasDots<scalar_t>{t, grad, bias, sums + num_sums - 1, num_sums});
   });
@@ -284,20 +295,24 @@ Tensor add_sums(const Experts<scalar_t>& at, const accumulate_t<scalar_t>* sums,
 template <typename scalar_t, typename Weight, typename Row>
 Tensor sum_rows(const Experts<scalar_t>& at, int64_t width, const Weight& weight, const Row& row) {
   using T = accumulate_t<scalar_t>;
-  const int64_t E = at.a.groups.num_experts;
+  constexpr int64_t kColumns = 256;
+  const int64_t E = at.a.groups.num_experts, parts = (width + kColumns - 1) / kColumns;
   const Tensor out = empty(at.a.tokens, {E, width}, at.dtype);
   scalar_t* to = data<scalar_t>(out);
-  parallel_for(0, E, 1, [&](int64_t first, int64_t last) {
-    std::vector<T> sums(width);
-    for (int64_t e = first; e < last; ++e) {
-      std::fill(sums.begin(), sums.end(), T{0});
+  parallel_for(0, E * parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t e = i / parts, begin = i % parts * kColumns;
+      const int64_t columns = std::min(kColumns, width - begin);
+      T sums[kColumns] = {};
       for (int64_t r = at.owned[e].begin; r < at.owned[e].end; ++r) {
         if (at.routes.sources[r] < 0) continue;
         const T factor = weight(r);
-        const scalar_t* from = row(r);
-        for (int64_t i = 0; i < width; ++i) sums[i] += factor * static_cast<T>(from[i]);
+        const scalar_t* from = row(r) + begin;
+        for (int64_t c = 0; c < columns; ++c) sums[c] += factor * static_cast<T>(from[c]);
       }
-      for (int64_t i = 0; i < width; ++i) to[e * width + i] = static_cast<scalar_t>(sums[i]);
+      for (int64_t c = 0; c < columns; ++c) {
+        to[e * width + begin + c] = static_cast<scalar_t>(sums[c]);
+      }
     }
   });
   return out;
@@ -328,6 +343,7 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, const Needs& 
   std::vector<T> sums(at.routes.num_rows * num_sums);
   backward_to_pre_activation(at, grads, matrix_of(b.pre_activation), matrix_of(d_pre_activation),
                              matrix_of(active), sums.data(), num_sums);
+  if (a.down_bias) multiply_by_bias(at, grads, sums.data(), num_sums);
 
   enum Product { kUp, kDown, kTokens };
   std::vector<Tile> tiles;

@@ -42,8 +42,8 @@ def huge_pages(module: nn.Module) -> HugePages:
     """Put the parameters and buffers of a module into huge pages, where they lie.
 
     Weights are then read up to half again as fast, which is most of the time of a forward of few
-    tokens on a CPU. Takes about two seconds per gigabyte. `GroupedExperts` asks for huge pages when
-    it is made; call this for other modules, and after weights were moved, cast or loaded.
+    tokens on a CPU. Takes two to three seconds per gigabyte. `GroupedExperts` asks for huge pages
+    when it is made; call this for other modules, and after weights were moved, cast or loaded.
 
     Args:
         module: any module, as a model of transformers; tensors on other devices are left alone
@@ -57,20 +57,28 @@ def huge_pages(module: nn.Module) -> HugePages:
     if why_not:
         return HugePages(total, 0, why_not)
     for address, size in _with_progress(list(_parts(storages))):
-        error = _madvise(address, size, _MADV_COLLAPSE)
-        if error == 0:
-            huge += size
-        elif error == errno.EINVAL:
-            why_not = "the rest is mapped from a file; load the weights without mmap"
-        else:
+        done, error = _collapse(address, size)
+        huge += done
+        if error == errno.EINVAL:
+            why_not = "the rest is mapped from a file or shared; load the weights without mmap"
+        elif error:
             why_not = f"the system refused some: {os.strerror(error)}"
     return HugePages(total, huge, why_not)
 
 
+def _collapse(address: int, size: int) -> tuple[int, int]:
+    """Bytes that lie in huge pages now, and the last error or 0; page by page where all at once is
+    refused."""
+    if _madvise(address, size, _MADV_COLLAPSE) == 0:
+        return size, 0
+    pages = range(address, address + size, _HUGE)
+    errors = [_madvise(page, _HUGE, _MADV_COLLAPSE) for page in pages]
+    return errors.count(0) * _HUGE, next((error for error in reversed(errors) if error), 0)
+
+
 def advise(tensor: Tensor) -> Tensor:
     """Ask for huge pages for a tensor that was not written yet, and return it."""
-    # A subclass, as a fake tensor, may have no memory.
-    if type(tensor) is Tensor and sys.platform == "linux":
+    if sys.platform == "linux":
         for address, size in _parts(_storages([tensor])):
             _madvise(address, size, _MADV_HUGEPAGE)  # where it is refused nothing is lost
     return tensor
@@ -94,7 +102,9 @@ def _storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
     """Address and size of the memory of tensors on the CPU, each once."""
     seen = set()
     for tensor in tensors:
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        # A subclass, as a fake or a distributed tensor, may have no memory of its own.
+        is_plain = type(tensor) in (Tensor, nn.Parameter)
+        if not is_plain or tensor.device.type != "cpu" or tensor.layout != torch.strided:
             continue
         storage = tensor.untyped_storage()
         address = storage.data_ptr()

@@ -103,7 +103,7 @@ def feed_forward_backward(
         "activate_backward", grad_active, pre_activation, *routes, weights, activation
     )
     del grad_active
-    grad_down = grad_down_bias = grad.new_empty(0)
+    grad_down, grad_down_bias = grad.new_empty(0), grad.new_empty(0)
     if needs_down:
         grad_down = outer_like(run, is_transposed(down), grad_rows, active, groups)
     if down_bias is not None:
@@ -133,7 +133,7 @@ def project_up_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `project_up` for tokens, up and bias; an empty tensor for one that is not
     needed."""
-    grad_tokens = grad_up = grad_bias = grad.new_empty(0)
+    grad_tokens, grad_up, grad_bias = (grad.new_empty(0) for _ in range(3))
     if needs_up:
         rows = run("dispatch", tokens, *routes, None)
         grad_up = outer_like(run, is_transposed(up), grad, rows, groups)

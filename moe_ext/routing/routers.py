@@ -7,6 +7,7 @@ and they keep their own dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -83,8 +84,16 @@ class Tensors(NamedTuple):
         if router._modules:
             return cls(dict(router.named_parameters()), dict(router.named_buffers()))
         # The same of a module without others, as an nn.Linear, in a tenth of the time.
-        both = router._parameters, router._buffers
-        return cls(*({n: t for n, t in some.items() if t is not None} for some in both))
+        return cls(_once(router._parameters), _once(router._buffers))
+
+
+def _once(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Each tensor under its first name."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
 
 
 def logits_of(router: nn.Module, tensors: Tensors, tokens: Tensor) -> Tensor:

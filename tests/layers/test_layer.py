@@ -247,3 +247,14 @@ def test_residual_under_autocast():
     hidden = torch.randn(6, 8).bfloat16()
     with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
         assert moe(hidden)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (5, 1, 16)])
+def test_experts_that_change_the_width_are_an_error(shape):
+    class Narrow(Experts):
+        def routed(self, tokens, plan, weights):
+            return tokens[:, :7]
+
+    layer = MOELayer(TopKGate(16, 4, 2), Narrow(4))
+    with pytest.raises(RuntimeError, match="shape"):
+        layer(torch.randn(shape))

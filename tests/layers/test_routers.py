@@ -142,3 +142,18 @@ def test_gate_is_float64_where_its_weight_is():
     routing = gate.route(torch.randn(30, H))
     assert routing.probs.dtype == torch.float64
     assert routing.weights.dtype == torch.float32
+
+
+def test_a_parameter_of_two_names_is_cast_once():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = torch.nn.Parameter(torch.randn(E, H).bfloat16())
+
+        def forward(self, tokens):
+            return tokens @ (self.a + self.b).T
+
+    router, tokens = Tied(), torch.randn(5, H)
+    gate = TopKGate(H, E, 2, router=router)
+    expected = tokens @ (2 * router.a.float()).T
+    torch.testing.assert_close(gate.route(tokens).logits, expected)
