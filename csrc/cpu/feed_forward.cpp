@@ -29,7 +29,7 @@ scalar_t* row_of(const Matrix& matrix, int64_t row) {
   return reinterpret_cast<scalar_t*>(matrix.row_range(row, row).data);
 }
 
-// What both directions share.
+// The arguments of both directions, checked.
 template <typename scalar_t>
 struct Experts {
   using T = accumulate_t<scalar_t>;

@@ -38,7 +38,7 @@ class Operator(Function):
         if is_transformed or torch.compiler.is_compiling():
             return cls.apply(*args)
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            # What apply does, but for default arguments: it reads forward's signature for them in
+            # As apply does, but without default arguments: for them it reads forward's signature in
             # every call, which takes longer than most operators do.
             return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
         return cls.forward(*args)
