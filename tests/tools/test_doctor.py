@@ -102,7 +102,7 @@ def test_a_wrong_result_is_found(monkeypatch, name, change, found):
     """The reference is changed, so the operator differs from it."""
     right = getattr(doctor.reference, name)
     monkeypatch.setattr(doctor.reference, name, lambda *args: change(right(*args)))
-    # What is made of it differs too.
+    # Operators that are made of it differ too.
     problem, *_ = [p for p in doctor.examine().problems if "on cpu" in p.problem]
     assert problem.problem.startswith(f"the self-test of {name} on cpu gave {found}")
     assert "doctor --json" in problem.fix
