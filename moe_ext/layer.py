@@ -175,9 +175,8 @@ class Layer(nn.Module):
     def _forward(
         self, hidden: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
     ) -> tuple[Tensor, Aux]:
-        tokens = hidden
-        if hidden.dim() != 2:
-            tokens = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
+        # Also of [T, H]: the gradients of gate and experts meet here, before others of hidden join.
+        tokens = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
         plan, weights, aux, routing = self._route(tokens, used_token, expert_ids)
         if plan.num_experts != self.num_experts:
             raise RuntimeError(

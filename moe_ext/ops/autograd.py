@@ -125,14 +125,15 @@ class Balance(Operator):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        slope = output[1]
-        ctx.mark_non_differentiable(slope)
-        ctx.save_for_backward(slope)
+        share = output[1]
+        ctx.mark_non_differentiable(share)
+        ctx.save_for_backward(share)
+        ctx.num_tokens = torch.sym_max(inputs[2].shape[0], 1)
 
     @staticmethod
     def backward(ctx, grad, _):
-        (slope,) = ctx.saved_tensors
-        return grad * slope, None, None, None
+        (share,) = ctx.saved_tensors
+        return grad * share / ctx.num_tokens, None, None, None
 
 
 class MaskWeights(Operator):

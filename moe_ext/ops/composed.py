@@ -18,15 +18,15 @@ Run = Callable[..., Tensor]
 def balance(
     run: Run, importance: Tensor, load: Tensor, expert_ids: Tensor, choices: int
 ) -> tuple[Tensor, Tensor]:
-    """The load-balance loss [], and its slope [E] by importance: E / choices / T^2 * the load of
-    the tokens' first choices."""
+    """The load-balance loss [], and each expert's share [E] of the load of the tokens' first
+    choices, 1 where all are even: the sum of importance / T * share."""
     T, K = expert_ids.shape
     E = importance.shape[0]
     if choices < K:
         load = run("plan", expert_ids[:, :choices], None, E, None, "choice", 1)[3]
     T = torch.sym_max(T, 1)
-    slope = load.to(importance.dtype) / T * (E / choices / T)
-    return (importance * slope).sum(), slope
+    share = load.to(importance.dtype) / (T * (choices / E))
+    return (importance / T * share).sum(), share
 
 
 def feed_forward(
