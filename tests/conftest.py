@@ -7,13 +7,14 @@ every test of device "cpu" is one of theirs.
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from moe_ext.ops import registry
+from moe_ext.ops import composed, registry
 
 # For deterministic algorithms on a GPU; read at the first product there.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -53,8 +54,19 @@ def pytest_configure(config: pytest.Config) -> None:
             config.cusim = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(config.cusim)
             config.cusim.set_order(config.getoption("--cusim-order"))
+            config.cusim_composed = _compose()
         except (ImportError, ValueError) as error:
             raise pytest.UsageError(f"--cusim: {error}") from error
+
+
+def _compose() -> torch.library.Library:
+    """Make of smaller operators, in place of the CPU's own, what has no CUDA kernel."""
+    library = torch.library.Library("moe_ext", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are replaced
+        for name, operator in composed.OPERATORS.items():
+            library.impl(name, operator, "CPU")
+    return library
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -128,6 +128,7 @@ def test_the_gradient_of_a_kept_pre_activation(device):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.checks_values
 def test_a_plan_that_does_not_fit_itself_is_named(device):
     plan = moe_ext.make_plan(random_experts(9, 2, 3, device), 3)
     if device.type != "cpu":

@@ -12,11 +12,10 @@ from cases import (
 )
 
 import moe_ext
-from moe_ext.ops import registry, samples, torch_grouped_mm
+from moe_ext.ops import composed, registry, samples, torch_grouped_mm
 
-each_kernel = pytest.mark.parametrize(
-    "op", [op for op in registry.NAMES if op not in torch_grouped_mm.OPERATORS]
-)
+IN_PYTHON = torch_grouped_mm.OPERATORS | composed.OPERATORS
+each_kernel = pytest.mark.parametrize("op", [op for op in registry.NAMES if op not in IN_PYTHON])
 ORDERS = ("forward", "reverse", "random1", "random2", "random3")
 
 
@@ -160,6 +159,13 @@ def test_kernels_have_the_name_of_their_operator(launches_of, op):
     launched = kernels(launches_of(call_operator, op, samples.arguments(op)))
     assert launched[0].startswith(op)
     assert all(name.startswith(op) for name in launched)
+
+
+def test_experts_are_made_of_other_kernels(launches_of):
+    """The products are torch's."""
+    arguments = samples.arguments("feed_forward")
+    launched = kernels(launches_of(call_operator, "feed_forward", arguments))
+    assert [name.split("_kernel")[0] for name in launched] == ["dispatch", "activate", "combine"]
 
 
 def test_too_many_experts(unchecked):
