@@ -1,5 +1,6 @@
 // One function per operator: checks its arguments once and returns them contiguous, with the sizes
-// by name. Every backend starts with it, so that no kernel checks a shape.
+// by name. Every backend starts with it, so that no kernel checks a shape. Those of the experts'
+// operators are in expert_args.h.
 
 #pragma once
 
@@ -9,7 +10,6 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "activation.h"
 #include "call.h"
 #include "scoring.h"
 
@@ -282,189 +282,6 @@ inline RouteDotArgs combine_backward_args(const Tensor& tokens, const Tensor& ro
                                           const Tensor& weights) {
   const Sizes s = check<contract("combine_backward")>({tokens, rows, slots, sources, weights});
   return {dense(tokens), dense(rows), route_args(slots, sources, weights, s), s['H']};
-}
-
-inline Activation parse_activation(const Check& check, const std::string& activation) {
-  if (activation == "swiglu") return Activation::kSwiglu;
-  if (activation == "geglu") return Activation::kGeglu;
-  if (activation == "gelu") return Activation::kGelu;
-  if (activation == "relu") return Activation::kRelu;
-  check.fail("activation must be swiglu, geglu, gelu or relu, got ", activation);
-}
-
-// F follows from G and the activation.
-inline Activation check_activation(Call& call, const std::string& activation) {
-  const Activation kind = parse_activation(call, activation);
-  const int64_t G = call.sizes['G'];
-  if (is_gated(kind) && G % 2 != 0) {
-    call.fail("pre_activation must be [R, 2F], got [R, ", G, "]");
-  }
-  call.sizes.set('F', is_gated(kind) ? G / 2 : G);
-  return kind;
-}
-
-struct ActivateArgs {
-  Tensor pre_activation;  // [R, G], G = 2F with the gate's columns first, F without a gate
-  RouteArgs routes;
-  Activation activation;
-  int64_t inner_width, width;
-};
-
-inline ActivateArgs activate_args(const Tensor& pre_activation, const Tensor& slots,
-                                  const Tensor& sources, const OptionalTensor& weights,
-                                  const std::string& activation) {
-  Activation kind;
-  const Sizes s =
-      check<contract("activate")>({pre_activation, slots, sources, weights},
-                                  [&](Call& call) { kind = check_activation(call, activation); });
-  return {dense(pre_activation), route_args(slots, sources, weights, s), kind, s['G'], s['F']};
-}
-
-struct ActivateBackwardArgs {
-  Tensor grad;  // [R, F]
-  ActivateArgs forward;
-};
-
-inline ActivateBackwardArgs activate_backward_args(const Tensor& grad, const Tensor& pre_activation,
-                                                   const Tensor& slots, const Tensor& sources,
-                                                   const Tensor& weights,
-                                                   const std::string& activation) {
-  Activation kind;
-  const Sizes s = check<contract("activate_backward")>(
-      {grad, pre_activation, slots, sources, weights},
-      [&](Call& call) { kind = check_activation(call, activation); });
-  const RouteArgs routes = route_args(slots, sources, weights, s);
-  return {dense(grad), {dense(pre_activation), routes, kind, s['G'], s['F']}};
-}
-
-// The rows of each expert that a route owns: offsets[e] and the min(load[e], room) after it.
-struct Groups {
-  Tensor offsets;  // [E+1]
-  Tensor load;     // [E]
-  int64_t num_experts;
-};
-
-// A plan's capacity says what its offsets are: e * capacity.
-inline void check_capacity(const Call& call, const std::optional<int64_t>& capacity) {
-  if (!capacity) return;
-  const int64_t R = call.sizes['R'], E = call.sizes['E'];
-  // A quotient, since the product may not fit into 64 bits.
-  if (E == 0 ? R == 0 : R % E == 0 && *capacity == R / E) return;
-  call.fail("capacity must be R / E with R = ", R, ", E = ", E, ", got ", *capacity);
-}
-
-struct GroupedMMArgs {
-  Tensor rows;          // [R, M]
-  Tensor weights;       // [E, N, M], strides kept: a transposed view is multiplied without a copy
-  OptionalTensor bias;  // [E, N]
-  Groups groups;
-  int64_t num_rows, rows_width, out_width;
-};
-
-inline GroupedMMArgs grouped_mm_args(const Tensor& rows, const Tensor& weights,
-                                     const OptionalTensor& bias, const Tensor& offsets,
-                                     const Tensor& load, const std::optional<int64_t>& capacity) {
-  const Sizes s = check<contract("grouped_mm")>(
-      {rows, weights, bias, offsets, load}, [&](Call& call) { check_capacity(call, capacity); });
-  const Groups groups{dense(offsets), dense(load), s['E']};
-  return {dense(rows), weights, dense(bias), groups, s['R'], s['M'], s['N']};
-}
-
-struct FeedForwardArgs {
-  Tensor tokens;  // [T, H]
-  RouteArgs routes;
-  Groups groups;
-  Tensor up, down;           // [E, G, H], [E, H, F], strides kept
-  OptionalTensor up_bias;    // [E, G]
-  OptionalTensor down_bias;  // [E, H]
-  Activation activation;
-  bool score_before_experts;
-  int64_t hidden, inner_width, width;  // H, G, F
-};
-
-// F follows from G and the activation.
-inline Activation check_experts(Call& call, const Tensor& tokens, const Tensor& up,
-                                const std::string& activation,
-                                const std::optional<int64_t>& capacity) {
-  const Activation kind = parse_activation(call, activation);
-  call.same_dtype("up", up, "tokens", tokens);
-  const int64_t G = call.sizes['G'];
-  if (is_gated(kind) && G % 2 != 0) call.fail("up must be [E, 2F, H], got ", shape_text(up));
-  call.sizes.set('F', is_gated(kind) ? G / 2 : G);
-  check_capacity(call, capacity);
-  return kind;
-}
-
-inline FeedForwardArgs feed_forward_args(
-    const Tensor& tokens, const Tensor& slots, const Tensor& sources, const Tensor& offsets,
-    const Tensor& load, const Tensor& weights, const Tensor& up, const Tensor& down,
-    const OptionalTensor& up_bias, const OptionalTensor& down_bias, const std::string& activation,
-    bool score_before_experts, const std::optional<int64_t>& capacity) {
-  Activation kind;
-  const Sizes s = check<contract("feed_forward")>(
-      {tokens, slots, sources, offsets, load, weights, up, down, up_bias, down_bias},
-      [&](Call& call) { kind = check_experts(call, tokens, up, activation, capacity); });
-  return {dense(tokens),
-          route_args(slots, sources, weights, s),
-          {dense(offsets), dense(load), s['E']},
-          up,
-          down,
-          dense(up_bias),
-          dense(down_bias),
-          kind,
-          score_before_experts,
-          s['H'],
-          s['G'],
-          s['F']};
-}
-
-struct FeedForwardBackwardArgs {
-  Tensor grad;            // [T, H]
-  Tensor pre_activation;  // [R, G]
-  FeedForwardArgs forward;
-};
-
-inline FeedForwardBackwardArgs feed_forward_backward_args(
-    const Tensor& grad, const Tensor& tokens, const Tensor& pre_activation, const Tensor& slots,
-    const Tensor& sources, const Tensor& offsets, const Tensor& load, const Tensor& weights,
-    const Tensor& up, const Tensor& down, const OptionalTensor& up_bias,
-    const OptionalTensor& down_bias, const std::string& activation, bool score_before_experts,
-    const std::optional<int64_t>& capacity) {
-  Activation kind;
-  const Sizes s = check<contract("feed_forward_backward")>(
-      {grad, tokens, pre_activation, slots, sources, offsets, load, weights, up, down, up_bias,
-       down_bias},
-      [&](Call& call) { kind = check_experts(call, tokens, up, activation, capacity); });
-  return {dense(grad),
-          dense(pre_activation),
-          {dense(tokens),
-           route_args(slots, sources, weights, s),
-           {dense(offsets), dense(load), s['E']},
-           up,
-           down,
-           dense(up_bias),
-           dense(down_bias),
-           kind,
-           score_before_experts,
-           s['H'],
-           s['G'],
-           s['F']}};
-}
-
-struct GroupedOuterArgs {
-  Tensor left;   // [R, N]
-  Tensor right;  // [R, M]
-  Groups groups;
-  int64_t num_rows, left_width, right_width;
-};
-
-inline GroupedOuterArgs grouped_outer_args(const Tensor& left, const Tensor& right,
-                                           const Tensor& offsets, const Tensor& load,
-                                           const std::optional<int64_t>& capacity) {
-  const Sizes s = check<contract("grouped_outer")>(
-      {left, right, offsets, load}, [&](Call& call) { check_capacity(call, capacity); });
-  const Groups groups{dense(offsets), dense(load), s['E']};
-  return {dense(left), dense(right), groups, s['R'], s['N'], s['M']};
 }
 
 }  // namespace moe_ext

@@ -13,8 +13,8 @@
 
 #include <tuple>
 
-#include "args.h"
 #include "cuda/launchers.h"
+#include "expert_args.h"
 
 #if defined(MOE_EXT_ARCHITECTURES)
 #define MOE_EXT_TEXT(...) #__VA_ARGS__

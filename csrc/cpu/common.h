@@ -16,7 +16,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../args.h"
+#include "../expert_args.h"
 
 namespace moe_ext {
 

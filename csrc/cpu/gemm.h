@@ -40,8 +40,9 @@ inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
 #endif
 }
 
-// Whether floats are multiplied by block_product.h. Torch's library uses the widest registers on
-// Intel's CPUs alone; on others it is half as fast with 64 bytes, and as fast with 32.
+// Whether floats are multiplied by block_product.h. On a Zen 5 torch's library is half as fast as
+// its loops with registers of 64 bytes, and as fast as those with 32; Intel's CPUs, for which that
+// library is made, keep it.
 // MOE_EXT_OWN_PRODUCTS says yes on every CPU that has the registers: for tests.
 inline bool multiplies_floats() {
 #if defined(__x86_64__)

@@ -123,7 +123,7 @@ struct Worker {
 };
 
 // body(worker, tile) for all. A thread that is done takes the next one: products of few rows are
-// slower than their size says. What a body throws is thrown again here.
+// slower than their size says. `run` rethrows an exception of a body.
 template <typename Body>
 void run(const std::vector<Tile>& tiles, ScalarType dtype, const Body& body) {
   // One tile alone is left to the threads of torch's GEMM, where that multiplies.

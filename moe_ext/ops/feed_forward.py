@@ -7,15 +7,123 @@ Tokens, pre-activations and the plan are saved: the backward dispatches the toke
 computes the activation again; no product is repeated.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..options import Activation
 from . import composed, registry
-from .autograd import FeedForward, Operator, run
+from .autograd import OPERATORS, Operator, run
 from .checks import Check
 from .functional import autocast, check_plan
 from .plan import Plan
+
+
+class FeedForward(Operator):
+    @staticmethod
+    def forward(
+        tokens,
+        slots,
+        sources,
+        offsets,
+        load,
+        weights,
+        up,
+        down,
+        up_bias,
+        down_bias,
+        activation,
+        score_before_experts,
+        capacity,
+        keeps,
+    ):
+        return registry.run(
+            "feed_forward",
+            *(tokens, slots, sources, offsets, load, weights, up, down, up_bias, down_bias),
+            *(activation, score_before_experts, capacity, keeps),
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.activation, ctx.score_before_experts, ctx.capacity, ctx.keeps = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[1] if ctx.keeps else None)
+
+    @staticmethod
+    def backward(ctx, grad, grad_pre_activation):
+        *tensors, pre_activation = ctx.saved_tensors
+        tokens, slots, sources, *groups, _, up, _, up_bias, _ = tensors
+        routes, groups = (slots, sources), (*groups, ctx.capacity)
+        rule = ctx.activation, ctx.score_before_experts, ctx.capacity
+        needs = ctx.needs_input_grad
+        needs_tokens, needs_up, needs_down = needs[0], needs[6] or needs[8], needs[7] or needs[9]
+        grads: dict[int, Any] = dict.fromkeys(range(10))
+        if grad is not None:
+            if not ctx.keeps:
+                pre_activation = composed.project_up(run, tokens, up, up_bias, routes, groups)
+            found = FeedForwardBackward.call(
+                *(grad, tokens, pre_activation, *tensors[1:]),
+                *(*rule, needs_tokens, needs_up, needs_down),
+            )
+            grads |= zip((0, 6, 7, 8, 9, 5), found, strict=True)
+        if grad_pre_activation is not None and ctx.keeps:
+            found = composed.project_up_backward(
+                *(run, grad_pre_activation, tokens, up, up_bias, routes, groups),
+                *(needs_tokens, needs_up),
+            )
+            for i, more in zip((0, 6, 8), found, strict=True):
+                grads[i] = more if grads[i] is None else grads[i] + more
+        return *(grads[i] if needs[i] else None for i in range(10)), None, None, None, None
+
+
+class FeedForwardBackward(Operator):
+    @staticmethod
+    def forward(
+        grad,
+        tokens,
+        pre_activation,
+        slots,
+        sources,
+        offsets,
+        load,
+        weights,
+        up,
+        down,
+        up_bias,
+        down_bias,
+        activation,
+        score_before_experts,
+        capacity,
+        needs_tokens,
+        needs_up,
+        needs_down,
+    ):
+        return registry.run(
+            "feed_forward_backward",
+            *(grad, tokens, pre_activation, slots, sources, offsets, load, weights),
+            *(up, down, up_bias, down_bias, activation, score_before_experts, capacity),
+            *(needs_tokens, needs_up, needs_down),
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:12])
+        ctx.options = inputs[12:]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        tensors = list(ctx.saved_tensors)
+        wanted = [i for i in range(12) if ctx.needs_input_grad[i]]
+
+        def feed_forward_backward(*some):
+            for i, tensor in zip(wanted, some, strict=True):
+                tensors[i] = tensor
+            return composed.feed_forward_backward(run, *tensors, *ctx.options)
+
+        vjp = torch.func.vjp(feed_forward_backward, *(tensors[i] for i in wanted))[1]
+        found = dict.fromkeys(range(len(ctx.needs_input_grad)))
+        return tuple((found | dict(zip(wanted, vjp(grads), strict=True))).values())
 
 
 class _DispatchMM(Operator):
@@ -43,6 +151,11 @@ class _DispatchMM(Operator):
             of_bias if needs_bias else None,
             *(None,) * 5,
         )
+
+
+_OPERATORS = {"feed_forward": FeedForward, "feed_forward_backward": FeedForwardBackward}
+OPERATORS |= _OPERATORS
+registry.libraries.register_gradients(_OPERATORS)
 
 
 def dispatch_mm(tokens: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:

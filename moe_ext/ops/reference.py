@@ -9,9 +9,10 @@ A route is a (token, choice) pair, numbered t * K + k. Ids, slots, sources, offs
 int32.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -397,58 +398,15 @@ def _referred(name: str, *args):
     return globals()[name](*args)
 
 
-@checked
-def feed_forward(
-    tokens: Tensor,
-    slots: Tensor,
-    sources: Tensor,
-    offsets: Tensor,
-    load: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Optional[Tensor],
-    down_bias: Optional[Tensor],
-    activation: str,
-    score_before_experts: bool,
-    capacity: Optional[int],
-    keeps: bool,
-) -> tuple[Tensor, Tensor]:
-    """The weighted sum of every token's experts [T, H], and the pre-activations [R, G] where they
-    are kept."""
-    return composed.feed_forward(
-        *(_referred, tokens, slots, sources, offsets, load, weights, up, down, up_bias, down_bias),
-        *(activation, score_before_experts, capacity, keeps),
-    )
+def _of_references(function: Callable) -> Callable:
+    """An operator of composed.py, made of references."""
+    bound: Any = functools.partial(function, _referred)
+    bound.__name__, bound.__doc__ = function.__name__, function.__doc__
+    return checked(bound)
 
 
-@checked
-def feed_forward_backward(
-    grad: Tensor,
-    tokens: Tensor,
-    pre_activation: Tensor,
-    slots: Tensor,
-    sources: Tensor,
-    offsets: Tensor,
-    load: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Optional[Tensor],
-    down_bias: Optional[Tensor],
-    activation: str,
-    score_before_experts: bool,
-    capacity: Optional[int],
-    needs_tokens: bool,
-    needs_up: bool,
-    needs_down: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `feed_forward` for tokens, up, down, up_bias, down_bias and weights."""
-    return composed.feed_forward_backward(
-        *(_referred, grad, tokens, pre_activation, slots, sources, offsets, load, weights),
-        *(up, down, up_bias, down_bias, activation, score_before_experts, capacity),
-        *(needs_tokens, needs_up, needs_down),
-    )
+feed_forward = _of_references(composed.feed_forward)
+feed_forward_backward = _of_references(composed.feed_forward_backward)
 
 
 def products(rows: Tensor) -> str:

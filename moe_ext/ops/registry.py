@@ -44,7 +44,7 @@ class Libraries:
         self.load_error: str | None = None
         self.cuda_library: Path | None = None
         self.cuda_load_error: str | None = None
-        self._gradients: Mapping[str, type[torch.autograd.Function]] = {}
+        self._gradients: dict[str, type[torch.autograd.Function]] = {}
 
     def load_installed(self) -> None:
         """Register the library that was built with the package, else the reference alone."""
@@ -123,11 +123,11 @@ class Libraries:
             self._python.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
             fake = contracts.fake(name) if name in CONTRACTS else kernel
             torch.library.register_fake(f"moe_ext::{name}", fake, lib=self._python)
-        self.register_gradients(self._gradients)
+        self.register_gradients(dict(self._gradients))
 
     def register_gradients(self, functions: Mapping[str, type[torch.autograd.Function]]) -> None:
-        """Stand autograd.Functions of the operators' arguments behind them."""
-        self._gradients = functions
+        """Stand autograd.Functions of the operators' arguments behind them, beside earlier ones."""
+        self._gradients |= functions
         for name, function in functions.items():
             self._python.impl(name, _differentiable(name, function), "Autograd")
 

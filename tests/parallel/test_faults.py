@@ -136,7 +136,7 @@ def test_outputs_of_another_shape_are_named_on_their_rank(rows, got):
         ("parallel.permute._ids_of_buffers", True, False),
         ("parallel.communicator.check", True, False),
         ("parallel.communicator.check", True, True),
-        ("ops.autograd.FeedForward.backward", True, True),
+        ("ops.feed_forward.FeedForward.backward", True, True),
     ],
 )
 @on_ranks(2)

@@ -1,0 +1,79 @@
+// The forward and the backward of the experts share their arguments, checked, and the rows of
+// these.
+
+#pragma once
+
+#include "activate_rows.h"
+#include "products.h"
+
+namespace moe_ext {
+
+// In the place of a result that is not wanted.
+inline Tensor none(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
+
+template <typename scalar_t>
+scalar_t* row_of(const Matrix& matrix, int64_t row) {
+  return reinterpret_cast<scalar_t*>(matrix.row_range(row, row).data);
+}
+
+// The arguments of both directions, checked.
+template <typename scalar_t>
+struct Experts {
+  using T = accumulate_t<scalar_t>;
+
+  const FeedForwardArgs& a;
+  Routes<scalar_t> routes;
+  std::vector<Range> owned;
+  ScalarType dtype;
+  bool gated;
+
+  Experts(const char* op, const FeedForwardArgs& args)
+      : a(args),
+        routes(args.routes),
+        owned(owned_rows(Check(op), args.groups, args.routes.num_rows)),
+        dtype(args.tokens.scalar_type()),
+        gated(is_gated(args.activation)) {
+    routes.check_all(op);
+  }
+
+  Rows rows_of(const Tensor& tokens) const {
+    return {matrix_of(tokens), routes.sources, routes.top_k};
+  }
+
+  Tensor fresh_rows(int64_t width) const {
+    return fresh(a.tokens, {routes.num_rows, width}, dtype);
+  }
+
+  // The sum of every token's rows [R, H], weighed or not. A row of a route that its expert does not
+  // own, in an inconsistent plan, counts as zero.
+  Tensor combined(const Tensor& rows, bool weighs) const {
+    zero_read_unowned(matrix_of(rows));
+    RouteArgs by = a.routes;
+    if (!weighs) by.weights = std::nullopt;
+    const Tensor out = fresh(a.tokens, {routes.num_tokens, a.hidden}, dtype);
+    combine({rows, by, a.hidden}, out);
+    return out;
+  }
+
+  // The weight of a row's route; zero for a row without one.
+  T weight_of(int64_t row) const {
+    return routes.sources[row] < 0 ? T{0} : routes.weights[routes.sources[row]];
+  }
+
+ private:
+  void zero_read_unowned(const Matrix& rows) const {
+    int64_t done = 0;
+    const auto zero_until = [&](int64_t end) {
+      for (; done < end; ++done) {
+        if (routes.sources[done] >= 0) zero_rows(rows, done, done + 1);
+      }
+    };
+    for (const Range& range : owned) {
+      zero_until(range.begin);
+      done = range.end;
+    }
+    zero_until(rows.rows);
+  }
+};
+
+}  // namespace moe_ext

@@ -1,0 +1,277 @@
+// The gradient of feed_forward.cpp, for the row of token t at expert e; w is its route's weight.
+//
+//   d active         = down[e]^T @ grad[t]
+//   d pre_activation = w * fn'(pre_activation) * d active
+//   d weights[t, k]  = <d active, active> + <grad[t], down_bias[e]>
+//   d up[e]          = sum of d pre_activation ⊗ tokens[t]
+//   d down[e]        = sum of grad[t] ⊗ (w * active)
+//   d tokens[t]      = sum over k of up[e]^T @ d pre_activation
+//
+// Rows of grad and of tokens are gathered a tile at a time.
+
+#include <tuple>
+
+#include "feed_forward.h"
+
+namespace moe_ext {
+namespace {
+
+// A route's weight has its gradient in sums over so many columns, which are added in order.
+constexpr int64_t kSumColumns = TileSize::kLeast;
+
+// The gradients of a tile's pre-activations, from that of its activations.
+template <typename scalar_t>
+struct ActivateTileBackward {
+  using T = accumulate_t<scalar_t>;
+  const Experts<scalar_t>& at;
+  const Tile& tile;
+  Matrix grad_active;                  // [rows, columns] of the tile
+  Matrix pre_activation;               // [R, G]
+  Matrix grad_pre_activation, active;  // [R, G], [R, F]
+  T* sums;                             // [R, num_sums]
+  int64_t num_sums;
+
+  template <int bytes>
+  MOE_EXT_INLINE void run() const {
+    const int64_t width = at.a.width;
+    for (int64_t j = 0; j < tile.rows(); ++j) {
+      const int64_t r = tile.row_begin + j;
+      for (int64_t f = tile.column_begin; f < tile.column_end; f += kSumColumns) {
+        const auto* gate = row_of<const scalar_t>(pre_activation, r) + f;
+        auto* grad_gate = row_of<scalar_t>(grad_pre_activation, r) + f;
+        const RowBackward<scalar_t> row{
+            row_of<const scalar_t>(grad_active, j) + f - tile.column_begin,
+            gate,
+            at.gated ? gate + width : nullptr,
+            at.weight_of(r),
+            grad_gate,
+            at.gated ? grad_gate + width : nullptr,
+            row_of<scalar_t>(active, r) + f};
+        sums[r * num_sums + f / kSumColumns] =
+            row.template run<bytes>(at.a.activation, std::min(kSumColumns, tile.column_end - f));
+      }
+    }
+  }
+};
+
+// The products of a tile's rows of the output's gradient with the bias; `sums` of one row are
+// num_sums apart.
+template <typename scalar_t>
+struct BiasDots {
+  const Tile& tile;
+  Matrix grad;  // [rows of the tile, H]
+  const scalar_t* bias;
+  accumulate_t<scalar_t>* sums;
+  int64_t num_sums;
+
+  template <int bytes>
+  MOE_EXT_INLINE void run() const {
+    for (int64_t j = 0; j < tile.rows(); ++j) {
+      sums[(tile.row_begin + j) * num_sums] =
+          dot<bytes>(row_of<const scalar_t>(grad, j), bias, grad.columns);
+    }
+  }
+};
+
+// Fills [R, G] and [R, F], and sums of [R, num_sums] numbers that add up to the gradients of the
+// routes' weights; the last is that of the bias.
+template <typename scalar_t>
+void backward_to_pre_activation(const Experts<scalar_t>& at, const Rows& grads,
+                                const Matrix& pre_activation, const Matrix& grad_pre_activation,
+                                const Matrix& active, accumulate_t<scalar_t>* sums,
+                                int64_t num_sums) {
+  const FeedForwardArgs& a = at.a;
+  std::vector<Tile> tiles;
+  add_tiles(tiles, at.owned, a.width);
+  run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
+    const Matrix grad = grads.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
+    const Matrix grad_active = worker.out.get(at.dtype, t.rows(), t.columns());
+    worker.gemm.rows_by_weight(
+        grad_active, grad,
+        matrix_of(a.down, t.expert).transposed().row_range(t.column_begin, t.column_end),
+        std::nullopt);
+    on_widest(ActivateTileBackward<scalar_t>{at, t, grad_active, pre_activation,
+                                             grad_pre_activation, active, sums, num_sums});
+  });
+}
+
+// Fills the last sum of every row.
+template <typename scalar_t>
+void multiply_by_bias(const Experts<scalar_t>& at, const Rows& grads, accumulate_t<scalar_t>* sums,
+                      int64_t num_sums) {
+  const FeedForwardArgs& a = at.a;
+  std::vector<Tile> tiles;
+  add_tiles(tiles, at.owned, 1);
+  run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
+    const Matrix grad = grads.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
+    const auto* bias = const_data<scalar_t>(*a.down_bias) + t.expert * a.hidden;
+    on_widest(BiasDots<scalar_t>{t, grad, bias, sums + num_sums - 1, num_sums});
+  });
+}
+
+// The gradients of the routes' weights, [T, K].
+template <typename scalar_t>
+Tensor add_sums(const Experts<scalar_t>& at, const accumulate_t<scalar_t>* sums, int64_t num_sums) {
+  using T = accumulate_t<scalar_t>;
+  const Tensor out = empty(at.a.tokens, {at.routes.num_tokens, at.routes.top_k},
+                           at.a.routes.weights->scalar_type());
+  T* grad_weights = data<T>(out);
+  std::fill_n(grad_weights, at.routes.size(), T{0});
+  for (const auto [begin, end] : at.owned) {
+    for (int64_t r = begin; r < end; ++r) {
+      if (at.routes.sources[r] < 0) continue;
+      T sum = 0;
+      for (int64_t i = 0; i < num_sums; ++i) sum += sums[r * num_sums + i];
+      grad_weights[at.routes.sources[r]] = sum;
+    }
+  }
+  return out;
+}
+
+// The sums over each expert's rows of weight(r) * row(r), [E, width].
+template <typename scalar_t, typename Weight, typename Row>
+Tensor sum_rows(const Experts<scalar_t>& at, int64_t width, const Weight& weight, const Row& row) {
+  using T = accumulate_t<scalar_t>;
+  constexpr int64_t kColumns = 256;
+  const int64_t E = at.a.groups.num_experts, parts = (width + kColumns - 1) / kColumns;
+  const Tensor out = empty(at.a.tokens, {E, width}, at.dtype);
+  scalar_t* to = data<scalar_t>(out);
+  parallel_for(0, E * parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t e = i / parts, begin = i % parts * kColumns;
+      const int64_t columns = std::min(kColumns, width - begin);
+      T sums[kColumns] = {};
+      for (int64_t r = at.owned[e].begin; r < at.owned[e].end; ++r) {
+        if (at.routes.sources[r] < 0) continue;
+        const T factor = weight(r);
+        const scalar_t* from = row(r) + begin;
+        for (int64_t c = 0; c < columns; ++c) sums[c] += factor * static_cast<T>(from[c]);
+      }
+      for (int64_t c = 0; c < columns; ++c) {
+        to[e * width + begin + c] = static_cast<scalar_t>(sums[c]);
+      }
+    }
+  });
+  return out;
+}
+
+// The gradient of up_bias, from that of the pre-activations.
+template <typename scalar_t>
+Tensor sum_inner(const Experts<scalar_t>& at, const Rows& inner) {
+  const auto one = [](int64_t) { return accumulate_t<scalar_t>{1}; };
+  return sum_rows(at, at.a.inner_width, one,
+                  [&](int64_t r) { return row_of<const scalar_t>(inner.matrix, r); });
+}
+
+// The gradient of down_bias, from that of the output.
+template <typename scalar_t>
+Tensor sum_weighed(const Experts<scalar_t>& at, const Rows& grads) {
+  const auto weight = [&](int64_t r) { return at.weight_of(r); };
+  return sum_rows(at, at.a.hidden, weight, [&](int64_t r) {
+    return row_of<const scalar_t>(grads.matrix, at.routes.sources[r] / at.routes.top_k);
+  });
+}
+
+// The gradient of a weight [E, N, M], laid out as it is: of [E, M, N] where that is transposed.
+class WeightGrad {
+ public:
+  WeightGrad(const Tensor& weight, bool is_needed)
+      : turns_(weight.stride(1) < weight.stride(2)), is_needed_(is_needed) {
+    const int64_t E = weight.size(0), N = weight.size(1), M = weight.size(2);
+    rows_ = turns_ ? M : N;
+    columns_ = turns_ ? N : M;
+    memory_ = is_needed ? fresh(weight, {E, rows_, columns_}, weight.scalar_type()) : none(weight);
+  }
+
+  void add_tiles_to(std::vector<Tile>& tiles, int product) const {
+    if (is_needed_) add_outer_tiles(tiles, memory_.size(0), rows_, columns_, product);
+  }
+
+  // A tile of left^T @ right over the owned rows of its expert.
+  void fill(Worker& worker, const Tile& t, const Range& owned, const Rows& left,
+            const Rows& right) const {
+    outer_tile(worker, t, owned, matrix_of(memory_, t.expert), turns_ ? right : left,
+               turns_ ? left : right);
+  }
+
+  Tensor tensor() const {
+    return is_needed_ && turns_ ? torch::stable::transpose(memory_, 1, 2) : memory_;
+  }
+
+ private:
+  bool turns_, is_needed_;
+  int64_t rows_, columns_;
+  Tensor memory_;
+};
+
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Needs {
+  bool tokens, up, down;
+};
+
+template <typename scalar_t>
+SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, const Needs& needs) {
+  using T = accumulate_t<scalar_t>;
+  const FeedForwardArgs& a = b.forward;
+  const Experts<scalar_t> at("feed_forward_backward", a);
+  const Rows grads = at.rows_of(b.grad), tokens = at.rows_of(a.tokens);
+  const Tensor inner = at.fresh_rows(a.inner_width), active = at.fresh_rows(a.width);
+  const int64_t num_sums = (a.width + kSumColumns - 1) / kSumColumns + (a.down_bias ? 1 : 0);
+  std::vector<T> sums(at.routes.num_rows * num_sums);
+  backward_to_pre_activation(at, grads, matrix_of(b.pre_activation), matrix_of(inner),
+                             matrix_of(active), sums.data(), num_sums);
+  if (a.down_bias) multiply_by_bias(at, grads, sums.data(), num_sums);
+
+  enum Product { kUp, kDown, kTokens };
+  std::vector<Tile> tiles;
+  const WeightGrad grad_up(a.up, needs.up), grad_down(a.down, needs.down);
+  grad_up.add_tiles_to(tiles, kUp);
+  grad_down.add_tiles_to(tiles, kDown);
+  const Tensor rows = needs.tokens ? at.fresh_rows(a.hidden) : none(a.tokens);
+  if (needs.tokens) {
+    add_tiles(tiles, at.owned, a.hidden, {TileSize::kRows, TileSize::kColumns}, kTokens);
+  }
+  const Rows inner_rows{matrix_of(inner)}, active_rows{matrix_of(active)};
+  run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
+    const Range& owned = at.owned[t.expert];
+    if (t.product == kUp) return grad_up.fill(worker, t, owned, inner_rows, tokens);
+    if (t.product == kDown) return grad_down.fill(worker, t, owned, grads, active_rows);
+    multiply_tile(worker, t, matrix_of(rows), inner_rows, matrix_of(a.up, t.expert).transposed(),
+                  std::nullopt);
+  });
+
+  const bool sums_up = needs.up && a.up_bias, sums_down = needs.down && a.down_bias;
+  return {needs.tokens ? at.combined(rows, false) : none(a.tokens),
+          grad_up.tensor(),
+          grad_down.tensor(),
+          sums_up ? sum_inner(at, inner_rows) : none(a.tokens),
+          sums_down ? sum_weighed(at, grads) : none(a.tokens),
+          add_sums(at, sums.data(), num_sums)};
+}
+
+SixTensors feed_forward_backward_cpu(const Tensor& grad, const Tensor& tokens,
+                                     const Tensor& pre_activation, const Tensor& slots,
+                                     const Tensor& sources, const Tensor& offsets,
+                                     const Tensor& load, const Tensor& weights, const Tensor& up,
+                                     const Tensor& down, const OptionalTensor& up_bias,
+                                     const OptionalTensor& down_bias, const std::string& activation,
+                                     bool score_before_experts, std::optional<int64_t> capacity,
+                                     bool needs_tokens, bool needs_up, bool needs_down) {
+  const FeedForwardOperands operands{tokens,  slots, sources, offsets, load,
+                                     weights, up,    down,    up_bias, down_bias};
+  const FeedForwardBackwardArgs b = feed_forward_backward_args(
+      grad, pre_activation, operands, activation, score_before_experts, capacity);
+  const Needs needs{needs_tokens, needs_up, needs_down};
+  SixTensors results;
+  visit_float(b.forward.tokens.scalar_type(),
+              [&](auto zero) { results = feed_forward_backward<decltype(zero)>(b, needs); });
+  return results;
+}
+
+}  // namespace
+}  // namespace moe_ext
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
+  m.impl("feed_forward_backward", TORCH_BOX(&moe_ext::feed_forward_backward_cpu));
+}
