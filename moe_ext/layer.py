@@ -186,7 +186,7 @@ class Layer(nn.Module):
         if self.observer is not None:
             self.observer(plan, aux, routing, used_token)
         out = self._routed(tokens, plan, weights)
-        return out.to(hidden.dtype).view(hidden.shape), aux
+        return out.to(hidden.dtype).view_as(hidden), aux
 
     def _route(
         self, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None

@@ -187,8 +187,10 @@ class Gate(nn.Module):
             order=rule.order,
             aux_loss=self.aux_loss,
         )
-        weights = routing.weights.to(checks.accumulate_dtype(tokens.dtype))
-        return routing._replace(weights=weights)
+        dtype = checks.accumulate_dtype(tokens.dtype)
+        if routing.weights.dtype == dtype:
+            return routing
+        return routing._replace(weights=routing.weights.to(dtype))
 
     @torch.no_grad()
     def update_bias(

@@ -123,7 +123,7 @@ def route(
     if not isinstance(l_aux, Tensor) or l_aux.dim() != 0:
         got = list(l_aux.shape) if isinstance(l_aux, Tensor) else type(l_aux).__name__
         raise RuntimeError(f"route: aux_loss must return a tensor [], got {got}")
-    return routing._replace(l_aux=l_aux)
+    return Routing(weights, plan, choice.probs, choice.importance, l_aux, logits)
 
 
 def _recorded(
