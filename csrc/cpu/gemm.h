@@ -1,4 +1,4 @@
-// One matrix product on one thread, whatever the dtype: of few rows by the loops of few_rows.h, of
+// One matrix product on one thread, whatever the dtype: of few rows by the loops of few_*.h, of
 // floats by those of block_product.h, else by torch's GEMM.
 //
 // Without instructions for a 16-bit type torch multiplies it ten to a hundred times slower than
@@ -12,7 +12,9 @@
 #include <optional>
 
 #include "block_product.h"
+#include "few_outer.h"
 #include "few_rows.h"
+#include "few_rows_flat.h"
 
 namespace moe_ext {
 
@@ -40,17 +42,25 @@ inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
 #endif
 }
 
-// Whether floats are multiplied by block_product.h. On a Zen 5 torch's library is half as fast as
-// its loops with registers of 64 bytes, and as fast as those with 32; Intel's CPUs, for which that
-// library is made, keep it.
-// MOE_EXT_OWN_PRODUCTS says yes on every CPU that has the registers: for tests.
+// Whether own loops take what torch's library multiplies on Intel's CPUs, for which it is made. On
+// a Zen 5 it is half as fast for floats as the loops of block_product.h with registers of 64 bytes,
+// and as fast as those with 32; for tens of rows of bfloat16 it is slower than those of few_rows.h.
+// MOE_EXT_OWN_PRODUCTS says yes on every CPU: for tests.
+inline bool prefers_own_loops() {
+#if defined(MOE_EXT_OWN_PRODUCTS)
+  return true;
+#elif defined(__x86_64__)
+  __builtin_cpu_init();
+  return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// Whether floats are multiplied by block_product.h.
 inline bool multiplies_floats() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-#if !defined(MOE_EXT_OWN_PRODUCTS)
-  if (__builtin_cpu_is("intel")) return false;
-#endif
-  return register_bytes() >= 32;
+  return prefers_own_loops() && register_bytes() >= 32;
 #else
   return false;
 #endif
@@ -86,7 +96,8 @@ class Gemm {
     }
 #if defined(__x86_64__)
     if (has_lanes(dtype)) {
-      return "own loops up to " + std::to_string(kFewRows) + " rows of an expert, else " + text;
+      return "own loops up to " + std::to_string(most_rows(dtype, 0)) +
+             " rows of an expert, else " + text;
     }
 #endif
     return text;
@@ -98,7 +109,7 @@ class Gemm {
 #if defined(__x86_64__)
     if (has_lanes(rows.dtype) && rows.column_stride == 1 && out.column_stride == 1) {
       const Matrix* first = bias ? &*bias : nullptr;
-      if (weight.column_stride == 1 && rows.rows <= most_rows(rows)) {
+      if (weight.column_stride == 1 && rows.rows <= most_rows(rows.dtype, rows.columns)) {
         return on_widest(FewRows{out, rows, weight, first}, left_);
       }
       if (weight.row_stride == 1 && rows.rows <= kFewRows) {
@@ -140,13 +151,19 @@ class Gemm {
  private:
   static constexpr int64_t kRows = 256;
   // Up to so many rows the loops of few_rows.h are faster than the others.
-  static constexpr int64_t kFewRows = 16;
+  static constexpr int64_t kFewRows = 16, kFewPairs = 48;
 
-  // The same where the rows of the weight are dense: sums over lanes are dear for short rows.
-  static int64_t most_rows([[maybe_unused]] const Matrix& rows) {
-    if (rows.dtype != ScalarType::Float || !multiplies_floats()) return kFewRows;
-    return std::clamp<int64_t>(rows.columns / 16, 4, 64);
+#if defined(__x86_64__)
+  // The same where the rows of the weight are dense.
+  static int64_t most_rows(ScalarType dtype, int64_t columns) {
+    // Sums over lanes are dear for short rows.
+    if (dtype == ScalarType::Float && multiplies_floats()) {
+      return std::clamp<int64_t>(columns / 16, 4, 64);
+    }
+    const bool in_pairs = dtype == ScalarType::BFloat16 && multiplies_pairs();
+    return in_pairs && prefers_own_loops() ? kFewPairs : kFewRows;
   }
+#endif
 
   // out = left @ right^T + first, as of multiply_by_torch.
   void multiply(const Matrix& out, const Matrix& left, const Matrix& right,

@@ -1,31 +1,59 @@
 // Numbers of memory as registers of floats, for products of few rows.
 //
-// Format::kElements numbers fill Format::kRegisters registers. bfloat16 is the upper half of a
-// float: its even and its odd elements are two registers.
+// Format::kElements numbers fill Format::kRegisters registers; Format::add(sums, a, b) adds the
+// products of two of these to a sum per lane. bfloat16 is the upper half of a float: its even and
+// its odd elements are two registers, or the CPU adds up their products itself.
 
 #pragma once
 
-#include "common.h"
+#include "matrix.h"
 #include "vector.h"
 
 namespace moe_ext {
 
+// GCC alone takes vectors of any width as operands of assembly; the intrinsics need functions whose
+// callers are all for such CPUs.
+#if defined(__x86_64__) && !defined(__clang__)
+#define MOE_EXT_ASSEMBLES_VECTORS
+#endif
+
+// Of formats whose registers are floats.
+template <typename Lanes, int registers>
+struct Widened {
+  static constexpr int kRegisters = registers;
+
+  static MOE_EXT_INLINE void add(Lanes& sums, const Lanes* a, const Lanes* b) {
+    Lanes sum = sums;  // one that has no address stays in its register
+    for (int p = 0; p < registers; ++p) {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+      // GCC rounds twice where a loop has one sum only: rows would depend on how many there are.
+      if constexpr (sizeof(Lanes) > 16) {
+        asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a[p]), "vm"(b[p]));
+        continue;
+      }
+#endif
+      sum += a[p] * b[p];
+    }
+    sums = sum;
+  }
+};
+
 template <int bytes>
-struct FloatFormat {
+struct FloatFormat : Widened<Vector<float, bytes>, 1> {
   using scalar_t = float;
   using Lanes = Vector<float, bytes>;
-  static constexpr int kElements = bytes / 4, kRegisters = 1;
+  static constexpr int kElements = bytes / 4;
 
   static MOE_EXT_INLINE void widen(const scalar_t* from, Lanes* to) { load(to[0], from); }
   static MOE_EXT_INLINE void narrow(const Lanes* from, scalar_t* to) { store(from[0], to); }
 };
 
 template <int bytes>
-struct BFloat16Format {
+struct BFloat16Format : Widened<Vector<float, bytes>, 2> {
   using scalar_t = torch::headeronly::BFloat16;
   using Lanes = Vector<float, bytes>;
   using Bits = Vector<uint32_t, bytes>;
-  static constexpr int kElements = bytes / 2, kRegisters = 2;
+  static constexpr int kElements = bytes / 2;
 
   static MOE_EXT_INLINE void widen(const scalar_t* from, Lanes* to) {
     Bits pairs, even, odd;
@@ -53,15 +81,13 @@ struct BFloat16Format {
   }
 };
 
-// GCC alone takes vectors of any width as operands of assembly; the intrinsics need functions whose
-// callers are all for such CPUs. Every CPU with AVX2 has these instructions, F16C.
-#if defined(__x86_64__) && !defined(__clang__)
-#define MOE_EXT_HALF_LANES
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+// Every CPU with AVX2 has these instructions, F16C.
 template <int bytes>
-struct HalfFormat {
+struct HalfFormat : Widened<Vector<float, bytes>, 1> {
   using scalar_t = torch::headeronly::Half;
   using Lanes = Vector<float, bytes>;
-  static constexpr int kElements = bytes / 4, kRegisters = 1;
+  static constexpr int kElements = bytes / 4;
 
   static MOE_EXT_INLINE void widen(const scalar_t* from, Lanes* to) {
     Vector<uint16_t, bytes / 2> halves;
@@ -74,6 +100,80 @@ struct HalfFormat {
     std::memcpy(static_cast<void*>(to), &halves, bytes / 2);
   }
 };
+
+// bfloat16 as it lies: a lane of a register holds a pair of them (AVX512-BF16). Subnormal numbers
+// count as zero.
+struct BFloat16Pairs {
+  using scalar_t = torch::headeronly::BFloat16;
+  using Lanes = Vector<float, 64>;
+  static constexpr int kElements = 32, kRegisters = 1;
+
+  static MOE_EXT_INLINE void widen(const scalar_t* from, Lanes* to) { load(to[0], from); }
+  static MOE_EXT_INLINE void add(Lanes& sums, const Lanes* a, const Lanes* b) {
+    Lanes sum = sums;  // one that has no address stays in its register
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a[0]), "v"(b[0]));
+    sums = sum;
+  }
+};
+#endif
+
+#if defined(__x86_64__)
+// Whether there are loops for a dtype on this CPU.
+inline bool has_lanes(ScalarType dtype) {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+  if (dtype == ScalarType::Half) return register_bytes() >= 32;
+#endif
+  return (dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && register_bytes() >= 32;
+}
+
+// Calls body(Format{}) with the format of a dtype that has_lanes.
+template <int bytes, typename Body>
+MOE_EXT_INLINE void visit_format(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float: return body(FloatFormat<bytes>{});
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    case ScalarType::Half:
+      if constexpr (bytes > 16) body(HalfFormat<bytes>{});
+      return;
+#endif
+    default: return body(BFloat16Format<bytes>{});
+  }
+}
+
+// Vector v of row `row`; a copy, filled up with zeros, where the row ends within it.
+template <int size, typename scalar_t>
+MOE_EXT_INLINE const scalar_t* vector_of(const Matrix& matrix, int64_t row, int64_t v,
+                                         scalar_t (&copy)[size]) {
+  const auto* from = reinterpret_cast<const scalar_t*>(matrix.data) + row * matrix.row_stride;
+  const int64_t begin = v * size, rest = matrix.columns - begin;
+  if (rest >= size) return from + begin;
+  std::memset(static_cast<void*>(copy), 0, sizeof(copy));
+  std::memcpy(static_cast<void*>(copy), from + begin, rest * sizeof(scalar_t));
+  return copy;
+}
+
+// Writes vector v of row `row`, as far as the row goes.
+template <typename Format>
+MOE_EXT_INLINE void write_vector(const typename Format::Lanes* from, const Matrix& matrix,
+                                 int64_t row, int64_t v) {
+  using scalar_t = typename Format::scalar_t;
+  const int64_t begin = v * Format::kElements, rest = matrix.columns - begin;
+  scalar_t* to = reinterpret_cast<scalar_t*>(matrix.data) + row * matrix.row_stride + begin;
+  if (rest >= Format::kElements) return Format::narrow(from, to);
+  scalar_t copy[Format::kElements];
+  Format::narrow(from, copy);
+  std::memcpy(static_cast<void*>(to), copy, rest * sizeof(scalar_t));
+}
+
+// A matrix as floats.
+template <typename Format>
+MOE_EXT_INLINE void to_floats(const Matrix& matrix, float* to) {
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    const auto* from =
+        reinterpret_cast<const typename Format::scalar_t*>(matrix.data) + row * matrix.row_stride;
+    for (int64_t i = 0; i < matrix.columns; ++i) *to++ = static_cast<float>(from[i]);
+  }
+}
 #endif
 
 }  // namespace moe_ext

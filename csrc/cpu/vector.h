@@ -119,16 +119,26 @@ MOE_EXT_INLINE void store_as(const V& v, scalar_t* to) {
   }
 }
 
-template <int... from, typename V>
-MOE_EXT_INLINE void shuffle(V& out, const V& a, const V& b) {
+// Of every four numbers: those at w, x, y, z of a's four, from 0, and b's, from 4.
+template <int w, int x, int y, int z, typename V, int... i>
+MOE_EXT_INLINE void shuffle(V& out, const V& a, const V& b, std::integer_sequence<int, i...>) {
+  constexpr int kFour[] = {w, x, y, z}, kSize = sizeof...(i);
 #if defined(__clang__)
-  out = __builtin_shufflevector(a, b, from...);
+  out = __builtin_shufflevector(a, b, (i / 4 * 4 + kFour[i % 4] % 4 + kFour[i % 4] / 4 * kSize)...);
 #else
   using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
-  out = __builtin_shuffle(a, b, Vector<Index, sizeof(V)>{from...});
+  out = __builtin_shuffle(
+      a, b, Vector<Index, sizeof(V)>{(i / 4 * 4 + kFour[i % 4] % 4 + kFour[i % 4] / 4 * kSize)...});
 #endif
 }
 
+template <int w, int x, int y, int z, typename V>
+MOE_EXT_INLINE void shuffle(V& out, const V& a, const V& b) {
+  constexpr int kSize = sizeof(V) / sizeof(element_t<V>);
+  shuffle<w, x, y, z>(out, a, b, std::make_integer_sequence<int, kSize>{});
+}
+
+// Turns every square of four numbers of four rows.
 template <typename V>
 MOE_EXT_INLINE void transpose(V (&rows)[4]) {
   V a, b, c, d;
