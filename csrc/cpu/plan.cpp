@@ -37,16 +37,21 @@ class Queue {
 
   // Calls body(route) for every route of a chunk, in the order of the queue.
   template <typename Body>
-  void for_each_route(int64_t chunk, const Body& body) const {
-    const int64_t begin = num_routes_ * chunk / num_chunks_;
-    const int64_t end = num_routes_ * (chunk + 1) / num_chunks_;
-    if (begin == end) return;
-    int64_t route = begin % lap_ * step_ + begin / lap_;
-    for (int64_t place = begin; place < end; ++place) {
-      body(route);
-      route += step_;
-      if (route >= num_routes_) route += 1 - num_routes_;
+  void for_each_route(int64_t chunk, Body body) const {
+    int64_t place = num_routes_ * chunk / num_chunks_;
+    const int64_t end = num_routes_ * (chunk + 1) / num_chunks_, step = step_;
+    while (place < end) {
+      const int64_t lap = place / lap_, until = std::min((lap + 1) * lap_, end);
+      int64_t route = place % lap_ * step + lap;
+      for (; place < until; ++place, route += step) body(route);
     }
+  }
+
+  // The same in any order: that of memory where a chunk has all routes.
+  template <typename Body>
+  void for_each_route_in_any_order(int64_t chunk, Body body) const {
+    if (num_chunks_ > 1) return for_each_route(chunk, body);
+    for (int64_t route = 0; route < num_routes_; ++route) body(route);
   }
 
  private:
@@ -59,15 +64,17 @@ std::vector<int32_t> count(const Queue& queue, const int32_t* expert_ids, const 
   std::vector<int32_t> counts(queue.num_chunks() * num_experts);
   std::atomic<bool> all_in_range{true};
   queue.for_each_chunk([&](int64_t chunk) {
-    int32_t* of_chunk = counts.data() + chunk * num_experts;
-    queue.for_each_route(chunk, [&](int64_t route) {
+    int32_t* const of_chunk = counts.data() + chunk * num_experts;
+    bool is_in_range = true;
+    queue.for_each_route_in_any_order(chunk, [=, &is_in_range](int64_t route) {
       const int64_t e = expert_ids[route];
       if (in_range(e, num_experts)) {
         ++of_chunk[e];
       } else if (e != -1) {
-        all_in_range = false;
+        is_in_range = false;
       }
     });
+    if (!is_in_range) all_in_range = false;
   });
   if (!all_in_range) check_ids(Check("plan"), expert_ids, a.num_routes, a.top_k, -1, num_experts);
   return counts;
@@ -77,22 +84,29 @@ std::vector<int32_t> count(const Queue& queue, const int32_t* expert_ids, const 
 // these rows alone, and every slot.
 void hand_out(const Queue& queue, const int32_t* expert_ids, const std::vector<int32_t>& counts,
               int64_t num_experts, const int32_t* offsets, int32_t* slots, int32_t* sources) {
-  std::vector<int64_t> next_rows(counts.size());
+  struct Rows {
+    int32_t next, end;  // those that are left
+  };
+  std::vector<Rows> rows(counts.size());
   for (int64_t e = 0; e < num_experts; ++e) {
     int64_t row = offsets[e];
     for (int64_t chunk = 0; chunk < queue.num_chunks(); ++chunk) {
-      next_rows[chunk * num_experts + e] = row;
-      row += counts[chunk * num_experts + e];
+      const int64_t i = chunk * num_experts + e, end = row + counts[i];
+      rows[i] = {static_cast<int32_t>(std::min<int64_t>(row, offsets[e + 1])),
+                 static_cast<int32_t>(std::min<int64_t>(end, offsets[e + 1]))};
+      row = end;
     }
   }
   queue.for_each_chunk([&](int64_t chunk) {
-    int64_t* next_row = next_rows.data() + chunk * num_experts;
-    queue.for_each_route(chunk, [&](int64_t route) {
-      const int64_t e = expert_ids[route];
-      const int64_t row = e >= 0 ? next_row[e]++ : -1;
-      const bool has_row = e >= 0 && row < offsets[e + 1];
-      slots[route] = has_row ? static_cast<int32_t>(row) : -1;
-      if (has_row) sources[row] = static_cast<int32_t>(route);
+    Rows* const of_chunk = rows.data() + chunk * num_experts;
+    queue.for_each_route(chunk, [=](int64_t route) {
+      const int32_t e = expert_ids[route];
+      int32_t row = -1;
+      if (e >= 0 && of_chunk[e].next < of_chunk[e].end) {
+        row = of_chunk[e].next++;
+        sources[row] = static_cast<int32_t>(route);
+      }
+      slots[route] = row;
     });
   });
 }
