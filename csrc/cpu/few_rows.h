@@ -175,7 +175,7 @@ struct FewRows {
                                         : line_of<scalar_t>(first + kStep);
       const Part<Format> part{{first, lines.stride}, 0,   packed.full, packed.lanes,
                               packed.sums + i,       next};
-      multiply_rows<kStreamed<Format>, kStep>(rows.rows, part);
+      multiply_rows<true, kStreamed<Format>>(rows.rows, part);
     }
   }
 
@@ -193,7 +193,7 @@ struct FewRows {
         const int64_t count = std::min(packed.block, rows.rows - begin);
         const Part<Format> part{
             lines, v, end, packed.at(begin, count, v), packed.sums + begin * kLines, next};
-        multiply_rows<kBlock<Format>, kLines>(count, part);
+        multiply_rows<false, kBlock<Format>>(count, part);
       }
     }
   }
@@ -231,32 +231,34 @@ struct FewRows {
 
   // Row j of out, from its totals.
   template <typename Format>
-  MOE_EXT_INLINE void finish(int64_t j, const float* totals) const {
+  MOE_EXT_INLINE void finish(int64_t j, float* totals) const {
     using scalar_t = typename Format::scalar_t;
-    auto* to = reinterpret_cast<scalar_t*>(out.data) + j * out.row_stride;
     if (bias) {
       const auto* first = reinterpret_cast<const scalar_t*>(bias->data);
-      for (int64_t r = 0; r < out.columns; ++r) {
-        to[r] = static_cast<scalar_t>(totals[r] + static_cast<float>(first[r]));
-      }
-    } else {
-      for (int64_t r = 0; r < out.columns; ++r) to[r] = static_cast<scalar_t>(totals[r]);
+      for (int64_t r = 0; r < out.columns; ++r) totals[r] += static_cast<float>(first[r]);
     }
+    Format::round(totals, out.columns, reinterpret_cast<scalar_t*>(out.data) + j * out.row_stride);
   }
 
   // The code for as many rows as there are, at most `most`.
-  template <int64_t most, int lines, typename Format>
+  template <bool streams, int64_t most, typename Format>
   MOE_EXT_INLINE void multiply_rows(int64_t count, const Part<Format>& part) const {
     if constexpr (most > 1) {
-      if (count < most) return multiply_rows<most - 1, lines>(count, part);
+      if (count < most) return multiply_rows<streams, most - 1>(count, part);
     }
-    multiply_part<most, lines>(part);
+    multiply_part<streams, most>(part);
   }
 
-  template <int64_t count, int lines, typename Format>
+  template <bool streams, int64_t count, typename Format>
   MOE_EXT_INLINE void multiply_part(const Part<Format>& part) const {
     using Lanes = typename Format::Lanes;
     using scalar_t = typename Format::scalar_t;
+    constexpr int lines = streams ? kAtOnce<Format> : kLines;
+    // Memory is asked for in its order, or line by line.
+    constexpr int64_t kCacheLine = 64 / sizeof(scalar_t);
+    constexpr int kAsked = streams ? lines * Format::kElements / kCacheLine : lines;
+    const int64_t apart = streams ? kCacheLine : part.lines.stride;
+    constexpr int64_t kStep = streams ? lines * Format::kElements : Format::kElements;
     Lanes sums[count][lines];
     for (int j = 0; j < count; ++j) {
       for (int i = 0; i < lines; ++i) sums[j][i] = part.sums[j * kLines + i];
@@ -266,7 +268,7 @@ struct FewRows {
     const scalar_t* line = line_of<scalar_t>(part.lines.first) + part.begin * Format::kElements;
     const scalar_t* next = part.next;
     for (int64_t v = part.begin; v < part.end; ++v) {
-      for (int i = 0; i < lines; ++i) __builtin_prefetch(next + i * stride, 0, 3);
+      for (int i = 0; i < kAsked; ++i) __builtin_prefetch(next + i * apart, 0, 3);
       for (int j = 0; j < count; ++j) {
         for (int i = 0; i < lines; ++i) {
           add<Format>(sums[j][i], line + i * stride, packed + j * Format::kRegisters);
@@ -274,7 +276,7 @@ struct FewRows {
       }
       packed += count * Format::kRegisters;
       line += Format::kElements;
-      next += Format::kElements;
+      next += kStep;
     }
     for (int j = 0; j < count; ++j) {
       for (int i = 0; i < lines; ++i) part.sums[j * kLines + i] = sums[j][i];

@@ -1,7 +1,8 @@
 // Numbers of memory as registers of floats, for products of few rows.
 //
 // Format::kElements numbers fill Format::kRegisters registers; Format::add(sums, a, b) adds the
-// products of two of these to a sum per lane. bfloat16 is the upper half of a float: its even and
+// products of two of these to a sum per lane; Format::round(from, n, to) rounds a row of floats.
+// bfloat16 is the upper half of a float: its even and
 // its odd elements are two registers, or the CPU adds up their products itself.
 
 #pragma once
@@ -46,6 +47,9 @@ struct FloatFormat : Widened<Vector<float, bytes>, 1> {
 
   static MOE_EXT_INLINE void widen(const scalar_t* from, Lanes* to) { load(to[0], from); }
   static MOE_EXT_INLINE void narrow(const Lanes* from, scalar_t* to) { store(from[0], to); }
+  static MOE_EXT_INLINE void round(const float* from, int64_t n, scalar_t* to) {
+    std::memcpy(to, from, n * sizeof(float));
+  }
 };
 
 template <int bytes>
@@ -65,18 +69,29 @@ struct BFloat16Format : Widened<Vector<float, bytes>, 2> {
   }
   static MOE_EXT_INLINE void narrow(const Lanes* from, scalar_t* to) {
     Bits even, odd;
-    round(from[0], even);
-    round(from[1], odd);
+    std::memcpy(&even, &from[0], bytes);
+    std::memcpy(&odd, &from[1], bytes);
+    round_bits(even);
+    round_bits(odd);
     const Bits pairs = (even >> 16) | (odd & 0xffff0000u);
     std::memcpy(static_cast<void*>(to), &pairs, bytes);
   }
 
+  static MOE_EXT_INLINE void round(const float* from, int64_t n, scalar_t* to) {
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, from + i, sizeof(bits));
+      round_bits(bits);
+      to[i].x = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+
  private:
   // To nearest, ties to even; the lower half is to be cut off. A NaN stays one.
-  static MOE_EXT_INLINE void round(const Lanes& lanes, Bits& bits) {
-    std::memcpy(&bits, &lanes, bytes);
-    const Bits rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
-    const Bits quiet = bits | 0x00400000u;
+  template <typename B>
+  static MOE_EXT_INLINE void round_bits(B& bits) {
+    const B rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
+    const B quiet = bits | 0x00400000u;
     bits = (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
   }
 };
@@ -99,6 +114,15 @@ struct HalfFormat : Widened<Vector<float, bytes>, 1> {
     asm("vcvtps2ph $0, %1, %0" : "=v"(halves) : "v"(from[0]));
     std::memcpy(static_cast<void*>(to), &halves, bytes / 2);
   }
+  static MOE_EXT_INLINE void round(const float* from, int64_t n, scalar_t* to) {
+    int64_t i = 0;
+    for (; i + kElements <= n; i += kElements) {
+      Lanes lanes;
+      load(lanes, from + i);
+      narrow(&lanes, to + i);
+    }
+    for (; i < n; ++i) to[i] = static_cast<scalar_t>(from[i]);
+  }
 };
 
 // bfloat16 as it lies: a lane of a register holds a pair of them (AVX512-BF16). Subnormal numbers
@@ -113,6 +137,9 @@ struct BFloat16Pairs {
     Lanes sum = sums;  // one that has no address stays in its register
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a[0]), "v"(b[0]));
     sums = sum;
+  }
+  static MOE_EXT_INLINE void round(const float* from, int64_t n, scalar_t* to) {
+    BFloat16Format<64>::round(from, n, to);
   }
 };
 #endif
