@@ -46,8 +46,7 @@ void project_up(const Experts<scalar_t>& at, const Tensor& pre_activation, const
   if (keeps) zero_unowned(kept, at.owned);
   const Rows tokens = at.rows_of(a.tokens);
   std::vector<Tile> tiles;
-  add_tiles(tiles, at.owned, a.width,
-            {TileSize::kRows, at.gated ? kGateColumns : TileSize::kColumns});
+  add_row_tiles(tiles, at.owned, a.width, at.gated ? kGateColumns : TileSize::kColumns);
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
     const Matrix weight = matrix_of(a.up, t.expert);
     const Matrix rows = tokens.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
@@ -77,7 +76,7 @@ void project_down(const Experts<scalar_t>& at, const Matrix& active, const Matri
   const FeedForwardArgs& a = at.a;
   const bool weighs_bias = a.score_before_experts && a.down_bias;
   std::vector<Tile> tiles;
-  add_tiles(tiles, at.owned, a.hidden);
+  add_row_tiles(tiles, at.owned, a.hidden);
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
     multiply_tile(worker, t, rows, Rows{active}, matrix_of(a.down, t.expert),
                   weighs_bias ? std::nullopt : a.down_bias);

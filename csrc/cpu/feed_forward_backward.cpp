@@ -82,7 +82,7 @@ void backward_to_pre_activation(const Experts<scalar_t>& at, const Rows& grads,
                                 int64_t num_sums) {
   const FeedForwardArgs& a = at.a;
   std::vector<Tile> tiles;
-  add_tiles(tiles, at.owned, a.width);
+  add_row_tiles(tiles, at.owned, a.width);
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
     const Matrix grad = grads.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
     const Matrix grad_active = worker.out.get(at.dtype, t.rows(), t.columns());
@@ -101,7 +101,7 @@ void multiply_by_bias(const Experts<scalar_t>& at, const Rows& grads, accumulate
                       int64_t num_sums) {
   const FeedForwardArgs& a = at.a;
   std::vector<Tile> tiles;
-  add_tiles(tiles, at.owned, 1);
+  add_row_tiles(tiles, at.owned, 1);
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
     const Matrix grad = grads.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
     const auto* bias = const_data<scalar_t>(*a.down_bias) + t.expert * a.hidden;
@@ -230,7 +230,7 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, const Needs& 
   grad_down.add_tiles_to(tiles, kDown);
   const Tensor rows = needs.tokens ? at.fresh_rows(a.hidden) : none(a.tokens);
   if (needs.tokens) {
-    add_tiles(tiles, at.owned, a.hidden, {TileSize::kRows, TileSize::kColumns}, kTokens);
+    add_row_tiles(tiles, at.owned, a.hidden, TileSize::kColumns, kTokens);
   }
   const Rows inner_rows{matrix_of(inner)}, active_rows{matrix_of(active)};
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {

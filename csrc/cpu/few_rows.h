@@ -3,9 +3,11 @@
 //
 // The limit is the memory of the weight, so it is read once:
 //
-//   up to 4 rows    a line of it after the other, as fast as memory gives it
-//   more            kLines lines by a block of rows: their sums are in registers. The blocks take
-//                   turns with a part of the lines, which stays in the first cache
+//   a block of rows   its lines in the order of memory, one after the other or a few at a time
+//   more              kLines lines by a block: their sums are in registers. The blocks take turns
+//                     with a part of the lines, which stays in the first cache
+//
+// There is at least one row.
 //
 // A sum is one per lane, to which vectors are added in order, and then the sum of its lanes: the
 // result of a row depends neither on the number of other rows, nor on threads and tiles.
@@ -35,7 +37,7 @@ MOE_EXT_INLINE void sum_lanes(Vector<float, 16>& sums, const Lanes (&parts)[4]) 
 
 // Whether products of bfloat16 are made in pairs, by AVX512-BF16.
 inline bool multiplies_pairs() {
-#if defined(MOE_EXT_ASSEMBLES_VECTORS) && __GNUC__ >= 10
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
   __builtin_cpu_init();
   return register_bytes() == 64 && __builtin_cpu_supports("avx512bf16");
 #else
@@ -72,9 +74,9 @@ struct FewRows {
   template <typename Format>
   static constexpr int64_t kStreamed = std::min<int64_t>(4, kBlock<Format>);
   static constexpr uint64_t kStreamedBytes = 1 << 15;  // of these, for the first cache
-  // Then lines are read one after the other, or as many at a time as hide how long a sum takes.
-  // (bench_decode.py, one token, bfloat16 in pairs, on a Zen 5: 91 to 97 % of the rate of reading,
-  // 81 to 85 % with four lines at a time.)
+  // Then lines are read as many at a time as fill 64 bytes for each step of a sum: one, of
+  // registers of that size. (bench_decode.py, one token, bfloat16 in pairs, on a Zen 5: 91 to 97 %
+  // of the rate of reading, 81 to 85 % with four lines at a time.)
   template <typename Format>
   static constexpr int kAtOnce =
       64 * Format::kRegisters / (Format::kElements * sizeof(typename Format::scalar_t));
@@ -168,11 +170,11 @@ struct FewRows {
   template <typename Format>
   MOE_EXT_INLINE void stream(const Lines& lines, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
-    constexpr int kStep = kAtOnce<Format>;
-    for (int i = 0; i < kLines; i += kStep) {
+    constexpr int kCount = kAtOnce<Format>;
+    for (int i = 0; i < kLines; i += kCount) {
       const int64_t first = lines.first + i;
-      const scalar_t* next = kStep == 1 ? line_of<scalar_t>(first) + kAhead / sizeof(scalar_t)
-                                        : line_of<scalar_t>(first + kStep);
+      const scalar_t* next = kCount == 1 ? line_of<scalar_t>(first) + kAhead / sizeof(scalar_t)
+                                         : line_of<scalar_t>(first + kCount);
       const Part<Format> part{{first, lines.stride}, 0,   packed.full, packed.lanes,
                               packed.sums + i,       next};
       multiply_rows<true, kStreamed<Format>>(rows.rows, part);
@@ -189,6 +191,8 @@ struct FewRows {
       const int64_t v = p * full / parts, end = (p + 1) * full / parts;
       const scalar_t* next = end < full ? line_of<scalar_t>(lines.first) + end * Format::kElements
                                         : line_of<scalar_t>(lines.first + kLines);
+      // Every block asks for what comes next: the CPU drops what it cannot keep up with. (24 rows
+      // took 1.4 times as long on a Zen 5 where the first block alone asked.)
       for (int64_t begin = 0; begin < rows.rows; begin += packed.block) {
         const int64_t count = std::min(packed.block, rows.rows - begin);
         const Part<Format> part{
@@ -254,7 +258,7 @@ struct FewRows {
     using Lanes = typename Format::Lanes;
     using scalar_t = typename Format::scalar_t;
     constexpr int lines = streams ? kAtOnce<Format> : kLines;
-    // Memory is asked for in its order, or line by line.
+    // The next lines are asked for in the order of memory, if they are neighbours, or one by one.
     constexpr int64_t kCacheLine = 64 / sizeof(scalar_t);
     constexpr int kAsked = streams ? lines * Format::kElements / kCacheLine : lines;
     const int64_t apart = streams ? kCacheLine : part.lines.stride;

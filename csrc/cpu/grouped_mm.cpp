@@ -20,7 +20,7 @@ Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const OptionalT
   zero_unowned(all_out, owned);
 
   std::vector<Tile> tiles;
-  add_tiles(tiles, owned, a.out_width);
+  add_row_tiles(tiles, owned, a.out_width);
   run(tiles, a.rows.scalar_type(), [&](Worker& worker, const Tile& t) {
     multiply_tile(worker, t, all_out, all_rows, matrix_of(a.weights, t.expert), a.bias);
   });

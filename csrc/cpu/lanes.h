@@ -14,11 +14,11 @@ namespace moe_ext {
 
 // GCC alone takes vectors of any width as operands of assembly; the intrinsics need functions whose
 // callers are all for such CPUs.
-#if defined(__x86_64__) && !defined(__clang__)
+#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 10
 #define MOE_EXT_ASSEMBLES_VECTORS
 #endif
 
-// Of formats whose registers are floats.
+// The formats whose registers are floats.
 template <typename Lanes, int registers>
 struct Widened {
   static constexpr int kRegisters = registers;
@@ -28,12 +28,10 @@ struct Widened {
     for (int p = 0; p < registers; ++p) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
       // GCC rounds twice where a loop has one sum only: rows would depend on how many there are.
-      if constexpr (sizeof(Lanes) > 16) {
-        asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a[p]), "vm"(b[p]));
-        continue;
-      }
-#endif
+      asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a[p]), "vm"(b[p]));
+#else
       sum += a[p] * b[p];
+#endif
     }
     sums = sum;
   }
@@ -156,14 +154,14 @@ inline bool has_lanes(ScalarType dtype) {
 // Calls body(Format{}) with the format of a dtype that has_lanes.
 template <int bytes, typename Body>
 MOE_EXT_INLINE void visit_format(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Float: return body(FloatFormat<bytes>{});
+  if constexpr (bytes > 16) {
+    switch (dtype) {
+      case ScalarType::Float: return body(FloatFormat<bytes>{});
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
-    case ScalarType::Half:
-      if constexpr (bytes > 16) body(HalfFormat<bytes>{});
-      return;
+      case ScalarType::Half: return body(HalfFormat<bytes>{});
 #endif
-    default: return body(BFloat16Format<bytes>{});
+      default: return body(BFloat16Format<bytes>{});
+    }
   }
 }
 

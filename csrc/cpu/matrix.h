@@ -40,13 +40,18 @@ struct Matrix {
   }
 };
 
+// The one column of a matrix is dense, whatever its stride.
+inline int64_t column_stride_of(const Tensor& tensor, int64_t dim) {
+  return tensor.size(dim) == 1 ? 1 : tensor.stride(dim);
+}
+
 inline Matrix matrix_of(const Tensor& tensor) {
   return {static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())),
           tensor.scalar_type(),
           tensor.size(0),
           tensor.size(1),
           tensor.stride(0),
-          tensor.stride(1)};
+          column_stride_of(tensor, 1)};
 }
 
 // The e-th of a stack [E, rows, columns].
@@ -56,7 +61,7 @@ inline Matrix matrix_of(const Tensor& stack, int64_t e) {
                stack.size(1),
                stack.size(2),
                stack.stride(1),
-               stack.stride(2)};
+               column_stride_of(stack, 2)};
   first.data += e * stack.stride(0) * first.width();
   return first;
 }

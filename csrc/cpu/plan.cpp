@@ -23,9 +23,12 @@ class Queue {
         step_(a.choice_major ? a.top_k : 1),
         lap_(a.choice_major ? a.num_tokens : a.num_routes),
         num_chunks_(std::max<int64_t>(
-            1, std::min<int64_t>(torch::stable::get_num_threads(), num_routes_ / kChunk))) {}
+            1, std::min<int64_t>(torch::stable::get_num_threads(), num_routes_ / kChunk))),
+        stride_((a.num_experts + 15) / 16 * 16) {}
 
   int64_t num_chunks() const { return num_chunks_; }
+  // Numbers of a chunk's experts, on cache lines of their own.
+  int64_t stride() const { return stride_; }
 
   // Calls body(chunk) for every chunk, side by side.
   template <typename Body>
@@ -55,16 +58,16 @@ class Queue {
   }
 
  private:
-  int64_t num_routes_, step_, lap_, num_chunks_;
+  int64_t num_routes_, step_, lap_, num_chunks_, stride_;
 };
 
-// [chunks, E]: the routes of every chunk that ask for every expert.
+// [chunks, stride]: the routes of every chunk that ask for every expert.
 std::vector<int32_t> count(const Queue& queue, const int32_t* expert_ids, const PlanArgs& a) {
   const int64_t num_experts = a.num_experts;
-  std::vector<int32_t> counts(queue.num_chunks() * num_experts);
+  std::vector<int32_t> counts(queue.num_chunks() * queue.stride());
   std::atomic<bool> all_in_range{true};
   queue.for_each_chunk([&](int64_t chunk) {
-    int32_t* const of_chunk = counts.data() + chunk * num_experts;
+    int32_t* const of_chunk = counts.data() + chunk * queue.stride();
     bool is_in_range = true;
     queue.for_each_route_in_any_order(chunk, [=, &is_in_range](int64_t route) {
       const int64_t e = expert_ids[route];
@@ -91,14 +94,14 @@ void hand_out(const Queue& queue, const int32_t* expert_ids, const std::vector<i
   for (int64_t e = 0; e < num_experts; ++e) {
     int64_t row = offsets[e];
     for (int64_t chunk = 0; chunk < queue.num_chunks(); ++chunk) {
-      const int64_t i = chunk * num_experts + e, end = row + counts[i];
+      const int64_t i = chunk * queue.stride() + e, end = row + counts[i];
       rows[i] = {static_cast<int32_t>(std::min<int64_t>(row, offsets[e + 1])),
                  static_cast<int32_t>(std::min<int64_t>(end, offsets[e + 1]))};
       row = end;
     }
   }
   queue.for_each_chunk([&](int64_t chunk) {
-    Rows* const of_chunk = rows.data() + chunk * num_experts;
+    Rows* const of_chunk = rows.data() + chunk * queue.stride();
     queue.for_each_route(chunk, [=](int64_t route) {
       const int32_t e = expert_ids[route];
       int32_t row = -1;
@@ -163,7 +166,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const Tensor& expert_ids,
   int64_t next_row = 0;
   for (int64_t e = 0; e < E; ++e) {
     loads[e] = 0;
-    for (int64_t chunk = 0; chunk < queue.num_chunks(); ++chunk) loads[e] += counts[chunk * E + e];
+    for (int64_t chunk = 0; chunk < queue.num_chunks(); ++chunk)
+      loads[e] += counts[chunk * queue.stride() + e];
     const int64_t rows = a.capacity ? *a.capacity : (loads[e] + a.align - 1) / a.align * a.align;
     offset[e] = static_cast<int32_t>(next_row);
     next_row += rows;

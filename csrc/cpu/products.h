@@ -67,9 +67,20 @@ inline void zero_unowned(const Matrix& out, const std::vector<Range>& owned) {
 
 // Sizes of tiles: as large as keeps all threads busy.
 struct TileSize {
-  static constexpr int64_t kRows = 512, kOuterRows = 512, kColumns = 1024, kLeast = 128;
+  static constexpr int64_t kRows = 512, kColumns = 1024, kLeast = 128;
 
   int64_t rows, columns;
+
+  // Few rows leave room for more columns: a weight is read in longer pieces.
+  TileSize widened(const std::vector<Range>& ranges, int64_t all_columns) const {
+    int64_t most = 1;
+    for (const auto [begin, end] : ranges) most = std::max(most, end - begin);
+    TileSize size = *this;
+    while (size.columns < all_columns && 2 * size.columns * most <= rows * columns) {
+      size.columns *= 2;
+    }
+    return size;
+  }
 
   // of: rows and columns of each product
   static TileSize fit(const std::vector<Range>& rows, int64_t columns, TileSize size) {
@@ -97,21 +108,27 @@ inline void add_tiles(std::vector<Tile>& tiles, const Tile& all, TileSize size) 
   }
 }
 
-// Tiles of the products of ranges of rows, one for each expert, to so many columns.
 inline void add_tiles(std::vector<Tile>& tiles, const std::vector<Range>& rows, int64_t columns,
-                      TileSize largest = {TileSize::kRows, TileSize::kColumns}, int product = 0) {
-  const TileSize size = TileSize::fit(rows, columns, largest);
+                      TileSize size, int product) {
   for (size_t e = 0; e < rows.size(); ++e) {
     const auto [begin, end] = rows[e];
     add_tiles(tiles, {static_cast<int64_t>(e), begin, end, 0, columns, product}, size);
   }
 }
 
+// Tiles of the products of ranges of rows, one for each expert, to so many columns.
+inline void add_row_tiles(std::vector<Tile>& tiles, const std::vector<Range>& rows, int64_t columns,
+                          int64_t most_columns = TileSize::kColumns, int product = 0) {
+  const TileSize size = TileSize{TileSize::kRows, most_columns}.widened(rows, columns);
+  add_tiles(tiles, rows, columns, TileSize::fit(rows, columns, size), product);
+}
+
 // Tiles of the sums of outer products, [rows, columns] for each expert.
 inline void add_outer_tiles(std::vector<Tile>& tiles, int64_t num_experts, int64_t rows,
                             int64_t columns, int product = 0) {
-  add_tiles(tiles, std::vector<Range>(num_experts, {0, rows}), columns,
-            {TileSize::kOuterRows, TileSize::kColumns}, product);
+  const std::vector<Range> all(num_experts, {0, rows});
+  const TileSize size{TileSize::kRows, TileSize::kColumns};
+  add_tiles(tiles, all, columns, TileSize::fit(all, columns, size), product);
 }
 
 // A thread's products and memory.

@@ -119,7 +119,7 @@ MOE_EXT_INLINE void store_as(const V& v, scalar_t* to) {
   }
 }
 
-// Of every four numbers: those at w, x, y, z of a's four, from 0, and b's, from 4.
+// In every four numbers: those at w, x, y, z of the four of a, from 0, and of b, from 4.
 template <int w, int x, int y, int z, typename V, int... i>
 MOE_EXT_INLINE void shuffle(V& out, const V& a, const V& b, std::integer_sequence<int, i...>) {
   constexpr int kFour[] = {w, x, y, z}, kSize = sizeof...(i);
