@@ -166,7 +166,7 @@ struct FewRows {
     std::memset(static_cast<void*>(packed.sums), 0, rows.rows * kLines * sizeof(*packed.sums));
   }
 
-  // One block, a line after the other or as many as a sum needs, in the order of memory.
+  // One block, kAtOnce lines at a time, in the order of memory.
   template <typename Format>
   MOE_EXT_INLINE void stream(const Lines& lines, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
@@ -258,16 +258,16 @@ struct FewRows {
     using Lanes = typename Format::Lanes;
     using scalar_t = typename Format::scalar_t;
     constexpr int lines = streams ? kAtOnce<Format> : kLines;
-    // The next lines are asked for in the order of memory, if they are neighbours, or one by one.
+    const int64_t stride = part.lines.stride;
+    // The next lines are asked for in the order of memory, if they are neighbours, or side by side.
     constexpr int64_t kCacheLine = 64 / sizeof(scalar_t);
     constexpr int kAsked = streams ? lines * Format::kElements / kCacheLine : lines;
-    const int64_t apart = streams ? kCacheLine : part.lines.stride;
     constexpr int64_t kStep = streams ? lines * Format::kElements : Format::kElements;
+    const int64_t apart = streams ? kCacheLine : stride;
     Lanes sums[count][lines];
     for (int j = 0; j < count; ++j) {
       for (int i = 0; i < lines; ++i) sums[j][i] = part.sums[j * kLines + i];
     }
-    const int64_t stride = part.lines.stride;
     const Lanes* packed = part.packed;
     const scalar_t* line = line_of<scalar_t>(part.lines.first) + part.begin * Format::kElements;
     const scalar_t* next = part.next;

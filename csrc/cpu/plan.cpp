@@ -1,7 +1,7 @@
 // Plan: give every kept route a row.
 //
 // Routes queue for their expert, choice-major (all first choices, then all second ones) or
-// token-major. One pass down the queue counts the routes of every expert; a second one hands out
+// token-major. One pass counts the routes of every expert; a second one, down the queue, hands out
 // its rows in turn, from offsets[e] on, until none is left. With a priority the routes that a full
 // expert does not keep leave the queue in between. Threads take a chunk of the queue each.
 
@@ -38,7 +38,8 @@ class Queue {
     });
   }
 
-  // Calls body(route) for every route of a chunk, in the order of the queue.
+  // Calls body(route) for every route of a chunk, in the order of the queue. The body is a copy and
+  // its captures are too: else they would be read again after every write.
   template <typename Body>
   void for_each_route(int64_t chunk, Body body) const {
     int64_t place = num_routes_ * chunk / num_chunks_;
@@ -88,16 +89,15 @@ std::vector<int32_t> count(const Queue& queue, const int32_t* expert_ids, const 
 void hand_out(const Queue& queue, const int32_t* expert_ids, const std::vector<int32_t>& counts,
               int64_t num_experts, const int32_t* offsets, int32_t* slots, int32_t* sources) {
   struct Rows {
-    int32_t next, end;  // those that are left
+    int32_t next, end;  // those that may be left
   };
   std::vector<Rows> rows(counts.size());
   for (int64_t e = 0; e < num_experts; ++e) {
     int64_t row = offsets[e];
     for (int64_t chunk = 0; chunk < queue.num_chunks(); ++chunk) {
-      const int64_t i = chunk * queue.stride() + e, end = row + counts[i];
-      rows[i] = {static_cast<int32_t>(std::min<int64_t>(row, offsets[e + 1])),
-                 static_cast<int32_t>(std::min<int64_t>(end, offsets[e + 1]))};
-      row = end;
+      const int64_t i = chunk * queue.stride() + e;
+      rows[i] = {static_cast<int32_t>(std::min<int64_t>(row, offsets[e + 1])), offsets[e + 1]};
+      row += counts[i];
     }
   }
   queue.for_each_chunk([&](int64_t chunk) {
