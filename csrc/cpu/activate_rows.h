@@ -148,11 +148,12 @@ class Piece {
   using T = accumulate_t<scalar_t>;
   static constexpr bool kCopies = !std::is_same_v<T, scalar_t>;
 
+  template <int bytes>
   MOE_EXT_INLINE const T* read(const scalar_t* from, int64_t size) {
     if constexpr (!kCopies)
       return from;
     else {
-      for (int64_t i = 0; i < size; ++i) values_[i] = static_cast<T>(from[i]);
+      convert<bytes>(from, size, values_);
       return values_;
     }
   }
@@ -162,10 +163,9 @@ class Piece {
     else
       return values_;
   }
+  template <int bytes>
   MOE_EXT_INLINE void write(scalar_t* to, int64_t size) const {
-    if constexpr (kCopies) {
-      for (int64_t i = 0; i < size; ++i) to[i] = static_cast<scalar_t>(values_[i]);
-    }
+    if constexpr (kCopies) convert<bytes>(values_, size, to);
   }
 
  private:
@@ -179,11 +179,11 @@ MOE_EXT_INLINE void activate_row(Activation activation, const scalar_t* gate, co
   Piece<scalar_t> gates, ups, result;
   for (int64_t f = 0; f < width; f += kPiece) {
     const int64_t size = std::min(kPiece, width - f);
-    const Forward<accumulate_t<scalar_t>> piece{gates.read(gate + f, size),
-                                                up ? ups.read(up + f, size) : nullptr,
-                                                result.target(active + f), weight};
+    const Forward<accumulate_t<scalar_t>> piece{
+        gates.template read<bytes>(gate + f, size),
+        up ? ups.template read<bytes>(up + f, size) : nullptr, result.target(active + f), weight};
     activate_piece<bytes>(activation, piece, size);
-    result.write(active + f, size);
+    result.template write<bytes>(active + f, size);
   }
 }
 
@@ -202,20 +202,20 @@ struct RowBackward {
     T unweighed[kPiece], grad_weight = 0;
     for (int64_t f = 0; f < width; f += kPiece) {
       const int64_t size = std::min(kPiece, width - f);
-      const Backward<T> piece{upstream.read(grad + f, size),
-                              gates.read(gate + f, size),
-                              up ? ups.read(up + f, size) : nullptr,
+      const Backward<T> piece{upstream.template read<bytes>(grad + f, size),
+                              gates.template read<bytes>(gate + f, size),
+                              up ? ups.template read<bytes>(up + f, size) : nullptr,
                               grad_gates.target(grad_gate + f),
                               up ? grad_ups.target(grad_up + f) : nullptr,
                               unweighed,
                               weight};
       activate_piece<bytes>(activation, piece, size);
-      grad_gates.write(grad_gate + f, size);
-      if (up) grad_ups.write(grad_up + f, size);
+      grad_gates.template write<bytes>(grad_gate + f, size);
+      if (up) grad_ups.template write<bytes>(grad_up + f, size);
       grad_weight += dot<bytes>(piece.grad, unweighed, size);
       T* weighed = result.target(active + f);
       for (int64_t i = 0; i < size; ++i) weighed[i] = weight * unweighed[i];
-      result.write(active + f, size);
+      result.template write<bytes>(active + f, size);
     }
     return grad_weight;
   }

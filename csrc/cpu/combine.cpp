@@ -2,9 +2,10 @@
 //
 //   tokens[t, :] = sum over k of weights[t, k] * rows[slots[t, k], :]    (-1 adds nothing)
 //
-// A thread takes whole tokens. The K rows are walked side by side, and their sum, in the order of
-// k, stays in registers until it is rounded once. The next token's rows, which lie anywhere, are
-// fetched meanwhile.
+// A thread takes whole tokens. A piece of each of the K rows after the other is added, in the order
+// of k, to a sum that stays in registers until it is rounded once. Meanwhile pieces that come
+// later, which lie anywhere, are fetched: long ones, as memory gives most where it is read in a
+// row.
 
 #include "rows.h"
 
@@ -19,41 +20,48 @@ struct CombineTokens {
   scalar_t* tokens;  // [T, H]
   int64_t hidden;
 
+  // A piece of a row is kSums registers of the sum.
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end) const {
-    constexpr int64_t kWidth = bytes / sizeof(T);
+    using V = Vector<T, bytes>;
+    constexpr int64_t kWidth = bytes / sizeof(T), kSums = bytes == 64 ? 16 : 8;
+    constexpr int64_t kPiece = kSums * kWidth;
+    PiecesAhead<scalar_t> ahead(rows, routes, hidden, kPiece, begin * routes.top_k, routes.top_k);
     for (int64_t t = begin; t < end; ++t) {
       int64_t h = 0;
-      for (; h + 4 * kWidth <= hidden; h += 4 * kWidth) sum<Vector<T, bytes>, 4>(t, h);
-      for (; h + kWidth <= hidden; h += kWidth) sum<Vector<T, bytes>, 1>(t, h);
+      for (; h + kPiece <= hidden; h += kPiece) {
+        sum<V, kSums>(t, h, [&]() __attribute__((always_inline)) { ahead.fetch(); });
+      }
+      if (h == hidden) continue;
+      for (int64_t k = 0; k < routes.top_k; ++k) ahead.fetch();
+      for (; h + 4 * kWidth <= hidden; h += 4 * kWidth) sum<V, 4>(t, h);
+      for (; h + kWidth <= hidden; h += kWidth) sum<V, 1>(t, h);
       for (; h < hidden; ++h) sum<T, 1>(t, h);
     }
   }
 
-  // Elements h, h + 1, ... of token t, as many as `count` of V hold.
-  template <typename V, int count>
-  MOE_EXT_INLINE void sum(int64_t t, int64_t h) const {
+ private:
+  // Elements h, h + 1, ... of token t, as many as `count` of V hold; `meanwhile` is called for
+  // every route.
+  template <typename V, int count, typename Meanwhile = Nothing>
+  MOE_EXT_INLINE void sum(int64_t t, int64_t h, const Meanwhile& meanwhile = {}) const {
     constexpr int64_t kWidth = sizeof(V) / sizeof(T);
     const int64_t top_k = routes.top_k;
+    scalar_t* const token = tokens + t * hidden + h;
     V sums[count]{};
     for (int64_t route = t * top_k; route < (t + 1) * top_k; ++route) {
-      fetch_ahead(route + top_k, h, count * kWidth);
+      meanwhile();
       if (routes.slots[route] == -1) continue;
       const scalar_t* row = rows + routes.slots[route] * hidden + h;
       const T weight = routes.weights ? routes.weights[route] : T{1};
+#pragma GCC unroll 16
       for (int i = 0; i < count; ++i) {
         V value;
         load_as(value, row + i * kWidth);
         sums[i] += weight * value;
       }
     }
-    for (int i = 0; i < count; ++i) store_as(sums[i], tokens + t * hidden + h + i * kWidth);
-  }
-
-  MOE_EXT_INLINE void fetch_ahead(int64_t route, int64_t h, int64_t size) const {
-    // Another thread may still have to check it.
-    if (route >= routes.size() || !in_range(routes.slots[route], routes.num_rows)) return;
-    prefetch(rows + routes.slots[route] * hidden + h, size);
+    for (int i = 0; i < count; ++i) store_as(sums[i], token + i * kWidth);
   }
 };
 

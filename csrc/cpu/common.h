@@ -65,9 +65,15 @@ inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> size, Sca
   // Neighbours on the same pages are only ever better off.
   advise(down(begin, kHuge), up(end, kHuge), MADV_HUGEPAGE);
 #if defined(MADV_POPULATE_WRITE)
-  // A mapping seldom starts with a whole page of that size: its ends are mapped in one go.
-  advise(up(begin, kUsual), up(begin, kHuge), MADV_POPULATE_WRITE);
-  advise(down(end, kHuge), down(end, kUsual), MADV_POPULATE_WRITE);
+  // A mapping seldom starts with a whole page of that size: its ends are mapped in one go, unless
+  // this memory has been used before, when that would only cost.
+  const auto map = [&](uintptr_t from, uintptr_t to) {
+    unsigned char is_mapped = 0;
+    mincore(reinterpret_cast<void*>(from), kUsual, &is_mapped);
+    if (!(is_mapped & 1)) advise(from, to, MADV_POPULATE_WRITE);
+  };
+  map(up(begin, kUsual), up(begin, kHuge));
+  map(down(end, kHuge), down(end, kUsual));
 #endif
 #endif
   return tensor;

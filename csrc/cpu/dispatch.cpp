@@ -26,7 +26,7 @@ struct DispatchTokens {
       const scalar_t* token = tokens + route / top_k * hidden;
       scalar_t* row = rows + routes.slots[route] * hidden;
       if (routes.weights) {
-        writer.scale(token, routes.weights[route], row, hidden);
+        writer.template scale<bytes>(token, routes.weights[route], row, hidden);
       } else {
         writer.copy(token, row, hidden);
       }

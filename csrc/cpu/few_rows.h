@@ -241,7 +241,8 @@ struct FewRows {
       const auto* first = reinterpret_cast<const scalar_t*>(bias->data);
       for (int64_t r = 0; r < out.columns; ++r) totals[r] += static_cast<float>(first[r]);
     }
-    Format::round(totals, out.columns, reinterpret_cast<scalar_t*>(out.data) + j * out.row_stride);
+    auto* row = reinterpret_cast<scalar_t*>(out.data) + j * out.row_stride;
+    convert<sizeof(typename Format::Lanes)>(totals, out.columns, row);
   }
 
   // The code for as many rows as there are, at most `most`.

@@ -1,34 +1,44 @@
 // Plan: give every kept route a row.
 //
 // Routes queue for their expert, choice-major (all first choices, then all second ones) or
-// token-major. One pass counts the routes of every expert; a second one, down the queue, hands out
-// its rows in turn, from offsets[e] on, until none is left. With a priority the routes that a full
-// expert does not keep leave the queue in between. Threads take a chunk of the queue each.
+// token-major. One pass counts the routes of every expert; a second one hands out its rows in turn,
+// from offsets[e] on, until none is left. With a priority the routes that a full expert does not
+// keep leave the queue in between.
 
 #include <cmath>
 #include <vector>
 
 #include "common.h"
+#include "vector.h"
 
 namespace moe_ext {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;
-
-// route = t * K + k. The queue visits routes by steps of K (choice-major) or of 1 (token-major).
+// route = t * K + k. A choice-major queue is K queues one behind the other. One thread takes them
+// in turn. Where there is work for more, each takes a chunk of tokens, and in it all queues side by
+// side, in the order of memory, by numbers of their own.
 class Queue {
  public:
   explicit Queue(const PlanArgs& a)
-      : num_routes_(a.num_routes),
-        step_(a.choice_major ? a.top_k : 1),
-        lap_(a.choice_major ? a.num_tokens : a.num_routes),
-        num_chunks_(std::max<int64_t>(
-            1, std::min<int64_t>(torch::stable::get_num_threads(), num_routes_ / kChunk))),
-        stride_((a.num_experts + 15) / 16 * 16) {}
+      : num_tokens_(a.num_tokens),
+        top_k_(a.top_k),
+        num_experts_(a.num_experts),
+        stride_((a.num_experts + 15) / 16 * 16) {
+    const int64_t queues = a.choice_major ? a.top_k : 1;
+    const int64_t least = std::max<int64_t>(kChunk, 4 * queues * a.num_experts);
+    num_chunks_ = std::min<int64_t>(torch::stable::get_num_threads(), a.num_routes / least);
+    if (num_chunks_ > 1) {
+      num_queues_ = queues;
+    } else {
+      num_chunks_ = 1;
+      laps_ = queues;
+    }
+  }
 
   int64_t num_chunks() const { return num_chunks_; }
-  // Numbers of a chunk's experts, on cache lines of their own.
-  int64_t stride() const { return stride_; }
+  // Numbers for every expert, chunk and queue; a chunk's are on cache lines of their own.
+  int64_t size() const { return num_chunks_ * num_queues_ * stride_; }
+  int64_t chunk_size() const { return num_queues_ * stride_; }
 
   // Calls body(chunk) for every chunk, side by side.
   template <typename Body>
@@ -38,46 +48,72 @@ class Queue {
     });
   }
 
-  // Calls body(route) for every route of a chunk, in the order of the queue. The body is a copy and
-  // its captures are too: else they would be read again after every write.
+  // Calls body(route, the first number of its queue) for every route of a chunk; those of a queue
+  // in their order. The body is a copy and its captures are too: else they would be read again
+  // after every write.
   template <typename Body>
   void for_each_route(int64_t chunk, Body body) const {
-    int64_t place = num_routes_ * chunk / num_chunks_;
-    const int64_t end = num_routes_ * (chunk + 1) / num_chunks_, step = step_;
-    while (place < end) {
-      const int64_t lap = place / lap_, until = std::min((lap + 1) * lap_, end);
-      int64_t route = place % lap_ * step + lap;
-      for (; place < until; ++place, route += step) body(route);
+    walk(chunk, laps_, body);
+  }
+
+  // The same in the order of memory.
+  template <typename Body>
+  void for_each_route_of_memory(int64_t chunk, Body body) const {
+    walk(chunk, 1, body);
+  }
+
+  // Calls body(e, i) for the i-th number of every expert e, in the order of the queue.
+  template <typename Body>
+  void for_each_number(Body body) const {
+    for (int64_t queue = 0; queue < num_queues_; ++queue) {
+      for (int64_t chunk = 0; chunk < num_chunks_; ++chunk) {
+        const int64_t first = chunk * chunk_size() + queue * stride_;
+        for (int64_t e = 0; e < num_experts_; ++e) body(e, first + e);
+      }
     }
   }
 
-  // The same in any order: that of memory where a chunk has all routes.
+ private:
   template <typename Body>
-  void for_each_route_in_any_order(int64_t chunk, Body body) const {
-    if (num_chunks_ > 1) return for_each_route(chunk, body);
-    for (int64_t route = 0; route < num_routes_; ++route) body(route);
+  MOE_EXT_INLINE void walk(int64_t chunk, int64_t laps, Body body) const {
+    const int64_t begin = num_tokens_ * chunk / num_chunks_ * top_k_;
+    const int64_t end = num_tokens_ * (chunk + 1) / num_chunks_ * top_k_;
+    if (num_queues_ == 1) {
+      for (int64_t lap = 0; lap < laps; ++lap) {
+        for (int64_t route = begin + lap; route < end; route += laps) body(route, 0);
+      }
+      return;
+    }
+    const int64_t step = stride_, all = chunk_size();
+    int64_t first = 0;
+    for (int64_t route = begin; route < end; ++route) {
+      body(route, first);
+      first += step;
+      if (first == all) first = 0;
+    }
   }
 
- private:
-  int64_t num_routes_, step_, lap_, num_chunks_, stride_;
+  static constexpr int64_t kChunk = 1 << 14;
+  int64_t num_tokens_, top_k_, num_experts_, stride_, num_queues_ = 1, laps_ = 1, num_chunks_;
 };
 
-// [chunks, stride]: the routes of every chunk that ask for every expert.
+// The routes of every number's chunk and queue that ask for its expert.
 std::vector<int32_t> count(const Queue& queue, const int32_t* expert_ids, const PlanArgs& a) {
   const int64_t num_experts = a.num_experts;
-  std::vector<int32_t> counts(queue.num_chunks() * queue.stride());
+  std::vector<int32_t> counts(queue.size());
   std::atomic<bool> all_in_range{true};
   queue.for_each_chunk([&](int64_t chunk) {
-    int32_t* const of_chunk = counts.data() + chunk * queue.stride();
+    int32_t* const of_chunk = counts.data() + chunk * queue.chunk_size();
     bool is_in_range = true;
-    queue.for_each_route_in_any_order(chunk, [=, &is_in_range](int64_t route) {
-      const int64_t e = expert_ids[route];
-      if (in_range(e, num_experts)) {
-        ++of_chunk[e];
-      } else if (e != -1) {
-        is_in_range = false;
-      }
-    });
+    queue.for_each_route_of_memory(
+        chunk, [=, &is_in_range](int64_t route, int64_t first) __attribute__((always_inline)) {
+          const int64_t e = expert_ids[route];
+          if (in_range(e, num_experts)) {
+            ++of_chunk[first + e];
+          } else if (e != -1) {
+            is_in_range = false;
+          }
+        });
     if (!is_in_range) all_in_range = false;
   });
   if (!all_in_range) check_ids(Check("plan"), expert_ids, a.num_routes, a.top_k, -1, num_experts);
@@ -92,21 +128,19 @@ void hand_out(const Queue& queue, const int32_t* expert_ids, const std::vector<i
     int32_t next, end;  // those that may be left
   };
   std::vector<Rows> rows(counts.size());
-  for (int64_t e = 0; e < num_experts; ++e) {
-    int64_t row = offsets[e];
-    for (int64_t chunk = 0; chunk < queue.num_chunks(); ++chunk) {
-      const int64_t i = chunk * queue.stride() + e;
-      rows[i] = {static_cast<int32_t>(std::min<int64_t>(row, offsets[e + 1])), offsets[e + 1]};
-      row += counts[i];
-    }
-  }
+  std::vector<int64_t> next(offsets, offsets + num_experts);
+  queue.for_each_number([&](int64_t e, int64_t i) {
+    const int32_t end = offsets[e + 1];
+    rows[i] = {static_cast<int32_t>(std::min<int64_t>(next[e], end)), end};
+    next[e] += counts[i];
+  });
   queue.for_each_chunk([&](int64_t chunk) {
-    Rows* const of_chunk = rows.data() + chunk * queue.stride();
-    queue.for_each_route(chunk, [=](int64_t route) {
+    Rows* const of_chunk = rows.data() + chunk * queue.chunk_size();
+    queue.for_each_route(chunk, [=](int64_t route, int64_t first) __attribute__((always_inline)) {
       const int32_t e = expert_ids[route];
       int32_t row = -1;
-      if (e >= 0 && of_chunk[e].next < of_chunk[e].end) {
-        row = of_chunk[e].next++;
+      if (e >= 0 && of_chunk[first + e].next < of_chunk[first + e].end) {
+        row = of_chunk[first + e].next++;
         sources[row] = static_cast<int32_t>(route);
       }
       slots[route] = row;
@@ -163,11 +197,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const Tensor& expert_ids,
   int32_t* offset = data<int32_t>(offsets);
   int32_t* loads = data<int32_t>(load);
 
+  std::fill_n(loads, E, 0);
+  queue.for_each_number([&](int64_t e, int64_t i) { loads[e] += counts[i]; });
   int64_t next_row = 0;
   for (int64_t e = 0; e < E; ++e) {
-    loads[e] = 0;
-    for (int64_t chunk = 0; chunk < queue.num_chunks(); ++chunk)
-      loads[e] += counts[chunk * queue.stride() + e];
     const int64_t rows = a.capacity ? *a.capacity : (loads[e] + a.align - 1) / a.align * a.align;
     offset[e] = static_cast<int32_t>(next_row);
     next_row += rows;

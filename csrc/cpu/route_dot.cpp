@@ -21,13 +21,26 @@ struct RouteDotTokens {
 
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
-    const int64_t top_k = routes.top_k;
-    for (int64_t route = begin * top_k; route < end * top_k; ++route) {
-      dots[route] = 0;
-      if (!routes.has_row(route, bad_slot)) continue;
-      const scalar_t* row = rows + routes.slots[route] * hidden;
-      dots[route] = dot<bytes>(tokens + route / top_k * hidden, row, hidden);
+    PiecesAhead<scalar_t> ahead(rows, routes, hidden, kDotPiece, begin * routes.top_k, 1);
+    for (int64_t route = begin * routes.top_k; route < end * routes.top_k; ++route) {
+      run_route<bytes>(route, ahead, bad_slot);
     }
+  }
+
+  // Whether the route has a row.
+  template <int bytes>
+  MOE_EXT_INLINE bool run_route(int64_t route, PiecesAhead<scalar_t>& ahead,
+                                Fault& bad_slot) const {
+    dots[route] = 0;
+    if (!routes.has_row(route, bad_slot)) {
+      for (int64_t h = 0; h < hidden; h += kDotPiece) ahead.fetch();
+      return false;
+    }
+    const scalar_t* token = tokens + route / routes.top_k * hidden;
+    const scalar_t* row = rows + routes.slots[route] * hidden;
+    dots[route] =
+        dot<bytes>(token, row, hidden, [&]() __attribute__((always_inline)) { ahead.fetch(); });
+    return true;
   }
 };
 
@@ -41,13 +54,12 @@ struct CombineBackwardTokens {
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, const RowWriter<scalar_t>& writer,
                           Fault& bad_slot) const {
     const Routes<scalar_t>& routes = at.routes;
-    for (int64_t route = begin * routes.top_k; route < end * routes.top_k; ++route) {
-      at.dots[route] = 0;
-      if (!routes.has_row(route, bad_slot)) continue;
-      const scalar_t* token = at.tokens + route / routes.top_k * at.hidden;
-      const int64_t row = routes.slots[route] * at.hidden;
-      at.dots[route] = dot<bytes>(token, at.rows + row, at.hidden);
-      writer.scale(token, routes.weights[route], dispatched + row, at.hidden);
+    const int64_t hidden = at.hidden, top_k = routes.top_k;
+    PiecesAhead<scalar_t> ahead(at.rows, routes, hidden, kDotPiece, begin * top_k, 1);
+    for (int64_t route = begin * top_k; route < end * top_k; ++route) {
+      if (!at.template run_route<bytes>(route, ahead, bad_slot)) continue;
+      writer.template scale<bytes>(at.tokens + route / top_k * hidden, routes.weights[route],
+                                   dispatched + routes.slots[route] * hidden, hidden);
     }
   }
 };

@@ -125,14 +125,22 @@ class RowWriter {
     }
   }
 
+  template <int bytes>
   MOE_EXT_INLINE void scale(const scalar_t* from, accumulate_t<scalar_t> weight, scalar_t* row,
                             int64_t size) const {
     using T = accumulate_t<scalar_t>;
-    constexpr int64_t kPiece = 512;
+    constexpr int64_t kPiece = 512, kWidth = bytes / sizeof(T);
     scalar_t piece[kPiece];
     for (int64_t i = 0; i < size; i += kPiece) {
       const int64_t width = std::min(kPiece, size - i);
-      for (int64_t j = 0; j < width; ++j) {
+      int64_t j = 0;
+      for (; j + kWidth <= width; j += kWidth) {
+        Vector<T, bytes> values;
+        load_as(values, from + i + j);
+        values *= weight;
+        store_as(values, piece + j);
+      }
+      for (; j < width; ++j) {
         piece[j] = static_cast<scalar_t>(weight * static_cast<T>(from[i + j]));
       }
       copy(piece, row + i, width);
@@ -166,30 +174,86 @@ class RowWriter {
 // Fills `out` [T, H]; combine.cpp.
 void combine(const CombineArgs& a, const Tensor& out);
 
-constexpr int64_t kSumLanes = 16;
+// Walks the pieces of routes' rows some way ahead of their use, to fetch them: rows lie anywhere.
+// `group` routes one after the other are read side by side, a piece of each in turn.
+template <typename scalar_t>
+class PiecesAhead {
+ public:
+  PiecesAhead(const scalar_t* rows, const Routes<scalar_t>& routes, int64_t hidden, int64_t piece,
+              int64_t first_route, int64_t group)
+      : rows_(rows),
+        routes_(routes),
+        hidden_(hidden),
+        piece_(piece),
+        group_(group),
+        route_(first_route),
+        end_(first_route + group) {
+    const int64_t size = std::min(piece, hidden);
+    const int64_t bytes = std::max<int64_t>(1, size) * static_cast<int64_t>(sizeof(scalar_t));
+    for (int64_t i = 0; i < kAhead; i += bytes) fetch();
+  }
 
-// The sum runs in kSumLanes interleaved lanes, whatever the registers, and these are added in their
-// order.
-template <int bytes, typename scalar_t>
-MOE_EXT_INLINE accumulate_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t size) {
+  // Asks for a piece.
+  MOE_EXT_INLINE void fetch() {
+    if (route_ >= routes_.size()) return;
+    // Another thread may still have to check it.
+    const int64_t slot = routes_.slots[route_];
+    if (in_range(slot, routes_.num_rows)) {
+      prefetch(rows_ + slot * hidden_ + at_, std::min(piece_, hidden_ - at_));
+    }
+    if (++route_ < end_) return;
+    at_ += piece_;
+    if (at_ < hidden_) {
+      route_ -= group_;
+    } else {
+      at_ = 0;
+      end_ += group_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kAhead = 1 << 13;  // bytes
+  const scalar_t* rows_;                      // [R, H]
+  const Routes<scalar_t>& routes_;
+  int64_t hidden_, piece_, group_, route_, end_, at_ = 0;
+};
+
+struct Nothing {
+  void operator()() const {}
+};
+
+// The sum runs in kSumLanes interleaved lanes, whatever the registers, and these are added up by
+// halves. `meanwhile` is called once for every kDotPiece numbers that are begun.
+constexpr int64_t kSumLanes = 32, kDotPiece = 256;
+
+template <int bytes, typename scalar_t, typename Meanwhile = Nothing>
+MOE_EXT_INLINE accumulate_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t size,
+                                          const Meanwhile& meanwhile = {}) {
   using T = accumulate_t<scalar_t>;
   constexpr int64_t kWidth = bytes / sizeof(T);
   Vector<T, bytes> sums[kSumLanes / kWidth]{}, x, y;
   int64_t i = 0;
-  for (; i + kSumLanes <= size; i += kSumLanes) {
-    for (int64_t part = 0; part < kSumLanes / kWidth; ++part) {
-      load_as(x, a + i + part * kWidth);
-      load_as(y, b + i + part * kWidth);
-      sums[part] += x * y;
+  for (int64_t begin = 0; begin < size; begin += kDotPiece) {
+    meanwhile();
+    for (const int64_t end = std::min(begin + kDotPiece, size); i + kSumLanes <= end;
+         i += kSumLanes) {
+      for (int64_t part = 0; part < kSumLanes / kWidth; ++part) {
+        load_as(x, a + i + part * kWidth);
+        load_as(y, b + i + part * kWidth);
+        sums[part] += x * y;
+      }
     }
   }
   T lanes[kSumLanes];
   for (int64_t part = 0; part < kSumLanes / kWidth; ++part)
     store(sums[part], lanes + part * kWidth);
-  for (; i < size; ++i) lanes[i % kSumLanes] += static_cast<T>(a[i]) * static_cast<T>(b[i]);
-  T sum = 0;
-  for (const T lane : lanes) sum += lane;
-  return sum;
+  for (int64_t lane = 0; i < size; ++i, ++lane) {
+    lanes[lane] += static_cast<T>(a[i]) * static_cast<T>(b[i]);
+  }
+  for (int64_t half = kSumLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
 }
 
 }  // namespace moe_ext

@@ -7,6 +7,9 @@
 
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -23,6 +26,12 @@ static_assert(MOE_EXT_REGISTERS == 16 || MOE_EXT_REGISTERS == 32 || MOE_EXT_REGI
 #error "moe_ext's CPU operators need GCC or clang"
 #endif
 #define MOE_EXT_INLINE inline __attribute__((always_inline))
+
+// GCC alone takes vectors of any width as operands of assembly; the intrinsics need functions whose
+// callers are all for such CPUs.
+#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 10
+#define MOE_EXT_ASSEMBLES_VECTORS
+#endif
 
 namespace moe_ext {
 
@@ -92,16 +101,40 @@ struct Element<V, false> {
 template <typename V>
 using element_t = typename Element<V>::type;
 
+// Rounds floats to their upper halves, which are bfloat16: to nearest, ties to even; NaN to NaN.
+template <typename Bits, typename V>
+MOE_EXT_INLINE void round_to_upper_half(const V& v, Bits& bits) {
+  std::memcpy(&bits, &v, sizeof(v));
+  bits += 0x7fffu + ((bits >> 16) & 1u);
+  bits = v == v ? bits : Bits{} + 0x7fc00000u;
+}
+
+template <typename Float>
+constexpr bool is_bfloat16 = std::is_same_v<Float, torch::headeronly::BFloat16>;
+
 // As many numbers as V holds, or one, from and to memory of their own type.
 template <typename V, typename scalar_t>
 MOE_EXT_INLINE void load_as(V& v, const scalar_t* from) {
   if constexpr (std::is_arithmetic_v<V>) {
     v = static_cast<V>(*from);
+  } else if constexpr (std::is_same_v<scalar_t, element_t<V>>) {
+    load(v, from);
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+  } else if constexpr (sizeof(V) >= 32) {
+    Vector<uint16_t, sizeof(V) / 2> halves;
+    load(halves, from);
+    V values;  // v has an address, and would be written to memory
+    if constexpr (is_bfloat16<scalar_t>) {
+      asm("vpmovzxwd %1, %0\n\tvpslld $16, %0, %0" : "=v"(values) : "v"(halves));
+    } else {
+      asm("vcvtph2ps %1, %0" : "=v"(values) : "v"(halves));
+    }
+    v = values;
+#endif
   } else {
-    using T = element_t<V>;
-    constexpr int kWidth = sizeof(V) / sizeof(T);
-    T values[kWidth];
-    for (int i = 0; i < kWidth; ++i) values[i] = static_cast<T>(from[i]);
+    constexpr int kWidth = sizeof(V) / sizeof(element_t<V>);
+    element_t<V> values[kWidth];
+    for (int i = 0; i < kWidth; ++i) values[i] = static_cast<element_t<V>>(from[i]);
     load(v, values);
   }
 }
@@ -110,13 +143,48 @@ template <typename V, typename scalar_t>
 MOE_EXT_INLINE void store_as(const V& v, scalar_t* to) {
   if constexpr (std::is_arithmetic_v<V>) {
     *to = static_cast<scalar_t>(v);
+  } else if constexpr (std::is_same_v<scalar_t, element_t<V>>) {
+    store(v, to);
+  } else if constexpr (is_bfloat16<scalar_t>) {
+    Vector<uint32_t, sizeof(V)> bits;
+    round_to_upper_half(v, bits);
+    bits >>= 16;
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    if constexpr (sizeof(V) == 64) {
+      Vector<uint16_t, 32> halves;
+      asm("vpmovdw %1, %0" : "=v"(halves) : "v"(bits));
+      store(halves, static_cast<void*>(to));
+      return;
+    }
+#endif
+    const auto halves = __builtin_convertvector(bits, Vector<uint16_t, sizeof(V) / 2>);
+    store(halves, static_cast<void*>(to));
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+  } else if constexpr (sizeof(V) >= 32) {
+    Vector<uint16_t, sizeof(V) / 2> halves;
+    asm("vcvtps2ph $0, %1, %0" : "=v"(halves) : "v"(v));
+    store(halves, static_cast<void*>(to));
+#endif
   } else {
-    using T = element_t<V>;
-    constexpr int kWidth = sizeof(V) / sizeof(T);
-    T values[kWidth];
+    constexpr int kWidth = sizeof(V) / sizeof(element_t<V>);
+    element_t<V> values[kWidth];
     store(v, values);
     for (int i = 0; i < kWidth; ++i) to[i] = static_cast<scalar_t>(values[i]);
   }
+}
+
+// Numbers of one type to numbers of another, of which one is the type that is computed in.
+template <int bytes, typename From, typename To>
+MOE_EXT_INLINE void convert(const From* from, int64_t size, To* to) {
+  using T = std::conditional_t<std::is_arithmetic_v<From>, From, To>;
+  constexpr int64_t kWidth = bytes / sizeof(T);
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) {
+    Vector<T, bytes> values;
+    load_as(values, from + i);
+    store_as(values, to + i);
+  }
+  for (; i < size; ++i) to[i] = static_cast<To>(static_cast<T>(from[i]));
 }
 
 // In every four numbers: those at w, x, y, z of the four of a, from 0, and of b, from 4.
