@@ -56,6 +56,9 @@ bench: $(VENV)/peers
 	$(BIN)/python bench/bench_layer.py --threads 1 2 --seconds 0.3 --longest 1
 	$(BIN)/python bench/bench_layer.py --threads 2 --seconds 0.3 --longest 1 --new-memory \
 		--point balanced --name layer-float32-new-memory
+	for dtype in float32 bfloat16; do \
+		$(BIN)/python bench/bench_layer.py --capacity 1.25 --dtype $$dtype --threads 1 \
+			--seconds 0.3 || exit 1; done
 	$(BIN)/python bench/bench_layer.py --small --threads 1 --seconds 0.3 --longest 0.1
 	$(BIN)/python bench/bench_layer.py --small --threads 1 --seconds 0.3 --longest 0.1 --forward
 	$(BIN)/python bench/bench_decode.py --dtype float32 --seconds 1

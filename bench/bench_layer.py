@@ -2,10 +2,12 @@
 
     python bench/bench_layer.py [--dtype bfloat16] [--point NAME ...] [--threads 1 2]
     python bench/bench_layer.py --small --threads 1 [--forward]
+    python bench/bench_layer.py --capacity 1.25
     python bench/bench_layer.py --experts [--memory]
 
 Layers route by themselves; with --experts the routing is given, and the peers are transformers'
-implementations of Mixtral's experts. --small times layers of few tokens, in which calls take as
+implementations of Mixtral's experts. With --capacity tokens are dropped, and outputs are checked
+against what each gate kept. --small times layers of few tokens, in which calls take as
 long as products; --forward, evaluation alone. Output and gradients of each are checked against
 float64 before it is timed. "Bound" is the time of the experts' matrix products alone by torch
 (gemm_bound.py). The process keeps freed memory (memory.py); --new-memory gives large blocks back.
@@ -168,9 +170,10 @@ class Case:
     def error(self, layer: nn.Module) -> float:
         """The largest relative error of the output and the gradients."""
         out, right = self.step(layer).detach(), self.solution
-        mix = getattr(layer, "weights_of", None)
-        if mix is not None:  # a gate that chose other experts than ours
-            pairs = [(out, exact(right.weights, self.tokens.detach().double(), mix.double()))]
+        if hasattr(layer, "weights_of"):  # a gate that samples, or drops tokens
+            tokens = self.tokens.detach()
+            mix = layer.weights_of(tokens).detach()
+            pairs = [(out, exact(right.weights, tokens.double(), mix.double()))]
         else:
             grads = [self.tokens.grad, *layer_peers.gradients(layer, self.weights)]
             pairs = [(out, right.out), *zip(grads, right.grads, strict=True)]
@@ -208,7 +211,9 @@ def why_not(
     return peer.missing(torch.device("cpu"))
 
 
-def peers_of(of_experts: bool) -> list[Peer]:
+def peers_of(of_experts: bool, capacity_factor: float | None = None) -> list[Peer]:
+    if capacity_factor is not None:
+        return layer_peers.layers_with_capacity(capacity_factor)
     return layer_peers.EXPERTS if of_experts else layer_peers.LAYERS
 
 
@@ -221,12 +226,13 @@ def measure(
     keeps_freed: bool = True,
     of_experts: bool = False,
     forward_alone: bool = False,
+    capacity_factor: float | None = None,
 ) -> dict:
     torch.set_num_threads(threads)
     case = Case(point, dtype, of_experts)
     load = case.solution.load
     timers, errors, excluded = {}, {}, {}
-    ours, *_ = everyone = peers_of(of_experts)
+    ours, *_ = everyone = peers_of(of_experts, capacity_factor)
     for peer in everyone:
         if reason := why_not(peer, point, dtype, max(load), longest):
             excluded[peer.name] = reason
@@ -242,7 +248,7 @@ def measure(
     if not keeps_freed:
         memory.give_back_large()
         memory.fetch()
-    if not forward_alone:
+    if not forward_alone and capacity_factor is None:
         timers["bound"] = iter(gemm_bound(load, case.weights.up, case.weights.down), None)
     found = compare_with(ours.name, timers, budget, rounds=3)
     rest = {"relative_error": errors, "excluded": excluded}
@@ -272,7 +278,7 @@ def measure_all(
         (memory.keep_freed if keeps else memory.give_back)()
         found = measure(
             *(point, dtype, threads, options.seconds, options.longest, keeps, of_experts),
-            options.forward,
+            *(options.forward, options.capacity),
         )
         if options.memory:
             found["growth_bytes"] = {
@@ -289,6 +295,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse.add_argument("--experts", action="store_true", help="experts alone, not whole layers")
     parse.add_argument("--small", action="store_true", help="layers of few tokens")
     parse.add_argument("--forward", action="store_true", help="evaluation, without gradients")
+    text = "layers that drop tokens beyond so many times an expert's mean share"
+    parse.add_argument("--capacity", type=float, metavar="FACTOR", help=text)
     parse.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parse.add_argument(
         "--point", nargs="*", choices=[*LAYER_POINTS, *SMALL_POINTS, *EXPERTS_POINTS]
@@ -314,6 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     report = setting(torch.device("cpu")) | {
         "dtype": options.dtype,
         "reuses_freed_memory": not options.new_memory,
+        "capacity_factor": options.capacity,
         "points": [],
     }
     # The first point is measured with every number of threads, the others with the last one.
@@ -327,7 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
     report["points"] = memory.in_new_process(measure_all, chosen, dtype, options)
     print(points_table(report))
     kind = "small" if options.small else "experts" if options.experts else "layer"
-    kind += "-forward" * options.forward
+    kind += "-forward" * options.forward + "-capacity" * (options.capacity is not None)
     suffix = "-new-memory" if options.new_memory else ""
     whole = None if options.point else f"{kind}-{options.dtype}{suffix}"
     keep(report, options.name or whole, options.out)

@@ -31,16 +31,32 @@ def swiglu(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * linear, down)
 
 
-def _ours(weights: Weights, top_k: int) -> nn.Module:
+def _ours(weights: Weights, top_k: int, capacity_factor: float | None = None) -> nn.Module:
     E, H = weights.router.shape
-    gate = TopKGate(H, E, k=top_k, drop_tokens=False, top2_2nd_expert_sampling=False)
+    gate = TopKGate(H, E, k=top_k, **_capacity(capacity_factor))
     experts = moe_ext.GroupedExperts(E, H, weights.down.shape[2], activation="swiglu", bias=False)
     layer = MOELayer(gate, experts).to(weights.up.dtype)
     with torch.no_grad():
         gate.wg.weight.copy_(weights.router)
         experts.gate_up_proj.copy_(weights.up)
         experts.down_proj.copy_(weights.down)
+    if capacity_factor is not None:
+        layer.weights_of = partial(_routed, gate)
     return layer
+
+
+def _routed(gate: TopKGate, tokens: Tensor) -> Tensor:
+    routing = gate.route(tokens)
+    chosen = routing.plan.expert_ids.long()
+    return torch.zeros(len(tokens), gate.num_experts).scatter(1, chosen, routing.weights)
+
+
+def _capacity(factor: float | None) -> dict:
+    """Arguments of our gate and of DeepSpeed's; None: no token is dropped."""
+    rule = {"drop_tokens": factor is not None, "top2_2nd_expert_sampling": False}
+    if factor is not None:
+        rule |= {"capacity_factor": factor, "eval_capacity_factor": factor, "min_capacity": 1}
+    return rule
 
 
 class PlainLayer(nn.Module):
@@ -79,18 +95,20 @@ def _experts(weights: Weights) -> list[nn.Module]:
 
 
 class _DeepSpeed(nn.Module):
-    def __init__(self, weights: Weights, top_k: int) -> None:
+    def __init__(self, weights: Weights, top_k: int, capacity_factor: float | None = None) -> None:
         super().__init__()
         from deepspeed.moe.experts import Experts
         from deepspeed.moe.sharded_moe import MOELayer as Layer
         from deepspeed.moe.sharded_moe import TopKGate as Gate
 
         E, H = weights.router.shape
-        gate = Gate(H, E, top_k, drop_tokens=False, top2_2nd_expert_sampling=False)
+        gate = Gate(H, E, top_k, **_capacity(capacity_factor))
         gate.wg.weight = nn.Parameter(weights.router.clone())
         experts = Experts(nn.Identity(), E)
         experts.deepspeed_experts = nn.ModuleList(_experts(weights))
         self.layer = Layer(gate, experts, "ep_size_1", 1, E)
+        if capacity_factor is not None:
+            self.weights_of = lambda tokens: gate(tokens, None)[1].sum(-1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.layer(tokens, None)
@@ -159,8 +177,7 @@ class _HuggingFaceExperts(nn.Module):
 
 
 class _Fairscale(nn.Module):
-    """fairscale's gate samples the second expert and drops tokens over a capacity of 2T/E.
-    `weights_of` records its choice, and the output is checked against that choice."""
+    """fairscale's gate samples the second expert and drops tokens over a capacity of 2T/E."""
 
     def __init__(self, weights: Weights, top_k: int) -> None:
         super().__init__()
@@ -175,10 +192,13 @@ class _Fairscale(nn.Module):
         gate.wg.weight = nn.Parameter(weights.router.clone())
         self.layer = Layer(gate, nn.ModuleList(_experts(weights)))
         gate.register_forward_hook(self._record)
-        self.weights_of: Tensor | None = None
+        self._chosen: Tensor | None = None
 
     def _record(self, _module: nn.Module, _args: tuple, out: tuple) -> None:
-        self.weights_of = out[1].detach().sum(-1)
+        self._chosen = out[1].detach().sum(-1)
+
+    def weights_of(self, _tokens: Tensor) -> Tensor | None:
+        return self._chosen
 
     def forward(self, tokens: Tensor) -> Tensor:
         E = len(self.layer.experts)
@@ -207,6 +227,16 @@ LAYERS = [
     ),
     Peer("fairscale", "fairscale", _Fairscale),
 ]
+
+
+def layers_with_capacity(factor: float) -> list[Peer]:
+    """Layers that drop tokens beyond T * K / E * factor of an expert."""
+    return [
+        Peer("moe_ext", None, partial(_ours, capacity_factor=factor)),
+        Peer("DeepSpeed", "deepspeed", partial(_DeepSpeed, capacity_factor=factor)),
+    ]
+
+
 EXPERTS = [
     Peer(name, "transformers", partial(_HuggingFaceExperts, implementation=name))
     for name in ("moe_ext", "eager", "batched_mm", "grouped_mm")

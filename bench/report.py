@@ -89,7 +89,11 @@ def points_table(report: dict) -> str:
     points = report["points"]
     memory = "reused" if report["reuses_freed_memory"] else "new"
     names = list(dict.fromkeys(peer for point in points for peer in point["ratio"]))
-    heads = [f"{report['dtype']}, {memory} memory", "threads", "ms", "of bound", *names]
+    factor_of_capacity = report.get("capacity_factor")
+    dropping = f", capacity factor {factor_of_capacity}" if factor_of_capacity else ""
+    has_bound = any("of_bound" in point for point in points)
+    heads = [f"{report['dtype']}, {memory} memory{dropping}", "threads", "ms"]
+    heads += ["of bound"] * has_bound + names
     if "growth_bytes" in points[0]:
         heads.append(f"memory, MiB: {' / '.join([OURS, *names])}")
     rows = []
@@ -98,7 +102,8 @@ def points_table(report: dict) -> str:
         cells = [f"{point['point']}, {shape}", f"{point['threads']}"]
         milliseconds = point["seconds"][OURS] * 1e3
         cells.append(f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.3g}")
-        cells += [f"{point['of_bound']:.0%}"] if "of_bound" in point else ["-"]
+        if has_bound:
+            cells.append(f"{point['of_bound']:.0%}" if "of_bound" in point else "-")
         for peer in names:
             cells.append(factor(point["ratio"].get(peer)) or point["excluded"].get(peer, "-"))
         if grown := point.get("growth_bytes"):
@@ -109,7 +114,8 @@ def points_table(report: dict) -> str:
 
 
 def layers_table(found: dict[str, dict]) -> str:
-    names = ("layer-float32", "layer-float32-new-memory", "layer-bfloat16")
+    names = ["layer-float32", "layer-float32-new-memory", "layer-bfloat16"]
+    names += ["layer-capacity-float32", "layer-capacity-bfloat16"]
     return "\n\n".join(points_table(found[name]) for name in names if name in found)
 
 
