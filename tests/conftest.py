@@ -64,7 +64,7 @@ def _compose() -> torch.library.Library:
     library = torch.library.Library("moe_ext", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they are replaced
-        for name, operator in composed.OPERATORS.items():
+        for name, operator in registry.COMPOSED.items():
             library.impl(name, operator, "CPU")
     return library
 

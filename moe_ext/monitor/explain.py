@@ -1,7 +1,7 @@
 """Show which code a call of a layer runs, and why not a faster one."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -202,9 +202,12 @@ class _Trace(TorchDispatchMode):
         self.others: Counter[str] = Counter()
         self.reads = 0
         self.is_away = False
+        self.is_inside = False  # of a product, which has a trace of its own
         self.layer = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.is_inside:
+            return func(*args, **(kwargs or {}))
         if not isinstance(func, torch._ops.OpOverload):  # as torch.cond
             self.others[func.name()] += 1
             return func(*args, **(kwargs or {}))
@@ -218,11 +221,17 @@ class _Trace(TorchDispatchMode):
         self.reads += _waits(name, args, result)
         return result
 
+    def _inside(self, name: str, *args):
+        product = registry.product_inside(name, args)
+        if product is None:
+            return registry.inside(name, *args)
+        return self._python(_call(name, args, self.layer), product, args)
+
     def _called(self, name: str, func, args: tuple):
         call = _call(name, args, self.layer)
         if call.backend == "operators":
             with self:
-                return composed.OPERATORS[name](*args)
+                return composed.OPERATORS[name](self._inside, *args)
         # These backends consist of other operators: the function itself is called to see them.
         in_python = {
             "torch": torch_grouped_mm.OPERATORS.get(name),
@@ -231,9 +240,14 @@ class _Trace(TorchDispatchMode):
         if call.backend not in in_python:
             self.calls.append(call)
             return func(*args)
+        return self._python(call, in_python[call.backend], args)
+
+    def _python(self, call: Call, function: Callable, args: tuple):
         inside = _Trace()
+        self.is_inside = True
         with inside:
-            result = in_python[call.backend](*args)
+            result = function(*args)
+        self.is_inside = False
         self.calls.append(call._replace(synchronisations=inside.reads))
         return result
 
@@ -265,8 +279,6 @@ def _how(name: str, args: tuple, backend: str) -> str:
         return ""
     first = args[0]
     if backend == "torch":
-        second = args[1]
-        widths = second.shape[1:] if name == "grouped_mm" else (first.shape[1], second.shape[1])
-        path, why = torch_grouped_mm.choose(first, tuple(widths), args[-1])
+        path, why = torch_grouped_mm.path_of(name, args)
         return f"{path}, as {why}" if why else path
     return torch.ops.moe_ext.products(first)

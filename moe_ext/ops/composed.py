@@ -159,23 +159,19 @@ def sum_of_groups(run: Run, rows: Tensor, groups: tuple) -> Tensor:
     return run("grouped_outer", rows, ones, *groups).squeeze(-1)
 
 
-def _dispatched(name: str, *args):
-    return getattr(torch.ops.moe_ext, name).default(*args)
-
-
-def _balance(*args):
+def _balance(run: Run, *args):
     check("balance", args)
-    return balance(_dispatched, *args)
+    return balance(run, *args)
 
 
-def _feed_forward(*args):
+def _feed_forward(run: Run, *args):
     check("feed_forward", args)
-    return feed_forward(_dispatched, *args)
+    return feed_forward(run, *args)
 
 
-def _feed_forward_backward(*args):
+def _feed_forward_backward(run: Run, *args):
     check("feed_forward_backward", args)
-    return feed_forward_backward(_dispatched, *args)
+    return feed_forward_backward(run, *args)
 
 
 OPERATORS = {

@@ -23,7 +23,23 @@ from . import composed, contracts, reference, torch_grouped_mm
 from .contracts import CONTRACTS
 
 NAMES = tuple(CONTRACTS)
-_IN_PYTHON = torch_grouped_mm.OPERATORS | composed.OPERATORS
+
+
+def inside(name: str, *args):
+    """An operator that another one is made of."""
+    product = product_inside(name, args)
+    return product(*args) if product else getattr(torch.ops.moe_ext, name).default(*args)
+
+
+def product_inside(name: str, args: tuple) -> Callable | None:
+    """A product by torch for an operator that is made of others. Inside of it, rows without a route
+    are zero, and nobody reads what a product makes of them: it needs no copies."""
+    is_torchs = name in torch_grouped_mm.INSIDE and backend(name, args[0].device) != "compiled"
+    return torch_grouped_mm.INSIDE[name] if is_torchs else None
+
+
+COMPOSED = {name: functools.partial(op, inside) for name, op in composed.OPERATORS.items()}
+_IN_PYTHON = torch_grouped_mm.OPERATORS | COMPOSED
 QUESTIONS = ("products",)  # about a tensor's dtype; its values are not read
 
 _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")

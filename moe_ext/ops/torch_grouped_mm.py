@@ -1,11 +1,14 @@
 """grouped_mm and grouped_outer by torch's own products, where no kernel of ours is compiled.
 
-    native   torch's grouped_mm, which reads the experts' bounds on the device
-    batched  one batched product over [E, C, ...], where there is a capacity
-    loop     the reference, a product for every expert: the bounds are read back to the host
+    native     torch's grouped_mm, which reads the experts' bounds on the device
+    batched    one batched product over [E, C, ...], where there is a capacity
+    loop       torch's grouped_mm where it reads the bounds back and takes expert after expert
+    reference  the same by reference.py, for what torch's does not take
 
-No row that a route does not own is let into a product: what such rows hold may be anything, and a
-NaN in one row of a 16-bit product has been seen to spoil its neighbours (oneDNN with AMX).
+No row that a route does not own may be let into a product: what such rows hold may be anything, and
+a NaN in one row of a 16-bit product has been seen to spoil its neighbours (oneDNN with AMX). The
+operators replace such rows, and those of the result. Where they are zero already and nobody reads
+those of the result, as inside of feed_forward, `INSIDE` has the same products without a copy.
 """
 
 from collections.abc import Callable
@@ -19,35 +22,54 @@ from .contracts import checked
 
 # Whose grouped_mm does not loop over the experts, by major compute capability: torch 2.10 on.
 NATIVE_MAJORS = (9, 10)
+LEAST_TOO_MANY = 1024  # of groups, for its kernel
+_TAKEN = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def choose(rows: Tensor, widths: tuple[int, ...], capacity: int | None) -> tuple[str, str]:
+def choose(
+    rows: Tensor, widths: tuple[int, ...], num_experts: int, capacity: int | None
+) -> tuple[str, str]:
     """The path of a product of `rows`, and why it is not an earlier one of the list.
 
     widths: of both operands' rows or of a weight, N and M
     """
-    why = _why_not_native(rows, widths)
+    if rows.device.type == "cpu":
+        return "reference", "without a compiled library the reference runs"
+    why: str | None
+    if rows.device.type != "cuda":
+        why, takes = f"torch has no grouped_mm of its own on {rows.device.type}", False
+    elif rows.dtype not in _TAKEN:
+        why, takes = f"torch's grouped_mm does not take {rows.dtype}", False
+    # A single column, as a bias has, is widened with zeros.
+    elif any(width > 1 and width * rows.element_size() % 16 for width in widths):
+        why = f"torch's grouped_mm takes rows of a multiple of 16 bytes, not {widths} values"
+        takes = False
+    else:
+        why, takes = _why_it_loops(rows, num_experts), True
     if why is None:
         return "native", ""
-    if rows.device.type == "cpu":
-        return "loop", "without a compiled library the reference runs"
     if capacity is not None:
         return "batched", why
-    return "loop", f"{why}, and a plan without capacity has no batches"
+    return "loop" if takes else "reference", f"{why}, and a plan without capacity has no batches"
 
 
-def _why_not_native(rows: Tensor, widths: tuple[int, ...]) -> str | None:
-    if rows.device.type != "cuda":
-        return f"torch has no grouped_mm of its own on {rows.device.type}"
+def _why_it_loops(rows: Tensor, num_experts: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(rows.device)
     if major not in NATIVE_MAJORS:
         return f"torch's grouped_mm loops on compute capability {major}.{minor}"
     if rows.dtype != torch.bfloat16:
-        return f"torch's grouped_mm takes bfloat16, not {rows.dtype}"
-    # A single column, as a bias has, is widened with zeros.
-    if any(width > 1 and width * rows.element_size() % 16 for width in widths):
-        return f"torch's grouped_mm takes rows of a multiple of 16 bytes, not {widths} values"
+        return f"torch's grouped_mm loops for {rows.dtype}"
+    if num_experts >= LEAST_TOO_MANY:
+        return f"torch's kernel takes fewer than {LEAST_TOO_MANY} experts, not {num_experts}"
     return None
+
+
+def path_of(name: str, args: tuple) -> tuple[str, str]:
+    """`choose` for the arguments of an operator."""
+    first, second, capacity = args[0], args[1], args[-1]
+    if name == "grouped_mm":
+        return choose(first, tuple(second.shape[1:]), second.shape[0], capacity)
+    return choose(first, (first.shape[1], second.shape[1]), args[3].shape[0], capacity)
 
 
 @checked
@@ -59,25 +81,48 @@ def grouped_mm(
     load: Tensor,
     capacity: int | None,
 ) -> Tensor:
-    path, _ = choose(rows, weights.shape[1:], capacity)
-    return MM[path](rows, weights, bias, offsets, load, capacity)
+    path, _ = path_of("grouped_mm", (rows, weights, capacity))
+    if path == "reference":
+        return reference.grouped_mm(rows, weights, bias, offsets, load, capacity)
+    owned = _owned(offsets, load, rows.shape[0])
+    rows = torch.where(owned, rows, 0)
+    return torch.where(owned, MM[path](rows, weights, bias, offsets, load, capacity), 0)
 
 
 @checked
 def grouped_outer(
     left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: int | None
 ) -> Tensor:
-    path, _ = choose(left, (left.shape[1], right.shape[1]), capacity)
+    path, _ = path_of("grouped_outer", (left, right, offsets, load, capacity))
+    if path == "reference":
+        return reference.grouped_outer(left, right, offsets, load, capacity)
+    owned = _owned(offsets, load, left.shape[0])
+    left, right = torch.where(owned, left, 0), torch.where(owned, right, 0)
     return OUTER[path](left, right, offsets, load, capacity)
 
 
-def _owners(offsets: Tensor, load: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """The expert of every row [R], and whether a route owns it [R, 1]."""
+def _mm(rows, weights, bias, offsets, load, capacity):
+    path, _ = path_of("grouped_mm", (rows, weights, capacity))
+    return MM[path](rows, weights, bias, offsets, load, capacity)
+
+
+def _outer(left, right, offsets, load, capacity):
+    path, _ = path_of("grouped_outer", (left, right, offsets, load, capacity))
+    return OUTER[path](left, right, offsets, load, capacity)
+
+
+def _experts_of_rows(offsets: Tensor, num_rows: int) -> Tensor:
+    """The expert of every row, of the last one beyond them. [R]"""
     row = torch.arange(num_rows, dtype=torch.int32, device=offsets.device)
-    expert = torch.searchsorted(offsets[1:], row, right=True).clamp(max=load.shape[0] - 1)
-    place = row - offsets[expert]
-    owned = (place < load[expert]) & (row < offsets[-1])
-    return expert, owned.unsqueeze(-1)
+    return torch.searchsorted(offsets[1:], row, right=True).clamp(max=offsets.shape[0] - 2)
+
+
+def _owned(offsets: Tensor, load: Tensor, num_rows: int) -> Tensor:
+    """Whether a route owns a row. [R, 1]"""
+    row = torch.arange(num_rows, dtype=torch.int32, device=offsets.device)
+    expert = _experts_of_rows(offsets, num_rows)
+    owned = (row - offsets[expert] < load[expert]) & (row < offsets[-1])
+    return owned.unsqueeze(-1)
 
 
 def _padded(matrix: Tensor, dim: int) -> Tensor:
@@ -96,27 +141,21 @@ def _is_readable(weights: Tensor) -> bool:
     return is_aligned and 1 in weights.stride()[1:]
 
 
-def _native_mm(rows, weights, bias, offsets, load, capacity):
+def _grouped_mm(rows, weights, bias, offsets, load, capacity):
     R, (_, N, M) = rows.shape[0], weights.shape
     if 0 in (R, N, M):
         return reference.grouped_mm(rows, weights, bias, offsets, load, capacity)
-    expert, owned = _owners(offsets, load, R)
-    rows = torch.where(owned, rows, 0)
     rows, weights = _padded(rows, 1).contiguous(), _padded(_padded(weights, 1), 2)
     if not _is_readable(weights):
         weights = weights.clone(memory_format=torch.contiguous_format)
     out = F.grouped_mm(rows, weights.transpose(1, 2), offs=offsets[1:])[:, :N]
-    if bias is not None:
-        out = out + bias[expert]
-    return torch.where(owned, out, 0)
+    return out if bias is None else out + bias[_experts_of_rows(offsets, R)]
 
 
-def _native_outer(left, right, offsets, load, capacity):
+def _grouped_outer(left, right, offsets, load, capacity):
     N, M = left.shape[1], right.shape[1]
     if 0 in (left.shape[0], N, M):
         return left.new_zeros(load.shape[0], N, M)
-    _, owned = _owners(offsets, load, left.shape[0])
-    left, right = torch.where(owned, left, 0), torch.where(owned, right, 0)
     left, right = _padded(left, 1).contiguous(), _padded(right, 1).contiguous()
     out = F.grouped_mm(left.t(), right, offs=offsets[1:])[:, :N, :M]
     return torch.where((offsets.diff() > 0)[:, None, None], out, 0)
@@ -124,22 +163,29 @@ def _native_outer(left, right, offsets, load, capacity):
 
 def _batched_mm(rows, weights, bias, offsets, load, capacity):
     E, N, M = weights.shape
-    _, owned = _owners(offsets, load, rows.shape[0])
-    rows = torch.where(owned, rows, 0)
     out = torch.bmm(rows.view(E, capacity, M), weights.transpose(1, 2))
     if bias is not None:
         out = out + bias.unsqueeze(1)
-    return torch.where(owned, out.view(rows.shape[0], N), 0)
+    return out.view(rows.shape[0], N)
 
 
 def _batched_outer(left, right, offsets, load, capacity):
-    _, owned = _owners(offsets, load, left.shape[0])
-    left, right = torch.where(owned, left, 0), torch.where(owned, right, 0)
-    left, right = (rows.view(len(load), capacity, rows.shape[1]) for rows in (left, right))
+    left, right = (rows.reshape(len(load), capacity, rows.shape[1]) for rows in (left, right))
     return torch.bmm(left.transpose(1, 2), right)
 
 
-MM = {"native": _native_mm, "batched": _batched_mm, "loop": reference.grouped_mm}
-OUTER = {"native": _native_outer, "batched": _batched_outer, "loop": reference.grouped_outer}
+MM = {
+    "native": _grouped_mm,
+    "batched": _batched_mm,
+    "loop": _grouped_mm,
+    "reference": reference.grouped_mm,
+}
+OUTER = {
+    "native": _grouped_outer,
+    "batched": _batched_outer,
+    "loop": _grouped_outer,
+    "reference": reference.grouped_outer,
+}
 
 OPERATORS: dict[str, Callable] = {"grouped_mm": grouped_mm, "grouped_outer": grouped_outer}
+INSIDE: dict[str, Callable] = {"grouped_mm": _mm, "grouped_outer": _outer}

@@ -1,5 +1,6 @@
 """The experts' operators: against the reference, and what they leave alone."""
 
+import functools
 import itertools
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from cases import DTYPES, call_operator, plans, random_experts, relative_error, values, weights_for
 
 import moe_ext
-from moe_ext.ops import checks
+from moe_ext.ops import checks, registry, torch_grouped_mm
 
 # T, K, E, H, F: nothing, one token and expert, sizes that end within registers, more rows and
 # columns than a tile, and few rows of an expert beside many.
@@ -70,6 +71,54 @@ def test_the_reference(size, dtype, device, poisoned):
         grad = torch.randn_like(tensors[0])
         back = (grad, args[0], pre_activation, *args[1:], True, True, True)
         assert_close("feed_forward_backward", back)
+
+
+def leaves_what_is_not_its_own(grouped_mm, rows, weights, *, offs):
+    """torch's grouped_mm, by whose contract what lies beyond the last group may be anything."""
+    out = grouped_mm(rows, weights, offs=offs)
+    if weights.dim() == 3:
+        out[int(offs[-1]) :] = torch.nan
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", ["native", "batched"])
+@pytest.mark.parametrize("T", [5, 60])
+def test_torchs_products_inside_need_no_copies(monkeypatch, device, poisoned, path, dtype, T):
+    """Their operands are zero where no route is, and nobody reads what they make of it."""
+    choices, product = [], torch.nn.functional.grouped_mm
+    monkeypatch.setattr(
+        registry, "product_inside", lambda name, _: torch_grouped_mm.INSIDE.get(name)
+    )
+    monkeypatch.setattr(
+        torch_grouped_mm, "choose", lambda *args: choices.append(args) or (path, "")
+    )
+    monkeypatch.setattr(
+        "torch.nn.functional.grouped_mm", functools.partial(leaves_what_is_not_its_own, product)
+    )
+    K, E, H, F = 3, 8, 24, 16
+    for i, plan in enumerate(plans(T, K, E, device)):
+        if path == "batched" and plan.capacity is None:
+            continue
+        options = {"bias": i % 2 == 0, "turned": i % 3 == 0}
+        activation, before = checks.ACTIVATIONS[i % 4], i % 5 == 0
+        tensors = operands(T, K, E, H, F, dtype, device, activation=activation, **options)
+        args = arguments(plan, tensors, activation, before)
+        out, pre_activation = registry.COMPOSED["feed_forward"](*args, True)
+        expected, right = call_operator("feed_forward", (*args, True), "reference")
+        bound = 30 * torch.finfo(dtype).eps
+        assert relative_error(out, expected) < bound
+        owned = plan.sources >= 0
+        assert relative_error(pre_activation[owned], right[owned]) < bound
+        grad = torch.randn_like(tensors[0])
+        back = (grad, args[0], pre_activation, *args[1:], True, True, True)
+        found = registry.COMPOSED["feed_forward_backward"](*back)
+        right = (grad, args[0], right, *args[1:], True, True, True)
+        for one, other in zip(
+            found, call_operator("feed_forward_backward", right, "reference"), strict=True
+        ):
+            assert relative_error(one, other) < bound
+    assert choices
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)))

@@ -181,9 +181,10 @@ def _from_odd_address(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("path", ["native", "batched"])
+@pytest.mark.parametrize("path", ["native", "batched", "reference"])
 @pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
-def test_torchs_products(device, T, K, E, H, path, dtype):
+def test_torchs_products(monkeypatch, device, T, K, E, H, path, dtype):
+    monkeypatch.setattr(torch_grouped_mm, "choose", lambda *args: (path, ""))
     # torch takes rows of a multiple of 16 bytes, or a single column as zeros are put beside it.
     M, N = 8 * (H % 50 + 1), 8
     for plan in plans(T, K, E, device):
@@ -206,16 +207,16 @@ def test_torchs_products(device, T, K, E, H, path, dtype):
             (x, torch.cat([w, w[..., :1]], dim=-1)[..., :M], None),
             (x.t().contiguous().t(), w, None),
         ):
-            product = torch_grouped_mm.MM[path]
+            product = torch_grouped_mm.grouped_mm
             assert_product(product, rows, weights, b, plan, 2 * rounding(dtype, M))
         turned = g.t().contiguous().t()
         for left, right in ((g, x), (g, x[:, :1]), (g[:, :1], x), (turned, x)):
-            outer = torch_grouped_mm.OUTER[path](left, right, *groups(plan))
+            outer = torch_grouped_mm.grouped_outer(left, right, *groups(plan))
             exact = reference.grouped_outer(left.double(), right.double(), *groups(plan))
             assert relative_error(outer, exact) < 2 * rounding(dtype, R + 1)
 
 
-@pytest.mark.parametrize("path", ["native", "batched", "loop"])
+@pytest.mark.parametrize("path", ["native", "batched", "loop", "reference"])
 def test_torchs_products_check_their_arguments(monkeypatch, path):
     monkeypatch.setattr(torch_grouped_mm, "choose", lambda *args: (path, ""))
     plan = moe_ext.make_plan(random_experts(8, 1, 2), 2, 4)
@@ -240,25 +241,34 @@ class Fake:
         return self.dtype.itemsize
 
 
+LOOP, NONE = "loops on compute capability 8.6", "without capacity has no batches"
+
+
 @pytest.mark.parametrize(
-    ("device_name", "capability", "dtype", "widths", "capacity", "path", "why"),
+    ("device_name", "capability", "dtype", "widths", "E", "capacity", "path", "why"),
     [
-        ("cuda", (9, 0), torch.bfloat16, (8, 16), None, "native", ""),
-        ("cuda", (10, 0), torch.bfloat16, (8, 16), 4, "native", ""),
-        ("cuda", (8, 6), torch.bfloat16, (8, 16), 4, "batched", "loops on compute capability 8.6"),
-        ("cuda", (8, 6), torch.bfloat16, (8, 16), None, "loop", "without capacity has no batches"),
-        ("cuda", (12, 0), torch.bfloat16, (8, 16), 4, "batched", "capability 12.0"),
-        ("cuda", (9, 0), torch.float16, (8, 16), 4, "batched", "takes bfloat16, not torch.float16"),
-        ("cuda", (9, 0), torch.bfloat16, (12, 16), 4, "batched", "not (12, 16) values"),
-        ("cuda", (9, 0), torch.bfloat16, (16, 1), None, "native", ""),  # of a bias
-        ("mps", None, torch.float32, (8, 16), 4, "batched", "no grouped_mm of its own on mps"),
-        ("cpu", None, torch.float32, (8, 16), 4, "loop", "the reference runs"),
+        ("cuda", (9, 0), torch.bfloat16, (8, 16), 4, None, "native", ""),
+        ("cuda", (10, 0), torch.bfloat16, (8, 16), 1023, 4, "native", ""),
+        ("cuda", (9, 0), torch.bfloat16, (8, 16), 1024, 4, "batched", "fewer than 1024 experts"),
+        ("cuda", (9, 0), torch.bfloat16, (8, 16), 1024, None, "loop", "fewer than 1024 experts"),
+        ("cuda", (8, 6), torch.bfloat16, (8, 16), 4, 4, "batched", LOOP),
+        ("cuda", (8, 6), torch.bfloat16, (8, 16), 4, None, "loop", NONE),
+        ("cuda", (7, 5), torch.float16, (8, 16), 4, None, "loop", NONE),
+        ("cuda", (12, 0), torch.bfloat16, (8, 16), 4, 4, "batched", "capability 12.0"),
+        ("cuda", (9, 0), torch.float16, (8, 16), 4, 4, "batched", "loops for torch.float16"),
+        ("cuda", (9, 0), torch.float32, (8, 16), 4, None, "loop", "loops for torch.float32"),
+        ("cuda", (9, 0), torch.float64, (8, 16), 4, None, "reference", "not take torch.float64"),
+        ("cuda", (9, 0), torch.bfloat16, (12, 16), 4, 4, "batched", "not (12, 16) values"),
+        ("cuda", (9, 0), torch.bfloat16, (12, 16), 4, None, "reference", "not (12, 16) values"),
+        ("cuda", (9, 0), torch.bfloat16, (16, 1), 4, None, "native", ""),  # of a bias
+        ("mps", None, torch.float32, (8, 16), 4, 4, "batched", "no grouped_mm of its own on mps"),
+        ("cpu", None, torch.float32, (8, 16), 4, 4, "reference", "the reference runs"),
     ],
 )
 def test_the_path_of_a_device(
-    monkeypatch, device_name, capability, dtype, widths, capacity, path, why
+    monkeypatch, device_name, capability, dtype, widths, E, capacity, path, why
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    chosen, reason = torch_grouped_mm.choose(Fake(device_name, dtype), widths, capacity)
+    chosen, reason = torch_grouped_mm.choose(Fake(device_name, dtype), widths, E, capacity)
     assert chosen == path
     assert why in reason
