@@ -93,7 +93,7 @@ def moves_vectors(kernel: str) -> bool:
         r"(?:dispatch|combine|route_dot|activate|activate_backward)_kernel<.*, 1>", kernel
     )
     return element is None and not re.match(
-        r"(plan|count|place|keep|mask_weights|importance)", kernel
+        r"(plan|count|place|keep|mask_weights|importance|balance|zero)", kernel
     )
 
 

@@ -133,6 +133,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cuda(const Tensor& expert_ids,
   return {slots, sources, offsets, load};
 }
 
+std::tuple<Tensor, Tensor> balance_cuda(const Tensor& importance, const Tensor& load,
+                                        const Tensor& expert_ids, int64_t choices) {
+  const BalanceArgs a = balance_args(importance, load, expert_ids, choices);
+  const int E = few_experts("balance", a.num_experts);
+  const OnDevice device(a.importance);
+  const ScalarType dtype = a.importance.scalar_type();
+  const Tensor l_aux = empty(a.importance, {}, dtype);
+  const Tensor share = empty(a.importance, {a.num_experts}, dtype);
+  const int64_t blocks = a.choices < a.top_k ? cuda::balance_blocks(a.num_tokens) : 0;
+  const Tensor scratch = empty(a.load, {blocks, a.num_experts}, ScalarType::Int);
+  cuda::balance({dtype_of(a.importance), a.importance.const_data_ptr(), const_int_data(a.load),
+                 const_int_data(a.expert_ids), a.num_tokens, a.top_k, a.choices, E,
+                 l_aux.mutable_data_ptr(), share.mutable_data_ptr(), int_data(scratch)},
+                device.stream());
+  return {l_aux, share};
+}
+
 cuda::MaskWeights mask_weights_of(const MaskWeightsArgs& a) {
   return {dtype_of(a.weights),
           a.weights.const_data_ptr(),
@@ -252,6 +269,14 @@ std::tuple<Tensor, Tensor, Tensor> activate_backward_cuda(
   return {grad_pre_activation, active, grad_weights};
 }
 
+void zero_empty_groups_cuda(const Tensor& sums, const Tensor& offsets) {
+  const OnDevice device(sums);
+  const int64_t groups = offsets.numel() - 1;
+  if (sums.numel() == 0) return;
+  cuda::zero_empty_groups(sums.mutable_data_ptr(), sums.numel() / groups * sums.element_size(),
+                          const_int_data(offsets), groups, device.stream());
+}
+
 }  // namespace
 }  // namespace moe_ext
 
@@ -263,6 +288,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
   m.impl("gate", TORCH_BOX(&moe_ext::gate_cuda));
   m.impl("gate_backward", TORCH_BOX(&moe_ext::gate_backward_cuda));
   m.impl("plan", TORCH_BOX(&moe_ext::plan_cuda));
+  m.impl("balance", TORCH_BOX(&moe_ext::balance_cuda));
   m.impl("mask_weights", TORCH_BOX(&moe_ext::mask_weights_cuda));
   m.impl("mask_weights_backward", TORCH_BOX(&moe_ext::mask_weights_backward_cuda));
   m.impl("dispatch", TORCH_BOX(&moe_ext::dispatch_cuda));
@@ -271,4 +297,5 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
   m.impl("combine_backward", TORCH_BOX(&moe_ext::combine_backward_cuda));
   m.impl("activate", TORCH_BOX(&moe_ext::activate_cuda));
   m.impl("activate_backward", TORCH_BOX(&moe_ext::activate_backward_cuda));
+  m.impl("zero_empty_groups", TORCH_BOX(&moe_ext::zero_empty_groups_cuda));
 }

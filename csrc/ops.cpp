@@ -44,4 +44,6 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   }
   // How products of such rows are computed.
   m.def("products(Tensor rows) -> str");
+  // For sums [E, N, M] that a product of torch's made: dense, and nobody else's.
+  m.def("zero_empty_groups(Tensor(a!) sums, Tensor offsets) -> ()");
 }

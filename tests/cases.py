@@ -10,6 +10,9 @@ from moe_ext.ops import checks, reference
 # Who checks an operator's arguments.
 WHERE = ["compiled", "reference", "fake"]
 
+# Operators that are made of others where kernels for CUDA are compiled.
+COMPOSED_ON_CUDA = ("feed_forward", "feed_forward_backward")
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # T, K, E, H: no token, no column, one of everything, K = E, rows that end in a scalar tail, rows

@@ -73,6 +73,20 @@ struct Plan {
 int64_t plan_scratch(int64_t num_routes, int64_t num_experts, bool with_priority);
 void plan(const Plan& call, CUstream_st* stream);
 
+struct Balance {
+  Dtype dtype;                // of importance, l_aux and share: float32 or float64
+  const void* importance;     // [E]
+  const int32_t* load;        // [E]
+  const int32_t* expert_ids;  // [T, K]
+  int64_t num_tokens, top_k, choices;
+  int num_experts;
+  void* l_aux;       // []
+  void* share;       // [E]
+  int32_t* scratch;  // [balance_blocks(T), E]; not used where choices are all K
+};
+int64_t balance_blocks(int64_t num_tokens);
+void balance(const Balance& call, CUstream_st* stream);
+
 struct MaskWeights {
   Dtype dtype;           // of the weights: float32 or float64
   const void* weights;   // [T, K]
@@ -85,6 +99,10 @@ void mask_weights(const MaskWeights& call, void* kept, CUstream_st* stream);
 // grad [T, K] -> grad_weights [T, K]
 void mask_weights_backward(const MaskWeights& call, const void* grad, void* grad_weights,
                            CUstream_st* stream);
+
+// sums: [E, so many bytes each]
+void zero_empty_groups(void* sums, int64_t bytes, const int32_t* offsets, int64_t num_groups,
+                       CUstream_st* stream);
 
 // The routes of the row operators. A route has a row where slots and sources agree that it has;
 // whatever else they hold, no access is out of bounds.

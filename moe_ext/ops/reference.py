@@ -412,3 +412,8 @@ feed_forward_backward = _of_references(composed.feed_forward_backward)
 def products(rows: Tensor) -> str:
     """How grouped_mm, grouped_outer and feed_forward multiply such rows."""
     return "torch's GEMM"
+
+
+def zero_empty_groups(sums: Tensor, offsets: Tensor) -> None:
+    """Zero sums[e] where expert e has no row, in place. sums: [E, N, M]."""
+    sums.masked_fill_((offsets.diff() <= 0)[:, None, None], 0)

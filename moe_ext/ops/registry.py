@@ -40,7 +40,11 @@ def product_inside(name: str, args: tuple) -> Callable | None:
 
 COMPOSED = {name: functools.partial(op, inside) for name, op in composed.OPERATORS.items()}
 _IN_PYTHON = torch_grouped_mm.OPERATORS | COMPOSED
-QUESTIONS = ("products",)  # about a tensor's dtype; its values are not read
+# Beside the contracts: a question about a dtype, and what torch's products need.
+BESIDE = {
+    "products": "(Tensor rows) -> str",
+    "zero_empty_groups": "(Tensor(a!) sums, Tensor offsets) -> ()",
+}
 
 _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
@@ -104,7 +108,7 @@ class Libraries:
         torch.ops.load_library(str(path))
         self.library, self.load_error = path, None
         self._load_cuda(path)
-        for name in (*NAMES, *QUESTIONS):
+        for name in (*NAMES, *BESIDE):
             operator = getattr(torch.ops.moe_ext, name, None)
             if operator is None or operator.default._schema != _schema(name):
                 raise ImportError(
@@ -132,7 +136,7 @@ class Libraries:
 
     def _register_python(self) -> None:
         self._python = torch.library.Library("moe_ext", "FRAGMENT")
-        for name in (*NAMES, *QUESTIONS):
+        for name in (*NAMES, *BESIDE):
             if self.library is None:
                 self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
             kernel = _IN_PYTHON.get(name) or _loud_on_cuda(getattr(reference, name))
@@ -149,7 +153,7 @@ class Libraries:
 
 
 def _schema(name: str) -> torch.FunctionSchema:
-    schema = contracts.PARSED[name].schema if name in CONTRACTS else "(Tensor rows) -> str"
+    schema = BESIDE.get(name) or contracts.PARSED[name].schema
     return torch._C.parse_schema(f"moe_ext::{name}{schema}")
 
 

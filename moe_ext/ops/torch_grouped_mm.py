@@ -157,8 +157,9 @@ def _grouped_outer(left, right, offsets, load, capacity):
     if 0 in (left.shape[0], N, M):
         return left.new_zeros(load.shape[0], N, M)
     left, right = _padded(left, 1).contiguous(), _padded(right, 1).contiguous()
-    out = F.grouped_mm(left.t(), right, offs=offsets[1:])[:, :N, :M]
-    return torch.where((offsets.diff() > 0)[:, None, None], out, 0)
+    out = F.grouped_mm(left.t(), right, offs=offsets[1:])
+    torch.ops.moe_ext.zero_empty_groups.default(out, offsets)
+    return out[:, :N, :M]
 
 
 def _batched_mm(rows, weights, bias, offsets, load, capacity):

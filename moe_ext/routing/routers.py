@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.types import Device
 
 from .. import options
+from ..ops.autograd import Operator
 
 
 class CosineRouter(nn.Module):
@@ -94,6 +95,44 @@ def _once(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         if tensor is not None:
             first.setdefault(id(tensor), (name, tensor))
     return dict(first.values())
+
+
+class WideProduct(Operator):
+    """tokens @ weight.T of 16-bit numbers as float32, in one product: float32 holds the product of
+    two of them exactly. [T, H], [E, H] -> [T, E]"""
+
+    @staticmethod
+    def forward(tokens, weight):
+        return torch.mm(tokens, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tokens, weight = ctx.saved_tensors
+        grad_tokens = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_tokens = torch.mm(grad, weight.to(grad.dtype)).to(tokens.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.mm(grad.t(), tokens.to(grad.dtype)).to(weight.dtype)
+        return grad_tokens, grad_weight
+
+
+def is_wide_product(router: nn.Module, tokens: Tensor) -> bool:
+    """Whether a router is one WideProduct of these tokens: on CUDA, in eager mode alone."""
+    return (
+        tokens.is_cuda
+        and tokens.dtype in (torch.bfloat16, torch.float16)
+        and type(router) is nn.Linear
+        and router.bias is None
+        and type(router.weight) is nn.Parameter
+        and router.weight.dtype == tokens.dtype
+        and not router._forward_hooks
+        and not router._forward_pre_hooks
+        and not torch.compiler.is_compiling()
+    )
 
 
 def logits_of(router: nn.Module, tensors: Tensors, tokens: Tensor) -> Tensor:

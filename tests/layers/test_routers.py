@@ -10,6 +10,7 @@ from rules import E, H, T, gate_for, tokens
 from torch import nn
 
 from moe_ext import CosineRouter, GroupedExperts, MOELayer, TopKGate
+from moe_ext.routing import routers
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -79,6 +80,52 @@ def test_routers_of_other_dtypes_compute_in_float32(options):
     logits = gate.route(x.bfloat16()).logits
     exact = x.bfloat16().float() @ linear.weight.float().T + linear.bias.float()
     assert relative_error(logits, exact) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_router_of_16_bit_is_one_product(monkeypatch, dtype):
+    """As on CUDA, where torch.mm takes the dtype of the result."""
+    products, mm = [], torch.mm
+
+    def wide_mm(left, right, out_dtype=None):
+        products.append((left.dtype, out_dtype))
+        wide = (left, right) if out_dtype is None else (left.to(out_dtype), right.to(out_dtype))
+        return mm(*wide)
+
+    gate = TopKGate(H, E, 2, router=nn.Linear(H, E, bias=False)).to(dtype)
+    x = torch.randn(T, H, dtype=dtype, requires_grad=True)
+    results = []
+    for is_wide in (False, True):
+        if is_wide:
+            monkeypatch.setattr("moe_ext.routing.gate.is_wide_product", lambda *args: True)
+            monkeypatch.setattr("torch.mm", wide_mm)
+        logits = gate.route(x).logits
+        grads = torch.autograd.grad(logits.square().sum(), [x, gate.wg.weight], create_graph=True)
+        (second,) = torch.autograd.grad(sum(g.float().sum() for g in grads), [x])
+        results.append((logits, *grads, second))
+    assert products[0] == (dtype, torch.float32)
+    for wide, right in zip(*reversed(results), strict=True):
+        assert wide.dtype == right.dtype
+        assert relative_error(wide, right) < 2 * torch.finfo(right.dtype).eps
+
+
+def test_what_is_not_one_wide_product():
+    """A hook, a bias, another dtype, a class of its own or another device runs as a module."""
+
+    class Tokens(torch.Tensor):
+        is_cuda = True
+
+    class Own(nn.Linear):
+        pass
+
+    tokens = torch.randn(3, H).bfloat16().as_subclass(Tokens)
+    plain, hooked = (nn.Linear(H, E, bias=False).bfloat16() for _ in range(2))
+    assert routers.is_wide_product(plain, tokens)
+    hooked.register_forward_hook(lambda *args: None)
+    biased, own, wide = nn.Linear(H, E), Own(H, E, bias=False), nn.Linear(H, E, bias=False)
+    for router in (hooked, biased.bfloat16(), own.bfloat16(), wide, CosineRouter(H, E).bfloat16()):
+        assert not routers.is_wide_product(router, tokens)
+    assert not routers.is_wide_product(plain, tokens.as_subclass(torch.Tensor))
 
 
 @pytest.mark.parametrize(

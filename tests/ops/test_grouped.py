@@ -241,6 +241,16 @@ class Fake:
         return self.dtype.itemsize
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "M"), [(1, 1), (5, 3), (16, 24), (8, 0)])
+def test_sums_of_no_rows_are_zeroed(device, dtype, N, M):
+    sums = values(6, N, M, dtype=dtype, device=device)
+    offsets = torch.tensor([0, 0, 3, 3, 3, 7, 7], dtype=torch.int32, device=device)
+    expected = sums * torch.tensor([0, 1, 0, 0, 1, 0], dtype=dtype, device=device)[:, None, None]
+    torch.ops.moe_ext.zero_empty_groups(sums, offsets)
+    assert torch.equal(sums, expected)
+
+
 LOOP, NONE = "loops on compute capability 8.6", "without capacity has no batches"
 
 

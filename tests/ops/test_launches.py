@@ -1,8 +1,12 @@
 """Launches of the CUDA kernels and the bytes they move, as the emulator counts them: --cusim."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from cases import (
+    COMPOSED_ON_CUDA,
     DTYPES,
     call_operator,
     masked_experts,
@@ -10,11 +14,13 @@ from cases import (
     values,
     weights_for,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ext
-from moe_ext.ops import composed, registry, samples, torch_grouped_mm
+from moe_ext import GroupedExperts, MOELayer, TopKGate
+from moe_ext.ops import registry, samples, torch_grouped_mm
 
-IN_PYTHON = torch_grouped_mm.OPERATORS | composed.OPERATORS
+IN_PYTHON = {*torch_grouped_mm.OPERATORS, *COMPOSED_ON_CUDA}
 each_kernel = pytest.mark.parametrize("op", [op for op in registry.NAMES if op not in IN_PYTHON])
 ORDERS = ("forward", "reverse", "random1", "random2", "random3")
 
@@ -166,6 +172,79 @@ def test_experts_are_made_of_other_kernels(launches_of):
     arguments = samples.arguments("feed_forward")
     launched = kernels(launches_of(call_operator, "feed_forward", arguments))
     assert [name.split("_kernel")[0] for name in launched] == ["dispatch", "activate", "combine"]
+
+
+# They look at memory, or reserve it.
+LAUNCH_NOTHING = {"view", "_unsafe_view", "t", "transpose", "detach", "slice", "alias", "expand"}
+LAUNCH_NOTHING |= {"unsqueeze", "squeeze", "select", "empty", "new_empty", "empty_like"}
+
+
+class Computing(TorchDispatchMode):
+    """Counts torch's operators that launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, name = func._schema.name.split("::")
+        if name in COMPOSED_ON_CUDA:
+            with self:
+                return registry.COMPOSED[name](*args)
+        self.count += namespace == "aten" and name not in LAUNCH_NOTHING
+        return func(*args, **(kwargs or {}))
+
+
+RECORDS = Path(__file__).parents[2] / "bench" / "results" / "launches.json"
+
+
+@pytest.mark.parametrize("mode", ["training", "eval"])
+@pytest.mark.parametrize("k", [2, 8])
+@pytest.mark.parametrize("capacity", [False, True])
+def test_a_layer_is_few_launches(launches_of, monkeypatch, mode, k, capacity):
+    """In bfloat16, with torch's native products, whatever the sizes. On CUDA the router is one
+    product too, which torch does not have on the CPU."""
+    mm = torch.mm
+
+    def wide_mm(left, right, out_dtype=None):
+        if out_dtype is None:
+            return mm(left, right)
+        with torch._C._DisableTorchDispatch():
+            out = mm(left.to(out_dtype), right.to(out_dtype))
+        launches.count += 1
+        return out
+
+    inside = torch_grouped_mm.INSIDE
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr("moe_ext.routing.gate.is_wide_product", lambda *args: True)
+    monkeypatch.setattr(torch_grouped_mm, "choose", lambda *args: ("native", ""))
+    monkeypatch.setattr(registry, "product_inside", lambda name, args: inside.get(name))
+    E, H, F = 16, 64, 32
+    gate = TopKGate(H, E, k, drop_tokens=capacity, top2_2nd_expert_sampling=False)
+    experts = GroupedExperts(E, H, F, activation="swiglu", bias=False)
+    layer = MOELayer(gate, experts).bfloat16().train(mode == "training")
+    hidden = torch.randn(100, H, dtype=torch.bfloat16, requires_grad=True)
+
+    def count(function) -> int:
+        nonlocal launches
+        with Computing() as launches:
+            ours = launches_of(function)
+        return len(ours) + launches.count
+
+    launches = Computing()
+    with torch.set_grad_enabled(mode == "training"):
+        forward = count(lambda: layer(hidden))
+    backward = None
+    if mode == "training":
+        out = layer(hidden)
+        tensors, grads = [out, layer.l_aux], [torch.randn_like(out), torch.ones(())]
+        backward = count(lambda: torch.autograd.backward(tensors, grads))
+        assert backward <= 22
+    assert forward <= 14
+    found = {"path": "native", "mode": mode, "k": k, "capacity": capacity}
+    found |= {"forward": forward, "backward": backward}
+    records = json.loads(RECORDS.read_text())
+    assert found in records, f"{RECORDS} must have {json.dumps(found)}"
 
 
 def test_too_many_experts(unchecked):
