@@ -6,8 +6,8 @@
     python bench/bench_layer.py --experts [--memory]
 
 Layers route by themselves; with --experts the routing is given, and the peers are transformers'
-implementations of Mixtral's experts. With --capacity tokens are dropped, and outputs are checked
-against what each gate kept. --small times layers of few tokens, in which calls take as
+implementations of Mixtral's experts. With --capacity tokens are dropped, and outputs alone are
+checked, by what each gate kept. --small times layers of few tokens, in which calls take as
 long as products; --forward, evaluation alone. Output and gradients of each are checked against
 float64 before it is timed. "Bound" is the time of the experts' matrix products alone by torch
 (gemm_bound.py). The process keeps freed memory (memory.py); --new-memory gives large blocks back.

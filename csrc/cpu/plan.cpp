@@ -23,7 +23,7 @@ class Queue {
       : num_tokens_(a.num_tokens),
         top_k_(a.top_k),
         num_experts_(a.num_experts),
-        stride_((a.num_experts + 15) / 16 * 16) {
+        stride_((a.num_experts + kLine - 1) / kLine * kLine) {
     const int64_t queues = a.choice_major ? a.top_k : 1;
     const int64_t least = std::max<int64_t>(kChunk, 4 * queues * a.num_experts);
     num_chunks_ = std::min<int64_t>(torch::stable::get_num_threads(), a.num_routes / least);
@@ -36,9 +36,9 @@ class Queue {
   }
 
   int64_t num_chunks() const { return num_chunks_; }
-  // Numbers for every expert, chunk and queue; a chunk's are on cache lines of their own.
-  int64_t size() const { return num_chunks_ * num_queues_ * stride_; }
-  int64_t chunk_size() const { return num_queues_ * stride_; }
+  // Numbers for every expert, chunk and queue. No two chunks' are on one cache line.
+  int64_t size() const { return num_chunks_ * chunk_size(); }
+  int64_t chunk_size() const { return num_queues_ * stride_ + kLine; }
 
   // Calls body(chunk) for every chunk, side by side.
   template <typename Body>
@@ -84,7 +84,7 @@ class Queue {
       }
       return;
     }
-    const int64_t step = stride_, all = chunk_size();
+    const int64_t step = stride_, all = num_queues_ * stride_;
     int64_t first = 0;
     for (int64_t route = begin; route < end; ++route) {
       body(route, first);
@@ -93,7 +93,7 @@ class Queue {
     }
   }
 
-  static constexpr int64_t kChunk = 1 << 14;
+  static constexpr int64_t kChunk = 1 << 14, kLine = 16;
   int64_t num_tokens_, top_k_, num_experts_, stride_, num_queues_ = 1, laps_ = 1, num_chunks_;
 };
 

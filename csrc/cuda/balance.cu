@@ -4,8 +4,7 @@
 //   share[e] = E / choices / T * load[e]            load: of the first `choices` choices of tokens
 //
 // Where these are not all choices, blocks count those of some tokens each. One block adds up,
-// always in the same order. Rounded as torch's operators round: the gradient is compared with
-// DeepSpeed's to the bit.
+// always in the same order. Shares are those of the CPU to the bit.
 
 #include "vec.cuh"
 

@@ -42,8 +42,13 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
             std::size_t shared, Stream stream, Arguments... arguments) {
   if (blocks == 0) return;
-  cudaError_t error = cudaErrorInvalidConfiguration;
-  if (blocks <= INT32_MAX) {
+  constexpr std::size_t kUnasked = 48 << 10;  // what every kernel may have
+  cudaError_t error = blocks <= INT32_MAX ? cudaSuccess : cudaErrorInvalidConfiguration;
+  if (error == cudaSuccess && shared > kUnasked) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared));
+  }
+  if (error == cudaSuccess) {
     kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);
     error = cudaGetLastError();
   }

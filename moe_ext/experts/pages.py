@@ -17,6 +17,7 @@ from torch import Tensor, nn
 _HUGE = 1 << 21
 _AT_A_TIME = 32 * _HUGE  # between two parts a Ctrl-C is heard
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
+_PROBES = 3  # new memory each time; a busy system may refuse one
 
 
 class HugePages(NamedTuple):
@@ -68,11 +69,14 @@ def huge_pages(module: nn.Module) -> HugePages:
 
 def _collapse(address: int, size: int) -> tuple[int, int]:
     """Bytes that lie in huge pages now, and the last error or 0; page by page where all at once is
-    refused."""
+    refused, each twice: the system refuses one that it works on just then."""
     if _madvise(address, size, _MADV_COLLAPSE) == 0:
         return size, 0
     pages = range(address, address + size, _HUGE)
-    errors = [_madvise(page, _HUGE, _MADV_COLLAPSE) for page in pages]
+    errors = [
+        _madvise(page, _HUGE, _MADV_COLLAPSE) and _madvise(page, _HUGE, _MADV_COLLAPSE)
+        for page in pages
+    ]
     return errors.count(0) * _HUGE, next((error for error in reversed(errors) if error), 0)
 
 
@@ -88,14 +92,15 @@ def why_not_here() -> str:
     """Why this system does not put memory into huge pages on request; "" where it does."""
     if sys.platform != "linux":
         return f"needs Linux 6.1 or later, this is {sys.platform}"
-    probe = torch.zeros(2 * _HUGE, dtype=torch.uint8)
-    for address, size in _parts(_storages([probe])):
-        error = _madvise(address, size, _MADV_COLLAPSE)
-        if error == errno.EINVAL:
-            return f"needs Linux 6.1 or later with transparent huge pages, got {os.uname().release}"
-        if error:
-            return f"the system refused: {os.strerror(error)}"
-    return ""
+    for _ in range(_PROBES):
+        probe = torch.zeros(2 * _HUGE, dtype=torch.uint8)
+        ((address, size),) = _parts(_storages([probe]))
+        done, error = _collapse(address, size)
+        if done:
+            return ""
+    if error == errno.EINVAL:
+        return f"needs Linux 6.1 or later with transparent huge pages, got {os.uname().release}"
+    return f"the system refused: {os.strerror(error)}"
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:

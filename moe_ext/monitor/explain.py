@@ -245,9 +245,11 @@ class _Trace(TorchDispatchMode):
     def _python(self, call: Call, function: Callable, args: tuple):
         inside = _Trace()
         self.is_inside = True
-        with inside:
-            result = function(*args)
-        self.is_inside = False
+        try:
+            with inside:
+                result = function(*args)
+        finally:
+            self.is_inside = False
         self.calls.append(call._replace(synchronisations=inside.reads))
         return result
 

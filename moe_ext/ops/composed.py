@@ -47,8 +47,8 @@ def feed_forward(
     keeps: bool,
 ) -> tuple[Tensor, Tensor]:
     """combine(grouped_mm(activate(grouped_mm(dispatch(tokens), up)), down), weights), [T, H], and
-    the pre-activation where it is kept, [R, G]. A route's weight is a factor of its output, or of
-    its activation where it is weighed before."""
+    the pre-activation where it is kept, [R, G], whose rows without a route may be anything. A
+    route's weight is a factor of its output, or of its activation where it is weighed before."""
     routes, groups = (slots, sources), (offsets, load, capacity)
     pre_activation = project_up(run, tokens, up, up_bias, routes, groups)
     before, after = (weights, None) if score_before_experts else (None, weights)

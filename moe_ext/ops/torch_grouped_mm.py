@@ -45,7 +45,10 @@ def choose(
         why = f"torch's grouped_mm takes rows of a multiple of 16 bytes, not {widths} values"
         takes = False
     else:
-        why, takes = _why_it_loops(rows, num_experts), True
+        why, takes = _why_it_loops(rows), True
+        if why is None and num_experts >= LEAST_TOO_MANY:
+            why = f"torch's kernel takes fewer than {LEAST_TOO_MANY} experts, not {num_experts}"
+            takes = False
     if why is None:
         return "native", ""
     if capacity is not None:
@@ -53,14 +56,12 @@ def choose(
     return "loop" if takes else "reference", f"{why}, and a plan without capacity has no batches"
 
 
-def _why_it_loops(rows: Tensor, num_experts: int) -> str | None:
+def _why_it_loops(rows: Tensor) -> str | None:
     major, minor = torch.cuda.get_device_capability(rows.device)
     if major not in NATIVE_MAJORS:
         return f"torch's grouped_mm loops on compute capability {major}.{minor}"
     if rows.dtype != torch.bfloat16:
         return f"torch's grouped_mm loops for {rows.dtype}"
-    if num_experts >= LEAST_TOO_MANY:
-        return f"torch's kernel takes fewer than {LEAST_TOO_MANY} experts, not {num_experts}"
     return None
 
 
@@ -148,7 +149,7 @@ def _grouped_mm(rows, weights, bias, offsets, load, capacity):
     rows, weights = _padded(rows, 1).contiguous(), _padded(_padded(weights, 1), 2)
     if not _is_readable(weights):
         weights = weights.clone(memory_format=torch.contiguous_format)
-    out = F.grouped_mm(rows, weights.transpose(1, 2), offs=offsets[1:])[:, :N]
+    out = F.grouped_mm(rows, weights.transpose(1, 2), offs=offsets[1:])[:, :N].contiguous()
     return out if bias is None else out + bias[_experts_of_rows(offsets, R)]
 
 
@@ -159,7 +160,7 @@ def _grouped_outer(left, right, offsets, load, capacity):
     left, right = _padded(left, 1).contiguous(), _padded(right, 1).contiguous()
     out = F.grouped_mm(left.t(), right, offs=offsets[1:])
     torch.ops.moe_ext.zero_empty_groups.default(out, offsets)
-    return out[:, :N, :M]
+    return out[:, :N, :M].contiguous()
 
 
 def _batched_mm(rows, weights, bias, offsets, load, capacity):

@@ -121,18 +121,36 @@ class WideProduct(Operator):
 
 
 def is_wide_product(router: nn.Module, tokens: Tensor) -> bool:
-    """Whether a router is one WideProduct of these tokens: on CUDA, in eager mode alone."""
+    """Whether a router is one WideProduct of these tokens: a plain nn.Linear that nothing hooks
+    into, in eager mode, on a GPU for which torch has that product."""
     return (
         tokens.is_cuda
         and tokens.dtype in (torch.bfloat16, torch.float16)
         and type(router) is nn.Linear
         and router.bias is None
         and type(router.weight) is nn.Parameter
-        and router.weight.dtype == tokens.dtype
-        and not router._forward_hooks
-        and not router._forward_pre_hooks
+        and (router.weight.dtype, router.weight.device) == (tokens.dtype, tokens.device)
+        and not _is_hooked(router)
         and not torch.compiler.is_compiling()
+        and _has_wide_product(tokens)
     )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        any(getattr(module, name) for name in names)
+        or "forward" in module.__dict__  # as accelerate replaces it
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+def _has_wide_product(tokens: Tensor) -> bool:
+    if torch.version.cuda is None or torch.cuda.get_device_capability(tokens.device)[0] < 8:
+        return False
+    # torch refuses a float32 result of products that may be summed in float16.
+    matmul = torch.backends.cuda.matmul
+    return tokens.dtype != torch.float16 or not matmul.allow_fp16_accumulation
 
 
 def logits_of(router: nn.Module, tensors: Tensors, tokens: Tensor) -> Tensor:

@@ -201,7 +201,10 @@ int main(int argc, char** argv) {
       {"operations_disagree", {launched(operations_disagree, 1, 32, 0, out)}},
       {"shuffle_from_absent", {launched(shuffle_from_absent, 1, 20, 0, out)}},
       {"misaligned", {launched(misaligned, 1, 16, 0, floats, out)}},
-      {"too_many_threads", {launched(nothing, 1, 1056, 0)}}};
+      {"too_many_threads", {launched(nothing, 1, 1056, 0)}},
+      {"right_much_shared",
+       {launched(reverse<true>, 1, 64, 64 << 10, out), 64, [](int i) { return 63 - i; }}},
+      {"more_shared_than_there_is", {launched(nothing, 1, 32, (64 << 10) + 16)}}};
   for (const int n : {64, 256, 1024}) {
     for (const bool right : {false, true}) {
       const std::string prefix = right ? "right_" : "", size = "_" + std::to_string(n);

@@ -109,8 +109,11 @@ def test_a_router_of_16_bit_is_one_product(monkeypatch, dtype):
         assert relative_error(wide, right) < 2 * torch.finfo(right.dtype).eps
 
 
-def test_what_is_not_one_wide_product():
+def test_what_is_not_one_wide_product(monkeypatch):
     """A hook, a bias, another dtype, a class of its own or another device runs as a module."""
+    capability = [8]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (*capability, 0))
 
     class Tokens(torch.Tensor):
         is_cuda = True
@@ -119,13 +122,32 @@ def test_what_is_not_one_wide_product():
         pass
 
     tokens = torch.randn(3, H).bfloat16().as_subclass(Tokens)
-    plain, hooked = (nn.Linear(H, E, bias=False).bfloat16() for _ in range(2))
+    plain = nn.Linear(H, E, bias=False).bfloat16()
     assert routers.is_wide_product(plain, tokens)
-    hooked.register_forward_hook(lambda *args: None)
+    for name in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        hook = getattr(plain, f"register_{name}_hook")(lambda *args: None)
+        assert not routers.is_wide_product(plain, tokens)
+        hook.remove()
+    hook = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert not routers.is_wide_product(plain, tokens)
+    hook.remove()
+    replaced, away = (nn.Linear(H, E, bias=False).bfloat16() for _ in range(2))
+    replaced.forward = lambda tokens: tokens
+    away.to("meta")
     biased, own, wide = nn.Linear(H, E), Own(H, E, bias=False), nn.Linear(H, E, bias=False)
-    for router in (hooked, biased.bfloat16(), own.bfloat16(), wide, CosineRouter(H, E).bfloat16()):
+    for router in (
+        replaced,
+        away,
+        biased.bfloat16(),
+        own.bfloat16(),
+        wide,
+        CosineRouter(H, E).bfloat16(),
+    ):
         assert not routers.is_wide_product(router, tokens)
     assert not routers.is_wide_product(plain, tokens.as_subclass(torch.Tensor))
+    assert routers.is_wide_product(plain, tokens)
+    capability[0] = 7
+    assert not routers.is_wide_product(plain, tokens)
 
 
 @pytest.mark.parametrize(

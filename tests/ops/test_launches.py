@@ -180,7 +180,7 @@ LAUNCH_NOTHING |= {"unsqueeze", "squeeze", "select", "empty", "new_empty", "empt
 
 
 class Computing(TorchDispatchMode):
-    """Counts torch's operators that launch a kernel."""
+    """Counts torch's operators that launch a kernel, each as one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,15 +14,15 @@ from moe_ext.experts import pages
 needs_huge_pages = pytest.mark.skipif(bool(pages.why_not_here()), reason=pages.why_not_here())
 
 
-def huge_bytes(tensor: torch.Tensor) -> int:
-    """The bytes of huge pages in the mappings that a tensor lies in, as the kernel counts them."""
-    begin, found, inside = tensor.data_ptr(), 0, False
+def of_mappings(tensor: torch.Tensor, entry: str) -> list[str]:
+    """What the kernel says of the mappings that a tensor lies in."""
+    begin, found, inside = tensor.data_ptr(), [], False
     end = begin + tensor.nbytes
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(match[1], 16) < end and begin < int(match[2], 16)
-        elif inside and line.startswith("AnonHugePages:"):
-            found += int(line.split()[1]) << 10
+        elif inside and line.startswith(f"{entry}:"):
+            found.append(line.split(":")[1])
     return found
 
 
@@ -36,7 +36,8 @@ def test_weights_stay_where_they_are_in_other_pages():
     assert found.total == sum(p.nbytes for p in model.parameters())  # the buffer counts once
     assert found.total - (4 << 21) < found.huge <= found.total
     assert not found.why_not
-    assert huge_bytes(weight) > 0  # the kernel may have taken some back
+    # The kernel may have taken some back.
+    assert any(int(text.split()[0]) for text in of_mappings(weight, "AnonHugePages"))
     assert weight.data_ptr() == address
     assert torch.equal(weight, before)
     assert re.fullmatch(r"1\d of 16 MiB in huge pages", str(found))
@@ -45,9 +46,8 @@ def test_weights_stay_where_they_are_in_other_pages():
 @needs_huge_pages
 def test_own_experts_ask_for_huge_pages():
     experts = moe_ext.GroupedExperts(4, 1024, 1024)
-    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
-        pytest.skip("the system gives none on request")
-    assert huge_bytes(experts.gate_up_proj) > experts.gate_up_proj.nbytes // 2
+    # Whether it has some is the system's affair.
+    assert any(" hg" in flags for flags in of_mappings(experts.gate_up_proj, "VmFlags"))
 
 
 @needs_huge_pages
