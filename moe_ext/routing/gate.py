@@ -225,35 +225,31 @@ class Gate(nn.Module):
         self.expert_bias += rate * torch.sign(load.sum() - self.num_experts * load)
 
     def _logits(self, tokens: Tensor, rule: Rule) -> Tensor:
+        num_tokens = tokens.shape[0]
         if rule.noise != "Jitter" and is_wide_product(self.wg, tokens):
-            logits = self._checked(WideProduct.call(tokens, self.wg.weight), tokens.shape[0])
+            logits, dtype = WideProduct.call(tokens, self.wg.weight), torch.float32
         else:
-            logits = self._run_router(tokens, rule)
-        if rule.noise == "Gaussian":
-            logits = logits + rule.noise_scale * torch.randn_like(logits)
-        return logits
-
-    def _run_router(self, tokens: Tensor, rule: Rule) -> Tensor:
-        tensors = Tensors.of(self.wg)
-        dtypes = {tokens.dtype, *(p.dtype for p in tensors.parameters.values())}
-        tokens = tokens.to(torch.float64 if torch.float64 in dtypes else torch.float32)
-        if rule.noise == "Jitter":
-            size = rule.noise_scale
-            tokens = tokens * choice_scores.uniform(tokens, 1 - size, 1 + size)
-        if has_autocast(tokens.device):
-            with torch.autocast(tokens.device.type, enabled=False):
+            tensors = Tensors.of(self.wg)
+            dtypes = {tokens.dtype, *(p.dtype for p in tensors.parameters.values())}
+            dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+            tokens = tokens.to(dtype)
+            if rule.noise == "Jitter":
+                size = rule.noise_scale
+                tokens = tokens * choice_scores.uniform(tokens, 1 - size, 1 + size)
+            if has_autocast(tokens.device):
+                with torch.autocast(tokens.device.type, enabled=False):
+                    logits = logits_of(self.wg, tensors, tokens)
+            else:
                 logits = logits_of(self.wg, tensors, tokens)
-        else:
-            logits = logits_of(self.wg, tensors, tokens)
-        return self._checked(logits, tokens.shape[0]).to(tokens.dtype)
-
-    def _checked(self, logits: Tensor, num_tokens: int) -> Tensor:
         shape = (num_tokens, self.num_experts)
         if not isinstance(logits, Tensor) or logits.shape != shape:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise RuntimeError(
                 f"{type(self).__name__}: router must return [T, E] = {list(shape)}, got {got}"
             )
+        logits = logits.to(dtype)
+        if rule.noise == "Gaussian":
+            logits = logits + rule.noise_scale * torch.randn_like(logits)
         return logits
 
     def _choice_scores(
