@@ -47,7 +47,7 @@ peers: $(VENV)/peers
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
 
-# Time ours and other libraries in float32, and few tokens in bfloat16 too: fifteen minutes on two
+# Time ours and other libraries in float32, and few tokens in bfloat16 too: twenty minutes on two
 # idle cores. Writes bench/results, the tables of README.md and docs, and the pictures of
 # docs/performance.md.
 bench: $(VENV)/peers

@@ -25,6 +25,7 @@ class Queue {
         num_experts_(a.num_experts),
         stride_((a.num_experts + kLine - 1) / kLine * kLine) {
     const int64_t queues = a.choice_major ? a.top_k : 1;
+    // A chunk's numbers are to be few beside its routes.
     const int64_t least = std::max<int64_t>(kChunk, 4 * queues * a.num_experts);
     num_chunks_ = std::min<int64_t>(torch::stable::get_num_threads(), a.num_routes / least);
     if (num_chunks_ > 1) {

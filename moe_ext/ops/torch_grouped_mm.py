@@ -112,16 +112,16 @@ def _outer(left, right, offsets, load, capacity):
     return OUTER[path](left, right, offsets, load, capacity)
 
 
-def _experts_of_rows(offsets: Tensor, num_rows: int) -> Tensor:
-    """The expert of every row, of the last one beyond them. [R]"""
+def _experts_of_rows(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Every row's number and its expert, the last one beyond all. [R]"""
     row = torch.arange(num_rows, dtype=torch.int32, device=offsets.device)
-    return torch.searchsorted(offsets[1:], row, right=True).clamp(max=offsets.shape[0] - 2)
+    expert = torch.searchsorted(offsets[1:], row, right=True)
+    return row, expert.clamp(max=offsets.shape[0] - 2)
 
 
 def _owned(offsets: Tensor, load: Tensor, num_rows: int) -> Tensor:
     """Whether a route owns a row. [R, 1]"""
-    row = torch.arange(num_rows, dtype=torch.int32, device=offsets.device)
-    expert = _experts_of_rows(offsets, num_rows)
+    row, expert = _experts_of_rows(offsets, num_rows)
     owned = (row - offsets[expert] < load[expert]) & (row < offsets[-1])
     return owned.unsqueeze(-1)
 
@@ -150,7 +150,9 @@ def _grouped_mm(rows, weights, bias, offsets, load, capacity):
     if not _is_readable(weights):
         weights = weights.clone(memory_format=torch.contiguous_format)
     out = F.grouped_mm(rows, weights.transpose(1, 2), offs=offsets[1:])[:, :N].contiguous()
-    return out if bias is None else out + bias[_experts_of_rows(offsets, R)]
+    if bias is not None:
+        out = out + bias[_experts_of_rows(offsets, R)[1]]
+    return out
 
 
 def _grouped_outer(left, right, offsets, load, capacity):

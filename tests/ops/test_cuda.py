@@ -22,8 +22,8 @@ def layer_on(device: torch.device, k: int = K, dtype=torch.float32, **options) -
 
 def waits(layer: MOELayer, hidden: Tensor) -> bool:
     """Whether torch's products read the experts' bounds back, which no capacity gives."""
-    weights, capacity = layer.experts.gate_up_proj, None if not layer.gate.drop_tokens else 1
-    path, _ = torch_grouped_mm.choose(hidden, tuple(weights.shape[1:]), E, capacity)
+    widths = tuple(layer.experts.gate_up_proj.shape[1:])
+    path, _ = torch_grouped_mm.choose(hidden, widths, E, 1 if layer.gate.drop_tokens else None)
     return path in ("loop", "reference")
 
 

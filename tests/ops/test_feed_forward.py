@@ -49,7 +49,8 @@ def assert_close(op, args):
     bound = 30 * torch.finfo(dtype).eps
     for i, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert one.shape == other.shape
-        if op == "feed_forward" and i == 1 and len(other):  # the pre-activation
+        if op == "feed_forward" and i == 1 and one.is_cuda and len(other):
+            # Torch's products leave other rows of the pre-activation as they are.
             one, other = one[args[2] >= 0], other[args[2] >= 0]
         if other.numel() == 1:  # its terms are about 1 and may cancel
             assert (one - other).abs() < bound * other.abs().clamp(min=1)
