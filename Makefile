@@ -128,7 +128,7 @@ mutants: $(VENV)/installed
 
 # Compile the CUDA kernels for every architecture. Needs a torch without CUDA, or with the toolkit's
 # major version.
-cuda: $(VENV)/torch
+cuda: $(VENV)/sass
 	$(BIN)/python bench/ptxas.py
 
 # On a machine with a GPU: the suite, NVIDIA's checks for memory errors and races, and the operators'
@@ -166,6 +166,10 @@ WANTED := moe_ext/_C.* $(if $(filter gpu%,$(MAKECMDGOALS)),moe_ext/_C_cuda.*)
 $(VENV)/installed: $(VENV)/torch setup.py moe_ext/toolkit.py $(SOURCES) \
 		$(foreach library,$(WANTED),$(if $(wildcard $(library)),,FORCE))
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo]"
+	touch $@
+
+$(VENV)/sass: $(VENV)/torch pyproject.toml
+	$(BIN)/pip install --quiet "nvidia-cuda-nvdisasm>=13"
 	touch $@
 
 $(VENV)/peers: $(VENV)/installed pyproject.toml

@@ -1,12 +1,18 @@
-"""Build the CUDA kernels and record their registers and spills in results/ptxas.json.
+"""Build the CUDA kernels and record their registers and instructions in results/ptxas.json.
 
     python bench/ptxas.py
 
-Fails if a kernel spills registers, or if a kernel that moves 16-byte vectors has no 16-byte load
-and store in its PTX. Needs a CUDA toolkit and any torch, no GPU. Dynamic shared memory is not
-recorded: tests/ops/test_launches.py bounds it.
+Fails if a kernel spills registers, if a kernel that moves 16-byte vectors has no 16-byte load and
+store in its PTX, or if what the same CUDA recorded before is different: commit the new file with
+the change that made it. Needs a CUDA toolkit, NVIDIA's disassembler and any torch, no GPU.
+
+    loop_instructions   of the loop that moves the data; of the whole kernel where it has none
+    hmma_share          tensor-core instructions among those
+    blocks_per_sm       what registers and threads leave room for; dynamic shared memory, which
+                        results/counters.json has, may leave less
 """
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +21,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import sass
 from common import RESULTS, as_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +37,7 @@ FUNCTION = re.compile(
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
-ENTRY = re.compile(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", re.DOTALL)
+ENTRY = re.compile(r"\.entry (\w+)\(.*?\n\)(?P<bounds>.*?)\{(.*?)\n\}", re.DOTALL)
 VECTOR = r"\.global[.\w:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)"
 
 
@@ -65,7 +72,8 @@ def plain_names(mangled: set[str]) -> dict[str, str]:
 
     def short(full: str) -> str:
         name = full.replace("(anonymous namespace)::", "").removeprefix("void ")
-        return re.sub(r"\(int\)", "", name.split(">(")[0] + ">" if ">(" in name else name)
+        name = name.split(">(")[0] + ">" if ">(" in name else name
+        return re.sub(r"\((?:int|bool)\)", "", re.sub(r"\(moe_ext::(\w+)\)", r"\1 ", name))
 
     plain = [short(name).replace("moe_ext::cuda::", "") for name in run.stdout.splitlines()]
     return dict(zip(names, plain, strict=True))
@@ -87,10 +95,64 @@ def resources(said: str) -> dict[str, dict]:
     return {arch: dict(sorted(kernels.items())) for arch, kernels in sorted(of_arch.items())}
 
 
+# Multiprocessors: warps and blocks that they hold; all have 65,536 registers.
+SM = {
+    "sm_75": (32, 16),
+    "sm_80": (64, 32),
+    "sm_90": (64, 32),
+    "sm_100": (64, 32),
+    "sm_120": (48, 24),
+}
+
+
+def blocks_per_sm(arch: str, registers: int, threads: int) -> int:
+    warps, blocks = SM[arch]
+    of_block = -(-threads // 32)
+    # A warp takes its registers 256 at a time, from one of four parts of a multiprocessor.
+    of_warp = -(-registers * 32 // 256) * 256
+    held = min(warps, 65536 // 4 // of_warp * 4)
+    return min(blocks, held // of_block)
+
+
+def add_instructions(kernels: dict[str, dict], folder: Path, toolkit_root: Path) -> None:
+    """Add what the disassembler and the launch bounds say to each architecture's kernels."""
+    nvdisasm = sass.disassembler(toolkit_root)
+    for path in sorted(folder.glob("*.ptx")):
+        text = path.read_text()
+        arch = re.search(r"\.target (sm_\w+)", text)[1].removesuffix("a")
+        found = folder.glob(f"{path.stem.rsplit('.', 1)[0]}.*{arch.removeprefix('sm_')}.cubin")
+        bodies = sass.functions(nvdisasm, next(found))
+        names = plain_names(set(bodies))
+        for mangled, bounds, _ in ENTRY.findall(text):
+            kernel = kernels[arch][names[mangled]]
+            threads = int(re.search(r"\.maxntid (\d+)", bounds)[1])
+            kernel |= sass.counts(bodies[mangled])
+            kernel["blocks_per_sm"] = blocks_per_sm(arch, kernel["registers"], threads)
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """Lines that say which kernels came, went, or count something else."""
+    found = []
+    for arch in sorted({*before, *now}):
+        old, new = before.get(arch, {}), now.get(arch, {})
+        for name in sorted({*old, *new}):
+            if name not in old or name not in new:
+                found.append(f"{arch} {name}: {'new' if name in new else 'gone'}")
+                continue
+            changed = [
+                f"{what} {old[name].get(what)} -> {value}"
+                for what, value in new[name].items()
+                if old[name].get(what) != value
+            ]
+            if changed:
+                found.append(f"{arch} {name}: {', '.join(changed)}")
+    return found
+
+
 def moves_vectors(kernel: str) -> bool:
     """Whether a kernel must move 16 bytes at a time: not single elements, integers or weights."""
     element = re.fullmatch(
-        r"(?:dispatch|combine|route_dot|activate|activate_backward)_kernel<.*, 1>", kernel
+        r"(?:dispatch|combine|route_dot|activate|activate_backward)_kernel<\w+, 1\b.*>", kernel
     )
     return element is None and not re.match(
         r"(plan|count|place|keep|mask_weights|importance|balance|zero)", kernel
@@ -102,11 +164,12 @@ def without_vectors(folder: Path) -> list[str]:
     lacking = []
     for path in sorted(folder.glob("*.ptx")):
         arch = re.search(r"\.target (sm_\w+)", text := path.read_text())[1]
-        bodies = dict(ENTRY.findall(text))
+        bodies = {mangled: body for mangled, _, body in ENTRY.findall(text)}
         names = plain_names(set(bodies))
         for mangled, body in bodies.items():
-            complete = re.search("ld" + VECTOR, body) and re.search("st" + VECTOR, body)
-            if moves_vectors(names[mangled]) and not complete:
+            reads, writes = (re.search(way + VECTOR, body) for way in ("ld", "st"))
+            only_reads = re.match(r"route_dot_kernel<.*, false>", names[mangled])
+            if moves_vectors(names[mangled]) and not (reads and (writes or only_reads)):
                 lacking.append(f"{arch} {names[mangled]}")
     return lacking
 
@@ -117,8 +180,9 @@ def main() -> None:
         sys.exit("no CUDA toolkit found; set CUDA_HOME")
     print(f"nvcc of {found.root}, for {toolkit.architectures(found)}", flush=True)
     kernels = resources(compile_kernels(found))
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    add_instructions(kernels, BUILD / "ptx", found.root)
     version = ".".join(map(str, found.version))
+    committed = json.loads(RESULT.read_text()) if RESULT.exists() else {"cuda": None}
     RESULT.write_text(as_json({"cuda": version, "kernels": kernels}) + "\n")
     for arch, of_arch in kernels.items():
         most = max(of_arch, key=lambda name: of_arch[name]["registers"])
@@ -138,6 +202,11 @@ def main() -> None:
         sys.exit("\n".join(["registers spill in", *spills]))
     if lacking:
         sys.exit("\n".join(["no 16-byte load and store in", *lacking]))
+    if committed["cuda"] != version:
+        print(f"{RESULT} was of CUDA {committed['cuda']}: not compared")
+    elif changes := differences(committed["kernels"], kernels):
+        shown = changes[:40] + [f"and {len(changes) - 40} more"] * (len(changes) > 40)
+        sys.exit("\n".join([f"{RESULT} is another now; commit it if that is meant", *shown]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ namespace moe_ext {
 enum class Activation { kSwiglu, kGeglu, kGelu, kRelu };
 
 // With a gate the first half of a row is activated and multiplied by the second.
-MOE_EXT_HOST_DEVICE inline bool is_gated(Activation activation) {
+MOE_EXT_HOST_DEVICE constexpr bool is_gated(Activation activation) {
   return activation == Activation::kSwiglu || activation == Activation::kGeglu;
 }
 

@@ -15,34 +15,31 @@ KERNEL(kRowThreads, kRowBlocks)
 void combine_kernel(const Pack<T, kSize>* __restrict__ rows,  // [R, columns]
                     Routes routes, Tiling tiling,
                     Pack<T, kSize>* __restrict__ tokens) {  // [T, columns]
-  const int columns = tiling.columns;
   RouteTile<accumulate_t<T>> tile(routes, tiling, blockIdx.x);
-  accumulate_t<T> sum[kSize] = {};
+  const Column<const Pack<T, kSize>> column(rows, tiling.columns, tile.cell.column);
+  Pack<accumulate_t<T>, kSize> sum{};
   for (int64_t k = 0; k < routes.top_k; k += kChoices) {
     tile.read(k);
-    if (!tile.has_cell) continue;
-    static_assert(kChoices % kInFlight == 0);
+    if (!tile.cell.exists) continue;
 #pragma unroll 1
-    for (int first = 0; first < kChoices && k + first < routes.top_k; first += kInFlight) {
+    for (int first = 0; first < tile.count; first += kInFlight) {
       Pack<T, kSize> in[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const int64_t row = tile.row(first + i);
-        in[i] = row >= 0 ? load(rows + row * columns + tile.column) : Pack<T, kSize>{};
+        in[i] = {};
+        if (const int32_t row = tile.row(first + i); row >= 0) in[i] = load(column.of(row));
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const accumulate_t<T> weight = tile.weight(first + i);
+        const Pack<accumulate_t<T>, kSize> wide = widened(in[i]);
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) sum[j] += weight * widen(in[i].at[j]);
+        for (int j = 0; j < kSize; ++j) sum.at[j] += weight * wide.at[j];
       }
     }
   }
-  if (!tile.has_cell) return;
-  Pack<T, kSize> out;
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) out.at[j] = narrow<T>(sum[j]);
-  store(tokens + tile.token * columns + tile.column, out);
+  if (!tile.cell.exists) return;
+  store(tokens + tile.cell.row * tiling.columns + tile.cell.column, narrowed<T>(sum));
 }
 
 }  // namespace
@@ -53,10 +50,10 @@ void combine(Dtype dtype, const void* rows, const Routes& routes, int64_t hidden
   visit_packs(dtype, hidden, {rows, tokens}, [&](auto zero, auto size) {
     using T = decltype(zero);
     using Vector = Pack<T, size>;
-    const Tiling tiling(routes, num_columns(hidden, size));
+    const Tiling tiling(routes.num_tokens, num_columns(hidden, size));
     launch("combine", combine_kernel<T, size>, tiling.blocks, tiling.threads(),
-           RouteTile<accumulate_t<T>>::bytes(routes, tiling), stream,
-           static_cast<const Vector*>(rows), routes, tiling, static_cast<Vector*>(tokens));
+           RouteTile<accumulate_t<T>>::bytes(tiling), stream, static_cast<const Vector*>(rows),
+           routes, tiling, static_cast<Vector*>(tokens));
   });
 }
 

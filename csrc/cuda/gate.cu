@@ -22,11 +22,11 @@ constexpr int kSumColumns = 8, kSumParts = 128;  // a sector wide, and few sums 
 constexpr int kSumThreads = kSumColumns * kSumParts;
 
 // logits -> probs in place; those beyond num_experts are -inf before.
-template <typename L, typename T>
-__device__ void score(Scoring scoring, T (&row)[L::kValues]) {
-  if (scoring != Scoring::kSoftmax) {
+template <typename L, Scoring kScoring, typename T>
+__device__ void score(T (&row)[L::kValues]) {
+  if constexpr (kScoring != Scoring::kSoftmax) {
 #pragma unroll
-    for (T& x : row) x = elementwise_score(scoring, x);
+    for (T& x : row) x = elementwise_score(kScoring, x);
     return;
   }
   T largest = row[0], sum = 0;
@@ -40,11 +40,11 @@ __device__ void score(Scoring scoring, T (&row)[L::kValues]) {
   for (T& x : row) x *= inverse;
 }
 
-template <typename T, int kLanes, int kValues>
+template <typename T, int kLanes, int kValues, Scoring kScoring>
 KERNEL(Layout<T, kLanes, kValues>::kThreads, Layout<T, kLanes, kValues>::kBlocks)
 void gate_kernel(const T* __restrict__ logits,         // [T, E]
                  const T* __restrict__ choice_scores,  // [T, E]
-                 int64_t num_tokens, int num_experts, int top_k, Scoring scoring, bool normalize,
+                 int64_t num_tokens, int num_experts, int top_k, bool normalize,
                  accumulate_t<T> scale, bool vectorised,
                  accumulate_t<T>* __restrict__ weights,       // [T, K]
                  int32_t* __restrict__ expert_ids,            // [T, K]
@@ -54,10 +54,15 @@ void gate_kernel(const T* __restrict__ logits,         // [T, E]
   using Sum = accumulate_t<T>;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int E = num_experts, K = top_k;
+  constexpr bool kFast = std::is_same_v<Sum, float>;
+  // Sums of this thread's rows: in registers until the end, where these are not too many.
+  constexpr bool kInRegisters = sizeof(Sum) * kValues <= 128;
   SharedMemory shared;
-  Sum* sums = shared.take<Sum>(L::kSumStride * kValues);  // of every thread's rows
+  Sum* all_sums = shared.take<Sum>(L::kSumStride * kValues);
+  Sum* const own_sums = all_sums + threadIdx.x;  // kSumStride from one to the next
+  Sum sums[kInRegisters ? kValues : 1] = {};
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) sums[i * L::kSumStride + threadIdx.x] = 0;
+  for (int i = 0; i < kValues && !kInRegisters; ++i) own_sums[i * L::kSumStride] = 0;
 
   // All lanes of a warp stay together: past the last token they go through the motions.
   for (int64_t first = blockIdx.x * int64_t{L::kRows}; first < num_tokens;
@@ -69,23 +74,36 @@ void gate_kernel(const T* __restrict__ logits,         // [T, E]
     L::read(choice_scores + token * E, active ? E : 0, vectorised, lane, -INFINITY, row);
     // Beyond the last expert too: -inf with a higher id is behind every expert.
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) keys[i] = choice_key(row[i]);
+    for (int i = 0; i < kValues; ++i) {
+      keys[i] = kFast ? ordered_bits(row[i]) : nan_first(ordered_bits(row[i]));
+    }
     if (choice_scores != logits) {
       L::read(logits + token * E, active ? E : 0, vectorised, lane, -INFINITY, row);
     }
-    score<L>(scoring, row);
+    score<L, kScoring>(row);
     if (active) {
       L::write(probs + token * E, E, vectorised, lane, row);
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) sums[i * L::kSumStride + threadIdx.x] += row[i];
+      for (int i = 0; i < kValues; ++i) {
+        (kInRegisters ? sums[i] : own_sums[i * L::kSumStride]) += row[i];
+      }
     }
 
+    int mine = 0;
+    bool chosen = false;
+    if constexpr (kFast) {
+      if (K <= kLanes) {
+        chosen = !__ballot_sync(kAllLanes, take_different<L>(keys, lane, K, mine) && active);
+      }
+#pragma unroll
+      for (int i = 0; i < kValues && !chosen; ++i) keys[i] = nan_first(keys[i]);
+    }
     Sum chosen_sum = 0, p = 0;
     for (int k = 0; k < K; k += kLanes) {
       // Lane i keeps choice k + i.
       const int count = min(K - k, kLanes);
-      int mine = 0;
-      for (int i = 0; i < count; ++i) {
+#pragma unroll 1
+      for (int i = 0; i < count && !chosen; ++i) {
         const int id = take_best<L>(keys, lane);
         if (i == lane) mine = id;
       }
@@ -104,9 +122,11 @@ void gate_kernel(const T* __restrict__ logits,         // [T, E]
     }
   }
 
+#pragma unroll
+  for (int i = 0; i < kValues && kInRegisters; ++i) own_sums[i * L::kSumStride] = sums[i];
   __syncthreads();
   for (int e = threadIdx.x; e < E; e += L::kThreads) {
-    const Sum* of_expert = sums + L::index_of(e) * L::kSumStride + L::lane_of(e);
+    const Sum* of_expert = all_sums + L::index_of(e) * L::kSumStride + L::lane_of(e);
     Sum sum = 0;
     for (int g = 0; g < L::kRows; ++g) sum += of_expert[g * kLanes];
     store(block_sums + blockIdx.x * int64_t{E} + e, sum);
@@ -136,83 +156,15 @@ void importance_kernel(const T* __restrict__ block_sums,  // [blocks, E]
   if (part == 0 && e < num_experts) store(importance + e, parts[column]);
 }
 
-template <typename T, int kLanes, int kValues>
-KERNEL(Layout<T, kLanes, kValues>::kThreads, Layout<T, kLanes, kValues>::kBlocks)
-void gate_backward_kernel(const T* __restrict__ grad_weights,      // [T, K] or null
-                          const T* __restrict__ grad_probs,        // [T, E] or null
-                          const T* __restrict__ grad_importance,   // [E] or null
-                          const T* __restrict__ probs,             // [T, E]
-                          const int32_t* __restrict__ expert_ids,  // [T, K]
-                          int64_t num_tokens, int num_experts, int top_k, Scoring scoring,
-                          bool normalize, T scale, bool vectorised,
-                          T* __restrict__ grad_logits) {  // [T, E]
-  using L = Layout<T, kLanes, kValues>;
-  const int lane = threadIdx.x % kLanes;
-  const int64_t token = blockIdx.x * int64_t{L::kRows} + threadIdx.x / kLanes;
-  const bool active = token < num_tokens;
-  const int E = active ? num_experts : 0, K = active ? top_k : 0;
-  const int64_t row = token * num_experts;
-
-  T p[kValues], grad[kValues] = {}, more[kValues];
-  L::read(probs + row, E, vectorised, lane, 0, p);
-  if (grad_probs) L::read(grad_probs + row, E, vectorised, lane, 0, grad);
-  if (grad_importance) {
-    L::read(grad_importance, E, vectorised, lane, 0, more);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) grad[i] += more[i];
+// Calls body with a scoring as a constant.
+template <typename Body>
+void visit_scoring(Scoring scoring, const Body& body) {
+  switch (scoring) {
+    case Scoring::kSoftmax: return body(std::integral_constant<Scoring, Scoring::kSoftmax>{});
+    case Scoring::kSigmoid: return body(std::integral_constant<Scoring, Scoring::kSigmoid>{});
+    case Scoring::kSqrtSoftplus:
+      return body(std::integral_constant<Scoring, Scoring::kSqrtSoftplus>{});
   }
-  if (grad_weights) {
-    const int32_t* chosen = expert_ids + token * top_k;
-    const T* grad_chosen = grad_weights + token * top_k;
-    const auto is_expert = [&](int id) { return id >= 0 && id < num_experts; };
-    Normalized<T> chosen_sum;
-    if (normalize) {
-      for (int k = 0; k < K; ++k) {
-        const int id = load(chosen + k);
-        if (is_expert(id)) chosen_sum.add(load(probs + row + id), load(grad_chosen + k));
-      }
-      chosen_sum.divide();
-    }
-    const T factor = scale / chosen_sum.divisor;
-    for (int k = 0; k < K; ++k) {
-      const int id = load(chosen + k);
-      if (!is_expert(id)) continue;
-      const T share = factor * chosen_sum.centred(load(grad_chosen + k));
-#pragma unroll
-      for (int i = 0; i < kValues; ++i) {
-        if (L::id(lane, i) == id) grad[i] += share;
-      }
-    }
-  }
-  if (scoring == Scoring::kSoftmax) {
-    // The sum over the lanes has one term that is not zero, at most.
-    T shift = 0, mean = 0;
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      if (is_most(p[i])) shift = grad[i];
-    }
-    shift = lanes_sum<kLanes>(shift);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) mean += p[i] * (grad[i] -= shift);
-    mean = lanes_sum<kLanes>(mean);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) grad[i] = p[i] * (grad[i] - mean);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) grad[i] *= slope(scoring, p[i]);
-  }
-  L::write(grad_logits + row, E, vectorised, lane, grad);
-}
-
-// Calls body with the layout that holds a row of so many experts.
-template <typename T, typename Body>
-void visit_layout(int64_t num_experts, const Body& body) {
-  if (num_experts <= 16) return body(Layout<T, 2, 8>{});
-  if (num_experts <= 64) return body(Layout<T, 8, 8>{});
-  if (num_experts <= 128) return body(Layout<T, 16, 8>{});
-  if (num_experts <= 256) return body(Layout<T, 32, 8>{});
-  if (num_experts <= 512) return body(Layout<T, 32, 16>{});
-  body(Layout<T, 32, 32>{});
 }
 
 template <typename T>
@@ -224,35 +176,20 @@ void launch_gate(const Gate& call, CUstream_st* stream) {
   const int64_t blocks = gate_blocks(call.dtype, call.num_tokens, E);
   visit_layout<T>(E, [&](auto layout) {
     using L = decltype(layout);
-    launch("gate", gate_kernel<T, L::kLanes, L::kValues>, blocks, L::kThreads,
-           shared_bytes<Sum>(L::kSumStride * L::kValues), stream,
-           static_cast<const T*>(call.logits), static_cast<const T*>(call.choice_scores),
-           call.num_tokens, E, call.top_k, call.scoring, call.normalize,
-           static_cast<Sum>(call.scale), vectorised, static_cast<Sum*>(call.weights),
-           call.expert_ids, static_cast<Sum*>(call.probs),
-           static_cast<Sum*>(blocks == 1 ? call.importance : call.block_sums));
+    visit_scoring(call.scoring, [&](auto scoring) {
+      launch("gate", gate_kernel<T, L::kLanes, L::kValues, scoring>, blocks, L::kThreads,
+             shared_bytes<Sum>(L::kSumStride * L::kValues), stream,
+             static_cast<const T*>(call.logits), static_cast<const T*>(call.choice_scores),
+             call.num_tokens, E, call.top_k, call.normalize, static_cast<Sum>(call.scale),
+             vectorised, static_cast<Sum*>(call.weights), call.expert_ids,
+             static_cast<Sum*>(call.probs),
+             static_cast<Sum*>(blocks == 1 ? call.importance : call.block_sums));
+    });
   });
   if (blocks == 1) return;
   launch("gate_importance", importance_kernel<Sum>, divide_up(E, kSumColumns), kSumThreads,
          shared_bytes<Sum>(kSumThreads), stream, static_cast<const Sum*>(call.block_sums),
          static_cast<int>(blocks), E, static_cast<Sum*>(call.importance));
-}
-
-template <typename T>
-void launch_gate_backward(const GateBackward& call, CUstream_st* stream) {
-  const auto pointer = [](const void* p) { return static_cast<const T*>(p); };
-  const bool vectorised = call.num_experts % kFullPack<T> == 0 && aligned(call.probs) &&
-                          aligned(call.grad_probs) && aligned(call.grad_importance) &&
-                          aligned(call.grad_logits);
-  visit_layout<T>(call.num_experts, [&](auto layout) {
-    using L = decltype(layout);
-    launch("gate_backward", gate_backward_kernel<T, L::kLanes, L::kValues>,
-           divide_up(call.num_tokens, L::kRows), L::kThreads, 0, stream, pointer(call.grad_weights),
-           pointer(call.grad_probs), pointer(call.grad_importance), pointer(call.probs),
-           call.expert_ids, call.num_tokens, call.num_experts, call.top_k, call.scoring,
-           call.normalize, static_cast<T>(call.scale), vectorised,
-           static_cast<T*>(call.grad_logits));
-  });
 }
 
 }  // namespace
@@ -271,14 +208,6 @@ int64_t gate_blocks(Dtype dtype, int64_t num_tokens, int64_t num_experts) {
 
 void gate(const Gate& call, CUstream_st* stream) {
   visit_dtype(call.dtype, [&](auto zero) { launch_gate<decltype(zero)>(call, stream); });
-}
-
-void gate_backward(const GateBackward& call, CUstream_st* stream) {
-  if (call.dtype == Dtype::kFloat64) {
-    launch_gate_backward<double>(call, stream);
-  } else {
-    launch_gate_backward<float>(call, stream);
-  }
 }
 
 }  // namespace moe_ext::cuda

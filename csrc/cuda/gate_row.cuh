@@ -40,16 +40,16 @@ struct Layout {
 #pragma unroll
     for (int i = 0; i < kValues; i += kPack) {
       const int first = id(lane, i);
+      const bool inside = first < num_experts;
       Pack<T, kPack> pack{};
-      if (vectorised && first < num_experts) {
-        pack = load(reinterpret_cast<const Pack<T, kPack>*>(row + first));
-      }
+      if (vectorised && inside) pack = load(reinterpret_cast<const Pack<T, kPack>*>(row + first));
+      const Pack<accumulate_t<T>, kPack> wide = widened(pack);
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
-        if (first + j >= num_experts) {
-          values[i + j] = fill;
+        if (vectorised ? inside : first + j < num_experts) {
+          values[i + j] = vectorised ? wide.at[j] : widen(load(row + first + j));
         } else {
-          values[i + j] = widen(vectorised ? pack.at[j] : load(row + first + j));
+          values[i + j] = fill;
         }
       }
     }
@@ -62,26 +62,37 @@ struct Layout {
 #pragma unroll
     for (int i = 0; i < kValues; i += kOut) {
       const int first = id(lane, i);
-      if (vectorised && first < num_experts) {
-        Pack<accumulate_t<T>, kOut> pack;
+      Pack<accumulate_t<T>, kOut> pack;
 #pragma unroll
-        for (int j = 0; j < kOut; ++j) pack.at[j] = values[i + j];
-        store(reinterpret_cast<Pack<accumulate_t<T>, kOut>*>(row + first), pack);
+      for (int j = 0; j < kOut; ++j) pack.at[j] = values[i + j];
+      if (vectorised) {
+        if (first < num_experts) store(reinterpret_cast<decltype(pack)*>(row + first), pack);
       } else {
 #pragma unroll
         for (int j = 0; j < kOut; ++j) {
-          if (first + j < num_experts) store(row + first + j, values[i + j]);
+          if (first + j < num_experts) store(row + first + j, pack.at[j]);
         }
       }
     }
   }
 };
 
+// The keys of NaN are outside these, on the side of its sign.
+template <typename Key>
+using ScoreOf = std::conditional_t<sizeof(Key) == sizeof(float), float, double>;
+template <typename Key>
+__device__ Key lowest_key() {
+  return ordered_bits(-static_cast<ScoreOf<Key>>(INFINITY));
+}
+template <typename Key>
+__device__ Key highest_key() {
+  return ordered_bits(static_cast<ScoreOf<Key>>(INFINITY));
+}
+
 // In the order of the choice: NaN above every number.
-template <typename T>
-__device__ auto choice_key(T score) {
-  const auto key = ordered_bits(score);
-  return std::isnan(score) ? ~decltype(key){0} : key;
+template <typename Key>
+__device__ Key nan_first(Key key) {
+  return key < lowest_key<Key>() || key > highest_key<Key>() ? ~Key{0} : key;
 }
 
 // Whether the hardware reduces an integer over a warp.
@@ -130,6 +141,91 @@ __device__ int take_best(Key (&keys)[L::kValues], int lane) {
   return static_cast<int>(id);
 }
 
+constexpr int kKept = 8;  // of a lane's best keys
+
+__device__ inline void order(unsigned& larger, unsigned& smaller) {
+  const unsigned most = max(larger, smaller);
+  smaller = min(larger, smaller);
+  larger = most;
+}
+
+// Largest first, by Batcher's network: pairs, fours, all.
+__device__ inline void sort(unsigned (&keys)[kKept]) {
+  constexpr int kPairs[][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7},                  //
+                               {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},  //
+                               {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5},
+                               {1, 2}, {3, 4}, {5, 6}};
+#pragma unroll
+  for (const auto& pair : kPairs) order(keys[pair[0]], keys[pair[1]]);
+}
+
+// The best of two sorted lists, sorted: the larger of each pair from opposite ends form a list that
+// falls and rises, which halves sort.
+__device__ inline void merge(unsigned (&keys)[kKept], const unsigned (&others)[kKept]) {
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) keys[i] = max(keys[i], others[kKept - 1 - i]);
+#pragma unroll
+  for (int step = kKept / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      if (!(i & step)) order(keys[i], keys[i + step]);
+    }
+  }
+}
+
+// Gives lane k of the row the id of its k-th best, for K up to kLanes: every lane sorts its best
+// keys once, and the best of all lanes' first ones is taken off its list. The lists forget the ids:
+// a row whose best K + 1 are not all different, or that has more of them in a lane than its list
+// holds, or a NaN, is left to take_best. Returns whether it is.
+template <typename L>
+__device__ bool take_different(const unsigned (&keys)[L::kValues], int lane, int top_k, int& mine) {
+  unsigned kept[kKept], least = ~0u;
+#pragma unroll
+  for (int first = 0; first < L::kValues; first += kKept) {
+    unsigned others[kKept];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) others[i] = keys[first + i];
+    sort(others);
+    least = min(least, others[kKept - 1]);
+    if (first > 0) {
+      merge(kept, others);
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) kept[i] = others[i];
+  }
+  bool difficult = kept[0] > highest_key<unsigned>() || least < lowest_key<unsigned>();
+
+  unsigned key = 0, owners = 0;
+  for (int k = 0; k < top_k; ++k) {
+    const unsigned best = lanes_max<L::kLanes>(kept[0]);
+    const bool owns = kept[0] == best;
+    const unsigned lanes = __ballot_sync(kAllLanes, owns);
+    if (lane == k) key = best, owners = lanes;
+    if (!owns) continue;
+#pragma unroll
+    for (int i = 0; i + 1 < kKept; ++i) kept[i] = kept[i + 1];
+    kept[kKept - 1] = 0;
+  }
+  // Of the row's own lanes.
+  owners = owners >> (threadIdx.x % kWarp - lane) & kAllLanes >> (kWarp - L::kLanes);
+  const unsigned next = lanes_max<L::kLanes>(kept[0]);
+  const unsigned before = __shfl_up_sync(kAllLanes, key, 1, L::kLanes);
+  if (lane < top_k) {
+    difficult |= (owners & (owners - 1)) != 0 || (lane > 0 && before == key) || next == key;
+  }
+  if (L::kValues > kKept) difficult |= kept[0] == 0;
+
+  const int owner = __ffs(static_cast<int>(owners)) - 1;
+  int index = 0;
+#pragma unroll
+  for (int i = 0; i < L::kValues; ++i) {
+    if (__shfl_sync(kAllLanes, keys[i], owner, L::kLanes) == key) index = i;
+  }
+  mine = L::id(owner, index);
+  return difficult;
+}
+
 // The value in the row of the id that each lane names.
 template <typename L, typename T>
 __device__ T value_of(const T (&row)[L::kValues], int id) {
@@ -140,6 +236,24 @@ __device__ T value_of(const T (&row)[L::kValues], int id) {
     if (L::index_of(id) == i) value = theirs;
   }
   return value;
+}
+
+// Calls body with the layout that holds a row of so many experts. Float64 is for checks: half of
+// the layouts, which are the slowest to compile, do.
+template <typename T, typename Body>
+void visit_layout(int64_t num_experts, const Body& body) {
+  if constexpr (sizeof(T) < sizeof(double)) {
+    if (num_experts <= 16) return body(Layout<T, 2, 8>{});
+  }
+  if (num_experts <= 64) return body(Layout<T, 8, 8>{});
+  if constexpr (sizeof(T) < sizeof(double)) {
+    if (num_experts <= 128) return body(Layout<T, 16, 8>{});
+  }
+  if (num_experts <= 256) return body(Layout<T, 32, 8>{});
+  if constexpr (sizeof(T) < sizeof(double)) {
+    if (num_experts <= 512) return body(Layout<T, 32, 16>{});
+  }
+  body(Layout<T, 32, 32>{});
 }
 
 }  // namespace moe_ext::cuda

@@ -74,6 +74,19 @@ class SharedMemory {
   std::size_t taken_ = 0;
 };
 
+// Of the special function unit, a relative error of 2^-22 at most. Numbers too small to be normal
+// count as 0, as arguments and as results.
+__device__ inline float approximate_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline void count_load(std::size_t) {}
 __device__ inline void count_store(std::size_t) {}
 
@@ -97,6 +110,9 @@ class SharedMemory {
     return static_cast<T*>(cusim::take_shared(static_cast<std::size_t>(count) * sizeof(T)));
   }
 };
+
+inline float approximate_exp2(float x) { return cusim::approximate(std::exp2(x)); }
+inline float approximate_reciprocal(float x) { return cusim::approximate(1 / x); }
 
 using cusim::count_load;
 using cusim::count_store;

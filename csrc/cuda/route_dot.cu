@@ -18,22 +18,22 @@ namespace {
 constexpr int kMaxWarps = 8, kMaxThreads = kMaxWarps * kWarp;
 
 template <typename T, int kSize>
-__device__ accumulate_t<T> dot(const Pack<T, kSize>& a, const Pack<T, kSize>& b) {
-  accumulate_t<T> sum = 0;
+__device__ T dot(const Pack<T, kSize>& a, const Pack<T, kSize>& b) {
+  T sum = 0;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) sum += widen(a.at[j]) * widen(b.at[j]);
+  for (int j = 0; j < kSize; ++j) sum += a.at[j] * b.at[j];
   return sum;
 }
 
-template <typename T, int kSize>
+template <typename T, int kSize, bool kDispatches>
 KERNEL(kMaxThreads)
 void route_dot_kernel(const Pack<T, kSize>* __restrict__ tokens,  // [T, columns]
                       const Pack<T, kSize>* __restrict__ rows,    // [R, columns]
                       Routes routes, int columns,
-                      Pack<T, kSize>* __restrict__ dispatched,  // [R, columns]; null: dots alone
+                      Pack<T, kSize>* __restrict__ dispatched,  // [R, columns] or null
                       accumulate_t<T>* __restrict__ dots) {     // [T, K]
   using Sum = accumulate_t<T>;
-  const unsigned sweeps = dispatched ? num_sweeps(routes) : 0;
+  const unsigned sweeps = kDispatches ? num_sweeps(routes) : 0;
   if (blockIdx.x < sweeps) return zero_empty_rows(routes, blockIdx.x, columns, dispatched);
   const int64_t token = blockIdx.x - sweeps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -46,25 +46,27 @@ void route_dot_kernel(const Pack<T, kSize>* __restrict__ tokens,  // [T, columns
     const int64_t mine = k0 + threadIdx.x, route = token * routes.top_k + mine;
     const bool has_route = threadIdx.x < kInFlight && mine < routes.top_k;
     if (threadIdx.x < kInFlight) row[threadIdx.x] = has_route ? row_of(routes, route) : -1;
-    if (has_route && dispatched) {
+    if (kDispatches && has_route) {
       weight[threadIdx.x] = load(static_cast<const Sum*>(routes.weights) + route);
     }
     __syncthreads();
 
     Sum sum[kInFlight] = {};
     for (int column = threadIdx.x; column < columns; column += blockDim.x) {
-      const Pack<T, kSize> x = load(tokens + token * columns + column);
+      const Column from(rows, columns, column);
+      const Column to(dispatched, columns, column);
+      const Pack<Sum, kSize> x = widened(load(tokens + token * columns + column));
       Pack<T, kSize> in[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        in[i] = row[i] >= 0 ? load(rows + int64_t{row[i]} * columns + column) : Pack<T, kSize>{};
+        in[i] = {};
+        if (row[i] >= 0) in[i] = load(from.of(row[i]));
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (row[i] < 0) continue;
-        sum[i] += dot(x, in[i]);
-        if (dispatched)
-          store(dispatched + int64_t{row[i]} * columns + column, scaled(x, weight[i]));
+        sum[i] += dot(x, widened(in[i]));
+        if (kDispatches) store(to.of(row[i]), scaled<T>(x, weight[i]));
       }
     }
 #pragma unroll
@@ -83,6 +85,7 @@ void route_dot_kernel(const Pack<T, kSize>* __restrict__ tokens,  // [T, columns
   }
 }
 
+template <bool kDispatches>
 void launch_route_dot(const char* name, Dtype dtype, const void* tokens, const void* rows,
                       const Routes& routes, int64_t hidden, void* dispatched, void* dots,
                       CUstream_st* stream) {
@@ -96,10 +99,10 @@ void launch_route_dot(const char* name, Dtype dtype, const void* tokens, const v
     const int warps = std::max(1, static_cast<int>(divide_up(columns, rounds * kWarp)));
     const std::size_t shared = shared_bytes<int32_t>(kInFlight) + shared_bytes<Sum>(kInFlight) +
                                shared_bytes<Sum>(kMaxWarps * kInFlight);
-    launch(name, route_dot_kernel<T, size>,
-           routes.num_tokens + (dispatched ? num_sweeps(routes) : 0), warps * kWarp, shared, stream,
-           static_cast<const Vector*>(tokens), static_cast<const Vector*>(rows), routes, columns,
-           static_cast<Vector*>(dispatched), static_cast<Sum*>(dots));
+    launch(name, route_dot_kernel<T, size, kDispatches>,
+           routes.num_tokens + (kDispatches ? num_sweeps(routes) : 0), warps * kWarp, shared,
+           stream, static_cast<const Vector*>(tokens), static_cast<const Vector*>(rows), routes,
+           columns, static_cast<Vector*>(dispatched), static_cast<Sum*>(dots));
   });
 }
 
@@ -107,13 +110,13 @@ void launch_route_dot(const char* name, Dtype dtype, const void* tokens, const v
 
 void route_dot(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
                int64_t hidden, void* dots, CUstream_st* stream) {
-  launch_route_dot("route_dot", dtype, tokens, rows, routes, hidden, nullptr, dots, stream);
+  launch_route_dot<false>("route_dot", dtype, tokens, rows, routes, hidden, nullptr, dots, stream);
 }
 
 void combine_backward(Dtype dtype, const void* tokens, const void* rows, const Routes& routes,
                       int64_t hidden, void* dispatched, void* dots, CUstream_st* stream) {
-  launch_route_dot("combine_backward", dtype, tokens, rows, routes, hidden, dispatched, dots,
-                   stream);
+  launch_route_dot<true>("combine_backward", dtype, tokens, rows, routes, hidden, dispatched, dots,
+                         stream);
 }
 
 }  // namespace moe_ext::cuda

@@ -18,6 +18,7 @@ constexpr int kRowBlocks = 4;
 // memory.
 constexpr int kChoices = 8;
 constexpr int kInFlight = 4;
+static_assert(kChoices % kInFlight == 0);
 // Rows that one block looks through for empty ones: a ballot's worth.
 constexpr int kRowsPerSweep = kWarp;
 
@@ -35,6 +36,24 @@ __device__ inline int32_t route_of(const Routes& routes, int64_t row) {
   if (route < 0 || route >= routes.num_tokens * routes.top_k) return -1;
   return load(routes.slots + route) == row ? route : -1;
 }
+
+// A column of vectors in a matrix of rows: that of a row is one multiplication away.
+template <typename Vector>
+class Column {
+ public:
+  __device__ Column(Vector* rows, int columns, int column)
+      : top_(reinterpret_cast<Bytes*>(rows + column)),
+        stride_(static_cast<unsigned>(columns) * unsigned{sizeof(Vector)}) {}
+
+  __device__ Vector* of(int32_t row) const {
+    return reinterpret_cast<Vector*>(top_ + uint64_t{static_cast<unsigned>(row)} * stride_);
+  }
+
+ private:
+  using Bytes = std::conditional_t<std::is_const_v<Vector>, const char, char>;
+  Bytes* top_;
+  unsigned stride_;  // bytes
+};
 
 // Block `sweep` of those that zero the empty rows, of `columns` vectors each. They come first:
 // their reads, each after another, then overlap with what the other blocks move. Blocks are whole
@@ -58,32 +77,52 @@ __host__ __device__ inline unsigned num_sweeps(const Routes& routes) {
 
 // The vectors of a row.
 inline int num_columns(int64_t hidden, int pack) {
-  constexpr int64_t kMaxColumns = INT32_MAX - kRowThreads;
+  constexpr int64_t kMaxColumns = (1 << 27) - kRowThreads;  // 2 GiB
   if (hidden / pack <= kMaxColumns) return static_cast<int>(hidden / pack);
   throw std::runtime_error("rows of more than " + std::to_string(kMaxColumns) + " vectors on cuda");
 }
 
-// How blocks share a [T, columns] matrix: a thread takes a cell, a block one part of a token's
-// columns, or all columns of several tokens where rows are short.
+// How blocks share a matrix of rows: a thread takes a cell, a block one part of a row's columns, or
+// all columns of several rows where these are short.
 //
 //      0 .. width - 1   width .. 2 * width - 1   ..                   0 .. width - 1
-//   t      block                block                 t, t + 1, ..         block
-//   t+1    block                block
+//   r      block                block                 r, r + 1, ..         block
+//   r+1    block                block
 struct Tiling {
-  int columns, width, parts, tokens_per_block;
-  int64_t blocks;
+  int64_t num_rows, blocks;
+  int columns, width, parts, rows_per_block;
+  unsigned inverse_width;  // 2^16 / width, rounded up
 
   // columns: at least 1
-  Tiling(const Routes& routes, int columns) : columns(columns) {
+  Tiling(int64_t num_rows, int columns) : num_rows(num_rows), columns(columns) {
     parts = static_cast<int>(divide_up(columns, kRowThreads));
     // Whole warps, so that a warp reads whole lines.
     width = parts == 1 ? columns : static_cast<int>(divide_up(columns, parts * kWarp)) * kWarp;
-    tokens_per_block = parts == 1 ? kRowThreads / columns : 1;
-    blocks = divide_up(routes.num_tokens, tokens_per_block) * parts;
+    rows_per_block = parts == 1 ? kRowThreads / columns : 1;
+    blocks = divide_up(num_rows, rows_per_block) * parts;
+    inverse_width = static_cast<unsigned>(divide_up(1 << 16, width));
   }
 
-  int threads() const {
-    return static_cast<int>(divide_up(tokens_per_block * width, kWarp)) * kWarp;
+  int threads() const { return static_cast<int>(divide_up(rows_per_block * width, kWarp)) * kWarp; }
+};
+
+// Where a thread is in the tiling.
+struct Cell {
+  int64_t first_row, row;  // of the block, of the thread
+  int local;               // row - first_row
+  int column;
+  bool exists;  // else the thread is past the end
+
+  __device__ Cell(const Tiling& tiling, unsigned block) {
+    const unsigned group = tiling.parts == 1 ? block : block / tiling.parts;
+    const unsigned part = tiling.parts == 1 ? 0 : block - group * tiling.parts;
+    static_assert(kRowThreads <= 256, "else the product below is not exact");
+    local = static_cast<int>(threadIdx.x * tiling.inverse_width >> 16);  // threadIdx.x / width
+    const int within = static_cast<int>(threadIdx.x) - local * tiling.width;
+    first_row = int64_t{group} * tiling.rows_per_block;
+    row = first_row + local;
+    column = static_cast<int>(part) * tiling.width + within;
+    exists = local < tiling.rows_per_block && row < tiling.num_rows && column < tiling.columns;
   }
 };
 
@@ -93,61 +132,50 @@ template <typename Weight>
 class RouteTile {
  public:
   __device__ RouteTile(const Routes& routes, const Tiling& tiling, unsigned block)
-      : routes_(routes), num_routes_(tiling.tokens_per_block * kChoices) {
-    const unsigned parts = tiling.parts, width = tiling.width;
-    local_ = tiling.tokens_per_block == 1 ? 0 : threadIdx.x / width;
-    first_token_ = int64_t{block / parts} * tiling.tokens_per_block;
-    token = first_token_ + local_;
-    const int within = threadIdx.x - local_ * width;
-    column = block % parts * width + within;
-    has_cell = local_ < tiling.tokens_per_block && within < tiling.width &&
-               token < routes.num_tokens && column < tiling.columns;
+      : cell(tiling, block), routes_(routes), num_routes_(tiling.rows_per_block * kChoices) {
     SharedMemory shared;
     rows_ = shared.take<int32_t>(num_routes_);
-    if (routes_.weights) weights_ = shared.take<Weight>(num_routes_);
+    weights_ = shared.take<Weight>(num_routes_);
   }
 
-  static std::size_t bytes(const Routes& routes, const Tiling& tiling) {
-    const int64_t num_routes = int64_t{tiling.tokens_per_block} * kChoices;
-    return shared_bytes<int32_t>(num_routes) +
-           (routes.weights ? shared_bytes<Weight>(num_routes) : 0);
+  static std::size_t bytes(const Tiling& tiling) {
+    const int64_t num_routes = int64_t{tiling.rows_per_block} * kChoices;
+    return shared_bytes<int32_t>(num_routes) + shared_bytes<Weight>(num_routes);
   }
 
   // The next choices first_choice .. first_choice + kChoices - 1 of all the block's tokens. All its
   // threads call this together.
   __device__ void read(int64_t first_choice) {
     if (first_choice > 0) __syncthreads();  // until all have used the choices before
+    count = static_cast<int>(min(routes_.top_k - first_choice, int64_t{kChoices}));
     for (int i = threadIdx.x; i < num_routes_; i += blockDim.x) {
-      const int64_t t = first_token_ + i / kChoices, k = first_choice + i % kChoices;
+      const int64_t t = cell.first_row + i / kChoices, k = first_choice + i % kChoices;
       const int64_t route = t * routes_.top_k + k;
       int32_t row = -1;
-      Weight weight = 0;
+      Weight weight = 1;
       if (t < routes_.num_tokens && k < routes_.top_k) {
-        if (weights_) weight = load(static_cast<const Weight*>(routes_.weights) + route);
+        if (routes_.weights) weight = load(static_cast<const Weight*>(routes_.weights) + route);
         row = row_of(routes_, route);
       }
       rows_[i] = row;
-      if (weights_) weights_[i] = row >= 0 ? weight : 0;
+      weights_[i] = row >= 0 ? weight : 0;
     }
     __syncthreads();
   }
 
   // The i-th choice, among those read, of this thread's token: its row or -1, and its weight, 0
   // without a row.
-  __device__ int32_t row(int i) const { return rows_[local_ * kChoices + i]; }
-  __device__ Weight weight(int i) const { return weights_ ? weights_[local_ * kChoices + i] : 1; }
-  __device__ bool weighted() const { return weights_ != nullptr; }
+  __device__ int32_t row(int i) const { return rows_[cell.local * kChoices + i]; }
+  __device__ Weight weight(int i) const { return weights_[cell.local * kChoices + i]; }
 
-  int64_t token;
-  int column;
-  bool has_cell;  // else this thread is past the end
+  const Cell cell;  // its row is a token
+  int count;        // choices that were read
 
  private:
   const Routes& routes_;
-  int64_t first_token_;
-  int local_, num_routes_;
+  int num_routes_;
   int32_t* rows_;
-  Weight* weights_ = nullptr;
+  Weight* weights_;
 };
 
 // Calls body(T{}, std::integral_constant<int, elements>{}) with the widest pack that `hidden` and

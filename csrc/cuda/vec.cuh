@@ -71,19 +71,85 @@ __device__ T narrow(accumulate_t<T> x) {
   }
 }
 
+template <typename To, typename From>
+__device__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(static_cast<void*>(&to), &from, sizeof to);
+  return to;
+}
+
+// Two 16-bit numbers come out of the word that holds them by an instruction each.
+template <typename T>
+__device__ float2 widen_pair(unsigned word) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(bits_as<__half2>(word));
+  } else {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
+}
+
+template <typename T>
+__device__ unsigned narrow_pair(float x, float y) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return bits_as<unsigned>(__floats2half2_rn(x, y));
+  } else {
+    return bits_as<unsigned>(__floats2bfloat162_rn(x, y));
+  }
+}
+
 template <typename T, int kSize>
-__device__ Pack<T, kSize> scaled(const Pack<T, kSize>& pack, accumulate_t<T> weight) {
-  Pack<T, kSize> out;
+constexpr bool kInPairs = sizeof(T) == 2 && kSize % 2 == 0;
+
+// The numbers of a pack, as sums and products take them.
+template <typename T, int kSize>
+__device__ Pack<accumulate_t<T>, kSize> widened(const Pack<T, kSize>& pack) {
+  Pack<accumulate_t<T>, kSize> out;
+  if constexpr (kInPairs<T, kSize>) {
+    const auto words = bits_as<Pack<unsigned, kSize / 2>>(pack);
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) out.at[j] = narrow<T>(weight * widen(pack.at[j]));
+    for (int j = 0; j < kSize; j += 2) {
+      const float2 pair = widen_pair<T>(words.at[j / 2]);
+      out.at[j] = pair.x, out.at[j + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) out.at[j] = widen(pack.at[j]);
+  }
   return out;
+}
+
+// And back, rounded.
+template <typename T, int kSize>
+__device__ Pack<T, kSize> narrowed(const Pack<accumulate_t<T>, kSize>& wide) {
+  if constexpr (kInPairs<T, kSize>) {
+    Pack<unsigned, kSize / 2> words;
+#pragma unroll
+    for (int j = 0; j < kSize; j += 2) {
+      words.at[j / 2] = narrow_pair<T>(wide.at[j], wide.at[j + 1]);
+    }
+    return bits_as<Pack<T, kSize>>(words);
+  } else {
+    Pack<T, kSize> out;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) out.at[j] = narrow<T>(wide.at[j]);
+    return out;
+  }
+}
+
+template <typename T, int kSize>
+__device__ Pack<T, kSize> scaled(const Pack<accumulate_t<T>, kSize>& wide, accumulate_t<T> weight) {
+  Pack<accumulate_t<T>, kSize> out;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) out.at[j] = weight * wide.at[j];
+  return narrowed<T>(out);
 }
 
 // Unsigned integers in the order of numbers, -0 as 0. That of a NaN means nothing; 0 is no
 // number's.
 __device__ inline unsigned ordered_bits(float x) {
   const unsigned bits = __float_as_uint(x + 0.0f);  // -0 + 0 = 0
-  return bits >> 31 ? ~bits : bits | 1u << 31;
+  return bits ^ (static_cast<unsigned>(static_cast<int>(bits) >> 31) | 1u << 31);
 }
 __device__ inline unsigned long long ordered_bits(double x) {
   const auto bits = static_cast<unsigned long long>(__double_as_longlong(x + 0.0));

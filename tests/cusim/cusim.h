@@ -113,6 +113,16 @@ void count_load(std::size_t bytes);
 void count_store(std::size_t bytes);
 void preempt();  // lets another thread run, now and then
 
+// A result of the special function unit: the last bits are wrong, numbers too small to be normal 0.
+inline float approximate(float x) {
+  if (std::fabs(x) < 0x1p-126f) return std::copysign(0.0f, x);
+  unsigned bits = 0;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (std::isfinite(x)) bits &= ~3u;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
 template <typename To, typename From>
 To bits_as(const From& from) {
   To to{};

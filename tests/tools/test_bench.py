@@ -363,8 +363,9 @@ def test_pages_show_what_was_measured(measured):
 @pytest.mark.parametrize(
     ("kernel", "moves"),
     [
-        ("dispatch_kernel<float, 4>", True),
-        ("dispatch_kernel<float, 1>", False),
+        ("dispatch_kernel<float, 4, true>", True),
+        ("dispatch_kernel<float, 1, true>", False),
+        ("combine_kernel<__half, 1>", False),
         ("gate_kernel<float, 8>", True),
         ("mask_weights_kernel<float>", False),
         ("keep_kernel(float const*)", False),

@@ -6,23 +6,41 @@ TESTS = ["gate"]
 MUTANTS = [
     Mutant("gate.cu", BARRIER, "", after="/ divisor * scale);"),
     Mutant("gate.cu", BARRIER, "", after="half > 0; half /= 2) {"),
-    Mutant("gate.cu", "active = token < num_tokens", "active = token <= num_tokens", "Sum* sums"),
-    Mutant("gate_row.cuh", "if (first + j >= num_experts)", "if (first + j > num_experts)"),
+    Mutant("gate.cu", "active = token < num_tokens", "active = token <= num_tokens", "Sum sums"),
+    Mutant("gate_row.cuh", "inside : first + j < num_experts", "inside : first + j <= num_experts"),
+    Mutant("gate_row.cuh", "vectorised && inside", "vectorised"),
     Mutant(
         "gate_row.cuh", "if (first + j < num_experts) store", "if (first + j <= num_experts) store"
     ),
-    *(
-        Mutant(
-            "gate_row.cuh",
-            "if (vectorised && first < num_experts) {",
-            "if (vectorised) {",
-            after=f"static void {function}(",
-        )
-        for function in ("read", "write")
-    ),
+    Mutant("gate_row.cuh", "if (first < num_experts) store", "store"),
     Mutant("gate.cu", "-INFINITY, row", "INFINITY, row", after="keys[kValues];"),
     Mutant("gate.cu", "-INFINITY, row", "0, row", after="if (choice_scores != logits)"),
-    Mutant("gate_row.cuh", "std::isnan(score) ? ~decltype(key){0} : key", "key"),
+    Mutant("gate_row.cuh", "key < lowest_key<Key>() || key", "key"),
+    Mutant("gate_row.cuh", " || key > highest_key<Key>() ?", " ?"),
+    Mutant("gate_row.cuh", "{3, 4}, {5, 6}};", "{3, 4}};"),
+    Mutant("gate_row.cuh", "others[kKept - 1 - i]", "others[i]"),
+    Mutant("gate_row.cuh", "if (!(i & step)) order", "if (i == 0) order"),
+    Mutant("gate_row.cuh", "kept[0] > highest_key<unsigned>() || ", ""),
+    Mutant("gate_row.cuh", " || least < lowest_key<unsigned>()", ""),
+    Mutant("gate_row.cuh", "if (!owns) continue;", ""),
+    Mutant("gate_row.cuh", "(owners & (owners - 1)) != 0 || ", ""),
+    Mutant("gate_row.cuh", "(lane > 0 && before == key) || ", ""),
+    Mutant("gate_row.cuh", " || next == key;", ";"),
+    Mutant("gate_row.cuh", "difficult |= kept[0] == 0;", ";"),
+    Mutant("gate_row.cuh", "owners >> (threadIdx.x % kWarp - lane)", "owners"),
+    Mutant(
+        "gate_row.cuh",
+        "& kAllLanes >> (kWarp - L::kLanes)",
+        "",
+        equivalent="with owners in other rows a row goes the longer way, to the same result",
+    ),
+    Mutant(
+        "gate.cu",
+        "lane, K, mine) && active",
+        "lane, K, mine)",
+        equivalent="lanes past the last token send their warp the longer way, to the same result",
+    ),
+    Mutant("gate.cu", "if (K <= kLanes) {", "{"),
     Mutant("gate.cu", "if (K > kLanes) store(weights", "if (K > 2 * kLanes) store(weights"),
     Mutant("gate.cu", "normalize ? clamped(chosen_sum) : 1", "clamped(chosen_sum)"),
     Mutant("gate_row.cuh", "kThreads + kWarp / kPack", "kThreads - kWarp / kPack"),
@@ -60,11 +78,13 @@ MUTANTS = [
     ),
     Mutant("gate.cu", "if (blocks == 1) return;", "if (blocks <= 2) return;"),
     Mutant("gate.cu", "aligned(call.choice_scores) && ", ""),
-    Mutant("gate.cu", "if (is_expert(id)) chosen_sum.add", "chosen_sum.add"),
-    Mutant("gate.cu", "if (!is_expert(id)) continue;", ""),
-    Mutant("gate.cu", "chosen_sum.centred(load(grad_chosen + k))", "load(grad_chosen + k)"),
-    Mutant("gate.cu", "if (is_most(p[i])) shift = grad[i];", ""),
-    Mutant("gate.cu", "shift = lanes_sum<kLanes>(shift);", ""),
+    Mutant("gate_backward.cu", "if (is_expert(id)) chosen_sum.add", "chosen_sum.add"),
+    Mutant("gate_backward.cu", "if (!is_expert(id)) continue;", ""),
+    Mutant(
+        "gate_backward.cu", "chosen_sum.centred(load(grad_chosen + k))", "load(grad_chosen + k)"
+    ),
+    Mutant("gate_backward.cu", "if (is_most(p[i])) shift = grad[i];", ""),
+    Mutant("gate_backward.cu", "shift = lanes_sum<kLanes>(shift);", ""),
     Mutant("gate.cu", "x = std::exp(x - largest)", "x = std::exp(x)"),
     Mutant("gate.cu", "if (active) {", "{"),
 ]

@@ -10,6 +10,16 @@ double score_of(Scoring scoring, double x) {
   return std::sqrt(std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))));
 }
 
+// A NaN of other bits than NAN, where conversions leave it its bits.
+template <typename T>
+T other_nan() {
+  if constexpr (!std::is_same_v<T, float>) return make<T>(NAN);
+  const uint32_t bits = 0x7fc00005;
+  T nan;
+  std::memcpy(static_cast<void*>(&nan), &bits, sizeof nan);
+  return nan;
+}
+
 struct GateCase {
   int64_t T;
   int E, K;
@@ -23,12 +33,21 @@ void test_gate(const GateCase& c) {
   Array<T> logits(c.T * c.E), scores(c.T * c.E + 1);
   // Few values, so that many are equal, or neighbours; in some rows so large that their exponential
   // is no float. And those that no order of numbers places, though not where they would make NaN of
-  // every sum that is to be compared.
+  // every sum that is to be compared. In every fourth row no two are equal but by chance; in half
+  // of these the best are in one lane, in the others two are no numbers, of different bits.
   const double special[] = {NAN, -NAN, INFINITY, -INFINITY, 0.0, -0.0};
   const auto values = [&](Array<T>& array, bool with_special) {
     for (int64_t i = 0; i < array.size(); ++i) {
       const int64_t row = i / c.E;
       const bool odd = with_special && row % 3 == 1;
+      if (row % 4 == 3) {
+        const bool of_the_best = row % 8 == 7 && i % c.E / (16 / int64_t{sizeof(T)}) % 32 == 1;
+        array[i] = make<T>(4 * normal() + (of_the_best ? 32 : 0));
+        const int64_t place = with_special && row % 8 == 3 ? (i - row) % c.E : 2;
+        if (place == 0) array[i] = make<T>(row % 16 == 3 ? NAN : -NAN);
+        if (place == 1) array[i] = other_nan<T>();
+        continue;
+      }
       array[i] = make<T>(std::round(4 * normal()) / 4 + (row % 3 == 2 ? 128 : 0));
       if (below(4) > 0) continue;
       array[i] = odd ? make<T>(special[below(6)]) : neighbour(array[i]);
@@ -173,7 +192,9 @@ void test_gates() {
                             {33, 100, 20, Scoring::kSoftmax, true, false},
                             {19, 256, 8, Scoring::kSigmoid, true, false},
                             {9, 250, 40, Scoring::kSoftmax, false, true},
+                            {40, 128, 8, Scoring::kSoftmax, true, false},
                             {9, 512, 3, Scoring::kSqrtSoftplus, true, true},
+                            {16, 1024, 12, Scoring::kSigmoid, false, true},
                             {9, 1024, 5, Scoring::kSoftmax, true, false},
                             // More than a block's rows for each of its groups.
                             {4097, 256, 1, Scoring::kSoftmax, false, false},
