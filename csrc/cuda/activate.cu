@@ -77,11 +77,22 @@ void activate_kernel(const Pack<T, kSize>* __restrict__ pre_activation,  // [R, 
   using Sum = accumulate_t<T>;
   constexpr bool kGated = is_gated(kActivation);
   const Cell cell(tiling, blockIdx.x);
+  SharedMemory shared;
+  int32_t* all_routes = shared.take<int32_t>(tiling.rows_per_block);
+  Sum* weights = shared.take<Sum>(tiling.rows_per_block);
+  for (int i = threadIdx.x; i < tiling.rows_per_block; i += blockDim.x) {
+    const int64_t row = cell.first_row + i;
+    const int32_t route = row < routes.num_rows ? route_of(routes, row) : -1;
+    const bool weighted = route >= 0 && routes.weights;
+    all_routes[i] = route;
+    weights[i] = weighted ? load(static_cast<const Sum*>(routes.weights) + route) : 1;
+  }
+  __syncthreads();
   if (!cell.exists) return;
   Pack<T, kSize> result{};
-  if (const int32_t route = route_of(routes, cell.row); route >= 0) {
+  if (all_routes[cell.local] >= 0) {
     const Inner<T, kSize, kGated> in(pre_activation, cell.row, tiling.columns, cell.column);
-    const Sum weight = routes.weights ? load(static_cast<const Sum*>(routes.weights) + route) : 1;
+    const Sum weight = weights[cell.local];
     const Pack<Sum, kSize> gate = widened(in.gate), up = widened(in.up);
     Pack<Sum, kSize> active;
 #pragma unroll
@@ -144,7 +155,16 @@ void activate_backward_kernel(Backward<T, kSize> at, Routes routes, int columns)
     return;
   }
   const int64_t row = blockIdx.x - sweeps;
-  const int32_t route = route_of(routes, row);
+  SharedMemory shared;
+  int32_t* found = shared.take<int32_t>(1);
+  Sum* partial = shared.take<Sum>(kMaxWarps);
+  Sum* found_weight = shared.take<Sum>(1);
+  if (threadIdx.x == 0) {
+    *found = route_of(routes, row);
+    if (*found >= 0) *found_weight = load(static_cast<const Sum*>(routes.weights) + *found);
+  }
+  __syncthreads();
+  const int32_t route = *found;
   if (route < 0) {
     const int inner_columns = columns * (is_gated(kActivation) ? 2 : 1);
     for (int column = threadIdx.x; column < inner_columns; column += blockDim.x) {
@@ -153,13 +173,11 @@ void activate_backward_kernel(Backward<T, kSize> at, Routes routes, int columns)
     }
     return;
   }
-  const Sum weight = load(static_cast<const Sum*>(routes.weights) + route);
+  const Sum weight = *found_weight;
   Sum sum = 0;
   for (int column = threadIdx.x; column < columns; column += blockDim.x) {
     sum += backward_vector<kActivation>(at, row, columns, column, weight);
   }
-  SharedMemory shared;
-  Sum* partial = shared.take<Sum>(kMaxWarps);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   sum = lanes_sum<kWarp>(sum);
   if (lane == 0) partial[warp] = sum;
@@ -192,7 +210,9 @@ void activate(Dtype dtype, const void* pre_activation, const Routes& routes, int
     using Vector = Pack<T, size>;
     const Tiling tiling(routes.num_rows, num_columns(width, size));
     visit_activation(activation, [&](auto which) {
-      launch("activate", activate_kernel<T, size, which>, tiling.blocks, tiling.threads(), 0,
+      launch("activate", activate_kernel<T, size, which>, tiling.blocks, tiling.threads(),
+             shared_bytes<int32_t>(tiling.rows_per_block) +
+                 shared_bytes<accumulate_t<T>>(tiling.rows_per_block),
              stream, static_cast<const Vector*>(pre_activation), routes, tiling,
              static_cast<Vector*>(out));
     });
@@ -216,8 +236,9 @@ void activate_backward(const ActivateBackward& call, const Routes& routes, CUstr
         const int64_t sweeps = divide_up(routes.num_tokens * routes.top_k, warps * kWarp);
         visit_activation(call.activation, [&](auto which) {
           launch("activate_backward", activate_backward_kernel<T, size, which>,
-                 sweeps + routes.num_rows, warps * kWarp, shared_bytes<Sum>(kMaxWarps), stream, at,
-                 routes, columns);
+                 sweeps + routes.num_rows, warps * kWarp,
+                 shared_bytes<int32_t>(1) + shared_bytes<Sum>(kMaxWarps) + shared_bytes<Sum>(1),
+                 stream, at, routes, columns);
         });
       });
 }

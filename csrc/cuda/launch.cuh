@@ -87,8 +87,8 @@ __device__ inline float approximate_reciprocal(float x) {
   return y;
 }
 
-__device__ inline void count_load(std::size_t) {}
-__device__ inline void count_store(std::size_t) {}
+__device__ inline void count_load(const void*, std::size_t) {}
+__device__ inline void count_store(const void*, std::size_t) {}
 
 #else
 

@@ -56,14 +56,20 @@ class Column {
 };
 
 // Block `sweep` of those that zero the empty rows, of `columns` vectors each. They come first:
-// their reads, each after another, then overlap with what the other blocks move. Blocks are whole
-// warps.
+// their reads, each after another, then overlap with what the other blocks move. A warp looks for
+// the rows, and the block zeroes them; it has 16 bytes of shared memory or more.
 template <typename Vector>
 __device__ void zero_empty_rows(const Routes& routes, int64_t sweep, int columns, Vector* rows) {
-  const int64_t first = sweep * kRowsPerSweep, mine = first + threadIdx.x % kWarp;
-  // Every warp of the block asks the same, and then zeroes its part of each row.
-  unsigned empty = __ballot_sync(kAllLanes, mine < routes.num_rows && route_of(routes, mine) < 0);
-  for (; empty; empty &= empty - 1) {
+  const int64_t first = sweep * kRowsPerSweep, mine = first + threadIdx.x;
+  SharedMemory shared;
+  unsigned* found = shared.take<unsigned>(1);
+  if (threadIdx.x < kWarp) {
+    const bool is_empty = mine < routes.num_rows && route_of(routes, mine) < 0;
+    const unsigned lanes = __ballot_sync(kAllLanes, is_empty);
+    if (threadIdx.x == 0) *found = lanes;
+  }
+  __syncthreads();
+  for (unsigned empty = *found; empty; empty &= empty - 1) {
     Vector* row = rows + (first + __ffs(empty) - 1) * columns;
     for (int column = threadIdx.x; column < columns; column += blockDim.x) {
       store(row + column, Vector{});

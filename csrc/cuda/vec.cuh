@@ -33,7 +33,7 @@ inline bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(ad
 // Every access to global memory goes through these two.
 template <typename T>
 __device__ T load(const T* address) {
-  count_load(sizeof(T));
+  count_load(address, sizeof(T));
   if constexpr (sizeof(T) == sizeof(uint4)) {
     const uint4 bits = *reinterpret_cast<const uint4*>(address);
     return *reinterpret_cast<const T*>(&bits);
@@ -44,7 +44,7 @@ __device__ T load(const T* address) {
 
 template <typename T>
 __device__ void store(T* address, T value) {
-  count_store(sizeof(T));
+  count_store(address, sizeof(T));
   if constexpr (sizeof(T) == sizeof(uint4)) {
     *reinterpret_cast<uint4*>(address) = *reinterpret_cast<const uint4*>(&value);
   } else {

@@ -5,6 +5,8 @@
 
 #include "cusim.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
@@ -67,7 +69,7 @@ class Engine {
       ~Finally() { acquire(&engine.launch_ordering_[1]); }
     } finally{*this};
     name_ = name, shape_ = &shape, thread_ = thread, argument_ = argument;
-    loads_ = {}, stores_ = {};
+    loads_ = {}, stores_ = {}, barriers_ = 0;
     check_shape(name, shape);
     turns_.start_launch(++num_launches_);
     if (__tsan_get_current_fiber) host_.tsan_fiber = __tsan_get_current_fiber();
@@ -78,10 +80,10 @@ class Engine {
     release(&launch_ordering_[0]);
 
     for (unsigned block : turns_.order_of_blocks(shape.blocks)) run_block(block);
-    if (options().recording) {
-      launches().push_back(
-          {name, shape.blocks, shape.threads, shape.shared_bytes, loads_, stores_});
-    }
+    const Launch launch{name,   shape.blocks, shape.threads, shape.shared_bytes,
+                        loads_, stores_,      barriers_};
+    if (options().recording) launches().push_back(launch);
+    if (options().end_launch) options().end_launch(launch);
   }
 
   Thread& self() { return static_cast<Thread&>(*current); }
@@ -167,6 +169,28 @@ class Engine {
     return shared_[index].memory;
   }
 
+  Place place_of(const void* address) {
+    const auto at = reinterpret_cast<std::uintptr_t>(address);
+    const auto within = [&](const void* start, std::size_t bytes) {
+      const auto begin = reinterpret_cast<std::uintptr_t>(start);
+      return at >= begin && at < begin + bytes;
+    };
+    std::uint64_t offset = 0;
+    for (const SharedArray& array : shared_) {
+      if (within(array.memory, array.bytes)) {
+        const auto begin = reinterpret_cast<std::uintptr_t>(array.memory);
+        return {Memory::kShared, offset + at - begin};
+      }
+      offset += (array.bytes + 15) / 16 * 16;
+    }
+    // Kernels take their parameters from the host's stack, and their coordinates from here.
+    const bool is_private = within(self().fiber.stack, kStackBytes) ||
+                            within(threads_.data(), threads_.size() * sizeof(Thread)) ||
+                            within(&current, sizeof current) ||
+                            within(host_stack_.begin, host_stack_.bytes);
+    return {is_private ? Memory::kPrivate : Memory::kGlobal, at};
+  }
+
   void count_load(std::size_t bytes) { ++loads_[unsigned(__builtin_ctzll(bytes))]; }
   void count_store(std::size_t bytes) { ++stores_[unsigned(__builtin_ctzll(bytes))]; }
 
@@ -174,6 +198,17 @@ class Engine {
   struct SharedArray {
     void* memory;
     std::size_t bytes;
+  };
+
+  struct Stack {
+    void* begin = nullptr;
+    std::size_t bytes = 0;
+    Stack() {
+      pthread_attr_t attributes;
+      if (pthread_getattr_np(pthread_self(), &attributes)) return;
+      pthread_attr_getstack(&attributes, &begin, &bytes);
+      pthread_attr_destroy(&attributes);
+    }
   };
 
   // By this address ThreadSanitizer knows one barrier or __syncwarp().
@@ -225,6 +260,7 @@ class Engine {
 
   void end_block() {
     Unowned scope;
+    if (options().end_block) options().end_block();
     for (Thread& thread : threads_) end_thread(thread);
     for (const SharedArray& array : shared_) std::free(array.memory);
     shared_.clear();
@@ -293,6 +329,7 @@ class Engine {
     }
     for (Thread& thread : threads_) turns_.add(thread);
     arrived_ = 0;
+    ++barriers_;
   }
 
   // Ends the meetings at which all lanes of the mask have arrived, but for those that have
@@ -346,6 +383,7 @@ class Engine {
   }
 
   std::mutex mutex_;
+  const Stack host_stack_;  // of the thread that launched first
   const char* name_ = nullptr;
   const Shape* shape_ = nullptr;
   void (*thread_)(void*) = nullptr;
@@ -356,6 +394,7 @@ class Engine {
   Context host_;
   FiberPool fibers_;
   Accesses loads_{}, stores_{};
+  std::uint64_t barriers_ = 0;
 
   unsigned block_ = 0;
   std::vector<Thread> threads_;
@@ -390,8 +429,15 @@ void block_barrier(const char* name, const char* file, int line) {
 }
 
 void* take_shared(std::size_t bytes) { return engine().take_shared(bytes); }
-void count_load(std::size_t bytes) { engine().count_load(bytes); }
-void count_store(std::size_t bytes) { engine().count_store(bytes); }
+void count_load(const void* address, std::size_t bytes) {
+  engine().count_load(bytes);
+  if (options().access) options().access(address, bytes, __builtin_return_address(0));
+}
+void count_store(const void* address, std::size_t bytes) {
+  engine().count_store(bytes);
+  if (options().access) options().access(address, bytes, __builtin_return_address(0));
+}
 void preempt() { engine().preempt(); }
+Place place_of(const void* address) { return engine().place_of(address); }
 
 }  // namespace cusim

@@ -48,10 +48,16 @@ struct Error : std::runtime_error {
 // The order in which runnable threads, and the blocks of a grid, take their turns.
 enum class Order { kForward, kReverse, kRandom };
 
+struct Launch;
+
 struct Options {
   Order order = Order::kForward;
   std::uint64_t seed = 0;  // for Order::kRandom
   bool recording = false;  // keep a Launch of every launch
+  // Called at every access to global memory, with the place in the machine code.
+  void (*access)(const void* address, std::size_t bytes, void* site) = nullptr;
+  void (*end_block)() = nullptr;
+  void (*end_launch)(const Launch& launch) = nullptr;
 };
 
 // Changes apply to later launches.
@@ -67,6 +73,7 @@ struct Launch {
   std::string name;
   std::size_t blocks, threads, shared_bytes;
   Accesses loads, stores;
+  std::uint64_t barriers;  // of all blocks
 };
 
 // The launches made while options().recording was set; the caller empties the list.
@@ -109,9 +116,19 @@ void block_barrier(const char* name, const char* file, int line);
 // The block's next array of shared memory: of this very size, filled with 0xff, the same for every
 // thread that asks for its next one.
 void* take_shared(std::size_t bytes);
-void count_load(std::size_t bytes);
-void count_store(std::size_t bytes);
+void count_load(const void* address, std::size_t bytes);
+void count_store(const void* address, std::size_t bytes);
 void preempt();  // lets another thread run, now and then
+
+enum class Memory : std::uint8_t { kGlobal, kShared, kPrivate };
+
+// Where the running thread finds an address. The offset is from the start of the block's shared
+// memory, in other memory the address itself.
+struct Place {
+  Memory memory;
+  std::uint64_t offset;
+};
+Place place_of(const void* address);
 
 // A result of the special function unit: the last bits are wrong, numbers too small to be normal 0.
 inline float approximate(float x) {

@@ -1,5 +1,6 @@
 """The kernels under every sanitizer, and the emulator itself: what it says of planted faults."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -100,3 +101,39 @@ def test_a_sanitizer_reports_it(run, case):
 def test_some_order_gives_a_wrong_result(run, case):
     outcomes = [run("planted", case, order) for order in ORDERS]
     assert any(code == 1 and re.match(r"out\[\d+\] is", output) for code, output in outcomes)
+
+
+COUNTERS = Path(__file__).parents[2] / "bench" / "results" / "counters.json"
+ROW_OPERATORS = {"dispatch", "combine", "combine_backward", "route_dot"}
+ROW_OPERATORS |= {"activate", "activate_backward"}
+
+
+def test_counts_of_accesses(run):
+    """What a profiler would show: whole sectors, no conflict between banks."""
+    code, output = run("count_accesses")
+    assert code == 0, output
+    counted = json.loads(output)
+    for launch in counted:
+        assert "past" not in launch, launch
+        if launch["kernel"] in ROW_OPERATORS:
+            assert launch["bytes_asked"] >= 0.97 * launch["sector_bytes"], launch
+        # The plan counts in a place for each expert, wherever routes send it.
+        if not launch["kernel"].startswith("plan_"):
+            assert launch["wavefronts"] <= 1.05 * launch["least_wavefronts"], launch
+    assert {launch["kernel"] for launch in counted} >= ROW_OPERATORS | {"gate", "plan_place"}
+    assert counted == json.loads(COUNTERS.read_text()), f"commit {output} as {COUNTERS}"
+
+
+def test_the_counter_counts(run):
+    counted = {
+        (c["kernel"], c["shape"]): c for c in json.loads(run("count_accesses", "planted")[1])
+    }
+    for stride, sectors in ((1, 4), (2, 8), (32, 32)):
+        read = counted["read", f"stride {stride}"]
+        assert (read["bytes_asked"], read["sector_bytes"]) == (256, (sectors + 4) * 32)
+        share = counted["share", f"stride {stride}"]
+        assert share["requests"] == share["least_wavefronts"] == stride + 2
+        assert share["wavefronts"] == stride + 1 + stride
+        assert share["barriers"] == 2
+        assert "past" not in share
+    assert counted["past", ""]["past"] == 128
