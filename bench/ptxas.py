@@ -7,6 +7,7 @@ store in its PTX, or if what the same CUDA recorded before is different: commit 
 the change that made it. Needs a CUDA toolkit, NVIDIA's disassembler and any torch, no GPU.
 
     loop_instructions   of the loop that moves the data; of the whole kernel where it has none
+    loop_vectors        16-byte accesses to global memory among those
     hmma_share          tensor-core instructions among those
     blocks_per_sm       what registers and threads leave room for; dynamic shared memory, which
                         results/counters.json has, may leave less

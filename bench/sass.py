@@ -175,9 +175,11 @@ def counts(lines: list[str]) -> dict:
     if every[-1] == "BRA":  # to itself, behind the end
         every.pop()
     loop = main_loop(graph)
+    vectors = sum(op.startswith(("LDG", "STG")) and ".128" in op for op in loop)
     tensor = sum(op.startswith(("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "UTCHMMA")) for op in loop)
     return {
         "instructions": len(every),
         "loop_instructions": min(len(loop), len(every)),
+        "loop_vectors": vectors,
         "hmma_share": round(tensor / max(len(loop), 1), 3),
     }

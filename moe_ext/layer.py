@@ -31,10 +31,36 @@ class Aux(NamedTuple):
     exp_counts: Tensor
     expert_ids: Tensor
 
+
+class Outcome(NamedTuple):
+    """What a layer knows of a call beside its result: an Aux that is computed where it is read.
+
+    Attributes:
+        l_aux: as in Aux, or a function that computes it
+        load: [E] int32 or int64
+        expert_ids: [T, K] int32
+    """
+
+    l_aux: Tensor | Callable[[], Tensor] | Any = None
+    load: Tensor | Any = None
+    expert_ids: Tensor | Any = None
+
     @classmethod
-    def of(cls, routing: Routing) -> Aux:
-        plan = routing.plan
-        return cls(routing.l_aux, plan.load.to(torch.int64), plan.expert_ids)
+    def of(cls, routing: Routing, gate: nn.Module) -> Outcome:
+        l_aux, plan = routing.l_aux, routing.plan
+        if l_aux is None and hasattr(gate, "loss_of"):
+            l_aux = gate.loss_of(routing)  # type: ignore[operator]
+        return cls(l_aux, plan.load, plan.expert_ids)
+
+    def aux(self) -> Aux:
+        return Aux(_computed(self.l_aux), self.load.to(torch.int64), self.expert_ids)
+
+
+def _computed(l_aux: Tensor | Callable[[], Tensor] | Any) -> Tensor | Any:
+    if isinstance(l_aux, Tensor) or not callable(l_aux):
+        return l_aux
+    with torch.no_grad():
+        return l_aux()
 
 
 # (plan, aux, routing, used_token) of a call; None where the layer does not know it.
@@ -109,10 +135,29 @@ class Layer(nn.Module):
         _check_fit(owner, gate, experts, self.num_experts)
         self.gate = gate
         self.experts = experts
-        # None before the first call. Typed Any, so that readers need no check for None.
-        self.l_aux: Tensor | Any = None
-        self.exp_counts: Tensor | Any = None
+        self.outcome: Outcome | None = None
         self.observer: Observer | None = None
+
+    # Typed Any, so that readers need no check for None. Computed from the last call's tensors in
+    # every read: those of a CUDA graph change with each replay.
+    @property
+    def l_aux(self) -> Tensor | Any:
+        """The auxiliary loss of the last call; None before the first."""
+        return None if self.outcome is None else _computed(self.outcome.l_aux)
+
+    @l_aux.setter
+    def l_aux(self, l_aux: Tensor | None) -> None:
+        self.outcome = (self.outcome or Outcome())._replace(l_aux=l_aux)
+
+    @property
+    def exp_counts(self) -> Tensor | Any:
+        """Routes that asked for each expert in the last call, [E] int64; None before the first."""
+        load = None if self.outcome is None else self.outcome.load
+        return None if load is None else load.to(torch.int64)
+
+    @exp_counts.setter
+    def exp_counts(self, exp_counts: Tensor | None) -> None:
+        self.outcome = (self.outcome or Outcome())._replace(load=exp_counts)
 
     def _check_parts(self, gate: nn.Module, experts: nn.Module) -> None:
         """Raise ValueError for parts that this layer cannot call."""
@@ -141,13 +186,12 @@ class Layer(nn.Module):
         Returns:
             hidden's shape and dtype
         """
-        # FSDP may replace the instance's method by another entry into the layer.
-        out, aux = type(self).forward_with_aux(self, hidden, used_token, expert_ids=expert_ids)
-        # Without nn.Module's own __setattr__, which looks for parameters first.
-        object.__setattr__(self, "l_aux", aux.l_aux)
-        object.__setattr__(self, "exp_counts", aux.exp_counts)
+        out, outcome = self._forward(hidden, used_token, expert_ids)
         if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.l_aux = _warning_of_lost_gradient(aux.l_aux, type(self).__name__)
+            l_aux = _warning_of_lost_gradient(outcome.l_aux, type(self).__name__)
+            outcome = outcome._replace(l_aux=l_aux)
+        # Without nn.Module's own __setattr__, which looks for parameters first.
+        object.__setattr__(self, "outcome", outcome)
         return out
 
     def forward_with_aux(
@@ -167,42 +211,43 @@ class Layer(nn.Module):
         Returns:
             (out, Aux(l_aux, exp_counts, expert_ids))
         """
-        if not isinstance(hidden, Tensor) or hidden.dim() == 0:
-            got = "[]" if isinstance(hidden, Tensor) else type(hidden).__name__
-            raise RuntimeError(f"{type(self).__name__}: hidden must be [..., H], got {got}")
-        return self._forward(hidden, used_token, expert_ids)
+        out, outcome = self._forward(hidden, used_token, expert_ids)
+        return out, outcome.aux()
 
     def _forward(
         self, hidden: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
-    ) -> tuple[Tensor, Aux]:
+    ) -> tuple[Tensor, Outcome]:
+        if not isinstance(hidden, Tensor) or hidden.dim() == 0:
+            got = "[]" if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise RuntimeError(f"{type(self).__name__}: hidden must be [..., H], got {got}")
         # Also of [T, H]: the gradients of gate and experts meet here, before others of hidden join.
         tokens = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
-        plan, weights, aux, routing = self._route(tokens, used_token, expert_ids)
+        plan, weights, outcome, routing = self._route(tokens, used_token, expert_ids)
         if plan.num_experts != self.num_experts:
             raise RuntimeError(
                 f"{type(self).__name__}: gate must choose among E = {self.num_experts} experts, "
                 f"got {plan.num_experts}"
             )
         if self.observer is not None:
-            self.observer(plan, aux, routing, used_token)
+            self.observer(plan, outcome.aux(), routing, used_token)
         out = self._routed(tokens, plan, weights)
-        return out.to(hidden.dtype).view_as(hidden), aux
+        return out.to(hidden.dtype).view_as(hidden), outcome
 
     def _route(
         self, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
-    ) -> tuple[Plan, Tensor, Aux, Routing | None]:
+    ) -> tuple[Plan, Tensor, Outcome, Routing | None]:
         routing = self.gate.route(tokens, used_token, expert_ids)
-        return routing.plan, routing.weights, Aux.of(routing), routing
+        return routing.plan, routing.weights, Outcome.of(routing, self.gate), routing
 
     def _routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         return self.experts.routed(tokens, plan, weights)
 
     def unobserved(self) -> dict[str, Any]:
         """Attributes to set for a call that leaves no trace, as of `explain`, then to restore."""
-        return {"l_aux": self.l_aux, "exp_counts": self.exp_counts}
+        return {"outcome": self.outcome}
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "l_aux": None, "exp_counts": None, "observer": None}
+        return {**super().__getstate__(), "outcome": None, "observer": None}
 
 
 def _check_fit(owner: str, gate: nn.Module, experts: nn.Module, num_experts: int) -> None:
@@ -244,7 +289,7 @@ def total_l_aux(model: nn.Module) -> Tensor:
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     if not layers:
         raise ValueError(f"total_l_aux: model must contain a MOELayer or a Layer, {name} does not")
-    called = [layer for layer in layers if layer.exp_counts is not None]
+    called = [layer for layer in layers if layer.outcome is not None]
     if not called:
         raise RuntimeError(
             f"total_l_aux: no layer in this {name} was called yet; call the model first. "
@@ -253,6 +298,6 @@ def total_l_aux(model: nn.Module) -> Tensor:
     device = called[-1].exp_counts.device
     total = torch.zeros((), device=device)
     for layer in called:
-        if layer.l_aux is not None:
-            total = total + torch.as_tensor(layer.l_aux, device=device)
+        if (l_aux := layer.l_aux) is not None:
+            total = total + torch.as_tensor(l_aux, device=device)
     return total

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ..experts.base import Experts
 from ..experts.padded import refuse_wrapped
-from ..layer import Aux
+from ..layer import Outcome
 from ..ops.plan import Plan
 from ..routing.route import Routing
 from . import masks
 from .gate import TopKGate
 
-Decision = tuple[Plan, Tensor, Aux, Routing | None]
+Decision = tuple[Plan, Tensor, Outcome, Routing | None]
 
 
 def has_route(gate: nn.Module) -> bool:
@@ -75,12 +75,12 @@ def decide(
                 f"MOELayer: {name}.route must return a moe_ext.Routing, "
                 f"got {type(routing).__name__}"
             )
-        return routing.plan, routing.weights, Aux.of(routing), routing
+        return routing.plan, routing.weights, Outcome.of(routing, gate), routing
     signature = _signature(gate, "forward")
     knows_sparse = signature is not None and "sparse_routes" in signature.parameters
     result = gate(tokens, used_token, **({"sparse_routes": True} if knows_sparse else {}))
     plan, weights, l_aux, exp_counts = masks.plan_of(result, tokens)
-    return plan, weights, Aux(l_aux, exp_counts, plan.expert_ids), None
+    return plan, weights, Outcome(l_aux, exp_counts, plan.expert_ids), None
 
 
 def _takes(gate: nn.Module, name: str, arguments: int) -> bool:

@@ -349,6 +349,8 @@ class TopKGate(Gate):
             tuple of seven
         """
         routing = self.route(input, used_token)
+        if routing.l_aux is None:
+            routing = routing._replace(l_aux=self.loss_of(routing)())
         return masks.form(routing, sparse_routes, use_tutel, self.ep_group)
 
 

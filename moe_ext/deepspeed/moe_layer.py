@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import options
 from ..experts.base import Experts
 from ..experts.padded import refuse_wrapped, routed
-from ..layer import Aux, Layer
+from ..layer import Layer, Outcome
 from ..ops.plan import Plan
 from ..process_group import GroupAttribute
 from ..routing.gate import Gate
@@ -118,7 +118,7 @@ class MOELayer(Layer):
 
     def _forward(
         self, hidden: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
-    ) -> tuple[Tensor, Aux]:
+    ) -> tuple[Tensor, Outcome]:
         if not self.wall_clock_breakdown:
             return super()._forward(hidden, used_token, expert_ids)
         with self.timers.time(MOE_TIMER):

@@ -14,7 +14,7 @@ from ..ops import checks, reference
 from ..ops.functional import has_autocast
 from ..ops.registry import is_exporting
 from . import choice_scores
-from .route import Routing, route
+from .route import Routing, loss_of, route
 from .routers import Tensors, WideProduct, is_wide_product, logits_of
 from .rule import Rule
 
@@ -147,6 +147,8 @@ class Gate(nn.Module):
     ) -> Routing:
         """Choose the experts of every token.
 
+        In evaluation without gradients l_aux is None, and `loss_of` computes it.
+
         Args:
             tokens: [T, H]
             used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
@@ -186,11 +188,20 @@ class Gate(nn.Module):
             drop_policy=rule.drop_policy,
             order=rule.order,
             aux_loss=self.aux_loss,
+            with_loss=self.training or torch.is_grad_enabled() or torch.compiler.is_compiling(),
         )
         dtype = checks.accumulate_dtype(tokens.dtype)
         if routing.weights.dtype == dtype:
             return routing
         return routing._replace(weights=routing.weights.to(dtype))
+
+    def loss_of(self, routing: Routing) -> Callable[[], Tensor]:
+        """Return a function that computes l_aux of a routing.
+
+        Args:
+            routing: what `route` returned in this mode
+        """
+        return loss_of(routing, self._current_rule().scoring, self.aux_loss)
 
     @torch.no_grad()
     def update_bias(

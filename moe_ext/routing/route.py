@@ -1,5 +1,6 @@
 """Route: choose experts from logits, place the routes, weight those that are kept."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -26,7 +27,7 @@ class Routing(NamedTuple):
         plan: the row of every route
         probs: [T, E] scores of all experts
         importance: [E] column sums of probs
-        l_aux: [] auxiliary loss, not scaled; None before it is computed
+        l_aux: [] auxiliary loss, not scaled; None where it is not computed
         logits: [T, E] the scores come from
     """
 
@@ -61,6 +62,7 @@ def route(
     drop_policy: DropPolicy = "position",
     order: Order = "choice",
     aux_loss: Callable[[Routing], Tensor] | None = None,
+    with_loss: bool = True,
 ) -> Routing:
     """Choose k experts for every token, give routes their rows, weight those that are kept.
 
@@ -80,6 +82,7 @@ def route(
         order: how routes queue, "choice" (all first choices, then all second ones) or "token"
         aux_loss: computes l_aux from the routing, whose l_aux is None then; None takes the
             load-balance loss of first choices for k <= 2 and of all choices for more
+        with_loss: compute l_aux; without it is None, and `loss_of` computes it
 
     Raises:
         RuntimeError: an argument breaks this contract
@@ -119,11 +122,36 @@ def route(
         later_scale = scale if divides_later else 1.0
         weights = mask_weights(weights, plan, normalize=divides_later, eps=eps, scale=later_scale)
     routing = Routing(weights, plan, choice.probs, choice.importance, None, logits)
-    l_aux = _balance(routing, scoring) if aux_loss is None else aux_loss(routing)
-    if not isinstance(l_aux, Tensor) or l_aux.dim() != 0:
-        got = list(l_aux.shape) if isinstance(l_aux, Tensor) else type(l_aux).__name__
-        raise RuntimeError(f"route: aux_loss must return a tensor [], got {got}")
+    if not with_loss:
+        return routing
+    l_aux = loss_of(routing, scoring, aux_loss)()
     return Routing(weights, plan, choice.probs, choice.importance, l_aux, logits)
+
+
+def loss_of(
+    routing: Routing, scoring: Scoring, aux_loss: Callable[[Routing], Tensor] | None
+) -> Callable[[], Tensor]:
+    """Return a function that computes l_aux, and keeps no more of the routing than it needs.
+
+    Args:
+        routing: what `route` returned
+        scoring: as for `route`
+        aux_loss: as for `route`
+    """
+    if aux_loss is None:
+        importance, plan = routing.importance, routing.plan
+        if scoring != "softmax":
+            importance = losses.shares(routing.probs).sum(dim=0)
+        return functools.partial(_balance, importance, plan.load, plan.expert_ids)
+
+    def own_loss() -> Tensor:
+        l_aux = aux_loss(routing)
+        if not isinstance(l_aux, Tensor) or l_aux.dim() != 0:
+            got = list(l_aux.shape) if isinstance(l_aux, Tensor) else type(l_aux).__name__
+            raise RuntimeError(f"route: aux_loss must return a tensor [], got {got}")
+        return l_aux
+
+    return own_loss
 
 
 def _recorded(
@@ -168,9 +196,6 @@ def _indices(expert_ids: Tensor, num_experts: int) -> Tensor:
     return expert_ids.clamp(0, num_experts - 1).long()
 
 
-def _balance(routing: Routing, scoring: str) -> Tensor:
-    importance, plan = routing.importance, routing.plan
-    if scoring != "softmax":
-        importance = losses.shares(routing.probs).sum(dim=0)
-    K = plan.expert_ids.shape[1]
-    return Balance.call(importance, plan.load, plan.expert_ids, 1 if K <= 2 else K)[0]
+def _balance(importance: Tensor, load: Tensor, expert_ids: Tensor) -> Tensor:
+    K = expert_ids.shape[1]
+    return Balance.call(importance, load, expert_ids, 1 if K <= 2 else K)[0]

@@ -79,6 +79,37 @@ def test_total_l_aux_without_a_loss():
         total_l_aux([layer])
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_evaluation_computes_the_loss_where_it_is_read(monkeypatch, k):
+    import moe_ext.routing.route as routing
+
+    computed, balance = [], routing._balance
+    monkeypatch.setattr(routing, "_balance", lambda *args: computed.append(k) or balance(*args))
+    layer, x = layer_for(k).eval(), torch.randn(40, H, dtype=torch.float64)
+    layer(x)
+    expected, counts = layer.l_aux, layer.exp_counts
+    assert expected.requires_grad
+    assert computed == [k]
+    with torch.no_grad():
+        layer(x)
+        assert layer.gate.route(x).l_aux is None
+    assert computed == [k]
+    assert not layer.l_aux.requires_grad
+    assert torch.equal(layer.l_aux, expected)
+    assert layer.exp_counts.dtype == torch.int64
+    assert torch.equal(layer.exp_counts, counts)
+    assert computed == [k, k, k]
+    with torch.no_grad():
+        _, aux = layer.forward_with_aux(x)
+        assert torch.equal(aux.l_aux, expected)
+        # DeepSpeed's form of the gate has it too.
+        assert torch.equal(layer.gate(x)[0], expected)
+        # A caller's own loss may need anything of the routing.
+        layer.gate.aux_loss = lambda routing: routing.logits.square().mean()
+        layer(x)
+        assert torch.equal(layer.l_aux, layer.gate.route(x).logits.square().mean())
+
+
 def test_total_l_aux_in_compiled_code():
     layer, x = layer_for(2), torch.randn(40, H, dtype=torch.float64)
 

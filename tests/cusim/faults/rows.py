@@ -16,6 +16,7 @@ MUTANTS = [
         "route > routes.num_tokens * routes.top_k",
     ),
     Mutant("rows.cuh", "load(routes.slots + route) == row ? route : -1", "route"),
+    Mutant("rows.cuh", BARRIER, "", after="*found = lanes;\n  }"),
     Mutant("rows.cuh", "mine < routes.num_rows && route_of", "mine <= routes.num_rows && route_of"),
     Mutant("rows.cuh", "__ffs(empty) - 1", "__ffs(empty)"),
     Mutant(
