@@ -21,6 +21,8 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
 	--no-loadscope-reorder
 
+# Stamps of what passed on the card in this machine.
+GPU := build/gpu
 CUSIM := build/cusim/tests/cusim/moe_ext_dev.so
 # The orders of threads and blocks, beside forward, in which the operators' laws hold.
 ORDERS := reverse random1 random2 random3
@@ -131,21 +133,41 @@ mutants: $(VENV)/installed
 cuda: $(VENV)/sass
 	$(BIN)/python bench/ptxas.py
 
-# On a machine with a GPU: the suite, NVIDIA's checks for memory errors and races, and the operators'
-# speed next to a plain copy.
+# On a machine with a GPU: the suite, the operators' speed beside a plain copy and a layer's beside
+# its products, and NVIDIA's checks for memory errors and races. The library is built for this card
+# alone. What passed is not run again before a source changes: stop it, and start it again.
 gpu: gpu-test gpu-bench gpu-sanitize
 
-gpu-test: $(VENV)/installed
-	$(BIN)/python -m pytest --device=cuda
+gpu-test: $(patsubst %,$(GPU)/test-%,ops layers parallel tools)
+gpu-bench: $(patsubst %,$(GPU)/bench-%,bfloat16 float32 layer)
+	$(BIN)/python bench/report.py --cards
+gpu-sanitize: $(GPU)/memcheck $(GPU)/racecheck
 
-gpu-sanitize: $(VENV)/installed
-	@test -x $(SANITIZER) || { echo "no $(SANITIZER): CUDA_HOME must be a whole toolkit"; exit 1; }
+$(GPU)/test-%: $(GPU)/ready
+	$(BIN)/python -m pytest --device=cuda tests/$*
+	touch $@
+
+$(GPU)/bench-layer: $(GPU)/bench-bfloat16
+	$(BIN)/python bench/bench_gpu.py
+	touch $@
+
+$(GPU)/bench-%: $(GPU)/ready
+	$(BIN)/python bench/bench_ops.py --device cuda --dtype $*
+	touch $@
+
+$(GPU)/memcheck: $(GPU)/ready
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --report-api-errors no \
 		--error-exitcode 1 $(SANITIZED)
-	$(SANITIZER) --tool racecheck --error-exitcode 1 $(SANITIZED)
+	touch $@
 
-gpu-bench: $(VENV)/installed
-	$(BIN)/python bench/bench_ops.py --device cuda
+$(GPU)/racecheck: $(GPU)/ready
+	$(SANITIZER) --tool racecheck --error-exitcode 1 $(SANITIZED)
+	touch $@
+
+$(GPU)/ready: $(VENV)/installed $(wildcard moe_ext/*.py moe_ext/*/*.py tests/*.py tests/*/*.py)
+	@test -x $(SANITIZER) || { echo "no $(SANITIZER): CUDA_HOME must be a whole toolkit"; exit 1; }
+	mkdir -p $(GPU)
+	touch $@
 
 clean:
 	rm -rf $(VENV) .venv-abi build dist demo-out *.egg-info moe_ext/_C.* moe_ext/_C_cuda.*
@@ -162,10 +184,12 @@ $(VENV)/torch: $(VENV)/python pyproject.toml
 	touch $@
 
 # Rebuild if the library was removed, or if an earlier build left out the CUDA kernels.
+OWN_CARD = $(if $(filter gpu%,$(MAKECMDGOALS)),TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$( \
+	$(BIN)/python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}")
 WANTED := moe_ext/_C.* $(if $(filter gpu%,$(MAKECMDGOALS)),moe_ext/_C_cuda.*)
 $(VENV)/installed: $(VENV)/torch setup.py moe_ext/toolkit.py $(SOURCES) \
 		$(foreach library,$(WANTED),$(if $(wildcard $(library)),,FORCE))
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo]"
+	$(OWN_CARD) $(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo]"
 	touch $@
 
 $(VENV)/sass: $(VENV)/torch pyproject.toml

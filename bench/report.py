@@ -1,6 +1,7 @@
 """Write the tables and pictures of the benches' results into the pages.
 
     python bench/report.py [bench/results/<machine>]
+    python bench/report.py --cards                     # only which GPUs have results
 
 Reads the result files of a machine, by default this one, prints their tables and writes them into
 README.md and docs between <!-- bench: name --> and <!-- end -->. Draws the pictures of
@@ -256,13 +257,35 @@ def filled(page: str, texts: dict[str, str]) -> str:
     return page
 
 
+def cards() -> str:
+    """Say on which GPUs the kernels have run: those that have results of bench_ops.py."""
+    dates: dict[str, str] = {}
+    for path in RESULTS.glob("*/ops-*.json"):
+        report = json.loads(path.read_text())
+        if report["cuda"]:
+            dates[report["machine"]] = max(report["date"], dates.get(report["machine"], ""))
+    if not dates:
+        return "**they have not run on a GPU yet**"
+    return "they have run on " + ", ".join(f"{card} ({dates[card]})" for card in sorted(dates))
+
+
+def with_cards(page: str) -> str:
+    marks = r"(<!-- cards -->).*?(<!-- end -->)"
+    return re.sub(marks, lambda found: found[1] + cards() + found[2], page, flags=re.DOTALL)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     here = RESULTS / slug(machine(torch.device("cpu")))
     parser.add_argument("folder", nargs="?", type=Path, default=here, help="of result files")
+    parser.add_argument("--cards", action="store_true", help="only say which GPUs have results")
     options = parser.parse_args(arguments)
+    for page in (ROOT / "README.md", DOCS / "cuda.md"):
+        page.write_text(with_cards(page.read_text()))
+    if options.cards:
+        return
     found = results(options.folder)
     if missing := NEEDED - set(found):
         sys.exit(f"{options.folder} has no {', '.join(sorted(missing))}: run `make bench`")

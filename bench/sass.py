@@ -151,7 +151,7 @@ def own(first: int, found: dict[int, set[int]]) -> Iterator[int]:
 def main_loop(graph: list[Block]) -> list[str]:
     """Instructions of the loop that itself moves most vectors, with those of loops inside of it.
 
-    All of the kernel's, where it has no loop that accesses global memory.
+    All of the kernel's, where no loop accesses global memory, or vectors move outside of loops.
     """
     found = loops(graph)
 
@@ -164,7 +164,9 @@ def main_loop(graph: list[Block]) -> list[str]:
         )
 
     first = max(found, key=moved, default=None)
-    chosen = range(len(graph)) if first is None or not moved(first)[1] else sorted(found[first])
+    vectors, accesses, _ = (0, 0, 0) if first is None else moved(first)
+    moves = vectors or (accesses and not any(block.vectors() for block in graph))
+    chosen = sorted(found[first]) if first is not None and moves else range(len(graph))
     return [opcode for index in chosen for opcode in graph[index].opcodes]
 
 
