@@ -207,7 +207,7 @@ __device__ bool take_different(const unsigned (&keys)[L::kValues], int lane, int
     for (int i = 0; i + 1 < kKept; ++i) kept[i] = kept[i + 1];
     kept[kKept - 1] = 0;
   }
-  // Of the row's own lanes.
+  // Only the row's own lanes count.
   owners = owners >> (threadIdx.x % kWarp - lane) & kAllLanes >> (kWarp - L::kLanes);
   const unsigned next = lanes_max<L::kLanes>(kept[0]);
   const unsigned before = __shfl_up_sync(kAllLanes, key, 1, L::kLanes);

@@ -74,8 +74,8 @@ class SharedMemory {
   std::size_t taken_ = 0;
 };
 
-// Of the special function unit, a relative error of 2^-22 at most. Numbers too small to be normal
-// count as 0, as arguments and as results.
+// The special function unit's, with a relative error of 2^-22 at most. Numbers too small to be
+// normal count as 0, as arguments and as results.
 __device__ inline float approximate_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,4 +1,4 @@
-// What a profiler would count of a launch's memory accesses.
+// Counts a launch's memory accesses as a profiler would.
 //
 // Global memory is seen by `load` and `store`. Kernels compiled with -fsanitize=thread call a
 // function at every access; here these functions are not ThreadSanitizer's, but show what happens
@@ -18,9 +18,9 @@
 namespace cusim {
 
 struct Counts {
-  // Of shared memory: a wavefront serves each of 32 banks of 4 bytes once.
+  // Shared memory: a wavefront serves each of 32 banks of 4 bytes once.
   std::uint64_t requests, wavefronts, least_wavefronts;
-  // Of global memory: different bytes that requests ask for, and whole sectors of 32 bytes.
+  // Global memory: different bytes that requests ask for, and whole sectors of 32 bytes.
   std::uint64_t bytes_asked, sector_bytes;
   std::uint64_t atomics;
   std::uint64_t past;  // bytes of global memory accessed, but not by `load` and `store`
@@ -73,7 +73,7 @@ class AccessCounter {
     block_.clear();
   }
 
-  // Of the launches since the last call.
+  // The counts since the last call.
   Counts take() { return std::exchange(counts_, {}); }
 
  private:

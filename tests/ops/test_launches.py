@@ -272,7 +272,7 @@ def test_a_layer_moves_what_its_operators_must(launches_of, monkeypatch, capacit
     dispatch, combine = T * H + R * H, kept * H + T * H
     of_forward = {"dispatch": [dispatch], "combine": [combine]}
     of_forward["activate"] = [kept * 2 * F + R * F]
-    # Of the tokens once more, which are not kept as rows.
+    # The tokens are dispatched once more: their rows are not kept.
     of_backward = {"dispatch": [dispatch, dispatch], "combine": [combine]}
     of_backward["activate_backward"] = [kept * 3 * F + R * 3 * F]
     for launches, limits in ((forward, of_forward), (backward, of_backward)):
