@@ -147,11 +147,11 @@ $(GPU)/test-%: $(GPU)/ready
 	$(BIN)/python -m pytest --device=cuda tests/$*
 	touch $@
 
-$(GPU)/bench-layer: $(GPU)/bench-bfloat16
+$(GPU)/bench-layer: $(GPU)/bench-bfloat16 $(wildcard bench/*.py)
 	$(BIN)/python bench/bench_gpu.py
 	touch $@
 
-$(GPU)/bench-%: $(GPU)/ready
+$(GPU)/bench-%: $(GPU)/ready $(wildcard bench/*.py)
 	$(BIN)/python bench/bench_ops.py --device cuda --dtype $*
 	touch $@
 

@@ -64,9 +64,9 @@ def check(layer: moe_ext.MOELayer, hidden: Tensor) -> None:
     few = hidden[:4].detach()
     with torch.no_grad():
         out, aux = layer.forward_with_aux(few)
-        wide = copy.deepcopy(layer).double().cpu()
-        exact = wide(few.double().cpu(), expert_ids=aux.expert_ids.cpu())
-    error = (out.double().cpu() - exact).abs().max() / exact.abs().max()
+        wide = copy.deepcopy(layer).cpu().double()
+        exact = wide(few.cpu().double(), expert_ids=aux.expert_ids.cpu())
+    error = (out.cpu().double() - exact).abs().max() / exact.abs().max()
     if not error < 0.03:
         raise AssertionError(f"the layer's result is off by {error:.3g} of its largest")
 
@@ -88,7 +88,7 @@ def calls(layer: moe_ext.MOELayer, hidden: Tensor, shape: Shape) -> dict[str, Ca
         return F.grouped_mm(inner[:, : shape.ffn], down.transpose(-1, -2), offs=ends)
 
     def with_gradient() -> None:
-        layer(hidden).backward(grad)
+        torch.autograd.grad(layer(hidden), [hidden, *layer.parameters()], grad)
 
     return {"forward": forward, "products": products, "with gradient": with_gradient}
 

@@ -6,7 +6,8 @@ Reads results/counters.json and ptxas.json, writes the table of docs/cuda.md bet
 <!-- model --> and <!-- end -->. A launch takes the longest of
 
     memory     whole sectors, at nine tenths of the card's bandwidth
-    issue      instructions of the main loop, four of a multiprocessor's warps in a clock
+    issue      instructions of the main loop, as ptxas.py counts them: four of a multiprocessor's
+               warps in a clock
     latency    what resident threads have on their way, against the time a read takes
 
 and at least its start, and three reads one after the other. Where a card was measured
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import RESULTS
+from ptxas import blocks_per_sm
 from report import markdown
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda.md"
@@ -29,7 +31,7 @@ READS = 3  # of slots, of sources, of a row
 
 
 class Card(NamedTuple):
-    arch: str  # whose code it runs
+    arch: str  # of its multiprocessors; sm_89 runs the code of sm_80
     multiprocessors: int
     clock: float  # Hz
     bandwidth: float  # bytes a second
@@ -39,7 +41,7 @@ CARDS = {
     "A100": Card("sm_80", 108, 1.41e9, 2.04e12),
     "H100": Card("sm_90", 132, 1.76e9, 3.35e12),
     "B200": Card("sm_100", 148, 1.85e9, 8.0e12),
-    "RTX 4090": Card("sm_80", 128, 2.52e9, 1.01e12),
+    "RTX 4090": Card("sm_89", 128, 2.52e9, 1.01e12),
 }
 
 
@@ -57,7 +59,7 @@ class Shape(NamedTuple):
 
 SHAPES = [
     Shape("qwen3", 8192, "T128 K8 E64 H2048 F1024 bfloat16", 128, "T1024 K8 E128", 1024, 16),
-    Shape("mixtral", 8192, "T64 K2 E8 H4096 F3584 bfloat16", 64, "T2048 K2 E8", 2048, 2),
+    Shape("mixtral", 8192, "T64 K2 E8 H4096 F2048 bfloat16", 64, "T2048 K2 E8", 2048, 2),
 ]
 # The kernel of a launch, with 16-bit rows in vectors; {lanes} lanes hold a token's row of the gate.
 KERNELS = {
@@ -75,8 +77,9 @@ def seconds(
     card: Card, kernel: dict, sector_bytes: float, warp_instructions: float
 ) -> tuple[float, str]:
     """(time, what binds it) of a launch."""
-    in_flight = card.multiprocessors * kernel["blocks_per_sm"] * 256 * 16
-    in_flight *= max(kernel["loop_vectors"] // 2, 1)
+    blocks = blocks_per_sm(card.arch, kernel["registers"], kernel["threads"])
+    in_flight = card.multiprocessors * blocks * kernel["threads"] * 16
+    in_flight *= max(kernel["loop_loads"], 1)
     times = {
         "memory": sector_bytes / (0.9 * card.bandwidth),
         "issue": warp_instructions / (4 * card.multiprocessors * card.clock),
@@ -96,7 +99,8 @@ def modelled(counters: list[dict], kernels: dict, shape: Shape, name: str) -> di
     scale = shape.tokens / counted_tokens
     found = {}
     for title, card in CARDS.items():
-        kernel = kernels[card.arch][KERNELS[name].format(lanes=shape.lanes)]
+        code = {"sm_89": "sm_80"}.get(card.arch, card.arch)
+        kernel = kernels[code][KERNELS[name].format(lanes=shape.lanes)]
         if is_routing:  # a warp takes 32 / lanes rows at a time
             loops = shape.tokens * shape.lanes / 32
         else:  # a warp moves 32 vectors at a time

@@ -6,11 +6,11 @@ Fails if a kernel spills registers, if a kernel that moves 16-byte vectors has n
 store in its PTX, or if what the same CUDA recorded before is different: commit the new file with
 the change that made it. Needs a CUDA toolkit, NVIDIA's disassembler and any torch, no GPU.
 
-    loop_instructions   of the loop that moves the data; of the whole kernel where it has none
-    loop_vectors        16-byte accesses to global memory among those
+    loop_instructions   of the loop that moves the data; of the whole kernel where it has none. A
+                        loop inside counts once, and so does a path that is seldom taken
+    loop_vectors        16-byte accesses to global memory among those, and loop_loads the reads
     hmma_share          tensor-core instructions among those
-    blocks_per_sm       what registers and threads leave room for; dynamic shared memory, which
-                        results/counters.json has, may leave less
+    blocks_per_sm       what registers and threads leave room for; shared memory may leave less
 """
 
 import json
@@ -100,6 +100,7 @@ def resources(said: str) -> dict[str, dict]:
 SM = {
     "sm_75": (32, 16),
     "sm_80": (64, 32),
+    "sm_89": (48, 24),
     "sm_90": (64, 32),
     "sm_100": (64, 32),
     "sm_120": (48, 24),
@@ -127,8 +128,16 @@ def add_instructions(kernels: dict[str, dict], folder: Path, toolkit_root: Path)
         for mangled, bounds, _ in ENTRY.findall(text):
             kernel = kernels[arch][names[mangled]]
             threads = int(re.search(r"\.maxntid (\d+)", bounds)[1])
-            kernel |= sass.counts(bodies[mangled])
+            kernel |= sass.counts(bodies[mangled]) | {"threads": threads}
             kernel["blocks_per_sm"] = blocks_per_sm(arch, kernel["registers"], threads)
+
+
+def committed() -> dict:
+    """The last result that was committed; outside of a clone, that of the file."""
+    show = ["git", "show", f"HEAD:{RESULT.relative_to(ROOT)}"]
+    shown = subprocess.run(show, cwd=ROOT, text=True, capture_output=True)
+    text = shown.stdout if shown.returncode == 0 else RESULT.exists() and RESULT.read_text()
+    return json.loads(text) if text else {"cuda": None}
 
 
 def differences(before: dict, now: dict) -> list[str]:
@@ -141,9 +150,9 @@ def differences(before: dict, now: dict) -> list[str]:
                 found.append(f"{arch} {name}: {'new' if name in new else 'gone'}")
                 continue
             changed = [
-                f"{what} {old[name].get(what)} -> {value}"
-                for what, value in new[name].items()
-                if old[name].get(what) != value
+                f"{what} {old[name].get(what)} -> {new[name].get(what)}"
+                for what in dict.fromkeys([*new[name], *old[name]])
+                if old[name].get(what) != new[name].get(what)
             ]
             if changed:
                 found.append(f"{arch} {name}: {', '.join(changed)}")
@@ -183,7 +192,7 @@ def main() -> None:
     kernels = resources(compile_kernels(found))
     add_instructions(kernels, BUILD / "ptx", found.root)
     version = ".".join(map(str, found.version))
-    committed = json.loads(RESULT.read_text()) if RESULT.exists() else {"cuda": None}
+    before = committed()
     RESULT.write_text(as_json({"cuda": version, "kernels": kernels}) + "\n")
     for arch, of_arch in kernels.items():
         most = max(of_arch, key=lambda name: of_arch[name]["registers"])
@@ -203,9 +212,9 @@ def main() -> None:
         sys.exit("\n".join(["registers spill in", *spills]))
     if lacking:
         sys.exit("\n".join(["no 16-byte load and store in", *lacking]))
-    if committed["cuda"] != version:
-        print(f"{RESULT} was of CUDA {committed['cuda']}: not compared")
-    elif changes := differences(committed["kernels"], kernels):
+    if before["cuda"] != version:
+        print(f"{RESULT} was of CUDA {before['cuda']}: not compared")
+    elif changes := differences(before["kernels"], kernels):
         shown = changes[:40] + [f"and {len(changes) - 40} more"] * (len(changes) > 40)
         sys.exit("\n".join([f"{RESULT} is another now; commit it if that is meant", *shown]))
 

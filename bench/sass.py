@@ -140,6 +140,27 @@ def loops(graph: list[Block]) -> dict[int, set[int]]:
     return found
 
 
+def is_irreducible(graph: list[Block]) -> bool:
+    """Whether a loop has two entries: then it is none of `loops`."""
+    dominated_by = dominators(graph)
+    state = [0] * len(graph)  # 1: on the way, 2: done
+    stack = [(0, iter(graph[0].next))]
+    state[0] = 1
+    while stack:
+        index, following = stack[-1]
+        for other in following:
+            if state[other] == 1 and other not in dominated_by[index]:
+                return True
+            if state[other] == 0:
+                state[other] = 1
+                stack.append((other, iter(graph[other].next)))
+                break
+        else:
+            state[index] = 2
+            stack.pop()
+    return False
+
+
 def own(first: int, found: dict[int, set[int]]) -> Iterator[int]:
     """The blocks of a loop that are in none of those inside of it."""
     inside = [body for other, body in found.items() if other != first and other in found[first]]
@@ -171,17 +192,20 @@ def main_loop(graph: list[Block]) -> list[str]:
 
 
 def counts(lines: list[str]) -> dict:
-    """What ptxas.json keeps of a kernel's instructions."""
+    """What ptxas.json keeps of a kernel's instructions; loop_instructions is None where the loops
+    are not nested."""
     graph = blocks(lines)
     every = [opcode for block in graph for opcode in block.opcodes]
     if every[-1] == "BRA":  # to itself, behind the end
         every.pop()
     loop = main_loop(graph)
     vectors = sum(op.startswith(("LDG", "STG")) and ".128" in op for op in loop)
+    loads = sum(op.startswith("LDG") and ".128" in op for op in loop)
     tensor = sum(op.startswith(("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "UTCHMMA")) for op in loop)
     return {
         "instructions": len(every),
-        "loop_instructions": min(len(loop), len(every)),
+        "loop_instructions": None if is_irreducible(graph) else min(len(loop), len(every)),
         "loop_vectors": vectors,
+        "loop_loads": loads,
         "hmma_share": round(tensor / max(len(loop), 1), 3),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import warnings
@@ -14,7 +15,7 @@ from torch.autograd import Function
 
 from . import options
 from .ops.plan import Plan
-from .routing.route import Routing
+from .routing.route import Routing, balance_of
 
 
 class Aux(NamedTuple):
@@ -46,14 +47,25 @@ class Outcome(NamedTuple):
     expert_ids: Tensor | Any = None
 
     @classmethod
-    def of(cls, routing: Routing, gate: nn.Module) -> Outcome:
+    def of(cls, routing: Routing, is_lazy: bool) -> Outcome:
         l_aux, plan = routing.l_aux, routing.plan
-        if l_aux is None and hasattr(gate, "loss_of"):
-            l_aux = gate.loss_of(routing)  # type: ignore[operator]
-        return cls(l_aux, plan.load, plan.expert_ids)
+        if not is_lazy:
+            return cls(l_aux, plan.load.to(torch.int64), plan.expert_ids)
+        return cls(balance_of(routing) if l_aux is None else l_aux, plan.load, plan.expert_ids)
 
     def aux(self) -> Aux:
         return Aux(_computed(self.l_aux), self.load.to(torch.int64), self.expert_ids)
+
+
+def route_of(gate: nn.Module) -> tuple[Callable[..., Routing], bool]:
+    """Return how a layer calls a gate, and whether what nobody may read is left out: in evaluation
+    without gradients, where the gate's own `route` can."""
+    route: Any = gate.route
+    if gate.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return route, False
+    if not getattr(route, "takes_with_loss", False):
+        return route, False
+    return functools.partial(route, with_loss=False), True
 
 
 def _computed(l_aux: Tensor | Callable[[], Tensor] | Any) -> Tensor | Any:
@@ -124,6 +136,7 @@ class Layer(nn.Module):
 
     gate: Any
     experts: Any
+    outcome: Outcome | None = None  # of the last call
 
     def __init__(self, gate: nn.Module, experts: nn.Module, num_experts: int | None = None) -> None:
         super().__init__()
@@ -135,11 +148,10 @@ class Layer(nn.Module):
         _check_fit(owner, gate, experts, self.num_experts)
         self.gate = gate
         self.experts = experts
-        self.outcome: Outcome | None = None
         self.observer: Observer | None = None
 
-    # Typed Any, so that readers need no check for None. Computed from the last call's tensors in
-    # every read: those of a CUDA graph change with each replay.
+    # Typed Any, so that readers need no check for None. In evaluation without gradients every read
+    # computes from the last call's tensors: those of a CUDA graph change with each replay.
     @property
     def l_aux(self) -> Tensor | Any:
         """The auxiliary loss of the last call; None before the first."""
@@ -186,7 +198,13 @@ class Layer(nn.Module):
         Returns:
             hidden's shape and dtype
         """
-        out, outcome = self._forward(hidden, used_token, expert_ids)
+        # FSDP may replace the instance's method by another entry into the layer.
+        entry = type(self).forward_with_aux
+        if entry is Layer.forward_with_aux:
+            out, outcome = self._forward(hidden, used_token, expert_ids)
+        else:
+            out, aux = entry(self, hidden, used_token, expert_ids=expert_ids)
+            outcome = Outcome(*aux)
         if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             l_aux = _warning_of_lost_gradient(outcome.l_aux, type(self).__name__)
             outcome = outcome._replace(l_aux=l_aux)
@@ -236,8 +254,9 @@ class Layer(nn.Module):
     def _route(
         self, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None
     ) -> tuple[Plan, Tensor, Outcome, Routing | None]:
-        routing = self.gate.route(tokens, used_token, expert_ids)
-        return routing.plan, routing.weights, Outcome.of(routing, self.gate), routing
+        route, is_lazy = route_of(self.gate)
+        routing = route(tokens, used_token, expert_ids)
+        return routing.plan, routing.weights, Outcome.of(routing, is_lazy), routing
 
     def _routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         return self.experts.routed(tokens, plan, weights)
@@ -289,7 +308,7 @@ def total_l_aux(model: nn.Module) -> Tensor:
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     if not layers:
         raise ValueError(f"total_l_aux: model must contain a MOELayer or a Layer, {name} does not")
-    called = [layer for layer in layers if layer.outcome is not None]
+    called = [layer for layer in layers if layer.outcome and layer.outcome.load is not None]
     if not called:
         raise RuntimeError(
             f"total_l_aux: no layer in this {name} was called yet; call the model first. "

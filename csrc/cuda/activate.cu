@@ -42,15 +42,18 @@ __device__ inline ValueAndSlope<float> approximate_normal(float x) {
   return {x < 0 ? tail : 1 - tail, kInverseSqrt2Pi * bell};
 }
 
-// As `activated`, for rows of type T: with what the rounding to 16 bits leaves visible.
+// As `activated`, for rows of type T. Those of 16 bits round away all but a sigmoid below 2^-126,
+// which counts as 0.
 template <typename T, Activation kActivation>
 __device__ ValueAndSlope<accumulate_t<T>> activated_for(accumulate_t<T> x) {
   if constexpr (sizeof(T) > 2 || kActivation == Activation::kRelu) {
     return activated(kActivation, x);
   } else if constexpr (kActivation == Activation::kSwiglu) {
     constexpr float kLog2e = 1.44269504f;
-    const float sigmoid = approximate_reciprocal(1 + approximate_exp2(-kLog2e * x));
-    return {x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))};
+    const float inverse = approximate_exp2(-kLog2e * x);  // exp(-x)
+    const float sigmoid = approximate_reciprocal(1 + inverse);
+    // 1 - sigmoid by a product: x may be large, and a reciprocal of 1 a little less than 1.
+    return {x * sigmoid, sigmoid * (1 + x * (std::fmin(inverse, FLT_MAX) * sigmoid))};
   } else {
     const auto [below, density] = approximate_normal(x);
     return {x * below, below + x * density};

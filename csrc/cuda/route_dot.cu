@@ -54,7 +54,6 @@ void route_dot_kernel(const Pack<T, kSize>* __restrict__ tokens,  // [T, columns
     Sum sum[kInFlight] = {};
     for (int column = threadIdx.x; column < columns; column += blockDim.x) {
       const Column from(rows, columns, column);
-      const Column to(dispatched, columns, column);
       const Pack<Sum, kSize> x = widened(load(tokens + token * columns + column));
       Pack<T, kSize> in[kInFlight];
 #pragma unroll
@@ -66,7 +65,9 @@ void route_dot_kernel(const Pack<T, kSize>* __restrict__ tokens,  // [T, columns
       for (int i = 0; i < kInFlight; ++i) {
         if (row[i] < 0) continue;
         sum[i] += dot(x, widened(in[i]));
-        if (kDispatches) store(to.of(row[i]), scaled<T>(x, weight[i]));
+        if constexpr (kDispatches) {
+          store(Column(dispatched, columns, column).of(row[i]), scaled<T>(x, weight[i]));
+        }
       }
     }
 #pragma unroll

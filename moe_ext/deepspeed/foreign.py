@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..experts.base import Experts
 from ..experts.padded import refuse_wrapped
-from ..layer import Outcome
+from ..layer import Outcome, route_of
 from ..ops.plan import Plan
 from ..routing.route import Routing
 from . import masks
@@ -69,13 +69,14 @@ def decide(
             "route(tokens, used_token, expert_ids)"
         )
     if by_route:
-        routing = gate.route(tokens, used_token, *recorded)  # type: ignore[operator]
+        route, is_lazy = route_of(gate)
+        routing = route(tokens, used_token, *recorded)
         if not isinstance(routing, Routing):
             raise RuntimeError(
                 f"MOELayer: {name}.route must return a moe_ext.Routing, "
                 f"got {type(routing).__name__}"
             )
-        return routing.plan, routing.weights, Outcome.of(routing, gate), routing
+        return routing.plan, routing.weights, Outcome.of(routing, is_lazy), routing
     signature = _signature(gate, "forward")
     knows_sparse = signature is not None and "sparse_routes" in signature.parameters
     result = gate(tokens, used_token, **({"sparse_routes": True} if knows_sparse else {}))

@@ -23,7 +23,7 @@ from ..options import (
     Scoring,
 )
 from ..process_group import GroupAttribute
-from ..routing.gate import Gate
+from ..routing.gate import Gate, takes_with_loss
 from ..routing.route import Routing
 from ..routing.rule import Rule
 from . import masks
@@ -303,11 +303,14 @@ class TopKGate(Gate):
             raise RuntimeError("TopKGate: ep_group has been set already")
         self.ep_group = ep_group
 
+    @takes_with_loss
     def route(
         self,
         tokens: Tensor,
         used_token: Tensor | None = None,
         expert_ids: Tensor | None = None,
+        *,
+        with_loss: bool = True,
     ) -> Routing:
         """Choose the experts of every token; with `wall_clock_breakdown`, add to `gate_time`.
 
@@ -315,14 +318,15 @@ class TopKGate(Gate):
             tokens: [T, H]
             used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
             expert_ids: [T, K] int32, a recorded choice to make again; -1 is none
+            with_loss: compute l_aux in any case; else it may be None
 
         Raises:
             RuntimeError: an argument breaks this contract
         """
         if not self.wall_clock_breakdown:
-            return super().route(tokens, used_token, expert_ids)
+            return super().route(tokens, used_token, expert_ids, with_loss=with_loss)
         with self.timers.time(TOPK_GATE_TIMER):
-            routing = super().route(tokens, used_token, expert_ids)
+            routing = super().route(tokens, used_token, expert_ids, with_loss=with_loss)
         self.gate_time = self.timers(TOPK_GATE_TIMER).elapsed(reset=False)
         return routing
 
@@ -349,8 +353,6 @@ class TopKGate(Gate):
             tuple of seven
         """
         routing = self.route(input, used_token)
-        if routing.l_aux is None:
-            routing = routing._replace(l_aux=self.loss_of(routing)())
         return masks.form(routing, sparse_routes, use_tutel, self.ep_group)
 
 

@@ -14,9 +14,18 @@ from ..ops import checks, reference
 from ..ops.functional import has_autocast
 from ..ops.registry import is_exporting
 from . import choice_scores
-from .route import Routing, loss_of, route
+from .route import Routing, route
 from .routers import Tensors, WideProduct, is_wide_product, logits_of
 from .rule import Rule
+
+
+def takes_with_loss(route: Callable) -> Callable:
+    """Mark a gate's `route` that takes with_loss: layers leave out a loss that nobody may read.
+
+    A gate that overrides `route` is not marked, and keeps its loss in every call.
+    """
+    route.takes_with_loss = True  # type: ignore[attr-defined]
+    return route
 
 
 class Gate(nn.Module):
@@ -139,21 +148,23 @@ class Gate(nn.Module):
     ) -> Routing:
         return self.route(tokens, used_token, expert_ids)
 
+    @takes_with_loss
     def route(
         self,
         tokens: Tensor,
         used_token: Tensor | None = None,
         expert_ids: Tensor | None = None,
+        *,
+        with_loss: bool = True,
     ) -> Routing:
         """Choose the experts of every token.
-
-        In evaluation without gradients l_aux is None, and `loss_of` computes it.
 
         Args:
             tokens: [T, H]
             used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
             expert_ids: [T, K] int32, a recorded choice to make again (`plan.expert_ids`); -1 is
                 none
+            with_loss: compute l_aux in any case; else it may be None
 
         Raises:
             RuntimeError: an argument breaks this contract
@@ -188,20 +199,12 @@ class Gate(nn.Module):
             drop_policy=rule.drop_policy,
             order=rule.order,
             aux_loss=self.aux_loss,
-            with_loss=self.training or torch.is_grad_enabled() or torch.compiler.is_compiling(),
+            with_loss=with_loss,
         )
         dtype = checks.accumulate_dtype(tokens.dtype)
         if routing.weights.dtype == dtype:
             return routing
         return routing._replace(weights=routing.weights.to(dtype))
-
-    def loss_of(self, routing: Routing) -> Callable[[], Tensor]:
-        """Return a function that computes l_aux of a routing.
-
-        Args:
-            routing: what `route` returned in this mode
-        """
-        return loss_of(routing, self._current_rule().scoring, self.aux_loss)
 
     @torch.no_grad()
     def update_bias(

@@ -82,7 +82,8 @@ def route(
         order: how routes queue, "choice" (all first choices, then all second ones) or "token"
         aux_loss: computes l_aux from the routing, whose l_aux is None then; None takes the
             load-balance loss of first choices for k <= 2 and of all choices for more
-        with_loss: compute l_aux; without it is None, and `loss_of` computes it
+        with_loss: compute l_aux in any case; else the load-balance loss of a softmax is left None,
+            and `balance_of` computes it
 
     Raises:
         RuntimeError: an argument breaks this contract
@@ -122,36 +123,25 @@ def route(
         later_scale = scale if divides_later else 1.0
         weights = mask_weights(weights, plan, normalize=divides_later, eps=eps, scale=later_scale)
     routing = Routing(weights, plan, choice.probs, choice.importance, None, logits)
-    if not with_loss:
-        return routing
-    l_aux = loss_of(routing, scoring, aux_loss)()
-    return Routing(weights, plan, choice.probs, choice.importance, l_aux, logits)
-
-
-def loss_of(
-    routing: Routing, scoring: Scoring, aux_loss: Callable[[Routing], Tensor] | None
-) -> Callable[[], Tensor]:
-    """Return a function that computes l_aux, and keeps no more of the routing than it needs.
-
-    Args:
-        routing: what `route` returned
-        scoring: as for `route`
-        aux_loss: as for `route`
-    """
-    if aux_loss is None:
-        importance, plan = routing.importance, routing.plan
-        if scoring != "softmax":
-            importance = losses.shares(routing.probs).sum(dim=0)
-        return functools.partial(_balance, importance, plan.load, plan.expert_ids)
-
-    def own_loss() -> Tensor:
+    if aux_loss is not None:
         l_aux = aux_loss(routing)
         if not isinstance(l_aux, Tensor) or l_aux.dim() != 0:
             got = list(l_aux.shape) if isinstance(l_aux, Tensor) else type(l_aux).__name__
             raise RuntimeError(f"route: aux_loss must return a tensor [], got {got}")
-        return l_aux
+    elif scoring != "softmax":
+        importance = losses.shares(choice.probs).sum(dim=0)
+        l_aux = _balance(importance, plan.load, plan.expert_ids)
+    elif with_loss:
+        l_aux = balance_of(routing)()
+    else:
+        return routing
+    return Routing(weights, plan, choice.probs, choice.importance, l_aux, logits)
 
-    return own_loss
+
+def balance_of(routing: Routing) -> Callable[[], Tensor]:
+    """Return a function that computes the load-balance loss; it keeps nothing of [T, E]."""
+    plan = routing.plan
+    return functools.partial(_balance, routing.importance, plan.load, plan.expert_ids)
 
 
 def _recorded(

@@ -130,12 +130,13 @@ struct Place {
 };
 Place place_of(const void* address);
 
-// A result of the special function unit: the last bits are wrong, numbers too small to be normal 0.
+// A result of the special function unit: two units in the last place too small, and 0 where a
+// number is too small to be normal.
 inline float approximate(float x) {
   if (std::fabs(x) < 0x1p-126f) return std::copysign(0.0f, x);
   unsigned bits = 0;
   std::memcpy(&bits, &x, sizeof bits);
-  if (std::isfinite(x)) bits &= ~3u;
+  if (std::isfinite(x) && (bits & 0x7fffffff) > 0x00800002) bits -= 2;
   std::memcpy(&x, &bits, sizeof bits);
   return x;
 }

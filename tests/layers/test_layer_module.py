@@ -92,7 +92,6 @@ def test_evaluation_computes_the_loss_where_it_is_read(monkeypatch, k):
     assert computed == [k]
     with torch.no_grad():
         layer(x)
-        assert layer.gate.route(x).l_aux is None
     assert computed == [k]
     assert not layer.l_aux.requires_grad
     assert torch.equal(layer.l_aux, expected)
@@ -102,12 +101,76 @@ def test_evaluation_computes_the_loss_where_it_is_read(monkeypatch, k):
     with torch.no_grad():
         _, aux = layer.forward_with_aux(x)
         assert torch.equal(aux.l_aux, expected)
-        # DeepSpeed's form of the gate has it too.
+        # The gate alone has it, in its own form and DeepSpeed's.
+        assert torch.equal(layer.gate.route(x).l_aux, expected)
         assert torch.equal(layer.gate(x)[0], expected)
-        # A caller's own loss may need anything of the routing.
-        layer.gate.aux_loss = lambda routing: routing.logits.square().mean()
+
+
+def test_a_loss_of_ones_own_is_computed_in_every_call():
+    class MoreLoss(TopKGate):
+        def route(self, tokens, used_token=None, expert_ids=None):
+            routing = super().route(tokens, used_token, expert_ids)
+            return routing._replace(l_aux=routing.l_aux + 1)
+
+    class NoLoss(TopKGate):
+        def route(self, tokens, used_token=None, expert_ids=None):
+            return super().route(tokens, used_token, expert_ids)._replace(l_aux=None)
+
+    class Around(nn.Module):
+        def __init__(self, gate):
+            super().__init__()
+            self.gate, self.num_experts = gate, gate.num_experts
+
+        def route(self, tokens, used_token=None, expert_ids=None):
+            return self.gate.route(tokens, used_token, expert_ids)
+
+    called = []
+
+    def own_loss(routing):
+        called.append(routing)
+        return routing.logits.square().mean()
+
+    x = torch.randn(40, H)
+    options = {"k": 2, "top2_2nd_expert_sampling": False}
+    gates = [MoreLoss(H, 4, **options), NoLoss(H, 4, **options), Around(TopKGate(H, 4, **options))]
+    gates.append(TopKGate(H, 4, **options, aux_loss=own_loss))
+    for gate in gates:
+        layer = MOELayer(gate, GroupedExperts(4, H, FFN)).eval()
         layer(x)
-        assert torch.equal(layer.l_aux, layer.gate.route(x).logits.square().mean())
+        expected = layer.l_aux
+        with torch.no_grad():
+            layer(x)
+        if isinstance(gate, NoLoss):
+            assert expected is None
+            assert layer.l_aux is None
+            assert total_l_aux(layer) == 0
+        else:
+            assert torch.equal(layer.l_aux, expected)
+    assert len(called) == 2
+
+
+def test_a_layer_calls_a_forward_with_aux_of_its_own():
+    class More(MOELayer):
+        def forward_with_aux(self, hidden, used_token=None, *, expert_ids=None):
+            out, aux = super().forward_with_aux(hidden, used_token, expert_ids=expert_ids)
+            return out + 100, aux._replace(l_aux=aux.l_aux + 1)
+
+    gate = TopKGate(H, 4, 2, drop_tokens=False, top2_2nd_expert_sampling=False)
+    layer = More(gate, GroupedExperts(4, H, FFN))
+    plain = MOELayer(gate, layer.experts)
+    x = torch.randn(40, H)
+    assert torch.equal(layer(x), plain(x) + 100)
+    assert torch.equal(layer.l_aux, plain.l_aux + 1)
+
+
+def test_attributes_of_a_layer_can_be_reset():
+    layer = layer_for(2)
+    layer(torch.randn(40, H, dtype=torch.float64))
+    layer.l_aux = layer.exp_counts = None
+    assert layer.l_aux is None
+    assert layer.exp_counts is None
+    with pytest.raises(RuntimeError, match="was called yet"):
+        total_l_aux(layer)
 
 
 def test_total_l_aux_in_compiled_code():

@@ -116,7 +116,8 @@ def test_every_16_bit_number_is_rounded_once(device, activation, dtype):
     grad, active, _ = torch.ops.moe_ext.activate_backward(
         ones, pre_activation, *routes, weights, activation
     )
-    # exp of a number above 88.7 is infinite in float32, and what is left of silu is lost.
+    # exp of a number above 88.7 is infinite in float32, a reciprocal of one above 87.3 too small to
+    # be normal: what is left of silu is lost.
     info = torch.finfo(dtype)
     rounding, least = 1.05 * info.eps / 2, max(info.smallest_normal * info.eps, 1e-36)
     for got, exact, size in ((out, value, value), (active, value, value)):

@@ -378,14 +378,14 @@ def test_kernels_of_rows_must_move_vectors(kernel, moves):
 def test_the_model_says_what_binds():
     model = load("model")
     card = model.CARDS["H100"]
-    kernel = {"blocks_per_sm": 4, "loop_vectors": 4}
+    kernel = {"registers": 64, "threads": 256, "loop_loads": 4}
     half_a_second = card.bandwidth * 0.45
     time, limit = model.seconds(card, kernel, half_a_second, 0)
     assert limit == "memory"
     assert time == pytest.approx(0.5 + model.START)
     time, limit = model.seconds(card, kernel, 0, 4 * card.multiprocessors * card.clock)
     assert (limit, time) == ("issue", pytest.approx(1 + model.START))
-    time, limit = model.seconds(card, kernel | {"loop_vectors": 1, "blocks_per_sm": 1}, 1e9, 0)
+    time, limit = model.seconds(card, kernel | {"loop_loads": 1, "registers": 255}, 1e9, 0)
     assert limit == "latency"
     assert model.seconds(card, kernel, 0, 0) == (model.START + 3 * model.READ, "start")
 
@@ -425,8 +425,26 @@ def test_instructions_of_the_main_loop():
         "instructions": 7,
         "loop_instructions": 5,
         "loop_vectors": 2,
+        "loop_loads": 1,
         "hmma_share": 0.0,
     }
+
+
+def test_a_loop_with_two_entries_has_no_count():
+    sass = load("sass")
+    lines = SASS.replace("LDC R1, c[0x0][0x28] ;", "@P2 BRA `(.L_x_2) ;").splitlines()[3:]
+    assert sass.counts(lines)["loop_instructions"] is None
+
+
+def test_the_model_is_of_the_shapes_that_are_timed():
+    model, timed = load("model"), load("bench_ops").SHAPES
+    for shape in model.SHAPES:
+        real = timed[shape.name]
+        assert shape.tokens == real.tokens
+        assert f"K{real.top_k} " in shape.rows
+        # swiglu of rows as wide as the model.
+        assert f"H{real.hidden} F{real.hidden // 2} " in shape.rows
+        assert shape.routing.endswith(f"K{real.top_k} E{real.num_experts}")
 
 
 def test_blocks_on_a_multiprocessor():
