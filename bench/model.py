@@ -15,6 +15,7 @@ and at least its start, and three reads one after the other. Where a card was me
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,7 @@ def seconds(
     """(time, what binds it) of a launch."""
     blocks = blocks_per_sm(card.arch, kernel["registers"], kernel["threads"])
     in_flight = card.multiprocessors * blocks * kernel["threads"] * 16
-    in_flight *= max(kernel["loop_loads"], 1)
+    in_flight *= kernel["loop_loads"] or math.inf  # nothing waits for what is only written
     times = {
         "memory": sector_bytes / (0.9 * card.bandwidth),
         "issue": warp_instructions / (4 * card.multiprocessors * card.clock),
