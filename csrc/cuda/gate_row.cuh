@@ -238,13 +238,11 @@ __device__ T value_of(const T (&row)[L::kValues], int id) {
   return value;
 }
 
-// Calls body with the layout that holds a row of so many experts. Float64 is for checks: half of
-// the layouts, which are the slowest to compile, do.
+// Calls body with the layout that holds a row of so many experts. Float64 is for checks: fewer
+// layouts do, which are the slowest to compile.
 template <typename T, typename Body>
 void visit_layout(int64_t num_experts, const Body& body) {
-  if constexpr (sizeof(T) < sizeof(double)) {
-    if (num_experts <= 16) return body(Layout<T, 2, 8>{});
-  }
+  if (num_experts <= 16) return body(Layout<T, 2, 8>{});
   if (num_experts <= 64) return body(Layout<T, 8, 8>{});
   if constexpr (sizeof(T) < sizeof(double)) {
     if (num_experts <= 128) return body(Layout<T, 16, 8>{});
