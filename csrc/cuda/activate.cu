@@ -147,7 +147,7 @@ __device__ accumulate_t<T> backward_vector(const Backward<T, kSize>& at, int64_t
 }
 
 template <typename T, int kSize, Activation kActivation>
-KERNEL(kMaxThreads, 2)  // without the second number nvcc spills at 64 registers
+KERNEL(kMaxThreads, 2)  // without the second number nvcc spills float64; at 64 registers, others
 void activate_backward_kernel(Backward<T, kSize> at, Routes routes, int columns) {
   using Sum = accumulate_t<T>;
   const int64_t num_routes = routes.num_tokens * routes.top_k;
@@ -191,16 +191,10 @@ void activate_backward_kernel(Backward<T, kSize> at, Routes routes, int columns)
   store(at.grad_weights + route, total);
 }
 
-// Calls body with an activation as a constant.
 template <typename Body>
 void visit_activation(Activation activation, const Body& body) {
-  switch (activation) {
-    case Activation::kSwiglu:
-      return body(std::integral_constant<Activation, Activation::kSwiglu>{});
-    case Activation::kGeglu: return body(std::integral_constant<Activation, Activation::kGeglu>{});
-    case Activation::kGelu: return body(std::integral_constant<Activation, Activation::kGelu>{});
-    case Activation::kRelu: return body(std::integral_constant<Activation, Activation::kRelu>{});
-  }
+  using A = Activation;
+  visit_constant<A::kSwiglu, A::kGeglu, A::kGelu, A::kRelu>(activation, body);
 }
 
 }  // namespace

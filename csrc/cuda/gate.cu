@@ -156,17 +156,6 @@ void importance_kernel(const T* __restrict__ block_sums,  // [blocks, E]
   if (part == 0 && e < num_experts) store(importance + e, parts[column]);
 }
 
-// Calls body with a scoring as a constant.
-template <typename Body>
-void visit_scoring(Scoring scoring, const Body& body) {
-  switch (scoring) {
-    case Scoring::kSoftmax: return body(std::integral_constant<Scoring, Scoring::kSoftmax>{});
-    case Scoring::kSigmoid: return body(std::integral_constant<Scoring, Scoring::kSigmoid>{});
-    case Scoring::kSqrtSoftplus:
-      return body(std::integral_constant<Scoring, Scoring::kSqrtSoftplus>{});
-  }
-}
-
 template <typename T>
 void launch_gate(const Gate& call, CUstream_st* stream) {
   using Sum = accumulate_t<T>;
@@ -176,7 +165,8 @@ void launch_gate(const Gate& call, CUstream_st* stream) {
   const int64_t blocks = gate_blocks(call.dtype, call.num_tokens, E);
   visit_layout<T>(E, [&](auto layout) {
     using L = decltype(layout);
-    visit_scoring(call.scoring, [&](auto scoring) {
+    using S = Scoring;
+    visit_constant<S::kSoftmax, S::kSigmoid, S::kSqrtSoftplus>(call.scoring, [&](auto scoring) {
       launch("gate", gate_kernel<T, L::kLanes, L::kValues, scoring>, blocks, L::kThreads,
              shared_bytes<Sum>(L::kSumStride * L::kValues), stream,
              static_cast<const T*>(call.logits), static_cast<const T*>(call.choice_scores),

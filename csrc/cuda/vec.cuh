@@ -184,6 +184,12 @@ __device__ inline int running_sum(int x) {
 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Calls body with a value that is one of kValues, as a std::integral_constant.
+template <auto... kValues, typename Value, typename Body>
+void visit_constant(Value value, const Body& body) {
+  ((value == kValues ? body(std::integral_constant<Value, kValues>{}) : void()), ...);
+}
+
 // Calls body(T{}) with the C++ type of a dtype.
 template <typename Body>
 void visit_dtype(Dtype dtype, const Body& body) {
