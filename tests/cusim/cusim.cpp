@@ -5,14 +5,13 @@
 
 #include "cusim.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
 #include <iterator>
 #include <mutex>
 
+#include "memory.h"
 #include "threads.h"
 
 #undef threadIdx
@@ -47,14 +46,6 @@ std::vector<Launch>& launches() {
 }
 
 namespace {
-
-void* allocate_shared(std::size_t bytes) {
-  // aligned_alloc would round the size up, and an access past the end would not be seen.
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 16, bytes)) throw std::bad_alloc();
-  std::memset(memory, 0xff, bytes);  // NaN as a float, -1 as an integer
-  return memory;
-}
 
 class Engine;
 Engine& engine();
@@ -154,63 +145,34 @@ class Engine {
     Thread& thread = self();
     const std::size_t index = thread.shared_taken++;
     Unowned scope;
-    if (index == shared_.size()) {
-      // Each array starts at a multiple of 16 bytes, as launch.cuh has it.
-      shared_bytes_ += (bytes + 15) / 16 * 16;
-      if (shared_bytes_ > shape_->shared_bytes) {
-        fail(thread, "takes " + std::to_string(shared_bytes_) +
+    if (index == shared_.count()) {
+      const std::size_t taken = shared_.bytes() + SharedArrays::rounded(bytes);
+      if (taken > shape_->shared_bytes) {
+        fail(thread, "takes " + std::to_string(taken) +
                          " bytes of shared memory, the launch gave " +
                          std::to_string(shape_->shared_bytes));
       }
-      shared_.push_back({allocate_shared(bytes), bytes});
+      shared_.add(bytes);
     }
     if (shared_[index].bytes != bytes)
       fail(thread, "threads take shared arrays of different sizes");
-    return shared_[index].memory;
+    return shared_[index].begin;
   }
 
   Place place_of(const void* address) {
-    const auto at = reinterpret_cast<std::uintptr_t>(address);
-    const auto within = [&](const void* start, std::size_t bytes) {
-      const auto begin = reinterpret_cast<std::uintptr_t>(start);
-      return at >= begin && at < begin + bytes;
-    };
-    std::uint64_t offset = 0;
-    for (const SharedArray& array : shared_) {
-      if (within(array.memory, array.bytes)) {
-        const auto begin = reinterpret_cast<std::uintptr_t>(array.memory);
-        return {Memory::kShared, offset + at - begin};
-      }
-      offset += (array.bytes + 15) / 16 * 16;
-    }
+    if (const auto offset = shared_.offset_of(address)) return {Memory::kShared, *offset};
     // Kernels take their parameters from the host's stack, and their coordinates from here.
-    const bool is_private = within(self().fiber.stack, kStackBytes) ||
-                            within(threads_.data(), threads_.size() * sizeof(Thread)) ||
-                            within(&current, sizeof current) ||
-                            within(host_stack_.begin, host_stack_.bytes);
-    return {is_private ? Memory::kPrivate : Memory::kGlobal, at};
+    const bool is_private = Range{self().fiber.stack, kStackBytes}.has(address) ||
+                            Range{threads_.data(), threads_.size() * sizeof(Thread)}.has(address) ||
+                            address == &current || host_stack_.has(address);
+    const Memory memory = is_private ? Memory::kPrivate : Memory::kGlobal;
+    return {memory, reinterpret_cast<std::uintptr_t>(address)};
   }
 
   void count_load(std::size_t bytes) { ++loads_[unsigned(__builtin_ctzll(bytes))]; }
   void count_store(std::size_t bytes) { ++stores_[unsigned(__builtin_ctzll(bytes))]; }
 
  private:
-  struct SharedArray {
-    void* memory;
-    std::size_t bytes;
-  };
-
-  struct Stack {
-    void* begin = nullptr;
-    std::size_t bytes = 0;
-    Stack() {
-      pthread_attr_t attributes;
-      if (pthread_getattr_np(pthread_self(), &attributes)) return;
-      pthread_attr_getstack(&attributes, &begin, &bytes);
-      pthread_attr_destroy(&attributes);
-    }
-  };
-
   // By this address ThreadSanitizer knows one barrier or __syncwarp().
   void* new_ordering() { return &orderings_[last_ordering_++ % std::size(orderings_)]; }
 
@@ -262,9 +224,7 @@ class Engine {
     Unowned scope;
     if (options().end_block) options().end_block();
     for (Thread& thread : threads_) end_thread(thread);
-    for (const SharedArray& array : shared_) std::free(array.memory);
     shared_.clear();
-    shared_bytes_ = 0;
   }
 
   void start_thread(Thread& thread) {
@@ -383,7 +343,7 @@ class Engine {
   }
 
   std::mutex mutex_;
-  const Stack host_stack_;  // of the thread that launched first
+  const Range host_stack_ = host_stack();  // of the thread that launched first
   const char* name_ = nullptr;
   const Shape* shape_ = nullptr;
   void (*thread_)(void*) = nullptr;
@@ -404,8 +364,7 @@ class Engine {
   void* barrier_ordering_ = nullptr;
   std::uint64_t orderings_[4096] = {}, last_ordering_ = 0;
   std::uint64_t launch_ordering_[2] = {};  // [0]: before the launch, [1]: after a thread
-  std::vector<SharedArray> shared_;
-  std::size_t shared_bytes_ = 0;
+  SharedArrays shared_;
 };
 
 Engine& engine() {
