@@ -1,0 +1,158 @@
+"""Counts and a model without a GPU, and how the results of one are shown."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+load = importlib.import_module
+
+
+@pytest.fixture(autouse=True)
+def _benches(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "moves"),
+    [
+        ("dispatch_kernel<float, 4, true>", True),
+        ("dispatch_kernel<float, 1, true>", False),
+        ("combine_kernel<__half, 1>", False),
+        ("gate_kernel<float, 8>", True),
+        ("mask_weights_kernel<float>", False),
+        ("keep_kernel(float const*)", False),
+    ],
+)
+def test_kernels_of_rows_must_move_vectors(kernel, moves):
+    assert load("ptxas").moves_vectors(kernel) is moves
+
+
+def test_the_model_says_what_binds():
+    model = load("model")
+    card = model.CARDS["H100"]
+    kernel = {"registers": 64, "threads": 256, "loop_loads": 4}
+    half_a_second = card.bandwidth * 0.45
+    time, limit = model.seconds(card, kernel, half_a_second, 0)
+    assert limit == "memory"
+    assert time == pytest.approx(0.5 + model.START)
+    time, limit = model.seconds(card, kernel, 0, 4 * card.multiprocessors * card.clock)
+    assert (limit, time) == ("issue", pytest.approx(1 + model.START))
+    time, limit = model.seconds(card, kernel | {"loop_loads": 1, "registers": 255}, 1e9, 0)
+    assert limit == "latency"
+    assert model.seconds(card, kernel, 0, 0) == (model.START + 3 * model.READ, "start")
+
+
+def test_the_page_shows_the_model_and_calls_it_one():
+    model = load("model")
+    page = model.PAGE.read_text()
+    assert model.filled(page) == page
+    head, _, *rows = model.table().splitlines()
+    assert "not measured" in head
+    assert len(rows) == len(model.SHAPES) * len(model.KERNELS)
+    assert all(row.startswith("| model, ") for row in rows)
+
+
+SASS = """
+	.section	.text.f,"ax",@progbits
+.text.f:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+        /*0030*/                   FADD R4, R4, R5 ;
+.L_x_2:
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+.L_x_3:
+        /*0070*/                   BRA `(.L_x_3);
+        /*0080*/                   NOP;
+"""
+
+
+def test_instructions_of_the_main_loop():
+    sass = load("sass")
+    counts = sass.counts(SASS.splitlines()[3:])
+    assert counts == {
+        "instructions": 7,
+        "loop_instructions": 5,
+        "loop_vectors": 2,
+        "loop_loads": 1,
+        "hmma_share": 0.0,
+    }
+
+
+def test_a_loop_with_two_entries_has_no_count():
+    sass = load("sass")
+    lines = SASS.replace("LDC R1, c[0x0][0x28] ;", "@P2 BRA `(.L_x_2) ;").splitlines()[3:]
+    assert sass.counts(lines)["loop_instructions"] is None
+
+
+def test_the_model_is_of_the_shapes_that_are_timed():
+    model, timed = load("model"), load("bench_ops").SHAPES
+    for shape in model.SHAPES:
+        real = timed[shape.name]
+        assert shape.tokens == real.tokens
+        assert f"K{real.top_k} " in shape.rows
+        # swiglu of rows as wide as the model.
+        assert f"H{real.hidden} F{real.hidden // 2} " in shape.rows
+        assert shape.routing.endswith(f"K{real.top_k} E{real.num_experts}")
+
+
+def test_blocks_on_a_multiprocessor():
+    ptxas = load("ptxas")
+    assert ptxas.blocks_per_sm("sm_90", 32, 256) == 8
+    assert ptxas.blocks_per_sm("sm_90", 64, 256) == 4
+    assert ptxas.blocks_per_sm("sm_90", 65, 256) == 3  # 72 a thread, 7 warps in each of four parts
+    assert ptxas.blocks_per_sm("sm_75", 32, 256) == 4
+    assert ptxas.blocks_per_sm("sm_120", 32, 32) == 24
+
+
+def test_a_changed_count_is_named():
+    differences = load("ptxas").differences
+    old = {"sm_90": {"f": {"registers": 32, "instructions": 7}, "g": {}}}
+    assert differences(old, old) == []
+    new = {"sm_90": {"f": {"registers": 32, "instructions": 8}}, "sm_100": {"f": {}}}
+    assert differences(old, new) == [
+        *("sm_100 f: new", "sm_90 f: instructions 7 -> 8", "sm_90 g: gone"),
+    ]
+
+
+def test_pages_say_which_cards_have_results(monkeypatch, tmp_path):
+    report = load("report")
+    for name in ("README.md", "docs/cuda.md"):
+        page = (report.ROOT / name).read_text()
+        assert page.count("<!-- cards -->") == 1
+        assert report.with_cards(page) == page
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for card, date in (("NVIDIA B", "2026-01-02"), ("NVIDIA A", "2026-03-04"), ("CPU", None)):
+        (tmp_path / card).mkdir()
+        result = {"machine": card, "cuda": date and "13.0", "date": date}
+        (tmp_path / card / "ops-bfloat16.json").write_text(json.dumps(result))
+    text = "they have run on NVIDIA A (2026-03-04), NVIDIA B (2026-01-02)"
+    assert report.with_cards("a <!-- cards -->b<!-- end --> c") == (
+        f"a <!-- cards -->{text}<!-- end --> c"
+    )
+
+
+def test_what_misses_its_limit_is_named():
+    missed = load("bench_gpu").missed
+    runs = {"a": {"of_products": 0.9}, "b": {"of_products": 0.5}}
+    lines = [{"op": "dispatch", "of_copy": 0.7}, {"op": "plan", "of_copy": 0.1}]
+    assert missed(runs, {"shapes": [{"shape": "x", "ops": lines}]}) == [
+        "b: the layer reaches 50% of its products, not 80%",
+        "x: dispatch reaches 70% of a copy, not 80%",
+    ]
+
+
+def test_a_layer_is_timed_beside_its_products():
+    bench = load("bench_gpu")
+    run = bench.measure(bench.Shape(64, 128, 64, 4, 2), torch.device("cpu"), 0.01)
+    assert run["calls"].keys() == {"forward", "products", "with gradient"}
+    assert all(call["teraflops"] > 0 for call in run["calls"].values())
+    assert "TFLOP/s" in bench.table("x", run)
