@@ -135,7 +135,7 @@ cuda: $(VENV)/sass
 
 # On a machine with a GPU: the suite, the operators' speed beside a plain copy and a layer's beside
 # its products, and NVIDIA's checks for memory errors and races. The library is built for this card
-# alone. What passed is not run again before a source changes: stop it, and start it again.
+# alone. A step that passed leaves a stamp in $(GPU), and runs again only after a source changed.
 gpu: gpu-test gpu-bench gpu-sanitize
 
 gpu-test: $(patsubst %,$(GPU)/test-%,ops layers parallel tools)
