@@ -3,8 +3,10 @@
     python bench/ptxas.py
 
 Fails if a kernel spills registers, if a kernel that moves 16-byte vectors has no 16-byte load and
-store in its PTX, or if what the same CUDA recorded before is different: commit the new file with
-the change that made it. Needs a CUDA toolkit, NVIDIA's disassembler and any torch, no GPU.
+store in its PTX, if a product has fewer tensor-core instructions in its main loop or fewer blocks
+than LEAST_HMMA and LEAST_BLOCKS, or if what the same CUDA recorded before is different: commit the
+new file with the change that made it. Needs a CUDA toolkit, NVIDIA's disassembler and any torch, no
+GPU.
 
     loop_instructions   of the loop that moves the data; of the whole kernel where it has none. A
                         loop inside counts once, and so does a path that is seldom taken
@@ -39,6 +41,7 @@ FUNCTION = re.compile(
     re.DOTALL,
 )
 ENTRY = re.compile(r"\.entry (\w+)\(.*?\n\)(?P<bounds>.*?)\{(.*?)\n\}", re.DOTALL)
+ASYNCHRONOUS = r"cp\.async\.cg\.shared\.global"
 VECTOR = r"\.global[.\w:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)"
 
 
@@ -165,8 +168,37 @@ def moves_vectors(kernel: str) -> bool:
         r"(?:dispatch|combine|route_dot|activate|activate_backward)_kernel<\w+, 1\b.*>", kernel
     )
     return element is None and not re.match(
-        r"(plan|count|place|keep|mask_weights|importance|balance|zero)", kernel
+        r"(plan|count|place|keep|mask_weights|importance|balance|zero|sum_dots)", kernel
     )
+
+
+# Tensor-core instructions of a product's main loop: of tiles of 128 rows, and where rows are
+# gathered along the loop; of tiles of 64; of floats, which are rounded or split before.
+LEAST_HMMA = {
+    r"grouped_mm_kernel<Numbers<\w+, 1, 128>": 0.40,
+    r"grouped_outer_kernel<Numbers<\w+, 1, 128>, false, false>": 0.40,
+    r"grouped_outer_kernel<Numbers<\w+, 1, 128>": 0.31,
+    r"grouped_mm_kernel<Numbers<__\w+, 1, 64>": 0.27,
+    r"grouped_\w+_kernel<Numbers<float, 3, 64>": 0.22,
+    r"grouped_\w+_kernel<Numbers<float, 1, 64>": 0.10,
+}
+LEAST_BLOCKS = 2
+
+
+def poor_products(kernels: dict[str, dict]) -> list[str]:
+    """Products with fewer tensor-core instructions or blocks than they must have."""
+    found = []
+    for arch, of_arch in kernels.items():
+        for name, use in of_arch.items():
+            least = next(
+                (share for text, share in LEAST_HMMA.items() if re.match(text, name)), None
+            )
+            if least is None or arch == "sm_75":
+                continue
+            if use["hmma_share"] < least or use["blocks_per_sm"] < LEAST_BLOCKS:
+                share, blocks = use["hmma_share"], use["blocks_per_sm"]
+                found.append(f"{arch} {name}: {share} of tensor cores, {blocks} blocks")
+    return found
 
 
 def without_vectors(folder: Path) -> list[str]:
@@ -178,6 +210,7 @@ def without_vectors(folder: Path) -> list[str]:
         names = plain_names(set(bodies))
         for mangled, body in bodies.items():
             reads, writes = (re.search(way + VECTOR, body) for way in ("ld", "st"))
+            reads = reads or re.search(ASYNCHRONOUS, body)
             only_reads = re.match(r"route_dot_kernel<.*, false>", names[mangled])
             if moves_vectors(names[mangled]) and not (reads and (writes or only_reads)):
                 lacking.append(f"{arch} {names[mangled]}")
@@ -210,6 +243,8 @@ def main() -> None:
         sys.exit("ptxas reported no kernel; is -Xptxas -v still in NVCC_APPEND_FLAGS?")
     if spills:
         sys.exit("\n".join(["registers spill in", *spills]))
+    if poor := poor_products(kernels):
+        sys.exit("\n".join(["products below what they must have", *poor]))
     if lacking:
         sys.exit("\n".join(["no 16-byte load and store in", *lacking]))
     if before["cuda"] != version:

@@ -17,6 +17,10 @@ TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 ENDS = ("EXIT", "RET", "BRA", "BRX", "JMP")
 
 
+def is_tensors(opcode: str) -> bool:
+    return opcode.startswith(("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "UTCHMMA"))
+
+
 @dataclass
 class Block:
     """Instructions that run one after the other, and the blocks that may come next."""
@@ -27,6 +31,10 @@ class Block:
     def vectors(self) -> int:
         """Accesses to global memory of 16 bytes."""
         return sum(op.startswith(("LDG", "STG")) and ".128" in op for op in self.opcodes)
+
+    def multiplies(self) -> int:
+        """Instructions of tensor cores."""
+        return sum(map(is_tensors, self.opcodes))
 
     def accesses(self) -> int:
         return sum(op.startswith(("LDG", "STG")) for op in self.opcodes)
@@ -170,23 +178,25 @@ def own(first: int, found: dict[int, set[int]]) -> Iterator[int]:
 
 
 def main_loop(graph: list[Block]) -> list[str]:
-    """Instructions of the loop that itself moves most vectors, with those of loops inside of it.
+    """Instructions of the loop that itself multiplies most, or else moves most vectors, with those
+    of loops inside of it.
 
     All of the kernel's, where no loop accesses global memory, or vectors move outside of loops.
     """
     found = loops(graph)
 
-    def moved(first: int) -> tuple[int, int, int]:
+    def moved(first: int) -> tuple[int, int, int, int]:
         mine = [graph[index] for index in own(first, found)]
         return (
+            sum(block.multiplies() for block in mine),
             sum(block.vectors() for block in mine),
             sum(block.accesses() for block in mine),
             len(found[first]),
         )
 
     first = max(found, key=moved, default=None)
-    vectors, accesses, _ = (0, 0, 0) if first is None else moved(first)
-    moves = vectors or (accesses and not any(block.vectors() for block in graph))
+    multiplies, vectors, accesses, _ = (0, 0, 0, 0) if first is None else moved(first)
+    moves = multiplies or vectors or (accesses and not any(block.vectors() for block in graph))
     chosen = sorted(found[first]) if first is not None and moves else range(len(graph))
     return [opcode for index in chosen for opcode in graph[index].opcodes]
 
@@ -201,10 +211,12 @@ def counts(lines: list[str]) -> dict:
     loop = main_loop(graph)
     vectors = sum(op.startswith(("LDG", "STG")) and ".128" in op for op in loop)
     loads = sum(op.startswith("LDG") and ".128" in op for op in loop)
-    tensor = sum(op.startswith(("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "UTCHMMA")) for op in loop)
+    tensor = sum(map(is_tensors, loop))
+    # Another loop may be that of the data, unless this one has all products.
+    is_hidden = is_irreducible(graph) and not (tensor and tensor == sum(map(is_tensors, every)))
     return {
         "instructions": len(every),
-        "loop_instructions": None if is_irreducible(graph) else min(len(loop), len(every)),
+        "loop_instructions": None if is_hidden else min(len(loop), len(every)),
         "loop_vectors": vectors,
         "loop_loads": loads,
         "hmma_share": round(tensor / max(len(loop), 1), 3),

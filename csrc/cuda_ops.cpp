@@ -1,20 +1,9 @@
 // The operators' CUDA side: arguments from args.h, outputs from torch's allocator, kernels from
 // csrc/cuda on torch's current stream.
-//
-// With MOE_EXT_EMULATED the kernels are those that tests/cusim runs on the CPU, and they replace
-// the CPU operators: the same key, registered later.
-
-#if !defined(MOE_EXT_EMULATED) && !defined(USE_CUDA)
-#define USE_CUDA  // torch's headers declare the current stream under it
-#endif
-
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "cuda/launchers.h"
-#include "expert_args.h"
+#include "cuda_call.h"
 
 #if defined(MOE_EXT_ARCHITECTURES)
 #define MOE_EXT_TEXT(...) #__VA_ARGS__
@@ -31,41 +20,6 @@ extern "C" __attribute__((visibility("default"))) void moe_ext_cuda_library() {}
 
 namespace moe_ext {
 namespace {
-
-// Makes a tensor's device the current one, and gives its current stream.
-class OnDevice {
- public:
-#ifdef MOE_EXT_EMULATED
-  explicit OnDevice(const Tensor&) {}
-  CUstream_st* stream() const { return nullptr; }
-#else
-  explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
-  CUstream_st* stream() const {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
-    return static_cast<CUstream_st*>(stream);
-  }
-
- private:
-  int32_t index_;
-  torch::stable::accelerator::DeviceGuard guard_;
-#endif
-};
-
-cuda::Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return cuda::Dtype::kFloat64;
-    case ScalarType::BFloat16: return cuda::Dtype::kBFloat16;
-    case ScalarType::Half: return cuda::Dtype::kFloat16;
-    default: return cuda::Dtype::kFloat32;
-  }
-}
-
-int32_t* int_data(const Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); }
-
-const int32_t* const_int_data(const Tensor& tensor) {
-  return static_cast<const int32_t*>(tensor.const_data_ptr());
-}
 
 int few_experts(const char* op, int64_t num_experts) {
   if (num_experts <= cuda::kMaxExperts) return static_cast<int>(num_experts);
@@ -140,14 +94,14 @@ std::tuple<Tensor, Tensor> balance_cuda(const Tensor& importance, const Tensor& 
   const OnDevice device(a.importance);
   const ScalarType dtype = a.importance.scalar_type();
   const Tensor l_aux = empty(a.importance, {}, dtype);
-  const Tensor share = empty(a.importance, {a.num_experts}, dtype);
+  const Tensor slope = empty(a.importance, {a.num_experts}, dtype);
   const int64_t blocks = a.choices < a.top_k ? cuda::balance_blocks(a.num_tokens) : 0;
   const Tensor scratch = empty(a.load, {blocks, a.num_experts}, ScalarType::Int);
   cuda::balance({dtype_of(a.importance), a.importance.const_data_ptr(), const_int_data(a.load),
                  const_int_data(a.expert_ids), a.num_tokens, a.top_k, a.choices, E,
-                 l_aux.mutable_data_ptr(), share.mutable_data_ptr(), int_data(scratch)},
+                 l_aux.mutable_data_ptr(), slope.mutable_data_ptr(), int_data(scratch)},
                 device.stream());
-  return {l_aux, share};
+  return {l_aux, slope};
 }
 
 cuda::MaskWeights mask_weights_of(const MaskWeightsArgs& a) {
@@ -182,15 +136,6 @@ Tensor mask_weights_backward_cuda(const Tensor& grad, const Tensor& weights, con
   return grad_weights;
 }
 
-cuda::Routes routes_of(const RouteArgs& a) {
-  return {const_int_data(a.slots),
-          const_int_data(a.sources),
-          data_or_null<void>(a.weights),
-          a.num_tokens,
-          a.top_k,
-          a.num_rows};
-}
-
 Tensor dispatch_cuda(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
                      const OptionalTensor& weights) {
   const DispatchArgs a = dispatch_args(tokens, slots, sources, weights);
@@ -209,11 +154,6 @@ Tensor combine_cuda(const Tensor& rows, const Tensor& slots, const Tensor& sourc
   cuda::combine(dtype_of(a.rows), a.rows.const_data_ptr(), routes_of(a.routes), a.hidden,
                 tokens.mutable_data_ptr(), device.stream());
   return tokens;
-}
-
-// [T, K], in the dtype of sums
-Tensor empty_route_sums(const Tensor& rows, const RouteArgs& a) {
-  return empty(rows, {a.num_tokens, a.top_k}, accumulate_type(rows.scalar_type()));
 }
 
 Tensor route_dot_cuda(const Tensor& tokens, const Tensor& rows, const Tensor& slots,
@@ -280,11 +220,7 @@ void zero_empty_groups_cuda(const Tensor& sums, const Tensor& offsets) {
 }  // namespace
 }  // namespace moe_ext
 
-#ifdef MOE_EXT_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
-#endif
+MOE_EXT_CUDA_LIBRARY(m) {
   m.impl("gate", TORCH_BOX(&moe_ext::gate_cuda));
   m.impl("gate_backward", TORCH_BOX(&moe_ext::gate_backward_cuda));
   m.impl("plan", TORCH_BOX(&moe_ext::plan_cuda));

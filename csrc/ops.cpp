@@ -42,6 +42,13 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   for (const moe_ext::Contract& contract : moe_ext::kContracts) {
     m.def(moe_ext::schema_of(contract).c_str());
   }
+  // Products on tensor cores, beside torch's: moe_ext/ops/tensor_cores.py.
+  for (const char* name :
+       {"grouped_mm", "grouped_outer", "feed_forward", "feed_forward_backward"}) {
+    std::string schema = moe_ext::schema_of(moe_ext::kContracts[moe_ext::contract(name)]);
+    schema.insert(schema.find(") -> "), ", bool allow_tf32");
+    m.def(("tensor_" + schema).c_str());
+  }
   // How products of such rows are computed.
   m.def("products(Tensor rows) -> str");
   // For sums [E, N, M] that a product of torch's made: dense, and nobody else's.

@@ -48,10 +48,9 @@ class Outcome(NamedTuple):
 
     @classmethod
     def of(cls, routing: Routing, is_lazy: bool) -> Outcome:
-        l_aux, plan = routing.l_aux, routing.plan
-        if not is_lazy:
-            return cls(l_aux, plan.load.to(torch.int64), plan.expert_ids)
-        return cls(balance_of(routing) if l_aux is None else l_aux, plan.load, plan.expert_ids)
+        has_none = is_lazy and routing.l_aux is None
+        l_aux = balance_of(routing) if has_none else routing.l_aux
+        return cls(l_aux, routing.plan.load, routing.plan.expert_ids)
 
     def aux(self) -> Aux:
         return Aux(_computed(self.l_aux), self.load.to(torch.int64), self.expert_ids)

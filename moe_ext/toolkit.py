@@ -172,7 +172,7 @@ def sources(root: Path = ROOT) -> list[str]:
 
 def cuda_sources(root: Path = ROOT) -> list[str]:
     """List the sources of the CUDA library, relative to `root`."""
-    return ["csrc/cuda_ops.cpp", *_found(root, "csrc/cuda/*.cu")]
+    return [*_found(root, "csrc/cuda_*.cpp"), *_found(root, "csrc/cuda/**/*.cu")]
 
 
 def headers(root: Path = ROOT) -> list[str]:

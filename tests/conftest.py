@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from cases import COMPOSED_ON_CUDA
 
-from moe_ext.ops import registry
+from moe_ext.ops import contracts, registry, torch_grouped_mm
 
 # For deterministic algorithms on a GPU; read at the first product there.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -61,13 +62,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _compose() -> torch.library.Library:
-    """Make of smaller operators, in place of the CPU's own, what has no CUDA kernel."""
+    """Put in place of the CPU's own operators those that are made of CUDA kernels."""
     library = torch.library.Library("moe_ext", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they are replaced
         for name in COMPOSED_ON_CUDA:
             library.impl(name, registry.COMPOSED[name], "CPU")
+        for name, product in torch_grouped_mm.OPERATORS.items():
+            library.impl(name, _emulated(name, product), "CPU", with_keyset=True)
     return library
+
+
+def _emulated(name: str, product: Callable) -> Callable:
+    """A product on emulated tensor cores where they take it, else as on the CPU."""
+    compiled = torch.library.get_kernel(f"moe_ext::{name}", "CPU")
+
+    def run(keys, *args):
+        contracts.check(name, args)
+        is_own = torch_grouped_mm.path_of(name, args)[0] == "own"
+        return product(*args) if is_own else compiled.call_boxed(keys, *args)
+
+    return run
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -1,6 +1,6 @@
-// Balance: the load-balance loss of a routing, and each expert's share of the load.
+// Balance: the load-balance loss of a routing, and its slope for each expert's importance.
 //
-//   l_aux    = sum over e of importance[e] / T * share[e]
+//   l_aux    = sum over e of importance[e] / T * share[e]      slope[e] = share[e] / T
 //   share[e] = E / choices / T * load[e]            load: of the first `choices` choices of tokens
 //
 // Rounded as torch's operators round: the gradient is compared with DeepSpeed's to the bit.
@@ -28,16 +28,17 @@ std::vector<int64_t> first_load(const BalanceArgs& a) {
 }
 
 template <typename T>
-void balance(const BalanceArgs& a, const Tensor& l_aux, const Tensor& shares) {
+void balance(const BalanceArgs& a, const Tensor& l_aux, const Tensor& slopes) {
   const std::vector<int64_t> load = first_load(a);
   const double tokens = static_cast<double>(std::max<int64_t>(1, a.num_tokens));
   const T even = static_cast<T>(tokens * (a.choices / static_cast<double>(a.num_experts)));
   const T* importance = const_data<T>(a.importance);
-  T* share = data<T>(shares);
+  T* slope = data<T>(slopes);
   double sum = 0;
   for (int64_t e = 0; e < a.num_experts; ++e) {
-    share[e] = static_cast<T>(load[e]) / even;
-    sum += static_cast<double>(importance[e] / static_cast<T>(tokens) * share[e]);
+    const T share = static_cast<T>(load[e]) / even;
+    slope[e] = share * static_cast<T>(1 / tokens);
+    sum += static_cast<double>(importance[e] / static_cast<T>(tokens) * share);
   }
   *data<T>(l_aux) = static_cast<T>(sum);
 }
@@ -47,13 +48,13 @@ std::tuple<Tensor, Tensor> balance_cpu(const Tensor& importance, const Tensor& l
   const BalanceArgs a = balance_args(importance, load, expert_ids, choices);
   const ScalarType dtype = a.importance.scalar_type();
   const Tensor l_aux = empty(a.importance, {}, dtype);
-  const Tensor share = empty(a.importance, {a.num_experts}, dtype);
+  const Tensor slope = empty(a.importance, {a.num_experts}, dtype);
   if (dtype == ScalarType::Double) {
-    balance<double>(a, l_aux, share);
+    balance<double>(a, l_aux, slope);
   } else {
-    balance<float>(a, l_aux, share);
+    balance<float>(a, l_aux, slope);
   }
-  return {l_aux, share};
+  return {l_aux, slope};
 }
 
 }  // namespace

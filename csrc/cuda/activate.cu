@@ -13,52 +13,13 @@
 
 #include <algorithm>
 
-#include "../activation.h"
+#include "activation.cuh"
 #include "rows.cuh"
 
 namespace moe_ext::cuda {
 namespace {
 
 constexpr int kMaxWarps = 8, kMaxThreads = kMaxWarps * kWarp;
-
-// P(N(0, 1) <= x), and the density there, however small.
-//
-// Below 0 it is density(x) times a ratio that falls from 1.25 like 1 / |x|: a polynomial without a
-// constant in t = 1 / (1 + 0.3 |x|), fitted to a relative error of 2^-22 up to |x| = 13.5, where
-// the density is below all normal numbers. The factors are the ratio's times 1 / sqrt(2 pi).
-__device__ inline ValueAndSlope<float> approximate_normal(float x) {
-  constexpr float kHalfLog2e = 0.72134752f, kInverseSqrt2Pi = 0.39894228f;
-  const float bell = approximate_exp2(-kHalfLog2e * x * x);
-  const float t = approximate_reciprocal(1 + 0.3f * std::fabs(x));
-  float ratio = 0.0359327933f;
-  ratio = ratio * t - 0.158280526f;
-  ratio = ratio * t + 0.208214586f;
-  ratio = ratio * t - 0.0554013436f;
-  ratio = ratio * t + 0.129473238f;
-  ratio = ratio * t + 0.0996362502f;
-  ratio = ratio * t + 0.12079856f;
-  ratio = ratio * t + 0.119626376f;
-  const float tail = ratio * t * bell;
-  return {x < 0 ? tail : 1 - tail, kInverseSqrt2Pi * bell};
-}
-
-// As `activated`, for rows of type T. Those of 16 bits round away all but a sigmoid below 2^-126,
-// which counts as 0.
-template <typename T, Activation kActivation>
-__device__ ValueAndSlope<accumulate_t<T>> activated_for(accumulate_t<T> x) {
-  if constexpr (sizeof(T) > 2 || kActivation == Activation::kRelu) {
-    return activated(kActivation, x);
-  } else if constexpr (kActivation == Activation::kSwiglu) {
-    constexpr float kLog2e = 1.44269504f;
-    const float inverse = approximate_exp2(-kLog2e * x);  // exp(-x)
-    const float sigmoid = approximate_reciprocal(1 + inverse);
-    // 1 - sigmoid by a product: x may be large, and a reciprocal of 1 a little less than 1.
-    return {x * sigmoid, sigmoid * (1 + x * (std::fmin(inverse, FLT_MAX) * sigmoid))};
-  } else {
-    const auto [below, density] = approximate_normal(x);
-    return {x * below, below + x * density};
-  }
-}
 
 // The vectors of one row at one column: the gate's, and its factor.
 template <typename T, int kSize, bool kGated>
@@ -96,14 +57,7 @@ void activate_kernel(const Pack<T, kSize>* __restrict__ pre_activation,  // [R, 
   if (all_routes[cell.local] >= 0) {
     const Inner<T, kSize, kGated> in(pre_activation, cell.row, tiling.columns, cell.column);
     const Sum weight = weights[cell.local];
-    const Pack<Sum, kSize> gate = widened(in.gate), up = widened(in.up);
-    Pack<Sum, kSize> active;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const Sum value = activated_for<T, kActivation>(gate.at[j]).value;
-      active.at[j] = weight * (kGated ? value * up.at[j] : value);
-    }
-    result = narrowed<T>(active);
+    result = activated_pack<T, kActivation>(widened(in.gate), widened(in.up), weight);
   }
   store(out + cell.row * tiling.columns + cell.column, result);
 }
@@ -121,29 +75,16 @@ struct Backward {
 template <Activation kActivation, typename T, int kSize>
 __device__ accumulate_t<T> backward_vector(const Backward<T, kSize>& at, int64_t row, int columns,
                                            int column, accumulate_t<T> weight) {
-  using Sum = accumulate_t<T>;
   constexpr bool kGated = is_gated(kActivation);
   const Inner<T, kSize, kGated> in(at.pre_activation, row, columns, column);
-  const Pack<Sum, kSize> gate = widened(in.gate), up = widened(in.up);
-  const Pack<Sum, kSize> grad = widened(load(at.grad + row * columns + column));
-  Pack<Sum, kSize> grad_gate, grad_up, active;
-  Sum dot = 0;
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-    const ValueAndSlope<Sum> of_gate = activated_for<T, kActivation>(gate.at[j]);
-    const Sum factor = kGated ? up.at[j] : Sum{1}, result = of_gate.value * factor;
-    const Sum weighted = weight * grad.at[j];
-    dot += grad.at[j] * result;
-    active.at[j] = weight * result;
-    grad_gate.at[j] = weighted * of_gate.slope * factor;
-    grad_up.at[j] = weighted * of_gate.value;
-  }
+  const auto gradient = activation_gradient<T, kActivation>(
+      widened(in.gate), widened(in.up), widened(load(at.grad + row * columns + column)), weight);
   Pack<T, kSize>* grad_pre_activation =
       at.grad_pre_activation + row * columns * (kGated ? 2 : 1) + column;
-  store(at.active + row * columns + column, narrowed<T>(active));
-  store(grad_pre_activation, narrowed<T>(grad_gate));
-  if constexpr (kGated) store(grad_pre_activation + columns, narrowed<T>(grad_up));
-  return dot;
+  store(at.active + row * columns + column, gradient.active);
+  store(grad_pre_activation, gradient.grad_gate);
+  if constexpr (kGated) store(grad_pre_activation + columns, gradient.grad_up);
+  return gradient.dot;
 }
 
 template <typename T, int kSize, Activation kActivation>

@@ -1,10 +1,10 @@
-// balance: the load-balance loss of a routing, and each expert's share of the load.
+// balance: the load-balance loss of a routing, and its slope for each expert's importance.
 //
-//   l_aux    = sum over e of importance[e] / T * share[e]
+//   l_aux    = sum over e of importance[e] / T * share[e]      slope[e] = share[e] / T
 //   share[e] = E / choices / T * load[e]            load: of the first `choices` choices of tokens
 //
 // Where these are not all choices, blocks count those of some tokens each. One block adds up,
-// always in the same order. Shares are those of the CPU to the bit.
+// always in the same order. Slopes are those of the CPU to the bit.
 
 #include "vec.cuh"
 
@@ -38,9 +38,9 @@ template <typename T>
 KERNEL(kThreads)
 void balance_kernel(const T* __restrict__ importance,    // [E]
                     const int32_t* __restrict__ counts,  // [blocks, E]
-                    int64_t blocks, int num_experts, T num_tokens, T even_load,
+                    int64_t blocks, int num_experts, T num_tokens, T inverse_tokens, T even_load,
                     T* __restrict__ l_aux,    // []
-                    T* __restrict__ share) {  // [E]
+                    T* __restrict__ slope) {  // [E]
   SharedMemory shared;
   double* const sums = shared.take<double>(kThreads);
   double sum = 0;
@@ -48,9 +48,9 @@ void balance_kernel(const T* __restrict__ importance,    // [E]
     int count = 0;
     for (int64_t block = 0; block < blocks; ++block)
       count += load(counts + block * num_experts + e);
-    const T of_load = static_cast<T>(count) / even_load;
-    store(share + e, of_load);
-    sum += static_cast<double>(load(importance + e) / num_tokens * of_load);
+    const T share = static_cast<T>(count) / even_load;
+    store(slope + e, share * inverse_tokens);
+    sum += static_cast<double>(load(importance + e) / num_tokens * share);
   }
   sums[threadIdx.x] = sum;
   for (unsigned half = kThreads / 2; half > 0; half /= 2) {
@@ -67,8 +67,8 @@ void launch_balance(const Balance& call, const int32_t* counts, int64_t blocks,
   const double even = tokens * (call.choices / static_cast<double>(call.num_experts));
   launch("balance", balance_kernel<T>, 1, kThreads, shared_bytes<double>(kThreads), stream,
          static_cast<const T*>(call.importance), counts, blocks, call.num_experts,
-         static_cast<T>(tokens), static_cast<T>(even), static_cast<T*>(call.l_aux),
-         static_cast<T*>(call.share));
+         static_cast<T>(tokens), static_cast<T>(1 / tokens), static_cast<T>(even),
+         static_cast<T*>(call.l_aux), static_cast<T*>(call.slope));
 }
 
 }  // namespace

@@ -19,6 +19,7 @@
 #else
 
 #include "cusim.h"
+#include "tensor.h"
 
 #endif
 
@@ -56,6 +57,19 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   // CUDA may report here what went wrong in a kernel before this one.
   throw std::runtime_error(std::string(name) + ": the CUDA launch of " + std::to_string(blocks) +
                            " blocks, or work before it, failed: " + cudaGetErrorString(error));
+}
+
+// The current device has so many multiprocessors, and each so many bytes of shared memory.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+  if (error == cudaSuccess) return value;
+  throw std::runtime_error(std::string("moe_ext: ") + cudaGetErrorString(error));
+}
+inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline std::size_t shared_per_multiprocessor() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
 }
 
 // Hands out a block's shared memory. Every thread takes the same arrays in the same order; the
@@ -110,6 +124,11 @@ class SharedMemory {
     return static_cast<T*>(cusim::take_shared(static_cast<std::size_t>(count) * sizeof(T)));
   }
 };
+
+inline int num_multiprocessors() { return cusim::options().card.multiprocessors; }
+inline std::size_t shared_per_multiprocessor() {
+  return cusim::options().card.shared_per_multiprocessor;
+}
 
 inline float approximate_exp2(float x) { return cusim::approximate(std::exp2(x)); }
 inline float approximate_reciprocal(float x) { return cusim::approximate(1 / x); }

@@ -74,14 +74,14 @@ int64_t plan_scratch(int64_t num_routes, int64_t num_experts, bool with_priority
 void plan(const Plan& call, CUstream_st* stream);
 
 struct Balance {
-  Dtype dtype;                // of importance, l_aux and share: float32 or float64
+  Dtype dtype;                // of importance, l_aux and slope: float32 or float64
   const void* importance;     // [E]
   const int32_t* load;        // [E]
   const int32_t* expert_ids;  // [T, K]
   int64_t num_tokens, top_k, choices;
   int num_experts;
   void* l_aux;       // []
-  void* share;       // [E]
+  void* slope;       // [E]
   int32_t* scratch;  // [balance_blocks(T), E]; not used where choices are all K
 };
 int64_t balance_blocks(int64_t num_tokens);
@@ -142,5 +142,85 @@ struct ActivateBackward {
   void* grad_weights;         // [T, K], as the weights
 };
 void activate_backward(const ActivateBackward& call, const Routes& routes, CUstream_st* stream);
+
+// ---- Products on tensor cores: compute capability 8.0 and up ------------------------------------
+//
+// Rows are of whole 16-byte vectors, and aligned. Float32 counts with 19 bits where TF32 is
+// allowed, else nearly whole; there is no float64.
+
+// The rows of each group: offsets[e] and the min(load[e], room) behind it. Whatever both hold, no
+// row is out of range. Other rows are not read; they are written only where it says so.
+struct Groups {
+  const int32_t* offsets;  // [E+1]
+  const int32_t* load;     // [E]
+  int num_groups;
+  int64_t num_rows;  // R
+};
+
+struct GroupedMM {
+  Dtype dtype;
+  bool allow_tf32;
+  const void* rows;  // [R, M]; gathered, [T, M]: row r is that of the token whose route has row r
+  bool gathers;
+  Routes routes;        // needed where rows are gathered or weighed
+  const void* weights;  // [E, N, M]; transposed, [E, M, N]
+  bool transposed;
+  Groups groups;
+  int64_t depth, width;  // M, N
+};
+// out[r] = weights[e] @ rows[r] + bias[e], the bias weighed by the route's weight or not.
+// bias: [E, N] or null, out: [R, N]; zeroes: the other rows
+void grouped_mm(const GroupedMM& call, const void* bias, bool weighs, bool zeroes, void* out,
+                CUstream_st* stream);
+// The same as a pre-activation, and its activation, weighed or not.
+// pre_activation: [R, N] or null, its other rows zero; active: [R, F], N is 2F with a gate
+void grouped_mm_activate(const GroupedMM& call, const void* bias, bool weighs,
+                         Activation activation, void* pre_activation, void* active,
+                         CUstream_st* stream);
+// The product is the gradient of the activation, [R, F]: the results of `activate_backward`, and
+// for each row num_dots(F) numbers whose sum is the gradient of its route's weight.
+int64_t num_dots(int64_t width);
+void grouped_mm_activate_backward(const GroupedMM& call, Activation activation,
+                                  const void* pre_activation, void* grad_pre_activation,
+                                  void* active, float* dots, CUstream_st* stream);
+
+// grad_weights[t, k] = the sum of the row's dots + <grad[t], bias[e]>
+struct SumDots {
+  Dtype dtype;        // of grad and bias
+  const float* dots;  // [R, num_dots(F)]
+  int64_t width;      // F
+  const void* grad;   // [T, H]
+  const void* bias;   // [E, H] or null
+  int64_t hidden;     // H
+  Routes routes;
+  Groups groups;
+  float* grad_weights;  // [T, K]
+};
+void sum_dots(const SumDots& call, CUstream_st* stream);
+
+struct GroupedOuter {
+  Dtype dtype;
+  bool allow_tf32;
+  const void* left;                  // [R, N], or gathered [T, N]
+  const void* right;                 // [R, M], or gathered [T, M]
+  bool gathers_left, gathers_right;  // not both
+  Routes routes;
+  Groups groups;
+  int64_t left_width, right_width;  // N, M
+};
+// out[e] = sum over the group's rows of left[r] right[r]^T, [E, N, M]
+void grouped_outer(const GroupedOuter& call, void* out, CUstream_st* stream);
+
+// out[e] = sum over the group's rows of rows[r], weighed by the routes' weights or not
+struct SumRows {
+  Dtype dtype;
+  const void* rows;  // [R, N], or gathered [T, N]
+  bool gathers, weighs;
+  Routes routes;
+  Groups groups;
+  int64_t width;  // N
+};
+// out: [E, N]
+void sum_rows(const SumRows& call, void* out, CUstream_st* stream);
 
 }  // namespace moe_ext::cuda

@@ -190,6 +190,7 @@ def _other_implementations(model: nn.Module) -> Iterator[str]:
             )
 
 
+_OWN = "on tensor cores"
 _PRODUCTS = torch_grouped_mm.OPERATORS | composed.OPERATORS
 
 
@@ -230,6 +231,9 @@ class _Trace(TorchDispatchMode):
     def _called(self, name: str, func, args: tuple):
         call = _call(name, args, self.layer)
         if call.backend == "operators":
+            if kernels := registry.whole(name, args):
+                self.calls.append(call._replace(backend="compiled", how=_OWN))
+                return kernels(*args)
             with self:
                 return composed.OPERATORS[name](self._inside, *args)
         # These backends consist of other operators: the function itself is called to see them.
@@ -272,6 +276,8 @@ def _call(name: str, args: tuple, layer: str) -> Call:
     shapes = " ".join(str(list(tensor.shape)) for tensor in tensors)
     device = tensors[0].device
     backend = registry.backend(name, device)
+    if backend == "torch" and torch_grouped_mm.path_of(name, args)[0] == "own":
+        return Call(name, f"{dtype} {shapes}", "compiled", _OWN, 0, layer)
     how = registry.why_reference(device) if backend == "reference" else _how(name, args, backend)
     return Call(name, f"{dtype} {shapes}", backend, how, 0, layer)
 

@@ -124,15 +124,15 @@ class Balance(Operator):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        share = output[1]
-        ctx.mark_non_differentiable(share)
-        ctx.save_for_backward(share)
-        ctx.num_tokens = torch.sym_max(inputs[2].shape[0], 1)
+        slope = output[1]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(slope)
+        ctx.save_for_backward(slope)
 
     @staticmethod
     def backward(ctx, grad, _):
-        (share,) = ctx.saved_tensors
-        return grad * share / ctx.num_tokens, None, None, None
+        (slope,) = ctx.saved_tensors
+        return None if grad is None else grad * slope, None, None, None
 
 
 class MaskWeights(Operator):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .checks import is_transposed
-from .contracts import check
 
 Run = Callable[..., Tensor]
 
@@ -18,15 +17,16 @@ Run = Callable[..., Tensor]
 def balance(
     run: Run, importance: Tensor, load: Tensor, expert_ids: Tensor, choices: int
 ) -> tuple[Tensor, Tensor]:
-    """The load-balance loss [], and each expert's share [E] of the load of the tokens' first
-    choices, 1 where all are even: the sum of importance / T * share."""
+    """The load-balance loss [], the sum of importance / T * share, and share / T [E], its slope for
+    importance. An expert's share is its part of the load of the tokens' first choices, 1 where all
+    are even."""
     T, K = expert_ids.shape
     E = importance.shape[0]
     if choices < K:
         load = run("plan", expert_ids[:, :choices], None, E, None, "choice", 1)[3]
     T = torch.sym_max(T, 1)
     share = load.to(importance.dtype) / (T * (choices / E))
-    return (importance / T * share).sum(), share
+    return (importance / T * share).sum(), share / T
 
 
 def feed_forward(
@@ -159,23 +159,8 @@ def sum_of_groups(run: Run, rows: Tensor, groups: tuple) -> Tensor:
     return run("grouped_outer", rows, ones, *groups).squeeze(-1)
 
 
-def _balance(run: Run, *args):
-    check("balance", args)
-    return balance(run, *args)
-
-
-def _feed_forward(run: Run, *args):
-    check("feed_forward", args)
-    return feed_forward(run, *args)
-
-
-def _feed_forward_backward(run: Run, *args):
-    check("feed_forward_backward", args)
-    return feed_forward_backward(run, *args)
-
-
-OPERATORS = {
-    "balance": _balance,
-    "feed_forward": _feed_forward,
-    "feed_forward_backward": _feed_forward_backward,
+OPERATORS: dict[str, Callable] = {
+    "balance": balance,
+    "feed_forward": feed_forward,
+    "feed_forward_backward": feed_forward_backward,
 }

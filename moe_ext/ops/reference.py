@@ -188,7 +188,7 @@ def plan(
 def balance(
     importance: Tensor, load: Tensor, expert_ids: Tensor, choices: int
 ) -> tuple[Tensor, Tensor]:
-    """The load-balance loss [] of the tokens' first choices, and each expert's share [E]."""
+    """The load-balance loss [] of the tokens' first choices, and its slope for importance [E]."""
     if choices < expert_ids.shape[1] and expert_ids.device.type == "cpu":
         checks.expert_values("balance", expert_ids, len(importance))
     return composed.balance(_referred, importance, load, expert_ids, choices)

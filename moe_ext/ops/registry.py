@@ -19,7 +19,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import toolkit
-from . import composed, contracts, reference, torch_grouped_mm
+from . import composed, contracts, reference, tensor_cores, torch_grouped_mm
 from .contracts import CONTRACTS
 
 NAMES = tuple(CONTRACTS)
@@ -38,12 +38,40 @@ def product_inside(name: str, args: tuple) -> Callable | None:
     return torch_grouped_mm.INSIDE[name] if is_torchs else None
 
 
-COMPOSED = {name: functools.partial(op, inside) for name, op in composed.OPERATORS.items()}
+def whole(name: str, args: tuple) -> Callable | None:
+    """The kernels of a whole operator that is else made of others, where they take its products."""
+    if name not in tensor_cores.NAMES:
+        return None
+    names = [argument.name for argument in contracts.PARSED[name].arguments]
+    tokens, up, down = (args[names.index(it)] for it in ("tokens", "up", "down"))
+    widths = (*up.shape[1:], down.shape[2])
+    if 1 in widths:  # a product alone is widened with zeros
+        return None
+    path, _ = torch_grouped_mm.choose(tokens, widths, up.shape[0], None)
+    return tensor_cores.operator(name) if path == "own" else None
+
+
+def _composed(name: str) -> Callable:
+    def run(*args):
+        contracts.check(name, args)
+        kernels = whole(name, args)
+        return kernels(*args) if kernels else composed.OPERATORS[name](inside, *args)
+
+    return run
+
+
+COMPOSED = {name: _composed(name) for name in composed.OPERATORS}
 _IN_PYTHON = torch_grouped_mm.OPERATORS | COMPOSED
 # Beside the contracts: a question about a dtype, and what torch's products need.
 BESIDE = {
     "products": "(Tensor rows) -> str",
     "zero_empty_groups": "(Tensor(a!) sums, Tensor offsets) -> ()",
+}
+
+# Operators of the contracts that a library also has for tensor cores.
+_ON_TENSOR_CORES = {
+    f"tensor_{name}": contracts.PARSED[name].schema.replace(") -> ", ", bool allow_tf32) -> ")
+    for name in tensor_cores.NAMES
 }
 
 _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
@@ -108,7 +136,7 @@ class Libraries:
         torch.ops.load_library(str(path))
         self.library, self.load_error = path, None
         self._load_cuda(path)
-        for name in (*NAMES, *BESIDE):
+        for name in (*NAMES, *BESIDE, *_ON_TENSOR_CORES):
             operator = getattr(torch.ops.moe_ext, name, None)
             if operator is None or operator.default._schema != _schema(name):
                 raise ImportError(
@@ -153,7 +181,7 @@ class Libraries:
 
 
 def _schema(name: str) -> torch.FunctionSchema:
-    schema = BESIDE.get(name) or contracts.PARSED[name].schema
+    schema = BESIDE.get(name) or _ON_TENSOR_CORES.get(name) or contracts.PARSED[name].schema
     return torch._C.parse_schema(f"moe_ext::{name}{schema}")
 
 

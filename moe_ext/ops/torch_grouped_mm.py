@@ -1,6 +1,7 @@
-"""grouped_mm and grouped_outer by torch's own products, where no kernel of ours is compiled.
+"""grouped_mm and grouped_outer where a device has several ways to compute them.
 
     native     torch's grouped_mm, which reads the experts' bounds on the device
+    own        our kernels for tensor cores: tensor_cores.py
     batched    one batched product over [E, C, ...], where there is a capacity
     loop       torch's grouped_mm where it reads the bounds back and takes expert after expert
     reference  the same by reference.py, for what torch's does not take
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import reference
+from . import reference, tensor_cores
 from .contracts import checked
 
 # Whose grouped_mm does not loop over the experts, by major compute capability: torch 2.10 on.
@@ -33,7 +34,10 @@ def choose(
 
     widths: of both operands' rows or of a weight, N and M
     """
+    why_not_own = tensor_cores.why_not(rows, tuple(width for width in widths if width != 1))
     if rows.device.type == "cpu":
+        if why_not_own is None:
+            return "own", "the kernels are emulated"
         return "reference", "without a compiled library the reference runs"
     why: str | None
     if rows.device.type != "cuda":
@@ -51,6 +55,9 @@ def choose(
             takes = False
     if why is None:
         return "native", ""
+    if why_not_own is None:
+        return "own", why
+    why = f"{why}, {why_not_own}"
     if capacity is not None:
         return "batched", why
     return "loop" if takes else "reference", f"{why}, and a plan without capacity has no batches"
@@ -83,8 +90,8 @@ def grouped_mm(
     capacity: int | None,
 ) -> Tensor:
     path, _ = path_of("grouped_mm", (rows, weights, capacity))
-    if path == "reference":
-        return reference.grouped_mm(rows, weights, bias, offsets, load, capacity)
+    if path in WITHOUT_COPIES:
+        return MM[path](rows, weights, bias, offsets, load, capacity)
     owned = _owned(offsets, load, rows.shape[0])
     rows = torch.where(owned, rows, 0)
     return torch.where(owned, MM[path](rows, weights, bias, offsets, load, capacity), 0)
@@ -95,8 +102,8 @@ def grouped_outer(
     left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: int | None
 ) -> Tensor:
     path, _ = path_of("grouped_outer", (left, right, offsets, load, capacity))
-    if path == "reference":
-        return reference.grouped_outer(left, right, offsets, load, capacity)
+    if path in WITHOUT_COPIES:
+        return OUTER[path](left, right, offsets, load, capacity)
     owned = _owned(offsets, load, left.shape[0])
     left, right = torch.where(owned, left, 0), torch.where(owned, right, 0)
     return OUTER[path](left, right, offsets, load, capacity)
@@ -165,6 +172,22 @@ def _grouped_outer(left, right, offsets, load, capacity):
     return out[:, :N, :M].contiguous()
 
 
+def _own_mm(rows, weights, bias, offsets, load, capacity):
+    N = weights.shape[1]
+    if rows.shape[1] == 1 or N == 1:
+        rows, weights = _padded(rows, 1), _padded(_padded(weights, 1), 2)
+        bias = bias if bias is None else _padded(bias, 1)
+    run = tensor_cores.operator("grouped_mm")
+    return run(rows, weights, bias, offsets, load, capacity)[:, :N].contiguous()
+
+
+def _own_outer(left, right, offsets, load, capacity):
+    N, M = left.shape[1], right.shape[1]
+    run = tensor_cores.operator("grouped_outer")
+    out = run(_padded(left, 1), _padded(right, 1), offsets, load, capacity)
+    return out[:, :N, :M].contiguous()
+
+
 def _batched_mm(rows, weights, bias, offsets, load, capacity):
     E, N, M = weights.shape
     out = torch.bmm(rows.view(E, capacity, M), weights.transpose(1, 2))
@@ -180,16 +203,21 @@ def _batched_outer(left, right, offsets, load, capacity):
 
 MM = {
     "native": _grouped_mm,
+    "own": _own_mm,
     "batched": _batched_mm,
     "loop": _grouped_mm,
     "reference": reference.grouped_mm,
 }
 OUTER = {
     "native": _grouped_outer,
+    "own": _own_outer,
     "batched": _batched_outer,
     "loop": _grouped_outer,
     "reference": reference.grouped_outer,
 }
+
+# They leave out by themselves what no route owns.
+WITHOUT_COPIES = ("own", "reference")
 
 OPERATORS: dict[str, Callable] = {"grouped_mm": grouped_mm, "grouped_outer": grouped_outer}
 INSIDE: dict[str, Callable] = {"grouped_mm": _mm, "grouped_outer": _outer}

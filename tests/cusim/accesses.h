@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cusim.h"
+#include "tensor.h"
 
 namespace cusim {
 
@@ -46,7 +46,7 @@ class AccessCounter {
 
   // By the machine code.
   void add_any(const void* address, std::size_t size, void* site) {
-    if (!current) return;
+    if (!current || poisoning) return;
     const Place place = place_of(address);
     if (place.memory == Memory::kShared) add(place.offset, size, site, true);
     if (place.memory == Memory::kGlobal) counts_.past += size;

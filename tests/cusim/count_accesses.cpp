@@ -110,7 +110,7 @@ Array<T> filled(int64_t size) {
 void count_routing(const Shape& s) {
   shape_text = text(s);
   Array<float> logits = filled<float>(s.T * s.E), weights(s.T * s.K), probs(s.T * s.E);
-  Array<float> importance(s.E), share(s.E), l_aux(1), grad = filled<float>(s.T * s.K);
+  Array<float> importance(s.E), slope(s.E), l_aux(1), grad = filled<float>(s.T * s.K);
   Array<float> block_sums(gate_blocks(Dtype::kFloat32, s.T, s.E) * s.E), grad_logits(s.T * s.E);
   Array<int32_t> expert_ids(s.T * s.K), slots(s.T * s.K), sources(s.T * s.K), load(s.E);
   Array<int32_t> offsets(s.E + 1), scratch(plan_scratch(s.T * s.K, s.E, true));
@@ -127,7 +127,7 @@ void count_routing(const Shape& s) {
         sources.data(), offsets.data(), load.data(), scratch.data()},
        nullptr);
   balance({Dtype::kFloat32, importance.data(), load.data(), expert_ids.data(), s.T, s.K,
-           s.K <= 2 ? 1 : s.K, s.E, l_aux.data(), share.data(), counts.data()},
+           s.K <= 2 ? 1 : s.K, s.E, l_aux.data(), slope.data(), counts.data()},
           nullptr);
   const MaskWeights masks{Dtype::kFloat32, weights.data(), slots.data(), s.T, s.K, true, 0, 1};
   mask_weights(masks, grad.data(), nullptr);
@@ -172,6 +172,44 @@ void count_rows(const Shape& s, const char* dtype) {
                     nullptr);
 }
 
+template <typename T>
+void count_products(const Shape& s, const char* dtype) {
+  const int64_t R = s.T * s.K, G = 2 * s.F, num_parts = num_dots(s.F);
+  Array<int32_t> slots(R), sources(R), offsets(s.E + 1), load(s.E);
+  // Every expert has as many routes.
+  for (int64_t r = 0; r < R; ++r) {
+    sources[r] = static_cast<int32_t>(r * 7 % R);
+    slots[sources[r]] = static_cast<int32_t>(r);
+  }
+  for (int e = 0; e <= s.E; ++e) offsets[e] = static_cast<int32_t>(e * R / s.E);
+  for (int e = 0; e < s.E; ++e) load[e] = offsets[e + 1] - offsets[e];
+  shape_text = text(s) + " " + dtype;
+  Array<T> tokens = filled<T>(s.T * s.H), up = filled<T>(s.E * G * s.H);
+  Array<T> down = filled<T>(s.E * s.H * s.F), inner(R * G), active(R * s.F), rows(R * s.H);
+  Array<T> grad_up(s.E * G * s.H), bias(s.E * G);
+  Array<float> weights = filled<float>(R), dots(R * num_parts), grad_weights(R);
+  const Routes routes{slots.data(), sources.data(), weights.data(), s.T, s.K, R};
+  const Groups groups{offsets.data(), load.data(), s.E, R};
+  const auto product = [&](Array<T>& left, bool gathers, Array<T>& weight, bool transposed,
+                           int64_t depth, int64_t width) -> GroupedMM {
+    return {dtype_of<T>,   false,      left.data(), gathers, routes,
+            weight.data(), transposed, groups,      depth,   width};
+  };
+  grouped_mm_activate(product(tokens, true, up, false, s.H, G), nullptr, false, Activation::kSwiglu,
+                      inner.data(), active.data(), nullptr);
+  grouped_mm(product(active, false, down, false, s.F, s.H), nullptr, false, false, rows.data(),
+             nullptr);
+  grouped_mm_activate_backward(product(tokens, true, down, true, s.H, s.F), Activation::kSwiglu,
+                               inner.data(), inner.data(), active.data(), dots.data(), nullptr);
+  sum_dots({dtype_of<T>, dots.data(), s.F, tokens.data(), nullptr, s.H, routes, groups,
+            grad_weights.data()},
+           nullptr);
+  grouped_outer(
+      {dtype_of<T>, false, inner.data(), tokens.data(), false, true, routes, groups, G, s.H},
+      grad_up.data(), nullptr);
+  sum_rows({dtype_of<T>, inner.data(), false, false, routes, groups, G}, bias.data(), nullptr);
+}
+
 void count_planted() {
   Array<float> from = filled<float>(32 * 32), to(32);
   for (int stride : {1, 2, 32}) {
@@ -192,6 +230,11 @@ void count_all() {
        {Shape{256, 2, 16, 1024, 512}, Shape{128, 8, 64, 2048, 1024}, Shape{64, 2, 8, 4096, 2048}}) {
     count_rows<__nv_bfloat16>(shape, "bfloat16");
     count_rows<float>(shape, "float32");
+  }
+  // Tiles of 64 rows, and of 128.
+  for (const Shape& shape : {Shape{64, 2, 4, 128, 128}, Shape{64, 4, 2, 128, 64}}) {
+    count_products<__nv_bfloat16>(shape, "bfloat16");
+    count_products<float>(shape, "float32");
   }
 }
 

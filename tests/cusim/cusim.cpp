@@ -22,6 +22,7 @@
 namespace cusim {
 
 Coordinates* current = nullptr;
+bool poisoning = false;
 
 Options& options() {
   static Options options;
@@ -169,6 +170,19 @@ class Engine {
     return {memory, reinterpret_cast<std::uintptr_t>(address)};
   }
 
+  void add_copy(const Copy& copy) {
+    Unowned scope;
+    copies_.add(self().rank, copy);
+  }
+  void commit_copies() {
+    Unowned scope;
+    copies_.commit(self().rank);
+  }
+  bool take_copy(int left, Copy& copy) {
+    Unowned scope;
+    return copies_.take(self().rank, left, copy, [this](std::size_t n) { return turns_.pick(n); });
+  }
+
   void count_load(std::size_t bytes) { ++loads_[unsigned(__builtin_ctzll(bytes))]; }
   void count_store(std::size_t bytes) { ++stores_[unsigned(__builtin_ctzll(bytes))]; }
 
@@ -207,6 +221,7 @@ class Engine {
     turns_.start_block();
     arrived_ = 0;
     live_ = threads_.size();
+    copies_.start_block(threads_.size());
     for (Warp& warp : warps_) warp.lanes = 0, warp.meetings.clear();
     for (unsigned rank = 0; rank < threads_.size(); ++rank) {
       Thread& thread = threads_[rank];
@@ -264,6 +279,8 @@ class Engine {
     Thread& thread = self();
     try {
       thread_(argument_);
+      if (const std::size_t count = copies_.count(thread.rank))
+        fail(thread, "returns before " + std::to_string(count) + " of its copies are done");
       thread.returned = true;
       --live_;
       Warp& warp = warps_[thread.rank / 32];
@@ -308,6 +325,8 @@ class Engine {
   }
 
   void complete(const Meeting& meeting, Thread* lanes) {
+    if (meeting.op == WarpOp::kLoadMatrices) load_matrices(lanes);
+    if (meeting.op == WarpOp::kMultiply) multiply_fragments(lanes);
     std::uint64_t ballot = 0, least = ~std::uint64_t{0}, largest = 0;
     for (unsigned rest = meeting.arrived; rest; rest &= rest - 1) {
       const Thread& thread = lanes[__builtin_ctz(rest)];
@@ -321,6 +340,8 @@ class Engine {
       switch (meeting.op) {
         case WarpOp::kSync: break;
         case WarpOp::kBallot: thread.result = ballot; break;
+        case WarpOp::kLoadMatrices:
+        case WarpOp::kMultiply: break;
         case WarpOp::kMin: thread.result = least; break;
         case WarpOp::kMax: thread.result = largest; break;
         case WarpOp::kShuffle:
@@ -365,6 +386,7 @@ class Engine {
   std::uint64_t orderings_[4096] = {}, last_ordering_ = 0;
   std::uint64_t launch_ordering_[2] = {};  // [0]: before the launch, [1]: after a thread
   SharedArrays shared_;
+  PendingCopies copies_;
 };
 
 Engine& engine() {
@@ -382,6 +404,21 @@ std::uint64_t warp_operation(WarpOp op, const char* name, unsigned mask, std::ui
                              unsigned source_lane, const char* file, int line) {
   return engine().warp_operation(op, {name, file, line, mask, value, source_lane});
 }
+
+void warp_load_matrices(const char* name, const MatrixLine& mine, const char* file, int line) {
+  const auto value = reinterpret_cast<std::uint64_t>(&mine);
+  engine().warp_operation(WarpOp::kLoadMatrices, {name, file, line, kWholeWarp, value, 0});
+}
+
+void warp_multiply(const MultiplicationList& mine, const char* file, int line) {
+  const auto value = reinterpret_cast<std::uint64_t>(&mine);
+  engine().warp_operation(WarpOp::kMultiply, {"mma", file, line, kWholeWarp, value, 0});
+}
+
+void set_poisoning(bool on) { poisoning = on; }
+void add_copy(const Copy& copy) { engine().add_copy(copy); }
+void commit_copies() { engine().commit_copies(); }
+bool take_copy(int left, Copy& copy) { return engine().take_copy(left, copy); }
 
 void block_barrier(const char* name, const char* file, int line) {
   engine().barrier({name, file, line, 0, 0, 0});

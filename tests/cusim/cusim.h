@@ -45,12 +45,21 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// The card that kernels run on.
+struct Card {
+  std::size_t shared_per_block, shared_per_multiprocessor;
+  int multiprocessors;
+};
+// The least of what every architecture gives that is built for: 7.5 has the least shared memory.
+constexpr Card kLeast{64 << 10, 64 << 10, 2};
+
 // The order in which runnable threads, and the blocks of a grid, take their turns.
 enum class Order { kForward, kReverse, kRandom };
 
 struct Launch;
 
 struct Options {
+  Card card = kLeast;
   Order order = Order::kForward;
   std::uint64_t seed = 0;  // for Order::kRandom
   bool recording = false;  // keep a Launch of every launch
@@ -106,7 +115,16 @@ struct Coordinates {
 };
 extern Coordinates* current;  // the running thread
 
-enum class WarpOp : std::uint8_t { kSync, kShuffle, kBallot, kMatch, kMin, kMax };
+enum class WarpOp : std::uint8_t {
+  kSync,
+  kShuffle,
+  kBallot,
+  kMatch,
+  kMin,
+  kMax,
+  kLoadMatrices,
+  kMultiply
+};
 
 // Joins the lanes of `mask`; returns this lane's result.
 std::uint64_t warp_operation(WarpOp op, const char* name, unsigned mask, std::uint64_t value,
@@ -215,6 +233,7 @@ T atomicAdd(T* address, T value) {
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned(std::uint64_t(x) * y >> 32); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __uint_as_float(unsigned x) { return cusim::bits_as<float>(x); }
 inline unsigned __float_as_uint(float x) { return cusim::bits_as<unsigned>(x); }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "planted_tensor.cuh"
 #include "vec.cuh"
 
 using namespace moe_ext::cuda;
@@ -174,6 +175,18 @@ std::function<void()> launched(void (*kernel)(Parameters...), int blocks, int th
 
 int neighbour(int i) { return i ^ 1; }
 
+int product(int i) { return planted::sum_of_products(i / 16, i % 16); }
+
+// Two slices of 16 x 16 numbers.
+template <typename Number>
+std::vector<__nv_bfloat16> slices(const Number& number) {
+  std::vector<__nv_bfloat16> all;
+  for (int i = 0; i < 512; ++i) {
+    all.push_back(__nv_bfloat16(static_cast<float>(number(i / 256, i / 16 % 16, i % 16))));
+  }
+  return all;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -205,6 +218,21 @@ int main(int argc, char** argv) {
       {"right_much_shared",
        {launched(reverse<true>, 1, 64, 64 << 10, out), 64, [](int i) { return 63 - i; }}},
       {"more_shared_than_there_is", {launched(nothing, 1, 32, (64 << 10) + 16)}}};
+  const auto lefts = slices(planted::left_number), rights = slices(planted::right_number);
+  const auto plant = [&](const char* name, auto kernel, int results) {
+    const auto* left = reinterpret_cast<const uint4*>(lefts.data());
+    const auto* right = reinterpret_cast<const uint4*>(rights.data());
+    cases[name] = {launched(kernel, 1, 64, 2048, left, right, out), results, product};
+  };
+  using planted::Fault;
+  plant("right_product", planted::multiply_slices<Fault::kNone>, 256);
+  plant("short_wait", planted::multiply_slices<Fault::kShortWait>, 256);
+  plant("product_without_barrier", planted::multiply_slices<Fault::kNoBarrier>, 256);
+  plant("swapped_words", planted::multiply_slices<Fault::kSwappedWords>, 256);
+  plant("wrong_place", planted::multiply_slices<Fault::kWrongPlace>, 256);
+  plant("not_transposed", planted::multiply_slices<Fault::kNotTransposed>, 256);
+  plant("copies_on_their_way", planted::multiply_slices<Fault::kNoWait>, 256);
+  cases["misaligned_copy"] = {launched(planted::misaligned_copy, 1, 1, 16, floats)};
   for (const int n : {64, 256, 1024}) {
     for (const bool right : {false, true}) {
       const std::string prefix = right ? "right_" : "", size = "_" + std::to_string(n);

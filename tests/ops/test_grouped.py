@@ -8,7 +8,7 @@ import torch
 from cases import DTYPES, SIZES, plans, random_experts, relative_error, values
 
 import moe_ext
-from moe_ext.ops import reference, torch_grouped_mm
+from moe_ext.ops import reference, tensor_cores, torch_grouped_mm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -290,6 +290,32 @@ def test_the_path_of_a_device(
     monkeypatch, device_name, capability, dtype, widths, E, capacity, path, why
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(tensor_cores, "is_built", lambda device_type: False)
     chosen, reason = torch_grouped_mm.choose(Fake(device_name, dtype), widths, E, capacity)
     assert chosen == path
+    assert why in reason
+
+
+@pytest.mark.parametrize("capacity", [None, 4])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "widths", "E", "path", "why"),
+    [
+        ((8, 0), torch.bfloat16, (8, 16), 4, "own", "loops on compute capability 8.0"),
+        ((8, 9), torch.float16, (8, 16), 2000, "own", "loops on compute capability 8.9"),
+        ((12, 0), torch.float32, (4, 12), 4, "own", "loops on compute capability 12.0"),
+        ((9, 0), torch.float16, (8, 16), 4, "own", "loops for torch.float16"),
+        ((9, 0), torch.float32, (8, 1), 4, "own", "loops for torch.float32"),
+        ((9, 0), torch.bfloat16, (8, 16), 1024, "own", "fewer than 1024 experts"),
+        ((9, 0), torch.bfloat16, (8, 16), 4, "native", ""),
+        ((7, 5), torch.float16, (8, 16), 4, "loop", "compute capability 8.0, not 7.5"),
+        ((8, 0), torch.float64, (8, 16), 4, "reference", "ours do not take torch.float64"),
+        ((8, 0), torch.bfloat16, (12, 16), 4, "reference", "16 bytes, not (12, 16) values"),
+    ],
+)
+def test_who_has_tensor_cores(monkeypatch, capability, dtype, widths, E, capacity, path, why):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(tensor_cores, "is_built", lambda device_type: True)
+    chosen, reason = torch_grouped_mm.choose(Fake("cuda", dtype), widths, E, capacity)
+    without_batches = path in ("own", "native") or capacity is None
+    assert chosen == (path if without_batches else "batched")
     assert why in reason

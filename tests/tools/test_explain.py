@@ -219,3 +219,7 @@ def test_explain_tells_the_path_of_a_product(monkeypatch):
     call = moe_ext.explain(Product()).calls[-1]
     assert (call.operator, call.backend) == ("grouped_mm", "torch")
     assert call.how == "reference, as (3, 4)"
+
+    monkeypatch.setattr(torch_grouped_mm, "choose", lambda *_: ("own", "others loop"))
+    call = moe_ext.explain(Product()).calls[-1]
+    assert (call.backend, call.how) == ("compiled", "on tensor cores")

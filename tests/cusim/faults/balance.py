@@ -14,7 +14,7 @@ MUTANTS = [
     Mutant("balance.cu", "int64_t{blockIdx.x} * kThreads + threadIdx.x;", "threadIdx.x;"),
     Mutant("balance.cu", "counts += int64_t{blockIdx.x} * num_experts;", ""),
     Mutant("balance.cu", "block < blocks", "block < 1"),
-    Mutant("balance.cu", "/ num_tokens * of_load", "* of_load"),
+    Mutant("balance.cu", "/ num_tokens * share", "* share"),
     Mutant("balance.cu", "threadIdx.x < half", "threadIdx.x <= half"),
     Mutant("balance.cu", "half = kThreads / 2", "half = kThreads / 4"),
     Mutant("balance.cu", "(call.num_tokens) : 1;", "(call.num_tokens) : 0;"),

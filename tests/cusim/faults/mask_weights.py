@@ -18,6 +18,5 @@ MUTANTS = [
     Mutant("scoring.h", "if (sum < eps) mean = shift = 0;", ""),
     Mutant("scoring.h", "if (p > largest) {", "if (largest == -INFINITY) {"),
     Mutant("scoring.h", "mean += sum * (shift - g);", ""),
-    Mutant("scoring.h", "share > T{0.5}", "share > T{0.99}"),
     Mutant("scoring.h", "return g - shift - mean;", "return g - (shift + mean);"),
 ]

@@ -7,7 +7,7 @@ namespace {
 
 template <typename T>
 void test_balance(int64_t num_tokens, int64_t top_k, int64_t choices, int num_experts) {
-  Array<T> importance(num_experts), l_aux(1), share(num_experts);
+  Array<T> importance(num_experts), l_aux(1), slope(num_experts);
   Array<int32_t> load(num_experts), expert_ids(num_tokens * top_k);
   Array<int32_t> scratch(choices < top_k ? balance_blocks(num_tokens) * num_experts : 0);
   fill(importance);
@@ -22,14 +22,14 @@ void test_balance(int64_t num_tokens, int64_t top_k, int64_t choices, int num_ex
   }
   for (int e = 0; e < num_experts; ++e) load[e] = static_cast<int32_t>(all[e]);
   balance({dtype_of<T>, importance.data(), load.data(), expert_ids.data(), num_tokens, top_k,
-           choices, num_experts, l_aux.data(), share.data(), scratch.data()},
+           choices, num_experts, l_aux.data(), slope.data(), scratch.data()},
           nullptr);
   const double tokens = std::max<int64_t>(1, num_tokens);
   const T even = static_cast<T>(tokens * (choices / static_cast<double>(num_experts)));
   double sum = 0, size = 0;
   for (int e = 0; e < num_experts; ++e) {
     const T expected = static_cast<T>(first[e]) / even;
-    CHECK(share[e] == expected);
+    CHECK(slope[e] == expected * static_cast<T>(1 / tokens));
     const double term = number(importance[e]) / tokens * number(expected);
     sum += term, size += std::abs(term);
   }

@@ -1,0 +1,261 @@
+// The experts' operators on tensor cores: arguments from expert_args.h, kernels from
+// csrc/cuda/products. moe_ext/ops/tensor_cores.py says what they take.
+
+#include <tuple>
+
+#include "cuda_call.h"
+
+namespace moe_ext {
+namespace {
+
+bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+// As kernels read it: dense, and whole vectors.
+Tensor readable(const Tensor& tensor) {
+  const Tensor whole = dense(tensor);
+  return is_aligned(whole) ? whole : torch::stable::clone(whole);
+}
+OptionalTensor readable(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(readable(*tensor)) : std::nullopt;
+}
+
+// Weights [E, N, M], or [E, M, N] if they lie that way.
+struct Weights {
+  Tensor memory;
+  bool transposed;
+
+  explicit Weights(const Tensor& weights) {
+    const int64_t N = weights.size(1), M = weights.size(2);
+    transposed = weights.stride(1) == 1 && weights.stride(2) == N && weights.stride(0) == N * M &&
+                 N > 1 && M > 1;
+    memory = readable(transposed ? torch::stable::transpose(weights, 1, 2) : weights);
+  }
+};
+
+cuda::Groups groups_of(const Groups& groups, int64_t num_rows) {
+  if (groups.num_experts > INT32_MAX) Check("products").fail("there are too many experts");
+  return {const_int_data(groups.offsets), const_int_data(groups.load),
+          static_cast<int>(groups.num_experts), num_rows};
+}
+
+// Without routes: rows as they lie.
+cuda::Routes no_routes(int64_t num_rows) { return {nullptr, nullptr, nullptr, 0, 1, num_rows}; }
+
+Tensor tensor_grouped_mm(const Tensor& rows, const Tensor& weights, const OptionalTensor& bias,
+                         const Tensor& offsets, const Tensor& load, std::optional<int64_t> capacity,
+                         bool allow_tf32) {
+  const GroupedMMArgs a = grouped_mm_args(rows, weights, bias, offsets, load, capacity);
+  const OnDevice device(a.rows);
+  const Tensor left = readable(a.rows);
+  const OptionalTensor added = readable(a.bias);
+  const Weights right(a.weights);
+  const Tensor out = empty(left, {a.num_rows, a.out_width}, left.scalar_type());
+  cuda::grouped_mm({dtype_of(left), allow_tf32, left.const_data_ptr(), false, no_routes(a.num_rows),
+                    right.memory.const_data_ptr(), right.transposed,
+                    groups_of(a.groups, a.num_rows), a.rows_width, a.out_width},
+                   data_or_null<void>(added), false, true, out.mutable_data_ptr(), device.stream());
+  return out;
+}
+
+Tensor tensor_grouped_outer(const Tensor& left, const Tensor& right, const Tensor& offsets,
+                            const Tensor& load, std::optional<int64_t> capacity, bool allow_tf32) {
+  const GroupedOuterArgs a = grouped_outer_args(left, right, offsets, load, capacity);
+  const OnDevice device(a.left);
+  const Tensor lefts = readable(a.left), rights = readable(a.right);
+  const Tensor out =
+      empty(lefts, {a.groups.num_experts, a.left_width, a.right_width}, lefts.scalar_type());
+  cuda::grouped_outer(
+      {dtype_of(lefts), allow_tf32, lefts.const_data_ptr(), rights.const_data_ptr(), false, false,
+       no_routes(a.num_rows), groups_of(a.groups, a.num_rows), a.left_width, a.right_width},
+      out.mutable_data_ptr(), device.stream());
+  return out;
+}
+
+// The networks of all experts: their operands as kernels read them, and the products of both
+// directions.
+class Experts {
+ public:
+  Experts(const FeedForwardArgs& a, bool allow_tf32)
+      : a_(a),
+        device_(a.tokens),
+        tokens_(readable(a.tokens)),
+        up_(a.up),
+        down_(a.down),
+        up_bias_(readable(a.up_bias)),
+        down_bias_(readable(a.down_bias)),
+        dtype_(dtype_of(tokens_)),
+        allow_tf32_(allow_tf32),
+        routes_(routes_of(a.routes)),
+        groups_(groups_of(a.groups, a.routes.num_rows)) {}
+
+  // Rows that no route owns are not written, and nobody reads them.
+  Tensor fresh_rows(int64_t width) const { return fresh({a_.routes.num_rows, width}); }
+  Tensor none() const { return fresh({0}); }
+
+  void project_up(void* pre_activation, const Tensor& active) const {
+    cuda::grouped_mm_activate(product(tokens_, true, up_, false, a_.hidden, a_.inner_width),
+                              data_or_null<void>(up_bias_), a_.score_before_experts, a_.activation,
+                              pre_activation, active.mutable_data_ptr(), device_.stream());
+  }
+
+  Tensor project_down(const Tensor& active) const {
+    const Tensor rows = fresh_rows(a_.hidden);
+    cuda::grouped_mm(product(active, false, down_, false, a_.width, a_.hidden),
+                     data_or_null<void>(down_bias_), a_.score_before_experts, false,
+                     rows.mutable_data_ptr(), device_.stream());
+    return rows;
+  }
+
+  Tensor combined(const Tensor& rows, bool weighs) const {
+    cuda::Routes routes = routes_;
+    if (!weighs) routes.weights = nullptr;
+    const Tensor out = fresh({a_.routes.num_tokens, a_.hidden});
+    cuda::combine(dtype_, rows.const_data_ptr(), routes, a_.hidden, out.mutable_data_ptr(),
+                  device_.stream());
+    return out;
+  }
+
+  // Writes the gradient of the pre-activation and the weighed activation; returns that of the
+  // routes' weights.
+  Tensor activation_gradient(const Tensor& grad, const Tensor& pre_activation,
+                             const Tensor& grad_pre_activation, const Tensor& active) const {
+    const int64_t count = cuda::num_dots(a_.width);
+    const Tensor dots = empty(tokens_, {a_.routes.num_rows, count}, ScalarType::Float);
+    cuda::grouped_mm_activate_backward(
+        product(grad, true, down_, true, a_.hidden, a_.width), a_.activation,
+        pre_activation.const_data_ptr(), grad_pre_activation.mutable_data_ptr(),
+        active.mutable_data_ptr(), static_cast<float*>(dots.mutable_data_ptr()), device_.stream());
+    const Tensor grad_weights = empty_route_sums(tokens_, a_.routes);
+    cuda::sum_dots({dtype_, static_cast<const float*>(dots.const_data_ptr()), a_.width,
+                    grad.const_data_ptr(), data_or_null<void>(down_bias_), a_.hidden, routes_,
+                    groups_, static_cast<float*>(grad_weights.mutable_data_ptr())},
+                   device_.stream());
+    return grad_weights;
+  }
+
+  Tensor tokens_gradient(const Tensor& grad_pre_activation) const {
+    const Tensor rows = fresh_rows(a_.hidden);
+    cuda::grouped_mm(product(grad_pre_activation, false, up_, true, a_.inner_width, a_.hidden),
+                     nullptr, false, false, rows.mutable_data_ptr(), device_.stream());
+    return combined(rows, false);
+  }
+
+  // One side of a weight's gradient: rows, or the tokens whose routes have them.
+  struct Side {
+    const Tensor& matrix;
+    bool gathers;
+    int64_t width;
+  };
+  Side tokens() const { return {tokens_, true, a_.hidden}; }
+  Tensor up_gradient(const Side& left) const { return outer(left, tokens(), up_.transposed); }
+  Tensor down_gradient(const Tensor& grad, const Tensor& active) const {
+    return outer({grad, true, a_.hidden}, {active, false, a_.width}, down_.transposed);
+  }
+
+  // The gradient of a bias.
+  Tensor sum(const Side& side, bool weighs) const {
+    const Tensor out = fresh({a_.groups.num_experts, side.width});
+    cuda::sum_rows(
+        {dtype_, side.matrix.const_data_ptr(), side.gathers, weighs, routes_, groups_, side.width},
+        out.mutable_data_ptr(), device_.stream());
+    return out;
+  }
+
+ private:
+  Tensor fresh(std::initializer_list<int64_t> size) const {
+    return empty(tokens_, size, tokens_.scalar_type());
+  }
+
+  // rows @ weights^T, or rows @ weights.
+  cuda::GroupedMM product(const Tensor& rows, bool gathers, const Weights& weights, bool backward,
+                          int64_t depth, int64_t width) const {
+    return {dtype_,
+            allow_tf32_,
+            rows.const_data_ptr(),
+            gathers,
+            routes_,
+            weights.memory.const_data_ptr(),
+            weights.transposed != backward,
+            groups_,
+            depth,
+            width};
+  }
+
+  // Laid out as the weight is.
+  Tensor outer(const Side& left, const Side& right, bool transposed) const {
+    if (transposed) return torch::stable::transpose(outer(right, left, false), 1, 2);
+    const Tensor out = fresh({a_.groups.num_experts, left.width, right.width});
+    cuda::grouped_outer(
+        {dtype_, allow_tf32_, left.matrix.const_data_ptr(), right.matrix.const_data_ptr(),
+         left.gathers, right.gathers, routes_, groups_, left.width, right.width},
+        out.mutable_data_ptr(), device_.stream());
+    return out;
+  }
+
+  const FeedForwardArgs& a_;
+  const OnDevice device_;
+  const Tensor tokens_;
+  const Weights up_, down_;
+  const OptionalTensor up_bias_, down_bias_;
+  const cuda::Dtype dtype_;
+  const bool allow_tf32_;
+  const cuda::Routes routes_;
+  const cuda::Groups groups_;
+};
+
+std::tuple<Tensor, Tensor> tensor_feed_forward(
+    const Tensor& tokens, const Tensor& slots, const Tensor& sources, const Tensor& offsets,
+    const Tensor& load, const Tensor& weights, const Tensor& up, const Tensor& down,
+    const OptionalTensor& up_bias, const OptionalTensor& down_bias, const std::string& activation,
+    bool score_before_experts, std::optional<int64_t> capacity, bool keeps, bool allow_tf32) {
+  const FeedForwardOperands operands{tokens,  slots, sources, offsets, load,
+                                     weights, up,    down,    up_bias, down_bias};
+  const FeedForwardArgs a = feed_forward_args(operands, activation, score_before_experts, capacity);
+  const Experts experts(a, allow_tf32);
+  const Tensor pre_activation = keeps ? experts.fresh_rows(a.inner_width) : experts.none();
+  const Tensor active = experts.fresh_rows(a.width);
+  experts.project_up(keeps ? pre_activation.mutable_data_ptr() : nullptr, active);
+  return {experts.combined(experts.project_down(active), !score_before_experts), pre_activation};
+}
+
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SixTensors tensor_feed_forward_backward(const Tensor& grad, const Tensor& tokens,
+                                        const Tensor& pre_activation, const Tensor& slots,
+                                        const Tensor& sources, const Tensor& offsets,
+                                        const Tensor& load, const Tensor& weights, const Tensor& up,
+                                        const Tensor& down, const OptionalTensor& up_bias,
+                                        const OptionalTensor& down_bias,
+                                        const std::string& activation, bool score_before_experts,
+                                        std::optional<int64_t> capacity, bool needs_tokens,
+                                        bool needs_up, bool needs_down, bool allow_tf32) {
+  const FeedForwardOperands operands{tokens,  slots, sources, offsets, load,
+                                     weights, up,    down,    up_bias, down_bias};
+  const FeedForwardBackwardArgs b = feed_forward_backward_args(
+      grad, pre_activation, operands, activation, score_before_experts, capacity);
+  const FeedForwardArgs& a = b.forward;
+  const Experts experts(a, allow_tf32);
+  const Tensor upstream = readable(b.grad), inner = readable(b.pre_activation);
+  const Tensor grad_inner = experts.fresh_rows(a.inner_width);
+  const Tensor active = experts.fresh_rows(a.width);
+  const Tensor grad_weights = experts.activation_gradient(upstream, inner, grad_inner, active);
+  const Experts::Side of_grad{upstream, true, a.hidden}, of_inner{grad_inner, false, a.inner_width};
+  return {needs_tokens ? experts.tokens_gradient(grad_inner) : experts.none(),
+          needs_up ? experts.up_gradient(of_inner) : experts.none(),
+          needs_down ? experts.down_gradient(upstream, active) : experts.none(),
+          needs_up && a.up_bias ? experts.sum(of_inner, false) : experts.none(),
+          needs_down && a.down_bias ? experts.sum(of_grad, true) : experts.none(),
+          grad_weights};
+}
+
+}  // namespace
+}  // namespace moe_ext
+
+MOE_EXT_CUDA_LIBRARY(m) {
+  m.impl("tensor_grouped_mm", TORCH_BOX(&moe_ext::tensor_grouped_mm));
+  m.impl("tensor_grouped_outer", TORCH_BOX(&moe_ext::tensor_grouped_outer));
+  m.impl("tensor_feed_forward", TORCH_BOX(&moe_ext::tensor_feed_forward));
+  m.impl("tensor_feed_forward_backward", TORCH_BOX(&moe_ext::tensor_feed_forward_backward));
+}

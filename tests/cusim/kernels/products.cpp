@@ -1,0 +1,382 @@
+// The products on tensor cores and the kernels beside them, beside plain C++.
+
+#include <numeric>
+
+#include "testing.h"
+
+namespace testing {
+namespace {
+
+constexpr cusim::Card kCards[] = {{99 << 10, 100 << 10, 2}, {163 << 10, 164 << 10, 3}};
+
+struct Case {
+  std::vector<int> loads;
+  int64_t room;  // rows of each expert, -1: as many as it has
+  int64_t K, M, N;
+  Activation activation = Activation::kSwiglu;
+  bool transposed = false, gathers = true, bias = true, weighs = false;
+};
+
+std::string text(const Case& c) {
+  std::string text = "loads";
+  for (const int load : c.loads) text += " " + std::to_string(load);
+  return text + " room " + std::to_string(c.room) + " M" + std::to_string(c.M) + " N" +
+         std::to_string(c.N) + (c.transposed ? " transposed" : "") + (c.gathers ? " gathered" : "");
+}
+
+// A plan with these loads: rows are given to routes at random, and some routes have none.
+struct Grouping {
+  int64_t T, K, R;
+  int E;
+  Array<int32_t> slots, sources, offsets, load;
+  Array<float> weights;
+
+  explicit Grouping(const Case& c)
+      : T((std::accumulate(c.loads.begin(), c.loads.end(), int64_t{0}) + 5) / c.K + 1),
+        K(c.K),
+        R(0),
+        E(static_cast<int>(c.loads.size())),
+        slots(T * K),
+        sources(num_rows(c)),
+        offsets(E + 1),
+        load(E),
+        weights(T * K) {
+    R = sources.size();
+    std::vector<int32_t> routes(T * K);
+    std::iota(routes.begin(), routes.end(), 0);
+    std::shuffle(routes.begin(), routes.end(), generator);
+    for (int64_t i = 0; i < T * K; ++i) slots[i] = -1;
+    for (int64_t i = 0; i < R; ++i) sources[i] = -1;
+    fill(weights);
+    offsets[0] = 0;
+    for (int e = 0, next = 0; e < E; ++e) {
+      const auto room = static_cast<int32_t>(c.room < 0 ? c.loads[e] : c.room);
+      offsets[e + 1] = offsets[e] + room;
+      load[e] = c.loads[e] > room ? c.loads[e] + 3 : c.loads[e];
+      for (int32_t r = offsets[e]; r < last_row(e); ++r) {
+        sources[r] = routes[next];
+        slots[routes[next++]] = r;
+      }
+    }
+    if (T > 3) {  // and a row that its route does not have
+      for (int64_t r = 0; r < R; ++r) {
+        if (sources[r] < 0) continue;
+        slots[sources[r]] = -1;
+        break;
+      }
+    }
+  }
+
+  static int64_t num_rows(const Case& c) {
+    int64_t rows = 0;
+    for (const int load : c.loads) rows += c.room < 0 ? load : c.room;
+    return rows;
+  }
+  int32_t last_row(int e) { return std::min(offsets[e] + load[e], offsets[e + 1]); }
+  Routes routes() { return {slots.data(), sources.data(), weights.data(), T, K, R}; }
+  Groups groups() { return {offsets.data(), load.data(), E, R}; }
+  int64_t route_of(int64_t r) {
+    const int32_t route = sources[r];
+    return route >= 0 && slots[route] == r ? route : -1;
+  }
+};
+
+// Sums of products of T: what an operand may lose, and how many roundings a sum of floats takes.
+struct Exactness {
+  double operand, roundings;
+};
+
+template <typename T>
+bool is_near(T actual, double expected, double terms, const Exactness& exactness) {
+  const double error = std::abs(number(actual) - expected);
+  return error <= (sizeof(T) == 2 ? epsilon<T> * std::abs(expected) + 6e-8 : 0) +
+                      (exactness.operand + exactness.roundings * epsilon<float>)*terms;
+}
+
+template <typename T>
+struct Products {
+  const Case& c;
+  bool allow_tf32;
+  Grouping g{c};
+  Array<T> rows{(c.gathers ? g.T : g.R) * c.M}, weights{g.E * c.N * c.M}, bias{g.E * c.N};
+  Exactness exactness{sizeof(T) == 2 ? 0 : allow_tf32 ? 1.0e-3 : 2.0e-6, 8.0 + c.M / 8.0};
+
+  Products(const Case& c, bool allow_tf32) : c(c), allow_tf32(allow_tf32) {
+    fill(rows), fill(weights), fill(bias);
+    for (int64_t i = 0; i < weights.size(); ++i) {
+      weights[i] = make<T>(number(weights[i]) / std::sqrt(double(c.M)));
+    }
+  }
+
+  GroupedMM call() {
+    return {dtype_of<T>,    allow_tf32,   rows.data(), c.gathers, g.routes(),
+            weights.data(), c.transposed, g.groups(),  c.M,       c.N};
+  }
+
+  // The number m of the row that row r stands for. Of a row that its route does not have, any.
+  double row(int64_t r, int64_t m) {
+    if (!c.gathers) return number(rows[r * c.M + m]);
+    return number(rows[g.sources[r] / c.K * c.M + m]);
+  }
+
+  struct Sum {
+    double value, terms;
+  };
+  Sum sum(int e, int64_t r, int64_t n) {
+    Sum out{0, 0};
+    for (int64_t m = 0; m < c.M; ++m) {
+      const int64_t at = c.transposed ? (e * c.M + m) * c.N + n : (e * c.N + n) * c.M + m;
+      const double product = row(r, m) * number(weights[at]);
+      out.value += product, out.terms += std::abs(product);
+    }
+    return out;
+  }
+
+  double weight(int64_t r) {
+    if (!c.weighs) return 1;
+    const int64_t route = g.route_of(r);
+    return route < 0 ? 0 : g.weights[route];
+  }
+
+  // Calls body(e, r) for each row that a group owns.
+  template <typename Body>
+  void each_row(const Body& body) {
+    for (int e = 0; e < g.E; ++e) {
+      for (int64_t r = g.offsets[e]; r < g.last_row(e); ++r) body(e, r);
+    }
+  }
+  // Other rows stay as they were, NaN, or are zero.
+  void check_others(Array<T>& out, int64_t width, double expected) {
+    std::vector<bool> owned(g.R);
+    each_row([&](int, int64_t r) { owned[r] = true; });
+    bool right = true;
+    for (int64_t r = 0; r < g.R; ++r) {
+      for (int64_t i = 0; !owned[r] && i < width; ++i) {
+        const double found = number(out[r * width + i]);
+        right &= std::isnan(expected) ? std::isnan(found) : found == expected;
+      }
+    }
+    CHECK(right);
+  }
+
+  void test_rows() {
+    Array<T> out(g.R * c.N);
+    const void* of_bias = c.bias ? bias.data() : nullptr;
+    grouped_mm(call(), of_bias, c.weighs, false, out.data(), nullptr);
+    check_others(out, c.N, NAN);
+    grouped_mm(call(), of_bias, c.weighs, true, out.data(), nullptr);
+    check_others(out, c.N, 0);
+    bool right = true;
+    each_row([&](int e, int64_t r) {
+      for (int64_t n = 0; n < c.N; ++n) {
+        const Sum s = sum(e, r, n);
+        const double more = c.bias ? weight(r) * number(bias[e * c.N + n]) : 0;
+        right &= is_near(out[r * c.N + n], s.value + more, s.terms + std::abs(more), exactness);
+      }
+    });
+    CHECK(right);
+  }
+
+  void test_activation() {
+    const int64_t F = is_gated(c.activation) ? c.N / 2 : c.N;
+    Array<T> pre_activation(g.R * c.N), active(g.R * F), alone(g.R * F);
+    const void* of_bias = c.bias ? bias.data() : nullptr;
+    grouped_mm_activate(call(), of_bias, c.weighs, c.activation, pre_activation.data(),
+                        active.data(), nullptr);
+    grouped_mm_activate(call(), of_bias, c.weighs, c.activation, nullptr, alone.data(), nullptr);
+    CHECK(!std::memcmp(active.data(), alone.data(), g.R * F * sizeof(T)));
+    check_others(pre_activation, c.N, 0), check_others(active, F, NAN);
+    bool right = true, is_active = true;
+    each_row([&](int e, int64_t r) {
+      for (int64_t n = 0; n < c.N; ++n) {
+        const Sum s = sum(e, r, n);
+        const double more = c.bias ? number(bias[e * c.N + n]) : 0;
+        right &= is_near(pre_activation[r * c.N + n], s.value + more, s.terms + std::abs(more),
+                         exactness);
+      }
+      for (int64_t f = 0; f < F; ++f) {
+        const double value =
+            activated<double>(c.activation, number(pre_activation[r * c.N + f])).value;
+        const double up = F < c.N ? number(pre_activation[r * c.N + F + f]) : 1;
+        const double terms = std::abs(weight(r)) * (std::abs(up) + std::abs(value * up));
+        is_active &= close(active[r * F + f], weight(r) * value * up, terms, 8);
+      }
+    });
+    CHECK(right);
+    CHECK(is_active);
+  }
+
+  // The product is the gradient of an activation of width N.
+  void test_gradient() {
+    const int64_t F = c.N, G = is_gated(c.activation) ? 2 * F : F;
+    Array<T> pre_activation(g.R * G), grad_pre_activation(g.R * G), active(g.R * F);
+    Array<float> dots(g.R * num_dots(F)), grad_weights(g.T * g.K);
+    fill(pre_activation);
+    grouped_mm_activate_backward(call(), c.activation, pre_activation.data(),
+                                 grad_pre_activation.data(), active.data(), dots.data(), nullptr);
+    check_others(grad_pre_activation, G, NAN), check_others(active, F, NAN);
+    // The gradient of the weights also has a part of a bias of the rows' width.
+    Array<T> grad(g.T * c.M), row_bias(g.E * c.M);
+    fill(grad), fill(row_bias);
+    sum_dots({dtype_of<T>, dots.data(), F, grad.data(), c.bias ? row_bias.data() : nullptr, c.M,
+              g.routes(), g.groups(), grad_weights.data()},
+             nullptr);
+    bool right = true, is_active = true, is_dot = true;
+    each_row([&](int e, int64_t r) {
+      const int64_t route = g.route_of(r);
+      const double w = route < 0 ? 0 : g.weights[route];
+      double dot = 0, dot_terms = 0;
+      for (int64_t f = 0; f < F; ++f) {
+        const Sum s = sum(e, r, f);
+        const auto of_gate = activated<double>(c.activation, number(pre_activation[r * G + f]));
+        const double up = G > F ? number(pre_activation[r * G + F + f]) : 1;
+        const double size = 1 + std::abs(up) + std::abs(of_gate.value * up);
+        const double terms = s.terms * size * (1 + std::abs(w));
+        right &= is_near(grad_pre_activation[r * G + f], w * s.value * of_gate.slope * up, terms,
+                         exactness);
+        if (G > F) {
+          right &= is_near(grad_pre_activation[r * G + F + f], w * s.value * of_gate.value, terms,
+                           exactness);
+        }
+        is_active &= close(active[r * F + f], w * of_gate.value * up, std::abs(w) * size, 8);
+        dot += s.value * of_gate.value * up, dot_terms += terms;
+      }
+      if (route < 0) return;
+      for (int64_t m = 0; c.bias && m < c.M; ++m) {
+        const double product = number(grad[route / c.K * c.M + m]) * number(row_bias[e * c.M + m]);
+        dot += product, dot_terms += std::abs(product);
+      }
+      is_dot &= is_near(grad_weights[route], dot, dot_terms, exactness);
+    });
+    for (int64_t route = 0; route < g.T * g.K; ++route) {
+      if (g.slots[route] < 0) is_dot &= grad_weights[route] == 0;
+    }
+    CHECK(right);
+    CHECK(is_active);
+    CHECK(is_dot);
+  }
+
+  // The rows [.., M] beside others [R, N], one of the two gathered.
+  void test_outer(bool gathered_left) {
+    Array<T> others(g.R * c.N), out(g.E * c.N * c.M);
+    fill(others);
+    const int64_t left_width = gathered_left ? c.M : c.N, right_width = gathered_left ? c.N : c.M;
+    grouped_outer({dtype_of<T>, allow_tf32, gathered_left ? rows.data() : others.data(),
+                   gathered_left ? others.data() : rows.data(), gathered_left && c.gathers,
+                   !gathered_left && c.gathers, g.routes(), g.groups(), left_width, right_width},
+                  out.data(), nullptr);
+    Exactness of_rows = exactness;
+    bool right = true;
+    for (int e = 0; e < g.E; ++e) {
+      of_rows.roundings = 8.0 + (g.last_row(e) - g.offsets[e]) / 8.0;
+      for (int64_t n = 0; n < c.N; ++n) {
+        for (int64_t m = 0; m < c.M; ++m) {
+          double value = 0, terms = 0;
+          for (int64_t r = g.offsets[e]; r < g.last_row(e); ++r) {
+            const double product = number(others[r * c.N + n]) * row(r, m);
+            value += product, terms += std::abs(product);
+          }
+          const int64_t at = gathered_left ? (e * c.M + m) * c.N + n : (e * c.N + n) * c.M + m;
+          right &= is_near(out[at], value, terms, of_rows);
+        }
+      }
+    }
+    CHECK(right);
+  }
+
+  void test_sum_rows() {
+    Array<T> out(g.E * c.M);
+    sum_rows({dtype_of<T>, rows.data(), c.gathers, c.weighs, g.routes(), g.groups(), c.M},
+             out.data(), nullptr);
+    bool right = true;
+    for (int e = 0; e < g.E; ++e) {
+      for (int64_t m = 0; m < c.M; ++m) {
+        double value = 0, terms = 0;
+        for (int64_t r = g.offsets[e]; r < g.last_row(e); ++r) {
+          value += weight(r) * row(r, m), terms += std::abs(weight(r) * row(r, m));
+        }
+        right &= is_near(out[e * c.M + m], value, terms, {0, 40});
+      }
+    }
+    CHECK(right);
+  }
+};
+
+template <typename T>
+void test_products(const Case& c, bool allow_tf32 = false) {
+  context = "products of " + std::to_string(sizeof(T)) + " bytes, " + text(c);
+  Products<T> products(c, allow_tf32);
+  products.test_rows();
+  products.test_activation();
+  products.test_gradient();
+  products.test_outer(false);
+  products.test_outer(true);
+  products.test_sum_rows();
+}
+
+// Whatever a plan holds, no access is out of bounds: what sanitizers see, and the emulator.
+void test_any_plan() {
+  const Case c{{5, 9, 0, 40}, 12, 3, 40, 48};
+  context = "products of any plan";
+  for (int turn = 0; turn < 4; ++turn) {
+    Products<__nv_bfloat16> products(c, false);
+    Grouping& g = products.g;
+    const auto any = [](int64_t n) { return static_cast<int32_t>(below(3 * n + 6) - n - 3); };
+    for (int64_t i = 0; i < g.T * g.K; ++i) g.slots[i] = any(g.R);
+    for (int64_t r = 0; r < g.R; ++r) g.sources[r] = any(g.T * g.K);
+    for (int e = 0; e <= g.E; ++e) g.offsets[e] = any(g.R);
+    for (int e = 0; e < g.E; ++e) g.load[e] = turn % 2 ? any(g.R) : INT32_MAX;
+    Array<__nv_bfloat16> inner(g.R * 2 * c.N), active(g.R * c.N), out(g.E * c.N * c.M);
+    Array<float> dots(g.R * num_dots(c.N)), grad_weights(g.T * g.K);
+    fill(inner), fill(active);
+    const GroupedMM call = products.call();
+    grouped_mm(call, products.bias.data(), true, true, active.data(), nullptr);
+    grouped_mm_activate(call, products.bias.data(), true, Activation::kSwiglu, inner.data(),
+                        active.data(), nullptr);
+    grouped_mm_activate_backward(call, Activation::kSwiglu, inner.data(), inner.data(),
+                                 active.data(), dots.data(), nullptr);
+    sum_dots({Dtype::kBFloat16, dots.data(), c.N, products.rows.data(), products.weights.data(),
+              c.M, g.routes(), g.groups(), grad_weights.data()},
+             nullptr);
+    grouped_outer({Dtype::kBFloat16, false, active.data(), products.rows.data(), false, true,
+                   g.routes(), g.groups(), c.N, c.M},
+                  out.data(), nullptr);
+    sum_rows({Dtype::kBFloat16, products.rows.data(), true, true, g.routes(), g.groups(), c.M},
+             out.data(), nullptr);
+  }
+}
+
+void test_all() {
+  using A = Activation;
+  test_any_plan();
+  Case cases[] = {
+      {{}, -1, 1, 8, 16},
+      {{1}, -1, 1, 8, 16, A::kGelu},
+      {{0, 63, 1, 64, 0, 65}, -1, 2, 40, 80},
+      {{129, 0}, -1, 1, 40, 144, A::kGeglu, true},
+      {{150, 45}, -1, 5, 72, 144, A::kRelu, false, false},
+      {{5, 9, 0, 40}, 12, 3, 136, 48, A::kSwiglu, true, true, true, true},
+      {std::vector<int>(33, 0), -1, 2, 24, 32, A::kGelu, true, false, false, true},
+  };
+  for (int e = 2; e < 33; e += 10) cases[6].loads[e] = e;
+  int turn = 0;
+  for (const Case& c : cases) {
+    cusim::options().card = kCards[turn++ % 2];
+    test_products<__nv_bfloat16>(c);
+    test_products<__half>(c);
+    test_products<float>(c, true);
+    test_products<float>(c, false);
+  }
+  cusim::options().card = cusim::kLeast;
+}
+
+const Registration registration("products", {test_all,
+                                             {{"grouped_mm", 128},
+                                              {"grouped_mm_activate", 128},
+                                              {"grouped_mm_activate_backward", 128},
+                                              {"grouped_outer", 128},
+                                              {"sum_dots", 256},
+                                              {"sum_rows", 256}}});
+
+}  // namespace
+}  // namespace testing
