@@ -164,9 +164,9 @@ class Libraries:
 
     def _register_python(self) -> None:
         self._python = torch.library.Library("moe_ext", "FRAGMENT")
+        for name in (*NAMES, *BESIDE, *_ON_TENSOR_CORES) if self.library is None else ():
+            self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
         for name in (*NAMES, *BESIDE):
-            if self.library is None:
-                self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
             kernel = _IN_PYTHON.get(name) or _loud_on_cuda(getattr(reference, name))
             self._python.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
             fake = contracts.fake(name) if name in CONTRACTS else kernel
