@@ -177,9 +177,9 @@ def moves_vectors(kernel: str) -> bool:
 LEAST_HMMA = {
     r"grouped_mm_kernel<Numbers<\w+, 1, 128>": 0.40,
     r"grouped_outer_kernel<Numbers<\w+, 1, 128>, false, false>": 0.40,
-    r"grouped_outer_kernel<Numbers<\w+, 1, 128>": 0.31,
+    r"grouped_outer_kernel<Numbers<\w+, 1, 128>": 0.30,
     r"grouped_mm_kernel<Numbers<__\w+, 1, 64>": 0.27,
-    r"grouped_\w+_kernel<Numbers<float, 3, 64>": 0.22,
+    r"grouped_\w+_kernel<Numbers<float, 3, 64>": 0.19,
     r"grouped_\w+_kernel<Numbers<float, 1, 64>": 0.10,
 }
 LEAST_BLOCKS = 2

@@ -27,9 +27,7 @@ struct Weights {
   bool transposed;
 
   explicit Weights(const Tensor& weights) {
-    const int64_t N = weights.size(1), M = weights.size(2);
-    transposed = weights.stride(1) == 1 && weights.stride(2) == N && weights.stride(0) == N * M &&
-                 N > 1 && M > 1;
+    transposed = weights.stride(1) < weights.stride(2);
     memory = readable(transposed ? torch::stable::transpose(weights, 1, 2) : weights);
   }
 };
@@ -40,6 +38,16 @@ cuda::Groups groups_of(const Groups& groups, int64_t num_rows) {
           static_cast<int>(groups.num_experts), num_rows};
 }
 
+// Rows of whole vectors, of a dtype that is multiplied.
+void check_widths(const char* op, const Tensor& rows, std::initializer_list<int64_t> widths) {
+  for (const int64_t width : widths) {
+    const bool is_taken = rows.scalar_type() != ScalarType::Double && width > 0;
+    if (is_taken && width * rows.element_size() % 16 == 0) continue;
+    Check(op).fail("tensor cores take rows of a multiple of 16 bytes, not float64; got ", width,
+                   " columns");
+  }
+}
+
 // Without routes: rows as they lie.
 cuda::Routes no_routes(int64_t num_rows) { return {nullptr, nullptr, nullptr, 0, 1, num_rows}; }
 
@@ -47,6 +55,7 @@ Tensor tensor_grouped_mm(const Tensor& rows, const Tensor& weights, const Option
                          const Tensor& offsets, const Tensor& load, std::optional<int64_t> capacity,
                          bool allow_tf32) {
   const GroupedMMArgs a = grouped_mm_args(rows, weights, bias, offsets, load, capacity);
+  check_widths("grouped_mm", a.rows, {a.rows_width, a.out_width});
   const OnDevice device(a.rows);
   const Tensor left = readable(a.rows);
   const OptionalTensor added = readable(a.bias);
@@ -62,6 +71,7 @@ Tensor tensor_grouped_mm(const Tensor& rows, const Tensor& weights, const Option
 Tensor tensor_grouped_outer(const Tensor& left, const Tensor& right, const Tensor& offsets,
                             const Tensor& load, std::optional<int64_t> capacity, bool allow_tf32) {
   const GroupedOuterArgs a = grouped_outer_args(left, right, offsets, load, capacity);
+  check_widths("grouped_outer", a.left, {a.left_width, a.right_width});
   const OnDevice device(a.left);
   const Tensor lefts = readable(a.left), rights = readable(a.right);
   const Tensor out =
@@ -88,7 +98,9 @@ class Experts {
         dtype_(dtype_of(tokens_)),
         allow_tf32_(allow_tf32),
         routes_(routes_of(a.routes)),
-        groups_(groups_of(a.groups, a.routes.num_rows)) {}
+        groups_(groups_of(a.groups, a.routes.num_rows)) {
+    check_widths("feed_forward", tokens_, {a.hidden, a.inner_width, a.width});
+  }
 
   // Rows that no route owns are not written, and nobody reads them.
   Tensor fresh_rows(int64_t width) const { return fresh({a_.routes.num_rows, width}); }

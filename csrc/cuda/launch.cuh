@@ -72,6 +72,18 @@ inline std::size_t shared_per_multiprocessor() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
 }
 
+// Throws where the kernel is of PTX for a card before 8.0, which has no such instructions.
+template <typename Kernel>
+void require_tensor_cores(const char* name, Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess && attributes.ptxVersion >= 80) return;
+  throw std::runtime_error(std::string(name) + ": " +
+                           (error == cudaSuccess ? "moe_ext was built for compute capability below "
+                                                   "8.0; name this card's in TORCH_CUDA_ARCH_LIST"
+                                                 : cudaGetErrorString(error)));
+}
+
 // Hands out a block's shared memory. Every thread takes the same arrays in the same order; the
 // launch gives the sum of their shared_bytes.
 class SharedMemory {
@@ -129,6 +141,9 @@ inline int num_multiprocessors() { return cusim::options().card.multiprocessors;
 inline std::size_t shared_per_multiprocessor() {
   return cusim::options().card.shared_per_multiprocessor;
 }
+
+template <typename Kernel>
+void require_tensor_cores(const char*, Kernel*) {}
 
 inline float approximate_exp2(float x) { return cusim::approximate(std::exp2(x)); }
 inline float approximate_reciprocal(float x) { return cusim::approximate(1 / x); }

@@ -239,12 +239,13 @@ class _Trace(TorchDispatchMode):
         # These backends consist of other operators: the function itself is called to see them.
         in_python = {
             "torch": torch_grouped_mm.OPERATORS.get(name),
-            "reference": getattr(reference, name),
+            "reference": getattr(reference, name, None),
         }
-        if call.backend not in in_python:
+        function = in_python.get(call.backend)
+        if function is None:
             self.calls.append(call)
             return func(*args)
-        return self._python(call, in_python[call.backend], args)
+        return self._python(call, function, args)
 
     def _python(self, call: Call, function: Callable, args: tuple):
         inside = _Trace()

@@ -45,7 +45,8 @@ def whole(name: str, args: tuple) -> Callable | None:
     names = [argument.name for argument in contracts.PARSED[name].arguments]
     tokens, up, down = (args[names.index(it)] for it in ("tokens", "up", "down"))
     widths = (*up.shape[1:], down.shape[2])
-    if 1 in widths:  # a product alone is widened with zeros
+    # A product alone is widened with zeros; rows of no token are left to what checks them.
+    if 1 in widths or not len(tokens):
         return None
     path, _ = torch_grouped_mm.choose(tokens, widths, up.shape[0], None)
     return tensor_cores.operator(name) if path == "own" else None

@@ -35,6 +35,8 @@ def choose(
     widths: of both operands' rows or of a weight, N and M
     """
     why_not_own = tensor_cores.why_not(rows, tuple(width for width in widths if width != 1))
+    if num_experts == 0:
+        why_not_own = "there are no experts"
     if rows.device.type == "cpu":
         if why_not_own is None:
             return "own", "the kernels are emulated"

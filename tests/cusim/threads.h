@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <iterator>
@@ -79,6 +80,12 @@ void widen_word(unsigned word, float* out) {
   }
 }
 
+// As tensor cores round a sum.
+inline float towards_zero(double x) {
+  const auto nearest = static_cast<float>(x);
+  return std::fabs(double{nearest}) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // The item-th product that all lanes of a warp compute together: fragments as
 // csrc/cuda/products/tensor.cuh has them.
 template <typename T>
@@ -100,16 +107,18 @@ void multiply_fragments(const Thread* lanes, int item) {
       for (int n = 0; n < kOfWord; ++n) right[first + n + i * (kDepth / 2)][row] = numbers[n];
     }
   }
-  float sums[16][8] = {};
+  double sums[16][8] = {};
   for (int row = 0; row < 16; ++row) {
     for (int k = 0; k < kDepth; ++k) {
       for (int column = 0; column < 8; ++column)
-        sums[row][column] += left[row][k] * right[k][column];
+        sums[row][column] += double(left[row][k]) * right[k][column];
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
     float* sum = part_of(lane)->sum;
-    for (int i = 0; i < 4; ++i) sum[i] += sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    for (int i = 0; i < 4; ++i) {
+      sum[i] = towards_zero(sum[i] + sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+    }
   }
 }
 

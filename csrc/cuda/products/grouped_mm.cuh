@@ -100,14 +100,15 @@ void grouped_mm_kernel(Product product, Epilogue epilogue) {
 template <typename N, bool kTransposed, typename Epilogue>
 void launch_grouped_mm(const char* name, Product product, const Epilogue& epilogue,
                        CUstream_st* stream) {
+  const auto kernel = grouped_mm_kernel<N, kTransposed, Epilogue>;
+  require_tensor_cores(name, kernel);
   const Ring ring = ring_for<N>(shared_bytes<OfRow>(N::kM));
   product.ring_slices = ring.slices;
   const int pair = epilogue.pair();
   const int64_t columns = divide_up(pair ? pair : product.width, tile_columns<N>(pair > 0));
   const int64_t tiles = (product.groups.num_rows / N::kM + product.groups.num_groups) * columns;
   const int64_t blocks = std::min<int64_t>(tiles, num_multiprocessors() * 2);
-  launch(name, grouped_mm_kernel<N, kTransposed, Epilogue>, blocks, kProductThreads, ring.bytes,
-         stream, product, epilogue);
+  launch(name, kernel, blocks, kProductThreads, ring.bytes, stream, product, epilogue);
 }
 
 template <typename T, int kTerms, typename Epilogue>

@@ -63,6 +63,7 @@ void grouped_outer_of(Outer outer, CUstream_st* stream) {
                         divide_up(outer.right.width, N::kN);
   const int64_t blocks = std::min<int64_t>(tiles, num_multiprocessors() * 2);
   const auto start = [&](auto kernel) {
+    require_tensor_cores("grouped_outer", kernel);
     launch("grouped_outer", kernel, blocks, kProductThreads, ring.bytes, stream, outer);
   };
   if (outer.left.gathers) {

@@ -91,6 +91,25 @@ __device__ void add_slice(typename N::Sums& sums, const uint4* left, const uint4
   }
 }
 
+// Tensor cores round sums towards zero. Where three terms are to be worth it, slices are added
+// here.
+template <typename N, typename Left, typename Right>
+__device__ void add_slice_apart(typename N::Sums& sums, const uint4* left, const uint4* right,
+                                int left_place, int right_place) {
+  typename N::Sums apart = {};
+  add_slice<N, Left, Right>(apart, left, right, left_place, right_place);
+#pragma unroll
+  for (int i = 0; i < N::kRowBlocks; ++i) {
+#pragma unroll
+    for (int j = 0; j < N::kColumnBlocks * 8; ++j) {
+      sums[i][j / 8][j / 4 % 2][j % 4] += apart[i][j / 8][j / 4 % 2][j % 4];
+    }
+  }
+}
+
+// Of a ring: one that is multiplied, and the others on their way.
+constexpr int kFewSlices = 3, kMostSlices = 4;
+
 // Adds `slices` slices up. Behind it nobody uses the ring.
 template <typename N, typename Left, typename Right>
 __device__ void add_slices(typename N::Sums& sums, uint4* ring, int ring_slices, int slices,
@@ -112,17 +131,23 @@ __device__ void add_slices(typename N::Sums& sums, uint4* ring, int ring_slices,
   for (int i = 1; i < ring_slices; ++i) copy();
 #pragma unroll 1
   for (int i = 0; i < slices; ++i) {
-    ring_slices == 4 ? wait_for_copies<2>() : wait_for_copies<1>();
+    ring_slices == kMostSlices ? wait_for_copies<kMostSlices - 2>()
+                               : wait_for_copies<kFewSlices - 2>();
     __syncthreads();  // all have copied this slice, and read the one before
     copy();
-    add_slice<N, Left, Right>(sums, slice, slice + kRightStart, left_place, right_place);
+    if constexpr (N::kTerms == 3) {
+      add_slice_apart<N, Left, Right>(sums, slice, slice + kRightStart, left_place, right_place);
+    } else {
+      add_slice<N, Left, Right>(sums, slice, slice + kRightStart, left_place, right_place);
+    }
     slice += N::kSliceVectors;
     if (slice == end) slice = ring;
   }
   __syncthreads();  // the groups still on their way are empty
 }
 
-// A ring of three or four slices: as many as let two blocks share a multiprocessor.
+// As many slices as let two blocks share a multiprocessor. More would hide no more latency, and
+// leave less to the L1 cache.
 struct Ring {
   int slices;
   std::size_t bytes;
@@ -131,7 +156,7 @@ template <typename N>
 Ring ring_for(std::size_t other_bytes) {
   constexpr std::size_t kSlice = N::kSliceVectors * sizeof(uint4), kReserved = 1024;
   const std::size_t of_block = shared_per_multiprocessor() / 2 - kReserved - other_bytes;
-  const int slices = of_block >= 4 * kSlice ? 4 : 3;
+  const int slices = of_block >= kMostSlices * kSlice ? kMostSlices : kFewSlices;
   return {slices, slices * kSlice + other_bytes};
 }
 

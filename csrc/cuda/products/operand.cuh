@@ -125,8 +125,9 @@ struct RowSource {
 };
 
 inline int narrowed_size(int64_t size) {
-  if (size <= INT32_MAX) return static_cast<int>(size);
-  throw std::runtime_error("a product of more than 2^31 - 1 columns");
+  constexpr int64_t kMost = 1 << 28;  // so that rows have 2 GiB at most
+  if (size <= kMost) return static_cast<int>(size);
+  throw std::runtime_error("a product of more than " + std::to_string(kMost) + " columns");
 }
 
 inline RowSource source_of(const void* matrix, int64_t width, bool gathers, const Routes& routes) {
@@ -219,7 +220,8 @@ class GatheredColumns {
   __device__ void copy(uint4* slice) {
 #pragma unroll
     for (int i = 0; i < Of::kCopies; ++i) {
-      copy_async(slice + place_ + i * Of::kCopiesApart, column_.of(rows_[i]), rows_[i] >= 0);
+      copy_async(slice + place_ + i * Of::kCopiesApart, column_.of(max(rows_[i], 0)),
+                 rows_[i] >= 0);
     }
     find();
   }

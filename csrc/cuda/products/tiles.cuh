@@ -63,13 +63,12 @@ class Tiles {
   // False behind the last tile.
   __device__ bool find(int64_t index, Tile& tile) {
     while (true) {
-      const unsigned above =
-          __ballot_sync(kAllLanes, index < int64_t{before_ + through_} * columns_);
+      const unsigned above = __ballot_sync(kAllLanes, index < (before_ + through_) * columns_);
       if (above) {
         const int lane = __ffs(above) - 1;
         const int count = __shfl_sync(kAllLanes, count_, lane);
-        const int before = before_ + __shfl_sync(kAllLanes, through_, lane) - count;
-        const int within = static_cast<int>(index - int64_t{before} * columns_);
+        const int64_t before = before_ + __shfl_sync(kAllLanes, through_, lane) - count;
+        const int within = static_cast<int>(index - before * columns_);
         tile.group = first_ + lane;
         tile.column = within / count;
         const int first = __shfl_sync(kAllLanes, rows_.first, lane);
@@ -94,7 +93,8 @@ class Tiles {
 
   const Groups& groups_;
   int columns_;
-  int first_ = 0, before_ = 0;  // the first of 32 groups, and the tiles of rows before it
+  int first_ = 0;       // of 32 groups
+  int64_t before_ = 0;  // tiles of rows before it
   // Of this lane's group: its rows, tiles of rows, and those with the lanes' below.
   GroupRows rows_;
   int count_, through_;

@@ -25,10 +25,10 @@ MUTANTS = [
     Mutant(OPERAND, "is_route ? top_k.divide(route) : -1", "top_k.divide(route)"),
     Mutant(OPERAND, "2 * static_cast<unsigned>(n)", "static_cast<unsigned>(n)"),
     # The ring of slices.
-    Mutant(LOOP, "wait_for_copies<2>()", "wait_for_copies<3>()"),
-    Mutant(LOOP, "wait_for_copies<1>()", "wait_for_copies<2>()"),
+    Mutant(LOOP, "wait_for_copies<kMostSlices - 2>()", "wait_for_copies<kMostSlices - 1>()"),
+    Mutant(LOOP, "wait_for_copies<kFewSlices - 2>()", "wait_for_copies<kFewSlices - 1>()"),
     Mutant(LOOP, "i = 1; i < ring_slices", "i = 0; i < ring_slices"),
-    Mutant(LOOP, BARRIER, "", after=": wait_for_copies<1>();"),
+    Mutant(LOOP, BARRIER, "", after=": wait_for_copies<kFewSlices - 2>();"),
     Mutant(LOOP, BARRIER, "", after="if (slice == end) slice = ring;\n  }"),
     Mutant(LOOP, "if (target == end) target = ring;", ""),
     Mutant(LOOP, "if (slice == end) slice = ring;", ""),
