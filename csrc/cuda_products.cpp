@@ -162,8 +162,8 @@ class Experts {
   };
   Side tokens() const { return {tokens_, true, a_.hidden}; }
   Tensor up_gradient(const Side& left) const { return outer(left, tokens(), up_.transposed); }
-  Tensor down_gradient(const Tensor& grad, const Tensor& active) const {
-    return outer({grad, true, a_.hidden}, {active, false, a_.width}, down_.transposed);
+  Tensor down_gradient(const Side& left, const Tensor& active) const {
+    return outer(left, {active, false, a_.width}, down_.transposed);
   }
 
   // The gradient of a bias.
@@ -256,7 +256,7 @@ SixTensors tensor_feed_forward_backward(const Tensor& grad, const Tensor& tokens
   const Experts::Side of_grad{upstream, true, a.hidden}, of_inner{grad_inner, false, a.inner_width};
   return {needs_tokens ? experts.tokens_gradient(grad_inner) : experts.none(),
           needs_up ? experts.up_gradient(of_inner) : experts.none(),
-          needs_down ? experts.down_gradient(upstream, active) : experts.none(),
+          needs_down ? experts.down_gradient(of_grad, active) : experts.none(),
           needs_up && a.up_bias ? experts.sum(of_inner, false) : experts.none(),
           needs_down && a.down_bias ? experts.sum(of_grad, true) : experts.none(),
           grad_weights};

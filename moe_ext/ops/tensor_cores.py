@@ -6,8 +6,8 @@ on the device: a call never waits for it. They multiply as `mma.sync` does, on c
 
     bfloat16, float16   products exact, summed in float32
     float32             as TF32 where torch allows that for its own products
-                        (torch.backends.cuda.matmul), else as three products of TF32, about as
-                        exact as float32; an infinity gives NaN
+                        (torch.backends.cuda.matmul), else as three products of TF32, with an
+                        error of 2e-6 of the terms' sizes at most; an infinity gives NaN
 """
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-// What becomes of the sums of a tile. A warp calls an epilogue for each vector of its sums, all
-// lanes together; some may be behind the last row or column.
+// Epilogues turn the sums of a tile into results. A warp calls one for each vector of its sums, all
+// lanes together; some vectors may be behind the last row or column.
 
 #pragma once
 
@@ -52,7 +52,7 @@ struct ToRows {
   __device__ int pair() const { return 0; }
   __device__ bool needs_weights() const { return weighs; }
   __device__ void zero_rows(const Groups& groups) const {
-    if (zeroes) zero_unowned_rows(groups, static_cast<uint4*>(out), width / kVector<T>);
+    if (zeroes) zero_unowned_rows(groups, static_cast<uint4*>(out), width / kFullPack<T>);
   }
 
   template <int kSize, typename Read>
@@ -77,14 +77,14 @@ struct ToActivation {
   void* pre_activation;  // [R, G] or null
   void* active;          // [R, F]
 
-  // Columns from a gate's to its factor.
+  // A factor's column is so many behind its gate's.
   __device__ int pair() const { return is_gated(activation) ? width : 0; }
   __device__ bool needs_weights() const { return weighs; }
-  // Of the pre-activation, which callers see.
+  // Callers see the pre-activation.
   __device__ void zero_rows(const Groups& groups) const {
     if (!pre_activation) return;
     const int inner_width = is_gated(activation) ? 2 * width : width;
-    zero_unowned_rows(groups, static_cast<uint4*>(pre_activation), inner_width / kVector<T>);
+    zero_unowned_rows(groups, static_cast<uint4*>(pre_activation), inner_width / kFullPack<T>);
   }
 
   template <int kSize, typename Read>

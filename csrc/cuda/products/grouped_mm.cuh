@@ -12,7 +12,7 @@
 
 namespace moe_ext::cuda {
 
-// What an epilogue may ask of a tile's row.
+// The route of a tile's row.
 struct OfRow {
   float weight;
   bool has_route;
@@ -45,7 +45,7 @@ __device__ auto weights_of(const Product& product, int pair, const Tile& tile) {
   };
   if constexpr (kTransposed) {
     using Of = Columns<T, N::kN>;
-    return Of(weights, product.depth, product.width, column_of(Of::Of::vector() * kVector<T>));
+    return Of(weights, product.depth, product.width, column_of(Of::Of::vector() * kFullPack<T>));
   } else {
     return Lines<T, N::kN>(product.depth, [&](int column) {
       return weights + int64_t{column_of(column)} * product.depth;

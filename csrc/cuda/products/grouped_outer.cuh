@@ -15,7 +15,7 @@ namespace moe_ext::cuda {
 template <typename T, int kRows, bool kGathers>
 __device__ auto side_of(const RowSource& source, const GroupRows& rows, int first_column) {
   using Of = std::conditional_t<kGathers, GatheredColumns<T, kRows>, Columns<T, kRows>>;
-  const int own = first_column + Of::Of::vector() * kVector<T>;
+  const int own = first_column + Of::Of::vector() * kFullPack<T>;
   const int column = own < source.width ? own : 0;
   if constexpr (kGathers) {
     return Of(source, rows.first, rows.last, column);

@@ -1,4 +1,4 @@
-// What a .cu file compiles for its kind of numbers.
+// Each .cu file that includes this compiles all products of one kind of numbers.
 
 #pragma once
 

@@ -15,13 +15,14 @@ constexpr int kFewRows = 64, kManyRows = 128;
 template <typename T>
 constexpr int kMostRows = sizeof(T) == 2 ? kManyRows : kFewRows;
 
-// What a product is made of. kTerms: 1, or 3 for floats, each of them then the sum of two that
-// tensor cores take: three products, all but that of both small parts. An infinity gives NaN there.
+// The numbers of a product and its tile. kTerms is 1, or 3 for floats: each float is then the sum
+// of two numbers that tensor cores take, and three of their products are added, all but that of
+// both small parts. An infinity gives NaN there.
 template <typename Element, int kNumTerms, int kRows>
 struct Numbers {
   using T = Element;
   static constexpr int kTerms = kNumTerms, kM = kRows, kN = 128;
-  // Of a warp: blocks of 16 rows, and of 16 columns.
+  // A warp has so many blocks of 16 rows, and of 16 columns.
   static constexpr int kRowBlocks = kM / 32, kColumnBlocks = kN / 32;
   static constexpr int kSliceVectors = (kM + kN) * 4;  // of both operands
   using Sums = Sum16x8[kRowBlocks][kColumnBlocks][2];
@@ -107,7 +108,7 @@ __device__ void add_slice_apart(typename N::Sums& sums, const uint4* left, const
   }
 }
 
-// Of a ring: one that is multiplied, and the others on their way.
+// A ring has so many slices: one is multiplied, the others are on their way.
 constexpr int kFewSlices = 3, kMostSlices = 4;
 
 // Adds `slices` slices up. Behind it nobody uses the ring.
@@ -168,7 +169,7 @@ template <typename N>
 class WarpSums {
  public:
   static constexpr int kFloats = 16 * N::kN / 2;  // of a warp
-  static constexpr int kSize = kVector<typename N::T>;
+  static constexpr int kSize = kFullPack<typename N::T>;
   using Vector = Pack<float, kSize>;
 
   __device__ explicit WarpSums(uint4* shared)

@@ -25,15 +25,11 @@ constexpr int kProductThreads = 128;
 template <typename T>
 constexpr int kSliceDepth = 64 / sizeof(T);
 
-// Numbers of a vector.
-template <typename T>
-constexpr int kVector = 16 / sizeof(T);
-
 template <typename T, int kRows, bool kTransposed>
 struct Slice {
   static constexpr bool kIsTransposed = kTransposed;
   static constexpr int kVectors = kRows * 4;
-  static constexpr int kOfLine = kTransposed ? kRows / kVector<T> : 4;
+  static constexpr int kOfLine = kTransposed ? kRows / kFullPack<T> : 4;
   // A thread copies so many vectors: the same of every kApart-th line.
   static constexpr int kCopies = kVectors / kProductThreads, kApart = kProductThreads / kOfLine;
 
@@ -149,10 +145,10 @@ class Lines {
   // at its sums.
   template <typename Find>
   __device__ Lines(int depth, const Find& find)
-      : place_(Of::copy_place()), left_(depth - Of::vector() * kVector<T>) {
+      : place_(Of::copy_place()), left_(depth - Of::vector() * kFullPack<T>) {
 #pragma unroll
     for (int i = 0; i < Of::kCopies; ++i) {
-      rows_[i] = find(Of::first_line() + i * Of::kApart) + Of::vector() * kVector<T>;
+      rows_[i] = find(Of::first_line() + i * Of::kApart) + Of::vector() * kFullPack<T>;
     }
   }
 
@@ -212,8 +208,8 @@ class GatheredColumns {
         place_(Of::copy_place()),
         next_(first_row + Of::first_line()),
         last_row_(last_row),
-        column_(static_cast<const uint4*>(source.matrix), source.width / kVector<T>,
-                column / kVector<T>) {
+        column_(static_cast<const uint4*>(source.matrix), source.width / kFullPack<T>,
+                column / kFullPack<T>) {
     if (first_row < last_row) find();
   }
 

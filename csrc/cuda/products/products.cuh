@@ -21,7 +21,7 @@ struct Outer {
   int ring_slices;
 };
 
-// Of one kind of numbers, kTerms as in main_loop.cuh: a .cu file for each compiles them.
+// The launches for one kind of numbers, kTerms as in main_loop.cuh. A .cu file compiles each kind.
 template <typename T, int kTerms>
 struct ProductsOf {
   static void to_rows(const Product& product, bool transposed, const ToRows<T>& epilogue,

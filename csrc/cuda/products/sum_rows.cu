@@ -16,7 +16,7 @@ constexpr int kWarps = 8;
 template <typename T>
 KERNEL(kWarps* kWarp)
 void sum_rows_kernel(RowSource source, bool weighs, Groups groups, T* __restrict__ out) {
-  constexpr int kSize = kVector<T>;
+  constexpr int kSize = kFullPack<T>;
   const int lane = threadIdx.x % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int parts = static_cast<int>(divide_up(source.width, kWarp * kSize));
   const int group = static_cast<int>(blockIdx.x) / parts;
@@ -57,9 +57,9 @@ void sum_rows(const SumRows& call, void* out, CUstream_st* stream) {
     using T = decltype(zero);
     if constexpr (sizeof(T) <= 4) {
       const RowSource source = source_of(call.rows, call.width, call.gathers, call.routes);
-      const int64_t parts = divide_up(call.width, kWarp * kVector<T>);
+      const int64_t parts = divide_up(call.width, kWarp * kFullPack<T>);
       launch("sum_rows", sum_rows_kernel<T>, call.groups.num_groups * parts, kWarps * kWarp,
-             shared_bytes<float>(kWarps * kVector<T> * kWarp), stream, source, call.weighs,
+             shared_bytes<float>(kWarps * kFullPack<T> * kWarp), stream, source, call.weighs,
              call.groups, static_cast<T*>(out));
     }
   });
