@@ -11,6 +11,8 @@
 #include <iterator>
 #include <mutex>
 
+#include "copies.h"
+#include "fragments.h"
 #include "memory.h"
 #include "threads.h"
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <iterator>
@@ -14,7 +13,6 @@
 
 #include "cusim.h"
 #include "fiber.h"
-#include "tensor.h"
 
 namespace cusim {
 namespace {
@@ -46,93 +44,6 @@ struct Thread : Coordinates {
   std::uint64_t result;
 };
 
-constexpr unsigned kWholeWarp = 0xffffffff;
-
-// Gives every lane its words of four matrices of 8 lines.
-inline void load_matrices(const Thread* lanes) {
-  std::uint16_t numbers[32][8];
-  for (int lane = 0; lane < 32; ++lane) {
-    const uint4& line = reinterpret_cast<const MatrixLine*>(lanes[lane].wait.value)->line;
-    const unsigned words[] = {line.x, line.y, line.z, line.w};
-    for (int i = 0; i < 8; ++i) numbers[lane][i] = std::uint16_t(words[i / 2] >> i % 2 * 16);
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    const auto& mine = *reinterpret_cast<const MatrixLine*>(lanes[lane].wait.value);
-    const int row = lane / 4, first = lane % 4 * 2;
-    for (int m = 0; m < 4; ++m) {
-      const auto* matrix = numbers + 8 * m;
-      const unsigned low = mine.transposed ? matrix[first][row] : matrix[row][first];
-      const unsigned high = mine.transposed ? matrix[first + 1][row] : matrix[row][first + 1];
-      mine.out[m] = low | high << 16;
-    }
-  }
-}
-
-// The numbers of a word, as tensor cores take them.
-template <typename T>
-void widen_word(unsigned word, float* out) {
-  if constexpr (std::is_same_v<T, float>) {
-    out[0] = bits_as<float>(word & 0xffffe000u);
-  } else {
-    for (int i = 0; i < 2; ++i) {
-      out[i] = static_cast<float>(bits_as<T>(static_cast<std::uint16_t>(word >> 16 * i)));
-    }
-  }
-}
-
-// As tensor cores round a sum.
-inline float towards_zero(double x) {
-  const auto nearest = static_cast<float>(x);
-  return std::fabs(double{nearest}) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
-}
-
-// The item-th product that all lanes of a warp compute together: fragments as
-// csrc/cuda/products/tensor.cuh has them.
-template <typename T>
-void multiply_fragments(const Thread* lanes, int item) {
-  constexpr int kOfWord = 4 / sizeof(T), kDepth = 8 * kOfWord;
-  float left[16][kDepth], right[kDepth][8];
-  const auto part_of = [&](int lane) {
-    return &reinterpret_cast<const MultiplicationList*>(lanes[lane].wait.value)->items[item];
-  };
-  for (int lane = 0; lane < 32; ++lane) {
-    const Multiplication& part = *part_of(lane);
-    const int row = lane / 4, first = lane % 4 * kOfWord;
-    for (int i = 0; i < 4; ++i) {
-      widen_word<T>(part.left[i], &left[row + i % 2 * 8][first + i / 2 * (kDepth / 2)]);
-    }
-    for (int i = 0; i < 2; ++i) {
-      float numbers[kOfWord];
-      widen_word<T>(part.right[i], numbers);
-      for (int n = 0; n < kOfWord; ++n) right[first + n + i * (kDepth / 2)][row] = numbers[n];
-    }
-  }
-  double sums[16][8] = {};
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < kDepth; ++k) {
-      for (int column = 0; column < 8; ++column)
-        sums[row][column] += double(left[row][k]) * right[k][column];
-    }
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    float* sum = part_of(lane)->sum;
-    for (int i = 0; i < 4; ++i) {
-      sum[i] = towards_zero(sum[i] + sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
-    }
-  }
-}
-
-inline void multiply_fragments(const Thread* lanes) {
-  const auto* list = reinterpret_cast<const MultiplicationList*>(lanes[0].wait.value);
-  for (int item = 0; item < list->count; ++item) {
-    switch (list->numbers) {
-      case Numbers::kBFloat16: multiply_fragments<__nv_bfloat16>(lanes, item); break;
-      case Numbers::kFloat16: multiply_fragments<__half>(lanes, item); break;
-      case Numbers::kTF32: multiply_fragments<float>(lanes, item); break;
-    }
-  }
-}
-
 // Lanes of a warp that have arrived at an operation and wait for the others of its mask.
 struct Meeting {
   WarpOp op;
@@ -144,51 +55,6 @@ struct Meeting {
 struct Warp {
   unsigned lanes;  // those that have not returned
   std::vector<Meeting> meetings;
-};
-
-// The copies that a block's threads have not waited for.
-class PendingCopies {
- public:
-  void start_block(std::size_t threads) {
-    if (of_thread_.size() < threads) of_thread_.resize(threads);
-    for (unsigned rank : used_) of_thread_[rank] = {};
-    used_.clear();
-  }
-
-  void add(unsigned rank, Copy copy) {
-    OfThread& thread = of_thread_[rank];
-    if (thread.copies.empty()) used_.push_back(rank);
-    copy.group = thread.groups;
-    thread.copies.push_back(copy);
-  }
-
-  void commit(unsigned rank) {
-    if (!of_thread_[rank].groups++) used_.push_back(rank);
-  }
-
-  // pick(n): which of n comes first.
-  template <typename Pick>
-  bool take(unsigned rank, int left, Copy& copy, const Pick& pick) {
-    OfThread& thread = of_thread_[rank];
-    std::size_t count = 0;  // in the order of their groups
-    while (count < thread.copies.size() && thread.copies[count].group < thread.groups - left)
-      ++count;
-    if (!count) return false;
-    const auto taken = thread.copies.begin() + std::ptrdiff_t(pick(count));
-    copy = *taken;
-    thread.copies.erase(taken);
-    return true;
-  }
-
-  std::size_t count(unsigned rank) const { return of_thread_[rank].copies.size(); }
-
- private:
-  struct OfThread {
-    std::vector<Copy> copies;
-    int groups = 0;
-  };
-  std::vector<OfThread> of_thread_;
-  std::vector<unsigned> used_;
 };
 
 bool same(const char* a, const char* b) { return a == b || !std::strcmp(a, b); }
