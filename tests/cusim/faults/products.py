@@ -36,6 +36,9 @@ MUTANTS = [
     Mutant(LOOP, "right[2 * half], right[2 * half + 1]", "right[half], right[half + 2]"),
     Mutant(LOOP, "add_both(all, sums[i][j], small_lefts[i], of_right);", ""),
     Mutant(LOOP, "add_both(all, sums[i][j], lefts[i], small_right);", ""),
+    Mutant(
+        LOOP, "add_slice_apart<N, Left, Right>(sums, slice", "add_slice<N, Left, Right>(sums, slice"
+    ),
     # Sums on their way to rows.
     Mutant(LOOP, "__syncwarp();", "", after="write(sums[i]);"),
     Mutant(
