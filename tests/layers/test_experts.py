@@ -76,6 +76,34 @@ def test_gradients_of_every_order(activation, bias, before):
         assert gradgradcheck(routed, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_float32_gives_the_gradients_of_float64(activation, bias, before):
+    """The output, its gradients, and theirs, of sizes that kernels for tensor cores take."""
+    T, K, H, ffn = 70, 2, 40, 24
+    experts = GroupedExperts(
+        E, H, ffn, activation, bias, dtype=torch.float64, score_before_experts=before
+    )
+    leaves = [values(T, H, dtype=torch.float64), weights_for(torch.float64, T, K)]
+    upstream = values(T, H, dtype=torch.float64)
+    directions = [torch.randn_like(x) for x in (*leaves, *experts.parameters())]
+
+    def derivatives(dtype, plan):
+        experts.to(dtype)
+        tokens, weights = (x.to(dtype).requires_grad_() for x in leaves)
+        of = (tokens, weights, *experts.parameters())
+        out = experts.routed(tokens, plan, weights)
+        grads = torch.autograd.grad(out, of, upstream.to(dtype), create_graph=True)
+        along = sum((g * d.to(dtype)).sum() for g, d in zip(grads, directions, strict=True))
+        return out, *grads, *torch.autograd.grad(along, of)
+
+    for plan in plans(T, K, E)[:4]:
+        exact = derivatives(torch.float64, plan)
+        for found, expected in zip(derivatives(torch.float32, plan), exact, strict=True):
+            assert relative_error(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize("needed", ["tokens", "weights", "up", "down", "up_bias", "down_bias"])
 def test_each_gradient_alone(needed):
     plan = moe_ext.make_plan(random_experts(7, 2, E), E, 4)
