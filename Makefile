@@ -134,13 +134,14 @@ mutants: $(VENV)/installed
 cuda: $(VENV)/sass
 	$(BIN)/python bench/ptxas.py
 
-# On a machine with a GPU: the suite, the operators' speed beside a plain copy and a layer's beside
-# its products, and NVIDIA's checks for memory errors and races. The library is built for this card
-# alone. A step that passed leaves a stamp in $(GPU), and runs again only after a source changed.
+# On a machine with a GPU: the suite, the operators' speed beside a plain copy, the products' beside
+# dense ones, a layer's beside its products, and NVIDIA's checks for memory errors and races. The
+# library is built for this card alone. A step that passed leaves a stamp in $(GPU), and runs again
+# only after a source changed.
 gpu: gpu-test gpu-bench gpu-sanitize
 
 gpu-test: $(patsubst %,$(GPU)/test-%,ops layers parallel tools)
-gpu-bench: $(patsubst %,$(GPU)/bench-%,bfloat16 float32 layer)
+gpu-bench: $(patsubst %,$(GPU)/bench-%,bfloat16 float32 layer products)
 	$(BIN)/python bench/report.py --cards
 gpu-sanitize: $(GPU)/memcheck $(GPU)/racecheck
 
@@ -150,6 +151,12 @@ $(GPU)/test-%: $(GPU)/ready
 
 $(GPU)/bench-layer: $(GPU)/bench-bfloat16 $(wildcard bench/*.py)
 	$(BIN)/python bench/bench_gpu.py
+	touch $@
+
+$(GPU)/bench-products: $(GPU)/ready $(wildcard bench/*.py)
+	$(BIN)/python bench/bench_products.py
+	$(BIN)/python bench/bench_products.py --dtype float16
+	$(BIN)/python bench/bench_products.py --dtype float32
 	touch $@
 
 $(GPU)/bench-%: $(GPU)/ready $(wildcard bench/*.py)

@@ -156,3 +156,23 @@ def test_a_layer_is_timed_beside_its_products():
     assert run["calls"].keys() == {"forward", "products", "with gradient"}
     assert all(call["teraflops"] > 0 for call in run["calls"].values())
     assert "TFLOP/s" in bench.table("x", run)
+
+
+def test_products_are_timed_beside_torchs_and_a_dense_one():
+    bench = load("bench_products")
+    shape = bench.SHAPES["decode"]._replace(tokens=16, hidden=64, ffn=32, num_experts=4, top_k=2)
+    run = bench.measure(shape, torch.float32, torch.device("cpu"), 0.01)
+    assert len(run["teraflops"]) == 8
+    assert all(rate > 0 for rates in run["teraflops"].values() for rate in rates.values())
+    assert run["missing"].keys() == {"Liger", "ScatterMoE", "SonicMoE"}
+    assert "TFLOP/s" in bench.table("x", run)
+
+
+def test_products_below_their_cards_goal_are_named():
+    bench = load("bench_products")
+    run = {"teraflops": {"up": {"ours": 1.4, "torch": 0.6, "dense": 2.1}}}
+    assert bench.missed("NVIDIA A100", {"x": run}, True) == [
+        "x, up: 67% of the dense rate, not 70%",
+        "x, up: 2.33x torch's loop, not 2.5",
+    ]
+    assert bench.missed("NVIDIA H100", {"x": run}, False) == []

@@ -1,0 +1,247 @@
+"""The experts' products on a GPU, beside torch's, a dense product's and other libraries'.
+
+    python bench/bench_products.py [--shape qwen3 ...] [--dtype bfloat16]
+
+Prints TFLOP/s, launches included, of every product of a layer's experts for a random choice of
+experts: ours on tensor cores, torch's grouped_mm, and one dense product with as many operations,
+whose weights are those of one expert. Then of all experts, forward and with gradients, beside
+libraries for GPUs (gpu_peers.py) where they are installed; SonicMoE routes by itself, so its router
+is in its times. Results are compared before they are timed. Products that reach less than their
+card's goal of the dense rate are named at the end. Writes
+bench/results/<machine>/products-<dtype>.json.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+from unittest import mock
+
+import gpu_peers
+import torch
+from bench_gpu import SHAPES, Shape
+from common import keep, parser, setting
+from layer_peers import Weights
+from report import markdown
+from timing import spreads, timer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import moe_ext
+from moe_ext.ops import tensor_cores, torch_grouped_mm
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Of the dense rate, by a part of the card's name.
+GOALS = {"A100": 0.70, "RTX 4090": 0.75, "RTX 5090": 0.75}
+OVER_TORCHS_LOOP = 2.5
+OURS, TORCH, DENSE = "ours", "torch", "dense"
+
+
+class Case(NamedTuple):
+    operations: float
+    calls: dict[str, Callable]
+    expected: Callable | None = None  # what every call's result is compared with
+
+
+class Operands(NamedTuple):
+    """Of one layer: rows lie expert after expert, as the plan says."""
+
+    shape: Shape
+    tokens: Tensor  # [T, H]
+    weights: Weights  # whose router is the routes' weights, [T, K]
+    plan: moe_ext.Plan
+    rows: Tensor  # [R, H]
+    inner: Tensor  # [R, 2F]
+
+
+def operands_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> Operands:
+    def random(*size: int) -> Tensor:
+        return (torch.randn(*size, device=device) / size[-1] ** 0.5).to(dtype)
+
+    T, H, ffn, E, K = shape
+    expert_ids = torch.rand(T, E, device=device).topk(K).indices.int()
+    up, down = random(E, 2 * ffn, H), random(E, H, ffn)
+    weights = Weights(torch.rand(T, K, device=device), up, down)
+    plan = moe_ext.make_plan(expert_ids, E)
+    return Operands(shape, random(T, H), weights, plan, random(T * K, H), random(T * K, 2 * ffn))
+
+
+def product(name: str, device: torch.device) -> Callable:
+    """Ours on tensor cores; where none are, the operator as the device has it."""
+    if tensor_cores.is_built(device.type):
+        return tensor_cores.operator(name)
+    return getattr(torch.ops.moe_ext, name).default
+
+
+def mm_case(o: Operands, rows: Tensor, weights: Tensor) -> Case:
+    """rows[R, M] times the weights [E, N, M] of their experts."""
+    plan, ours = o.plan, product("grouped_mm", rows.device)
+    calls = {
+        OURS: partial(ours, rows, weights, None, plan.offsets, plan.load, None),
+        TORCH: partial(F.grouped_mm, rows, weights.mT, offs=plan.offsets[1:]),
+        DENSE: partial(torch.mm, rows, weights[0].mT),
+    }
+    return Case(2 * rows.numel() * weights.shape[1], calls, calls[TORCH])
+
+
+def outer_case(o: Operands, left: Tensor, right: Tensor) -> Case:
+    """The gradient of weights: left[R, N] and right[R, M] to [E, N, M]."""
+    plan, ours = o.plan, product("grouped_outer", left.device)
+    calls = {
+        OURS: partial(ours, left, right, plan.offsets, plan.load, None),
+        TORCH: partial(F.grouped_mm, left.mT, right, offs=plan.offsets[1:]),
+        DENSE: partial(torch.mm, left.mT, right),
+    }
+    return Case(2 * left.numel() * right.shape[1], calls, calls[TORCH])
+
+
+def products(o: Operands) -> dict[str, Case]:
+    """Every product of feed_forward and its backward, of rows that are in place."""
+    active = o.inner[:, : o.shape.ffn].contiguous()
+    return {
+        "up": mm_case(o, o.rows, o.weights.up),
+        "down": mm_case(o, active, o.weights.down),
+        "down, gradient of rows": mm_case(o, o.rows, o.weights.down.mT),
+        "up, gradient of rows": mm_case(o, o.inner, o.weights.up.mT),
+        "down, gradient of weights": outer_case(o, o.rows, active),
+        "up, gradient of weights": outer_case(o, o.inner, o.rows),
+    }
+
+
+class _Ours(nn.Module):
+    def __init__(self, o: Operands) -> None:
+        super().__init__()
+        self.plan = o.plan
+        self.weights, self.up, self.down = (nn.Parameter(w.clone()) for w in o.weights)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return moe_ext.feed_forward(
+            tokens, self.plan, self.weights, self.up, self.down, activation="swiglu"
+        )
+
+
+def modules(o: Operands) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """All experts, by each library; and who is missing, with what it needs."""
+    made: dict[str, nn.Module] = {OURS: _Ours(o)}
+    missing = {}
+    router = torch.randn(o.shape.num_experts, o.shape.hidden).to(o.tokens)
+    for peer in (*gpu_peers.EXPERTS, *gpu_peers.LAYERS):
+        routing, weights = o.plan.expert_ids, o.weights
+        if peer in gpu_peers.LAYERS:
+            routing, weights = o.shape.top_k, weights._replace(router=router)
+        if needs := peer.missing(o.tokens.device):
+            missing[peer.name] = needs
+            continue
+        try:
+            made[peer.name] = peer.make(weights, routing)
+            made[peer.name](o.tokens)
+        except Exception as error:  # whatever a library says of a card or a shape
+            made.pop(peer.name, None)
+            missing[peer.name] = f"{type(error).__name__}: {str(error)[:80]}"
+    return made, missing
+
+
+def experts(o: Operands, made: dict[str, nn.Module]) -> dict[str, Case]:
+    tokens = o.tokens.detach().requires_grad_()
+    grad = torch.randn_like(tokens)
+
+    def forward(module: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return module(tokens)
+
+    def with_gradients(module: nn.Module) -> None:
+        torch.autograd.grad(module(tokens), [tokens, *module.parameters()], grad)
+
+    times = 6 * o.rows.numel() * o.shape.ffn
+    routes_by_itself = {peer.name for peer in gpu_peers.LAYERS}
+    compared = {name for name in made if name not in routes_by_itself}
+    for name in compared:
+        assert_equal(name, forward(made[name]), forward(made[OURS]))
+    return {
+        "experts": Case(times, {name: partial(forward, m) for name, m in made.items()}),
+        "experts with gradients": Case(
+            3 * times, {name: partial(with_gradients, m) for name, m in made.items()}
+        ),
+    }
+
+
+def assert_equal(name: str, found: Tensor, expected: Tensor) -> None:
+    found, expected = found.detach().float(), expected.detach().float()
+    error = float((found - expected).norm() / expected.norm())
+    if not error < 0.02:
+        raise AssertionError(f"{name}: a relative error of {error:.3g}")
+
+
+def measure(shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float) -> dict:
+    """{products: {name: {TFLOP/s of each}}, missing}"""
+    # Ours, whichever a layer would choose.
+    with mock.patch.object(torch_grouped_mm, "NATIVE_MAJORS", ()):
+        return _measure(operands_of(shape, dtype, device), device, seconds)
+
+
+def _measure(o: Operands, device: torch.device, seconds: float) -> dict:
+    made, missing = modules(o)
+    rates = {}
+    for name, case in (products(o) | experts(o, made)).items():
+        if case.expected:
+            assert_equal(name, case.calls[OURS](), case.expected())
+        timers = {who: timer(call, [()], device) for who, call in case.calls.items()}
+        taken = spreads(timers, seconds)
+        rates[name] = {who: case.operations / s.median / 1e12 for who, s in taken.items()}
+    return {**o.shape._asdict(), "teraflops": rates, "missing": missing}
+
+
+def table(label: str, run: dict) -> str:
+    rates = run["teraflops"]
+    names = list(dict.fromkeys(who for of_one in rates.values() for who in of_one))
+    rows = [
+        [name, *(f"{of_one[who]:.3g}" if who in of_one else "-" for who in names)]
+        for name, of_one in rates.items()
+    ]
+    missing = "".join(f"\n{name}: {why}" for name, why in run["missing"].items())
+    return markdown([f"{label}, TFLOP/s", *names], rows) + missing
+
+
+def missed(machine: str, runs: dict[str, dict], torch_loops: bool) -> list[str]:
+    """Lines for the products that are below the goals of this card."""
+    goal = next((goal for card, goal in GOALS.items() if card in machine), None)
+    found = []
+    for label, run in runs.items():
+        for name, rates in run["teraflops"].items():
+            share = rates[OURS] / rates[DENSE] if DENSE in rates else None
+            if goal and share and share < goal:
+                found.append(f"{label}, {name}: {share:.0%} of the dense rate, not {goal:.0%}")
+            factor = rates[OURS] / rates[TORCH] if TORCH in rates else None
+            if torch_loops and factor and factor < OVER_TORCHS_LOOP:
+                found.append(f"{label}, {name}: {factor:.2f}x torch's loop, not {OVER_TORCHS_LOOP}")
+    return found
+
+
+def loops(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's grouped_mm takes one expert after another."""
+    rows = torch.empty(0, 64, dtype=dtype, device=device)
+    return torch_grouped_mm.choose(rows, (64, 64), 8, None)[0] != "native"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser(__doc__, seconds=1.0)
+    options.add_argument("--shape", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    options.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    options.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
+    options = options.parse_args(arguments)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    report = setting(device) | {"dtype": options.dtype, "shapes": {}}
+    for label in (bar := tqdm(options.shape, unit="shape", leave=False)):
+        run = measure(SHAPES[label], dtype, device, options.seconds)
+        report["shapes"][label] = run
+        bar.write(table(label, run) + "\n")
+    torch_loops = device.type == "cuda" and loops(dtype, device)
+    print(
+        "\n".join(missed(report["machine"], report["shapes"], torch_loops)) or "no goal is missed"
+    )
+    is_whole = options.shape == list(SHAPES)
+    keep(report, f"products-{options.dtype}" if is_whole else None, options.out)
+
+
+if __name__ == "__main__":
+    main()
