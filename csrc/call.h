@@ -90,6 +90,8 @@ class Call : public Check {
     switch (argument.kind) {
       case Kind::kInt32: return dtype(argument.name, value, ScalarType::Int);
       case Kind::kFloat32: return dtype(argument.name, value, ScalarType::Float);
+      case Kind::kUint8: return dtype(argument.name, value, ScalarType::Byte);
+      case Kind::kScale: return scale(argument.name, value);
       case Kind::kFloating: return floating(argument.name, value);
       case Kind::kLike:
         return same_dtype(argument.name, value, contract_.tensors[argument.like].name,

@@ -119,6 +119,15 @@ class Check {
     fail(name, " must be float32 or float64, got ", dtype_name(dtype));
   }
 
+  // Of a format of weights.
+  void scale(std::string_view name, const Tensor& tensor) const {
+    const ScalarType dtype = scalar_type_of(tensor);
+    if (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Byte) {
+      return;
+    }
+    fail(name, " must be float32, bfloat16 or uint8, got ", dtype_name(dtype));
+  }
+
   void same_device(std::string_view name, const Tensor& tensor, std::string_view other_name,
                    const Tensor& other) const {
     if (tensor.device() == other.device()) return;

@@ -19,8 +19,9 @@ constexpr std::string_view take(std::string_view& rest, std::string_view until) 
   return word;
 }
 
-// acc: double beside double operands, else float. kLike: the dtype of another argument.
-enum class Kind { kInt32, kFloat32, kFloating, kAcc, kLike };
+// acc: double beside double operands, else float. scale: of a format's scales, float32, bfloat16 or
+// uint8. kLike: the dtype of another argument.
+enum class Kind { kInt32, kFloat32, kUint8, kFloating, kAcc, kScale, kLike };
 
 struct TensorArgument {
   std::string_view name;
@@ -46,7 +47,8 @@ struct TensorArgument {
   constexpr int turn() const {
     if (is_optional) return 5;
     if (kind == Kind::kInt32) return rank > 0 && dims[0] == "E+1" ? 1 : 0;
-    return kind == Kind::kFloating ? 2 : kind == Kind::kAcc ? 3 : 4;
+    if (kind == Kind::kFloating) return 2;
+    return kind == Kind::kAcc || kind == Kind::kUint8 || kind == Kind::kScale ? 3 : 4;
   }
 };
 
@@ -91,8 +93,10 @@ struct Contract {
     const std::string_view kind = word.substr(tensor.is_optional ? 2 : 1);
     tensor.kind = kind == "int32"      ? Kind::kInt32
                   : kind == "float32"  ? Kind::kFloat32
+                  : kind == "uint8"    ? Kind::kUint8
                   : kind == "floating" ? Kind::kFloating
                   : kind == "acc"      ? Kind::kAcc
+                  : kind == "scale"    ? Kind::kScale
                                        : Kind::kLike;
     return tensor;
   }
@@ -148,6 +152,10 @@ inline constexpr Contract kContracts[] = {
     {"grouped_outer",
      "left[R,N]:floating right[R,M]:left offsets[E+1]:int32 load[E]:int32 capacity:SymInt?"
      " -> [E,N,M]:left"},
+    {"quantized_mm",
+     "rows[R,I]:floating values[E,N,B]:uint8 scales[E,N,S]:scale zeros[E,N,Z]?:uint8"
+     " bias[E,O]?:rows offsets[E+1]:int32 load[E]:int32 format:str transposed:bool"
+     " int8_rows:bool capacity:SymInt? -> [R,O]:rows"},
     {"activate",
      "pre_activation[R,G]:floating slots[T,K]:int32 sources[R]:int32 weights[T,K]?:acc"
      " activation:str -> [R,F]:pre_activation"},

@@ -5,6 +5,7 @@
 
 #include "activation.h"
 #include "args.h"
+#include "weight_format.h"
 
 namespace moe_ext {
 
@@ -92,6 +93,65 @@ inline GroupedMMArgs grouped_mm_args(const Tensor& rows, const Tensor& weights,
       {rows, weights, bias, offsets, load}, [&](Call& call) { check_capacity(call, capacity); });
   const Groups groups{dense(offsets), dense(load), s['E']};
   return {dense(rows), weights, dense(bias), groups, s['R'], s['M'], s['N']};
+}
+
+struct QuantizedMMArgs {
+  Tensor rows;            // [R, I]
+  Tensor values, scales;  // [E, N, B], [E, N, S]
+  OptionalTensor zeros;   // [E, N, Z]
+  OptionalTensor bias;    // [E, O]
+  Groups groups;
+  WeightFormat format;
+  bool transposed, int8_rows;
+  int64_t num_rows, rows_width, out_width;
+};
+
+// The weight is [N, M]: M follows from its bytes, and O.
+inline WeightFormat check_format(Call& call, const std::string& name, bool transposed,
+                                 const Tensor& scales, const OptionalTensor& zeros,
+                                 const OptionalTensor& bias) {
+  const std::optional<WeightFormat> format = weight_format(name);
+  if (!format) call.fail("format must be int8, int4, mxfp4 or nf4, got ", name);
+  call.dtype("scales", scales,
+             *format == WeightFormat::kInt4    ? ScalarType::BFloat16
+             : *format == WeightFormat::kMxfp4 ? ScalarType::Byte
+                                               : ScalarType::Float);
+  const int64_t N = call.sizes['N'], M = call.sizes['B'] * 8 / bits_of(*format);
+  const int64_t S = call.sizes['S'];
+  const bool of_rows = *format == WeightFormat::kInt8;
+  if (of_rows ? S != 1 : S == 0 || M % S != 0 || !has_group(*format, M / S)) {
+    const char* expected = of_rows                           ? "all"
+                           : *format == WeightFormat::kInt4  ? "32 or 64 or 128"
+                           : *format == WeightFormat::kMxfp4 ? "32"
+                                                             : "64";
+    call.fail("scales must be one for ", expected, " numbers of a row, got ", S, " for ", M);
+  }
+  if (zeros && *format != WeightFormat::kInt4) call.fail("zeros must be None for ", name);
+  if (transposed && bias) call.fail("bias must be None for transposed weights");
+  call.sizes.set('Z', (S + 1) / 2);
+  const int64_t taken = transposed ? N : M;
+  call.sizes.set('O', transposed ? M : N);
+  if (call.sizes['I'] != taken) {
+    call.fail("rows must be [R, ", taken, "] for such a weight, got [R, ", call.sizes['I'], "]");
+  }
+  return *format;
+}
+
+inline QuantizedMMArgs quantized_mm_args(const Tensor& rows, const Tensor& values,
+                                         const Tensor& scales, const OptionalTensor& zeros,
+                                         const OptionalTensor& bias, const Tensor& offsets,
+                                         const Tensor& load, const std::string& name,
+                                         bool transposed, bool int8_rows,
+                                         const std::optional<int64_t>& capacity) {
+  WeightFormat format;
+  const Sizes s = check<contract("quantized_mm")>(
+      {rows, values, scales, zeros, bias, offsets, load}, [&](Call& call) {
+        format = check_format(call, name, transposed, scales, zeros, bias);
+        check_capacity(call, capacity);
+      });
+  const Groups groups{dense(offsets), dense(load), s['E']};
+  return {dense(rows), dense(values), dense(scales), dense(zeros), dense(bias), groups,
+          format,      transposed,    int8_rows,     s['R'],       s['I'],      s['O']};
 }
 
 struct GroupedOuterArgs {

@@ -14,6 +14,7 @@ from .experts.grouped import GroupedExperts
 from .experts.module import ModuleExperts
 from .experts.pages import huge_pages
 from .experts.shared import SharedExperts
+from .formats import QuantizedWeight
 from .layer import Aux, total_l_aux
 from .monitor import profiling, stats
 from .monitor.explain import explain
@@ -59,6 +60,7 @@ __all__ = [
     "MoE",
     "ModuleExperts",
     "Plan",
+    "QuantizedWeight",
     "Routing",
     "SharedExperts",
     "TopKGate",

@@ -38,6 +38,9 @@ GatedActivation = Literal["swiglu", "geglu"]
 Activation = Literal[GatedActivation, "gelu", "relu"]
 """The function between an expert's two products."""
 
+WeightFormat = Literal["int8", "int4", "mxfp4", "nf4"]
+"""How a frozen weight is stored."""
+
 
 def names(owner: str, **options: tuple) -> None:
     """Check options that take names: name=(value, allowed)."""

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from .. import options
+from ..formats import QuantizedWeight, quantize_parameters
 from ..ops import checks
 from ..ops.feed_forward import feed_forward
 from ..ops.functional import activate, grouped_mm
 from ..ops.plan import Plan
-from ..options import Activation
+from ..options import Activation, WeightFormat
 from . import convert
 from .base import Experts
 from .pages import advise
@@ -96,7 +97,35 @@ class GroupedExperts(Experts):
             f"ffn_size={self.ffn_size}, activation={self.activation!r}, bias={self.has_bias}"
         )
 
-    def _parameters_of(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def quantize(
+        self,
+        format: WeightFormat,
+        group_size: int | None = None,
+        *,
+        zero_points: bool = False,
+        activations: str | None = None,
+    ) -> "GroupedExperts":
+        """Freeze the weights in 8 or 4 bits; biases stay as they are.
+
+        Args:
+            format: as of QuantizedWeight.quantize, like the others
+            group_size: numbers of a row that share a scale
+            zero_points: of int4
+            activations: "int8" to round rows too
+
+        Returns:
+            these experts
+
+        Raises:
+            ValueError: as of QuantizedWeight.quantize
+        """
+        names = self._up_name, "down_proj"
+        quantize_parameters(
+            *(self, names, format, group_size), zero_points=zero_points, activations=activations
+        )
+        return self
+
+    def _parameters_of(self, name: str) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
         return getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
@@ -118,10 +147,11 @@ class GroupedExperts(Experts):
         """
         up, up_bias = self._parameters_of(self._up_name)
         down, down_bias = self._parameters_of("down_proj")
-        if rows.dtype != up.dtype and not torch.is_autocast_enabled(rows.device.type):
+        takes = rows.dtype if isinstance(up, QuantizedWeight) else up.dtype
+        if rows.dtype != takes and not torch.is_autocast_enabled(rows.device.type):
             autocast = ", or use torch.autocast" if rows.is_floating_point() else ""
             raise RuntimeError(
-                f"GroupedExperts: tokens are {rows.dtype}, the weights {up.dtype}; convert one of "
+                f"GroupedExperts: tokens are {rows.dtype}, the weights {takes}; convert one of "
                 f"the two with .to(dtype){autocast}"
             )
         if weights is not None:

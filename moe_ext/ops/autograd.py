@@ -295,6 +295,47 @@ class GroupedMM(Operator):
         return grad_rows, grad_weights, grad_bias, None, None, None
 
 
+class QuantizedMM(Operator):
+    """The gradient of rows that are rounded to 8 bits is that of rows as they are."""
+
+    @staticmethod
+    def forward(
+        rows,
+        values,
+        scales,
+        zeros,
+        bias,
+        offsets,
+        load,
+        format,
+        transposed,
+        int8_rows,
+        capacity,
+    ):
+        return registry.run(
+            "quantized_mm",
+            *(rows, values, scales, zeros, bias, offsets, load),
+            *(format, transposed, int8_rows, capacity),
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, values, scales, zeros, _, offsets, load, *rule = inputs
+        ctx.format, ctx.transposed, _, ctx.capacity = rule
+        ctx.save_for_backward(values, scales, zeros, offsets, load)
+
+    @staticmethod
+    def backward(ctx, grad):
+        *weight, offsets, load = ctx.saved_tensors
+        grad_rows = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            rule = ctx.format, not ctx.transposed, False, ctx.capacity
+            grad_rows = QuantizedMM.call(grad, *weight, None, offsets, load, *rule)
+        if ctx.needs_input_grad[4]:
+            grad_bias = composed.sum_of_groups(run, grad, (offsets, load, ctx.capacity))
+        return grad_rows, None, None, None, grad_bias, *(None,) * 6
+
+
 class GroupedOuter(Operator):
     @staticmethod
     def forward(left, right, offsets, load, capacity):
@@ -382,6 +423,7 @@ OPERATORS: dict[str, type[Operator]] = {
     "route_dot": RouteDot,
     "combine_backward": CombineBackward,
     "grouped_mm": GroupedMM,
+    "quantized_mm": QuantizedMM,
     "grouped_outer": GroupedOuter,
     "activate": Activate,
     "activate_backward": ActivateBackward,

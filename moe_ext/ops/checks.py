@@ -17,7 +17,13 @@ SCORINGS = get_args(options.Scoring)
 ORDERS = get_args(options.Order)
 GATED = get_args(options.GatedActivation)
 ACTIVATIONS = get_args(options.Activation)
-NAMES = {"scoring": SCORINGS, "order": ORDERS, "activation": ACTIVATIONS}
+FORMATS = get_args(options.WeightFormat)
+NAMES = {
+    "scoring": SCORINGS,
+    "order": ORDERS,
+    "activation": ACTIVATIONS,
+    "format": FORMATS,
+}
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Dims = Sequence[tuple[str, int | None]]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..formats import QuantizedWeight
 from .checks import is_transposed
 
 Run = Callable[..., Tensor]
@@ -48,14 +49,15 @@ def feed_forward(
 ) -> tuple[Tensor, Tensor]:
     """combine(grouped_mm(activate(grouped_mm(dispatch(tokens), up)), down), weights), [T, H], and
     the pre-activation where it is kept, [R, G], whose rows without a route may be anything. A
-    route's weight is a factor of its output, or of its activation where it is weighed before."""
+    route's weight is a factor of its output, or of its activation where it is weighed before.
+    `multiply` takes up and down in a format too."""
     routes, groups = (slots, sources), (offsets, load, capacity)
     pre_activation = project_up(run, tokens, up, up_bias, routes, groups)
     before, after = (weights, None) if score_before_experts else (None, weights)
     active = run("activate", pre_activation, *routes, before, activation)
     if not keeps:
         pre_activation = pre_activation.new_empty(0)
-    rows = run("grouped_mm", active, down, None if score_before_experts else down_bias, *groups)
+    rows = multiply(run, active, down, None if score_before_experts else down_bias, groups)
     if score_before_experts and down_bias is not None:
         factors = run("dispatch", tokens.new_ones(tokens.shape[0], 1), *routes, weights)
         rows = rows + run("grouped_mm", factors, down_bias.unsqueeze(-1), None, *groups)
@@ -63,10 +65,26 @@ def feed_forward(
 
 
 def project_up(
-    run: Run, tokens: Tensor, up: Tensor, bias: Tensor | None, routes: tuple, groups: tuple
+    run: Run,
+    tokens: Tensor,
+    up: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    routes: tuple,
+    groups: tuple,
 ) -> Tensor:
     """grouped_mm(dispatch(tokens), up, bias)."""
-    return run("grouped_mm", run("dispatch", tokens, *routes, None), up, bias, *groups)
+    return multiply(run, run("dispatch", tokens, *routes, None), up, bias, groups)
+
+
+def multiply(
+    run: Run, rows: Tensor, weights: Tensor | QuantizedWeight, bias: Tensor | None, groups: tuple
+) -> Tensor:
+    """grouped_mm, of weights in a format too."""
+    if not isinstance(weights, QuantizedWeight):
+        return run("grouped_mm", rows, weights, bias, *groups)
+    offsets, load, capacity = groups
+    rule = weights.format, False, weights.activations == "int8", capacity
+    return run("quantized_mm", rows, *weights.codes(), bias, offsets, load, *rule)
 
 
 def feed_forward_backward(

@@ -3,12 +3,14 @@
     dispatch: "tokens[T,H]:floating slots[T,K]:int32 ... weights[T,K]?:acc -> [R,H]:tokens"
 
 Letters are sizes: T tokens, K choices, E experts, R rows, H hidden, N and M the widths of an
-expert's weight, F an expert's inner size, G = 2F where its activation has a gate, else F. A tensor
-has a shape and a dtype:
+expert's weight, F an expert's inner size, G = 2F where its activation has a gate, else F. A weight
+in a format has B bytes, S scales and Z bytes of zero points for a row of M numbers; rows of I
+numbers become rows of O. A tensor has a shape and a dtype:
 
     floating    float32, float64, bfloat16 or float16
     acc         float64 beside float64 operands, else float32: the dtype of sums
-    int32, float32, or the name of the argument whose dtype it has
+    scale       of a format's scales: float32, bfloat16 or uint8
+    int32, float32, uint8, or the name of the argument whose dtype it has
 
 `?` marks what may be None. The other arguments have a schema's types. A result that is an
 argument's name is laid out like it, and empty where that is None; `?flag` makes a result empty
@@ -25,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats.codes import FORMATS
 from . import checks
 
 CONTRACTS = {
@@ -52,6 +55,9 @@ CONTRACTS = {
     " load[E]:int32 capacity:SymInt? -> [R,N]:rows",
     "grouped_outer": "left[R,N]:floating right[R,M]:left offsets[E+1]:int32 load[E]:int32"
     " capacity:SymInt? -> [E,N,M]:left",
+    "quantized_mm": "rows[R,I]:floating values[E,N,B]:uint8 scales[E,N,S]:scale zeros[E,N,Z]?:uint8"
+    " bias[E,O]?:rows offsets[E+1]:int32 load[E]:int32 format:str transposed:bool int8_rows:bool"
+    " capacity:SymInt? -> [R,O]:rows",
     "activate": "pre_activation[R,G]:floating slots[T,K]:int32 sources[R]:int32 weights[T,K]?:acc"
     " activation:str -> [R,F]:pre_activation",
     "activate_backward": "grad[R,F]:pre_activation pre_activation[R,G]:floating slots[T,K]:int32"
@@ -68,6 +74,8 @@ CONTRACTS = {
     " needs_down:bool -> [T,H]:tokens?needs_tokens up?needs_up down?needs_down up_bias?needs_up"
     " down_bias?needs_down [T,K]:weights",
 }
+
+SCALES = (torch.float32, torch.bfloat16, torch.uint8)
 
 # The tensors of a plan, which was made before: what does not fit them is at fault.
 PLAN = ("slots", "sources", "load")
@@ -102,7 +110,7 @@ class Argument(NamedTuple):
             return 5
         if self.kind == "int32":
             return 1 if "E+1" in (self.dims or ()) else 0
-        return {"floating": 2, "acc": 3}.get(self.kind, 4)
+        return {"floating": 2, "acc": 3, "uint8": 3, "scale": 3}.get(self.kind, 4)
 
 
 class Result(NamedTuple):
@@ -225,6 +233,8 @@ class _Checking(checks.Check):
             self.floating(name, value)
         elif kind == "acc":
             self.dtype(name, value, *self.acc())
+        elif kind == "scale":
+            self.dtype(name, value, *SCALES)
         elif kind in self.values:
             self.same_dtype(name, value, kind, self.values[kind])
         else:
@@ -310,6 +320,26 @@ def _feed_forward(call: _Checking) -> None:
     _grouped(call)
 
 
+def _quantized_mm(call: _Checking) -> None:
+    format, (B, S, N) = call.values["format"], (call.sizes[letter] for letter in "BSN")
+    _, groups, scales, numbers = FORMATS[format]
+    call.dtype("scales", call.values["scales"], scales)
+    M = 2 * B if numbers else B
+    fits = S == 1 if not numbers else S > 0 and M % S == 0 and M // S in groups
+    if not fits:
+        expected = "all" if not numbers else " or ".join(map(str, groups))
+        call.fail(f"scales must be one for {expected} numbers of a row, got {S} for {M}")
+    if call.values["zeros"] is not None and format != "int4":
+        call.fail(f"zeros must be None for {format}")
+    if call.values["transposed"] and call.values["bias"] is not None:
+        call.fail("bias must be None for transposed weights")
+    call.sizes["Z"] = (S + 1) // 2
+    taken, call.sizes["O"] = (N, M) if call.values["transposed"] else (M, N)
+    if call.sizes["I"] != taken:
+        call.fail(f"rows must be [R, {taken}] for such a weight, got [R, {call.sizes['I']}]")
+    _grouped(call)
+
+
 def _grouped(call: _Checking) -> None:
     checks.planned_capacity(call, call.values["capacity"], call.sizes["R"], call.sizes["E"])
 
@@ -321,6 +351,7 @@ _RULES: dict[str, Callable[[_Checking], None]] = {
     "activate": _activate,
     "activate_backward": _activate,
     "grouped_mm": _grouped,
+    "quantized_mm": _quantized_mm,
     "grouped_outer": _grouped,
     "feed_forward": _feed_forward,
     "feed_forward_backward": _feed_forward,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats import QuantizedWeight
 from ..options import Activation
 from . import composed, registry
 from .autograd import OPERATORS, Operator, run
@@ -172,8 +173,8 @@ def feed_forward(
     tokens: Tensor,
     plan: Plan,
     weights: Tensor,
-    up: Tensor,
-    down: Tensor,
+    up: Tensor | QuantizedWeight,
+    down: Tensor | QuantizedWeight,
     activation: Activation,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -189,8 +190,9 @@ def feed_forward(
         tokens: [T, H]
         plan: for the same T tokens
         weights: [T, K] float32 (float64 for float64 tokens)
-        up: [E, G, H] of the tokens' dtype, G = 2F for an activation with a gate, else F
-        down: [E, H, F]
+        up: [E, G, H] of the tokens' dtype, G = 2F for an activation with a gate, else F. Or a
+            QuantizedWeight, which receives no gradient
+        down: [E, H, F], likewise
         activation: as in `activate`
         up_bias: [E, G]
         down_bias: [E, H]
@@ -214,8 +216,9 @@ def feed_forward(
     slots, sources, offsets, load, _, _, capacity = plan
     tensors = tokens, slots, sources, offsets, load, weights, up, down, up_bias, down_bias
     rule = activation, score_before_experts, capacity
-    if recompute:
+    is_quantized = isinstance(up, QuantizedWeight) or isinstance(down, QuantizedWeight)
+    if recompute and not is_quantized:
         out, _ = FeedForward.call(*tensors, *rule, torch.is_grad_enabled())
     else:
-        out, _ = composed.feed_forward(run, *tensors, *rule, False)
+        out, _ = composed.feed_forward(run, *tensors, *rule, False)  # type: ignore[arg-type]
     return out

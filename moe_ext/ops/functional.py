@@ -5,9 +5,10 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ..formats import QuantizedWeight
 from ..options import Activation, Scoring
-from . import checks
-from .autograd import Activate, Combine, Dispatch, Gate, GroupedMM, MaskWeights, RouteDot
+from . import checks, composed
+from .autograd import Activate, Combine, Dispatch, Gate, MaskWeights, RouteDot, run
 from .plan import Plan
 
 
@@ -171,8 +172,21 @@ def autocast(
 
 @overload
 def autocast(
-    rows: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, /
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+    rows: Tensor, weights: QuantizedWeight, bias: Tensor | None, /
+) -> tuple[Tensor, QuantizedWeight, Tensor | None]: ...
+
+
+@overload
+def autocast(
+    rows: Tensor,
+    up: Tensor | QuantizedWeight,
+    down: Tensor | QuantizedWeight,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    /,
+) -> tuple[
+    Tensor, Tensor | QuantizedWeight, Tensor | QuantizedWeight, Tensor | None, Tensor | None
+]: ...
 
 
 def autocast(*tensors):
@@ -183,12 +197,14 @@ def autocast(*tensors):
     dtype = torch.get_autocast_dtype(first.device.type)
     castable = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(
-        tensor.to(dtype) if tensor is not None and tensor.dtype in castable else tensor
+        tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in castable else tensor
         for tensor in tensors
     )
 
 
-def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:
+def grouped_mm(
+    rows: Tensor, weights: Tensor | QuantizedWeight, plan: Plan, bias: Tensor | None = None
+) -> Tensor:
     """Multiply every row by its expert's weight.
 
     Rows that no route owns are not read, come out zero and receive zero. Under autocast operands
@@ -196,7 +212,8 @@ def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = 
 
     Args:
         rows: [R, M]
-        weights: [E, N, M] of the rows' dtype; a view of [E, M, N] is multiplied without a copy
+        weights: [E, N, M] of the rows' dtype; a view of [E, M, N] is multiplied without a copy. Or
+            a QuantizedWeight, which receives no gradient
         plan: with the same R rows and E experts
         bias: [E, N] of the rows' dtype
 
@@ -211,7 +228,8 @@ def grouped_mm(rows: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = 
     sources = plan.sources
     check.shape("rows", rows, [("R", sources.shape[0]), ("M", None)], ("sources", sources))
     rows, weights, bias = autocast(rows, weights, bias)
-    return GroupedMM.call(rows, weights, bias, plan.offsets, plan.load, plan.capacity)
+    groups = plan.offsets, plan.load, plan.capacity
+    return composed.multiply(run, rows, weights, bias, groups)
 
 
 def activate(

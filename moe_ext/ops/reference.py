@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..formats import codes
 from . import checks, composed
 from .contracts import checked
 
@@ -301,6 +302,39 @@ def grouped_mm(
     for e, (begin, end) in enumerate(bounds):
         expert_bias = None if bias is None else bias[e]
         out[begin:end] = F.linear(rows[begin:end], weights[e], expert_bias)
+    return out
+
+
+@checked
+def quantized_mm(
+    rows: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    zeros: Optional[Tensor],
+    bias: Optional[Tensor],
+    offsets: Tensor,
+    load: Tensor,
+    format: str,
+    transposed: bool,
+    int8_rows: bool,
+    capacity: Optional[int],
+) -> Tensor:
+    """grouped_mm with the numbers of weights in a format, or with their transposes; int8_rows:
+    every row is rounded to 127ths of its largest number first. -> [R, O]."""
+    bounds = owned_rows("quantized_mm", offsets, load, rows.shape[0])
+    dtype = checks.accumulate_dtype(rows.dtype)
+    width = values.shape[2] * 8 // codes.FORMATS[format].bits if transposed else values.shape[1]
+    out = rows.new_zeros(rows.shape[0], width)
+    for e, (begin, end) in enumerate(bounds):
+        if begin == end:
+            continue
+        parts = codes.Codes(values[e], scales[e], None if zeros is None else zeros[e])
+        weight = codes.decode(parts, format).to(dtype)
+        taken = rows[begin:end].to(dtype)
+        if int8_rows:
+            taken = codes.round_rows(taken)
+        expert_bias = None if bias is None else bias[e].to(dtype)
+        out[begin:end] = F.linear(taken, weight.t() if transposed else weight, expert_bias)
     return out
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..formats import codes
 from . import checks, reference
 from .contracts import PARSED, Argument
 
@@ -50,10 +51,24 @@ def arguments(
         "scale": 1.5,
         "score_before_experts": False,
         "keeps": True,
+        "format": "int4",
+        "transposed": False,
+        "int8_rows": False,
         "needs_tokens": True,
         "needs_up": True,
         "needs_down": True,
     }
+
+    if op == "quantized_mm":
+        width = 96
+        parts = [
+            codes.encode(torch.randn(F, width, generator=generator), "int4", 32, True)
+            for _ in range(E)
+        ]
+        known |= {
+            name: torch.stack([getattr(part, name) for part in parts]) for name in parts[0]._fields
+        }
+        sizes |= {"I": width, "O": F}
 
     def value(argument: Argument):
         if argument.dims == ("T", "K") and argument.name == "weights":

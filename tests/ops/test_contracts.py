@@ -17,7 +17,7 @@ TENSORS = [
     for i, argument in enumerate(contract.arguments)
     if argument.dims is not None
 ]
-GEMMS = ("grouped", "feed_forward")
+GEMMS = ("grouped", "quantized", "feed_forward")
 each_operator = pytest.mark.parametrize("op", registry.NAMES)
 each_tensor = pytest.mark.parametrize(
     ("op", "i", "argument"), TENSORS, ids=lambda value: getattr(value, "name", value)
@@ -211,6 +211,8 @@ KINDS = {
     "floating": "float32, float64, bfloat16 or float16",
     "float32": "float32",
     "int32": "int32",
+    "uint8": "uint8",
+    "scale": "float32, bfloat16 or uint8",
 }
 
 

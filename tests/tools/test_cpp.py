@@ -94,7 +94,7 @@ def test_cmake_builds_the_same_library(tmp_path, registers, optimize):
     (library,) = tmp_path.glob("libmoe_ext.*")
     # The program loads the library without the package. 16-bit products are float32 ones.
     code = f"""
-import torch
+import itertools, torch
 torch.ops.load_library({str(library)!r})
 experts = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32)
 print(torch.ops.moe_ext.plan(experts, None, 3, None, "choice", 1)[0].tolist())
@@ -140,6 +140,22 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             exact = x @ weights[e].double().T + bias[e].double()
             torch.testing.assert_close(out[mine].double(), exact, rtol=eps, atol=1e-4)
             torch.testing.assert_close(outer[e].double(), y.T @ x, rtol=eps, atol=1e-2)
+codes = torch.randint(256, (1, 37, 96), dtype=torch.uint8)
+scales = (torch.rand(1, 37, 6) + 0.5).bfloat16()
+halves = torch.stack([codes % 16, codes // 16], -1).view(37, 6, 32)
+weights = {{
+    "int4": (scales, ((halves - 8.0) * scales.view(37, 6, 1).float()).view(37, 192)),
+    "int8": (scales[..., :1].float(), codes[0].view(torch.int8) * scales[0, :, :1].float()),
+}}
+for (format, (scale, numbers)), n in itertools.product(weights.items(), (1, 3, 40)):
+    _, _, offsets, load = torch.ops.moe_ext.plan(torch.zeros(n, 1).int(), None, 1, None, "token", 1)
+    for dtype, transposed in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        number = numbers if transposed else numbers.T
+        rows, eps = torch.randn(n, len(number)).to(dtype), torch.finfo(dtype).eps
+        rest = (offsets, load, format, transposed, False, None)
+        out = torch.ops.moe_ext.quantized_mm(rows, codes, scale, None, None, *rest)
+        exact = rows.double() @ number.double()
+        assert (out.double() - exact).norm() < 8 * eps * exact.norm()
 """
     assert output_of("-c", code) == "[[1, 0], [2, 3]]\n"
     if registers == 32:

@@ -14,7 +14,7 @@ PACKAGE = Path(moe_ext.__file__).parent
 
 # From the bottom. A module imports from lower floors, and from its own floor.
 FLOORS = [
-    {"options", "toolkit", "ops"},
+    {"options", "toolkit", "formats", "ops"},
     {"routing", "experts"},
     {"process_group", "parallel"},
     {"layer"},
@@ -25,7 +25,7 @@ FLOORS = [
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 # These know nothing of DeepSpeed, whose names and habits live in moe_ext/deepspeed.
-CORE = {"ops", "routing", "experts", "parallel", "monitor", "layer"}
+CORE = {"formats", "ops", "routing", "experts", "parallel", "monitor", "layer"}
 # The layout of DeepSpeed's weights is named after it.
 NAMED_AFTER_IT = {"experts.convert"}
 MOST_MODULES = 12

@@ -1,0 +1,278 @@
+// out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N] for few rows and a weight in 8 or 4
+// bits. One thread of an x86 CPU.
+//
+// The limit is the memory of the weight: its lines are read once, in the order of memory. A step is
+// as many bytes as a register has, which codes.h unpacks for all rows of a block. The 8 codes of 4
+// bits of a lane have the same scale: the sum of a step is multiplied by the scales of its lanes.
+//
+// A sum is one per lane, to which steps are added in order, and then the sum of its lanes: the
+// result of a row does not depend on how many rows there are.
+
+#pragma once
+
+#include "codes.h"
+#include "few_rows.h"
+
+#if defined(__x86_64__)
+namespace moe_ext {
+
+struct FewRowsQuantized {
+  Matrix out, rows;
+  QuantizedMatrix weight;
+  const Matrix* bias;  // null without
+  bool int8_rows;
+
+  // Whether whole numbers are multiplied.
+  static bool multiplies_bytes_of(const QuantizedMMArgs& a) {
+    return a.int8_rows && a.format != WeightFormat::kNf4 && multiplies_bytes();
+  }
+
+  template <int bytes>
+  MOE_EXT_INLINE void run(Panel& memory) const {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    if constexpr (bytes == 64) {
+      if (int8_rows && weight.format != WeightFormat::kNf4 && multiplies_bytes()) {
+        return weight.has_codes() ? multiply<ByteCodes>(memory) : multiply<ByteBytes>(memory);
+      }
+      if (!int8_rows && rows.dtype == ScalarType::BFloat16 && multiplies_pairs() &&
+          weight.has_codes()) {
+        return multiply<PairCodes>(memory);
+      }
+    }
+#endif
+    if constexpr (bytes > 16) {
+      weight.has_codes() ? multiply<FloatCodes<bytes>>(memory)
+                         : multiply<FloatBytes<bytes>>(memory);
+    }
+  }
+
+ private:
+  static constexpr int64_t kBlock = 4;        // rows
+  static constexpr int64_t kAhead = 1 << 13;  // bytes
+
+  // The rows as Codes has them, and what belongs to them.
+  template <typename Codes>
+  struct Packed {
+    int64_t steps, full;          // of a line; the last one may not be full
+    int64_t groups, width;        // of a row, and lines, filled up to whole registers
+    typename Codes::Word* words;  // [n, steps, kWords]
+    typename Codes::Lanes* sums;  // [n, kLines]
+    float* totals;                // [n, width]
+    float* group_sums;            // [n, groups]: of the rows' numbers
+    float *scales, *offsets;      // [kLines, weight.groups] of the lines at hand, and a register
+    float* row_scales;            // [n]
+    float* row;                   // [steps, kNumbers]: one at a time
+  };
+
+  template <typename Codes>
+  MOE_EXT_INLINE Packed<Codes> layout(Panel& memory) const {
+    using Lanes = typename Codes::Lanes;
+    constexpr int64_t kFloats = sizeof(Lanes) / 4;
+    const auto whole = [](int64_t size) { return (size + kFloats - 1) / kFloats * kFloats; };
+    const int64_t n = rows.rows;
+    Packed<Codes> p{};
+    p.steps = (weight.columns + Codes::kNumbers - 1) / Codes::kNumbers;
+    p.full = weight.columns / Codes::kNumbers;
+    p.groups = whole(weight.groups);
+    p.width = whole(weight.rows + kLines - 1);
+    const int64_t lanes = n * p.steps * Codes::kWords + n * kLines;
+    const int64_t of_lines = whole(kLines * weight.groups) + kFloats;
+    const int64_t floats =
+        n * p.width + n * p.groups + 2 * of_lines + n + p.steps * Codes::kNumbers;
+    const Matrix panel = memory.get(ScalarType::Float, 1, lanes * kFloats + floats);
+    p.words = reinterpret_cast<typename Codes::Word*>(panel.data);
+    p.sums = reinterpret_cast<Lanes*>(panel.data) + n * p.steps * Codes::kWords;
+    p.totals = reinterpret_cast<float*>(p.sums + n * kLines);
+    p.group_sums = p.totals + n * p.width;
+    p.scales = p.group_sums + n * p.groups;
+    p.offsets = p.scales + of_lines;
+    p.row_scales = p.offsets + of_lines;
+    p.row = p.row_scales + n;
+    // What is behind the last is multiplied by zeros.
+    std::memset(p.group_sums, 0, (n * p.groups + 2 * of_lines) * sizeof(float));
+    return p;
+  }
+
+  // Lines of the weight: where they begin, and from one to the next. Where there are fewer than
+  // kLines in all, each takes the place of all.
+  struct Lines {
+    int64_t first, stride;
+  };
+
+  template <typename Codes>
+  MOE_EXT_INLINE void multiply(Panel& memory) const {
+    const Packed<Codes> p = layout<Codes>(memory);
+    const Codes codes(weight.format);
+    pack(codes, p);
+    const LaneScales<sizeof(typename Codes::Lanes)> of_lanes(weight.group());
+    // The last lines are multiplied again where there are not enough after them.
+    const bool enough = weight.rows >= kLines;
+    for (int64_t r = 0; r < weight.rows; r += enough ? kLines : 1) {
+      const Lines lines = enough ? Lines{std::min(r, weight.rows - kLines), 1} : Lines{r, 0};
+      if constexpr (Codes::kHasGroups) prepare_scales(p, lines);
+      for (int64_t begin = 0; begin < rows.rows; begin += kBlock) {
+        multiply_rows<kBlock>(std::min(kBlock, rows.rows - begin), codes, of_lanes, p, lines,
+                              begin);
+      }
+      for (int64_t j = 0; j < rows.rows; ++j) {
+        typename Codes::Lanes sums[kLines];
+        std::memcpy(sums, p.sums + j * kLines, sizeof(sums));
+        if (weight.zeros) add_offsets(p, j, lines, sums);
+        Vector<float, 16> four;
+        sum_lanes(four, sums);
+        store(four, p.totals + j * p.width + lines.first);
+      }
+    }
+    for (int64_t j = 0; j < rows.rows; ++j) finish(p, j);
+  }
+
+  template <typename Codes>
+  MOE_EXT_INLINE void pack(const Codes& codes, const Packed<Codes>& p) const {
+    using Element = typename Codes::Element;
+    using Lanes = typename Codes::Lanes;
+    constexpr int64_t kStep = Codes::kNumbers;
+    static_assert(kStep == Codes::kParts * sizeof(typename Codes::Word) / sizeof(Element));
+    typename Codes::Word* words = p.words;
+    const int64_t M = weight.columns;
+    for (int64_t j = 0; j < rows.rows; ++j) {
+      visit_format<sizeof(Lanes)>(rows.dtype, [&](auto format) __attribute__((always_inline)) {
+        to_floats<decltype(format)>(rows.row_range(j, j + 1), p.row);
+      });
+      std::memset(p.row + M, 0, (p.steps * kStep - M) * sizeof(float));
+      p.row_scales[j] = codes.unit * (int8_rows ? round_row(p.row, M, !Codes::kIsInteger) : 1);
+      for (const float* step = p.row; step < p.row + M; step += kStep, words += Codes::kWords) {
+        auto* to = reinterpret_cast<Element*>(words);
+        for (int64_t i = 0; i < kStep; ++i) to[Codes::place(i)] = Codes::element(step[i]);
+        codes.complete(words);
+      }
+      if (!weight.zeros) continue;
+      for (int64_t g = 0; g < weight.groups; ++g) {
+        float sums[8] = {};
+        const float* numbers = p.row + g * weight.group();
+        for (int64_t m = 0; m < weight.group(); m += 8) {
+          for (int i = 0; i < 8; ++i) sums[i] += numbers[m + i];
+        }
+        for (const float sum : sums) p.group_sums[j * p.groups + g] += sum;
+      }
+    }
+  }
+
+  // Rounds a row to whole numbers up to 127, or to these times the scale, which it returns.
+  static MOE_EXT_INLINE float round_row(float* row, int64_t size, bool scales) {
+    float most = 0;
+    for (int64_t m = 0; m < size; ++m) most = std::abs(row[m]) > most ? std::abs(row[m]) : most;
+    const float scale = most / 127 > 0 ? most / 127 : 1, factor = scales ? scale : 1;
+    // 3 * 2^22 has no bits behind the point: to nearest, ties to even.
+    constexpr float kRound = 12582912.0f;
+    for (int64_t m = 0; m < size; ++m) row[m] = ((row[m] / scale + kRound) - kRound) * factor;
+    return scales ? 1 : scale;
+  }
+
+  // Of some lines; offsets are multiplied by the sums of a row's groups.
+  template <typename Codes>
+  MOE_EXT_INLINE void prepare_scales(const Packed<Codes>& p, const Lines& lines) const {
+    constexpr int kBytes = sizeof(typename Codes::Lanes);
+    const int64_t count = lines.stride ? kLines : 1;
+    weight.scales_of<kBytes>(lines.first, count, p.scales);
+    if (!weight.zeros) return;
+    weight.zeros_of<kBytes>(lines.first, count, p.offsets);
+    for (int64_t g = 0; g < count * weight.groups; ++g) p.offsets[g] *= -p.scales[g];
+  }
+
+  // A line's offsets end within a register, where another's begin: there the sums are zero.
+  template <typename Codes>
+  MOE_EXT_INLINE void add_offsets(const Packed<Codes>& p, int64_t j, const Lines& lines,
+                                  typename Codes::Lanes (&sums)[kLines]) const {
+    using Lanes = typename Codes::Lanes;
+    for (int64_t g = 0; g < weight.groups; g += sizeof(Lanes) / 4) {
+      Lanes of_groups;
+      load(of_groups, p.group_sums + j * p.groups + g);
+      for (int i = 0; i < kLines; ++i) {
+        Lanes offsets;
+        load(offsets, p.offsets + i * lines.stride * weight.groups + g);
+        add_product(sums[i], offsets, of_groups);
+      }
+    }
+  }
+
+  // The code for as many rows as there are, at most `most`.
+  template <int64_t most, typename Codes>
+  MOE_EXT_INLINE void multiply_rows(int64_t count, const Codes& codes,
+                                    const LaneScales<sizeof(typename Codes::Lanes)>& of_lanes,
+                                    const Packed<Codes>& p, const Lines& lines,
+                                    int64_t begin) const {
+    if constexpr (most > 1) {
+      if (count < most) return multiply_rows<most - 1>(count, codes, of_lanes, p, lines, begin);
+    }
+    // The fewer rows, the more lines of 4 bits at a time: additions need not wait for each other.
+    // Those of 8 bits are in time one after the other, as memory likes them best.
+    constexpr int kAtOnce = !Codes::kHasGroups ? 1 : most == 1 ? kLines : most == 2 ? 2 : 1;
+    for (int i = 0; i < kLines; i += kAtOnce) {
+      multiply_block<most, kAtOnce>(codes, of_lanes, p, lines, begin, i);
+    }
+  }
+
+  template <int64_t count, int at_once, typename Codes>
+  MOE_EXT_INLINE void multiply_block(const Codes& codes,
+                                     const LaneScales<sizeof(typename Codes::Lanes)>& of_lanes,
+                                     const Packed<Codes>& p, const Lines& lines, int64_t begin,
+                                     int first) const {
+    using Lanes = typename Codes::Lanes;
+    constexpr int64_t kBytes = sizeof(Lanes);
+    const int64_t stride = p.steps * Codes::kWords, apart = lines.stride * weight.row_bytes();
+    const typename Codes::Word* words = p.words + begin * stride;
+    const uint8_t* from = weight.values + lines.first * weight.row_bytes() + first * apart;
+    const float* scales = p.scales + first * lines.stride * weight.groups;
+    typename Codes::Totals totals[at_once][count]{};
+    const auto add = [&](const uint8_t* step, int i, int64_t v) __attribute__((always_inline)) {
+      Lanes of_step{};
+      if constexpr (Codes::kHasGroups) {
+        of_lanes.find(scales + i * lines.stride * weight.groups, v, of_step);
+      }
+      codes.template add<count>(step, words, stride, of_step, totals[i]);
+    };
+    for (int64_t v = 0; v < p.full; ++v, words += Codes::kWords, from += kBytes) {
+      for (int i = 0; i < at_once; ++i) {
+        __builtin_prefetch(from + i * apart + kAhead, 0, 3);
+        add(from + i * apart, i, v);
+      }
+    }
+    if (p.full < p.steps) {
+      for (int i = 0; i < at_once; ++i) {
+        uint8_t rest[kBytes]{};
+        std::memcpy(rest, from + i * apart, weight.row_bytes() - p.full * kBytes);
+        add(rest, i, p.full);
+      }
+    }
+    for (int i = 0; i < at_once; ++i) {
+      for (int64_t j = 0; j < count; ++j) {
+        Codes::template to_floats<count>(totals[i], j, p.sums[(begin + j) * kLines + first + i]);
+      }
+    }
+  }
+
+  // Row j of out, from its totals.
+  template <typename Codes>
+  MOE_EXT_INLINE void finish(const Packed<Codes>& p, int64_t j) const {
+    float* totals = p.totals + j * p.width;
+    const float of_row = p.row_scales[j];
+    if (!weight.has_codes()) {
+      const auto* scales = reinterpret_cast<const float*>(weight.scales);
+      for (int64_t r = 0; r < out.columns; ++r) totals[r] *= scales[r];
+    }
+    for (int64_t r = 0; r < out.columns; ++r) totals[r] *= of_row;
+    visit_format<sizeof(typename Codes::Lanes)>(
+        rows.dtype, [&](auto format) __attribute__((always_inline)) {
+          using scalar_t = typename decltype(format)::scalar_t;
+          if (bias) {
+            const auto* first = reinterpret_cast<const scalar_t*>(bias->data);
+            for (int64_t r = 0; r < out.columns; ++r) totals[r] += static_cast<float>(first[r]);
+          }
+          auto* row = reinterpret_cast<scalar_t*>(out.data) + j * out.row_stride;
+          convert<sizeof(typename Codes::Lanes)>(totals, out.columns, row);
+        });
+  }
+};
+
+}  // namespace moe_ext
+#endif

@@ -1,0 +1,319 @@
+// A weight in 8 or 4 bits, and its numbers.
+
+#pragma once
+
+#include "../weight_format.h"
+#include "lanes.h"
+
+namespace moe_ext {
+
+// As many bytes as V has lanes, as whole numbers of 32 bits.
+template <typename byte_t, typename V>
+MOE_EXT_INLINE void widen_bytes(const byte_t* from, V& out) {
+  Vector<byte_t, sizeof(V) / 4> bytes;
+  load(bytes, from);
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+  if constexpr (sizeof(V) >= 32) {
+    if constexpr (std::is_signed_v<byte_t>) {
+      asm("vpmovsxbd %1, %0" : "=v"(out) : "v"(bytes));
+    } else {
+      asm("vpmovzxbd %1, %0" : "=v"(out) : "v"(bytes));
+    }
+    return;
+  }
+#endif
+  out = __builtin_convertvector(bytes, V);
+}
+
+// Numbers of two registers in turn: 2 * kLanes floats.
+template <typename V, int... i>
+MOE_EXT_INLINE void interleave(const V& even, const V& odd, float* out,
+                               std::integer_sequence<int, i...>) {
+  constexpr int kLanes = sizeof...(i);
+  V low, high;
+#if defined(__clang__)
+  low = __builtin_shufflevector(even, odd, (i / 2 + i % 2 * kLanes)...);
+  high = __builtin_shufflevector(even, odd, (kLanes / 2 + i / 2 + i % 2 * kLanes)...);
+#else
+  using Index = Vector<int32_t, sizeof(V)>;
+  low = __builtin_shuffle(even, odd, Index{(i / 2 + i % 2 * kLanes)...});
+  high = __builtin_shuffle(even, odd, Index{(kLanes / 2 + i / 2 + i % 2 * kLanes)...});
+#endif
+  store(low, out);
+  store(high, out + kLanes);
+}
+template <typename V>
+MOE_EXT_INLINE void interleave(const V& even, const V& odd, float* out) {
+  interleave(even, odd, out, std::make_integer_sequence<int, sizeof(V) / sizeof(float)>{});
+}
+
+// One expert's weight [rows, columns].
+struct QuantizedMatrix {
+  WeightFormat format;
+  const uint8_t* values;  // [rows, row_bytes]
+  const uint8_t* scales;  // [rows, groups], of the format's dtype
+  const uint8_t* zeros;   // [rows, (groups + 1) / 2], null without
+  int64_t rows, columns, groups;
+
+  int64_t row_bytes() const { return columns * bits_of(format) / 8; }
+  int64_t group() const { return columns / groups; }
+  bool has_codes() const { return format != WeightFormat::kInt8; }
+
+  QuantizedMatrix row_range(int64_t begin, int64_t end) const {
+    QuantizedMatrix part = *this;
+    part.values += begin * row_bytes();
+    part.scales += begin * groups * scale_bytes();
+    if (zeros) part.zeros += begin * ((groups + 1) / 2);
+    part.rows = end - begin;
+    return part;
+  }
+
+  // [count, groups] of some rows.
+  template <int bytes>
+  MOE_EXT_INLINE void scales_of(int64_t row, int64_t count, float* out) const {
+    const uint8_t* from = scales + row * groups * scale_bytes();
+    const int64_t size = count * groups;
+    if (format == WeightFormat::kInt4) {
+      convert<bytes>(reinterpret_cast<const torch::headeronly::BFloat16*>(from), size, out);
+    } else if (format == WeightFormat::kMxfp4) {
+      constexpr int kLanes = bytes / 4;
+      int64_t g = 0;
+      for (; g + kLanes <= size; g += kLanes) {
+        Vector<uint32_t, bytes> exponents, bits;
+        widen_bytes(from + g, exponents);
+        bits = exponents << 23;
+        bits = exponents == 0 ? Vector<uint32_t, bytes>{} + kLeastPower : bits;
+        bits = exponents == 0xffu ? Vector<uint32_t, bytes>{} + kNan : bits;
+        store(bits, out + g);
+      }
+      for (; g < size; ++g) {
+        const uint32_t bits = from[g] == 0      ? kLeastPower
+                              : from[g] == 0xff ? kNan
+                                                : uint32_t{from[g]} << 23;
+        std::memcpy(out + g, &bits, sizeof(bits));
+      }
+    } else {
+      std::memcpy(out, from, size * sizeof(float));
+    }
+  }
+
+  // The same of zero points, less 8 as the numbers of codes are.
+  template <int bytes>
+  MOE_EXT_INLINE void zeros_of(int64_t row, int64_t count, float* out) const {
+    const int64_t pairs = (groups + 1) / 2;
+    const uint8_t* from = zeros + row * pairs;
+    if (groups % 2 == 0) return unpack_zeros<bytes>(from, count * groups, out);
+    for (int64_t i = 0; i < count; ++i) {
+      unpack_zeros<bytes>(from + i * pairs, groups, out + i * groups);
+    }
+  }
+
+ private:
+  static constexpr uint32_t kLeastPower = 1u << 22, kNan = 0x7fc00000u;  // of exponents 0 and 255
+
+  template <int bytes>
+  static MOE_EXT_INLINE void unpack_zeros(const uint8_t* from, int64_t size, float* out) {
+    using Lanes = Vector<float, bytes>;
+    constexpr int64_t kPairs = bytes / 4;
+    int64_t g = 0;
+    for (; g + 2 * kPairs <= size; g += 2 * kPairs) {
+      Vector<int32_t, bytes> pairs;
+      widen_bytes(from + g / 2, pairs);
+      interleave(__builtin_convertvector(pairs & 15, Lanes) - 8,
+                 __builtin_convertvector(pairs >> 4, Lanes) - 8, out + g);
+    }
+    for (; g < size; ++g) {
+      out[g] = static_cast<float>(g % 2 ? from[g / 2] >> 4 : from[g / 2] & 15) - 8;
+    }
+  }
+
+  int64_t scale_bytes() const {
+    return format == WeightFormat::kInt4 ? 2 : format == WeightFormat::kMxfp4 ? 1 : 4;
+  }
+};
+
+// The e-th of stacks.
+inline QuantizedMatrix quantized_matrix(const QuantizedMMArgs& a, int64_t e) {
+  const int64_t N = a.values.size(1);
+  const QuantizedMatrix all{a.format,
+                            const_data<uint8_t>(a.values),
+                            static_cast<const uint8_t*>(a.scales.const_data_ptr()),
+                            a.zeros ? const_data<uint8_t>(*a.zeros) : nullptr,
+                            a.groups.num_experts * N,
+                            a.values.size(2) * 8 / bits_of(a.format),
+                            a.scales.size(2)};
+  return all.row_range(e * N, (e + 1) * N);
+}
+
+// The numbers of codes by registers. Bits above the code may be anything.
+template <int bytes>
+struct CodeTable {
+  using Lanes = Vector<float, bytes>;
+  using Index = Vector<uint32_t, bytes>;
+
+  MOE_EXT_INLINE explicit CodeTable(WeightFormat format) {
+    const CodeNumbers numbers = numbers_of(format);
+    std::memcpy(numbers_, numbers.of, sizeof(numbers_));
+  }
+
+  MOE_EXT_INLINE void find(const Index& code, Lanes& out) const {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    if constexpr (bytes == 64) {
+      asm("vpermps %2, %1, %0" : "=v"(out) : "v"(code), "v"(numbers_[0]));
+      return;
+    } else if constexpr (bytes == 32) {
+      Lanes low, high;
+      asm("vpermps %2, %1, %0" : "=v"(low) : "v"(code), "v"(numbers_[0]));
+      asm("vpermps %2, %1, %0" : "=v"(high) : "v"(code), "v"(numbers_[1]));
+      out = (code & 8u) != 0 ? high : low;
+      return;
+    }
+#endif
+    const float* numbers = reinterpret_cast<const float*>(numbers_);
+    float found[bytes / 4];
+    for (int i = 0; i < bytes / 4; ++i) found[i] = numbers[code[i] & 15];
+    load(out, found);
+  }
+
+ private:
+  Lanes numbers_[kCodes * 4 / bytes];
+};
+
+// Of one step: its lanes' scales.
+template <int bytes>
+class LaneScales {
+ public:
+  using Lanes = Vector<float, bytes>;
+
+  MOE_EXT_INLINE explicit LaneScales(int64_t group) : shift_(0) {
+    while (int64_t{1} << shift_ < group) ++shift_;
+    for (int i = 0; i < kLanes; ++i) index_[i] = static_cast<uint32_t>(8 * i) >> shift_;
+  }
+  MOE_EXT_INLINE void find(const float* scales, int64_t step, Lanes& out) const {
+    const float* first = scales + ((step * 2 * bytes) >> shift_);
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    if constexpr (bytes >= 32) {
+      Lanes some, found;
+      load(some, first);
+      asm("vpermps %2, %1, %0" : "=v"(found) : "v"(index_), "v"(some));
+      out = found;
+      return;
+    }
+#endif
+    float found[kLanes];
+    for (int i = 0; i < kLanes; ++i) found[i] = first[index_[i]];
+    load(out, found);
+  }
+
+ private:
+  static constexpr int kLanes = bytes / 4;
+  int shift_;  // a group has 2^shift_ codes
+  Vector<uint32_t, bytes> index_;
+};
+
+// Where a row in panels has number i: eight lines of `lanes` numbers in each step of 8 * lanes, in
+// which registers unpack codes. Codes of 8 bits stay where they are.
+inline int64_t panel_place(WeightFormat format, int64_t i, int64_t lanes) {
+  if (format == WeightFormat::kInt8) return i;
+  const int64_t within = i % (8 * lanes);
+  return i - within + within % 8 * lanes + within / 8;
+}
+
+// Numbers of a weight's rows as a panel has them, from column `begin` on, which begins a step. The
+// panel may have more columns than the weight: zeros.
+template <typename scalar_t>
+struct DecodePanel {
+  const QuantizedMatrix& weight;
+  int64_t begin;
+  Matrix to;
+  bool converts_pairs;  // by AVX512-BF16, for which subnormal numbers are zero
+
+  template <int bytes>
+  MOE_EXT_INLINE void run(Panel& memory) const {
+    constexpr int64_t kLanes = bytes / 4;
+    const int64_t size = weight.groups + 4 * kLanes;
+    const Matrix floats = memory.get(ScalarType::Float, 1, 2 * size);
+    auto* scales = reinterpret_cast<float*>(floats.data);
+    std::fill_n(scales, 2 * size, 0.0f);
+    const CodeTable<bytes> table(weight.format);
+    for (int64_t r = 0; r < weight.rows; ++r) {
+      weight.scales_of<bytes>(r, 1, scales);
+      if (weight.zeros) weight.zeros_of<bytes>(r, 1, scales + size);
+      auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
+      if (weight.has_codes()) {
+        codes_of<bytes>(table, r, scales, scales + size, out);
+      } else {
+        bytes_of<bytes>(r, scales[0], out);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kAhead = 1 << 12;  // bytes
+
+  template <int bytes>
+  MOE_EXT_INLINE void codes_of(const CodeTable<bytes>& table, int64_t row, const float* scales,
+                               const float* zeros, scalar_t* out) const {
+    constexpr int64_t kLanes = bytes / 4, kNumbers = 8 * kLanes;
+    const LaneScales<bytes> of_lanes(weight.group());
+    const uint8_t* from = weight.values + row * weight.row_bytes() + begin / 2;
+    for (int64_t c = 0; c < to.columns; c += kNumbers, from += bytes, out += kNumbers) {
+      Vector<uint32_t, bytes> codes{};
+      const int64_t rest = weight.columns - begin - c;
+      if (rest >= kNumbers) {
+        load(codes, from);
+      } else if (rest > 0) {
+        std::memcpy(&codes, from, rest / 2);
+      }
+      __builtin_prefetch(from + kAhead, 0, 3);
+      Vector<float, bytes> scale, zero, parts[8];
+      of_lanes.find(scales, (begin + c) / kNumbers, scale);
+      of_lanes.find(zeros, (begin + c) / kNumbers, zero);
+      for (int p = 0; p < 8; ++p) {
+        table.find(codes >> (4 * p), parts[p]);
+        parts[p] = (parts[p] - zero) * scale;
+      }
+      for (int p = 0; p < 8; p += 2) store_pair<bytes>(parts + p, out + p * kLanes);
+    }
+  }
+
+  template <int bytes>
+  MOE_EXT_INLINE void bytes_of(int64_t row, float scale, scalar_t* out) const {
+    constexpr int64_t kLanes = bytes / 4;
+    const auto* from =
+        reinterpret_cast<const int8_t*>(weight.values) + row * weight.row_bytes() + begin;
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= to.columns; c += 2 * kLanes) {
+      __builtin_prefetch(from + c + kAhead, 0, 3);
+      Vector<float, bytes> numbers[2];
+      for (int p = 0; p < 2; ++p) {
+        Vector<int32_t, bytes> wide;
+        widen_bytes(from + c + p * kLanes, wide);
+        numbers[p] = __builtin_convertvector(wide, Vector<float, bytes>) * scale;
+      }
+      store_pair<bytes>(numbers, out + c);
+    }
+    for (; c < to.columns; ++c) out[c] = static_cast<scalar_t>(static_cast<float>(from[c]) * scale);
+  }
+
+  template <int bytes>
+  MOE_EXT_INLINE void store_pair(const Vector<float, bytes>* numbers, scalar_t* out) const {
+    constexpr int64_t kLanes = bytes / 4;
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    if constexpr (bytes == 64 && is_bfloat16<scalar_t>) {
+      if (converts_pairs) {
+        Vector<uint16_t, 64> pair;
+        asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pair) : "v"(numbers[0]), "v"(numbers[1]));
+        return store(pair, static_cast<void*>(out));
+      }
+    }
+#endif
+    if constexpr (std::is_same_v<scalar_t, double>) {
+      for (int64_t i = 0; i < 2 * kLanes; ++i) out[i] = numbers[i / kLanes][i % kLanes];
+    } else {
+      for (int p = 0; p < 2; ++p) store_as(numbers[p], out + p * kLanes);
+    }
+  }
+};
+
+}  // namespace moe_ext

@@ -1,0 +1,176 @@
+// Products with weights in 8 and 4 bits: one per expert on the rows that routes own.
+//
+//   out[r, :] = weight[e] @ rows[r, :] + bias[e], or weight[e]^T @ rows[r, :], the gradient of rows
+//
+// Few rows are multiplied as the codes are read (few_rows_quantized.h). For more, some lines of the
+// weight at a time become numbers that stay in the second cache, of the rows' dtype.
+
+#include "few_rows_quantized.h"
+#include "products.h"
+
+namespace moe_ext {
+namespace {
+
+// Up to so many rows are multiplied as codes are read; of 8 bits, on a CPU that multiplies these.
+constexpr int64_t kFewRows = 4, kFewCodeRows = 16, kFewByteRows = 64;
+// A panel has so many bytes, and lines of the weight; or all lines and so many columns.
+constexpr int64_t kPanelBytes = 1 << 20, kPanelLines = 64, kPanelColumns = 128;
+
+// Rows in the order of panels, filled up with zeros; rounded to whole numbers times their scale.
+template <typename scalar_t>
+struct PackRows {
+  Matrix from, to;
+  WeightFormat format;
+  bool rounds;
+
+  template <int bytes>
+  MOE_EXT_INLINE void run() const {
+    using T = accumulate_t<scalar_t>;
+    for (int64_t r = 0; r < from.rows; ++r) {
+      const auto* row = reinterpret_cast<const scalar_t*>(from.data) + r * from.row_stride;
+      auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
+      std::fill(out + from.columns / 128 * 128, out + to.columns, scalar_t(0));
+      if (!rounds) {
+        for (int64_t m = 0; m < from.columns; ++m) out[place<bytes>(m)] = row[m];
+        continue;
+      }
+      T most = 0;
+      for (int64_t m = 0; m < from.columns; ++m) {
+        most = std::max(most, std::abs(static_cast<T>(row[m])));
+      }
+      const T scale = most / 127 > 0 ? most / 127 : 1;
+      for (int64_t m = 0; m < from.columns; ++m) {
+        out[place<bytes>(m)] =
+            static_cast<scalar_t>(std::nearbyint(static_cast<T>(row[m]) / scale) * scale);
+      }
+    }
+  }
+
+ private:
+  template <int bytes>
+  MOE_EXT_INLINE int64_t place(int64_t i) const {
+    return panel_place(format, i, bytes / 4);
+  }
+};
+
+// The columns of a product with transposed panels, in their order.
+template <typename scalar_t>
+struct UnpackColumns {
+  Matrix from, to;
+  WeightFormat format;
+
+  template <int bytes>
+  MOE_EXT_INLINE void run() const {
+    for (int64_t r = 0; r < to.rows; ++r) {
+      const auto* row = reinterpret_cast<const scalar_t*>(from.data) + r * from.row_stride;
+      auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
+      for (int64_t m = 0; m < to.columns; ++m) out[m] = row[panel_place(format, m, bytes / 4)];
+    }
+  }
+};
+
+template <typename scalar_t>
+class QuantizedProducts {
+ public:
+  explicit QuantizedProducts(const QuantizedMMArgs& args)
+      : a(args), dtype_(args.rows.scalar_type()) {}
+
+  Tensor run() const {
+    const std::vector<Range> owned = owned_rows(Check("quantized_mm"), a.groups, a.num_rows);
+    const Tensor out = fresh(a.rows, {a.num_rows, a.out_width}, dtype_);
+    zero_unowned(matrix_of(out), owned);
+    std::vector<Tile> tiles;
+    add_row_tiles(tiles, owned, a.out_width);
+    moe_ext::run(tiles, dtype_,
+                 [&](Worker& worker, const Tile& t) { multiply(worker, t, matrix_of(out)); });
+    return out;
+  }
+
+ private:
+  void multiply(Worker& worker, const Tile& t, const Matrix& all_out) const {
+    const QuantizedMatrix weight = quantized_matrix(a, t.expert);
+    const Matrix out = t.of(all_out);
+    const Matrix given = matrix_of(a.rows).row_range(t.row_begin, t.row_end);
+    const std::optional<Matrix> bias = bias_of(a.bias, t.expert, t.column_begin, t.column_end);
+#if defined(__x86_64__)
+    const int64_t most = !FewRowsQuantized::multiplies_bytes_of(a) ? kFewRows
+                         : weight.has_codes()                      ? kFewCodeRows
+                                                                   : kFewByteRows;
+    if (!a.transposed && has_lanes(dtype_) && given.rows <= most) {
+      const FewRowsQuantized product{out, given, weight.row_range(t.column_begin, t.column_end),
+                                     bias ? &*bias : nullptr, a.int8_rows};
+      return on_widest(product, worker.left);
+    }
+#endif
+    const Matrix rows = a.transposed && !a.int8_rows ? given : packed(worker, given, a.transposed);
+    if (a.transposed) return multiply_columns(worker, t, rows, weight, out);
+    const int64_t lines = std::max(
+        kPanelLines, kPanelBytes / std::max<int64_t>(1, rows.columns * out.width()) / 16 * 16);
+    for (int64_t c = 0; c < t.columns(); c += lines) {
+      const int64_t end = std::min(c + lines, t.columns());
+      const QuantizedMatrix some = weight.row_range(t.column_begin + c, t.column_begin + end);
+      worker.gemm.rows_by_weight(
+          out.column_range(c, end), rows, decoded(worker, some, 0, rows.columns),
+          bias_of(a.bias, t.expert, t.column_begin + c, t.column_begin + end));
+    }
+  }
+
+  // Rows times a weight as it lies: some columns of all lines at a time.
+  void multiply_columns(Worker& worker, const Tile& t, const Matrix& rows,
+                        const QuantizedMatrix& weight, const Matrix& out) const {
+    for (int64_t c = 0; c < t.columns(); c += kPanelColumns) {
+      const int64_t end = std::min(c + kPanelColumns, t.columns());
+      const Matrix panel = decoded(worker, weight, t.column_begin + c, padded(end - c));
+      const Matrix part = out.column_range(c, end);
+      if (!weight.has_codes()) {
+        worker.gemm.rows_by_weight(part, rows, panel.transposed(), std::nullopt);
+        continue;
+      }
+      const Matrix product = worker.out.get(dtype_, rows.rows, panel.columns);
+      worker.gemm.rows_by_weight(product, rows, panel.transposed(), std::nullopt);
+      on_widest(UnpackColumns<scalar_t>{product, part, a.format});
+    }
+  }
+
+  // Columns of panels: whole steps.
+  int64_t padded(int64_t columns) const {
+    return a.format == WeightFormat::kInt8 ? columns : (columns + 127) / 128 * 128;
+  }
+
+  Matrix packed(Worker& worker, const Matrix& rows, bool as_they_lie) const {
+    const Matrix to =
+        worker.left.get(dtype_, rows.rows, as_they_lie ? rows.columns : padded(rows.columns));
+    on_widest(
+        PackRows<scalar_t>{rows, to, as_they_lie ? WeightFormat::kInt8 : a.format, a.int8_rows});
+    return to;
+  }
+
+  Matrix decoded(Worker& worker, const QuantizedMatrix& weight, int64_t begin,
+                 int64_t columns) const {
+    const Matrix panel = worker.right.get(dtype_, weight.rows, columns);
+    on_widest(DecodePanel<scalar_t>{weight, begin, panel, multiplies_pairs()}, worker.out);
+    return panel;
+  }
+
+  const QuantizedMMArgs& a;
+  ScalarType dtype_;
+};
+
+Tensor quantized_mm_cpu(const Tensor& rows, const Tensor& values, const Tensor& scales,
+                        const OptionalTensor& zeros, const OptionalTensor& bias,
+                        const Tensor& offsets, const Tensor& load, const std::string& format,
+                        bool transposed, bool int8_rows, std::optional<int64_t> capacity) {
+  const QuantizedMMArgs a = quantized_mm_args(rows, values, scales, zeros, bias, offsets, load,
+                                              format, transposed, int8_rows, capacity);
+  Tensor out;
+  visit_float(a.rows.scalar_type(),
+              [&](auto zero) { out = QuantizedProducts<decltype(zero)>(a).run(); });
+  return out;
+}
+
+}  // namespace
+}  // namespace moe_ext
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
+  m.impl("quantized_mm", TORCH_BOX(&moe_ext::quantized_mm_cpu));
+}

@@ -1,0 +1,307 @@
+"""Weights in 8 and 4 bits: what their codes stand for, and products with them."""
+
+import copy
+import io
+import itertools
+import pickle
+import re
+
+import pytest
+import torch
+from cases import DTYPES, call_operator, plans, relative_error, values
+from torch.autograd import gradcheck, gradgradcheck
+
+import moe_ext
+from moe_ext import QuantizedWeight
+from moe_ext.formats import FORMATS, codes
+
+# Format, numbers of a group, zero points.
+KINDS = [
+    ("int8", None, False),
+    ("int4", 32, False),
+    ("int4", 64, True),
+    ("int4", 128, False),
+    ("int4", 32, True),
+    ("mxfp4", None, False),
+    ("nf4", None, False),
+]
+# E, N, M: fewer lines than are read at a time, a rest behind whole steps, an odd count of groups.
+SIZES = [(3, 2, 128), (2, 37, 384), (3, 130, 640)]
+ROUNDING = {torch.float32: 2e-6, torch.float64: 2e-6, torch.bfloat16: 5e-3, torch.float16: 8e-4}
+
+
+def quantized(kind, E, N, M, device="cpu", **options) -> QuantizedWeight:
+    format, group_size, zero_points = kind
+    weight = values(E, N, M, dtype=torch.float32, device=device) / M**0.5
+    return QuantizedWeight.quantize(weight, format, group_size, zero_points=zero_points, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_numbers_of_a_format_are_kept(kind):
+    """Quantizing what was dequantized gives it back: codes are the nearest, scales large enough."""
+    weight = quantized(kind, 2, 5, 256)
+    numbers = weight.dequantize()
+    format, group_size, zero_points = kind
+    again = QuantizedWeight.quantize(numbers, format, group_size, zero_points=zero_points)
+    if zero_points:  # a group may not reach both ends of its codes
+        assert relative_error(again.dequantize(), numbers) < 0.06
+    else:
+        assert relative_error(again.dequantize(), numbers) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    list(zip(KINDS, [0.01, 0.1, 0.1, 0.12, 0.09, 0.12, 0.1], strict=True)),
+    ids=str,
+)
+def test_the_error_of_normal_weights(kind, most):
+    weight = values(2, 64, 512, dtype=torch.float32)
+    format, group_size, zero_points = kind
+    found = QuantizedWeight.quantize(weight, format, group_size, zero_points=zero_points)
+    assert found.shape == weight.shape
+    assert relative_error(found.dequantize(), weight) < most
+    allowed = 0.53 if format == "int8" else 0.29
+    assert found.nbytes <= allowed * 2 * weight.numel()
+
+
+def test_codes_by_hand():
+    """Every code of a group in turn, the first of a pair in the lower half of its byte."""
+    ramp = torch.arange(32, dtype=torch.uint8) % 16
+    packed = codes.pack(ramp)
+    assert packed[:2].tolist() == [0x10, 0x32]
+    assert torch.equal(codes.unpack(packed), ramp)
+    e2m1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    blocks, scales = packed.view(1, 1, 1, 16), torch.tensor([[[129]]], dtype=torch.uint8)
+    weight = QuantizedWeight.from_mxfp4(blocks, scales)
+    assert weight.dequantize().flatten().tolist() == [4 * x for x in e2m1 * 2]
+    assert weight.values.data_ptr() == blocks.data_ptr()
+    scale = torch.tensor([[[0.5]]]).bfloat16()
+    zeros = torch.tensor([[[3]]], dtype=torch.uint8)
+    whole = packed.view(1, 1, 16)
+    symmetric = QuantizedWeight(whole, scale, format="int4")
+    assert symmetric.dequantize().flatten().tolist() == [(x - 8) / 2 for x in range(16)] * 2
+    shifted = QuantizedWeight(whole, scale, zeros, format="int4")
+    assert shifted.dequantize().flatten().tolist() == [(x - 3) / 2 for x in range(16)] * 2
+
+
+def test_nf4_as_bitsandbytes_packs_it():
+    """The first number of a byte is in its upper half, and blocks of 64 follow each other."""
+    ramp = torch.arange(2 * 3 * 64) * 7 % 16
+    packed = (ramp[::2] << 4 | ramp[1::2]).to(torch.uint8).unsqueeze(1)
+    absmax = torch.rand(6) + 0.5
+    found = QuantizedWeight.from_nf4(packed, absmax, (2, 3, 64)).dequantize()
+    table = torch.tensor(FORMATS["nf4"].numbers)
+    assert torch.equal(found.flatten(), table[ramp] * absmax.repeat_interleave(64))
+    with pytest.raises(ValueError, match="192 bytes and 6 maxima, not 192 and 5"):
+        QuantizedWeight.from_nf4(packed, absmax[1:], (2, 3, 64))
+    with pytest.raises(ValueError, match="blocks of 64 cross rows of 96 numbers"):
+        QuantizedWeight.from_nf4(packed, absmax, (2, 2, 96))
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 127, 254])
+def test_powers_of_two(exponent):
+    scales = torch.full((1, 1, 1), exponent, dtype=torch.uint8)
+    packed = torch.full((1, 1, 16), 0x22, dtype=torch.uint8)  # ones
+    weight = QuantizedWeight(packed, scales, format="mxfp4")
+    assert weight.dequantize().unique().item() == 2.0 ** (exponent - 127)
+    plan = moe_ext.make_plan(torch.zeros(1, 1, dtype=torch.int32), 1)
+    row = torch.zeros(1, 32)
+    row[0, 5] = 1
+    if exponent:  # a subnormal scale may count as zero
+        assert moe_ext.grouped_mm(row, weight, plan).item() == 2.0 ** (exponent - 127)
+
+
+def test_mxfp4_goes_to_the_even_of_two_neighbours():
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0] * 4).view(1, 1, 32)
+    found = QuantizedWeight.quantize(ties, "mxfp4").dequantize()
+    expected = torch.tensor([0, 1, 1, 2, 2, 4, 4, 6.0] * 4)
+    assert torch.equal(found.flatten(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_products_are_those_with_the_numbers(kind, size, dtype, device, poisoned):
+    E, N, M = size
+    weight = quantized(kind, *size, device)
+    for T, i8, transposed in itertools.product((1, 2, 9, 70), (False, True), (False, True)):
+        for plan in plans(T, 2, E, device)[:4]:
+            R = plan.sources.shape[0]
+            rows = values(R, N if transposed else M, dtype=dtype, device=device)
+            bias = None if transposed else values(E, N, dtype=dtype, device=device)
+            rule = weight.format, transposed, i8, plan.capacity
+            args = (rows, *weight.codes(), bias, plan.offsets, plan.load, *rule)
+            (found,) = call_operator("quantized_mm", args)
+            (expected,) = call_operator("quantized_mm", args, "reference")
+            assert found.dtype == dtype
+            # Rounding of rows may go the other way where two whole numbers are as near.
+            bound = ROUNDING[dtype] + (5e-4 if i8 else 0)
+            assert relative_error(found, expected) < bound
+            if i8 or dtype != torch.float64:
+                continue
+            numbers = weight.dequantize(dtype)
+            numbers = numbers.mT if transposed else numbers
+            exact = moe_ext.grouped_mm(rows, numbers, plan, bias)
+            assert relative_error(found, exact) < 1e-6
+
+
+def test_a_row_does_not_depend_on_the_others(device):
+    """Up to the rows that are multiplied as codes are read."""
+    for kind in KINDS:
+        weight = quantized(kind, 1, 40, 384, device)
+        rows = values(4, 384, dtype=torch.float32, device=device)
+        many = [
+            moe_ext.grouped_mm(rows[:n], weight, moe_ext.make_plan(rows.new_zeros(n, 1).int(), 1))
+            for n in (1, 2, 3, 4)
+        ]
+        for n, out in enumerate(many, 1):
+            assert torch.equal(out, many[-1][:n])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_gradients_of_rows_and_biases(kind, device):
+    E, N, M = 3, 6, 128
+    weight = quantized(kind, E, N, M, device)
+    plan = plans(5, 2, E, device)[0]
+    rows = values(10, M, dtype=torch.float64, device=device).requires_grad_()
+    bias = values(E, N, dtype=torch.float64, device=device).requires_grad_()
+    numbers = weight.dequantize(torch.float64)
+    results = [moe_ext.grouped_mm(rows, w, plan, bias) for w in (weight, numbers)]
+    upstream = torch.randn_like(results[0])
+    grads = [torch.autograd.grad(out, (rows, bias), upstream) for out in results]
+    for found, expected in zip(*grads, strict=True):
+        assert relative_error(found, expected) < 1e-6
+
+    def function(rows, bias):
+        return moe_ext.grouped_mm(rows, weight, plan, bias)
+
+    assert gradcheck(function, (rows, bias), fast_mode=True)
+    assert gradgradcheck(function, (rows, bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [("int8", None, False), ("int4", 32, True)], ids=str)
+def test_experts_are_those_with_the_numbers(kind, bias, before):
+    """Outputs and gradients, also where one weight alone is frozen."""
+    T, E, H, F = 9, 3, 64, 32
+    format, group_size, zero_points = kind
+    experts = moe_ext.GroupedExperts(
+        E, H, F, bias=bias, dtype=torch.float64, score_before_experts=before
+    )
+    frozen = copy.deepcopy(experts).quantize(format, group_size, zero_points=zero_points)
+    with torch.no_grad():
+        for name in ("gate_up_proj", "down_proj"):
+            getattr(experts, name).copy_(getattr(frozen, name).dequantize())
+    half = copy.deepcopy(experts)
+    moe_ext.formats.replace_parameter(half, "down_proj", copy.deepcopy(frozen.down_proj))
+    tokens = values(T, H, dtype=torch.float64).requires_grad_()
+    weights = torch.rand(T, 2, dtype=torch.float64, requires_grad=True)
+    for plan in plans(T, 2, E)[:4]:
+        results = []
+        for module in (experts, frozen, half):
+            out = module.routed(tokens, plan, weights)
+            leaves = [tokens, weights, *([module.gate_up_proj_bias] if bias else [])]
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+        for found in results[1:]:
+            for one, other in zip(found, results[0], strict=True):
+                assert relative_error(one, other) < 1e-6
+
+
+def test_a_weight_is_a_module_of_frozen_parameters():
+    experts = moe_ext.GroupedExperts(2, 64, 32)
+    count = sum(p.numel() for p in experts.parameters())
+    experts.quantize("int4", 32, zero_points=True, activations="int8")
+    names = [f"{w}.{n}" for w in ("gate_up_proj", "down_proj") for n in codes.Codes._fields]
+    assert sorted(experts.state_dict()) == sorted(names)
+    assert not any(p.requires_grad for p in experts.parameters())
+    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+    for moved in (experts.half(), experts.to(torch.bfloat16), copy.deepcopy(experts)):
+        for name, tensor in moved.state_dict().items():
+            assert tensor.dtype == before[name].dtype
+            assert torch.equal(tensor, before[name])
+    stored = pickle.loads(pickle.dumps(experts))
+    assert "int4, group_size=32, zero points, activations='int8'" in repr(stored)
+    saved = io.BytesIO()
+    torch.save(experts.state_dict(), saved)
+    saved.seek(0)
+    other = moe_ext.GroupedExperts(2, 64, 32).quantize("int4", 32, zero_points=True)
+    other.load_state_dict(torch.load(saved))
+    assert torch.equal(other.down_proj.dequantize(), experts.down_proj.dequantize())
+    on_meta = copy.deepcopy(experts).to("meta")
+    assert {p.device.type for p in on_meta.parameters()} == {"meta"}
+    assert count == 2 * 64 * 32 * 3
+
+
+def test_autocast_casts_tokens_alone():
+    weight = quantized(("int4", 32, False), 2, 8, 64)
+    plan = plans(3, 1, 2)[0]
+    rows = values(3, 64, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = moe_ext.grouped_mm(rows, weight, plan)
+    assert torch.equal(out, moe_ext.grouped_mm(rows.bfloat16(), weight, plan))
+
+
+WEIGHT = quantized(("int4", 32, True), 2, 3, 64)
+
+
+def changed(**tensors) -> dict:
+    return {**WEIGHT.codes()._asdict(), "format": "int4", **tensors}
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (changed(values=WEIGHT.values[0]), "values must be [E, N, bytes] of uint8, got [3, 32]"),
+        (changed(values=WEIGHT.values.int()), "values must be [E, N, bytes] of uint8"),
+        (changed(scales=WEIGHT.scales[:1]), "scales must be [E, N, groups] of torch.bfloat16"),
+        (changed(scales=WEIGHT.scales.float()), "of torch.bfloat16 with E, N = [2, 3], got"),
+        (changed(zeros=WEIGHT.zeros[..., :0]), "zeros must be [2, 3, 1] of uint8, got [2, 3, 0]"),
+        (changed(scales=WEIGHT.scales[..., :0]), "a scale for 32 or 64 or 128 numbers of a row"),
+        (changed(values=WEIGHT.values[..., :24]), "not 2 for 48"),
+        (changed(scales=WEIGHT.scales * torch.nan), "finite and not zero, got nan at [0, 0, 0]"),
+        (changed(scales=WEIGHT.scales * torch.inf), "finite and not zero, got "),
+        (changed(scales=WEIGHT.scales * 0), "finite and not zero, got "),
+        (changed(format="int5"), "format must be one of ('int8', 'int4', 'mxfp4', 'nf4')"),
+        (changed(activations="fp8"), "activations must be one of (None, 'int8')"),
+    ],
+)
+def test_tensors_that_do_not_belong_together(given, error):
+    with pytest.raises(ValueError, match=re.escape(error)):
+        QuantizedWeight(**given)
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "error"),
+    [
+        (torch.ones(2, 3, 48), {"format": "int4"}, "rows of 48 numbers do not divide into groups"),
+        (torch.ones(2, 3, 64), {"format": "int4", "group_size": 48}, "has groups of 32 or 64 or"),
+        (torch.ones(2, 3, 64), {"format": "nf4", "zero_points": True}, "int4 alone has zero"),
+        (torch.ones(3, 64), {"format": "int8"}, "weight must be [E, N, M], got [3, 64]"),
+        (torch.full((1, 2, 64), torch.nan), {"format": "int8"}, "infinities or NaN"),
+    ],
+)
+def test_what_cannot_be_quantized(weight, options, error):
+    with pytest.raises(ValueError, match=re.escape(error)):
+        QuantizedWeight.quantize(weight, **options)
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    weight = quantized(("mxfp4", None, False), 2, 3, 64)
+    before = copy.deepcopy(weight.state_dict())
+    for name, tensor in {
+        "scales": before["scales"].float(),
+        "values": before["values"][:, :2],
+    }.items():
+        with pytest.raises(RuntimeError, match=name):
+            weight.load_state_dict(before | {name: tensor})
+    bad = before["scales"].clone()
+    bad[1, 2, 0] = 255
+    with pytest.raises(RuntimeError, match="finite and not zero"):
+        weight.load_state_dict(before | {"scales": bad, "values": 255 - before["values"]})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weight.state_dict().items())
+
+
+def test_formats_have_as_many_numbers_as_codes():
+    for format in FORMATS.values():
+        assert len(format.numbers) == (16 if format.bits == 4 else 0)
