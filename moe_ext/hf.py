@@ -5,7 +5,8 @@
 
 or `model.set_experts_implementation("moe_ext")`. The import registers the name in this process.
 `check(model)` raises now for an experts module that moe_ext does not support; a forward raises when
-it reaches the module. Needs transformers >= 5.7.
+it reaches the module. `quantize(model, "int4")` freezes experts in 8 or 4 bits. Needs transformers
+>= 5.7.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from .formats import QuantizedWeight, replace_parameter
 from .monitor.patching import is_of_transformers
 from .monitor.sinks import Sink
 from .monitor.stats import Stats, track
 from .ops import checks
 from .ops.feed_forward import dispatch_mm, feed_forward
-from .ops.functional import combine, grouped_mm
+from .ops.functional import combine, dispatch, grouped_mm
 from .ops.plan import Plan, make_plan
-from .options import Activation
+from .options import Activation, WeightFormat
 
 NAME = "moe_ext"
 
@@ -79,7 +81,8 @@ def experts_forward(
     observer = getattr(self, "observer", None)
     if observer is not None:
         observer(plan, None, None, None)
-    tokens = hidden_states.to(layout.up.dtype)
+    takes = hidden_states if isinstance(layout.up, QuantizedWeight) else layout.up
+    tokens = hidden_states.to(takes.dtype)
     weights = top_k_weights.to(checks.accumulate_dtype(tokens.dtype))
     return layout.routed(tokens, plan, weights).to(hidden_states.dtype)
 
@@ -111,7 +114,10 @@ class Layout:
                 *(tokens, plan, weights, self.up, self.down, self.activation),
                 *(self.up_bias, self.down_bias),
             )
-        pre_activation = dispatch_mm(tokens, self.up, plan, self.up_bias)
+        if isinstance(self.up, QuantizedWeight):
+            pre_activation = grouped_mm(dispatch(tokens, plan), self.up, plan, self.up_bias)
+        else:
+            pre_activation = dispatch_mm(tokens, self.up, plan, self.up_bias)
         active = (
             self.module._apply_gate(pre_activation)
             if self.has_gate
@@ -128,10 +134,13 @@ class Layout:
             'use another implementation, as "grouped_mm" or "eager"'
         )
 
-    def _product(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def _product(self, name: str) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
         """Return weights [E, N, M] and bias [E, N]."""
-        weights = self._tensor(name, 3)
         bias = self._tensor(f"{name}_bias", 2) if self.has_bias else None
+        quantized = getattr(self.module, name, None)
+        if isinstance(quantized, QuantizedWeight):
+            return quantized, bias
+        weights = self._tensor(name, 3)
         return weights.transpose(1, 2) if self.is_transposed else weights, bias
 
     def _tensor(self, name: str, dim: int) -> Tensor:
@@ -226,6 +235,53 @@ def check(model: nn.Module) -> int:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return len(found)
+
+
+def quantize(
+    model: nn.Module,
+    format: WeightFormat,
+    group_size: int | None = None,
+    *,
+    zero_points: bool = False,
+    activations: str | None = None,
+) -> int:
+    """Freeze the weights of all experts in 8 or 4 bits, and let moe_ext run them.
+
+    A QuantizedWeight takes the place of each stacked parameter; biases and everything else stay.
+    An error leaves the model as it was.
+
+    Args:
+        model: a model of transformers
+        format: as of QuantizedWeight.quantize, like the others
+        group_size: numbers of a row that share a scale
+        zero_points: of int4
+        activations: "int8" to round tokens too
+
+    Returns:
+        the number of experts modules
+
+    Raises:
+        ValueError: as of `check`, or a weight cannot have this format
+    """
+    count = check(model)
+    found = []
+    for name, module in experts_modules(model):
+        layout = Layout(cast(ExpertsModule, module))
+        up = "gate_up_proj" if layout.has_gate else "up_proj"
+        for weight_name, weight in ((up, layout.up), ("down_proj", layout.down)):
+            if isinstance(weight, QuantizedWeight):
+                raise ValueError(f"{name}.{weight_name} is quantized already")
+            try:
+                weight = QuantizedWeight.quantize(
+                    weight, format, group_size, zero_points=zero_points, activations=activations
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}.{weight_name}: {error}") from None
+            found.append((module, weight_name, weight))
+    for module, weight_name, weight in found:
+        replace_parameter(module, weight_name, weight)
+    model.set_experts_implementation(NAME)  # type: ignore[operator]
+    return count
 
 
 class StatsCallback(transformers.TrainerCallback):

@@ -14,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import moe_ext
 from moe_ext import QuantizedWeight
 from moe_ext.formats import FORMATS, codes
+from moe_ext.parallel.sharding import divide
 
 # Format, numbers of a group, zero points.
 KINDS = [
@@ -231,6 +232,14 @@ def test_a_weight_is_a_module_of_frozen_parameters():
     on_meta = copy.deepcopy(experts).to("meta")
     assert {p.device.type for p in on_meta.parameters()} == {"meta"}
     assert count == 2 * 64 * 32 * 3
+
+
+def test_ranks_have_their_parts():
+    experts = moe_ext.GroupedExperts(4, 64, 32).quantize("int4", 32)
+    parts = [divide(experts, rank, 2) for rank in range(2)]
+    for name in ("gate_up_proj", "down_proj"):
+        numbers = [getattr(part, name).dequantize() for part in parts]
+        assert torch.equal(torch.cat(numbers), getattr(experts, name).dequantize())
 
 
 def test_autocast_casts_tokens_alone():

@@ -1,0 +1,105 @@
+"""Models of transformers whose experts are frozen in 8 or 4 bits."""
+
+import copy
+
+import pytest
+import torch
+from cases import relative_error
+
+pytest.importorskip("transformers", reason="needs the extra peers")
+
+import transformers
+
+import moe_ext.hf
+from moe_ext import QuantizedWeight
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+MODELS = ["Mixtral", "Qwen3Moe", "GptOss"]
+FORMATS = [("int8", {}), ("int4", {"group_size": 32, "zero_points": True}), ("mxfp4", {})]
+
+
+def model_of(name: str):
+    config = getattr(transformers, f"{name}Config")(**SIZES)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def with_the_numbers(model, quantized):
+    """The model with experts of the numbers that those of another stand for."""
+    model = copy.deepcopy(model)
+    for name, weight in quantized.named_modules():
+        if isinstance(weight, QuantizedWeight):
+            own = model.get_parameter(name)
+            numbers = weight.dequantize(own.dtype)
+            with torch.no_grad():
+                own.copy_(numbers if numbers.shape == own.shape else numbers.mT)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("format", "options"), FORMATS)
+def test_a_model_is_the_one_with_the_numbers(name, format, options):
+    """Logits, gradients of what is not frozen, and generated tokens."""
+    model = model_of(name)
+    ids = torch.randint(50, (2, 9))
+    quantized = copy.deepcopy(model)
+    assert moe_ext.hf.quantize(quantized, format, **options) == 2
+    expected = with_the_numbers(model, quantized)
+    logits = quantized(ids).logits, expected(ids).logits
+    assert relative_error(*logits) < 1e-5
+    assert relative_error(logits[0], model(ids).logits) < 0.3
+    weights = [
+        {n: p for n, p in m.named_parameters() if "experts" not in n} for m in (quantized, expected)
+    ]
+    grads = [
+        torch.autograd.grad(out.square().sum(), list(of.values()))
+        for out, of in zip(logits, weights, strict=True)
+    ]
+    for one, other in zip(*grads, strict=True):
+        assert relative_error(one, other) < 1e-4
+    tokens = [m.generate(ids, max_new_tokens=3, do_sample=False) for m in (quantized, expected)]
+    assert torch.equal(*tokens)
+
+
+def test_a_state_is_loaded_by_a_model_of_the_same_format():
+    model = model_of("Mixtral")
+    moe_ext.hf.quantize(model, "int4", 32)
+    other = model_of("Mixtral")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    moe_ext.hf.quantize(other, "int4", 32)
+    other.load_state_dict(model.state_dict())
+    ids = torch.randint(50, (1, 5))
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    assert moe_ext.hf.check(model.half()) == 2
+    wrong = model_of("Mixtral")
+    moe_ext.hf.quantize(wrong, "int8")
+    with pytest.raises(RuntimeError, match=r"experts\.down_proj: values must be"):
+        wrong.load_state_dict(model.state_dict())
+
+
+def test_an_error_changes_nothing():
+    config = transformers.MixtralConfig(**SIZES | {"intermediate_size": 80})
+    model = transformers.MixtralForCausalLM(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"down_proj: .*rows of 80 numbers do not divide"):
+        moe_ext.hf.quantize(model, "int4", 32)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    moe_ext.hf.quantize(model, "int8")
+    with pytest.raises(ValueError, match=r"gate_up_proj is quantized already"):
+        moe_ext.hf.quantize(model, "int8")
