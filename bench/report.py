@@ -22,10 +22,12 @@ from common import RESULTS, machine, slug
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 SMALL = {"small-forward-float32": "forward", "small-float32": "with gradient"}
-PAGES = [ROOT / "README.md", *(DOCS / f"{n}.md" for n in ("performance", "experts", "watching"))]
+NAMES = "performance", "experts", "quantised", "watching"
+PAGES = [ROOT / "README.md", *(DOCS / f"{name}.md" for name in NAMES)]
 NEEDED = {"peers-float32", "layer-float32", "growth", "limits", "stats", *SMALL}
 NEEDED |= {"decode-float32", "decode-bfloat16"}
 EXPERTS = "experts-float32", "experts-float32-new-memory"  # of `make bench-full`
+QUANTISED = "quantised-bfloat16"  # of bench_quantised.py
 OURS = "moe_ext"
 
 
@@ -199,6 +201,21 @@ def decode_tables(found: dict[str, dict]) -> str:
     return "\n\n".join([*(decode_table(found[n]) for n in names), f"{where(found[names[0]])}."])
 
 
+def quantised_table(report: dict) -> str:
+    """Milliseconds, the speedup over our bfloat16, and the share of the rate of reading."""
+    rows = []
+    for name, results in report["shapes"].items():
+        for result in results:
+            reading = result["gigabytes"]["reading"]
+            for weights, seconds in result["seconds"].items():
+                ratio, rate = result["ratio"].get(weights), result["gigabytes"][weights]
+                speedup = f"{1 / ratio[0]:.2f}x" if ratio else "1"
+                times = f"{seconds * 1e3:.3g}", speedup, f"{rate:.1f}", f"{rate / reading:.0%}"
+                rows.append([name, f"{result['tokens']}", weights, *times])
+    heads = ["experts", "tokens", "weights", "ms", "speedup over bfloat16", "GB/s", "of reading"]
+    return f"{markdown(heads, rows)}\n\n{where(report)}, {report['threads']} thread."
+
+
 def summary(found: dict[str, dict]) -> str:
     """README's table: the lowest and highest speedup over the fastest peer of each setting."""
     layers = found["layer-float32"]
@@ -243,7 +260,11 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
         "small": small_table(found),
         "decode": decode_tables(found),
     }
-    return texts | ({"experts": experts_table(found)} if found.keys() >= set(EXPERTS) else {})
+    if found.keys() >= set(EXPERTS):
+        texts["experts"] = experts_table(found)
+    if QUANTISED in found:
+        texts["quantised"] = quantised_table(found[QUANTISED])
+    return texts
 
 
 def marks(page: str) -> list[str]:

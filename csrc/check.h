@@ -119,7 +119,7 @@ class Check {
     fail(name, " must be float32 or float64, got ", dtype_name(dtype));
   }
 
-  // Of a format of weights.
+  // The dtypes that scales of a weight have.
   void scale(std::string_view name, const Tensor& tensor) const {
     const ScalarType dtype = scalar_type_of(tensor);
     if (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Byte) {

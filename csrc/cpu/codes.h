@@ -7,9 +7,9 @@
 //   FloatBytes   8      floats       a quarter of the step
 //   ByteBytes    8      8 bits       the step (AVX512-VNNI)
 //
-// place(i) is where a row has the number for code i of a step, and complete() adds what else its
-// words have. add() adds a step's products with
-// some rows to their totals; for codes of 4 bits times the scales of its lanes.
+// place(i) is where a row has the number for code i of a step; complete() fills what else its words
+// have. add() adds a step's products with some rows to their totals, for codes of 4 bits times the
+// scales of the lanes.
 
 #pragma once
 

@@ -88,7 +88,7 @@ struct FewRowsQuantized {
     p.offsets = p.scales + of_lines;
     p.row_scales = p.offsets + of_lines;
     p.row = p.row_scales + n;
-    // What is behind the last is multiplied by zeros.
+    // Numbers behind the last are multiplied by zeros.
     std::memset(p.group_sums, 0, (n * p.groups + 2 * of_lines) * sizeof(float));
     return p;
   }
@@ -168,7 +168,7 @@ struct FewRowsQuantized {
     return scales ? 1 : scale;
   }
 
-  // Of some lines; offsets are multiplied by the sums of a row's groups.
+  // Reads the scales of some lines, and their offsets: factors of the sums of a row's groups.
   template <typename Codes>
   MOE_EXT_INLINE void prepare_scales(const Packed<Codes>& p, const Lines& lines) const {
     constexpr int kBytes = sizeof(typename Codes::Lanes);

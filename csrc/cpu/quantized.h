@@ -179,7 +179,7 @@ struct CodeTable {
   Lanes numbers_[kCodes * 4 / bytes];
 };
 
-// Of one step: its lanes' scales.
+// The scales of a step's lanes.
 template <int bytes>
 class LaneScales {
  public:

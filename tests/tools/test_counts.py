@@ -176,3 +176,13 @@ def test_products_below_their_cards_goal_are_named():
         "x, up: 2.33x torch's loop, not 2.5",
     ]
     assert bench.missed("NVIDIA H100", {"x": run}, False) == []
+
+
+def test_quantised_experts_are_timed_beside_torchs():
+    bench, report = load("bench_quantised"), load("report")
+    results = bench.measure(bench.Shape(128, 64, 4, 2), [1, 5], 0.02)
+    assert [result["tokens"] for result in results] == [1, 5]
+    assert results[0]["ratio"].keys() == {*bench.FORMATS, bench.TORCH_INT8, bench.TORCH_INT4}
+    where = {"date": "today", "machine": "CPU", "torch": "2", "threads": 1}
+    table = report.quantised_table(where | {"shapes": {"x": results}})
+    assert table.count("\n| x | 5 |") == len(results[0]["seconds"])
