@@ -157,10 +157,18 @@ struct FewRowsQuantized {
     }
   }
 
-  // Rounds a row to whole numbers up to 127, or to these times the scale, which it returns.
+  // Rounds a row to whole numbers up to 127, or to these times the scale, which it returns. A row
+  // with an infinity or a NaN has no scale: all its products are NaN.
   static MOE_EXT_INLINE float round_row(float* row, int64_t size, bool scales) {
-    float most = 0;
-    for (int64_t m = 0; m < size; ++m) most = std::abs(row[m]) > most ? std::abs(row[m]) : most;
+    float most = 0, none = 0;
+    for (int64_t m = 0; m < size; ++m) {
+      most = std::abs(row[m]) > most ? std::abs(row[m]) : most;
+      none += row[m] * 0;
+    }
+    if (!(none == 0)) {
+      std::memset(row, 0, size * sizeof(float));
+      return std::numeric_limits<float>::quiet_NaN();
+    }
     const float scale = most / 127 > 0 ? most / 127 : 1, factor = scales ? scale : 1;
     // 3 * 2^22 has no bits behind the point: to nearest, ties to even.
     constexpr float kRound = 12582912.0f;

@@ -36,9 +36,10 @@ struct PackRows {
       }
       T most = 0;
       for (int64_t m = 0; m < from.columns; ++m) {
-        most = std::max(most, std::abs(static_cast<T>(row[m])));
+        const T size = std::abs(static_cast<T>(row[m]));
+        most = size <= most ? most : size;  // a NaN stays
       }
-      const T scale = most / 127 > 0 ? most / 127 : 1;
+      const T scale = most / 127 == 0 ? 1 : most / 127;
       for (int64_t m = 0; m < from.columns; ++m) {
         out[place<bytes>(m)] =
             static_cast<scalar_t>(std::nearbyint(static_cast<T>(row[m]) / scale) * scale);

@@ -146,6 +146,20 @@ def test_products_are_those_with_the_numbers(kind, size, dtype, device, poisoned
             assert relative_error(found, exact) < 1e-6
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_row_that_is_not_finite_cannot_be_rounded(kind, value, device):
+    """All its products are NaN, those of other rows are not."""
+    weight = quantized(kind, 1, 6, 256, device, activations="int8")
+    for T in (3, 70):
+        rows = values(T, 256, dtype=torch.float32, device=device)
+        rows[1, 200] = value
+        plan = moe_ext.make_plan(torch.zeros(T, 1, dtype=torch.int32, device=device), 1)
+        is_nan = moe_ext.grouped_mm(rows, weight, plan).isnan()
+        assert is_nan[1].all()
+        assert is_nan.sum() == 6
+
+
 def test_a_row_does_not_depend_on_the_others(device):
     """Up to the rows that are multiplied as codes are read."""
     for kind in KINDS:

@@ -73,6 +73,45 @@ def test_a_model_is_the_one_with_the_numbers(name, format, options):
     assert torch.equal(*tokens)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("format", "options"), [*FORMATS, ("nf4", {})])
+def test_a_model_is_quantized_while_it_is_loaded(name, format, options, tmp_path):
+    """The packed model is saved, and loads again as it is."""
+    sizes = SIZES | ({"intermediate_size": 128, "moe_intermediate_size": 128})
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path / "whole")
+    ids = torch.randint(50, (2, 9))
+    moe_ext.hf.quantize(model, format, **options)
+    expected = model(ids).logits
+    loaded = moe_ext.hf.from_pretrained(tmp_path / "whole", format, **options)
+    assert torch.equal(loaded(ids).logits, expected)
+    loaded.save_pretrained(tmp_path / "packed")
+    files = [(tmp_path / folder / "model.safetensors") for folder in ("packed", "whole")]
+    assert files[0].stat().st_size < 0.6 * files[1].stat().st_size
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", experts_implementation="moe_ext"
+    )
+    assert torch.equal(again(ids).logits, expected)
+    for module in again.modules():
+        if isinstance(module, QuantizedWeight):
+            assert (module.format, module.values.dtype) == (format, torch.uint8)
+            assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_a_model_that_cannot_be_quantized_says_which_weight(tmp_path):
+    config = transformers.MixtralConfig(**SIZES | {"intermediate_size": 80})
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"experts.down_proj: .*rows of 80 numbers do not divide"):
+        moe_ext.hf.from_pretrained(tmp_path, "int4", 32)
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1})
+    ).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="model must have an experts module"):
+        moe_ext.hf.from_pretrained(tmp_path / "dense", "int8")
+
+
 def test_a_state_is_loaded_by_a_model_of_the_same_format():
     model = model_of("Mixtral")
     moe_ext.hf.quantize(model, "int4", 32)

@@ -1,46 +1,24 @@
-"""Run the experts of Hugging Face's transformers with moe_ext:
-
-    import moe_ext.hf
-    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moe_ext")
-
-or `model.set_experts_implementation("moe_ext")`. The import registers the name in this process.
-`check(model)` raises now for an experts module that moe_ext does not support; a forward raises when
-it reaches the module. `quantize(model, "int4")` freezes experts in 8 or 4 bits. Needs transformers
->= 5.7.
-"""
+"""The forward of experts modules of transformers, and which modules it understands."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from transformers import activations
+from transformers.integrations import moe
 
-from .formats import QuantizedWeight, replace_parameter
-from .monitor.patching import is_of_transformers
-from .monitor.sinks import Sink
-from .monitor.stats import Stats, track
-from .ops import checks
-from .ops.feed_forward import dispatch_mm, feed_forward
-from .ops.functional import combine, dispatch, grouped_mm
-from .ops.plan import Plan, make_plan
-from .options import Activation, WeightFormat
+from ..formats import QuantizedWeight
+from ..monitor.patching import is_of_transformers
+from ..ops import checks
+from ..ops.feed_forward import dispatch_mm, feed_forward
+from ..ops.functional import combine, dispatch, grouped_mm
+from ..ops.plan import Plan, make_plan
+from ..options import Activation
 
 NAME = "moe_ext"
-
-try:
-    import transformers
-    from transformers import activations
-    from transformers.integrations import moe
-
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 7):
-        raise ImportError(f"got {transformers.__version__}")
-except ImportError as error:
-    raise ImportError(
-        f"moe_ext.hf needs transformers >= 5.7: {error}; pip install -U transformers"
-    ) from error
 
 
 class ExpertsModule(Protocol):
@@ -235,115 +213,6 @@ def check(model: nn.Module) -> int:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return len(found)
-
-
-def quantize(
-    model: nn.Module,
-    format: WeightFormat,
-    group_size: int | None = None,
-    *,
-    zero_points: bool = False,
-    activations: str | None = None,
-) -> int:
-    """Freeze the weights of all experts in 8 or 4 bits, and let moe_ext run them.
-
-    A QuantizedWeight takes the place of each stacked parameter; biases and everything else stay.
-    An error leaves the model as it was.
-
-    Args:
-        model: a model of transformers
-        format: as of QuantizedWeight.quantize, like the others
-        group_size: numbers of a row that share a scale
-        zero_points: of int4
-        activations: "int8" to round tokens too
-
-    Returns:
-        the number of experts modules
-
-    Raises:
-        ValueError: as of `check`, or a weight cannot have this format
-    """
-    count = check(model)
-    found = []
-    for name, module in experts_modules(model):
-        layout = Layout(cast(ExpertsModule, module))
-        up = "gate_up_proj" if layout.has_gate else "up_proj"
-        for weight_name, weight in ((up, layout.up), ("down_proj", layout.down)):
-            if isinstance(weight, QuantizedWeight):
-                raise ValueError(f"{name}.{weight_name} is quantized already")
-            try:
-                weight = QuantizedWeight.quantize(
-                    weight, format, group_size, zero_points=zero_points, activations=activations
-                )
-            except ValueError as error:
-                raise ValueError(f"{name}.{weight_name}: {error}") from None
-            found.append((module, weight_name, weight))
-    for module, weight_name, weight in found:
-        replace_parameter(module, weight_name, weight)
-    model.set_experts_implementation(NAME)  # type: ignore[operator]
-    return count
-
-
-class StatsCallback(transformers.TrainerCallback):
-    """Count the load of a model's experts while a Trainer trains it (see `moe_ext.stats`):
-
-        Trainer(model, ..., callbacks=[moe_ext.hf.StatsCallback(JsonLines("run.jsonl"))])
-
-    At every log the numbers are added to the Trainer's logs and its log history. Callbacks that a
-    Trainer runs before this one, as TensorBoard's, do not see them: use a sink instead.
-
-    Args:
-        *sinks: called with every reading and its step, in the main process only
-        per_layer: log the numbers of every layer, not only their mean and the worst
-        detailed: as in `stats.track`
-        group: the process group to sum over. None is the default group; if transformers divides the
-            experts, nothing is summed and every process counts its own experts
-
-    Raises:
-        ValueError: a sink is not a function
-    """
-
-    def __init__(
-        self,
-        *sinks: Sink,
-        per_layer: bool = False,
-        detailed: bool = False,
-        group: dist.ProcessGroup | None = None,
-    ) -> None:
-        for sink in sinks:
-            if not callable(sink):
-                raise ValueError(
-                    "StatsCallback: a sink must be a function of a reading and a step, as "
-                    f"JsonLines(path), got {sink!r}"
-                )
-        self.sinks = sinks
-        self.per_layer = per_layer
-        self.detailed = detailed
-        self.group = group
-        self.stats: Stats | None = None
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        self.stats = track(model, detailed=self.detailed)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if self.stats is None:
-            return
-        group = self.group
-        if group is None and torch.distributed.is_initialized() and not self.stats.is_divided:
-            group = torch.distributed.group.WORLD
-        reading = self.stats.read(group=group)
-        numbers = reading.scalars(per_layer=self.per_layer)
-        if logs is not None:
-            logs.update(numbers)
-        if state.log_history:
-            state.log_history[-1].update(numbers)
-        if state.is_world_process_zero:
-            for sink in self.sinks:
-                sink(reading, state.global_step)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        assert self.stats is not None
-        self.stats.stop()
 
 
 moe.ExpertsInterface.register(NAME, experts_forward)

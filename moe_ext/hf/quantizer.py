@@ -1,0 +1,235 @@
+"""Freeze the experts of a model in 8 or 4 bits, loaded already or while it is loaded.
+
+transformers' loader merges the tensors of a checkpoint into the parameters of a module, one after
+the other; a quantizer that is registered with it turns each parameter of experts into a
+QuantizedWeight as soon as it is whole. A saved model has values and scales under the names of the
+weights, and loads again as it is.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..formats import QuantizedWeight, replace_parameter
+from ..formats.codes import group_of
+from ..options import WeightFormat
+from .experts import NAME, ExpertsModule, Layout, check, experts_modules
+
+
+def from_pretrained(
+    path: str | os.PathLike,
+    experts: WeightFormat,
+    group_size: int | None = None,
+    *,
+    zero_points: bool = False,
+    activations: str | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a causal language model whose experts are frozen in 8 or 4 bits while it is loaded.
+
+    `model.save_pretrained(folder)` saves the packed weights; from there
+    `AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moe_ext")` loads them,
+    after `import moe_ext.hf`.
+
+    Args:
+        path: a folder, or a name on the hub
+        experts: the format, as of QuantizedWeight.quantize, like the next three
+        group_size: numbers of a row that share a scale
+        zero_points: of int4
+        activations: "int8" to round tokens too
+        **options: of AutoModelForCausalLM.from_pretrained
+
+    Returns:
+        the model, which runs its experts by moe_ext
+
+    Raises:
+        ValueError: a weight cannot have this format
+    """
+    config = ExpertsConfig(experts, group_size, zero_points, activations)
+    options = {"experts_implementation": NAME, "quantization_config": config} | options
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def quantize(
+    model: nn.Module,
+    format: WeightFormat,
+    group_size: int | None = None,
+    *,
+    zero_points: bool = False,
+    activations: str | None = None,
+) -> int:
+    """Freeze the weights of all experts in 8 or 4 bits, and let moe_ext run them.
+
+    A QuantizedWeight takes the place of each stacked parameter; biases and everything else stay.
+    An error leaves the model as it was.
+
+    Args:
+        model: a model of transformers
+        format: as of QuantizedWeight.quantize, like the others
+        group_size: numbers of a row that share a scale
+        zero_points: of int4
+        activations: "int8" to round tokens too
+
+    Returns:
+        the number of experts modules
+
+    Raises:
+        ValueError: as of `check`, or a weight cannot have this format
+    """
+    count = check(model)
+    found = []
+    for name, module in experts_modules(model):
+        layout = Layout(cast(ExpertsModule, module))
+        up = "gate_up_proj" if layout.has_gate else "up_proj"
+        for weight_name, weight in ((up, layout.up), ("down_proj", layout.down)):
+            if isinstance(weight, QuantizedWeight):
+                raise ValueError(f"{name}.{weight_name} is quantized already")
+            try:
+                weight = QuantizedWeight.quantize(
+                    weight, format, group_size, zero_points=zero_points, activations=activations
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}.{weight_name}: {error}") from None
+            found.append((module, weight_name, weight))
+    for module, weight_name, weight in found:
+        replace_parameter(module, weight_name, weight)
+    model.set_experts_implementation(NAME)  # type: ignore[operator]
+    return count
+
+
+@register_quantization_config(NAME)
+class ExpertsConfig(QuantizationConfigMixin):
+    """The format of a model's experts, in its config.json.
+
+    Args:
+        format: as of QuantizedWeight.quantize, like the others
+        group_size: numbers of a row that share a scale
+        zero_points: of int4
+        activations: "int8" to round tokens too
+        **others: what a file has beside them
+    """
+
+    def __init__(
+        self,
+        format: WeightFormat,
+        group_size: int | None = None,
+        zero_points: bool = False,
+        activations: str | None = None,
+        **others: Any,
+    ) -> None:
+        self.quant_method = NAME
+        self.format, self.group_size = format, group_size
+        self.zero_points, self.activations = zero_points, activations
+
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        return QuantizedWeight.quantize(
+            weight,
+            self.format,
+            self.group_size,
+            zero_points=self.zero_points,
+            activations=self.activations,
+        )
+
+    def empty(self, E: int, N: int, M: int) -> QuantizedWeight:
+        """A weight without memory, to be loaded."""
+        with torch.device("cpu"):
+            one = self.quantize(torch.zeros(1, N, M))
+        tensors = (
+            None if tensor is None else tensor.to("meta").expand(E, *tensor.shape[1:])
+            for tensor in one.codes()
+        )
+        values, scales, zeros = tensors
+        assert values is not None
+        assert scales is not None
+        rest = {"format": self.format, "activations": self.activations}
+        return QuantizedWeight(values, scales, zeros, **rest)  # type: ignore[arg-type]
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The parameters of experts: name, module, and name in the module."""
+    for path, module in experts_modules(model):
+        for name in (
+            "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj",
+            "down_proj",
+        ):
+            yield f"{path}.{name}", module, name
+
+
+class _Quantize(ConversionOps):
+    """Puts a QuantizedWeight in the place of a parameter that was read."""
+
+    def __init__(self, config: ExpertsConfig) -> None:
+        self.config = config
+
+    def convert(
+        self, input_dict: dict, model=None, full_layer_name="", missing_keys=None, **others: Any
+    ) -> dict:
+        (weight,) = input_dict.values()
+        if isinstance(weight, list):
+            (weight,) = weight
+        path, _, name = full_layer_name.rpartition(".")
+        module = cast(nn.Module, model).get_submodule(path)
+        if getattr(module, "is_transposed", False):
+            weight = weight.transpose(1, 2)
+        try:
+            quantized = self.config.quantize(weight)
+        except ValueError as error:
+            raise ValueError(f"{full_layer_name}: {error}") from None
+        for loaded in (quantized, *quantized.parameters()):
+            # Else the loader initializes it.
+            setattr(loaded, "_is_hf_initialized", True)  # noqa: B010
+        replace_parameter(module, name, quantized)
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+@register_quantizer(NAME)
+class ExpertsQuantizer(HfQuantizer):
+    """Quantizes experts while transformers loads a model, or loads packed ones."""
+
+    quantization_config: ExpertsConfig
+
+    def _process_model_before_weight_loading(self, model, **others: Any) -> None:
+        check(model)
+        config = self.quantization_config
+        weights = list(_weights(model))
+        self._names = {name for name, _, _ in weights}
+        for path, module, name in weights:
+            E, N, M = getattr(module, name).shape
+            if getattr(module, "is_transposed", False):
+                N, M = M, N
+            try:
+                group_of(config.format, M, config.group_size)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            if self.pre_quantized:
+                replace_parameter(module, name, config.empty(E, N, M))
+
+    def param_needs_quantization(self, model, param_name: str, **others: Any) -> bool:
+        return param_name in self._names
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model, **others: Any):
+        for module in model.modules():
+            if isinstance(module, QuantizedWeight):
+                module.requires_grad_(False)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """By adapters and what is not frozen."""
+        return True
