@@ -6,8 +6,8 @@ Prints TFLOP/s, launches included, of every product of a layer's experts for a r
 experts: ours on tensor cores, torch's grouped_mm, and one dense product with as many operations,
 whose weights are those of one expert. Then of all experts, forward and with gradients, beside
 libraries for GPUs (gpu_peers.py) where they are installed; SonicMoE routes by itself, so its router
-is in its times. Results are compared before they are timed. Products that reach less than their
-card's goal of the dense rate are named at the end. Writes
+is in its times. Our products are compared with torch's first, and experts with each other. Products
+that reach less than their card's goal of the dense rate are named at the end. Writes
 bench/results/<machine>/products-<dtype>.json.
 """
 
@@ -31,7 +31,7 @@ import moe_ext
 from moe_ext.ops import tensor_cores, torch_grouped_mm
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Of the dense rate, by a part of the card's name.
+# Shares of the dense rate, by a part of the card's name.
 GOALS = {"A100": 0.70, "RTX 4090": 0.75, "RTX 5090": 0.75}
 OVER_TORCHS_LOOP = 2.5
 OURS, TORCH, DENSE = "ours", "torch", "dense"
@@ -40,11 +40,11 @@ OURS, TORCH, DENSE = "ours", "torch", "dense"
 class Case(NamedTuple):
     operations: float
     calls: dict[str, Callable]
-    expected: Callable | None = None  # what every call's result is compared with
+    expected: Callable | None = None  # our result is compared with its
 
 
 class Operands(NamedTuple):
-    """Of one layer: rows lie expert after expert, as the plan says."""
+    """Tensors of one layer: rows lie expert after expert, as the plan says."""
 
     shape: Shape
     tokens: Tensor  # [T, H]

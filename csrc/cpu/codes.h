@@ -99,11 +99,14 @@ struct FloatBytes {
   }
 };
 
-// Whether products of 8 bits are made by AVX512-VNNI.
-inline bool multiplies_bytes() {
+// Whether products of 8 bits are made by AVX512-VNNI: nf4 has no whole numbers, and sums of longer
+// rows do not fit into 32 bits.
+inline bool multiplies_bytes([[maybe_unused]] WeightFormat format,
+                             [[maybe_unused]] int64_t columns) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
   __builtin_cpu_init();
-  return register_bytes() == 64 && __builtin_cpu_supports("avx512vnni");
+  return register_bytes() == 64 && __builtin_cpu_supports("avx512vnni") &&
+         format != WeightFormat::kNf4 && columns <= 1 << 20;
 #else
   return false;
 #endif
@@ -169,8 +172,8 @@ MOE_EXT_INLINE void add_bytes(Integers& sums, const Bytes& a, const Bytes& b) {
   sums = sum;
 }
 
-// Numbers are unit * (byte - bias), of bytes that are whole and not negative. The last of a row's
-// words is less its numbers' sum, times the bias.
+// Numbers are unit * (byte - bias), of bytes that are whole and not negative. The last word holds
+// minus the row's sum times the bias.
 struct ByteCodes {
   using Lanes = Vector<float, 64>;
   using Word = Bytes;
@@ -223,8 +226,8 @@ struct ByteCodes {
   }
 };
 
-// The rows' numbers are 128 more, so that they are not negative: the weight's sum is too often in
-// the totals.
+// The rows' numbers are 128 more, so that they are not negative: totals hold 128 times the weight's
+// sum too much.
 struct ByteBytes {
   using Lanes = Vector<float, 64>;
   using Word = Bytes;

@@ -24,14 +24,14 @@ struct FewRowsQuantized {
 
   // Whether whole numbers are multiplied.
   static bool multiplies_bytes_of(const QuantizedMMArgs& a) {
-    return a.int8_rows && a.format != WeightFormat::kNf4 && multiplies_bytes();
+    return a.int8_rows && multiplies_bytes(a.format, a.rows_width);
   }
 
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& memory) const {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
     if constexpr (bytes == 64) {
-      if (int8_rows && weight.format != WeightFormat::kNf4 && multiplies_bytes()) {
+      if (int8_rows && multiplies_bytes(weight.format, weight.columns)) {
         return weight.has_codes() ? multiply<ByteCodes>(memory) : multiply<ByteBytes>(memory);
       }
       if (!int8_rows && rows.dtype == ScalarType::BFloat16 && multiplies_pairs() &&
@@ -187,17 +187,19 @@ struct FewRowsQuantized {
     for (int64_t g = 0; g < count * weight.groups; ++g) p.offsets[g] *= -p.scales[g];
   }
 
-  // A line's offsets end within a register, where another's begin: there the sums are zero.
+  // A line's offsets may end within a register, where another's begin: there they are zero.
   template <typename Codes>
   MOE_EXT_INLINE void add_offsets(const Packed<Codes>& p, int64_t j, const Lines& lines,
                                   typename Codes::Lanes (&sums)[kLines]) const {
     using Lanes = typename Codes::Lanes;
-    for (int64_t g = 0; g < weight.groups; g += sizeof(Lanes) / 4) {
+    constexpr int64_t kFloats = sizeof(Lanes) / 4;
+    for (int64_t g = 0; g < weight.groups; g += kFloats) {
       Lanes of_groups;
       load(of_groups, p.group_sums + j * p.groups + g);
       for (int i = 0; i < kLines; ++i) {
         Lanes offsets;
         load(offsets, p.offsets + i * lines.stride * weight.groups + g);
+        for (int64_t k = weight.groups - g; k < kFloats; ++k) offsets[k] = 0;
         add_product(sums[i], offsets, of_groups);
       }
     }
@@ -213,7 +215,7 @@ struct FewRowsQuantized {
       if (count < most) return multiply_rows<most - 1>(count, codes, of_lanes, p, lines, begin);
     }
     // The fewer rows, the more lines of 4 bits at a time: additions need not wait for each other.
-    // Those of 8 bits are in time one after the other, as memory likes them best.
+    // Lines of 8 bits keep up one at a time, the order in which memory is fastest.
     constexpr int kAtOnce = !Codes::kHasGroups ? 1 : most == 1 ? kLines : most == 2 ? 2 : 1;
     for (int i = 0; i < kLines; i += kAtOnce) {
       multiply_block<most, kAtOnce>(codes, of_lanes, p, lines, begin, i);
@@ -232,24 +234,27 @@ struct FewRowsQuantized {
     const uint8_t* from = weight.values + lines.first * weight.row_bytes() + first * apart;
     const float* scales = p.scales + first * lines.stride * weight.groups;
     typename Codes::Totals totals[at_once][count]{};
-    const auto add = [&](const uint8_t* step, int i, int64_t v) __attribute__((always_inline)) {
-      Lanes of_step{};
-      if constexpr (Codes::kHasGroups) {
-        of_lanes.find(scales + i * lines.stride * weight.groups, v, of_step);
-      }
-      codes.template add<count>(step, words, stride, of_step, totals[i]);
-    };
+    // Lanes from `end` on are behind the line, and would have the scales of another.
+    const auto add = [&](const uint8_t* step, int i, int64_t v, int64_t end)
+                         __attribute__((always_inline)) {
+                           Lanes of_step{};
+                           if constexpr (Codes::kHasGroups) {
+                             of_lanes.find(scales + i * lines.stride * weight.groups, v, of_step);
+                             for (int64_t lane = end; lane < kBytes / 4; ++lane) of_step[lane] = 0;
+                           }
+                           codes.template add<count>(step, words, stride, of_step, totals[i]);
+                         };
     for (int64_t v = 0; v < p.full; ++v, words += Codes::kWords, from += kBytes) {
       for (int i = 0; i < at_once; ++i) {
         __builtin_prefetch(from + i * apart + kAhead, 0, 3);
-        add(from + i * apart, i, v);
+        add(from + i * apart, i, v, kBytes / 4);
       }
     }
     if (p.full < p.steps) {
       for (int i = 0; i < at_once; ++i) {
         uint8_t rest[kBytes]{};
         std::memcpy(rest, from + i * apart, weight.row_bytes() - p.full * kBytes);
-        add(rest, i, p.full);
+        add(rest, i, p.full, (weight.columns - p.full * Codes::kNumbers) / 8);
       }
     }
     for (int i = 0; i < at_once; ++i) {

@@ -37,7 +37,7 @@ struct PackRows {
       T most = 0;
       for (int64_t m = 0; m < from.columns; ++m) {
         const T size = std::abs(static_cast<T>(row[m]));
-        most = size <= most ? most : size;  // a NaN stays
+        most = std::isnan(most) || size <= most ? most : size;
       }
       const T scale = most / 127 == 0 ? 1 : most / 127;
       for (int64_t m = 0; m < from.columns; ++m) {

@@ -1,4 +1,4 @@
-"""What the bytes of a weight in 8 or 4 bits stand for, and how they are found.
+"""Formats of weights in 8 or 4 bits: the numbers of codes, and the nearest codes of numbers.
 
 A row of a weight has codes, and a scale for every group of them. A number is its code's, times the
 scale of its group:
@@ -99,9 +99,9 @@ def encode(weight: Tensor, format: str, group_size: int | None, zero_points: boo
     """The nearest codes of finite numbers [N, M]; scales as large as a group's numbers need."""
     group = group_of(format, weight.shape[-1], group_size)
     rows = weight.detach().float()
-    if not torch.isfinite(rows).all():
+    if not rows.is_meta and not torch.isfinite(rows).all():
         raise ValueError(f"{format}: the weight has infinities or NaN")
-    groups = rows.view(rows.shape[0], -1, group) if rows.shape[1] else rows.unsqueeze(1)
+    groups = rows.view(len(rows), rows.shape[1] // group if group else 1, group)
     if zero_points:
         return _encode_with_zeros(groups)
     codes, scales = {"int8": _int8, "int4": _int4, "mxfp4": _mxfp4, "nf4": _nf4}[format](groups)
@@ -159,7 +159,7 @@ def _mxfp4(groups: Tensor) -> tuple[Tensor, Tensor]:
         scaled = torch.ldexp(groups, -of_scale.unsqueeze(-1))
         codes = _nearest_e2m1(scaled)
         found = torch.tensor(_E2M1, device=groups.device)[codes.long() & 7]
-        error = torch.ldexp((scaled.abs() - found).square().sum(-1), 2 * of_scale)
+        error = (scaled.abs() - found).square().sum(-1) * 4**more  # in units of the first scale
         if best is None:
             best = codes, of_scale, error
         else:

@@ -1,6 +1,6 @@
 """A weight in 8 or 4 bits, in the place of a parameter."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ class QuantizedWeight(nn.Module):
     experts take it where they take a weight.
 
     Products are those with `dequantize()`, but for rounding. Values and scales are parameters
-    without gradients, so that they are saved, moved and sharded as others are; `.half()` and
-    `.to(dtype)` leave them as they are.
+    without gradients, so that they are saved and moved as others are; `.half()` and `.to(dtype)`
+    leave them as they are.
 
     Args:
         values: [E, N, M * bits / 8] uint8, as in codes.py
@@ -83,7 +83,11 @@ class QuantizedWeight(nn.Module):
         Raises:
             ValueError: rows do not divide into groups, or a number is not finite
         """
-        options.names("QuantizedWeight", format=(format, tuple(FORMATS)))
+        options.names(
+            "QuantizedWeight",
+            format=(format, tuple(FORMATS)),
+            activations=(activations, (None, "int8")),
+        )
         if zero_points and format != "int4":
             raise ValueError(f"QuantizedWeight: int4 alone has zero points, not {format}")
         if weight.dim() != 3:
@@ -150,6 +154,8 @@ class QuantizedWeight(nn.Module):
             )
         of_bytes = of_bytes.view(E, N, M // 2)
         values, scales = of_bytes << 4 | of_bytes >> 4, absmax.view(E, N, M // 64)
+        # A block of zeros has the maximum 0, and codes of 0.
+        scales = torch.where(scales == 0, 1, scales)
         return cls(values, scales, format="nf4", activations=activations)
 
     @property
@@ -213,17 +219,19 @@ class QuantizedWeight(nn.Module):
         )
 
     def _why_not(self, given: Codes) -> str | None:
-        """Why tensors of a state cannot be this weight's."""
+        """Why tensors of a state cannot be this weight's. A state may have none of them."""
+        if all(tensor is None for tensor in given):
+            return None
         for name, tensor, own in zip(Codes._fields, given, self.codes(), strict=True):
+            if (tensor is None) != (own is None):
+                return f"{name} must {'not ' if own is None else ''}be beside the others"
             if tensor is not None and own is not None and tensor.shape != own.shape:
                 return f"{name} must be {list(own.shape)}, got {list(tensor.shape)}"
-        if given.values is None or given.scales is None:
-            return None  # missing keys
         return why_not(given, self.format)
 
 
 def why_not(found: Codes, format: str) -> str | None:
-    """What is wrong with tensors of a format, None where nothing is."""
+    """Say why tensors are not of a format; None where they are."""
     values, scales, zeros = found
     bits, groups, dtype, _ = FORMATS[format]
     if values.dim() != 3 or values.dtype != torch.uint8:
@@ -261,7 +269,7 @@ def why_not(found: Codes, format: str) -> str | None:
 
 def quantize_parameters(
     module: nn.Module,
-    names: Iterable[str],
+    names: Sequence[str],
     format: WeightFormat,
     group_size: int | None = None,
     *,
@@ -269,6 +277,9 @@ def quantize_parameters(
     activations: str | None = None,
 ) -> None:
     """Put a QuantizedWeight in the place of each of a module's parameters [E, N, M]."""
+    for name in names:
+        if isinstance(getattr(module, name), QuantizedWeight):
+            raise ValueError(f"{type(module).__name__}.{name} is quantized already")
     found = {
         name: QuantizedWeight.quantize(
             getattr(module, name),

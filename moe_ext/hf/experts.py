@@ -59,8 +59,7 @@ def experts_forward(
     observer = getattr(self, "observer", None)
     if observer is not None:
         observer(plan, None, None, None)
-    takes = hidden_states if isinstance(layout.up, QuantizedWeight) else layout.up
-    tokens = hidden_states.to(takes.dtype)
+    tokens = hidden_states if layout.dtype is None else hidden_states.to(layout.dtype)
     weights = top_k_weights.to(checks.accumulate_dtype(tokens.dtype))
     return layout.routed(tokens, plan, weights).to(hidden_states.dtype)
 
@@ -85,6 +84,13 @@ class Layout:
         self.up, self.up_bias = self._product("gate_up_proj" if self.has_gate else "up_proj")
         self.down, self.down_bias = self._product("down_proj")
         self.activation = self._activation()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What tokens must have; None where any will do."""
+        if isinstance(self.up, QuantizedWeight):
+            return None if self.up_bias is None else self.up_bias.dtype
+        return self.up.dtype
 
     def routed(self, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         if self.activation is not None and not self.has_post_expert_norm:

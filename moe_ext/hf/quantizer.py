@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..formats import QuantizedWeight, replace_parameter
 from ..formats.codes import group_of
 from ..options import WeightFormat
-from .experts import NAME, ExpertsModule, Layout, check, experts_modules
+from .experts import NAME, check, experts_modules
 
 
 def from_pretrained(
@@ -72,7 +72,7 @@ def quantize(
     An error leaves the model as it was.
 
     Args:
-        model: a model of transformers
+        model: a model of transformers, which save_pretrained then saves packed
         format: as of QuantizedWeight.quantize, like the others
         group_size: numbers of a row that share a scale
         zero_points: of int4
@@ -85,23 +85,20 @@ def quantize(
         ValueError: as of `check`, or a weight cannot have this format
     """
     count = check(model)
-    found = []
-    for name, module in experts_modules(model):
-        layout = Layout(cast(ExpertsModule, module))
-        up = "gate_up_proj" if layout.has_gate else "up_proj"
-        for weight_name, weight in ((up, layout.up), ("down_proj", layout.down)):
-            if isinstance(weight, QuantizedWeight):
-                raise ValueError(f"{name}.{weight_name} is quantized already")
-            try:
-                weight = QuantizedWeight.quantize(
-                    weight, format, group_size, zero_points=zero_points, activations=activations
-                )
-            except ValueError as error:
-                raise ValueError(f"{name}.{weight_name}: {error}") from None
-            found.append((module, weight_name, weight))
-    for module, weight_name, weight in found:
-        replace_parameter(module, weight_name, weight)
-    model.set_experts_implementation(NAME)  # type: ignore[operator]
+    config = ExpertsConfig(format, group_size, zero_points, activations)
+    quantizer = ExpertsQuantizer(config)
+    weights = list(_weights(model))
+    for path, module, name in weights:
+        quantizer.check_weight(path, module, name)
+    cast(PreTrainedModel, model).set_experts_implementation(NAME)
+    # One after the other: the packed and the whole model are never beside each other.
+    for _, module, name in weights:
+        weight = getattr(module, name)
+        is_transposed = getattr(module, "is_transposed", False)
+        replace_parameter(
+            module, name, config.quantize(weight.transpose(1, 2) if is_transposed else weight)
+        )
+    quantizer.attach(cast(PreTrainedModel, model))
     return count
 
 
@@ -198,21 +195,38 @@ class ExpertsQuantizer(HfQuantizer):
 
     quantization_config: ExpertsConfig
 
+    def check_weight(self, path: str, module: nn.Module, name: str) -> tuple[int, int, int]:
+        """Its E, N, M. Raises ValueError where a weight cannot have the format."""
+        weight = getattr(module, name)
+        if isinstance(weight, QuantizedWeight):
+            raise ValueError(f"{path} is quantized already")
+        E, N, M = weight.shape
+        if getattr(module, "is_transposed", False):
+            N, M = M, N
+        config = self.quantization_config
+        try:
+            group_of(config.format, M, config.group_size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if not weight.is_meta and not all(torch.isfinite(expert).all() for expert in weight):
+            raise ValueError(f"{path} has infinities or NaN")
+        return E, N, M
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """So that the model is saved with its format."""
+        model.hf_quantizer = self
+        model.is_quantized = True
+        model.quantization_method = NAME
+        model.config.quantization_config = self.quantization_config
+
     def _process_model_before_weight_loading(self, model, **others: Any) -> None:
         check(model)
-        config = self.quantization_config
         weights = list(_weights(model))
         self._names = {name for name, _, _ in weights}
         for path, module, name in weights:
-            E, N, M = getattr(module, name).shape
-            if getattr(module, "is_transposed", False):
-                N, M = M, N
-            try:
-                group_of(config.format, M, config.group_size)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+            E, N, M = self.check_weight(path, module, name)
             if self.pre_quantized:
-                replace_parameter(module, name, config.empty(E, N, M))
+                replace_parameter(module, name, self.quantization_config.empty(E, N, M))
 
     def param_needs_quantization(self, model, param_name: str, **others: Any) -> bool:
         return param_name in self._names

@@ -199,7 +199,8 @@ def feed_forward(
         score_before_experts: multiply a route's activation by its weight, not the expert's output:
             the same but for rounding
         recompute: save for the backward tokens, weights, the pre-activation [R, G] and the plan
-            alone, and dispatch and activate again there. Otherwise save everything between too.
+            alone, and dispatch and activate again there. Otherwise, and for a QuantizedWeight, save
+            everything between too.
 
     Returns:
         [T, H], combine(grouped_mm(activate(grouped_mm(dispatch(tokens), up)), down), weights)

@@ -97,6 +97,9 @@ def test_nf4_as_bitsandbytes_packs_it():
         QuantizedWeight.from_nf4(packed, absmax[1:], (2, 3, 64))
     with pytest.raises(ValueError, match="blocks of 64 cross rows of 96 numbers"):
         QuantizedWeight.from_nf4(packed, absmax, (2, 2, 96))
+    absmax[2], packed[64:96] = 0, 0x77  # a block of zeros
+    found = QuantizedWeight.from_nf4(packed, absmax, (2, 3, 64)).dequantize()
+    assert torch.equal(found.flatten()[128:192], torch.zeros(64))
 
 
 @pytest.mark.parametrize("exponent", [0, 1, 127, 254])
@@ -160,11 +163,13 @@ def test_a_row_that_is_not_finite_cannot_be_rounded(kind, value, device):
         assert is_nan.sum() == 6
 
 
-def test_a_row_does_not_depend_on_the_others(device):
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_does_not_depend_on_the_others(dtype, activations, device):
     """Up to the rows that are multiplied as codes are read."""
     for kind in KINDS:
-        weight = quantized(kind, 1, 40, 384, device)
-        rows = values(4, 384, dtype=torch.float32, device=device)
+        weight = quantized(kind, 1, 40, 384, device, activations=activations)
+        rows = values(4, 384, dtype=dtype, device=device)
         many = [
             moe_ext.grouped_mm(rows[:n], weight, moe_ext.make_plan(rows.new_zeros(n, 1).int(), 1))
             for n in (1, 2, 3, 4)
@@ -225,16 +230,10 @@ def test_experts_are_those_with_the_numbers(kind, bias, before):
 
 def test_a_weight_is_a_module_of_frozen_parameters():
     experts = moe_ext.GroupedExperts(2, 64, 32)
-    count = sum(p.numel() for p in experts.parameters())
     experts.quantize("int4", 32, zero_points=True, activations="int8")
     names = [f"{w}.{n}" for w in ("gate_up_proj", "down_proj") for n in codes.Codes._fields]
     assert sorted(experts.state_dict()) == sorted(names)
     assert not any(p.requires_grad for p in experts.parameters())
-    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
-    for moved in (experts.half(), experts.to(torch.bfloat16), copy.deepcopy(experts)):
-        for name, tensor in moved.state_dict().items():
-            assert tensor.dtype == before[name].dtype
-            assert torch.equal(tensor, before[name])
     stored = pickle.loads(pickle.dumps(experts))
     assert "int4, group_size=32, zero points, activations='int8'" in repr(stored)
     saved = io.BytesIO()
@@ -245,7 +244,39 @@ def test_a_weight_is_a_module_of_frozen_parameters():
     assert torch.equal(other.down_proj.dequantize(), experts.down_proj.dequantize())
     on_meta = copy.deepcopy(experts).to("meta")
     assert {p.device.type for p in on_meta.parameters()} == {"meta"}
-    assert count == 2 * 64 * 32 * 3
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_dtype_does_not_change_a_weight(kind):
+    weight = quantized(kind, 2, 3, 128)
+    before = {name: tensor.clone() for name, tensor in weight.state_dict().items()}
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        for name, tensor in weight.to(dtype).state_dict().items():
+            assert tensor.dtype == before[name].dtype
+            assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_weight_on_meta_has_its_sizes(kind):
+    format, group_size, zero_points = kind
+    of_meta = torch.empty(2, 3, 128, device="meta")
+    found = QuantizedWeight.quantize(of_meta, format, group_size, zero_points=zero_points)
+    for one, other in zip(found.codes(), quantized(kind, 2, 3, 128).codes(), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+@pytest.mark.parametrize("size", [(0, 3, 64), (2, 0, 64)])
+def test_empty_weights(size):
+    found = QuantizedWeight.quantize(torch.empty(size), "int8")
+    assert found.dequantize().shape == size
+
+
+def test_experts_are_quantized_once():
+    experts = moe_ext.GroupedExperts(2, 64, 32).quantize("int8")
+    with pytest.raises(ValueError, match=r"GroupedExperts\.gate_up_proj is quantized already"):
+        experts.quantize("int4")
 
 
 def test_ranks_have_their_parts():
@@ -318,6 +349,10 @@ def test_a_state_that_does_not_fit_changes_nothing():
     }.items():
         with pytest.raises(RuntimeError, match=name):
             weight.load_state_dict(before | {name: tensor})
+    with pytest.raises(RuntimeError, match="zeros must not be beside the others"):
+        weight.load_state_dict(before | {"zeros": before["scales"]}, strict=False)
+    with pytest.raises(RuntimeError, match="scales must be beside the others"):
+        weight.load_state_dict({"values": 255 - before["values"]}, strict=False)
     bad = before["scales"].clone()
     bad[1, 2, 0] = 255
     with pytest.raises(RuntimeError, match="finite and not zero"):

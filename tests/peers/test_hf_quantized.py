@@ -88,16 +88,19 @@ def test_a_model_is_quantized_while_it_is_loaded(name, format, options, tmp_path
     loaded = moe_ext.hf.from_pretrained(tmp_path / "whole", format, **options)
     assert torch.equal(loaded(ids).logits, expected)
     loaded.save_pretrained(tmp_path / "packed")
+    model.save_pretrained(tmp_path / "packed later")
     files = [(tmp_path / folder / "model.safetensors") for folder in ("packed", "whole")]
     assert files[0].stat().st_size < 0.6 * files[1].stat().st_size
-    again = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "packed", experts_implementation="moe_ext"
-    )
-    assert torch.equal(again(ids).logits, expected)
-    for module in again.modules():
-        if isinstance(module, QuantizedWeight):
-            assert (module.format, module.values.dtype) == (format, torch.uint8)
-            assert not any(p.requires_grad for p in module.parameters())
+    for folder in ("packed", "packed later"):
+        again = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, experts_implementation="moe_ext"
+        )
+        assert torch.equal(again(ids).logits, expected)
+        weights = [m for m in again.modules() if isinstance(m, QuantizedWeight)]
+        assert len(weights) == 4
+        for weight in weights:
+            assert (weight.format, weight.values.dtype) == (format, torch.uint8)
+            assert not any(p.requires_grad for p in weight.parameters())
 
 
 def test_a_model_that_cannot_be_quantized_says_which_weight(tmp_path):
@@ -123,7 +126,7 @@ def test_a_state_is_loaded_by_a_model_of_the_same_format():
     other.load_state_dict(model.state_dict())
     ids = torch.randint(50, (1, 5))
     assert torch.equal(other(ids).logits, model(ids).logits)
-    assert moe_ext.hf.check(model.half()) == 2
+    assert moe_ext.hf.check(model) == 2
     wrong = model_of("Mixtral")
     moe_ext.hf.quantize(wrong, "int8")
     with pytest.raises(RuntimeError, match=r"experts\.down_proj: values must be"):
