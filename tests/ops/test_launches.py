@@ -21,7 +21,8 @@ import moe_ext
 from moe_ext import GroupedExperts, MOELayer, TopKGate
 from moe_ext.ops import registry, samples, torch_grouped_mm
 
-IN_PYTHON = {*torch_grouped_mm.OPERATORS, *COMPOSED_ON_CUDA}
+# quantized_mm has no kernel yet.
+IN_PYTHON = {*torch_grouped_mm.OPERATORS, *COMPOSED_ON_CUDA, "quantized_mm"}
 each_kernel = pytest.mark.parametrize("op", [op for op in registry.NAMES if op not in IN_PYTHON])
 ORDERS = ("forward", "reverse", "random1", "random2", "random3")
 
