@@ -61,7 +61,9 @@ struct FewRowsQuantized {
     float* group_sums;            // [n, groups]: of the rows' numbers
     float *scales, *offsets;      // [kLines, weight.groups] of the lines at hand, and a register
     float* row_scales;            // [n]
-    float* row;                   // [steps, kNumbers]: one at a time
+    // Lanes of a line's last step and of its last offsets: bits set where they are the line's.
+    uint32_t *step_end, *groups_end;
+    float* row;  // [steps, kNumbers]: one at a time
   };
 
   template <typename Codes>
@@ -78,7 +80,7 @@ struct FewRowsQuantized {
     const int64_t lanes = n * p.steps * Codes::kWords + n * kLines;
     const int64_t of_lines = whole(kLines * weight.groups) + kFloats;
     const int64_t floats =
-        n * p.width + n * p.groups + 2 * of_lines + n + p.steps * Codes::kNumbers;
+        n * p.width + n * p.groups + 2 * of_lines + 2 * kFloats + n + p.steps * Codes::kNumbers;
     const Matrix panel = memory.get(ScalarType::Float, 1, lanes * kFloats + floats);
     p.words = reinterpret_cast<typename Codes::Word*>(panel.data);
     p.sums = reinterpret_cast<Lanes*>(panel.data) + n * p.steps * Codes::kWords;
@@ -86,10 +88,15 @@ struct FewRowsQuantized {
     p.group_sums = p.totals + n * p.width;
     p.scales = p.group_sums + n * p.groups;
     p.offsets = p.scales + of_lines;
-    p.row_scales = p.offsets + of_lines;
+    p.step_end = reinterpret_cast<uint32_t*>(p.offsets + of_lines);
+    p.groups_end = p.step_end + kFloats;
+    p.row_scales = p.offsets + of_lines + 2 * kFloats;
     p.row = p.row_scales + n;
-    // Numbers behind the last are multiplied by zeros.
     std::memset(p.group_sums, 0, (n * p.groups + 2 * of_lines) * sizeof(float));
+    for (int64_t i = 0; i < kFloats; ++i) {
+      p.step_end[i] = 8 * i < weight.columns - p.full * Codes::kNumbers ? ~0u : 0;
+      p.groups_end[i] = i < weight.groups % kFloats ? ~0u : 0;
+    }
     return p;
   }
 
@@ -187,20 +194,28 @@ struct FewRowsQuantized {
     for (int64_t g = 0; g < count * weight.groups; ++g) p.offsets[g] *= -p.scales[g];
   }
 
-  // A line's offsets may end within a register, where another's begin: there they are zero.
+  // Behind a line's scales and offsets are those of the next, which may be anything.
+  template <typename Lanes>
+  static MOE_EXT_INLINE void clear_behind(Lanes& lanes, const uint32_t* end) {
+    Vector<uint32_t, sizeof(Lanes)> bits, own;
+    std::memcpy(&bits, &lanes, sizeof(bits));
+    load(own, end);
+    bits &= own;
+    std::memcpy(&lanes, &bits, sizeof(bits));
+  }
+
   template <typename Codes>
   MOE_EXT_INLINE void add_offsets(const Packed<Codes>& p, int64_t j, const Lines& lines,
                                   typename Codes::Lanes (&sums)[kLines]) const {
     using Lanes = typename Codes::Lanes;
     constexpr int64_t kFloats = sizeof(Lanes) / 4;
     for (int64_t g = 0; g < weight.groups; g += kFloats) {
-      Lanes of_groups;
+      Lanes of_groups, offsets[kLines];
       load(of_groups, p.group_sums + j * p.groups + g);
       for (int i = 0; i < kLines; ++i) {
-        Lanes offsets;
-        load(offsets, p.offsets + i * lines.stride * weight.groups + g);
-        for (int64_t k = weight.groups - g; k < kFloats; ++k) offsets[k] = 0;
-        add_product(sums[i], offsets, of_groups);
+        load(offsets[i], p.offsets + i * lines.stride * weight.groups + g);
+        if (g + kFloats > weight.groups) clear_behind(offsets[i], p.groups_end);
+        add_product(sums[i], offsets[i], of_groups);
       }
     }
   }
@@ -234,27 +249,27 @@ struct FewRowsQuantized {
     const uint8_t* from = weight.values + lines.first * weight.row_bytes() + first * apart;
     const float* scales = p.scales + first * lines.stride * weight.groups;
     typename Codes::Totals totals[at_once][count]{};
-    // Lanes from `end` on are behind the line, and would have the scales of another.
-    const auto add = [&](const uint8_t* step, int i, int64_t v, int64_t end)
-                         __attribute__((always_inline)) {
-                           Lanes of_step{};
-                           if constexpr (Codes::kHasGroups) {
-                             of_lanes.find(scales + i * lines.stride * weight.groups, v, of_step);
-                             for (int64_t lane = end; lane < kBytes / 4; ++lane) of_step[lane] = 0;
-                           }
-                           codes.template add<count>(step, words, stride, of_step, totals[i]);
-                         };
+    const auto find_scales = [&](int i, int64_t v, Lanes& out) __attribute__((always_inline)) {
+      if constexpr (Codes::kHasGroups) {
+        of_lanes.find(scales + i * lines.stride * weight.groups, v, out);
+      }
+    };
     for (int64_t v = 0; v < p.full; ++v, words += Codes::kWords, from += kBytes) {
       for (int i = 0; i < at_once; ++i) {
         __builtin_prefetch(from + i * apart + kAhead, 0, 3);
-        add(from + i * apart, i, v, kBytes / 4);
+        Lanes of_step{};
+        find_scales(i, v, of_step);
+        codes.template add<count>(from + i * apart, words, stride, of_step, totals[i]);
       }
     }
     if (p.full < p.steps) {
       for (int i = 0; i < at_once; ++i) {
         uint8_t rest[kBytes]{};
         std::memcpy(rest, from + i * apart, weight.row_bytes() - p.full * kBytes);
-        add(rest, i, p.full, (weight.columns - p.full * Codes::kNumbers) / 8);
+        Lanes of_step{};
+        find_scales(i, p.full, of_step);
+        clear_behind(of_step, p.step_end);
+        codes.template add<count>(rest, words, stride, of_step, totals[i]);
       }
     }
     for (int i = 0; i < at_once; ++i) {

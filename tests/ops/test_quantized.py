@@ -163,6 +163,22 @@ def test_a_row_that_is_not_finite_cannot_be_rounded(kind, value, device):
         assert is_nan.sum() == 6
 
 
+@pytest.mark.parametrize("kind", KINDS[1:], ids=str)
+def test_a_scale_that_is_not_finite_stays_in_its_line(kind, device):
+    """The operator does not look at scales; rows of 3 groups end within a register."""
+    group = kind[1] or FORMATS[kind[0]].groups[0]
+    weight = quantized(kind, 1, 6, 3 * group, device)
+    scales = weight.scales.clone()
+    scales[0, 1] = 255 if scales.dtype == torch.uint8 else torch.nan
+    for T in (1, 2, 70):
+        plan = moe_ext.make_plan(torch.zeros(T, 1, dtype=torch.int32, device=device), 1)
+        rows = values(T, 3 * group, dtype=torch.float32, device=device)
+        rest = plan.offsets, plan.load, weight.format, False, False, None
+        args = rows, weight.values, scales, weight.zeros, None, *rest
+        (out,) = call_operator("quantized_mm", args)
+        assert out.isnan().any(0).tolist() == [False, True, False, False, False, False]
+
+
 @pytest.mark.parametrize("activations", [None, "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_row_does_not_depend_on_the_others(dtype, activations, device):
