@@ -24,14 +24,26 @@ MOE_EXT_INLINE void add_product(V& sum, const V& a, const V& b) {
   Widened<V, 1>::add(sum, &a, &b);
 }
 
+// Codes whose totals are a sum for each lane, by the scales of its group.
 template <int bytes>
-struct FloatCodes {
+struct LaneTotals {
   using Lanes = Vector<float, bytes>;
+  using Totals = Lanes;
+  static constexpr bool kHasGroups = true;
+
+  template <int64_t count>
+  static MOE_EXT_INLINE void to_floats(const Totals (&totals)[count], int64_t j, Lanes& out) {
+    out = totals[j];
+  }
+};
+
+template <int bytes>
+struct FloatCodes : LaneTotals<bytes> {
+  using typename LaneTotals<bytes>::Lanes;
+  using typename LaneTotals<bytes>::Totals;
   using Word = Lanes;
   using Element = float;
-  using Totals = Lanes;
   static constexpr int kNumbers = 2 * bytes, kParts = 8, kWords = kParts;
-  static constexpr bool kHasGroups = true, kIsInteger = false;
   static constexpr float unit = 1;
 
   CodeTable<bytes> table;
@@ -54,10 +66,6 @@ struct FloatCodes {
     }
     for (int64_t j = 0; j < count; ++j) add_product(totals[j], sums[j], scales);
   }
-  template <int64_t count>
-  static MOE_EXT_INLINE void to_floats(const Totals (&totals)[count], int64_t j, Lanes& out) {
-    out = totals[j];
-  }
 };
 
 template <int bytes>
@@ -66,7 +74,7 @@ struct FloatBytes {
   using Word = Lanes;
   using Element = float;
   static constexpr int kNumbers = bytes, kParts = 4, kWords = kParts;
-  static constexpr bool kHasGroups = false, kIsInteger = false;
+  static constexpr bool kHasGroups = false;
   static constexpr float unit = 1;
   // More than one sum: the next addition need not wait for the last.
   static constexpr int kSums = bytes == 64 ? 4 : 2;
@@ -114,13 +122,10 @@ inline bool multiplies_bytes([[maybe_unused]] WeightFormat format,
 
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
 // The numbers of codes as bfloat16: those of nf4 are rounded to it, as rows are.
-struct PairCodes {
-  using Lanes = Vector<float, 64>;
+struct PairCodes : LaneTotals<64> {
   using Word = Vector<uint16_t, 64>;
   using Element = uint16_t;
-  using Totals = Lanes;
   static constexpr int kNumbers = 128, kParts = 4, kWords = kParts;
-  static constexpr bool kHasGroups = true, kIsInteger = false;
   static constexpr float unit = 1;
 
   Word table;  // twice, for the bit above a code
@@ -156,10 +161,6 @@ struct PairCodes {
     }
     for (int64_t j = 0; j < count; ++j) add_product(totals[j], sums[j], scales);
   }
-  template <int64_t count>
-  static MOE_EXT_INLINE void to_floats(const Totals (&totals)[count], int64_t j, Lanes& out) {
-    out = totals[j];
-  }
 };
 
 using Bytes = Vector<uint8_t, 64>;
@@ -174,13 +175,10 @@ MOE_EXT_INLINE void add_bytes(Integers& sums, const Bytes& a, const Bytes& b) {
 
 // Numbers are unit * (byte - bias), of bytes that are whole and not negative. The last word holds
 // minus the row's sum times the bias.
-struct ByteCodes {
-  using Lanes = Vector<float, 64>;
+struct ByteCodes : LaneTotals<64> {
   using Word = Bytes;
   using Element = int8_t;
-  using Totals = Lanes;
   static constexpr int kNumbers = 128, kParts = 2, kWords = 3;
-  static constexpr bool kHasGroups = true, kIsInteger = true;
 
   Bytes table;  // for each quarter of a register
   uint8_t bias;
@@ -220,10 +218,6 @@ struct ByteCodes {
       add_product(totals[j], __builtin_convertvector(sums[j], Lanes), scales);
     }
   }
-  template <int64_t count>
-  static MOE_EXT_INLINE void to_floats(const Totals (&totals)[count], int64_t j, Lanes& out) {
-    out = totals[j];
-  }
 };
 
 // The rows' numbers are 128 more, so that they are not negative: totals hold 128 times the weight's
@@ -236,7 +230,7 @@ struct ByteBytes {
     Integers products, numbers;  // numbers: in the first row's alone
   };
   static constexpr int kNumbers = 64, kParts = 1, kWords = kParts;
-  static constexpr bool kHasGroups = false, kIsInteger = true;
+  static constexpr bool kHasGroups = false;
   static constexpr float unit = 1;
 
   MOE_EXT_INLINE explicit ByteBytes(WeightFormat) {}

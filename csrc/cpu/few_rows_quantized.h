@@ -22,11 +22,6 @@ struct FewRowsQuantized {
   const Matrix* bias;  // null without
   bool int8_rows;
 
-  // Whether whole numbers are multiplied.
-  static bool multiplies_bytes_of(const QuantizedMMArgs& a) {
-    return a.int8_rows && multiplies_bytes(a.format, a.rows_width);
-  }
-
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& memory) const {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
@@ -146,7 +141,7 @@ struct FewRowsQuantized {
         to_floats<decltype(format)>(rows.row_range(j, j + 1), p.row);
       });
       std::memset(p.row + M, 0, (p.steps * kStep - M) * sizeof(float));
-      p.row_scales[j] = codes.unit * (int8_rows ? round_row(p.row, M, !Codes::kIsInteger) : 1);
+      p.row_scales[j] = codes.unit * (int8_rows ? round_row(p.row, M) : 1);
       for (const float* step = p.row; step < p.row + M; step += kStep, words += Codes::kWords) {
         auto* to = reinterpret_cast<Element*>(words);
         for (int64_t i = 0; i < kStep; ++i) to[Codes::place(i)] = Codes::element(step[i]);
@@ -162,25 +157,6 @@ struct FewRowsQuantized {
         for (const float sum : sums) p.group_sums[j * p.groups + g] += sum;
       }
     }
-  }
-
-  // Rounds a row to whole numbers up to 127, or to these times the scale, which it returns. A row
-  // with an infinity or a NaN has no scale: all its products are NaN.
-  static MOE_EXT_INLINE float round_row(float* row, int64_t size, bool scales) {
-    float most = 0, none = 0;
-    for (int64_t m = 0; m < size; ++m) {
-      most = std::abs(row[m]) > most ? std::abs(row[m]) : most;
-      none += row[m] * 0;
-    }
-    if (!(none == 0)) {
-      std::memset(row, 0, size * sizeof(float));
-      return std::numeric_limits<float>::quiet_NaN();
-    }
-    const float scale = most / 127 > 0 ? most / 127 : 1, factor = scales ? scale : 1;
-    // 3 * 2^22 has no bits behind the point: to nearest, ties to even.
-    constexpr float kRound = 12582912.0f;
-    for (int64_t m = 0; m < size; ++m) row[m] = ((row[m] / scale + kRound) - kRound) * factor;
-    return scales ? 1 : scale;
   }
 
   // Reads the scales of some lines, and their offsets: factors of the sums of a row's groups.

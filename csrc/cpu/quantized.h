@@ -47,6 +47,26 @@ MOE_EXT_INLINE void interleave(const V& even, const V& odd, float* out) {
   interleave(even, odd, out, std::make_integer_sequence<int, sizeof(V) / sizeof(float)>{});
 }
 
+// Rounds a row to whole numbers up to 127; returns their scale. A row with an infinity or a NaN has
+// none: all its products are NaN.
+template <typename T>
+MOE_EXT_INLINE T round_row(T* row, int64_t size) {
+  T most = 0, none = 0;
+  for (int64_t m = 0; m < size; ++m) {
+    most = std::abs(row[m]) > most ? std::abs(row[m]) : most;
+    none += row[m] * 0;
+  }
+  if (!(none == 0)) {
+    std::fill_n(row, size, T{0});
+    return std::numeric_limits<T>::quiet_NaN();
+  }
+  const T scale = most / 127 > 0 ? most / 127 : 1;
+  // 3 * 2^22, or 3 * 2^51, has no bits behind the point: to nearest, ties to even.
+  constexpr T kRound = sizeof(T) == 4 ? T{12582912} : T{6755399441055744};
+  for (int64_t m = 0; m < size; ++m) row[m] = (row[m] / scale + kRound) - kRound;
+  return scale;
+}
+
 // One expert's weight [rows, columns].
 struct QuantizedMatrix {
   WeightFormat format;

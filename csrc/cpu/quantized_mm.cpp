@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kFewRows = 4, kFewCodeRows = 16, kFewByteRows = 64;
 // A panel has so many bytes, and lines of the weight; or all lines and so many columns.
 constexpr int64_t kPanelBytes = 1 << 20, kPanelLines = 64, kPanelColumns = 128;
+constexpr int64_t kStep = 128;  // whole steps of registers of any size
 
 // Rows in the order of panels, filled up with zeros; rounded to whole numbers times their scale.
 template <typename scalar_t>
@@ -24,33 +25,24 @@ struct PackRows {
   bool rounds;
 
   template <int bytes>
-  MOE_EXT_INLINE void run() const {
+  MOE_EXT_INLINE void run(Panel& memory) const {
     using T = accumulate_t<scalar_t>;
+    const int64_t M = from.columns;
+    auto* numbers = reinterpret_cast<T*>(memory.get(ScalarType::Double, 1, M).data);
     for (int64_t r = 0; r < from.rows; ++r) {
       const auto* row = reinterpret_cast<const scalar_t*>(from.data) + r * from.row_stride;
       auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
-      std::fill(out + from.columns / 128 * 128, out + to.columns, scalar_t(0));
+      std::fill(out + M / kStep * kStep, out + to.columns, scalar_t(0));
       if (!rounds) {
-        for (int64_t m = 0; m < from.columns; ++m) out[place<bytes>(m)] = row[m];
+        for (int64_t m = 0; m < M; ++m) out[panel_place(format, m, bytes / 4)] = row[m];
         continue;
       }
-      T most = 0;
-      for (int64_t m = 0; m < from.columns; ++m) {
-        const T size = std::abs(static_cast<T>(row[m]));
-        most = std::isnan(most) || size <= most ? most : size;
-      }
-      const T scale = most / 127 == 0 ? 1 : most / 127;
-      for (int64_t m = 0; m < from.columns; ++m) {
-        out[place<bytes>(m)] =
-            static_cast<scalar_t>(std::nearbyint(static_cast<T>(row[m]) / scale) * scale);
+      for (int64_t m = 0; m < M; ++m) numbers[m] = static_cast<T>(row[m]);
+      const T scale = round_row(numbers, M);
+      for (int64_t m = 0; m < M; ++m) {
+        out[panel_place(format, m, bytes / 4)] = static_cast<scalar_t>(numbers[m] * scale);
       }
     }
-  }
-
- private:
-  template <int bytes>
-  MOE_EXT_INLINE int64_t place(int64_t i) const {
-    return panel_place(format, i, bytes / 4);
   }
 };
 
@@ -94,9 +86,8 @@ class QuantizedProducts {
     const Matrix given = matrix_of(a.rows).row_range(t.row_begin, t.row_end);
     const std::optional<Matrix> bias = bias_of(a.bias, t.expert, t.column_begin, t.column_end);
 #if defined(__x86_64__)
-    const int64_t most = !FewRowsQuantized::multiplies_bytes_of(a) ? kFewRows
-                         : weight.has_codes()                      ? kFewCodeRows
-                                                                   : kFewByteRows;
+    const bool in_bytes = a.int8_rows && multiplies_bytes(a.format, a.rows_width);
+    const int64_t most = !in_bytes ? kFewRows : weight.has_codes() ? kFewCodeRows : kFewByteRows;
     if (!a.transposed && has_lanes(dtype_) && given.rows <= most) {
       const FewRowsQuantized product{out, given, weight.row_range(t.column_begin, t.column_end),
                                      bias ? &*bias : nullptr, a.int8_rows};
@@ -135,14 +126,15 @@ class QuantizedProducts {
 
   // Columns of panels: whole steps.
   int64_t padded(int64_t columns) const {
-    return a.format == WeightFormat::kInt8 ? columns : (columns + 127) / 128 * 128;
+    return a.format == WeightFormat::kInt8 ? columns : (columns + kStep - 1) / kStep * kStep;
   }
 
   Matrix packed(Worker& worker, const Matrix& rows, bool as_they_lie) const {
     const Matrix to =
         worker.left.get(dtype_, rows.rows, as_they_lie ? rows.columns : padded(rows.columns));
     on_widest(
-        PackRows<scalar_t>{rows, to, as_they_lie ? WeightFormat::kInt8 : a.format, a.int8_rows});
+        PackRows<scalar_t>{rows, to, as_they_lie ? WeightFormat::kInt8 : a.format, a.int8_rows},
+        worker.out);
     return to;
   }
 
