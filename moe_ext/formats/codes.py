@@ -78,6 +78,20 @@ class Codes(NamedTuple):
     zeros: Tensor | None
 
 
+def group_sizes(format: str) -> str:
+    """How many numbers of a row share a scale, for an error."""
+    groups = FORMATS[format].groups
+    return "all" if groups == (0,) else " or ".join(map(str, groups))
+
+
+def has_groups(format: str, width: int, count: int) -> bool:
+    """Whether rows of `width` numbers have `count` scales."""
+    groups = FORMATS[format].groups
+    if groups == (0,):
+        return count == 1
+    return count > 0 and width % count == 0 and width // count in groups
+
+
 def group_of(format: str, width: int, group_size: int | None) -> int:
     """The codes of a group. Raises ValueError where rows of `width` numbers have no such groups."""
     known = FORMATS[format].groups
@@ -98,7 +112,7 @@ def group_of(format: str, width: int, group_size: int | None) -> int:
 def encode(weight: Tensor, format: str, group_size: int | None, zero_points: bool) -> Codes:
     """The nearest codes of finite numbers [N, M]; scales as large as a group's numbers need."""
     group = group_of(format, weight.shape[-1], group_size)
-    rows = weight.detach().float()
+    rows = weight.detach().float().contiguous()
     if not rows.is_meta and not torch.isfinite(rows).all():
         raise ValueError(f"{format}: the weight has infinities or NaN")
     groups = rows.view(len(rows), rows.shape[1] // group if group else 1, group)

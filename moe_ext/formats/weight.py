@@ -169,15 +169,8 @@ class QuantizedWeight(nn.Module):
         return self.shape[-1] // max(1, self.scales.shape[-1])
 
     @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @property
     def nbytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.parameters())
-
-    def dim(self) -> int:
-        return 3
 
     def codes(self) -> Codes:
         return Codes(self.values, self.scales, self.zeros)
@@ -233,7 +226,7 @@ class QuantizedWeight(nn.Module):
 def why_not(found: Codes, format: str) -> str | None:
     """Say why tensors are not of a format; None where they are."""
     values, scales, zeros = found
-    bits, groups, dtype, _ = FORMATS[format]
+    bits, _, dtype, _ = FORMATS[format]
     if values.dim() != 3 or values.dtype != torch.uint8:
         return f"values must be [E, N, bytes] of uint8, got {list(values.shape)} of {values.dtype}"
     if scales.dim() != 3 or scales.shape[:2] != values.shape[:2] or scales.dtype != dtype:
@@ -242,13 +235,9 @@ def why_not(found: Codes, format: str) -> str | None:
             f"{list(scales.shape)} of {scales.dtype}"
         )
     width, count = values.shape[-1] * 8 // bits, scales.shape[-1]
-    if groups == (0,):
-        fits = count == 1
-    else:
-        fits = count > 0 and width % count == 0 and width // count in groups
-    if not fits:
-        expected = "all" if groups == (0,) else " or ".join(map(str, groups))
-        return f"{format} has a scale for {expected} numbers of a row, not {count} for {width}"
+    if not codes.has_groups(format, width, count):
+        sizes = codes.group_sizes(format)
+        return f"{format} has a scale for {sizes} numbers of a row, not {count} for {width}"
     if zeros is not None:
         shape = (*scales.shape[:2], (count + 1) // 2)
         if format != "int4":
@@ -257,10 +246,8 @@ def why_not(found: Codes, format: str) -> str | None:
             return f"zeros must be {list(shape)} of uint8, got {list(zeros.shape)} of {zeros.dtype}"
     if scales.is_meta:
         return None
-    numbers = scales if dtype == torch.uint8 else scales.float()
-    bad = (
-        numbers == codes.E8M0_NAN if dtype == torch.uint8 else ~numbers.isfinite() | (numbers == 0)
-    )
+    numbers = codes.scale_numbers(scales)
+    bad = ~numbers.isfinite() | (numbers == 0)
     if bad.any():
         at = bad.nonzero()[0].tolist()
         return f"scales must be finite and not zero, got {scales[tuple(at)].item()} at {at}"

@@ -19,7 +19,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..formats import QuantizedWeight, replace_parameter
-from ..formats.codes import group_of
 from ..options import WeightFormat
 from .experts import NAME, check, experts_modules
 
@@ -92,12 +91,8 @@ def quantize(
         quantizer.check_weight(path, module, name)
     cast(PreTrainedModel, model).set_experts_implementation(NAME)
     # One after the other: the packed and the whole model are never beside each other.
-    for _, module, name in weights:
-        weight = getattr(module, name)
-        is_transposed = getattr(module, "is_transposed", False)
-        replace_parameter(
-            module, name, config.quantize(weight.transpose(1, 2) if is_transposed else weight)
-        )
+    for path, module, name in weights:
+        replace_parameter(module, name, config.quantize(path, module, getattr(module, name)))
     quantizer.attach(cast(PreTrainedModel, model))
     return count
 
@@ -126,37 +121,25 @@ class ExpertsConfig(QuantizationConfigMixin):
         self.format, self.group_size = format, group_size
         self.zero_points, self.activations = zero_points, activations
 
-    def quantize(self, weight: Tensor) -> QuantizedWeight:
-        return QuantizedWeight.quantize(
-            weight,
-            self.format,
-            self.group_size,
-            zero_points=self.zero_points,
-            activations=self.activations,
-        )
-
-    def empty(self, E: int, N: int, M: int) -> QuantizedWeight:
-        """A weight without memory, to be loaded."""
-        with torch.device("cpu"):
-            one = self.quantize(torch.zeros(1, N, M))
-        tensors = (
-            None if tensor is None else tensor.to("meta").expand(E, *tensor.shape[1:])
-            for tensor in one.codes()
-        )
-        values, scales, zeros = tensors
-        assert values is not None
-        assert scales is not None
-        rest = {"format": self.format, "activations": self.activations}
-        return QuantizedWeight(values, scales, zeros, **rest)  # type: ignore[arg-type]
+    def quantize(self, path: str, module: nn.Module, weight: Tensor) -> QuantizedWeight:
+        """The parameter of that path in a module of experts, in the format."""
+        try:
+            return QuantizedWeight.quantize(
+                weight.transpose(1, 2) if getattr(module, "is_transposed", False) else weight,
+                self.format,
+                self.group_size,
+                zero_points=self.zero_points,
+                activations=self.activations,
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """The parameters of experts: name, module, and name in the module."""
     for path, module in experts_modules(model):
-        for name in (
-            "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj",
-            "down_proj",
-        ):
+        up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+        for name in (up, "down_proj"):
             yield f"{path}.{name}", module, name
 
 
@@ -174,12 +157,7 @@ class _Quantize(ConversionOps):
             (weight,) = weight
         path, _, name = full_layer_name.rpartition(".")
         module = cast(nn.Module, model).get_submodule(path)
-        if getattr(module, "is_transposed", False):
-            weight = weight.transpose(1, 2)
-        try:
-            quantized = self.config.quantize(weight)
-        except ValueError as error:
-            raise ValueError(f"{full_layer_name}: {error}") from None
+        quantized = self.config.quantize(full_layer_name, module, weight)
         for loaded in (quantized, *quantized.parameters()):
             # Else the loader initializes it.
             setattr(loaded, "_is_hf_initialized", True)  # noqa: B010
@@ -195,22 +173,14 @@ class ExpertsQuantizer(HfQuantizer):
 
     quantization_config: ExpertsConfig
 
-    def check_weight(self, path: str, module: nn.Module, name: str) -> tuple[int, int, int]:
-        """Its E, N, M. Raises ValueError where a weight cannot have the format."""
+    def check_weight(self, path: str, module: nn.Module, name: str) -> QuantizedWeight:
+        """The weight in its format, without memory. Raises ValueError where it cannot have it."""
         weight = getattr(module, name)
         if isinstance(weight, QuantizedWeight):
             raise ValueError(f"{path} is quantized already")
-        E, N, M = weight.shape
-        if getattr(module, "is_transposed", False):
-            N, M = M, N
-        config = self.quantization_config
-        try:
-            group_of(config.format, M, config.group_size)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
         if not weight.is_meta and not all(torch.isfinite(expert).all() for expert in weight):
             raise ValueError(f"{path} has infinities or NaN")
-        return E, N, M
+        return self.quantization_config.quantize(path, module, weight.to("meta"))
 
     def attach(self, model: PreTrainedModel) -> None:
         """So that the model is saved with its format."""
@@ -224,9 +194,9 @@ class ExpertsQuantizer(HfQuantizer):
         weights = list(_weights(model))
         self._names = {name for name, _, _ in weights}
         for path, module, name in weights:
-            E, N, M = self.check_weight(path, module, name)
+            packed = self.check_weight(path, module, name)
             if self.pre_quantized:
-                replace_parameter(module, name, self.quantization_config.empty(E, N, M))
+                replace_parameter(module, name, packed)
 
     def param_needs_quantization(self, model, param_name: str, **others: Any) -> bool:
         return param_name in self._names

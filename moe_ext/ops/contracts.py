@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats.codes import FORMATS
+from ..formats import codes
 from . import checks
 
 CONTRACTS = {
@@ -322,13 +322,11 @@ def _feed_forward(call: _Checking) -> None:
 
 def _quantized_mm(call: _Checking) -> None:
     format, (B, S, N) = call.values["format"], (call.sizes[letter] for letter in "BSN")
-    _, groups, scales, numbers = FORMATS[format]
-    call.dtype("scales", call.values["scales"], scales)
-    M = 2 * B if numbers else B
-    fits = S == 1 if not numbers else S > 0 and M % S == 0 and M // S in groups
-    if not fits:
-        expected = "all" if not numbers else " or ".join(map(str, groups))
-        call.fail(f"scales must be one for {expected} numbers of a row, got {S} for {M}")
+    call.dtype("scales", call.values["scales"], codes.FORMATS[format].scales)
+    M = B * 8 // codes.FORMATS[format].bits
+    if not codes.has_groups(format, M, S):
+        sizes = codes.group_sizes(format)
+        call.fail(f"scales must be one for {sizes} numbers of a row, got {S} for {M}")
     if call.values["zeros"] is not None and format != "int4":
         call.fail(f"zeros must be None for {format}")
     if call.values["transposed"] and call.values["bias"] is not None:
