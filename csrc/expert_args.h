@@ -12,9 +12,11 @@ namespace moe_ext {
 inline Activation parse_activation(const Check& check, const std::string& activation) {
   if (activation == "swiglu") return Activation::kSwiglu;
   if (activation == "geglu") return Activation::kGeglu;
+  if (activation == "swiglu_oai") return Activation::kSwigluOai;
   if (activation == "gelu") return Activation::kGelu;
   if (activation == "relu") return Activation::kRelu;
-  check.fail("activation must be swiglu, geglu, gelu or relu, got ", activation);
+  if (activation == "relu2") return Activation::kRelu2;
+  check.fail("activation must be swiglu, geglu, swiglu_oai, gelu, relu or relu2, got ", activation);
 }
 
 // F follows from G and the activation.

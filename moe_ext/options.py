@@ -32,10 +32,10 @@ Noise = Literal["Jitter", "RSample", "Gaussian"]
 NoisePolicy = Literal["None", Noise]
 """The noise of a TopKGate; "None" means None."""
 
-GatedActivation = Literal["swiglu", "geglu"]
-"""Activations that multiply a gate and an input, each of width F."""
+GatedActivation = Literal["swiglu", "geglu", "swiglu_oai"]
+"""Activations that multiply a gate and a factor, each of width F."""
 
-Activation = Literal[GatedActivation, "gelu", "relu"]
+Activation = Literal[GatedActivation, "gelu", "relu", "relu2"]
 """The function between an expert's two products."""
 
 WeightFormat = Literal["int8", "int4", "mxfp4", "nf4"]

@@ -2,6 +2,7 @@
 //
 //   out[r, f] = w * fn(pre_activation[r, f])                                 without a gate
 //   out[r, f] = w * fn(pre_activation[r, f]) * pre_activation[r, F + f]      with a gate
+//   out[r, f] = w * fn(pre_activation[r, 2f]) * factor(pre_activation[r, 2f + 1])    interleaved
 //
 // w is the weight of the row's route, weights[t, k], or 1. The gradient computes the same values
 // again: a layer saves `pre_activation` alone. Rows without a route are not read and come out zero.
@@ -25,11 +26,10 @@ struct ActivateRoutes {
 
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
-    const bool gated = is_gated(activation);
     for (int64_t route = begin; route < end; ++route) {
       if (!routes.has_row(route, bad_slot)) continue;
-      const scalar_t* gate = pre_activation + routes.slots[route] * inner_width;
-      activate_row<bytes>(activation, gate, gated ? gate + width : nullptr,
+      const scalar_t* row = pre_activation + routes.slots[route] * inner_width;
+      activate_row<bytes>(activation, inner_row(activation, row, width),
                           routes.weights ? routes.weights[route] : T{1},
                           active + routes.slots[route] * width, width);
     }
@@ -64,16 +64,14 @@ struct ActivateBackwardRoutes {
 
   template <int bytes>
   MOE_EXT_INLINE void run(int64_t begin, int64_t end, Fault& bad_slot) const {
-    const bool gated = is_gated(activation);
     for (int64_t route = begin; route < end; ++route) {
       grad_weights[route] = 0;
       if (!routes.has_row(route, bad_slot)) continue;
       const int64_t row = routes.slots[route];
-      const scalar_t* gate = pre_activation + row * inner_width;
-      scalar_t* grad_gate = grad_pre_activation + row * inner_width;
       const RowBackward<scalar_t> backward{
-          grad + row * width,    gate,      gated ? gate + width : nullptr,
-          routes.weights[route], grad_gate, gated ? grad_gate + width : nullptr,
+          grad + row * width, inner_row(activation, pre_activation + row * inner_width, width),
+          routes.weights[route],
+          inner_row(activation, grad_pre_activation + row * inner_width, width),
           active + row * width};
       grad_weights[route] = backward.template run<bytes>(activation, width);
     }

@@ -1,7 +1,7 @@
 // The activation of rows of pre-activations, and its gradient, in pieces that stay in the first
 // cache.
 //
-//   active[f] = w * fn(gate[f]) * up[f]        up: null, and no factor, without a gate
+//   active[f] = w * fn(gate[f]) * factor(up[f])        up: null, and no factor, without a gate
 
 #pragma once
 
@@ -29,20 +29,69 @@ struct Backward {
   T weight;
 };
 
-// fn(x) and fn'(x) of as many floats as V holds, by the formulas of `activated`.
-struct Silu {
+// fn(x) and fn'(x) of as many floats as V holds, and the factor of a gate, by the formulas of
+// activation.h.
+struct PlainFactor {
   template <typename V>
-  MOE_EXT_INLINE static void run(const V& x, V& value, V& slope) {
-    V divisor = -x;
-    exponential(divisor);
-    divisor += 1.0f;
-    const V sigmoid = 1.0f / divisor;
-    value = x * sigmoid;
-    slope = sigmoid + value * (1.0f - sigmoid);
+  MOE_EXT_INLINE static void factor(V&, V& slope) {
+    slope = V{} + 1.0f;
   }
 };
 
-struct Gelu {
+template <typename V>
+MOE_EXT_INLINE void scaled_silu(const V& x, float scale, V& value, V& slope) {
+  V divisor = -scale * x;
+  exponential(divisor);
+  divisor += 1.0f;
+  const V sigmoid = 1.0f / divisor;
+  value = x * sigmoid;
+  slope = sigmoid + scale * value * (1.0f - sigmoid);
+}
+
+struct Silu : PlainFactor {
+  template <typename V>
+  MOE_EXT_INLINE static void run(const V& x, V& value, V& slope) {
+    scaled_silu(x, 1.0f, value, slope);
+  }
+};
+
+struct SwigluOai {
+  static constexpr float kScale = kSwigluOaiScale, kLimit = kSwigluOaiLimit;
+
+  template <typename V>
+  MOE_EXT_INLINE static void run(const V& x, V& value, V& slope) {
+    const V limit = V{} + kLimit;
+    scaled_silu<V>(x > limit ? limit : x, kScale, value, slope);
+    slope = x <= limit ? slope : V{};
+  }
+  template <typename V>
+  MOE_EXT_INLINE static void factor(V& up, V& slope) {
+    const V limit = V{} + kLimit, one = V{} + 1.0f;
+    const V above = up < -limit ? -limit : up;
+    const V clamped = above > limit ? limit : above;
+    slope = clamped == up ? one : V{};
+    up = one + clamped;
+  }
+};
+
+struct Relu : PlainFactor {
+  template <typename V>
+  MOE_EXT_INLINE static void run(const V& x, V& value, V& slope) {
+    value = x < 0 ? V{} : x;
+    slope = x <= 0 ? V{} : V{} + 1.0f;
+  }
+};
+
+struct Relu2 : PlainFactor {
+  template <typename V>
+  MOE_EXT_INLINE static void run(const V& x, V& value, V& slope) {
+    const V above = x < 0 ? V{} : x;
+    value = above * above;
+    slope = 2.0f * above;
+  }
+};
+
+struct Gelu : PlainFactor {
   template <typename V>
   MOE_EXT_INLINE static void run(const V& x, V& value, V& slope) {
     const V size = x < 0 ? -x : x;
@@ -71,8 +120,9 @@ MOE_EXT_INLINE void activate_some(const Forward<float>& p, int64_t i) {
   load_as(gate, p.gate + i);
   Function::run(gate, value, slope);
   if (p.up) {
-    V up;
+    V up, up_slope;
     load_as(up, p.up + i);
+    Function::factor(up, up_slope);
     value *= up;
   }
   store_as(p.weight * value, p.out + i);
@@ -86,9 +136,10 @@ MOE_EXT_INLINE void activate_some(const Backward<float>& p, int64_t i) {
   Function::run(gate, value, slope);
   const V weighed = p.weight * grad;
   if (p.up) {
-    V up;
+    V up, up_slope;
     load_as(up, p.up + i);
-    store_as(weighed * value, p.grad_up + i);
+    Function::factor(up, up_slope);
+    store_as(weighed * value * up_slope, p.grad_up + i);
     value *= up;
     slope *= up;
   }
@@ -104,84 +155,108 @@ MOE_EXT_INLINE void activate_all(const Piece& p, int64_t size) {
   for (; i < size; ++i) activate_some<float, Function>(p, i);
 }
 
-// Activates floats by vector code that the compiler does not write by itself; false where it does.
 template <int bytes, typename Piece>
-MOE_EXT_INLINE bool activate_as_vectors(Activation activation, const Piece& p, int64_t size) {
-  if (activation == Activation::kRelu) return false;
-  if (activation == Activation::kSwiglu) {
-    activate_all<bytes, Silu>(p, size);
-  } else {
-    activate_all<bytes, Gelu>(p, size);
+MOE_EXT_INLINE void activate_floats(Activation activation, const Piece& p, int64_t size) {
+  switch (activation) {
+    case Activation::kSwiglu: return activate_all<bytes, Silu>(p, size);
+    case Activation::kSwigluOai: return activate_all<bytes, SwigluOai>(p, size);
+    case Activation::kGeglu:
+    case Activation::kGelu: return activate_all<bytes, Gelu>(p, size);
+    case Activation::kRelu: return activate_all<bytes, Relu>(p, size);
+    case Activation::kRelu2: return activate_all<bytes, Relu2>(p, size);
   }
-  return true;
 }
 
 template <int bytes, typename T>
 MOE_EXT_INLINE void activate_piece(Activation activation, const Forward<T>& p, int64_t size) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (activate_as_vectors<bytes>(activation, p, size)) return;
-  }
+  if constexpr (std::is_same_v<T, float>) return activate_floats<bytes>(activation, p, size);
   for (int64_t i = 0; i < size; ++i) {
     const T value = activated(activation, p.gate[i]).value;
-    p.out[i] = p.weight * (p.up ? value * p.up[i] : value);
+    p.out[i] = p.weight * (p.up ? value * factor(activation, p.up[i]).value : value);
   }
 }
 
 template <int bytes, typename T>
 MOE_EXT_INLINE void activate_piece(Activation activation, const Backward<T>& p, int64_t size) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (activate_as_vectors<bytes>(activation, p, size)) return;
-  }
+  if constexpr (std::is_same_v<T, float>) return activate_floats<bytes>(activation, p, size);
   for (int64_t i = 0; i < size; ++i) {
     const auto [value, slope] = activated(activation, p.gate[i]);
+    const auto [up, up_slope] = p.up ? factor(activation, p.up[i]) : ValueAndSlope<T>{1, 0};
     const T weighed = p.weight * p.grad[i];
-    p.active[i] = p.up ? value * p.up[i] : value;
-    p.grad_gate[i] = weighed * slope * (p.up ? p.up[i] : T{1});
-    if (p.up) p.grad_up[i] = weighed * value;
+    p.active[i] = value * up;
+    p.grad_gate[i] = weighed * slope * up;
+    if (p.up) p.grad_up[i] = weighed * value * up_slope;
   }
 }
 
-// Pieces of rows in the type that is computed in: the rows themselves, or copies of 16-bit ones.
+// Pieces of rows in the type that is computed in: the rows themselves, or copies of those of 16
+// bits and of every second column (`step` 2).
 template <typename scalar_t>
 class Piece {
  public:
   using T = accumulate_t<scalar_t>;
-  static constexpr bool kCopies = !std::is_same_v<T, scalar_t>;
+
+  MOE_EXT_INLINE explicit Piece(int64_t step = 1) : step_(step) {}
 
   template <int bytes>
   MOE_EXT_INLINE const T* read(const scalar_t* from, int64_t size) {
-    if constexpr (!kCopies)
-      return from;
-    else {
+    if (step_ > 1) {
+      for (int64_t i = 0; i < size; ++i) values_[i] = static_cast<T>(from[2 * i]);
+    } else if constexpr (kCopies) {
       convert<bytes>(from, size, values_);
-      return values_;
+    } else {
+      return from;
     }
+    return values_;
   }
   MOE_EXT_INLINE T* target(scalar_t* to) {
-    if constexpr (!kCopies)
-      return to;
-    else
-      return values_;
+    if constexpr (!kCopies) {
+      if (step_ == 1) return to;
+    }
+    return values_;
   }
   template <int bytes>
   MOE_EXT_INLINE void write(scalar_t* to, int64_t size) const {
-    if constexpr (kCopies) convert<bytes>(values_, size, to);
+    if (step_ > 1) {
+      for (int64_t i = 0; i < size; ++i) to[2 * i] = static_cast<scalar_t>(values_[i]);
+    } else if constexpr (kCopies) {
+      convert<bytes>(values_, size, to);
+    }
   }
 
  private:
-  T values_[kCopies ? kPiece : 1];
+  static constexpr bool kCopies = !std::is_same_v<T, scalar_t>;
+  int64_t step_;
+  T values_[kPiece];
 };
+
+// A row of pre-activations from a column of its activations on.
+template <typename scalar_t>
+struct Inner {
+  scalar_t *gate, *up;  // up: null without a gate
+  int64_t step;         // from a number to the next, of both
+
+  Inner from(int64_t f) const { return {gate + f * step, up ? up + f * step : nullptr, step}; }
+};
+
+// width: of the row's activations.
+template <typename scalar_t>
+Inner<scalar_t> inner_row(Activation activation, scalar_t* row, int64_t width) {
+  if (is_interleaved(activation)) return {row, row + 1, 2};
+  return {row, is_gated(activation) ? row + width : nullptr, 1};
+}
 
 // One row, or a part of it. w: the weight of its route, or 1.
 template <int bytes, typename scalar_t>
-MOE_EXT_INLINE void activate_row(Activation activation, const scalar_t* gate, const scalar_t* up,
+MOE_EXT_INLINE void activate_row(Activation activation, const Inner<const scalar_t>& inner,
                                  accumulate_t<scalar_t> weight, scalar_t* active, int64_t width) {
-  Piece<scalar_t> gates, ups, result;
+  Piece<scalar_t> gates(inner.step), ups(inner.step), result;
   for (int64_t f = 0; f < width; f += kPiece) {
     const int64_t size = std::min(kPiece, width - f);
-    const Forward<accumulate_t<scalar_t>> piece{
-        gates.template read<bytes>(gate + f, size),
-        up ? ups.template read<bytes>(up + f, size) : nullptr, result.target(active + f), weight};
+    const auto [gate, up, step] = inner.from(f);
+    const Forward<accumulate_t<scalar_t>> piece{gates.template read<bytes>(gate, size),
+                                                up ? ups.template read<bytes>(up, size) : nullptr,
+                                                result.target(active + f), weight};
     activate_piece<bytes>(activation, piece, size);
     result.template write<bytes>(active + f, size);
   }
@@ -192,26 +267,31 @@ MOE_EXT_INLINE void activate_row(Activation activation, const scalar_t* gate, co
 template <typename scalar_t>
 struct RowBackward {
   using T = accumulate_t<scalar_t>;
-  const scalar_t *grad, *gate, *up;
+  const scalar_t* grad;
+  Inner<const scalar_t> inner;
   T weight;
-  scalar_t *grad_gate, *grad_up, *active;
+  Inner<scalar_t> grad_inner;
+  scalar_t* active;
 
   template <int bytes>
   MOE_EXT_INLINE T run(Activation activation, int64_t width) const {
-    Piece<scalar_t> upstream, gates, ups, grad_gates, grad_ups, result;
+    const int64_t step = inner.step;
+    Piece<scalar_t> upstream, gates(step), ups(step), grad_gates(step), grad_ups(step), result;
     T unweighed[kPiece], grad_weight = 0;
     for (int64_t f = 0; f < width; f += kPiece) {
       const int64_t size = std::min(kPiece, width - f);
+      const Inner<const scalar_t> in = inner.from(f);
+      const Inner<scalar_t> out = grad_inner.from(f);
       const Backward<T> piece{upstream.template read<bytes>(grad + f, size),
-                              gates.template read<bytes>(gate + f, size),
-                              up ? ups.template read<bytes>(up + f, size) : nullptr,
-                              grad_gates.target(grad_gate + f),
-                              up ? grad_ups.target(grad_up + f) : nullptr,
+                              gates.template read<bytes>(in.gate, size),
+                              in.up ? ups.template read<bytes>(in.up, size) : nullptr,
+                              grad_gates.target(out.gate),
+                              out.up ? grad_ups.target(out.up) : nullptr,
                               unweighed,
                               weight};
       activate_piece<bytes>(activation, piece, size);
-      grad_gates.template write<bytes>(grad_gate + f, size);
-      if (up) grad_ups.template write<bytes>(grad_up + f, size);
+      grad_gates.template write<bytes>(out.gate, size);
+      if (out.up) grad_ups.template write<bytes>(out.up, size);
       grad_weight += dot<bytes>(piece.grad, unweighed, size);
       T* weighed = result.target(active + f);
       for (int64_t i = 0; i < size; ++i) weighed[i] = weight * unweighed[i];

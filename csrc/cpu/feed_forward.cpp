@@ -24,14 +24,15 @@ template <typename scalar_t>
 struct ActivateTile {
   const Experts<scalar_t>& at;
   const Tile& tile;
-  Matrix gates, ups, active;
+  Matrix inner;   // from the tile's first column on
+  int64_t width;  // of its rows' activations
+  Matrix active;
 
   template <int bytes>
   MOE_EXT_INLINE void run() const {
     for (int64_t j = 0; j < tile.rows(); ++j) {
       activate_row<bytes>(
-          at.a.activation, row_of<const scalar_t>(gates, j),
-          at.gated ? row_of<const scalar_t>(ups, j) : nullptr,
+          at.a.activation, inner_row(at.a.activation, row_of<const scalar_t>(inner, j), width),
           at.a.score_before_experts ? at.weight_of(tile.row_begin + j) : accumulate_t<scalar_t>{1},
           row_of<scalar_t>(active, j), tile.columns());
     }
@@ -46,27 +47,29 @@ void project_up(const Experts<scalar_t>& at, const Tensor& pre_activation, const
   if (keeps) zero_unowned(kept, at.owned);
   const Rows tokens = at.rows_of(a.tokens);
   std::vector<Tile> tiles;
-  add_row_tiles(tiles, at.owned, a.width, at.gated ? kGateColumns : TileSize::kColumns);
+  add_row_tiles(tiles, at.owned, a.width,
+                is_gated(a.activation) ? kGateColumns : TileSize::kColumns);
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
     const Matrix weight = matrix_of(a.up, t.expert);
     const Matrix rows = tokens.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
-    const int64_t parts = at.gated ? 2 : 1, width = t.columns();
+    const int64_t step = at.interleaved ? 2 : 1;
+    const int64_t first = t.column_begin * step, width = t.columns() * step;
     const Matrix room = keeps ? kept.row_range(t.row_begin, t.row_end)
-                              : worker.out.get(at.dtype, t.rows(), parts * width);
-    const auto part = [&](int64_t p) {
-      const int64_t begin = keeps ? p * a.width + t.column_begin : p * width;
+                              : worker.out.get(at.dtype, t.rows(), at.halves * width);
+    const auto half = [&](int64_t h) {
+      const int64_t begin = keeps ? h * a.width + first : h * width;
       return room.column_range(begin, begin + width);
     };
     const auto multiply = [&](const Matrix& out, int64_t begin) {
       worker.gemm.rows_by_weight(out, rows, weight.row_range(begin, begin + out.columns),
                                  bias_of(a.up_bias, t.expert, begin, begin + out.columns));
     };
-    if (width == a.width) {
+    if (t.columns() == a.width) {
       multiply(room, 0);
     } else {
-      for (int64_t p = 0; p < parts; ++p) multiply(part(p), p * a.width + t.column_begin);
+      for (int64_t h = 0; h < at.halves; ++h) multiply(half(h), h * a.width + first);
     }
-    on_widest(ActivateTile<scalar_t>{at, t, part(0), part(parts - 1), t.of(active)});
+    on_widest(ActivateTile<scalar_t>{at, t, half(0), keeps ? a.width : t.columns(), t.of(active)});
   });
 }
 

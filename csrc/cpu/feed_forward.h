@@ -25,14 +25,16 @@ struct Experts {
   Routes<scalar_t> routes;
   std::vector<Range> owned;
   ScalarType dtype;
-  bool gated;
+  bool interleaved;
+  int64_t halves;  // of a row of pre-activations: 2 where gates are before what they multiply
 
   Experts(const char* op, const FeedForwardArgs& args)
       : a(args),
         routes(args.routes),
         owned(owned_rows(Check(op), args.groups, args.routes.num_rows)),
         dtype(args.tokens.scalar_type()),
-        gated(is_gated(args.activation)) {
+        interleaved(is_interleaved(args.activation)),
+        halves(is_gated(args.activation) && !interleaved ? 2 : 1) {
     routes.check_all(op);
   }
 

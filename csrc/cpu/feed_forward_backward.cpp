@@ -33,22 +33,19 @@ struct ActivateTileBackward {
 
   template <int bytes>
   MOE_EXT_INLINE void run() const {
+    const Activation activation = at.a.activation;
     const int64_t width = at.a.width;
     for (int64_t j = 0; j < tile.rows(); ++j) {
       const int64_t r = tile.row_begin + j;
+      const auto inner = inner_row(activation, row_of<const scalar_t>(pre_activation, r), width);
+      const auto grad_inner =
+          inner_row(activation, row_of<scalar_t>(grad_pre_activation, r), width);
       for (int64_t f = tile.column_begin; f < tile.column_end; f += kSumColumns) {
-        const auto* gate = row_of<const scalar_t>(pre_activation, r) + f;
-        auto* grad_gate = row_of<scalar_t>(grad_pre_activation, r) + f;
         const RowBackward<scalar_t> row{
-            row_of<const scalar_t>(grad_active, j) + f - tile.column_begin,
-            gate,
-            at.gated ? gate + width : nullptr,
-            at.weight_of(r),
-            grad_gate,
-            at.gated ? grad_gate + width : nullptr,
-            row_of<scalar_t>(active, r) + f};
+            row_of<const scalar_t>(grad_active, j) + f - tile.column_begin, inner.from(f),
+            at.weight_of(r), grad_inner.from(f), row_of<scalar_t>(active, r) + f};
         sums[r * num_sums + f / kSumColumns] =
-            row.template run<bytes>(at.a.activation, std::min(kSumColumns, tile.column_end - f));
+            row.template run<bytes>(activation, std::min(kSumColumns, tile.column_end - f));
       }
     }
   }

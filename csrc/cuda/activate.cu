@@ -3,6 +3,7 @@
 //
 //   out[r, f] = w * fn(pre_activation[r, f])                                 without a gate
 //   out[r, f] = w * fn(pre_activation[r, f]) * pre_activation[r, F + f]      with a gate
+//   out[r, f] = w * fn(pre_activation[r, 2f]) * factor(pre_activation[r, 2f + 1])    interleaved
 //
 // w is the weight of the row's route, weights[t, k], or 1. A row without a route is not read, and
 // its out is 0.
@@ -21,25 +22,13 @@ namespace {
 
 constexpr int kMaxWarps = 8, kMaxThreads = kMaxWarps * kWarp;
 
-// The vectors of one row at one column: the gate's, and its factor.
-template <typename T, int kSize, bool kGated>
-struct Inner {
-  Pack<T, kSize> gate, up{};
-
-  __device__ Inner(const Pack<T, kSize>* pre_activation, int64_t row, int columns, int column) {
-    const Pack<T, kSize>* at = pre_activation + row * columns * (kGated ? 2 : 1) + column;
-    gate = load(at);
-    if constexpr (kGated) up = load(at + columns);
-  }
-};
-
 template <typename T, int kSize, Activation kActivation>
 KERNEL(kRowThreads)
 void activate_kernel(const Pack<T, kSize>* __restrict__ pre_activation,  // [R, columns or twice]
                      Routes routes, Tiling tiling,
                      Pack<T, kSize>* __restrict__ out) {  // [R, columns]
   using Sum = accumulate_t<T>;
-  constexpr bool kGated = is_gated(kActivation);
+  using In = Inner<kActivation, T, kSize>;
   const Cell cell(tiling, blockIdx.x);
   SharedMemory shared;
   int32_t* all_routes = shared.take<int32_t>(tiling.rows_per_block);
@@ -55,7 +44,8 @@ void activate_kernel(const Pack<T, kSize>* __restrict__ pre_activation,  // [R, 
   if (!cell.exists) return;
   Pack<T, kSize> result{};
   if (all_routes[cell.local] >= 0) {
-    const Inner<T, kSize, kGated> in(pre_activation, cell.row, tiling.columns, cell.column);
+    const In in = In::read(pre_activation + cell.row * In::of_row(tiling.columns), tiling.columns,
+                           cell.column);
     const Sum weight = weights[cell.local];
     result = activated_pack<T, kActivation>(widened(in.gate), widened(in.up), weight);
   }
@@ -75,15 +65,13 @@ struct Backward {
 template <Activation kActivation, typename T, int kSize>
 __device__ accumulate_t<T> backward_vector(const Backward<T, kSize>& at, int64_t row, int columns,
                                            int column, accumulate_t<T> weight) {
-  constexpr bool kGated = is_gated(kActivation);
-  const Inner<T, kSize, kGated> in(at.pre_activation, row, columns, column);
-  const auto gradient = activation_gradient<T, kActivation>(
-      widened(in.gate), widened(in.up), widened(load(at.grad + row * columns + column)), weight);
-  Pack<T, kSize>* grad_pre_activation =
-      at.grad_pre_activation + row * columns * (kGated ? 2 : 1) + column;
+  using In = Inner<kActivation, T, kSize>;
+  const int64_t first = row * In::of_row(columns);
+  const auto gradient =
+      activation_gradient(In::read(at.pre_activation + first, columns, column),
+                          widened(load(at.grad + row * columns + column)), weight);
   store(at.active + row * columns + column, gradient.active);
-  store(grad_pre_activation, gradient.grad_gate);
-  if constexpr (kGated) store(grad_pre_activation + columns, gradient.grad_up);
+  gradient.inner.write(at.grad_pre_activation + first, columns, column);
   return gradient.dot;
 }
 
@@ -110,7 +98,7 @@ void activate_backward_kernel(Backward<T, kSize> at, Routes routes, int columns)
   __syncthreads();
   const int32_t route = *found;
   if (route < 0) {
-    const int inner_columns = columns * (is_gated(kActivation) ? 2 : 1);
+    const int inner_columns = Inner<kActivation, T, kSize>::of_row(columns);
     for (int column = threadIdx.x; column < inner_columns; column += blockDim.x) {
       store(at.grad_pre_activation + row * inner_columns + column, Pack<T, kSize>{});
       if (column < columns) store(at.active + row * columns + column, Pack<T, kSize>{});
@@ -135,7 +123,8 @@ void activate_backward_kernel(Backward<T, kSize> at, Routes routes, int columns)
 template <typename Body>
 void visit_activation(Activation activation, const Body& body) {
   using A = Activation;
-  visit_constant<A::kSwiglu, A::kGeglu, A::kGelu, A::kRelu>(activation, body);
+  visit_constant<A::kSwiglu, A::kGeglu, A::kSwigluOai, A::kGelu, A::kRelu, A::kRelu2>(activation,
+                                                                                      body);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 """Convert expert weights between checkpoint layouts and GroupedExperts, bit for bit.
 
-Shapes: E experts, H hidden, F ffn. Only weights are converted: the clamped gate of gpt-oss is not
-an activation of GroupedExperts.
+Shapes: E experts, H hidden, F ffn. Only weights are converted. In GroupedExperts' layout all of the
+gate comes before the up, but for activation="swiglu_oai", whose layout is Stacked(interleaved=True).
 """
 
 import re
@@ -105,6 +105,9 @@ class Stacked:
     @property
     def pattern(self) -> str:
         return re.escape(self.parent) + r"(gate_up|up|down)_proj[^.]*"
+
+    def has(self, name: str, prefix: str) -> bool:
+        return re.fullmatch(re.escape(prefix) + self.pattern, name) is not None
 
     def inspect(self, names: Collection[str]) -> tuple[int, bool]:
         return 1, f"{self.parent}up_proj" not in names

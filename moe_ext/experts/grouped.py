@@ -32,7 +32,8 @@ class GroupedExperts(Experts):
         num_experts: E
         hidden_size: H
         ffn_size: F
-        activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
+        activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "swiglu_oai" (gpt-oss's,
+            whose gates and ups alternate), "gelu" (exact), "relu" or "relu2"; as of `activate`
         bias: a bias on both products
         score_before_experts: multiply a route's activation by its weight, not the expert's output;
             results differ by rounding only (torchtitan multiplies the input)
@@ -170,15 +171,18 @@ class GroupedExperts(Experts):
     ) -> None:
         layout = convert.detect(state_dict, prefix)
         try:
-            if isinstance(layout, convert.PerExpert):
-                grouped = convert.to_grouped(state_dict, layout, prefix)
-                state_dict = {n: t for n, t in state_dict.items() if not layout.has(n, prefix)}
-                state_dict |= {prefix + name: tensor for name, tensor in grouped.items()}
-            elif layout == convert.GPT_OSS:
+            if layout == convert.GPT_OSS and self.activation != "swiglu_oai":
                 raise ValueError(
                     f"{prefix}gate_up_proj has the layout of gpt-oss, whose clamped, scaled gate "
-                    "GroupedExperts does not compute; convert.to_grouped gives the weights"
+                    'GroupedExperts computes with activation="swiglu_oai"; convert.to_grouped gives '
+                    "the weights for others"
                 )
+            if isinstance(layout, convert.PerExpert) or layout == convert.GPT_OSS:
+                grouped = convert.to_grouped(state_dict, layout, prefix)
+                if self.activation == "swiglu_oai":
+                    grouped = convert.from_grouped(grouped, convert.Stacked(interleaved=True))
+                state_dict = {n: t for n, t in state_dict.items() if not layout.has(n, prefix)}
+                state_dict |= {prefix + name: tensor for name, tensor in grouped.items()}
         except ValueError as error:
             error_msgs.append(str(error))
             return

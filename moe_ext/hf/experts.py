@@ -9,10 +9,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import activations
 from transformers.integrations import moe
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from ..formats import QuantizedWeight
 from ..monitor.patching import is_of_transformers
-from ..ops import checks
+from ..ops import checks, reference
 from ..ops.feed_forward import dispatch_mm, feed_forward
 from ..ops.functional import combine, dispatch, grouped_mm
 from ..ops.plan import Plan, make_plan
@@ -147,7 +148,11 @@ class Layout:
     def _activation(self) -> Activation | None:
         """The name of the module's activation; None if the module has to compute it itself."""
         own_gate = type(self.module)._apply_gate if self.has_gate else moe._default_apply_gate
-        if own_gate is not moe._default_apply_gate or "_apply_gate" in vars(self.module):
+        if "_apply_gate" in vars(self.module):
+            return None
+        if own_gate is GptOssExperts._apply_gate and _has_constants_of_gpt_oss(self.module):
+            return "swiglu_oai"
+        if own_gate is not moe._default_apply_gate:
             return None
         if self.has_gate and not getattr(self.module, "is_concatenated", True):
             self._refuse("must have an _apply_gate for its interleaved gates, got none")
@@ -157,9 +162,17 @@ class Layout:
         names: dict[Any, Activation] = (
             {F.silu: "swiglu", F.gelu: "geglu"}
             if self.has_gate
-            else {F.gelu: "gelu", F.relu: "relu"}
+            else {F.gelu: "gelu", F.relu: "relu", _squared_relu: "relu2"}
         )
         return names.get(_plain_function(act_fn))
+
+
+def _has_constants_of_gpt_oss(module) -> bool:
+    return module.alpha == reference.SCALE and module.limit == reference.LIMIT
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
 
 
 # Exactly these classes: a subclass may compute something else.
@@ -167,6 +180,7 @@ _FUNCTIONS = {
     nn.SiLU: F.silu,
     activations.SiLUActivation: F.silu,
     activations.GELUActivation: F.gelu,
+    activations.ReLUSquaredActivation: _squared_relu,
     nn.ReLU: F.relu,
 }
 

@@ -132,8 +132,8 @@ inline at::Tensor route_dot(const at::Tensor& tokens, const at::Tensor& rows, co
 }
 
 // tokens [T, H], weights [T, K], up [E, G, H], down [E, H, F], up_bias [E, G], down_bias [E, H] ->
-// [T, H]; activation: swiglu or geglu with G = 2F, gelu or relu with G = F. On the CPU alone, as
-// grouped_mm.
+// [T, H]; activation: swiglu, geglu or swiglu_oai with G = 2F, gelu, relu or relu2 with G = F. On
+// the CPU alone, as grouped_mm.
 inline at::Tensor feed_forward(const at::Tensor& tokens, const Plan& plan,
                                const at::Tensor& weights, const at::Tensor& up,
                                const at::Tensor& down, std::string_view activation,

@@ -240,10 +240,13 @@ def activate(
     Rows without a route are not read, come out zero and receive zero.
 
     Args:
-        pre_activation: the output of the first GEMM: [R, 2F] for "swiglu" and "geglu", whose first
-            F columns are the gate's; [R, F] for "gelu" and "relu"
+        pre_activation: the output of the first GEMM: [R, 2F] with a gate, of which the first F
+            columns are; else [R, F]
         plan: with the same R rows
-        activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "gelu" (exact) or "relu"
+        activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "swiglu_oai" (gpt-oss's:
+            columns 2f and 2f + 1 are a gate and an up, which are clamped: gate' = min(gate, 7),
+            out = gate' * sigmoid(1.702 gate') * (1 + max(-7, min(up, 7)))), "gelu" (exact),
+            "relu" or "relu2" (relu squared)
         weights: [T, K] float32 (float64 for float64 rows), a factor for the row of every route
 
     Returns:

@@ -22,6 +22,9 @@ from ..formats import codes
 from . import checks, composed
 from .contracts import checked
 
+# Of swiglu_oai.
+SCALE, LIMIT = 1.702, 7.0
+
 # A test compares the signatures with the contracts by torch.library.infer_schema, which reads
 # Optional[...].
 
@@ -350,18 +353,39 @@ def grouped_outer(
     return out
 
 
+def _swiglu_oai(x: Tensor) -> Tensor:
+    clamped = x.clamp(max=LIMIT)
+    return clamped * torch.sigmoid(SCALE * clamped)
+
+
 def _active(pre_activation: Tensor, activation: str) -> Tensor:
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "swiglu": F.silu,
         "geglu": F.gelu,
+        "swiglu_oai": _swiglu_oai,
         "gelu": F.gelu,
         "relu": F.relu,
+        "relu2": lambda x: F.relu(x).square(),
     }
     function = functions[activation]
     if activation not in checks.GATED:
         return function(pre_activation)
-    gate, up = pre_activation.chunk(2, dim=-1)
-    return function(gate) * up
+    gate, up = _gate_and_up(pre_activation, activation)
+    return function(gate) * _factor(up, activation)[0]
+
+
+def _gate_and_up(rows: Tensor, activation: str) -> tuple[Tensor, ...]:
+    """Two halves of the columns, which alternate in gpt-oss."""
+    if activation == "swiglu_oai":
+        return rows[..., ::2], rows[..., 1::2]
+    return rows.chunk(2, dim=-1)
+
+
+def _factor(up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """What a gate is multiplied by, and its slope."""
+    if activation == "swiglu_oai":
+        return 1 + up.clamp(-LIMIT, LIMIT), torch.where(up.abs() <= LIMIT, 1.0, 0.0).to(up.dtype)
+    return up, torch.ones_like(up)
 
 
 def _of_rows(weights: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
@@ -381,8 +405,8 @@ def activate(
     activation: str,
 ) -> Tensor:
     """out[r] = weights[t, k] * fn(pre_activation[r]), [R, F]; with a gate
-    fn(pre_activation[r, :F]) * pre_activation[r, F:]. [t, k] is the route of row r; a row without a
-    route is not read and comes out zero."""
+    fn(pre_activation[r, :F]) * pre_activation[r, F:], or of gpt-oss (`_active`). [t, k] is the route
+    of row r; a row without a route is not read and comes out zero."""
     dtype = checks.accumulate_dtype(pre_activation.dtype)
     if weights is None:
         weights = pre_activation.new_ones(slots.shape, dtype=dtype)
@@ -405,14 +429,21 @@ def activate_backward(
     weight, filled = _of_rows(weights, sources)
     inner_wide = torch.where(filled, pre_activation, 0).to(dtype)
     grad_wide = torch.where(filled, grad, 0).to(dtype)
-    gate, *up = inner_wide.chunk(2, dim=-1) if activation in checks.GATED else (inner_wide,)
-    value, slope = _value_and_slope(gate, activation)
-    active = value * up[0] if up else value
     weighed = weight * grad_wide
-    parts = [weighed * slope * up[0], weighed * value] if up else [weighed * slope]
+    if activation not in checks.GATED:
+        active, slope = _value_and_slope(inner_wide, activation)
+        grad_inner = weighed * slope
+    else:
+        gate, up = _gate_and_up(inner_wide, activation)
+        value, slope = _value_and_slope(gate, activation)
+        factor, factor_slope = _factor(up, activation)
+        active = value * factor
+        parts = weighed * slope * factor, weighed * value * factor_slope
+        interleaved = activation == "swiglu_oai"
+        grad_inner = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
     dots, _ = _rows_of_routes((grad_wide * active).sum(-1, keepdim=True), slots)
     return (
-        torch.cat(parts, dim=-1).to(pre_activation.dtype),
+        grad_inner.to(pre_activation.dtype),
         torch.where(filled, weight * active, 0).to(pre_activation.dtype),
         dots.squeeze(-1),
     )
@@ -421,11 +452,21 @@ def activate_backward(
 def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     if activation == "relu":
         return F.relu(x), torch.where(x <= 0, 0.0, 1.0).to(x.dtype)
+    if activation == "relu2":
+        return F.relu(x).square(), 2 * F.relu(x)
+    if activation == "swiglu_oai":
+        value, slope = _scaled_silu(x.clamp(max=LIMIT), SCALE)
+        return value, torch.where(x <= LIMIT, slope, 0)
     if activation == "swiglu":
-        sigmoid = torch.sigmoid(x)
-        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+        return _scaled_silu(x, 1)
     below = torch.special.ndtr(x)
     return x * below, below + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def _scaled_silu(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    sigmoid = torch.sigmoid(scale * x)
+    value = x * sigmoid
+    return value, sigmoid + scale * value * (1 - sigmoid)
 
 
 def _referred(name: str, *args):

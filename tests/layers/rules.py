@@ -55,9 +55,14 @@ def expert_by_hand(experts: GroupedExperts, e: int, x: Tensor) -> Tensor:
     )
     pre_activation = F.linear(x, up, up_bias)
     function = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
-    if experts.has_gate:
+    if experts.activation == "swiglu_oai":
+        gate, up = pre_activation[:, ::2].clamp(max=7), pre_activation[:, 1::2].clamp(-7, 7)
+        active = (up + 1) * gate * torch.sigmoid(gate * 1.702)
+    elif experts.has_gate:
         gate, up = pre_activation.chunk(2, dim=-1)
         active = function[experts.activation](gate) * up
+    elif experts.activation == "relu2":
+        active = F.relu(pre_activation) ** 2
     else:
         active = function[experts.activation](pre_activation)
     return F.linear(active, down, down_bias)

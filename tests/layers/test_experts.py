@@ -194,7 +194,10 @@ WRONG = [
     ({"up": (E, 7, H)}, "up must be [E, 2F, H], got [3, 7, 6]"),
     ({"up_bias": (E, FFN)}, "up_bias must be [E, G] with E = 3, G = 8, got [3, 4]"),
     ({"down_bias": (E, 1)}, "down_bias must be [E, H] with E = 3, H = 6, got [3, 1]"),
-    ({"activation": "silu"}, "activation must be swiglu, geglu, gelu or relu, got silu"),
+    (
+        {"activation": "silu"},
+        "activation must be swiglu, geglu, swiglu_oai, gelu, relu or relu2, got silu",
+    ),
 ]
 
 
@@ -322,12 +325,17 @@ def test_missing_experts_of_a_checkpoint_are_named():
         GroupedExperts(E, H, FFN).load_state_dict(state)
 
 
-def test_checkpoints_of_gpt_oss_are_refused():
+def test_checkpoints_of_gpt_oss_need_its_activation():
     state = {
         "gate_up_proj": torch.randn(E, H, 2 * FFN),
         "gate_up_proj_bias": torch.randn(E, 2 * FFN),
         "down_proj": torch.randn(E, FFN, H),
         "down_proj_bias": torch.randn(E, H),
     }
-    with pytest.raises(RuntimeError, match="clamp"):
+    with pytest.raises(RuntimeError, match='clamped, scaled gate .* activation="swiglu_oai"'):
         GroupedExperts(E, H, FFN, bias=True).load_state_dict(state)
+    experts = GroupedExperts(E, H, FFN, activation="swiglu_oai", bias=True)
+    experts.load_state_dict(state)
+    for name, tensor in state.items():
+        loaded = getattr(experts, name)
+        assert torch.equal(loaded, tensor if name.endswith("bias") else tensor.mT)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import DTYPES, SIZES, assert_within, plans, values, weights_for
+from torch import Tensor
 from torch.nn import functional as F
 
 import moe_ext
@@ -14,8 +15,29 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 ROUNDINGS = 8
 
 
+FUNCTIONS = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "swiglu_oai": lambda x: x.clamp(max=7) * torch.sigmoid(1.702 * x.clamp(max=7)),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x) ** 2,
+}
+
+
 def width(activation: str, ffn: int) -> int:
     return 2 * ffn if activation in checks.GATED else ffn
+
+
+def inner(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """A pre-activation whose gates are multiplied by up."""
+    if activation == "swiglu_oai":
+        return torch.stack([gate, up - 1], dim=-1).flatten(-2)
+    return torch.cat([gate, up], dim=-1) if activation in checks.GATED else gate
+
+
+def gates(activation: str, pre_activation: Tensor) -> Tensor:
+    return reference._gate_and_up(pre_activation, activation)[0]
 
 
 @pytest.mark.parametrize("activation", checks.ACTIVATIONS)
@@ -33,8 +55,12 @@ def test_matches_reference(device, T, K, E, ffn, dtype, activation):
         pre_activation[empty], grad[empty] = torch.nan, torch.nan
 
         # |fn(x)| and |fn'(x) x| are at most about |x|: torch's gelu is a difference of the like.
-        gate, *up = pre_activation.double().nan_to_num().abs().split(max(ffn, 1), dim=-1)
-        size = gate * up[0] if up else gate
+        sizes = pre_activation.double().nan_to_num().abs()
+        gated, squares = activation in checks.GATED, activation == "relu2"
+        gate, up = reference._gate_and_up(sizes, activation) if gated else (sizes, 1)
+        up = up + 1 if activation == "swiglu_oai" else up
+        gate = gate**2 if squares else gate
+        size = gate * up
         weight, _ = reference._of_rows(weights.double(), plan.sources)
         for w in (None, weights):
             out = moe_ext.activate(pre_activation, plan, activation, w)
@@ -50,8 +76,10 @@ def test_matches_reference(device, T, K, E, ffn, dtype, activation):
         args = grad.double(), pre_activation.double(), *routes, weights.double(), activation
         grad_pre_activation, active, grad_weights = reference.activate_backward(*args)
         upstream = grad.double().nan_to_num().abs()
-        terms = weight * upstream * (gate + 1)
-        terms = torch.cat([terms * up[0], terms], dim=-1) if up else terms
+        terms = weight * upstream * (2 * gate.sqrt() if squares else gate + 1)
+        parts = (terms * up, terms) if gated else (terms,)
+        interleaved = activation == "swiglu_oai"
+        terms = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
         assert_within(got[0], grad_pre_activation, terms, ROUNDINGS)
         assert_within(got[1], active, size * weight, ROUNDINGS)
         dots, _ = reference._rows_of_routes((upstream * size).sum(-1, keepdim=True), plan.slots)
@@ -66,12 +94,10 @@ def test_every_number(device, activation, dtype):
     """Very large, very small, infinite: as torch has it, and NaN for NaN."""
     x = torch.tensor([0.0, -0.0, 1e-30, 3e-8, 20, -20, 87.4, -87.4, 88.5, -88.5, 3e38, -3e38])
     x = torch.cat([x, torch.tensor([torch.inf, -torch.inf, torch.nan])]).to(dtype).to(device)
-    gated = activation in checks.GATED
-    pre_activation = torch.stack([torch.cat([x, torch.ones_like(x)]) if gated else x])
+    pre_activation = inner(activation, x, torch.ones_like(x))[None]
     plan = moe_ext.make_plan(torch.zeros(1, 1, dtype=torch.int32, device=device), 1)
     out = moe_ext.activate(pre_activation, plan, activation)[0].double()
-    function = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}[activation]
-    expected = function(x.double())
+    expected = FUNCTIONS[activation](x.double())
     # torch's formula for gelu gives NaN at -inf where ours does, and 0 for large negative numbers.
     assert torch.equal(out.isnan(), expected.isnan())
     # Half of a subnormal number may be rounded either way.
@@ -81,11 +107,33 @@ def test_every_number(device, activation, dtype):
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=atol, equal_nan=True)
 
 
-def test_relu_has_torchs_slope(device):
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_relu_has_torchs_slope(device, activation):
     plan = moe_ext.make_plan(torch.zeros(1, 1, dtype=torch.int32, device=device), 1)
     x = torch.tensor([[-1.0, 0.0, 2.0, torch.nan]], device=device, requires_grad=True)
-    mine = torch.autograd.grad(moe_ext.activate(x, plan, "relu").sum(), x)[0]
-    assert torch.equal(mine, torch.autograd.grad(F.relu(x).sum(), x)[0])
+    mine = torch.autograd.grad(moe_ext.activate(x, plan, activation).sum(), x)[0]
+    theirs = torch.autograd.grad(FUNCTIONS[activation](x).sum(), x)[0]
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_of_gpt_oss(device, dtype):
+    """Gates and factors by turns, both clamped, with torch's slopes at the limits and beyond."""
+    special = torch.tensor([-9.0, -7, -6.75, -1, 0, 1, 6.75, 7, 9, 1000, torch.inf])
+    gate, up = (
+        grid.reshape(-1).to(dtype).to(device).requires_grad_()
+        for grid in torch.meshgrid(special, torch.cat([special, -special]), indexing="ij")
+    )
+    plan = moe_ext.make_plan(torch.zeros(1, 1, dtype=torch.int32, device=device), 1)
+    pre_activation = torch.stack([gate, up], dim=-1).flatten()[None]
+    out = moe_ext.activate(pre_activation, plan, "swiglu_oai")[0]
+    expected = FUNCTIONS["swiglu_oai"](gate.double()) * (up.double().clamp(-7, 7) + 1)
+    rtol = max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=1e-7)
+    mine = torch.autograd.grad(out.double().sum(), (gate, up))
+    theirs = torch.autograd.grad(expected.sum(), (gate, up))
+    for got, exact in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(got, exact, rtol=rtol, atol=2 * rtol)
 
 
 @pytest.mark.parametrize("activation", checks.ACTIVATIONS)
@@ -94,19 +142,23 @@ def test_every_16_bit_number_is_rounded_once(device, activation, dtype):
     """What approximations add is a twentieth of the rounding at most, tails included."""
     numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     numbers = numbers[numbers.isfinite()].view(-1, 64).to(device)
-    gated = activation in checks.GATED
     ones = torch.ones_like(numbers)
-    pre_activation = torch.cat([numbers, ones], dim=1) if gated else numbers
+    pre_activation = inner(activation, numbers, ones)
     plan = moe_ext.make_plan(numbers.new_zeros(len(numbers), 1, dtype=torch.int32), 1)
     weights = numbers.new_ones(len(numbers), 1, dtype=torch.float32)
 
     x = numbers.double()
     if activation == "relu":
         value, slope, slope_terms = x.clamp(min=0), (x > 0).double(), torch.ones_like(x)
-    elif activation == "swiglu":
-        sigmoid = x.sigmoid()
-        value, slope_terms = x * sigmoid, sigmoid * (1 + x.abs() * (-x).sigmoid())
-        slope = sigmoid * (1 + x * (-x).sigmoid())
+    elif activation == "relu2":
+        value, slope, slope_terms = x.clamp(min=0) ** 2, 2 * x.clamp(min=0), 2 * x.abs()
+    elif activation in ("swiglu", "swiglu_oai"):
+        scale, limit = (1.702, 7) if activation == "swiglu_oai" else (1, torch.inf)
+        clamped = x.clamp(max=limit)
+        y = scale * clamped
+        sigmoid = y.sigmoid()
+        value, slope_terms = clamped * sigmoid, sigmoid * (1 + y.abs() * (-y).sigmoid())
+        slope = torch.where(x <= limit, sigmoid * (1 + y * (-y).sigmoid()), 0)
     else:
         below = torch.special.erfc(-x / 2**0.5) / 2
         density = torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
@@ -120,7 +172,11 @@ def test_every_16_bit_number_is_rounded_once(device, activation, dtype):
     # be normal: what is left of silu is lost.
     info = torch.finfo(dtype)
     rounding, least = 1.05 * info.eps / 2, max(info.smallest_normal * info.eps, 1e-36)
-    for got, exact, size in ((out, value, value), (active, value, value)):
-        assert ((got.double() - exact).abs() <= rounding * size.abs() + least).all()
-    grad = grad[:, :64].double()
-    assert ((grad - slope).abs() <= rounding * slope_terms + least).all()
+    fits = value <= info.max
+    for got in (out, active):
+        assert ((got.double() - value).abs() <= rounding * value.abs() + least)[fits].all()
+        assert (got[value > info.max * (1 + info.eps)] == torch.inf).all()
+    grad = grad if activation not in checks.GATED else gates(activation, grad)
+    grad = grad.double()
+    fits = slope.abs() <= info.max
+    assert ((grad - slope).abs() <= rounding * slope_terms + least)[fits].all()

@@ -103,7 +103,7 @@ WRONG = [
     (
         "activate",
         {"activation": "silu"},
-        "activation must be swiglu, geglu, gelu or relu, got silu",
+        "activation must be swiglu, geglu, swiglu_oai, gelu, relu or relu2, got silu",
     ),
 ]
 

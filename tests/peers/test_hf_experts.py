@@ -106,6 +106,19 @@ def test_logits_and_gradients_are_those_of_eager(name):
     assert all(p.grad.abs().sum() > 0 for p in experts)
 
 
+def test_the_gate_of_gpt_oss_is_understood_with_its_constants():
+    for options, expected in (
+        ({}, "swiglu_oai"),
+        ({"swiglu_limit": 5.0}, None),
+        ({"swiglu_alpha": 1.0}, None),
+    ):
+        model = model_of("gpt_oss", **options)
+        for _, experts in moe_ext.hf.experts_modules(model):
+            assert moe_ext.hf.Layout(experts).activation == expected
+        ids = tokens_of()
+        assert_close(logits_and_grads(model, ids, "moe_ext"), logits_and_grads(model, ids, "eager"))
+
+
 # Faults that the comparison above must see.
 @pytest.mark.parametrize("fault", ["no output", "no weights", "shifted experts"])
 def test_the_comparison_sees_a_fault(fault, monkeypatch):

@@ -77,8 +77,10 @@ struct ToActivation {
   void* pre_activation;  // [R, G] or null
   void* active;          // [R, F]
 
-  // A factor's column is so many behind its gate's.
-  __device__ int pair() const { return is_gated(activation) ? width : 0; }
+  // A factor's column is so many behind its gate's, or 0.
+  __device__ int pair() const {
+    return is_gated(activation) && !is_interleaved(activation) ? width : 0;
+  }
   __device__ bool needs_weights() const { return weighs; }
   // Callers see the pre-activation.
   __device__ void zero_rows(const Groups& groups) const {
@@ -101,6 +103,16 @@ struct ToActivation {
       return widened(out);
     };
     const Pack<float, kSize> gate = rounded(column, spot.column);
+    if (is_interleaved(activation)) {
+      Pack<float, kSize / 2> gates, ups;
+#pragma unroll
+      for (int j = 0; j < kSize / 2; ++j) {
+        gates.at[j] = gate.at[2 * j], ups.at[j] = gate.at[2 * j + 1];
+      }
+      store(vector_at<T, kSize / 2>(active, spot.row, width, spot.column / 2),
+            activated_pack<T, Activation::kSwigluOai>(gates, ups, spot.weight));
+      return;
+    }
     const Pack<float, kSize> up =
         gated ? rounded(column + kPairColumns, spot.column + width) : Pack<float, kSize>{};
     with_activation(activation, [&](auto which) {
@@ -129,22 +141,20 @@ struct ToActivationGradient {
   __device__ void store_vector(const Spot& spot, const Read& read, int column) const {
     float dot = 0;
     if (spot.exists) {
-      const bool gated = is_gated(activation);
-      const int inner_width = gated ? 2 * width : width;
       const auto grad = read(column);
-      const auto gate = read_vector<T, kSize>(pre_activation, spot.row, inner_width, spot.column);
-      const auto up =
-          gated ? read_vector<T, kSize>(pre_activation, spot.row, inner_width, spot.column + width)
-                : Pack<float, kSize>{};
+      const int columns = width / kSize, at = spot.column / kSize;
       with_activation(activation, [&](auto which) {
-        auto found = activation_gradient<T, which>(gate, up, grad, spot.weight);
+        using In = Inner<which, T, kSize>;
+        const int inner_width = In::of_row(width);
+        const auto row_of = [&](void* rows) {
+          return vector_at<T, kSize>(rows, spot.row, inner_width, 0);
+        };
+        const In in = In::read(row_of(const_cast<void*>(pre_activation)), columns, at);
+        auto found = activation_gradient(in, grad, spot.weight);
         if (!spot.has_route) found = {};
         dot = found.dot;
         store(vector_at<T, kSize>(active, spot.row, width, spot.column), found.active);
-        Pack<T, kSize>* to =
-            vector_at<T, kSize>(grad_pre_activation, spot.row, inner_width, spot.column);
-        store(to, found.grad_gate);
-        if (gated) store(to + width / kSize, found.grad_up);
+        found.inner.write(row_of(grad_pre_activation), columns, at);
       });
     }
     constexpr int kLanes = kWarpColumns / kSize;  // that have a row

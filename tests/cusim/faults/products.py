@@ -70,7 +70,7 @@ MUTANTS = [
     # Epilogues.
     Mutant(EPILOGUES, "add(sums, more, spot.weight)", "add(sums, more, 1)"),
     Mutant(EPILOGUES, "rounded(column + kPairColumns,", "rounded(column,"),
-    Mutant(EPILOGUES, "if (gated) store(to + width / kSize, found.grad_up);", ""),
+    Mutant(EPILOGUES, "found.inner.write(row_of(grad_pre_activation), columns, at);", ""),
     Mutant(EPILOGUES, "lanes_sum<kLanes>(dot)", "lanes_sum<kLanes / 2>(dot)"),
     Mutant(EPILOGUES, "spot.exists && column == 0", "column == 0"),
     Mutant(DOTS, "sum = lanes_sum<kWarp>(sum);", ""),
@@ -78,4 +78,15 @@ MUTANTS = [
     Mutant(ROWS, "row += kWarps", "row += 1"),
     Mutant(ROWS, "if (found < 0) continue;", ""),
     Mutant(ROWS, BARRIER, "", after="lane] = sum.at[j];"),
+    Mutant(EPILOGUES, "gate.at[2 * j + 1]", "gate.at[2 * j]"),
+    Mutant(
+        "products/epilogues.cuh",
+        "spot.row, width, spot.column / 2)",
+        "spot.row, width, spot.column)",
+    ),
+    Mutant(
+        EPILOGUES,
+        "is_gated(activation) && !is_interleaved(activation)",
+        "is_gated(activation)",
+    ),
 ]

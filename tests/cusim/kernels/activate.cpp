@@ -10,11 +10,16 @@ void test_activation(const RowsCase& c, Activation activation, bool weighted) {
   using Sum = accumulate_t<T>;
   const PlanCase& p = c.plan;
   const int64_t N = p.T * p.K, R = rows_of(p), F = c.H, G = is_gated(activation) ? 2 * F : F;
+  const InnerColumns at{activation, F};
   MadePlan made = plan_of(c);
   Array<T> pre_activation(R * G), grad(R * F), out(R * F), grad_pre_activation(R * G),
       active(R * F);
   Array<Sum> weights(N), grad_weights(N);
   fill(pre_activation), fill(grad), fill(weights);
+  // Beyond the limits of swiglu_oai too.
+  for (int64_t i = 0; is_interleaved(activation) && i < pre_activation.size(); ++i) {
+    pre_activation[i] = make<T>(4 * number(pre_activation[i]));
+  }
   std::vector<int64_t> route(R, -1);
   std::vector<bool> has_row(N);
   for (int64_t r = 0; r < R; ++r) {
@@ -41,21 +46,24 @@ void test_activation(const RowsCase& c, Activation activation, bool weighted) {
     double dot = 0, dot_terms = 0;
     const double weight = route[r] < 0 ? 0 : weighted ? number(weights[route[r]]) : 1;
     for (int64_t f = 0; f < F; ++f) {
-      double value = 0, slope = 0, up = 1, upstream = 0;
+      double value = 0, slope = 0, upstream = 0;
+      ValueAndSlope<double> of_up{1, 0};
       if (route[r] >= 0) {
-        const auto of_gate = activated<double>(activation, number(pre_activation[r * G + f]));
+        const auto of_gate =
+            activated<double>(activation, number(pre_activation[r * G + at.gate(f)]));
         value = of_gate.value, slope = of_gate.slope;
-        if (G != F) up = number(pre_activation[r * G + F + f]);
+        if (G != F) of_up = factor<double>(activation, number(pre_activation[r * G + at.up(f)]));
         upstream = number(grad[r * F + f]);
       }
-      const double terms = std::abs(up) + std::abs(value * up);
+      const double up = of_up.value, terms = std::abs(up) + std::abs(value * up);
       CHECK(close(out[r * F + f], weight * value * up, std::abs(weight) * terms, 8));
       if (!weighted) continue;
       const double size = std::abs(weight * upstream) * (1 + terms);
-      CHECK(close(grad_pre_activation[r * G + f], weight * upstream * slope * up, size, 8));
+      CHECK(
+          close(grad_pre_activation[r * G + at.gate(f)], weight * upstream * slope * up, size, 8));
       if (G != F) {
-        CHECK(
-            close(grad_pre_activation[r * G + F + f], weight * upstream * value, size + 1e-30, 8));
+        CHECK(close(grad_pre_activation[r * G + at.up(f)], weight * upstream * value * of_up.slope,
+                    size + 1e-30, 8));
       }
       dot += upstream * value * up, dot_terms += std::abs(upstream) * terms;
     }
@@ -77,7 +85,8 @@ void test_activations() {
                             {{40, 5, 5, 50, 1, true, false, false}, 16, false}};
   for (const RowsCase& c : cases) {
     for (const Activation activation :
-         {Activation::kSwiglu, Activation::kGeglu, Activation::kGelu, Activation::kRelu}) {
+         {Activation::kSwiglu, Activation::kGeglu, Activation::kSwigluOai, Activation::kGelu,
+          Activation::kRelu, Activation::kRelu2}) {
       context = "activate T" + std::to_string(c.plan.T) + " F" + std::to_string(c.H) + " of " +
                 std::to_string(static_cast<int>(activation));
       for (const bool weighted : {false, true}) {

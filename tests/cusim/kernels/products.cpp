@@ -138,6 +138,8 @@ struct Products {
     return route < 0 ? 0 : g.weights[route];
   }
 
+  ValueAndSlope<double> up_of(T x) const { return factor<double>(c.activation, number(x)); }
+
   // Calls body(e, r) for each row that a group owns.
   template <typename Body>
   void each_row(const Body& body) {
@@ -179,6 +181,7 @@ struct Products {
 
   void test_activation() {
     const int64_t F = is_gated(c.activation) ? c.N / 2 : c.N;
+    const InnerColumns at{c.activation, F};
     Array<T> pre_activation(g.R * c.N), active(g.R * F), alone(g.R * F);
     const void* of_bias = c.bias ? bias.data() : nullptr;
     grouped_mm_activate(call(), of_bias, c.weighs, c.activation, pre_activation.data(),
@@ -195,9 +198,9 @@ struct Products {
                          exactness);
       }
       for (int64_t f = 0; f < F; ++f) {
-        const double value =
-            activated<double>(c.activation, number(pre_activation[r * c.N + f])).value;
-        const double up = F < c.N ? number(pre_activation[r * c.N + F + f]) : 1;
+        const double gate = number(pre_activation[r * c.N + at.gate(f)]);
+        const double value = activated<double>(c.activation, gate).value;
+        const double up = F < c.N ? up_of(pre_activation[r * c.N + at.up(f)]).value : 1;
         const double terms = std::abs(weight(r)) * (std::abs(up) + std::abs(value * up));
         is_active &= close(active[r * F + f], weight(r) * value * up, terms, 8);
       }
@@ -209,6 +212,7 @@ struct Products {
   // The product is the gradient of an activation of width N.
   void test_gradient() {
     const int64_t F = c.N, G = is_gated(c.activation) ? 2 * F : F;
+    const InnerColumns at{c.activation, F};
     Array<T> pre_activation(g.R * G), grad_pre_activation(g.R * G), active(g.R * F);
     Array<float> dots(g.R * num_dots(F)), grad_weights(g.T * g.K);
     fill(pre_activation);
@@ -228,15 +232,18 @@ struct Products {
       double dot = 0, dot_terms = 0;
       for (int64_t f = 0; f < F; ++f) {
         const Sum s = sum(e, r, f);
-        const auto of_gate = activated<double>(c.activation, number(pre_activation[r * G + f]));
-        const double up = G > F ? number(pre_activation[r * G + F + f]) : 1;
+        const double gate = number(pre_activation[r * G + at.gate(f)]);
+        const auto of_gate = activated<double>(c.activation, gate);
+        const ValueAndSlope<double> of_up =
+            G > F ? up_of(pre_activation[r * G + at.up(f)]) : ValueAndSlope<double>{1, 0};
+        const double up = of_up.value;
         const double size = 1 + std::abs(up) + std::abs(of_gate.value * up);
         const double terms = s.terms * size * (1 + std::abs(w));
-        right &= is_near(grad_pre_activation[r * G + f], w * s.value * of_gate.slope * up, terms,
-                         exactness);
+        right &= is_near(grad_pre_activation[r * G + at.gate(f)], w * s.value * of_gate.slope * up,
+                         terms, exactness);
         if (G > F) {
-          right &= is_near(grad_pre_activation[r * G + F + f], w * s.value * of_gate.value, terms,
-                           exactness);
+          right &= is_near(grad_pre_activation[r * G + at.up(f)],
+                           w * s.value * of_gate.value * of_up.slope, terms, exactness);
         }
         is_active &= close(active[r * F + f], w * of_gate.value * up, std::abs(w) * size, 8);
         dot += s.value * of_gate.value * up, dot_terms += terms;
@@ -414,10 +421,11 @@ void test_all() {
       {{0, 63, 1, 64, 0, 65}, -1, 2, 40, 80},
       {{129, 0}, -1, 1, 40, 144, A::kGeglu, true},
       {{150, 45}, -1, 5, 72, 144, A::kRelu, false, false},
+      {{70, 0, 3}, -1, 2, 40, 208, A::kSwigluOai, true, false},
       {{5, 9, 0, 40}, 12, 3, 136, 48, A::kSwiglu, true, true, true, true},
       {std::vector<int>(256, 0), -1, 2, 24, 32, A::kGelu, true, false, false, true},
   };
-  for (const int e : {2, 31, 32, 100, 255}) cases[6].loads[e] = 1 + e / 8;
+  for (const int e : {2, 31, 32, 100, 255}) cases[7].loads[e] = 1 + e / 8;
   int turn = 0;
   for (const Case& c : cases) {
     cusim::options().card = kCards[turn++ % 2];

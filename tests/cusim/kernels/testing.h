@@ -139,4 +139,13 @@ bool close(T actual, double expected, double terms, double roundings) {
                       roundings * (epsilon<Sum> * terms + std::numeric_limits<Sum>::denorm_min());
 }
 
+// Where a row of pre-activations has the gate and the factor of column f of F.
+struct InnerColumns {
+  Activation activation;
+  int64_t F;
+
+  int64_t gate(int64_t f) const { return is_interleaved(activation) ? 2 * f : f; }
+  int64_t up(int64_t f) const { return is_interleaved(activation) ? 2 * f + 1 : F + f; }
+};
+
 }  // namespace testing
