@@ -1,7 +1,7 @@
 """Convert expert weights between checkpoint layouts and GroupedExperts, bit for bit.
 
-Shapes: E experts, H hidden, F ffn. Only weights are converted. In GroupedExperts' layout all of the
-gate comes before the up, but for activation="swiglu_oai", whose layout is Stacked(interleaved=True).
+Shapes: E experts, H hidden, F ffn. Only weights are converted. All of the gate comes before the up
+in GroupedExperts' layout; that of activation="swiglu_oai" is Stacked(interleaved=True).
 """
 
 import re

@@ -174,8 +174,7 @@ class GroupedExperts(Experts):
             if layout == convert.GPT_OSS and self.activation != "swiglu_oai":
                 raise ValueError(
                     f"{prefix}gate_up_proj has the layout of gpt-oss, whose clamped, scaled gate "
-                    'GroupedExperts computes with activation="swiglu_oai"; convert.to_grouped gives '
-                    "the weights for others"
+                    'needs activation="swiglu_oai"; convert.to_grouped gives the weights for others'
                 )
             if isinstance(layout, convert.PerExpert) or layout == convert.GPT_OSS:
                 grouped = convert.to_grouped(state_dict, layout, prefix)

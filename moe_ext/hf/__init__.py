@@ -6,7 +6,8 @@
 or `model.set_experts_implementation("moe_ext")`. The import registers the name in this process.
 `check(model)` raises now for an experts module that moe_ext does not support; a forward raises when
 it reaches the module. `from_pretrained(path, "int4")` loads a model with frozen experts in 8 or 4
-bits, `quantize(model, "int4")` freezes those of a loaded one. Needs transformers >= 5.7.
+bits, `quantize(model, "int4")` freezes those of a loaded one. Needs transformers >= 5.7, and these
+two >= 5.23.
 """
 
 try:

@@ -6,41 +6,58 @@ QuantizedWeight as soon as it is whole. A saved model has values and scales unde
 weights, and loads again as it is.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    modeling_utils,
+)
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+)
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..formats import QuantizedWeight, replace_parameter
+from ..formats.weight import why_not
 from ..options import WeightFormat
 from .experts import NAME, check, experts_modules
 
 
 def from_pretrained(
     path: str | os.PathLike,
-    experts: WeightFormat,
+    experts: WeightFormat | None = None,
     group_size: int | None = None,
     *,
     zero_points: bool = False,
     activations: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model whose experts are frozen in 8 or 4 bits while it is loaded.
+    """Load a causal language model whose experts are frozen in 8 or 4 bits.
 
-    `model.save_pretrained(folder)` saves the packed weights; from there
-    `AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moe_ext")` loads them,
-    after `import moe_ext.hf`.
+    They are packed one weight after the other, while the model is loaded. Experts that are packed
+    already stay as they are: those of gpt-oss, in MXFP4, and of models that save_pretrained saved.
+    The latter are also loaded by
+    `AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moe_ext")`, after
+    `import moe_ext.hf`.
 
     Args:
         path: a folder, or a name on the hub
-        experts: the format, as of QuantizedWeight.quantize, like the next three
+        experts: the format, as of QuantizedWeight.quantize, like the next three. None: that of the
+            checkpoint
         group_size: numbers of a row that share a scale
         zero_points: of int4
         activations: "int8" to round tokens too
@@ -50,11 +67,50 @@ def from_pretrained(
         the model, which runs its experts by moe_ext
 
     Raises:
-        ValueError: a weight cannot have this format
+        ValueError: a weight cannot have this format, or has another one in the checkpoint
     """
-    config = ExpertsConfig(experts, group_size, zero_points, activations)
-    options = {"experts_implementation": NAME, "quantization_config": config} | options
-    return AutoModelForCausalLM.from_pretrained(path, **options)
+    options = {"experts_implementation": NAME} | options
+    has, unused = PreTrainedConfig.get_config_dict(path, **options)
+    packed = has.get("quantization_config", {})
+    if packed.get("quant_method") not in (NAME, "mxfp4"):
+        if experts is None:
+            raise ValueError(f"from_pretrained: {path} is not packed: name a format of its experts")
+        config = ExpertsConfig(experts, group_size, zero_points, activations)
+        options["quantization_config"] = config
+    else:
+        asked = {"format": experts, "group_size": group_size, "zero_points": zero_points or None}
+        own = {"format": "mxfp4"} | packed
+        for name, value in asked.items():
+            if None not in (value, own.get(name)) and value != own[name]:
+                raise ValueError(
+                    f"from_pretrained: the experts of {path} are packed with {name} "
+                    f"{own[name]!r}, not {value!r}; leave it out"
+                )
+        of_hub = {name: value for name, value in options.items() if name not in unused}
+        config, options = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
+        options |= of_hub | {"config": config}
+        if packed["quant_method"] == "mxfp4":
+            config.quantization_config = ExpertsConfig("mxfp4").to_dict()
+        if activations is not None:
+            config.quantization_config["activations"] = activations
+    with _files_are_read():
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+@contextlib.contextmanager
+def _files_are_read() -> Iterator[None]:
+    """Files that transformers maps stay resident, as far as they were used, until the last tensor
+    is loaded. Read, they take the memory of one weight at a time."""
+    mapped = modeling_utils.safe_open
+
+    def opened(*args: Any, **options: Any) -> Any:
+        return mapped(*args, **options | {"backend": "pread"})
+
+    modeling_utils.safe_open = opened
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped
 
 
 def quantize(
@@ -86,6 +142,7 @@ def quantize(
     count = check(model)
     config = ExpertsConfig(format, group_size, zero_points, activations)
     quantizer = ExpertsQuantizer(config)
+    quantizer.validate_environment()
     weights = list(_weights(model))
     for path, module, name in weights:
         quantizer.check_weight(path, module, name)
@@ -167,11 +224,38 @@ class _Quantize(ConversionOps):
         return {}
 
 
+class _Blocks(ConversionOps):
+    """Of MXFP4: the last two dimensions of blocks are one in a QuantizedWeight."""
+
+    def __init__(self, joins: bool = True) -> None:
+        self.joins = joins
+
+    def convert(
+        self, input_dict: dict, source_patterns: list, target_patterns: list, **others: Any
+    ) -> dict:
+        (found,) = input_dict.values()
+        blocks = found[0] if isinstance(found, list) else found
+        joined = blocks.flatten(-2) if self.joins else blocks.unflatten(-1, (-1, 16))
+        return {target_patterns[0]: joined}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Blocks(not self.joins)
+
+
 @register_quantizer(NAME)
 class ExpertsQuantizer(HfQuantizer):
     """Quantizes experts while transformers loads a model, or loads packed ones."""
 
     quantization_config: ExpertsConfig
+
+    def validate_environment(self, *args: Any, **others: Any) -> None:
+        # Before, save_pretrained divides values and scales as if they were weights.
+        if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
+            raise ImportError(
+                "experts in 8 and 4 bits need transformers >= 5.23, got "
+                f"{transformers.__version__}; pip install -U transformers"
+            )
 
     def check_weight(self, path: str, module: nn.Module, name: str) -> QuantizedWeight:
         """The weight in its format, without memory. Raises ValueError where it cannot have it."""
@@ -201,13 +285,33 @@ class ExpertsQuantizer(HfQuantizer):
     def param_needs_quantization(self, model, param_name: str, **others: Any) -> bool:
         return param_name in self._names
 
+    def get_weight_conversions(self) -> list[WeightTransform]:
+        if not self.pre_quantized or self.quantization_config.format != "mxfp4":
+            return []
+        names = "gate_up_proj", "down_proj"
+        return [
+            conversion
+            for name in names
+            for conversion in (
+                WeightConverter(f"{name}_blocks", f"{name}.values", [_Blocks()]),
+                WeightRenaming(f"{name}_scales", f"{name}.scales"),
+            )
+        ]
+
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self.quantization_config)
 
     def _process_model_after_weight_loading(self, model, **others: Any):
-        for module in model.modules():
-            if isinstance(module, QuantizedWeight):
-                module.requires_grad_(False)
+        for path, module, name in _weights(model):
+            weight = getattr(module, name)
+            loaded = isinstance(weight, QuantizedWeight) and all(
+                getattr(parameter, "_is_hf_initialized", False) for parameter in weight.parameters()
+            )
+            if not loaded:
+                raise ValueError(f"{path}: the checkpoint does not have all of it")
+            if why := why_not(weight.codes(), weight.format):
+                raise ValueError(f"{path}: {why}")
+            weight.requires_grad_(False)
         return model
 
     def is_serializable(self) -> bool:

@@ -405,8 +405,8 @@ def activate(
     activation: str,
 ) -> Tensor:
     """out[r] = weights[t, k] * fn(pre_activation[r]), [R, F]; with a gate
-    fn(pre_activation[r, :F]) * pre_activation[r, F:], or of gpt-oss (`_active`). [t, k] is the route
-    of row r; a row without a route is not read and comes out zero."""
+    fn(pre_activation[r, :F]) * pre_activation[r, F:]. [t, k] is the route of row r; a row without a
+    route is not read and comes out zero."""
     dtype = checks.accumulate_dtype(pre_activation.dtype)
     if weights is None:
         weights = pre_activation.new_ones(slots.shape, dtype=dtype)

@@ -332,7 +332,7 @@ def test_checkpoints_of_gpt_oss_need_its_activation():
         "down_proj": torch.randn(E, FFN, H),
         "down_proj_bias": torch.randn(E, H),
     }
-    with pytest.raises(RuntimeError, match='clamped, scaled gate .* activation="swiglu_oai"'):
+    with pytest.raises(RuntimeError, match=r'clamped, scaled gate .* activation="swiglu_oai"'):
         GroupedExperts(E, H, FFN, bias=True).load_state_dict(state)
     experts = GroupedExperts(E, H, FFN, activation="swiglu_oai", bias=True)
     experts.load_state_dict(state)

@@ -8,6 +8,7 @@ from cases import relative_error
 
 pytest.importorskip("transformers", reason="needs the extra peers")
 
+import safetensors.torch
 import transformers
 
 import moe_ext.hf
@@ -145,3 +146,112 @@ def test_an_error_changes_nothing():
     moe_ext.hf.quantize(model, "int8")
     with pytest.raises(ValueError, match=r"gate_up_proj is quantized already"):
         moe_ext.hf.quantize(model, "int8")
+
+
+def shipped_by_gpt_oss(folder, **changes) -> None:
+    """A checkpoint in gpt-oss's layout, with experts in MXFP4."""
+    model = model_of("GptOss")
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if "experts" in name and name.endswith("_proj"):
+            weight = QuantizedWeight.quantize(torch.randn_like(tensor).mT, "mxfp4")
+            state[f"{name}_blocks"] = weight.values.unflatten(-1, (-1, 16)).contiguous()
+            state[f"{name}_scales"] = weight.scales.detach().clone()
+        else:
+            state[name] = torch.randn_like(tensor) if "bias" in name else tensor
+    for name, change in changes.items():
+        key = f"model.layers.1.mlp.experts.{name}"
+        state[key] = change(state[key])
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    model.config.quantization_config = {"quant_method": "mxfp4"}
+    model.config.save_pretrained(folder)
+
+
+def test_mxfp4_of_gpt_oss_is_read_as_shipped(tmp_path):
+    """Its logits are those of the numbers that transformers makes of it."""
+    shipped_by_gpt_oss(tmp_path)
+    wide = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.Mxfp4Config(dequantize=True)
+    )
+    ids = torch.randint(50, (2, 9))
+    model = moe_ext.hf.from_pretrained(tmp_path)
+    logits = model(ids).logits
+    assert relative_error(logits, wide(ids).logits) < 1e-5
+    bytes_of = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    for name, weight in model.named_modules():
+        if isinstance(weight, QuantizedWeight):
+            assert torch.equal(weight.values, bytes_of[f"{name}_blocks"].flatten(-2))
+            assert torch.equal(weight.scales, bytes_of[f"{name}_scales"])
+    model.save_pretrained(tmp_path / "again")
+    assert (
+        bytes_of.keys()
+        == safetensors.torch.load_file(tmp_path / "again" / "model.safetensors").keys()
+    )
+    for args in ((), ("mxfp4",)):
+        again = moe_ext.hf.from_pretrained(tmp_path / "again", *args)
+        assert torch.equal(again(ids).logits, logits)
+    with pytest.raises(ValueError, match="packed with format 'mxfp4', not 'int4'"):
+        moe_ext.hf.from_pretrained(tmp_path, "int4", 32)
+
+
+def test_options_reach_the_configuration_of_gpt_oss(tmp_path):
+    shipped_by_gpt_oss(tmp_path)
+    model = moe_ext.hf.from_pretrained(
+        tmp_path, activations="int8", num_hidden_layers=1, dtype=torch.bfloat16, device_map="cpu"
+    )
+    assert len(model.model.layers) == 1
+    assert model.dtype == torch.bfloat16
+    assert model.model.layers[0].mlp.experts.down_proj.activations == "int8"
+
+
+def test_a_checkpoint_that_is_not_packed_needs_a_format(tmp_path):
+    model_of("Mixtral").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"not packed: name a format of its experts"):
+        moe_ext.hf.from_pretrained(tmp_path)
+
+
+def nan_scale(scales: torch.Tensor) -> torch.Tensor:
+    return scales.index_fill(1, torch.tensor([5]), 255)
+
+
+WRONG = {
+    "a missing tensor": ({"down_proj_blocks": lambda t: None}, "down_proj: .* not have all of it"),
+    "a scale that is NaN": (
+        {"gate_up_proj_scales": nan_scale},
+        "gate_up_proj: scales must be finite and not zero, got 255 at",
+    ),
+    "a wrong size": (
+        {"gate_up_proj_blocks": lambda t: t[:, :-2].clone()},
+        "ignore_mismatched_sizes",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "why"), WRONG.values(), ids=WRONG)
+def test_a_wrong_checkpoint_is_refused(tmp_path, changes, why):
+    shipped_by_gpt_oss(tmp_path, **changes)
+    with pytest.raises((ValueError, RuntimeError), match=why):
+        moe_ext.hf.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_without_a_weight_is_refused(tmp_path):
+    model_of("GptOss").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    del state["model.layers.1.mlp.experts.down_proj"]
+    safetensors.torch.save_file(state, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj: .* not have all of it"):
+        moe_ext.hf.from_pretrained(tmp_path, "int8")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_truncated_checkpoint_is_refused(tmp_path, packed):
+    model = model_of("Mixtral")
+    if packed:
+        moe_ext.hf.quantize(model, "int8")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(safetensors.SafetensorError, match=r"[Ii]ncomplete"):
+        moe_ext.hf.from_pretrained(tmp_path, "int8")
