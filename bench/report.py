@@ -28,6 +28,7 @@ NEEDED = {"peers-float32", "layer-float32", "growth", "limits", "stats", *SMALL}
 NEEDED |= {"decode-float32", "decode-bfloat16"}
 EXPERTS = "experts-float32", "experts-float32-new-memory"  # of `make bench-full`
 QUANTISED = "quantised-bfloat16"  # of bench_quantised.py
+LOADING = "loading"  # of bench_loading.py
 OURS = "moe_ext"
 
 
@@ -216,6 +217,24 @@ def quantised_table(report: dict) -> str:
     return f"{markdown(heads, rows)}\n\n{where(report)}, {report['threads']} thread."
 
 
+def loading_table(report: dict) -> str:
+    """Gigabytes of a model, packed and while it is loaded."""
+    names = "whole", "shard", "packed", "before", "peak", "limit"
+    rows = [
+        [run["format"], *(f"{run[name] / 1e9:.2f}" for name in names)] for run in report["loads"]
+    ]
+    heads = [
+        "experts",
+        "bfloat16, GB",
+        "largest file",
+        "packed",
+        "resident before",
+        "peak",
+        "limit",
+    ]
+    return f"{markdown(heads, rows)}\n\n{where(report)}."
+
+
 def summary(found: dict[str, dict]) -> str:
     """README's table: the lowest and highest speedup over the fastest peer of each setting."""
     layers = found["layer-float32"]
@@ -264,6 +283,8 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
         texts["experts"] = experts_table(found)
     if QUANTISED in found:
         texts["quantised"] = quantised_table(found[QUANTISED])
+    if LOADING in found:
+        texts["loading"] = loading_table(found[LOADING])
     return texts
 
 

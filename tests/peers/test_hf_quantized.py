@@ -1,6 +1,8 @@
 """Models of transformers whose experts are frozen in 8 or 4 bits."""
 
 import copy
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import transformers
 import moe_ext.hf
 from moe_ext import QuantizedWeight
 
+BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 64,
@@ -255,3 +258,11 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, packed):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(safetensors.SafetensorError, match=r"[Ii]ncomplete"):
         moe_ext.hf.from_pretrained(tmp_path, "int8")
+
+
+def test_a_load_takes_the_memory_of_the_packed_model_and_a_file(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    bench = importlib.import_module("bench_loading")
+    (load,) = bench.measure(8, ["int4"], hidden=512, shard=100_000_000)
+    assert load["packed"] < 0.29 * load["whole"]
+    assert load["peak"] < load["limit"] < load["whole"]
