@@ -5,6 +5,8 @@ as many steps. So the MoE model's lower loss comes from its experts. `python -m 
 it. With `torchrun --nproc-per-node 2 -m moe_ext demo` the ranks share the experts and every batch.
 """
 
+import contextlib
+import copy
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from .. import GroupedExperts, MOELayer, TopKGate
 from ..monitor.plot import plot_curves, plot_run
 from ..monitor.sinks import JsonLines, Sink, read_json_lines
 from ..monitor.stats import Stats, track
+from ..options import WeightFormat
 from .doctor import crowded
 from .gpt import GPT, Corpus, load_corpus, loss_of, windows
 from .torchrun import ALONE, Processes
@@ -166,6 +170,20 @@ class Trainer:
         nats = float(self.processes.total(torch.tensor(nats, dtype=torch.float64)))
         return nats / config.eval_windows / math.log(2)
 
+    def score_frozen(self) -> dict[str, float]:
+        """Held-out bits per byte with the experts in 8 and 4 bits, where rows have whole groups."""
+        whole, scores = self.model, {}
+        try:
+            for format in get_args(WeightFormat):
+                self.model = copy.deepcopy(whole)
+                with contextlib.suppress(ValueError):
+                    for layer in moe_layers(self.model):
+                        cast(GroupedExperts, layer.experts).quantize(format)
+                    scores[format] = self.score()
+        finally:
+            self.model = whole
+        return scores
+
     def step(self, number: int) -> None:
         begin = time.perf_counter()
         config, text = self.config, self.corpus.train
@@ -242,6 +260,10 @@ def report(results: dict) -> str:
     lines.append(
         f"the MoE model needs {comparison} than the dense model of equal active parameters"
     )
+    if frozen := results["models"]["moe"].get("bits_per_byte_frozen"):
+        after = results["models"]["moe"]["bits_per_byte_after"]
+        losses = ", ".join(f"{format} {bits - after:+.4f}" for format, bits in frozen.items())
+        lines.append(f"bits per byte that experts in 8 and 4 bits add: {losses}")
     steps = results["config"]["steps"]
     if steps < Config.steps // 2:
         lines.append(f"{steps} steps are too few to compare the two; the default is {Config.steps}")
@@ -310,6 +332,9 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
             trainer = Trainer(name, corpus, config, torch.device(device), processes)
             results["models"][name] = trainer.result
             train(name, trainer, save, lines if is_first else None)
+            if trainer.layers and processes.size == 1:
+                trainer.result["bits_per_byte_frozen"] = trainer.score_frozen()
+                save()
     finally:
         results["seconds"] = time.perf_counter() - begin
         if is_first:

@@ -48,15 +48,23 @@ def test_experts_lower_the_loss_at_equal_active_parameters(corpus):
     """The demo's claim, on models that are trained in seconds."""
     config = replace(
         demo.Config(),
-        **{"layers": 1, "width": 32, "ffn": 64, "context": 16, "learning_rate": 8e-3},
+        **{"layers": 1, "width": 64, "ffn": 64, "context": 16, "learning_rate": 8e-3},
         **{"steps": 400, "eval_every": 400, "eval_windows": 1024},
     )
+    trainers = [
+        demo.Trainer(name, corpus, config, torch.device("cpu")) for name in ("moe", "dense")
+    ]
     moe, dense = (
-        demo.train(name, demo.Trainer(name, corpus, config, torch.device("cpu")))
-        for name in ("moe", "dense")
+        demo.train(name, trainer) for name, trainer in zip(("moe", "dense"), trainers, strict=True)
     )
     assert moe["active_parameters"] == dense["active_parameters"]
     assert moe["bits_per_byte_after"] < dense["bits_per_byte_after"]
+    # Experts in 8 and 4 bits hardly change the loss of the trained model.
+    most = {"int8": 0.005, "int4": 0.05, "mxfp4": 0.05, "nf4": 0.05}
+    frozen = trainers[0].score_frozen()
+    assert frozen.keys() == most.keys()
+    added = {format: bits - moe["bits_per_byte_after"] for format, bits in frozen.items()}
+    assert all(0 != added[format] < bound for format, bound in most.items())
 
 
 def test_the_report_says_which_model_is_better():
@@ -72,6 +80,8 @@ def test_the_report_says_which_model_is_better():
     assert "the MoE model needs 0.150 bits per byte fewer than the dense model" in said
     assert "too few" not in said
     assert said.endswith("elapsed: 42 s")
+    models["moe"]["bits_per_byte_frozen"] = {"int8": 2.501, "int4": 2.48}
+    assert "8 and 4 bits add: int8 +0.0010, int4 -0.0200\n" in demo.report(results)
     models["moe"]["bits_per_byte_after"] = 2.7
     said = demo.report(results | {"config": {"steps": steps // 5}})
     assert "0.050 bits per byte more than" in said
