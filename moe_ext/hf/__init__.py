@@ -21,18 +21,23 @@ except ImportError as error:
     ) from error
 
 from .experts import NAME, ExpertsModule, Layout, check, experts_forward, experts_modules
-from .quantizer import ExpertsConfig, from_pretrained, quantize
+from .packed import from_pretrained, quantize
+from .quantizer import ExpertsConfig
+from .reports import LayerReport, Report, report
 from .stats import StatsCallback
 
 __all__ = [
     "NAME",
     "ExpertsConfig",
     "ExpertsModule",
+    "LayerReport",
     "Layout",
+    "Report",
     "StatsCallback",
     "check",
     "experts_forward",
     "experts_modules",
     "from_pretrained",
     "quantize",
+    "report",
 ]

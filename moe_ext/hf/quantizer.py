@@ -6,8 +6,6 @@ QuantizedWeight as soon as it is whole. A saved model has values and scales unde
 weights, and loads again as it is.
 """
 
-import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -15,11 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
-    modeling_utils,
 )
 from transformers.core_model_loading import (
     ConversionOps,
@@ -35,123 +29,6 @@ from ..formats import QuantizedWeight, replace_parameter
 from ..formats.weight import why_not
 from ..options import WeightFormat
 from .experts import NAME, check, experts_modules
-
-
-def from_pretrained(
-    path: str | os.PathLike,
-    experts: WeightFormat | None = None,
-    group_size: int | None = None,
-    *,
-    zero_points: bool = False,
-    activations: str | None = None,
-    **options: Any,
-) -> PreTrainedModel:
-    """Load a causal language model whose experts are frozen in 8 or 4 bits.
-
-    They are packed one weight after the other, while the model is loaded. Experts that are packed
-    already stay as they are: those of gpt-oss, in MXFP4, and of models that save_pretrained saved.
-    The latter are also loaded by
-    `AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moe_ext")`, after
-    `import moe_ext.hf`.
-
-    Args:
-        path: a folder, or a name on the hub
-        experts: the format, as of QuantizedWeight.quantize, like the next three. None: that of the
-            checkpoint
-        group_size: numbers of a row that share a scale
-        zero_points: of int4
-        activations: "int8" to round tokens too
-        **options: of AutoModelForCausalLM.from_pretrained
-
-    Returns:
-        the model, which runs its experts by moe_ext
-
-    Raises:
-        ValueError: a weight cannot have this format, or has another one in the checkpoint
-    """
-    options = {"experts_implementation": NAME} | options
-    has, unused = PreTrainedConfig.get_config_dict(path, **options)
-    packed = has.get("quantization_config", {})
-    if packed.get("quant_method") not in (NAME, "mxfp4"):
-        if experts is None:
-            raise ValueError(f"from_pretrained: {path} is not packed: name a format of its experts")
-        config = ExpertsConfig(experts, group_size, zero_points, activations)
-        options["quantization_config"] = config
-    else:
-        asked = {"format": experts, "group_size": group_size, "zero_points": zero_points or None}
-        own = {"format": "mxfp4"} | packed
-        for name, value in asked.items():
-            if None not in (value, own.get(name)) and value != own[name]:
-                raise ValueError(
-                    f"from_pretrained: the experts of {path} are packed with {name} "
-                    f"{own[name]!r}, not {value!r}; leave it out"
-                )
-        of_hub = {name: value for name, value in options.items() if name not in unused}
-        config, options = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
-        options |= of_hub | {"config": config}
-        if packed["quant_method"] == "mxfp4":
-            config.quantization_config = ExpertsConfig("mxfp4").to_dict()
-        if activations is not None:
-            config.quantization_config["activations"] = activations
-    with _files_are_read():
-        return AutoModelForCausalLM.from_pretrained(path, **options)
-
-
-@contextlib.contextmanager
-def _files_are_read() -> Iterator[None]:
-    """Files that transformers maps stay resident, as far as they were used, until the last tensor
-    is loaded. Read, they take the memory of one weight at a time."""
-    mapped = modeling_utils.safe_open
-
-    def opened(*args: Any, **options: Any) -> Any:
-        return mapped(*args, **options | {"backend": "pread"})
-
-    modeling_utils.safe_open = opened
-    try:
-        yield
-    finally:
-        modeling_utils.safe_open = mapped
-
-
-def quantize(
-    model: nn.Module,
-    format: WeightFormat,
-    group_size: int | None = None,
-    *,
-    zero_points: bool = False,
-    activations: str | None = None,
-) -> int:
-    """Freeze the weights of all experts in 8 or 4 bits, and let moe_ext run them.
-
-    A QuantizedWeight takes the place of each stacked parameter; biases and everything else stay.
-    An error leaves the model as it was.
-
-    Args:
-        model: a model of transformers, which save_pretrained then saves packed
-        format: as of QuantizedWeight.quantize, like the others
-        group_size: numbers of a row that share a scale
-        zero_points: of int4
-        activations: "int8" to round tokens too
-
-    Returns:
-        the number of experts modules
-
-    Raises:
-        ValueError: as of `check`, or a weight cannot have this format
-    """
-    count = check(model)
-    config = ExpertsConfig(format, group_size, zero_points, activations)
-    quantizer = ExpertsQuantizer(config)
-    quantizer.validate_environment()
-    weights = list(_weights(model))
-    for path, module, name in weights:
-        quantizer.check_weight(path, module, name)
-    cast(PreTrainedModel, model).set_experts_implementation(NAME)
-    # One after the other: the packed and the whole model are never beside each other.
-    for path, module, name in weights:
-        replace_parameter(module, name, config.quantize(path, module, getattr(module, name)))
-    quantizer.attach(cast(PreTrainedModel, model))
-    return count
 
 
 @register_quantization_config(NAME)
@@ -192,11 +69,15 @@ class ExpertsConfig(QuantizationConfigMixin):
             raise ValueError(f"{path}: {error}") from None
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """The parameters of experts: name, module, and name in the module."""
+def weight_names(module: nn.Module) -> tuple[str, str]:
+    """The parameters of an experts module that are packed."""
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """All of them: path, module, and name in the module."""
     for path, module in experts_modules(model):
-        up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-        for name in (up, "down_proj"):
+        for name in weight_names(module):
             yield f"{path}.{name}", module, name
 
 
@@ -275,7 +156,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **others: Any) -> None:
         check(model)
-        weights = list(_weights(model))
+        weights = list(weights_of(model))
         self._names = {name for name, _, _ in weights}
         for path, module, name in weights:
             packed = self.check_weight(path, module, name)
@@ -302,7 +183,7 @@ class ExpertsQuantizer(HfQuantizer):
         return _Quantize(self.quantization_config)
 
     def _process_model_after_weight_loading(self, model, **others: Any):
-        for path, module, name in _weights(model):
+        for path, module, name in weights_of(model):
             weight = getattr(module, name)
             loaded = isinstance(weight, QuantizedWeight) and all(
                 getattr(parameter, "_is_hf_initialized", False) for parameter in weight.parameters()

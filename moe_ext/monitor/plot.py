@@ -1,13 +1,14 @@
 """Draw readings as PNG files with matplotlib, in colours for colour-blind readers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from .reading import Reading
@@ -72,10 +73,8 @@ def plot_load(shares: dict[str, Sequence[float]], path: Path, when: str) -> None
         path: the PNG file
         when: the time of the reading, for the title
     """
-    layers, experts = len(shares), max(map(len, shares.values()))
-    width = 0.55 * experts if experts <= MOST_NUMBERS else min(0.12 * experts, 14)
-    height = 0.6 * layers if layers <= MOST_NUMBERS else min(0.25 * layers, 12)
-    figure, axes = _figure(2.6 + width, 1.6 + height)
+    experts = max(map(len, shares.values()))
+    figure, axes = _map_of(list(shares), experts)
     over_even = [
         [share * len(row) for share in row] + [math.nan] * (experts - len(row))
         for row in shares.values()
@@ -87,12 +86,47 @@ def plot_load(shares: dict[str, Sequence[float]], path: Path, when: str) -> None
                 colour = "white" if share * len(row) < 1 else "black"
                 label = f"{100 * share:.0f}%" if share > 0.005 else "<1%" if share else "idle"
                 axes.text(expert, layer, label, ha="center", va="center", color=colour)
-        axes.set_xticks(range(experts))
-    every = -(-layers // MOST_NAMES)
-    axes.set_yticks(range(0, layers, every), list(shares)[::every])
-    title = f"Load of each expert, % of its layer's token-expert pairs\n{when}"
-    axes.set(title=title, xlabel="expert (number)", ylabel="layer")
+    axes.set_title(f"Load of each expert, % of its layer's token-expert pairs\n{when}")
     _save(figure, path)
+
+
+def plot_errors(errors: Mapping[str, Sequence[float]], path: Path, title: str) -> None:
+    """Draw a heat map of layer by expert, in % from no error to the largest.
+
+    Args:
+        errors: by layer, [E] each, of 1; NaN where an expert has none. E may differ
+        path: the PNG file
+        title: title of the picture
+    """
+    experts = max(map(len, errors.values()))
+    figure, axes = _map_of(list(errors), experts)
+    rows = [[*row] + [math.nan] * (experts - len(row)) for row in errors.values()]
+    most = max((value for row in rows for value in row if value == value), default=0) or LEAST
+    image = axes.imshow(rows, cmap=SCALE, vmin=0, vmax=most, aspect="auto", interpolation="none")
+    figure.colorbar(image, label="error / norm", format=PercentFormatter(1))
+    if experts <= MOST_NUMBERS:
+        for layer, row in enumerate(rows):
+            for expert, value in enumerate(row):
+                if value == value:
+                    colour = "white" if value < most / 2 else "black"
+                    label = f"{100 * value:.3g}"
+                    axes.text(expert, layer, label, ha="center", va="center", color=colour)
+    axes.set_title(title)
+    _save(figure, path)
+
+
+def _map_of(layers: Sequence[str], experts: int):
+    """Room for a heat map of layer by expert."""
+    count = len(layers)
+    width = 0.55 * experts if experts <= MOST_NUMBERS else min(0.12 * experts, 14)
+    height = 0.6 * count if count <= MOST_NUMBERS else min(0.25 * count, 12)
+    figure, axes = _figure(2.6 + width, 1.6 + height)
+    if experts <= MOST_NUMBERS:
+        axes.set_xticks(range(experts))
+    every = -(-count // MOST_NAMES)
+    axes.set_yticks(range(0, count, every), layers[::every])
+    axes.set(xlabel="expert (number)", ylabel="layer")
+    return figure, axes
 
 
 def _heat_map(figure: Figure, axes, over_even: list[list[float]]) -> None:

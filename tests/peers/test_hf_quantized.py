@@ -266,3 +266,54 @@ def test_a_load_takes_the_memory_of_the_packed_model_and_a_file(monkeypatch):
     (load,) = bench.measure(8, ["int4"], hidden=512, shard=100_000_000)
     assert load["packed"] < 0.29 * load["whole"]
     assert load["peak"] < load["limit"] < load["whole"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_report_has_the_errors_of_every_expert(name, tmp_path, capsys):
+    model = model_of(name)
+    ids = torch.randint(50, (2, 9))
+    state = {n: p.clone() for n, p in model.state_dict().items()}
+    calls = []
+    path, experts = next(moe_ext.hf.experts_modules(model))
+    hook = experts.register_forward_pre_hook(lambda module, args: calls.append(args))
+    report = moe_ext.hf.report(model, "int4", 32, inputs=ids)
+    hook.remove()
+    assert all(torch.equal(p, state[n]) for n, p in model.state_dict().items())
+    assert [layer.name for layer in report] == [p for p, _ in moe_ext.hf.experts_modules(model)]
+
+    (args,) = calls
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        exact = experts(*args)
+        whole = {n: getattr(experts, n).clone() for n in ("gate_up_proj", "down_proj")}
+        moe_ext.hf.quantize(model, "int4", 32)
+        row = report[0]
+        assert row.output_error == pytest.approx(relative_error(experts(*args), exact), rel=1e-3)
+        packed = {n: getattr(experts, n) for n in whole}
+    assert row.bytes_before == sum(w.nbytes for w in whole.values())
+    assert row.bytes_after == sum(w.nbytes for w in packed.values())
+    numbers = {n: w.dequantize() for n, w in packed.items()}
+    numbers = {n: w if w.shape == whole[n].shape else w.mT for n, w in numbers.items()}
+    chosen = set(args[1].flatten().tolist())
+    for e in range(4):
+        one, other = (torch.cat([w[e].flatten() for w in of.values()]) for of in (numbers, whole))
+        assert row.weight_errors[e] == pytest.approx(relative_error(one, other), rel=1e-4)
+        assert (row.output_errors[e] == row.output_errors[e]) == (e in chosen)
+    lines = str(report).splitlines()
+    assert lines[2].startswith(path)
+    assert lines[-1].startswith("total")
+    report.plot(tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").stat().st_size > 10_000
+
+    other = model_of(name)
+    moe_ext.hf.quantize(other, "int4", 32, report=True, inputs={"input_ids": ids})
+    assert str(report) in capsys.readouterr().out
+
+
+def test_a_report_without_inputs_has_the_errors_of_weights(capsys):
+    report = moe_ext.hf.report(model_of("Mixtral"), "int8")
+    assert all(layer.output_errors == [] for layer in report)
+    assert all(0.001 < layer.weight_error < 0.01 for layer in report)
+    assert report[0].worst(9)[0][1] == max(report[0].weight_errors)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.gate_up_proj: .*do not divide"):
+        moe_ext.hf.report(model_of("Mixtral"), "int4", 128)

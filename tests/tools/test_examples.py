@@ -96,3 +96,16 @@ def test_arguments_out_of_range_are_refused(arguments, message, monkeypatch, cap
     with pytest.raises(SystemExit, match=r"^2$"):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert message in capsys.readouterr().err
+
+
+def test_quantise_model(tmp_path):
+    pytest.importorskip("transformers", reason="needs the extra peers")
+    said = run("quantise_model.py", "--steps", 60, "--tokens", 12, "--out", tmp_path)
+    whole, packed = numbers(r"experts ([\d.]+) MB", said)
+    assert packed < 0.145 * whole  # of float32's
+    before, after = numbers(r"loss ([\d.]+)", said)
+    assert before < 4
+    assert abs(after - before) < 0.02
+    assert said.count("def __init__(self, name, ") == 2
+    assert "model.layers.1.mlp.experts" in said
+    assert (tmp_path / "int4" / "model.safetensors").exists()
