@@ -25,12 +25,14 @@ MOST_WORST = 3
 class LayerReport:
     """The experts of one layer.
 
-    name: the path of the module
-    bytes_before, bytes_after: of its weights
-    weight_errors: [E], the norm of the error of an expert's weights, divided by their norm
-    output_errors: [E], the same of its outputs for the tokens that chose it, NaN without any. Empty
-        without inputs
-    output_error: the same of the layer's outputs
+    Args:
+        name: the path of the module
+        bytes_before: of its weights
+        bytes_after: of the packed ones
+        weight_errors: [E], the norm of the error of an expert's weights, divided by their norm
+        output_errors: [E], the same of its outputs for the tokens that chose it, NaN without any.
+            Empty without inputs
+        output_error: the same of the layer's outputs
     """
 
     name: str
