@@ -1,18 +1,21 @@
 """Experts in 8 and 4 bits on one thread, beside our bfloat16 and torch's packed products.
 
-    python bench/bench_quantised.py [--shape OLMoE ...] [--tokens 1 16 512] [--threads 1]
+    python bench/bench_quantised.py [--shape OLMoE ...] [--tokens 1 16 512] [--threads 1] [--peers]
 
 Times SwiGLU experts for choices that change from call to call, so that no cache holds the weights,
 which are in huge pages. torch's products of packed weights run expert after expert. Every result is
 compared first with the product of its own dequantized numbers. "GB/s" counts the chosen experts'
-bytes once, and "of reading" is their share of the rate at which torch adds up such weights. Writes
-bench/results/<machine>/quantised-bfloat16.json after a run of all shapes.
+bytes once, and "of reading" is their share of the rate at which torch adds up such weights. --peers
+times ggml, ONNX Runtime and KTransformers instead of torch's, where they are installed
+(quantised_peers.py). After a run of all shapes it writes quantised-bfloat16.json, or
+quantised-peers.json, to bench/results/<machine>.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import quantised_peers
 import torch
 from bench_decode import SHAPES, Shape
 from common import keep, parser, positive, setting
@@ -133,8 +136,30 @@ class TorchInt4(_Torchs):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, self.GROUP, scales)
 
 
-def implementations(shape: Shape) -> Iterator[tuple[str, nn.Module]]:
-    H, ffn, E, _ = shape
+class Peer(nn.Module):
+    """A peer's experts; `numbers` are those that it makes of the weights."""
+
+    def __init__(self, peer, up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.peer, self.exact = peer, [peer.rounded(w) for w in (up, down)]
+        self.nbytes = peer.bytes_per_weight * (up.numel() + down.numel())
+
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        return tuple(self.exact)
+
+    @torch.no_grad()
+    def forward(self, call: Call) -> Tensor:
+        return self.peer.run(call.tokens, call.plan.expert_ids, call.weights)
+
+
+def bytes_of(module: nn.Module) -> float:
+    if isinstance(module, Peer):
+        return module.nbytes
+    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+
+
+def implementations(shape: Shape, peers: bool) -> Iterator[tuple[str, nn.Module]]:
+    H, ffn, E, K = shape
     generator = torch.Generator().manual_seed(0)
 
     def weight(*size: int) -> Tensor:
@@ -144,6 +169,13 @@ def implementations(shape: Shape) -> Iterator[tuple[str, nn.Module]]:
     yield OURS, Ours(up, down)
     for name, options in FORMATS.items():
         yield name, Ours(up, down, **options)
+    if peers:
+        for name, why in quantised_peers.available().items():
+            if why is None:
+                yield name, Peer(quantised_peers.PEERS[name](up, down, K), up, down)
+            else:
+                print(f"{name} is left out: {why}")
+        return
     yield TORCH_INT8, TorchInt8(up, down)
     yield TORCH_INT4, TorchInt4(up, down)
 
@@ -165,7 +197,8 @@ def check(name: str, module: nn.Module, call: Call) -> None:
     tokens, plan, weights = call
     exact = moe_ext.feed_forward(tokens.float(), plan, weights, up, down, "swiglu")
     error = float((module(call).float() - exact).norm() / exact.norm())
-    if not error < (0.03 if "tokens" in name else 0.01):
+    # Most peers round tokens to 8 bits.
+    if not error < (0.03 if "tokens" in name or isinstance(module, Peer) else 0.01):
         raise AssertionError(f"{name}: a relative error of {error:.3g}")
 
 
@@ -175,13 +208,15 @@ def read(weight: Tensor, call: Call) -> float:
     return sum(float(weight[e].sum()) for e in chosen)
 
 
-def measure(shape: Shape, tokens: list[int], seconds: float) -> list[dict]:
-    made = dict(implementations(shape))
+def measure(shape: Shape, tokens: list[int], seconds: float, peers: bool = False) -> list[dict]:
+    made = dict(implementations(shape, peers))
     for name, module in made.items():
         check(name, module, calls(shape, 3)[0])
         if hasattr(module, "exact"):
             del module.exact
         moe_ext.huge_pages(module)
+    if peers:
+        quantised_peers.huge_pages()
     stack = made[OURS].up.detach().view(torch.float32)
     results = []
     for count in tokens:
@@ -190,8 +225,7 @@ def measure(shape: Shape, tokens: list[int], seconds: float) -> list[dict]:
         timers["reading"] = clock(lambda call: read(stack, call), sets)
         found = compare_with(OURS, timers, seconds)
         chosen = sum(len(call.plan.expert_ids.unique()) for (call,) in sets) / len(sets)
-        tensors = {n: [*m.parameters(), *m.buffers()] for n, m in made.items()}
-        size = {n: sum(t.nbytes for t in of) / shape.num_experts for n, of in tensors.items()}
+        size = {n: bytes_of(module) / shape.num_experts for n, module in made.items()}
         rate = {n: chosen * of / found["seconds"][n] / 1e9 for n, of in size.items()}
         read_bytes = chosen * stack[0].nbytes
         rate["reading"] = read_bytes / found["seconds"].pop("reading") / 1e9
@@ -205,14 +239,17 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--shape", nargs="*", default=[*SHAPES][:2], choices=[*SHAPES])
     options.add_argument("--tokens", nargs="*", type=positive, default=[1, 16, 512])
     options.add_argument("--threads", type=positive, default=1)
+    options.add_argument("--peers", action="store_true")
     options = options.parse_args(arguments)
     report = setting(torch.device("cpu")) | {"threads": options.threads, "shapes": {}}
     torch.set_num_threads(options.threads)
     for label in tqdm(options.shape, unit="shape", leave=False):
-        report["shapes"][label] = measure(SHAPES[label], options.tokens, options.seconds)
+        found = measure(SHAPES[label], options.tokens, options.seconds, options.peers)
+        report["shapes"][label] = found
     print(quantised_table(report))
     is_whole = options.shape == [*SHAPES][:2]
-    keep(report, "quantised-bfloat16" if is_whole else None, options.out)
+    name = "quantised-peers" if options.peers else "quantised-bfloat16"
+    keep(report, name if is_whole else None, options.out)
 
 
 if __name__ == "__main__":

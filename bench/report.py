@@ -28,6 +28,7 @@ NEEDED = {"peers-float32", "layer-float32", "growth", "limits", "stats", *SMALL}
 NEEDED |= {"decode-float32", "decode-bfloat16"}
 EXPERTS = "experts-float32", "experts-float32-new-memory"  # of `make bench-full`
 QUANTISED = "quantised-bfloat16"  # of bench_quantised.py
+PEERS = "quantised-peers"  # of bench_quantised.py --peers
 LOADING = "loading"  # of bench_loading.py
 OURS = "moe_ext"
 
@@ -283,6 +284,8 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
         texts["experts"] = experts_table(found)
     if QUANTISED in found:
         texts["quantised"] = quantised_table(found[QUANTISED])
+    if PEERS in found:
+        texts["packed_peers"] = quantised_table(found[PEERS])
     if LOADING in found:
         texts["loading"] = loading_table(found[LOADING])
     return texts

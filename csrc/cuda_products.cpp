@@ -68,6 +68,32 @@ Tensor tensor_grouped_mm(const Tensor& rows, const Tensor& weights, const Option
   return out;
 }
 
+// Rows that are to be rounded to 8 bits are so already.
+Tensor tensor_quantized_mm(const Tensor& rows, const Tensor& values, const Tensor& scales,
+                           const OptionalTensor& zeros, const OptionalTensor& bias,
+                           const Tensor& offsets, const Tensor& load, const std::string& format,
+                           bool transposed, bool int8_rows, std::optional<int64_t> capacity,
+                           bool /* allow_tf32 */) {
+  const QuantizedMMArgs a = quantized_mm_args(rows, values, scales, zeros, bias, offsets, load,
+                                              format, transposed, int8_rows, capacity);
+  const Check check("quantized_mm");
+  check_widths("quantized_mm", a.rows, {a.rows_width, a.out_width});
+  if (a.rows.element_size() != 2) check.fail("tensor cores take rows of 16 bits here");
+  if (int8_rows) check.fail("tensor cores take rows as they are");
+  if (a.values.size(2) % 16 != 0) {
+    check.fail("tensor cores take lines of a multiple of 16 bytes, not ", a.values.size(2));
+  }
+  const OnDevice device(a.rows);
+  const Tensor left = readable(a.rows), codes = readable(a.values);
+  const OptionalTensor added = readable(a.bias);
+  const Tensor out = empty(left, {a.num_rows, a.out_width}, left.scalar_type());
+  cuda::quantized_mm({dtype_of(left), left.const_data_ptr(), a.format, codes.const_data_ptr(),
+                      a.scales.const_data_ptr(), data_or_null<void>(a.zeros), a.scales.size(2),
+                      a.transposed, groups_of(a.groups, a.num_rows), a.rows_width, a.out_width},
+                     data_or_null<void>(added), out.mutable_data_ptr(), device.stream());
+  return out;
+}
+
 Tensor tensor_grouped_outer(const Tensor& left, const Tensor& right, const Tensor& offsets,
                             const Tensor& load, std::optional<int64_t> capacity, bool allow_tf32) {
   const GroupedOuterArgs a = grouped_outer_args(left, right, offsets, load, capacity);
@@ -267,6 +293,7 @@ SixTensors tensor_feed_forward_backward(const Tensor& grad, const Tensor& tokens
 
 MOE_EXT_CUDA_LIBRARY(m) {
   m.impl("tensor_grouped_mm", TORCH_BOX(&moe_ext::tensor_grouped_mm));
+  m.impl("tensor_quantized_mm", TORCH_BOX(&moe_ext::tensor_quantized_mm));
   m.impl("tensor_grouped_outer", TORCH_BOX(&moe_ext::tensor_grouped_outer));
   m.impl("tensor_feed_forward", TORCH_BOX(&moe_ext::tensor_feed_forward));
   m.impl("tensor_feed_forward_backward", TORCH_BOX(&moe_ext::tensor_feed_forward_backward));

@@ -44,7 +44,7 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   }
   // Products on tensor cores, beside torch's: moe_ext/ops/tensor_cores.py.
   for (const char* name :
-       {"grouped_mm", "grouped_outer", "feed_forward", "feed_forward_backward"}) {
+       {"grouped_mm", "quantized_mm", "grouped_outer", "feed_forward", "feed_forward_backward"}) {
     std::string schema = moe_ext::schema_of(moe_ext::kContracts[moe_ext::contract(name)]);
     schema.insert(schema.find(") -> "), ", bool allow_tf32");
     m.def(("tensor_" + schema).c_str());

@@ -11,6 +11,7 @@
 
 #include "../activation.h"
 #include "../scoring.h"
+#include "../weight_format.h"
 
 struct CUstream_st;
 
@@ -197,6 +198,22 @@ struct SumDots {
   float* grad_weights;  // [T, K]
 };
 void sum_dots(const SumDots& call, CUstream_st* stream);
+
+// Weights in a format, whose numbers are rounded to the rows' dtype, of 16 bits.
+struct QuantizedMM {
+  Dtype dtype;
+  const void* rows;  // [R, M]
+  WeightFormat format;
+  const void* values;  // [E, N, bytes of M]; transposed, [E, M, bytes of N]. Rows of whole vectors
+  const void* scales;  // [E, N or M, num_scales]
+  const void* zeros;   // [E, N or M, (num_scales + 1) / 2] or null
+  int64_t num_scales;
+  bool transposed;
+  Groups groups;
+  int64_t depth, width;  // M, N
+};
+// out[r] = weights[e] @ rows[r] + bias[e], zero in other rows. bias: [E, N] or null, out: [R, N]
+void quantized_mm(const QuantizedMM& call, const void* bias, void* out, CUstream_st* stream);
 
 struct GroupedOuter {
   Dtype dtype;

@@ -8,6 +8,8 @@ on the device: a call never waits for it. They multiply as `mma.sync` does, on c
     float32             as TF32 where torch allows that for its own products
                         (torch.backends.cuda.matmul), else as three products of TF32, with an
                         error of 2e-6 of the terms' sizes at most; an infinity gives NaN
+
+Weights in 8 and 4 bits become numbers of the rows' dtype, of 16 bits, a slice at a time.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-NAMES = ("grouped_mm", "grouped_outer", "feed_forward", "feed_forward_backward")
+NAMES = ("grouped_mm", "quantized_mm", "grouped_outer", "feed_forward", "feed_forward_backward")
 _TAKEN = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_MAJOR = 8  # compute capability
 
@@ -42,6 +44,17 @@ def why_not(rows: Tensor, widths: tuple[int, ...]) -> str | None:
         return f"ours do not take {rows.dtype}"
     if any(width == 0 or width * rows.element_size() % 16 for width in widths):
         return f"ours take rows of a multiple of 16 bytes, not {widths} values"
+    return None
+
+
+def why_not_packed(rows: Tensor, values: Tensor, width: int) -> str | None:
+    """The same for weights [E, N, bytes] in 8 or 4 bits; width: of the result."""
+    if why := why_not(rows, (rows.shape[1], width)):
+        return why
+    if rows.element_size() != 2:
+        return f"ours take rows of 16 bits, not {rows.dtype}"
+    if values.shape[2] % 16 or not len(values):
+        return f"ours take lines of a multiple of 16 bytes, not {list(values.shape)}"
     return None
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..formats import codes
 from . import reference, tensor_cores
 from .contracts import checked
 
@@ -79,6 +80,12 @@ def path_of(name: str, args: tuple) -> tuple[str, str]:
     first, second, capacity = args[0], args[1], args[-1]
     if name == "grouped_mm":
         return choose(first, tuple(second.shape[1:]), second.shape[0], capacity)
+    if name == "quantized_mm":
+        format, transposed = args[-4:-2]
+        wide = second.shape[2] * 8 // codes.FORMATS[format].bits
+        width = wide if transposed else second.shape[1]
+        why = tensor_cores.why_not_packed(first, second, width)
+        return ("reference", why) if why else ("own", "torch has no product of packed weights")
     return choose(first, (first.shape[1], second.shape[1]), args[3].shape[0], capacity)
 
 
@@ -109,6 +116,30 @@ def grouped_outer(
     owned = _owned(offsets, load, left.shape[0])
     left, right = torch.where(owned, left, 0), torch.where(owned, right, 0)
     return OUTER[path](left, right, offsets, load, capacity)
+
+
+@checked
+def quantized_mm(
+    rows: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor,
+    load: Tensor,
+    format: str,
+    transposed: bool,
+    int8_rows: bool,
+    capacity: int | None,
+) -> Tensor:
+    """By our kernels for tensor cores, or by the reference."""
+    args = values, scales, zeros, bias, offsets, load, format, transposed
+    path, _ = path_of("quantized_mm", (rows, *args, int8_rows, capacity))
+    if path == "reference":
+        return reference.quantized_mm(rows, *args, int8_rows, capacity)
+    if int8_rows:
+        rows = codes.round_rows(rows.float()).to(rows.dtype)
+    return tensor_cores.operator("quantized_mm")(rows, *args, False, capacity)
 
 
 def _mm(rows, weights, bias, offsets, load, capacity):
@@ -221,5 +252,9 @@ OUTER = {
 # They leave out by themselves what no route owns.
 WITHOUT_COPIES = ("own", "reference")
 
-OPERATORS: dict[str, Callable] = {"grouped_mm": grouped_mm, "grouped_outer": grouped_outer}
+OPERATORS: dict[str, Callable] = {
+    "grouped_mm": grouped_mm,
+    "quantized_mm": quantized_mm,
+    "grouped_outer": grouped_outer,
+}
 INSIDE: dict[str, Callable] = {"grouped_mm": _mm, "grouped_outer": _outer}

@@ -18,11 +18,10 @@ from cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ext
-from moe_ext import GroupedExperts, MOELayer, TopKGate
+from moe_ext import GroupedExperts, MOELayer, QuantizedWeight, TopKGate
 from moe_ext.ops import registry, samples, torch_grouped_mm
 
-# quantized_mm has no kernel yet.
-IN_PYTHON = {*torch_grouped_mm.OPERATORS, *COMPOSED_ON_CUDA, "quantized_mm"}
+IN_PYTHON = {*torch_grouped_mm.OPERATORS, *COMPOSED_ON_CUDA}
 each_kernel = pytest.mark.parametrize("op", [op for op in registry.NAMES if op not in IN_PYTHON])
 ORDERS = ("forward", "reverse", "random1", "random2", "random3")
 
@@ -137,6 +136,30 @@ def test_activation_reads_and_writes_once(launches_of, activation):
     assert call["kernel"] == "activate_backward"
     assert call["loads"][16] == kept * (pre_activation[0].nbytes + out[0].nbytes) // 16
     assert call["stores"] == {16: (pre_activation.nbytes + out.nbytes) // 16, 4: weights.numel()}
+
+
+@pytest.mark.parametrize("T", [100, 700])
+@pytest.mark.parametrize(("format", "bits"), [("int8", 8), ("int4", 4), ("mxfp4", 4), ("nf4", 4)])
+def test_packed_weights_are_read_as_they_are(launches_of, format, bits, T):
+    """In vectors, once for each tile of rows; and no weight of the rows' dtype is in memory."""
+    E, N, M = 4, 256, 512
+    plan = moe_ext.make_plan(random_experts(T, 1, E, "cpu"), E)
+    weight = QuantizedWeight.quantize(torch.randn(E, N, M), format)
+    rows = torch.randn(T, M).bfloat16()
+    (call,) = launches_of(moe_ext.grouped_mm, rows, weight, plan)
+    assert call["kernel"] == "quantized_mm"
+    of_tile = 64 if T < 96 * E else 128
+    tiles = int((plan.load + of_tile - 1).div(of_tile, rounding_mode="floor").sum())
+    vectors = of_tile * (N // 128) * M * 2 + N * M * bits // 8
+    assert call["loads"][16] == tiles * vectors // 16
+    assert call["stores"] == {16: T * N * 2 // 16}
+    # The gradient of rows reads the same bytes, by columns.
+    grad = torch.randn(T, N).bfloat16()
+    rule = plan.offsets, plan.load, format, True, False, None
+    args = grad, *weight.codes(), None, *rule
+    (call,) = launches_of(torch.ops.moe_ext.quantized_mm, *args)
+    vectors = of_tile * (M // 128) * N * 2 + N * M * bits // 8
+    assert call["loads"][16] == tiles * vectors // 16
 
 
 def test_nothing_to_do_is_not_launched(launches_of):

@@ -53,13 +53,12 @@ __device__ auto weights_of(const Product& product, int pair, const Tile& tile) {
   }
 }
 
-template <typename N, bool kTransposed, typename Epilogue>
-KERNEL(kProductThreads, 2)
-void grouped_mm_kernel(Product product, Epilogue epilogue) {
+// Multiplies all tiles of a block. right_of(tile): its right operand. The ring has slices of both,
+// and of_rows kM routes.
+template <typename N, typename Epilogue, typename RightOf>
+__device__ void multiply_tiles(const Product& product, const Epilogue& epilogue, uint4* ring,
+                               OfRow* of_rows, const RightOf& right_of) {
   using T = typename N::T;
-  SharedMemory shared;
-  uint4* ring = shared.take<uint4>(product.ring_slices * N::kSliceVectors);
-  OfRow* of_rows = shared.take<OfRow>(N::kM);
   const int pair = epilogue.pair();
   const int columns = pair ? pair : product.width;
   Tiles<N::kM> tiles(product.groups,
@@ -76,7 +75,7 @@ void grouped_mm_kernel(Product product, Epilogue epilogue) {
       const int row = min(tile.first_row + i, tile.last_row - 1);
       return product.rows.at<T>(product.rows.gathers ? max(product.rows.find(row), 0) : row, 0);
     });
-    auto right = weights_of<N, kTransposed>(product, pair, tile);
+    auto right = right_of(tile);
     typename N::Sums sums = {};
     const int slices = static_cast<int>(divide_up(product.depth, kSliceDepth<T>));
     add_slices<N>(sums, ring, product.ring_slices, slices, left, right);
@@ -97,18 +96,42 @@ void grouped_mm_kernel(Product product, Epilogue epilogue) {
   epilogue.zero_rows(product.groups);
 }
 
+template <typename N, bool kTransposed>
+using RightOf =
+    std::conditional_t<kTransposed, Columns<typename N::T, N::kN>, Lines<typename N::T, N::kN>>;
+
+template <typename N, bool kTransposed, typename Epilogue>
+KERNEL(kProductThreads, 2)
+void grouped_mm_kernel(Product product, Epilogue epilogue) {
+  using Left = Lines<typename N::T, N::kM>;
+  SharedMemory shared;
+  uint4* ring =
+      shared.take<uint4>(product.ring_slices * slice_vectors<Left, RightOf<N, kTransposed>>);
+  OfRow* of_rows = shared.take<OfRow>(N::kM);
+  multiply_tiles<N>(product, epilogue, ring, of_rows, [&](const Tile& tile) {
+    return weights_of<N, kTransposed>(product, epilogue.pair(), tile);
+  });
+}
+
+// As many blocks as stay, for so many columns.
+template <typename N>
+int64_t num_blocks(const Product& product, int64_t columns) {
+  const int64_t tiles = (product.groups.num_rows / N::kM + product.groups.num_groups) * columns;
+  return std::min<int64_t>(tiles, num_multiprocessors() * 2);
+}
+
 template <typename N, bool kTransposed, typename Epilogue>
 void launch_grouped_mm(const char* name, Product product, const Epilogue& epilogue,
                        CUstream_st* stream) {
   const auto kernel = grouped_mm_kernel<N, kTransposed, Epilogue>;
   require_tensor_cores(name, kernel);
-  const Ring ring = ring_for<N>(shared_bytes<OfRow>(N::kM));
+  const Ring ring =
+      ring_for<Lines<typename N::T, N::kM>, RightOf<N, kTransposed>>(shared_bytes<OfRow>(N::kM));
   product.ring_slices = ring.slices;
   const int pair = epilogue.pair();
   const int64_t columns = divide_up(pair ? pair : product.width, tile_columns<N>(pair > 0));
-  const int64_t tiles = (product.groups.num_rows / N::kM + product.groups.num_groups) * columns;
-  const int64_t blocks = std::min<int64_t>(tiles, num_multiprocessors() * 2);
-  launch(name, kernel, blocks, kProductThreads, ring.bytes, stream, product, epilogue);
+  launch(name, kernel, num_blocks<N>(product, columns), kProductThreads, ring.bytes, stream,
+         product, epilogue);
 }
 
 template <typename T, int kTerms, typename Epilogue>

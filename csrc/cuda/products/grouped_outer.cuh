@@ -29,7 +29,9 @@ KERNEL(kProductThreads, 2)
 void grouped_outer_kernel(Outer outer) {
   using T = typename N::T;
   SharedMemory shared;
-  uint4* ring = shared.take<uint4>(outer.ring_slices * N::kSliceVectors);
+  using Left = Columns<T, N::kM>;
+  using Right = Columns<T, N::kN>;
+  uint4* ring = shared.take<uint4>(outer.ring_slices * slice_vectors<Left, Right>);
   const int height = outer.left.width, width = outer.right.width;
   const auto down = static_cast<int>(divide_up(height, N::kM));
   const auto across = static_cast<int>(divide_up(width, N::kN));
@@ -57,7 +59,7 @@ void grouped_outer_kernel(Outer outer) {
 template <typename T, int kTerms>
 void grouped_outer_of(Outer outer, CUstream_st* stream) {
   using N = Numbers<T, kTerms, kMostRows<T>>;
-  const Ring ring = ring_for<N>(0);
+  const Ring ring = ring_for<Columns<T, N::kM>, Columns<T, N::kN>>(0);
   outer.ring_slices = ring.slices;
   const int64_t tiles = outer.groups.num_groups * divide_up(outer.left.width, N::kM) *
                         divide_up(outer.right.width, N::kN);

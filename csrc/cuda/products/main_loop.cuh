@@ -24,7 +24,6 @@ struct Numbers {
   static constexpr int kTerms = kNumTerms, kM = kRows, kN = 128;
   // A warp has so many blocks of 16 rows, and of 16 columns.
   static constexpr int kRowBlocks = kM / 32, kColumnBlocks = kN / 32;
-  static constexpr int kSliceVectors = (kM + kN) * 4;  // of both operands
   using Sums = Sum16x8[kRowBlocks][kColumnBlocks][2];
 
   __device__ static int first_row() { return static_cast<int>(threadIdx.x) / kWarp / 2 * (kM / 2); }
@@ -108,6 +107,9 @@ __device__ void add_slice_apart(typename N::Sums& sums, const uint4* left, const
   }
 }
 
+template <typename Left, typename Right>
+constexpr int slice_vectors = Left::kSliceVectors + Right::kSliceVectors;
+
 // A ring has so many slices: one is multiplied, the others are on their way.
 constexpr int kFewSlices = 3, kMostSlices = 4;
 
@@ -115,16 +117,17 @@ constexpr int kFewSlices = 3, kMostSlices = 4;
 template <typename N, typename Left, typename Right>
 __device__ void add_slices(typename N::Sums& sums, uint4* ring, int ring_slices, int slices,
                            Left& left, Right& right) {
-  constexpr int kRightStart = N::kM * 4;
+  constexpr int kRightStart = Left::kSliceVectors;
+  constexpr int kSliceVectors = slice_vectors<Left, Right>;
   const int left_place = Left::Of::template lane_place<false>(N::first_row());
   const int right_place = Right::Of::template lane_place<true>(N::first_column());
-  uint4* const end = ring + ring_slices * N::kSliceVectors;
+  uint4* const end = ring + ring_slices * kSliceVectors;
   uint4 *target = ring, *slice = ring;
   int to_copy = slices;
   const auto copy = [&] {
     if (to_copy-- > 0) {
       left.copy(target), right.copy(target + kRightStart);
-      target += N::kSliceVectors;
+      target += kSliceVectors;
       if (target == end) target = ring;
     }
     commit_copies();  // an empty group too: a wait counts groups
@@ -134,14 +137,15 @@ __device__ void add_slices(typename N::Sums& sums, uint4* ring, int ring_slices,
   for (int i = 0; i < slices; ++i) {
     ring_slices == kMostSlices ? wait_for_copies<kMostSlices - 2>()
                                : wait_for_copies<kFewSlices - 2>();
+    const uint4* const of_right = right.ready(slice + kRightStart);
     __syncthreads();  // all have copied this slice, and read the one before
     copy();
     if constexpr (N::kTerms == 3) {
-      add_slice_apart<N, Left, Right>(sums, slice, slice + kRightStart, left_place, right_place);
+      add_slice_apart<N, Left, Right>(sums, slice, of_right, left_place, right_place);
     } else {
-      add_slice<N, Left, Right>(sums, slice, slice + kRightStart, left_place, right_place);
+      add_slice<N, Left, Right>(sums, slice, of_right, left_place, right_place);
     }
-    slice += N::kSliceVectors;
+    slice += kSliceVectors;
     if (slice == end) slice = ring;
   }
   __syncthreads();  // the groups still on their way are empty
@@ -153,9 +157,9 @@ struct Ring {
   int slices;
   std::size_t bytes;
 };
-template <typename N>
+template <typename Left, typename Right>
 Ring ring_for(std::size_t other_bytes) {
-  constexpr std::size_t kSlice = N::kSliceVectors * sizeof(uint4), kReserved = 1024;
+  constexpr std::size_t kSlice = slice_vectors<Left, Right> * sizeof(uint4), kReserved = 1024;
   const std::size_t of_block = shared_per_multiprocessor() / 2 - kReserved - other_bytes;
   const int slices = of_block >= kMostSlices * kSlice ? kMostSlices : kFewSlices;
   return {slices, slices * kSlice + other_bytes};

@@ -83,6 +83,13 @@ struct Slice {
   }
 };
 
+// An operand whose copies are what is multiplied.
+template <typename Slice>
+struct Copied {
+  static constexpr int kSliceVectors = Slice::kVectors;
+  __device__ static const uint4* ready(const uint4* slice) { return slice; }
+};
+
 // n / divisor by a product, for 0 <= n < 2^31 and 1 <= divisor < 2^31.
 struct Divisor {
   unsigned factor;  // 2^shift / divisor, rounded up
@@ -137,7 +144,7 @@ inline RowSource source_of(const void* matrix, int64_t width, bool gathers, cons
 
 // Lines of rows, wherever each of them is.
 template <typename T, int kRows>
-class Lines {
+class Lines : public Copied<Slice<T, kRows, false>> {
  public:
   using Of = Slice<T, kRows, false>;
 
@@ -170,7 +177,7 @@ class Lines {
 
 // Lines of a matrix [depth, width], from a column on that each thread has for itself.
 template <typename T, int kRows>
-class Columns {
+class Columns : public Copied<Slice<T, kRows, true>> {
  public:
   using Of = Slice<T, kRows, true>;
 
@@ -199,7 +206,7 @@ class Columns {
 
 // Lines of gathered rows first_row to last_row - 1, from a column on. They are found a slice ahead.
 template <typename T, int kRows>
-class GatheredColumns {
+class GatheredColumns : public Copied<Slice<T, kRows, true>> {
  public:
   using Of = Slice<T, kRows, true>;
 

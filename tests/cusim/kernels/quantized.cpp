@@ -1,0 +1,145 @@
+// Products of weights in 8 and 4 bits on tensor cores, beside plain C++.
+
+#include "grouping.h"
+
+namespace testing {
+namespace {
+
+struct Format {
+  WeightFormat format;
+  int64_t group;  // 0: a row
+  bool zeros = false;
+};
+
+// Weights [E, N, M] by chance.
+struct Codes {
+  const Format& f;
+  int64_t N, M, S, Z;
+  Array<uint8_t> values, zeros;
+  Array<uint32_t> scales;  // by any format's bytes
+
+  Codes(const Format& f, int64_t E, int64_t N, int64_t M)
+      : f(f),
+        N(N),
+        M(M),
+        S(f.group ? M / f.group : 1),
+        Z((S + 1) / 2),
+        values(E * N * M * bits_of(f.format) / 8),
+        zeros(E * N * Z),
+        scales((E * N * S * bytes() + 3) / 4) {
+    for (int64_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint8_t>(below(256));
+    for (int64_t i = 0; i < zeros.size(); ++i) zeros[i] = static_cast<uint8_t>(below(256));
+    for (int64_t i = 0; i < E * N * S; ++i) {
+      const float scale = static_cast<float>(0.02 * (1 + below(8)));
+      char* to = reinterpret_cast<char*>(scales.data()) + i * bytes();
+      if (f.format == WeightFormat::kMxfp4) {
+        *to = static_cast<char>(below(6) ? 118 + below(6) : 0);
+      } else if (f.format == WeightFormat::kInt4) {
+        const auto narrow = make<__nv_bfloat16>(scale);
+        std::memcpy(to, &narrow, 2);
+      } else {
+        std::memcpy(to, &scale, 4);
+      }
+    }
+  }
+  int64_t bytes() const {
+    return f.format == WeightFormat::kMxfp4 ? 1 : f.format == WeightFormat::kInt4 ? 2 : 4;
+  }
+
+  // Of line n of all experts'.
+  double at(int64_t n, int64_t m) {
+    const int64_t group = f.group ? m / f.group : 0;
+    const char* from = reinterpret_cast<const char*>(scales.data()) + (n * S + group) * bytes();
+    double scale = 0;
+    if (f.format == WeightFormat::kMxfp4) {
+      scale = std::ldexp(1.0, static_cast<uint8_t>(*from) - 127);
+    } else if (f.format == WeightFormat::kInt4) {
+      __nv_bfloat16 narrow;
+      std::memcpy(static_cast<void*>(&narrow), from, 2);
+      scale = number(narrow);
+    } else {
+      float wide;
+      std::memcpy(&wide, from, 4);
+      scale = wide;
+    }
+    if (f.format == WeightFormat::kInt8) return scale * static_cast<int8_t>(values[n * M + m]);
+    const int code = values[(n * M + m) / 2] >> m % 2 * 4 & 15;
+    if (f.zeros) return scale * (code - (zeros[n * Z + group / 2] >> group % 2 * 4 & 15));
+    return scale * static_cast<double>(numbers_of(f.format).of[code]);
+  }
+};
+
+template <typename T>
+void test_product(const Case& c, const Format& f) {
+  context = "weights of format " + std::to_string(static_cast<int>(f.format)) + ", group " +
+            std::to_string(f.group) + ", " + text(c);
+  Grouping g(c);
+  const int64_t lines = c.transposed ? c.M : c.N, width = c.transposed ? c.N : c.M;
+  Codes codes(f, g.E, lines, width);
+  Array<T> rows(g.R * c.M), bias(g.E * c.N), out(g.R * c.N);
+  fill(rows), fill(bias);
+  // Rows of nobody are not read.
+  std::vector<bool> owned(g.R);
+  for (int e = 0; e < g.E; ++e) {
+    for (int64_t r = g.offsets[e]; r < g.last_row(e); ++r) owned[r] = true;
+  }
+  for (int64_t r = 0; r < g.R; ++r) {
+    for (int64_t m = 0; !owned[r] && m < c.M; ++m) rows[r * c.M + m] = make<T>(NAN);
+  }
+  quantized_mm(
+      {dtype_of<T>, rows.data(), f.format, codes.values.data(), codes.scales.data(),
+       f.zeros ? codes.zeros.data() : nullptr, codes.S, c.transposed, g.groups(), c.M, c.N},
+      c.bias ? bias.data() : nullptr, out.data(), nullptr);
+  bool right = true;
+  for (int e = 0; e < g.E; ++e) {
+    for (int64_t r = g.offsets[e]; r < g.last_row(e); ++r) {
+      for (int64_t n = 0; n < c.N; ++n) {
+        double value = c.bias ? number(bias[e * c.N + n]) : 0, terms = std::abs(value);
+        for (int64_t m = 0; m < c.M; ++m) {
+          const double weight =
+              c.transposed ? codes.at(e * lines + m, n) : codes.at(e * lines + n, m);
+          // As the kernel rounds them.
+          const double product = number(rows[r * c.M + m]) * number(make<T>(weight));
+          value += product, terms += std::abs(product);
+        }
+        right &= is_near(out[r * c.N + n], value, terms, {0, 8.0 + c.M / 8.0});
+      }
+    }
+  }
+  for (int64_t r = 0; r < g.R; ++r) {
+    for (int64_t n = 0; !owned[r] && n < c.N; ++n) right &= number(out[r * c.N + n]) == 0;
+  }
+  CHECK(right);
+}
+
+void test_all() {
+  const Format formats[] = {{WeightFormat::kInt8, 0},        {WeightFormat::kInt4, 32},
+                            {WeightFormat::kInt4, 64, true}, {WeightFormat::kInt4, 128},
+                            {WeightFormat::kMxfp4, 32},      {WeightFormat::kNf4, 64}};
+  using A = Activation;
+  const Case cases[] = {
+      {{}, -1, 1, 128, 16, A::kRelu, false, false},
+      {{1}, -1, 1, 128, 8, A::kRelu, false, false},
+      {{0, 70, 1}, -1, 2, 384, 136, A::kRelu, false, false, false},
+      {{5, 0, 130}, 150, 1, 256, 24, A::kRelu, false, false},
+      {{3, 66}, -1, 1, 40, 384, A::kRelu, true, false, false},
+      {{131, 90}, 140, 1, 136, 128, A::kRelu, true, false, false},
+  };
+  int turn = 0;
+  for (const Case& c : cases) {
+    for (const Format& f : formats) {
+      cusim::options().card = kCards[turn++ % 2];
+      test_product<__nv_bfloat16>(c, f);
+      test_product<__half>(c, f);
+    }
+  }
+  // A slice of 8 bits that ends within a thread's numbers.
+  test_product<__half>({{40}, -1, 1, 80, 16, A::kRelu, false, false}, formats[0]);
+  test_product<__half>({{40}, -1, 1, 16, 80, A::kRelu, true, false, false}, formats[0]);
+  cusim::options().card = cusim::kLeast;
+}
+
+const Registration registration("quantized", {test_all, {{"quantized_mm", 128}}});
+
+}  // namespace
+}  // namespace testing
