@@ -5,7 +5,7 @@
 Makes a Mixtral of bfloat16 numbers in a temporary folder, of 0.2 GB a layer, and loads it in a
 process of its own by moe_ext.hf.from_pretrained. "Peak" is the most memory that was resident, less
 what was before the load, and "limit" is 1.15 times the packed model and one shard. Writes
-bench/results/<machine>/loading.json after a run of 12 layers.
+bench/results/<machine>/loading.json after a run of 12 layers and all formats.
 """
 
 import resource
@@ -20,6 +20,7 @@ from report import loading_table
 from tqdm import tqdm
 
 SHARD = 500_000_000
+FORMATS = ["int8", "int4", "mxfp4", "nf4"]
 
 
 def make(folder: str, layers: int, hidden: int, shard: int) -> int:
@@ -80,12 +81,13 @@ def measure(layers: int, formats: list[str], hidden: int = 1024, shard: int = SH
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--layers", type=positive, default=12)
-    options.add_argument("--format", nargs="*", default=["int8", "int4", "mxfp4", "nf4"])
+    options.add_argument("--format", nargs="*", default=FORMATS, choices=FORMATS)
     options = options.parse_args(arguments)
     report = setting(torch.device("cpu"))
     report["loads"] = measure(options.layers, options.format)
     print(loading_table(report))
-    keep(report, "loading" if options.layers == 12 else None, options.out)
+    is_whole = options.layers == 12 and options.format == FORMATS
+    keep(report, "loading" if is_whole else None, options.out)
 
 
 if __name__ == "__main__":

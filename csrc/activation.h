@@ -20,7 +20,7 @@ MOE_EXT_HOST_DEVICE constexpr bool is_interleaved(Activation activation) {
   return activation == Activation::kSwigluOai;
 }
 
-// Of gpt-oss: x * sigmoid(scale * x) with x at most the limit, times 1 + a number within the limit.
+// gpt-oss's: x * sigmoid(scale * x) with x at most the limit, times 1 + a number within the limit.
 constexpr double kSwigluOaiScale = 1.702, kSwigluOaiLimit = 7;
 
 // silu(x) = x * sigmoid(x), gelu(x) = x * P(N(0, 1) <= x), relu(x) = max(x, 0), relu2 its square.
@@ -58,7 +58,7 @@ MOE_EXT_HOST_DEVICE ValueAndSlope<T> activated(Activation activation, T x) {
   return {x * below, below + x * kInverseSqrt2Pi * std::exp(-x * x / 2)};
 }
 
-// What a gate is multiplied by, of its number in the row.
+// The factor of a gate: of the number beside it in the row.
 template <typename T>
 MOE_EXT_HOST_DEVICE ValueAndSlope<T> factor(Activation activation, T x) {
   if (activation != Activation::kSwigluOai) return {x, T{1}};

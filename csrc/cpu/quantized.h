@@ -231,12 +231,45 @@ class LaneScales {
   Vector<uint32_t, bytes> index_;
 };
 
-// Where a row in panels has number i: eight lines of `lanes` numbers in each step of 8 * lanes, in
-// which registers unpack codes. Codes of 8 bits stay where they are.
-inline int64_t panel_place(WeightFormat format, int64_t i, int64_t lanes) {
-  if (format == WeightFormat::kInt8) return i;
-  const int64_t within = i % (8 * lanes);
-  return i - within + within % 8 * lanes + within / 8;
+// The order of numbers in panels, as registers unpack codes: in a step of kOfLane * kLanes the
+// first of each lane's, then the second, ... Codes of 8 bits stay where they are.
+template <int64_t kOfLane, int64_t kLanes>
+struct PanelOrder {
+  static constexpr int64_t kStep = kOfLane * kLanes;
+
+  static constexpr int64_t place(int64_t i) {
+    return i / kStep * kStep + i % kOfLane * kLanes + i % kStep / kOfLane;
+  }
+
+  template <typename T>
+  static MOE_EXT_INLINE void pack(const T* row, int64_t size, T* out) {
+    int64_t done = 0;
+    if constexpr (sizeof(T) == 2 && kOfLane == 4) {
+      for (; done + kStep <= size; done += kStep) {
+        uint64_t fours[kLanes];
+        std::memcpy(fours, row + done, sizeof(fours));
+        for (int64_t p = 0; p < kOfLane; ++p) {
+          uint16_t part[kLanes];
+          for (int64_t l = 0; l < kLanes; ++l) part[l] = static_cast<uint16_t>(fours[l] >> 16 * p);
+          std::memcpy(static_cast<void*>(out + done + p * kLanes), part, sizeof(part));
+        }
+      }
+    }
+    for (; done < size; ++done) out[place(done)] = row[done];
+  }
+  template <typename T>
+  static MOE_EXT_INLINE void unpack(const T* row, int64_t size, T* out) {
+    for (int64_t i = 0; i < size; ++i) out[i] = row[place(i)];
+  }
+};
+
+// Calls body(order) with that of panels of scalar_t. pairs: AVX512-BF16 makes bfloat16 of floats.
+template <int bytes, typename scalar_t, typename Body>
+MOE_EXT_INLINE void with_panel_order(bool pairs, const Body& body) {
+  if constexpr (bytes == 64 && is_bfloat16<scalar_t>) {
+    if (pairs) return body(PanelOrder<4, bytes / 2>{});
+  }
+  body(PanelOrder<8, bytes / 4>{});
 }
 
 // Numbers of a weight's rows as a panel has them, from column `begin` on, which begins a step. The
@@ -261,6 +294,14 @@ struct DecodePanel {
       if (weight.zeros) weight.zeros_of<bytes>(r, 1, scales + size);
       auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
       if (weight.has_codes()) {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+        if constexpr (bytes == 64 && is_bfloat16<scalar_t>) {
+          if (converts_pairs) {
+            pairs_of_codes(r, scales, scales + size, out);
+            continue;
+          }
+        }
+#endif
         codes_of<bytes>(table, r, scales, scales + size, out);
       } else {
         bytes_of<bytes>(r, scales[0], out);
@@ -297,6 +338,67 @@ struct DecodePanel {
     }
   }
 
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+  using Pairs = Vector<uint16_t, 64>;
+  using Floats = Vector<float, 64>;
+
+  MOE_EXT_INLINE void pairs_of_codes(int64_t row, const float* scales, const float* zeros,
+                                     scalar_t* out) const {
+    switch (weight.group()) {
+      case 32: return pairs_of_codes<4>(row, scales, zeros, out);
+      case 64: return pairs_of_codes<2>(row, scales, zeros, out);
+      default: return pairs_of_codes<1>(row, scales, zeros, out);
+    }
+  }
+
+  // A step has so many groups. Its table has the numbers of each group, times its scale and rounded
+  // already: a lane takes those of its own.
+  template <int kGroups>
+  MOE_EXT_INLINE void pairs_of_codes(int64_t row, const float* scales, const float* zeros,
+                                     scalar_t* out) const {
+    constexpr int64_t kNumbers = 128;
+    const CodeNumbers of_codes = numbers_of(weight.format);
+    Floats numbers;
+    load(numbers, of_codes.of);
+    Pairs first;  // of a lane's group in the table
+    for (int j = 0; j < 32; ++j) first[j] = static_cast<uint16_t>(j * kGroups / 32 * kCodes);
+    const uint8_t* from = weight.values + row * weight.row_bytes() + begin / 2;
+    const int64_t first_group = begin / weight.group();
+    scales += first_group, zeros += first_group;
+    for (int64_t c = 0; c < to.columns; c += kNumbers) {
+      Pairs codes{};
+      const int64_t rest = weight.columns - begin - c;
+      if (rest >= kNumbers) {
+        load(codes, from);
+      } else if (rest > 0) {
+        std::memcpy(&codes, from, rest / 2);
+      }
+      __builtin_prefetch(from + kAhead, 0, 3);
+      Floats scaled[kGroups];
+      for (int g = 0; g < kGroups; ++g) scaled[g] = (numbers - zeros[g]) * scales[g];
+      Pairs table = pair_of(scaled[0], scaled[kGroups > 1]), more{};
+      if constexpr (kGroups == 4) more = pair_of(scaled[2], scaled[3]);
+      for (int p = 0; p < 4; ++p) {
+        Pairs place = codes >> (4 * p);
+        asm("vpternlogd $0xea, %2, %1, %0" : "+v"(place) : "v"(Pairs{} + 15), "v"(first));
+        if constexpr (kGroups == 4) {
+          asm("vpermi2w %2, %1, %0" : "+v"(place) : "v"(table), "v"(more));
+        } else {
+          asm("vpermw %2, %1, %0" : "=v"(place) : "v"(place), "v"(table));
+        }
+        store(place, static_cast<void*>(out + p * 32));
+      }
+      from += 64, out += kNumbers, scales += kGroups, zeros += kGroups;
+    }
+  }
+
+  static MOE_EXT_INLINE Pairs pair_of(const Floats& low, const Floats& high) {
+    Pairs pair;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pair) : "v"(low), "v"(high));
+    return pair;
+  }
+#endif
+
   template <int bytes>
   MOE_EXT_INLINE void bytes_of(int64_t row, float scale, scalar_t* out) const {
     constexpr int64_t kLanes = bytes / 4;
@@ -321,11 +423,7 @@ struct DecodePanel {
     constexpr int64_t kLanes = bytes / 4;
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
     if constexpr (bytes == 64 && is_bfloat16<scalar_t>) {
-      if (converts_pairs) {
-        Vector<uint16_t, 64> pair;
-        asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pair) : "v"(numbers[0]), "v"(numbers[1]));
-        return store(pair, static_cast<void*>(out));
-      }
+      if (converts_pairs) return store(pair_of(numbers[0], numbers[1]), static_cast<void*>(out));
     }
 #endif
     if constexpr (std::is_same_v<scalar_t, double>) {

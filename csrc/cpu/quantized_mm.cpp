@@ -14,50 +14,54 @@ namespace {
 // Up to so many rows are multiplied as codes are read; of 8 bits, on a CPU that multiplies these.
 constexpr int64_t kFewRows = 4, kFewCodeRows = 16, kFewByteRows = 64;
 // A panel has so many bytes, and lines of the weight; or all lines and so many columns.
-constexpr int64_t kPanelBytes = 1 << 20, kPanelLines = 64, kPanelColumns = 128;
+constexpr int64_t kPanelBytes = 1 << 21, kPanelLines = 64, kPanelColumns = 128;
 constexpr int64_t kStep = 128;  // whole steps of registers of any size
 
 // Rows in the order of panels, filled up with zeros; rounded to whole numbers times their scale.
 template <typename scalar_t>
 struct PackRows {
   Matrix from, to;
-  WeightFormat format;
-  bool rounds;
+  bool as_they_lie, rounds, pairs;
 
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& memory) const {
     using T = accumulate_t<scalar_t>;
     const int64_t M = from.columns;
-    auto* numbers = reinterpret_cast<T*>(memory.get(ScalarType::Double, 1, M).data);
+    const Matrix room = memory.get(ScalarType::Double, 2, M);
+    auto* numbers = reinterpret_cast<T*>(room.data);
+    auto* rounded = reinterpret_cast<scalar_t*>(numbers + M);
     for (int64_t r = 0; r < from.rows; ++r) {
       const auto* row = reinterpret_cast<const scalar_t*>(from.data) + r * from.row_stride;
       auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
-      std::fill(out + M / kStep * kStep, out + to.columns, scalar_t(0));
-      if (!rounds) {
-        for (int64_t m = 0; m < M; ++m) out[panel_place(format, m, bytes / 4)] = row[m];
+      if (rounds) {
+        for (int64_t m = 0; m < M; ++m) numbers[m] = static_cast<T>(row[m]);
+        const T scale = round_row(numbers, M);
+        for (int64_t m = 0; m < M; ++m) rounded[m] = static_cast<scalar_t>(numbers[m] * scale);
+        row = rounded;
+      }
+      if (as_they_lie) {
+        std::copy_n(row, M, out);
         continue;
       }
-      for (int64_t m = 0; m < M; ++m) numbers[m] = static_cast<T>(row[m]);
-      const T scale = round_row(numbers, M);
-      for (int64_t m = 0; m < M; ++m) {
-        out[panel_place(format, m, bytes / 4)] = static_cast<scalar_t>(numbers[m] * scale);
-      }
+      std::fill(out + M / kStep * kStep, out + to.columns, scalar_t(0));
+      with_panel_order<bytes, scalar_t>(pairs, [&](auto order) { order.pack(row, M, out); });
     }
   }
 };
 
-// The columns of a product with transposed panels, in their order.
+// The columns of a product with transposed panels, as they lie.
 template <typename scalar_t>
 struct UnpackColumns {
   Matrix from, to;
-  WeightFormat format;
+  bool pairs;
 
   template <int bytes>
   MOE_EXT_INLINE void run() const {
     for (int64_t r = 0; r < to.rows; ++r) {
       const auto* row = reinterpret_cast<const scalar_t*>(from.data) + r * from.row_stride;
       auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
-      for (int64_t m = 0; m < to.columns; ++m) out[m] = row[panel_place(format, m, bytes / 4)];
+      with_panel_order<bytes, scalar_t>(pairs,
+                                        [&](auto order) { order.unpack(row, to.columns, out); });
     }
   }
 };
@@ -94,7 +98,8 @@ class QuantizedProducts {
       return on_widest(product, worker.left);
     }
 #endif
-    const Matrix rows = a.transposed && !a.int8_rows ? given : packed(worker, given, a.transposed);
+    const bool as_they_lie = a.transposed || !weight.has_codes();
+    const Matrix rows = as_they_lie && !a.int8_rows ? given : packed(worker, given, as_they_lie);
     if (a.transposed) return multiply_columns(worker, t, rows, weight, out);
     const int64_t lines = std::max(
         kPanelLines, kPanelBytes / std::max<int64_t>(1, rows.columns * out.width()) / 16 * 16);
@@ -120,7 +125,7 @@ class QuantizedProducts {
       }
       const Matrix product = worker.out.get(dtype_, rows.rows, panel.columns);
       worker.gemm.rows_by_weight(product, rows, panel.transposed(), std::nullopt);
-      on_widest(UnpackColumns<scalar_t>{product, part, a.format});
+      on_widest(UnpackColumns<scalar_t>{product, part, multiplies_pairs()});
     }
   }
 
@@ -132,9 +137,8 @@ class QuantizedProducts {
   Matrix packed(Worker& worker, const Matrix& rows, bool as_they_lie) const {
     const Matrix to =
         worker.left.get(dtype_, rows.rows, as_they_lie ? rows.columns : padded(rows.columns));
-    on_widest(
-        PackRows<scalar_t>{rows, to, as_they_lie ? WeightFormat::kInt8 : a.format, a.int8_rows},
-        worker.out);
+    on_widest(PackRows<scalar_t>{rows, to, as_they_lie, a.int8_rows, multiplies_pairs()},
+              worker.out);
     return to;
   }
 

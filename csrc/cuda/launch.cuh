@@ -27,6 +27,14 @@
 // KERNEL(threads) or KERNEL(threads, blocks).
 #define KERNEL(...) __global__ __launch_bounds__(__VA_ARGS__)
 
+// A kernel's const parameter, which is read where it is: an index that is not constant would have
+// it copied.
+#ifdef __CUDACC__
+#define GRID_CONSTANT __grid_constant__
+#else
+#define GRID_CONSTANT
+#endif
+
 namespace moe_ext::cuda {
 
 // Arrays of shared memory start at multiples of 16 bytes.

@@ -1,7 +1,7 @@
 """Convert expert weights between checkpoint layouts and GroupedExperts, bit for bit.
 
-Shapes: E experts, H hidden, F ffn. Only weights are converted. All of the gate comes before the up
-in GroupedExperts' layout; that of activation="swiglu_oai" is Stacked(interleaved=True).
+Shapes: E experts, H hidden, F ffn. Only weights are converted. In GroupedExperts' layout all of the
+gate comes before the up; with activation="swiglu_oai" they alternate, which is GROUPED_OAI.
 """
 
 import re
@@ -137,6 +137,7 @@ WeightLayout = PerExpert | Stacked
 StateDict = Mapping[str, Tensor]
 
 GROUPED = Stacked()
+GROUPED_OAI = Stacked(interleaved=True)
 GPT_OSS = Stacked(transposed=True, interleaved=True)
 MIXTRAL = PerExpert(gate="w1", up="w3", down="w2")
 QWEN = DEEPSEEK = PerExpert(gate="gate_proj", up="up_proj", down="down_proj")
@@ -155,7 +156,9 @@ def deepspeed(expert: PerExpert) -> PerExpert:
 
 
 def to_grouped(state: StateDict, layout: WeightLayout, prefix: str = "") -> dict[str, Tensor]:
-    """Convert one experts module to the state dict of a GroupedExperts.
+    """Convert one experts module to the state dict of a GroupedExperts, in the layout GROUPED.
+
+    One with activation="swiglu_oai" takes `from_grouped(of this, GROUPED_OAI)`.
 
     Args:
         state: a state dict that contains the module, such as a whole model's
@@ -195,7 +198,7 @@ def from_grouped(state: StateDict, layout: WeightLayout, prefix: str = "") -> di
     """Convert the state dict of a GroupedExperts to one experts module: the inverse of to_grouped.
 
     Args:
-        state: of a GroupedExperts
+        state: of a GroupedExperts, in the layout GROUPED
         layout: the layout of the result
         prefix: the prefix of the result's names
 

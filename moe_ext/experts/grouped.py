@@ -179,7 +179,7 @@ class GroupedExperts(Experts):
             if isinstance(layout, convert.PerExpert) or layout == convert.GPT_OSS:
                 grouped = convert.to_grouped(state_dict, layout, prefix)
                 if self.activation == "swiglu_oai":
-                    grouped = convert.from_grouped(grouped, convert.Stacked(interleaved=True))
+                    grouped = convert.from_grouped(grouped, convert.GROUPED_OAI)
                 state_dict = {n: t for n, t in state_dict.items() if not layout.has(n, prefix)}
                 state_dict |= {prefix + name: tensor for name, tensor in grouped.items()}
         except ValueError as error:

@@ -25,7 +25,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..formats import QuantizedWeight, replace_parameter
+from ..formats import QuantizedWeight, codes, replace_parameter
 from ..formats.weight import why_not
 from ..options import WeightFormat
 from .experts import NAME, check, experts_modules
@@ -68,6 +68,14 @@ class ExpertsConfig(QuantizationConfigMixin):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
+    def describes(self, weight: Tensor | QuantizedWeight) -> bool:
+        """Whether a weight is in this format already."""
+        if not isinstance(weight, QuantizedWeight):
+            return False
+        group = codes.group_of(weight.format, weight.shape[-1], self.group_size)
+        own = weight.format, weight.group_size, weight.zeros is not None, weight.activations
+        return own == (self.format, group, self.zero_points, self.activations)
+
 
 def weight_names(module: nn.Module) -> tuple[str, str]:
     """The parameters of an experts module that are packed."""
@@ -95,6 +103,12 @@ class _Quantize(ConversionOps):
             (weight,) = weight
         path, _, name = full_layer_name.rpartition(".")
         module = cast(nn.Module, model).get_submodule(path)
+        expected = getattr(module, name).shape
+        if weight.shape != expected:
+            raise ValueError(
+                f"{full_layer_name} must be {list(expected)}, the checkpoint has "
+                f"{list(weight.shape)}"
+            )
         quantized = self.config.quantize(full_layer_name, module, weight)
         for loaded in (quantized, *quantized.parameters()):
             # Else the loader initializes it.
@@ -106,7 +120,7 @@ class _Quantize(ConversionOps):
 
 
 class _Blocks(ConversionOps):
-    """Of MXFP4: the last two dimensions of blocks are one in a QuantizedWeight."""
+    """Joins the last two dimensions of MXFP4's blocks, or divides them again."""
 
     def __init__(self, joins: bool = True) -> None:
         self.joins = joins
@@ -137,6 +151,11 @@ class ExpertsQuantizer(HfQuantizer):
                 "experts in 8 and 4 bits need transformers >= 5.23, got "
                 f"{transformers.__version__}; pip install -U transformers"
             )
+        device_map = others.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "experts in 8 and 4 bits stay in memory: a device_map cannot put them on disk"
+            )
 
     def check_weight(self, path: str, module: nn.Module, name: str) -> QuantizedWeight:
         """The weight in its format, without memory. Raises ValueError where it cannot have it."""
@@ -148,7 +167,8 @@ class ExpertsQuantizer(HfQuantizer):
         return self.quantization_config.quantize(path, module, weight.to("meta"))
 
     def attach(self, model: PreTrainedModel) -> None:
-        """So that the model is saved with its format."""
+        """Let moe_ext run the model's experts, and save it with their format."""
+        model.set_experts_implementation(NAME)
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = NAME
@@ -156,6 +176,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **others: Any) -> None:
         check(model)
+        model.set_experts_implementation(NAME)
         weights = list(weights_of(model))
         self._names = {name for name, _, _ in weights}
         for path, module, name in weights:

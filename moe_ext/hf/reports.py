@@ -1,6 +1,7 @@
-"""What experts in 8 or 4 bits cost: bytes, and errors of weights and outputs."""
+"""The costs of experts in 8 or 4 bits: bytes, and errors of weights and outputs."""
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import nan
@@ -15,8 +16,8 @@ from ..formats.codes import Codes, decode
 from ..ops.checks import accumulate_dtype
 from ..ops.plan import make_plan
 from ..options import WeightFormat
-from .experts import ExpertsModule, Layout, check, experts_modules
-from .quantizer import ExpertsConfig, weight_names
+from .experts import ExpertsModule, Layout, check, experts_forward, experts_modules
+from .quantizer import ExpertsConfig, ExpertsQuantizer, weight_names, weights_of
 
 MOST_WORST = 3
 
@@ -30,6 +31,7 @@ class LayerReport:
         bytes_before: of its weights
         bytes_after: of the packed ones
         weight_errors: [E], the norm of the error of an expert's weights, divided by their norm
+        weight_error: the same of all experts' weights
         output_errors: [E], the same of its outputs for the tokens that chose it, NaN without any.
             Empty without inputs
         output_error: the same of the layer's outputs
@@ -39,13 +41,9 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     weight_errors: list[float]
+    weight_error: float
     output_errors: list[float] = field(default_factory=list)
     output_error: float = nan
-
-    @property
-    def weight_error(self) -> float:
-        """The root of the mean of the experts' squares."""
-        return float(torch.tensor(self.weight_errors).square().mean().sqrt())
 
     def worst(self, most: int = MOST_WORST) -> list[tuple[int, float]]:
         """The experts that lose most, and their errors: of outputs, or of weights without inputs.
@@ -101,8 +99,12 @@ class Report(list[LayerReport]):
         """
         from ..monitor.plot import plot_errors
 
-        what = "outputs" if any(layer.output_errors for layer in self) else "weights"
-        errors = {layer.name: layer.output_errors or layer.weight_errors for layer in self}
+        by_outputs = any(layer.output_errors for layer in self)
+        what = "outputs" if by_outputs else "weights"
+        errors = {
+            layer.name: (layer.output_errors if by_outputs else layer.weight_errors) or [nan]
+            for layer in self
+        }
         plot_errors(errors, Path(path), f"Error of each expert's {what} in {self.format}, %")
 
 
@@ -133,66 +135,89 @@ def report(
         ValueError: as of `check`, or a weight cannot have this format
     """
     check(model)
-    return compared(model, ExpertsConfig(format, group_size, zero_points, activations), inputs)
+    config = ExpertsConfig(format, group_size, zero_points, activations)
+    for path, module, name in weights_of(model):
+        ExpertsQuantizer(config).check_weight(path, module, name)
+    return compared(model, config, inputs)
 
 
 def compared(model: nn.Module, config: ExpertsConfig, inputs: Any) -> Report:
-    modules = dict(experts_modules(model))
-    layers: dict[str, LayerReport] = {}
-    if inputs is None:
-        for path, module in modules.items():
-            layers[path] = _compare(path, module, config)
-    else:
-        paths = {module: path for path, module in modules.items()}
+    comparisons = {m: _Comparison(path, m, config) for path, m in experts_modules(model)}
 
-        def compare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            path = paths[module]
-            layers[path] = _compare(path, module, config, *args, *kwargs.values())
+    def compare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        call = inspect.signature(experts_forward).bind(module, *args, **kwargs).arguments
+        tokens, ids, weights = list(call.values())[1:]
+        comparisons[module].add(tokens, ids, weights)
 
-        hooks = [m.register_forward_pre_hook(compare, with_kwargs=True) for m in paths]
-        try:
-            with torch.no_grad():
-                model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return Report(config.format, (layers[path] for path in modules if path in layers))
+    hooks = [m.register_forward_pre_hook(compare, with_kwargs=True) for m in comparisons]
+    try:
+        with torch.no_grad():
+            if isinstance(inputs, Mapping):
+                model(**inputs)
+            elif inputs is not None:
+                model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Report(config.format, (comparison.row() for comparison in comparisons.values()))
 
 
-@torch.no_grad()
-def _compare(path: str, module: nn.Module, config: ExpertsConfig, *routed: Tensor) -> LayerReport:
-    """routed: what the module is called with, tokens [T, H], ids and weights [T, K]; or nothing."""
-    packed = copy.copy(module)
-    packed._parameters, packed._modules = dict(module._parameters), dict(module._modules)
-    found = LayerReport(path, 0, 0, [])
-    squares = torch.zeros(2, getattr(module, weight_names(module)[0]).shape[0])
-    for name in weight_names(module):
-        weight = getattr(module, name)
-        quantized = config.quantize(f"{path}.{name}", module, weight)
-        replace_parameter(packed, name, quantized)
-        found.bytes_before += weight.nbytes
-        found.bytes_after += quantized.nbytes
-        numbers = weight.mT if getattr(module, "is_transposed", False) else weight
-        squares += _squares(numbers, quantized).cpu()
-    found.weight_errors = _ratios(squares)
-    if routed:
-        tokens, ids, weights = routed
-        exact, rounded = (_of_routes(m, tokens, ids) for m in (module, packed))
-        experts = torch.where(ids < len(weight), ids, len(weight)).flatten()
-        sums = exact.new_zeros(2, len(weight) + 1)
+class _Comparison:
+    """One module beside itself with packed weights, which live as long as a method runs."""
+
+    def __init__(self, path: str, module: nn.Module, config: ExpertsConfig) -> None:
+        self.path, self.module, self.config = path, module, config
+        self.num_experts = getattr(module, weight_names(module)[0]).shape[0]
+        self.of_experts = torch.zeros(2, self.num_experts)  # squares of errors, and of outputs
+        self.of_layer = torch.zeros(2)
+        self.is_chosen = torch.zeros(self.num_experts, dtype=torch.bool)
+
+    def _packed(self) -> nn.Module:
+        packed = copy.copy(self.module)
+        packed._parameters = dict(self.module._parameters)
+        packed._modules = dict(self.module._modules)
+        for name in weight_names(self.module):
+            path = f"{self.path}.{name}"
+            weight = self.config.quantize(path, self.module, getattr(self.module, name))
+            replace_parameter(packed, name, weight)
+        return packed
+
+    @torch.no_grad()
+    def add(self, tokens: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """Compare the outputs of a call, tokens [T, H], ids and weights [T, K]."""
+        exact, rounded = (_of_routes(m, tokens, ids) for m in (self.module, self._packed()))
+        E = self.num_experts
+        experts = torch.where(ids < E, ids, E).flatten()
         for kind, rows in enumerate((rounded - exact, exact)):
-            sums[kind].index_add_(0, experts, rows.square().sum(-1))
-        found.output_errors = _ratios(sums[:, :-1])
-        exact, error = (
-            (rows.unflatten(0, ids.shape) * weights.unsqueeze(-1)).sum(1)
-            for rows in (exact, rounded - exact)
+            squares = exact.new_zeros(E + 1).index_add_(0, experts, rows.square().sum(-1))
+            self.of_experts[kind] += squares[:E].cpu()
+            outputs = (rows.unflatten(0, ids.shape) * weights.unsqueeze(-1)).sum(1)
+            self.of_layer[kind] += outputs.square().sum().cpu()
+        self.is_chosen |= (experts.bincount(minlength=E + 1)[:E] > 0).cpu()
+
+    @torch.no_grad()
+    def row(self) -> LayerReport:
+        module, packed = self.module, self._packed()
+        before = after = 0
+        squares = torch.zeros(2, self.num_experts)
+        for name in weight_names(module):
+            weight, quantized = getattr(module, name), getattr(packed, name)
+            before, after = before + weight.nbytes, after + quantized.nbytes
+            numbers = weight.mT if getattr(module, "is_transposed", False) else weight
+            squares += _squares(numbers, quantized).cpu()
+        row = LayerReport(
+            self.path, before, after, _ratio(squares).tolist(), float(_ratio(squares.sum(1)))
         )
-        found.output_error = float(error.norm() / exact.norm())
-    return found
+        if self.is_chosen.any():
+            errors = _ratio(self.of_experts)
+            row.output_errors = errors.masked_fill(~self.is_chosen, nan).tolist()
+            row.output_error = float(_ratio(self.of_layer))
+        return row
 
 
-def _ratios(squares: Tensor) -> list[float]:
-    return (squares[0] / squares[1]).sqrt().tolist()
+def _ratio(squares: Tensor) -> Tensor:
+    """Errors by norms, of squares [2, ...]; no error is none of nothing too."""
+    return torch.where(squares[0] == 0, 0, squares[0] / squares[1]).sqrt()
 
 
 def _squares(weight: Tensor, quantized: QuantizedWeight) -> Tensor:

@@ -159,7 +159,7 @@ inline at::Tensor grouped_mm(const at::Tensor& rows, const at::Tensor& weights, 
   return detail::call<at::Tensor>(op, rows, weights, bias, plan.offsets, plan.load, capacity);
 }
 
-// pre_activation [R, 2F] for swiglu and geglu, [R, F] for gelu and relu; weights [T, K] -> [R, F]
+// pre_activation [R, G] as of feed_forward; weights [T, K] -> [R, F]
 inline at::Tensor activate(const at::Tensor& pre_activation, const Plan& plan,
                            std::string_view activation,
                            const OptionalTensor& weights = std::nullopt) {

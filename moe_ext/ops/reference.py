@@ -22,7 +22,7 @@ from ..formats import codes
 from . import checks, composed
 from .contracts import checked
 
-# Of swiglu_oai.
+# swiglu_oai's constants.
 SCALE, LIMIT = 1.702, 7.0
 
 # A test compares the signatures with the contracts by torch.library.infer_schema, which reads
@@ -382,7 +382,7 @@ def _gate_and_up(rows: Tensor, activation: str) -> tuple[Tensor, ...]:
 
 
 def _factor(up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """What a gate is multiplied by, and its slope."""
+    """The factor of a gate, and its slope."""
     if activation == "swiglu_oai":
         return 1 + up.clamp(-LIMIT, LIMIT), torch.where(up.abs() <= LIMIT, 1.0, 0.0).to(up.dtype)
     return up, torch.ones_like(up)

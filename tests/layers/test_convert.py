@@ -14,6 +14,7 @@ from moe_ext.experts.convert import (
     DEEPSEEK,
     GPT_OSS,
     GROUPED,
+    GROUPED_OAI,
     MIXTRAL,
     NEMOTRON,
     QWEN,
@@ -157,6 +158,19 @@ def test_gpt_oss_weights_compute_the_same_function():
         pre_activation = F.silu(pre_activation[:, ::2]) * pre_activation[:, 1::2]
         outputs.append(pre_activation @ state["down_proj"][e] + state["down_proj_bias"][e])
     assert agree(experts, outputs, x)
+
+
+def test_gates_and_ups_of_gpt_oss_alternate_in_its_experts():
+    """Its own loading and the converted weights are the same, and convert back."""
+    shipped = from_grouped(grouped_experts(True).state_dict(), GPT_OSS)
+    experts = GroupedExperts(E, H, FFN, activation="swiglu_oai", bias=True, dtype=torch.float64)
+    experts.load_state_dict(shipped)
+    own = experts.state_dict()
+    converted = from_grouped(to_grouped(shipped, GPT_OSS), GROUPED_OAI)
+    assert own.keys() == converted.keys()
+    assert all(torch.equal(own[name], converted[name]) for name in own)
+    back = from_grouped(to_grouped(own, GROUPED_OAI), GPT_OSS)
+    assert all(torch.equal(back[name], shipped[name]) for name in shipped)
 
 
 @pytest.mark.parametrize(

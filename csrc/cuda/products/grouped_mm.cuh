@@ -113,11 +113,12 @@ void grouped_mm_kernel(Product product, Epilogue epilogue) {
   });
 }
 
-// As many blocks as stay, for so many columns.
+// As many blocks of so much shared memory as stay, for so many tiles of columns.
 template <typename N>
-int64_t num_blocks(const Product& product, int64_t columns) {
+int64_t num_blocks(const Product& product, int64_t columns, std::size_t bytes) {
   const int64_t tiles = (product.groups.num_rows / N::kM + product.groups.num_groups) * columns;
-  return std::min<int64_t>(tiles, num_multiprocessors() * 2);
+  const int of_multiprocessor = 2 * (bytes + kReservedBytes) <= shared_per_multiprocessor() ? 2 : 1;
+  return std::min<int64_t>(tiles, num_multiprocessors() * of_multiprocessor);
 }
 
 template <typename N, bool kTransposed, typename Epilogue>
@@ -130,8 +131,8 @@ void launch_grouped_mm(const char* name, Product product, const Epilogue& epilog
   product.ring_slices = ring.slices;
   const int pair = epilogue.pair();
   const int64_t columns = divide_up(pair ? pair : product.width, tile_columns<N>(pair > 0));
-  launch(name, kernel, num_blocks<N>(product, columns), kProductThreads, ring.bytes, stream,
-         product, epilogue);
+  launch(name, kernel, num_blocks<N>(product, columns, ring.bytes), kProductThreads, ring.bytes,
+         stream, product, epilogue);
 }
 
 template <typename T, int kTerms, typename Epilogue>

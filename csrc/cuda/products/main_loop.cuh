@@ -151,16 +151,19 @@ __device__ void add_slices(typename N::Sums& sums, uint4* ring, int ring_slices,
   __syncthreads();  // the groups still on their way are empty
 }
 
-// As many slices as let two blocks share a multiprocessor. More would hide no more latency, and
-// leave less to the L1 cache.
+// The hardware keeps so much of each block's shared memory.
+constexpr std::size_t kReservedBytes = 1024;
+
+// As many slices as let two blocks share a multiprocessor, if three do. More would hide no more
+// latency, and leave less to the L1 cache.
 struct Ring {
   int slices;
   std::size_t bytes;
 };
 template <typename Left, typename Right>
 Ring ring_for(std::size_t other_bytes) {
-  constexpr std::size_t kSlice = slice_vectors<Left, Right> * sizeof(uint4), kReserved = 1024;
-  const std::size_t of_block = shared_per_multiprocessor() / 2 - kReserved - other_bytes;
+  constexpr std::size_t kSlice = slice_vectors<Left, Right> * sizeof(uint4);
+  const std::size_t of_block = shared_per_multiprocessor() / 2 - kReservedBytes - other_bytes;
   const int slices = of_block >= kMostSlices * kSlice ? kMostSlices : kFewSlices;
   return {slices, slices * kSlice + other_bytes};
 }

@@ -77,7 +77,7 @@ template <typename T, int kBits, int kRows, bool kTransposed>
 class Packed {
  public:
   using Of = Slice<T, kRows, kTransposed>;
-  // Of a thread in a slice: numbers, their vectors, and those of their codes.
+  // A thread's share of a slice: numbers, their vectors, and those of their codes.
   static constexpr int kNumbers = 32, kUnpacked = kNumbers / kFullPack<T>;
   static constexpr int kCodeVectors = kNumbers * kBits / 128;
   static constexpr int kSliceVectors = kCodeVectors * kProductThreads;
@@ -85,7 +85,7 @@ class Packed {
   static_assert(Of::kVectors == kUnpacked * kProductThreads);
   static_assert(kTransposed || kSliceDepth<T> == kNumbers);
 
-  // first: the tile's first column; of columns that do not exist nobody looks at the sums. table:
+  // first: the tile's first column; nobody looks at the sums of columns that do not exist. table:
   // the numbers of codes, like `unpacked` in shared memory.
   __device__ Packed(const PackedWeights& weights, int group, int first, uint4* unpacked,
                     const float* table)
@@ -156,7 +156,7 @@ class Packed {
     (kTransposed ? line : column) += kSliceDepth<T>;
   }
 
-  // What the code at a bit of a word stands for.
+  // The number that the code at a bit of a word stands for.
   __device__ float number(unsigned word, int bit) const {
     if constexpr (kBits == 4) return table_[word >> bit & 15];
     // 2^23 + 128 and more, exactly.

@@ -9,7 +9,8 @@ namespace {
 
 template <typename N, int kBits, bool kTransposed>
 KERNEL(kProductThreads, 2)
-void quantized_mm_kernel(Product product, PackedWeights weights, ToRows<typename N::T> epilogue) {
+void quantized_mm_kernel(Product product, GRID_CONSTANT const PackedWeights weights,
+                         ToRows<typename N::T> epilogue) {
   using T = typename N::T;
   using Right = Packed<T, kBits, N::kN, kTransposed>;
   SharedMemory shared;
@@ -35,8 +36,9 @@ void launch_quantized_mm(Product product, const PackedWeights& weights,
                                                      shared_bytes<uint4>(Right::kUnpackedVectors) +
                                                      shared_bytes<float>(kCodes));
   product.ring_slices = ring.slices;
-  launch("quantized_mm", kernel, num_blocks<N>(product, divide_up(product.width, N::kN)),
-         kProductThreads, ring.bytes, stream, product, weights, epilogue);
+  launch("quantized_mm", kernel,
+         num_blocks<N>(product, divide_up(product.width, N::kN), ring.bytes), kProductThreads,
+         ring.bytes, stream, product, weights, epilogue);
 }
 
 int shift_of(int64_t group) {

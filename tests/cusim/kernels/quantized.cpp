@@ -46,7 +46,7 @@ struct Codes {
     return f.format == WeightFormat::kMxfp4 ? 1 : f.format == WeightFormat::kInt4 ? 2 : 4;
   }
 
-  // Of line n of all experts'.
+  // Number m of line n, counted through all experts.
   double at(int64_t n, int64_t m) {
     const int64_t group = f.group ? m / f.group : 0;
     const char* from = reinterpret_cast<const char*>(scales.data()) + (n * S + group) * bytes();
@@ -136,6 +136,10 @@ void test_all() {
   // A slice of 8 bits that ends within a thread's numbers.
   test_product<__half>({{40}, -1, 1, 80, 16, A::kRelu, false, false}, formats[0]);
   test_product<__half>({{40}, -1, 1, 16, 80, A::kRelu, true, false, false}, formats[0]);
+  // Columns that end within a tile.
+  for (const Format& f : {formats[4], formats[1]}) {
+    test_product<__half>({{40}, -1, 1, 8, 160, A::kRelu, true, false, false}, f);
+  }
   cusim::options().card = cusim::kLeast;
 }
 
