@@ -70,11 +70,11 @@ class ExpertsConfig(QuantizationConfigMixin):
 
     def describes(self, weight: Tensor | QuantizedWeight) -> bool:
         """Whether a weight is in this format already."""
-        if not isinstance(weight, QuantizedWeight):
+        if not isinstance(weight, QuantizedWeight) or weight.format != self.format:
             return False
         group = codes.group_of(weight.format, weight.shape[-1], self.group_size)
-        own = weight.format, weight.group_size, weight.zeros is not None, weight.activations
-        return own == (self.format, group, self.zero_points, self.activations)
+        own = weight.group_size, weight.zeros is not None, weight.activations
+        return own == (group, self.zero_points, self.activations)
 
 
 def weight_names(module: nn.Module) -> tuple[str, str]:

@@ -12,32 +12,14 @@ pytest.importorskip("transformers", reason="needs the extra peers")
 
 import safetensors.torch
 import transformers
+from hf_models import SIZES, model_of, shipped_by_gpt_oss
 
 import moe_ext.hf
 from moe_ext import QuantizedWeight
 
 BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-}
 MODELS = ["Mixtral", "Qwen3Moe", "GptOss"]
 FORMATS = [("int8", {}), ("int4", {"group_size": 32, "zero_points": True}), ("mxfp4", {})]
-
-
-def model_of(name: str):
-    config = getattr(transformers, f"{name}Config")(**SIZES)
-    torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
 def with_the_numbers(model, quantized):
@@ -149,26 +131,6 @@ def test_an_error_changes_nothing():
     moe_ext.hf.quantize(model, "int8")
     with pytest.raises(ValueError, match=r"gate_up_proj is quantized already"):
         moe_ext.hf.quantize(model, "int8")
-
-
-def shipped_by_gpt_oss(folder, **changes) -> None:
-    """A checkpoint in gpt-oss's layout, with experts in MXFP4."""
-    model = model_of("GptOss")
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if "experts" in name and name.endswith("_proj"):
-            weight = QuantizedWeight.quantize(torch.randn_like(tensor).mT, "mxfp4")
-            state[f"{name}_blocks"] = weight.values.unflatten(-1, (-1, 16)).contiguous()
-            state[f"{name}_scales"] = weight.scales.detach().clone()
-        else:
-            state[name] = torch.randn_like(tensor) if "bias" in name else tensor
-    for name, change in changes.items():
-        key = f"model.layers.1.mlp.experts.{name}"
-        state[key] = change(state[key])
-    state = {name: tensor for name, tensor in state.items() if tensor is not None}
-    safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
-    model.config.quantization_config = {"quant_method": "mxfp4"}
-    model.config.save_pretrained(folder)
 
 
 def test_mxfp4_of_gpt_oss_is_read_as_shipped(tmp_path):
