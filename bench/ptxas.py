@@ -2,11 +2,11 @@
 
     python bench/ptxas.py
 
-Fails if a kernel spills registers, if a kernel that moves 16-byte vectors has no 16-byte load and
-store in its PTX, if a product has fewer tensor-core instructions in its main loop or fewer blocks
-than LEAST_HMMA and LEAST_BLOCKS, or if what the same CUDA recorded before is different: commit the
-new file with the change that made it. Needs a CUDA toolkit, NVIDIA's disassembler and any torch, no
-GPU.
+Fails if a kernel spills registers or has a stack, if a kernel that moves 16-byte vectors has no
+16-byte load and store in its PTX, if a product has fewer tensor-core instructions in its main loop
+or fewer blocks than LEAST_HMMA and LEAST_BLOCKS, or if what the same CUDA recorded before is
+different: commit the new file with the change that made it. Needs a CUDA toolkit, NVIDIA's
+disassembler and any torch, no GPU.
 
     loop_instructions   of the loop that moves the data; of the whole kernel where it has none. A
                         loop inside counts once, and so does a path that is seldom taken
@@ -234,17 +234,17 @@ def main() -> None:
         print(
             f"{arch}: {len(of_arch)} kernels, most registers {of_arch[most]['registers']}: {most}"
         )
-    spills = [
-        f"{arch} {name}: {use['spill_bytes']} bytes"
+    local = [
+        f"{arch} {name}: {use['spill_bytes']} bytes of registers, {use['stack_bytes']} of a stack"
         for arch, of_arch in kernels.items()
         for name, use in of_arch.items()
-        if use["spill_bytes"]
+        if use["spill_bytes"] or use["stack_bytes"]
     ]
     lacking = without_vectors(BUILD / "ptx")
     if not kernels:
         sys.exit("ptxas reported no kernel; is -Xptxas -v still in NVCC_APPEND_FLAGS?")
-    if spills:
-        sys.exit("\n".join(["registers spill in", *spills]))
+    if local:
+        sys.exit("\n".join(["local memory is used by", *local]))
     if poor := poor_products(kernels):
         sys.exit("\n".join(["products below what they must have", *poor]))
     if lacking:

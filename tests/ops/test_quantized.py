@@ -149,6 +149,22 @@ def test_products_are_those_with_the_numbers(kind, size, dtype, device, poisoned
             assert relative_error(found, exact) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(2, 24, 144), (2, 7, 33), (3, 16, 16)])
+def test_lines_of_8_bits_end_anywhere(size, dtype, device):
+    E, N, M = size
+    weight = quantized(("int8", None, False), *size, device)
+    for T, transposed in itertools.product((1, 5, 70), (False, True)):
+        ids = torch.arange(T, device=device).int().unsqueeze(1) % E
+        plan = moe_ext.make_plan(ids, E)
+        rows = values(len(plan.sources), N if transposed else M, dtype=dtype, device=device)
+        rest = plan.offsets, plan.load, "int8", transposed, False, None
+        args = rows, *weight.codes(), None, *rest
+        (found,) = call_operator("quantized_mm", args)
+        (expected,) = call_operator("quantized_mm", args, "reference")
+        assert relative_error(found, expected) < ROUNDING[dtype]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_row_that_is_not_finite_cannot_be_rounded(kind, value, device):

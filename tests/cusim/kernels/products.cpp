@@ -334,10 +334,11 @@ void test_all() {
       {{129, 0}, -1, 1, 40, 144, A::kGeglu, true},
       {{150, 45}, -1, 5, 72, 144, A::kRelu, false, false},
       {{70, 0, 3}, -1, 2, 40, 208, A::kSwigluOai, true, false},
+      {{20, 33}, 40, 2, 40, 112, A::kSwigluOai, false, true, true, true},
       {{5, 9, 0, 40}, 12, 3, 136, 48, A::kSwiglu, true, true, true, true},
       {std::vector<int>(256, 0), -1, 2, 24, 32, A::kGelu, true, false, false, true},
   };
-  for (const int e : {2, 31, 32, 100, 255}) cases[7].loads[e] = 1 + e / 8;
+  for (const int e : {2, 31, 32, 100, 255}) cases[8].loads[e] = 1 + e / 8;
   int turn = 0;
   for (const Case& c : cases) {
     cusim::options().card = kCards[turn++ % 2];
