@@ -137,15 +137,15 @@ class TorchInt4(_Torchs):
 
 
 class Peer(nn.Module):
-    """A peer's experts; `numbers` are those that it makes of the weights."""
+    """A peer's experts; `numbers` are those that it makes of the weights, each time anew."""
 
     def __init__(self, peer, up: Tensor, down: Tensor) -> None:
         super().__init__()
-        self.peer, self.exact = peer, [peer.rounded(w) for w in (up, down)]
+        self.peer, self.weights = peer, (up, down)
         self.nbytes = peer.bytes_per_weight * (up.numel() + down.numel())
 
     def numbers(self) -> tuple[Tensor, Tensor]:
-        return tuple(self.exact)
+        return tuple(map(self.peer.rounded, self.weights))
 
     @torch.no_grad()
     def forward(self, call: Call) -> Tensor:

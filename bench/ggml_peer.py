@@ -51,7 +51,7 @@ class Ggml:
     `repack` stores weights as llama.cpp does by default, where ggml has a kernel for that.
     """
 
-    TYPES: ClassVar = {"q8_0": 8, "q4_0": 2, "q4_K": 12, "iq4_nl": 20, "mxfp4": 39}
+    TYPES: ClassVar = {"q8_0": 8, "q4_0": 2, "q4_K": 12, "mxfp4": 39}
     load = staticmethod(functools.cache(_Functions))
 
     def __init__(

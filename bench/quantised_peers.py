@@ -193,7 +193,6 @@ class KTransformers:
 
 PEERS: dict[str, Callable[..., Any]] = {
     **{f"ggml {name}": partial(Ggml, format=name) for name in Ggml.TYPES},
-    "ggml q4_K, not repacked": partial(Ggml, format="q4_K", repack=False),
     "ONNX Runtime int8": partial(OnnxRuntime, table=INT8, group=64),
     "ONNX Runtime int4": partial(OnnxRuntime, table=INT4, group=64, int8=False),
     "ONNX Runtime int4, int8 tokens": partial(OnnxRuntime, table=INT4, group=64),
