@@ -36,8 +36,7 @@ def from_pretrained(
 
     They are packed one weight after the other, while the model is loaded. Experts that are packed
     already stay as they are: those of gpt-oss, in MXFP4, and of models that save_pretrained saved.
-    The latter are also loaded by
-    `AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moe_ext")`, after
+    The latter are also loaded by `AutoModelForCausalLM.from_pretrained(folder)`, after
     `import moe_ext.hf`.
 
     Args:
