@@ -45,9 +45,22 @@ inline bool multiplies_pairs() {
 #endif
 }
 
-struct FewRows {
+// The lines of a weight that has them all.
+struct AllLines {
+  int64_t count;
+
+  // Where kLines or fewer from the first on begin.
+  template <int bytes>
+  MOE_EXT_INLINE int64_t find(int64_t first, int64_t) const {
+    return first;
+  }
+};
+
+template <typename Source>
+struct FewRowsOf {
   Matrix out, rows, weight;
   const Matrix* bias;  // null without
+  Source source;       // of what is in `weight`
 
   // memory: of the thread
   template <int bytes>
@@ -116,7 +129,7 @@ struct FewRows {
     constexpr int64_t kFloats = sizeof(Lanes) / sizeof(float);
     const int64_t n = rows.rows, full = rows.columns / Format::kElements;
     const int64_t vectors = (rows.columns + Format::kElements - 1) / Format::kElements;
-    const int64_t registers = n * vectors * Format::kRegisters, width = weight.rows + kLines - 1;
+    const int64_t registers = n * vectors * Format::kRegisters, width = source.count + kLines - 1;
     const Matrix panel =
         memory.get(ScalarType::Float, 1, (registers + n * kLines) * kFloats + n * width);
     auto* lanes = reinterpret_cast<Lanes*>(panel.data);
@@ -127,12 +140,13 @@ struct FewRows {
 
     // The last lines are multiplied again where there are not enough after them; if there are fewer
     // in all, each takes the place of all.
-    const bool enough = weight.rows >= kLines;
+    const bool enough = source.count >= kLines;
     const bool streams =
         enough && n <= kStreamed<Format> && registers * sizeof(Lanes) <= kStreamedBytes;
-    for (int64_t r = 0; r < weight.rows; r += enough ? kLines : 1) {
-      const Lines lines =
-          enough ? Lines{std::min(r, weight.rows - kLines), weight.row_stride} : Lines{r, 0};
+    for (int64_t r = 0; r < source.count; r += enough ? kLines : 1) {
+      const int64_t first = enough ? std::min(r, source.count - kLines) : r;
+      const int64_t at = source.template find<sizeof(Lanes)>(first, enough ? kLines : 1);
+      const Lines lines{at, enough ? weight.row_stride : 0};
       if (streams) {
         stream(lines, packed);
       } else {
@@ -145,7 +159,7 @@ struct FewRows {
         std::memset(static_cast<void*>(packed.sums + j * kLines), 0, sizeof(sums));
         Vector<float, 16> four;
         sum_lanes(four, sums);
-        store(four, totals + j * width + lines.first);
+        store(four, totals + j * width + first);
       }
     }
     for (int64_t j = 0; j < n; ++j) finish<Format>(j, totals + j * width);
@@ -288,6 +302,7 @@ struct FewRows {
     }
   }
 };
+using FewRows = FewRowsOf<AllLines>;
 
 }  // namespace moe_ext
 #endif

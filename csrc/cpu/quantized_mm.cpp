@@ -66,6 +66,25 @@ struct UnpackColumns {
   }
 };
 
+#if defined(__x86_64__)
+// Lines of a weight, whose numbers are in a window of kLines.
+template <typename scalar_t>
+struct DecodedLines {
+  const QuantizedMatrix& weight;
+  Matrix window;
+  Panel& memory;
+  int64_t count;
+
+  template <int bytes>
+  MOE_EXT_INLINE int64_t find(int64_t first, int64_t lines) const {
+    const QuantizedMatrix some = weight.row_range(first, first + lines);
+    const DecodePanel<scalar_t> decode{some, 0, window, multiplies_pairs()};
+    decode.template run<bytes>(memory);
+    return 0;
+  }
+};
+#endif
+
 template <typename scalar_t>
 class QuantizedProducts {
  public:
@@ -101,6 +120,12 @@ class QuantizedProducts {
     const bool as_they_lie = a.transposed || !weight.has_codes();
     const Matrix rows = as_they_lie && !a.int8_rows ? given : packed(worker, given, as_they_lie);
     if (a.transposed) return multiply_columns(worker, t, rows, weight, out);
+#if defined(__x86_64__)
+    const Matrix window = worker.right.get(dtype_, kLines, rows.columns);
+    const QuantizedMatrix all = weight.row_range(t.column_begin, t.column_end);
+    const DecodedLines<scalar_t> decoded_lines{all, window, worker.out, all.rows};
+    if (worker.gemm.rows_by_lines(out, rows, window, bias, decoded_lines)) return;
+#endif
     const int64_t lines = std::max(
         kPanelLines, kPanelBytes / std::max<int64_t>(1, rows.columns * out.width()) / 16 * 16);
     for (int64_t c = 0; c < t.columns(); c += lines) {
