@@ -2,9 +2,9 @@
 //
 //   out[r, :] = weight[e] @ rows[r, :] + bias[e], or weight[e]^T @ rows[r, :], the gradient of rows
 //
-// Few rows are multiplied as the codes are read (few_rows_quantized.h). For more, lines of the weight
-// become numbers of the rows' dtype: four at a time in the first cache where own loops multiply
-// them, else a panel for another product.
+// Few rows are multiplied as the codes are read (few_rows_quantized.h). For more, lines of the
+// weight become numbers of the rows' dtype: four at a time in the first cache where own loops
+// multiply them, else a panel for another product.
 
 #include "few_rows_quantized.h"
 #include "products.h"
