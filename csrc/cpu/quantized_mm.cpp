@@ -7,6 +7,7 @@
 // multiply them, else a panel for another product.
 
 #include "few_rows_quantized.h"
+#include "panels.h"
 #include "products.h"
 
 namespace moe_ext {

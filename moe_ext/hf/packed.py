@@ -55,7 +55,7 @@ def from_pretrained(
         ValueError: a weight cannot have this format, or has another one in the checkpoint
     """
     options = {"experts_implementation": NAME} | options
-    # Of the loader alone: a configuration would take them for its own.
+    # A configuration would take these options for its own.
     kept = {name: options.pop(name) for name in _LOADERS if name in options}
     has, unused = PreTrainedConfig.get_config_dict(path, **options)
     packed = has.get("quantization_config") or {}

@@ -82,14 +82,11 @@ class Report(list[LayerReport]):
                 errors[1] = f"{layer.output_error:8.2%}"
             worst = ", ".join(f"{e}: {error:.2%}" for e, error in layer.worst())
             lines.append("  ".join([f"{layer.name:{width}}", *sizes, *errors, worst]))
-        before, after = self._bytes()
+        before, after = sum(r.bytes_before for r in self), sum(r.bytes_after for r in self)
         total = (
             f"{before / 1e6:8.2f}  {after / 1e6:8.2f}  {after / max(before, 1):.3f} of the bytes"
         )
         return "\n".join([*lines, f"{'total':{width}}  {total}"])
-
-    def _bytes(self) -> tuple[int, int]:
-        return sum(r.bytes_before for r in self), sum(r.bytes_after for r in self)
 
     def plot(self, path: str | Path) -> None:
         """Draw the error of every expert of every layer. Needs matplotlib.
