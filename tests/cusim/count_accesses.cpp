@@ -210,6 +210,32 @@ void count_products(const Shape& s, const char* dtype) {
   sum_rows({dtype_of<T>, inner.data(), false, false, routes, groups, G}, bias.data(), nullptr);
 }
 
+// Weights of int4 in groups of 64, and int8, both directions.
+template <typename T>
+void count_quantized(const Shape& s, const char* dtype) {
+  const int64_t R = s.T * s.K;
+  Array<int32_t> offsets(s.E + 1), load(s.E);
+  for (int e = 0; e <= s.E; ++e) offsets[e] = static_cast<int32_t>(e * R / s.E);
+  for (int e = 0; e < s.E; ++e) load[e] = offsets[e + 1] - offsets[e];
+  Array<T> rows = filled<T>(R * s.H), out(R * s.F);
+  for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
+    const bool is_int8 = format == WeightFormat::kInt8;
+    const int64_t num_scales = is_int8 ? 1 : s.H / 64;
+    Array<uint8_t> values(s.E * s.F * s.H * bits_of(format) / 8);
+    Array<uint32_t> scales(s.E * s.F * num_scales);
+    for (int64_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint8_t>(i);
+    for (int64_t i = 0; i < scales.size(); ++i) scales[i] = 0x3f803f80;  // about 1
+    for (const bool transposed : {false, true}) {
+      shape_text = text(s) + " " + dtype + (is_int8 ? " int8" : " int4");
+      if (transposed) shape_text += " transposed";
+      quantized_mm({dtype_of<T>, rows.data(), format, values.data(), scales.data(), nullptr,
+                    num_scales, transposed, Groups{offsets.data(), load.data(), s.E, R},
+                    transposed ? s.F : s.H, transposed ? s.H : s.F},
+                   nullptr, transposed ? rows.data() : out.data(), nullptr);
+    }
+  }
+}
+
 void count_planted() {
   Array<float> from = filled<float>(32 * 32), to(32);
   for (int stride : {1, 2, 32}) {
@@ -235,6 +261,7 @@ void count_all() {
   for (const Shape& shape : {Shape{64, 2, 4, 128, 128}, Shape{64, 4, 2, 128, 64}}) {
     count_products<__nv_bfloat16>(shape, "bfloat16");
     count_products<float>(shape, "float32");
+    count_quantized<__nv_bfloat16>(shape, "bfloat16");
   }
 }
 

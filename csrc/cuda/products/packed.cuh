@@ -126,18 +126,20 @@ class Packed {
     is_odd_ = !is_odd_;
 #pragma unroll
     for (int i = 0; i < kCodeVectors; ++i) {
-      const uint4 codes = slice[i * kProductThreads + threadIdx.x];
-      const unsigned words[] = {codes.x, codes.y, codes.z, codes.w};
+      // The threads of a line's second half go another way, else they meet the first in a bank.
+      const int vector_of_codes = kCodeVectors == 2 ? i ^ half() : i;
+      const auto codes = read_codes(slice + vector_of_codes * kProductThreads + threadIdx.x);
       constexpr int kOfVector = kUnpacked / kCodeVectors, kWords = 4 / kOfVector;
 #pragma unroll
       for (int j = 0; j < kOfVector; ++j) {
+        const int unpacked = kCodeVectors == 2 ? vector_of_codes * kOfVector + j : j ^ 2 * half();
         Pack<float, kFullPack<T>> numbers;
 #pragma unroll
         for (int k = 0; k < kFullPack<T>; ++k) {
           numbers.at[k] =
-              (number(words[j * kWords + k * kBits / 32], k * kBits % 32) - shift) * factor;
+              (number(codes.at[j * kWords + k * kBits / 32], k * kBits % 32) - shift) * factor;
         }
-        to[Of::place(line(), vector() + i * kOfVector + j)] = bits_as<uint4>(narrowed<T>(numbers));
+        to[Of::place(line(), vector() + unpacked)] = bits_as<uint4>(narrowed<T>(numbers));
       }
     }
     return to;
@@ -148,6 +150,14 @@ class Packed {
   __device__ static int line() { return static_cast<int>(threadIdx.x) / kThreadsOfLine; }
   __device__ static int vector() {
     return static_cast<int>(threadIdx.x) % kThreadsOfLine * kUnpacked;
+  }
+  // Which half of a transposed line this thread has.
+  __device__ static int half() { return static_cast<int>(threadIdx.x) % kThreadsOfLine / 2; }
+  // A vector whose words are in the order in which this thread unpacks them.
+  __device__ static Pack<unsigned, 4> read_codes(const uint4* from) {
+    const auto codes = bits_as<Pack<unsigned, 4>>(*from);
+    if (kCodeVectors == 2 || half() == 0) return codes;
+    return {codes.at[2], codes.at[3], codes.at[0], codes.at[1]};
   }
   __device__ static int existing(int i, int count) { return i < count ? i : 0; }
   __device__ static int64_t bytes_of(int numbers) { return int64_t{numbers} * kBits / 8; }
