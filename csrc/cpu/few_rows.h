@@ -45,35 +45,61 @@ inline bool multiplies_pairs() {
 #endif
 }
 
-// The lines of a weight that has them all.
-struct AllLines {
-  int64_t count;
+// Where lines are stored, to ask for them ahead of their use.
+struct Stored {
+  const char* first;
+  int64_t apart, step;  // bytes from a line to the next, and of a vector
+};
 
-  // Where kLines or fewer from the first on begin.
+// A source of lines: those of a weight as it lies.
+struct AllLines {
+  template <typename scalar_t>
+  static constexpr bool kHas = true;
+  static constexpr bool kInMemory = true;  // lines lie one after the other
+  // Bytes of a line that stay in the first cache while the blocks go by.
+  static constexpr int64_t kDeep = 1 << 11;
+
+  Matrix weight;
+
+  int64_t count() const { return weight.rows; }
+
+  // Some columns of some lines: kLines, or one.
   template <int bytes>
-  MOE_EXT_INLINE int64_t find(int64_t first, int64_t) const {
-    return first;
+  MOE_EXT_INLINE Matrix find(int64_t first, int64_t lines, int64_t begin, int64_t end) const {
+    return weight.row_range(first, first + lines).column_range(begin, end);
   }
+
+  // The lines from the first on. elements: of a vector
+  MOE_EXT_INLINE Stored stored(int64_t first, int64_t elements) const {
+    const int64_t apart = weight.row_stride * weight.width();
+    return {weight.data + first * apart, apart, elements * weight.width()};
+  }
+
+  // Completes the products of a row with kLines from the first on.
+  MOE_EXT_INLINE void complete(int64_t, Vector<float, 16>&) const {}
 };
 
 template <typename Source>
 struct FewRowsOf {
-  Matrix out, rows, weight;
+  Matrix out, rows;
   const Matrix* bias;  // null without
-  Source source;       // of what is in `weight`
+  Source source;       // of the weight's lines
 
   // memory: of the thread
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& memory) const {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
     if constexpr (bytes == 64) {
-      if (rows.dtype == ScalarType::BFloat16 && multiplies_pairs()) {
-        return multiply<BFloat16Pairs>(memory);
+      if constexpr (Source::template kHas<BFloat16Pairs::scalar_t>) {
+        if (rows.dtype == ScalarType::BFloat16 && multiplies_pairs()) {
+          return multiply<BFloat16Pairs>(memory);
+        }
       }
     }
 #endif
     visit_format<bytes>(rows.dtype, [&](auto format) __attribute__((always_inline)) {
-      multiply<decltype(format)>(memory);
+      using Format = decltype(format);
+      if constexpr (Source::template kHas<typename Format::scalar_t>) multiply<Format>(memory);
     });
   }
 
@@ -81,8 +107,8 @@ struct FewRowsOf {
   // The rows of a block: their sums with kLines rows of the weight fit into the registers.
   template <typename Format>
   static constexpr int64_t kBlock = sizeof(typename Format::Lanes) == 64 ? 6 : 3;
-  // Bytes of a line that stay in the first cache while the blocks go by.
-  static constexpr int64_t kDeep = 1 << 11;
+  // A part of a line has whole multiples of so many numbers, unless it is the last.
+  static constexpr int64_t kWhole = 256;
   // Up to so many rows memory is the limit.
   template <typename Format>
   static constexpr int64_t kStreamed = std::min<int64_t>(4, kBlock<Format>);
@@ -108,19 +134,14 @@ struct FewRowsOf {
     }
   };
 
-  // Lines of the weight, with elements from one to the next.
-  struct Lines {
-    int64_t first, stride;
-  };
-
   // Some vectors of some lines times the rows of a block.
   template <typename Format>
   struct Part {
-    Lines lines;
-    int64_t begin, end;                     // vectors
-    const typename Format::Lanes* packed;   // the rows
-    typename Format::Lanes* sums;           // [rows, kLines]
-    const typename Format::scalar_t* next;  // is asked for ahead of its use
+    const typename Format::scalar_t* lines;
+    int64_t stride, vectors;               // elements from a line to the next
+    const typename Format::Lanes* packed;  // the rows
+    typename Format::Lanes* sums;          // [rows, kLines]
+    Stored next;                           // is asked for ahead of its use
   };
 
   template <typename Format>
@@ -129,7 +150,7 @@ struct FewRowsOf {
     constexpr int64_t kFloats = sizeof(Lanes) / sizeof(float);
     const int64_t n = rows.rows, full = rows.columns / Format::kElements;
     const int64_t vectors = (rows.columns + Format::kElements - 1) / Format::kElements;
-    const int64_t registers = n * vectors * Format::kRegisters, width = source.count + kLines - 1;
+    const int64_t registers = n * vectors * Format::kRegisters, width = source.count() + kLines - 1;
     const Matrix panel =
         memory.get(ScalarType::Float, 1, (registers + n * kLines) * kFloats + n * width);
     auto* lanes = reinterpret_cast<Lanes*>(panel.data);
@@ -140,25 +161,24 @@ struct FewRowsOf {
 
     // The last lines are multiplied again where there are not enough after them; if there are fewer
     // in all, each takes the place of all.
-    const bool enough = source.count >= kLines;
-    const bool streams =
-        enough && n <= kStreamed<Format> && registers * sizeof(Lanes) <= kStreamedBytes;
-    for (int64_t r = 0; r < source.count; r += enough ? kLines : 1) {
-      const int64_t first = enough ? std::min(r, source.count - kLines) : r;
-      const int64_t at = source.template find<sizeof(Lanes)>(first, enough ? kLines : 1);
-      const Lines lines{at, enough ? weight.row_stride : 0};
+    const int64_t count = source.count();
+    const bool streams = Source::kInMemory && count >= kLines && n <= kStreamed<Format> &&
+                         registers * sizeof(Lanes) <= kStreamedBytes;
+    for (int64_t r = 0; r < count; r += count >= kLines ? kLines : 1) {
+      const int64_t first = count >= kLines ? std::min(r, count - kLines) : r;
       if (streams) {
-        stream(lines, packed);
+        if constexpr (Source::kInMemory) stream(first, packed);
       } else {
-        multiply_blocks(lines, packed);
+        multiply_blocks(first, packed);
       }
-      if (full < vectors) add_rest(lines, packed);
+      if (full < vectors) add_rest(first, packed);
       for (int64_t j = 0; j < n; ++j) {
         Lanes sums[kLines];
         std::memcpy(sums, packed.sums + j * kLines, sizeof(sums));
         std::memset(static_cast<void*>(packed.sums + j * kLines), 0, sizeof(sums));
         Vector<float, 16> four;
         sum_lanes(four, sums);
+        source.complete(first, four);
         store(four, totals + j * width + first);
       }
     }
@@ -180,37 +200,57 @@ struct FewRowsOf {
     std::memset(static_cast<void*>(packed.sums), 0, rows.rows * kLines * sizeof(*packed.sums));
   }
 
+  // Vectors of kLines from the first on.
+  template <typename Format>
+  MOE_EXT_INLINE Matrix lines_of(int64_t first, int64_t begin, int64_t end) const {
+    constexpr int64_t kElements = Format::kElements;
+    const bool enough = source.count() >= kLines;
+    Matrix lines = source.template find<sizeof(typename Format::Lanes)>(
+        first, enough ? kLines : 1, begin * kElements, std::min(end * kElements, rows.columns));
+    if (!enough) lines.row_stride = 0;
+    return lines;
+  }
+
   // One block, kAtOnce lines at a time, in the order of memory.
   template <typename Format>
-  MOE_EXT_INLINE void stream(const Lines& lines, const Packed<Format>& packed) const {
+  MOE_EXT_INLINE void stream(int64_t first, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
     constexpr int kCount = kAtOnce<Format>;
-    for (int i = 0; i < kLines; i += kCount) {
-      const int64_t first = lines.first + i;
-      const scalar_t* next = kCount == 1 ? line_of<scalar_t>(first) + kAhead / sizeof(scalar_t)
-                                         : line_of<scalar_t>(first + kCount);
-      const Part<Format> part{{first, lines.stride}, 0,   packed.full, packed.lanes,
-                              packed.sums + i,       next};
+    constexpr int64_t kBytes = kCount * Format::kElements * sizeof(scalar_t);
+    const Matrix lines = lines_of<Format>(first, 0, packed.vectors);
+    const auto* line = reinterpret_cast<const scalar_t*>(lines.data);
+    for (int i = 0; i < kLines; i += kCount, line += kCount * lines.row_stride) {
+      const auto* next = reinterpret_cast<const char*>(line);
+      next += kCount == 1 ? kAhead : kCount * lines.row_stride * sizeof(scalar_t);
+      const Part<Format> part{line,         lines.row_stride, packed.full,
+                              packed.lanes, packed.sums + i,  {next, 64, kBytes}};
       multiply_rows<true, kStreamed<Format>>(rows.rows, part);
     }
   }
 
   // Any number of blocks, which take turns with a part of the lines.
   template <typename Format>
-  MOE_EXT_INLINE void multiply_blocks(const Lines& lines, const Packed<Format>& packed) const {
+  MOE_EXT_INLINE void multiply_blocks(int64_t first, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
-    constexpr int64_t kVectors = kDeep / (Format::kElements * sizeof(scalar_t));
-    const int64_t full = packed.full, parts = (full + kVectors - 1) / kVectors;
-    for (int64_t p = 0; p < parts; ++p) {
-      const int64_t v = p * full / parts, end = (p + 1) * full / parts;
-      const scalar_t* next = end < full ? line_of<scalar_t>(lines.first) + end * Format::kElements
-                                        : line_of<scalar_t>(lines.first + kLines);
+    constexpr int64_t kElements = Format::kElements, kStep = kWhole / kElements;
+    constexpr int64_t kMost = Source::kDeep / (kElements * sizeof(scalar_t));
+    const int64_t full = packed.full, parts = std::max<int64_t>(1, (full + kMost - 1) / kMost);
+    const int64_t deep = ((full + parts - 1) / parts + kStep - 1) / kStep * kStep;
+    for (int64_t v = 0; v < full; v += deep) {
+      const int64_t end = std::min(v + deep, full);
+      const Matrix lines = lines_of<Format>(first, v, end);
+      Stored next = source.stored(first, kElements);
+      next.first += end < full ? end * next.step : kLines * next.apart;
       // Every block asks for what comes next: the CPU drops what it cannot keep up with. (24 rows
       // took 1.4 times as long on a Zen 5 where the first block alone asked.)
       for (int64_t begin = 0; begin < rows.rows; begin += packed.block) {
         const int64_t count = std::min(packed.block, rows.rows - begin);
-        const Part<Format> part{
-            lines, v, end, packed.at(begin, count, v), packed.sums + begin * kLines, next};
+        const Part<Format> part{reinterpret_cast<const scalar_t*>(lines.data),
+                                lines.row_stride,
+                                end - v,
+                                packed.at(begin, count, v),
+                                packed.sums + begin * kLines,
+                                next};
         multiply_rows<false, kBlock<Format>>(count, part);
       }
     }
@@ -218,10 +258,11 @@ struct FewRowsOf {
 
   // The last vector of every line, which is not full.
   template <typename Format>
-  MOE_EXT_INLINE void add_rest(const Lines& lines, const Packed<Format>& packed) const {
+  MOE_EXT_INLINE void add_rest(int64_t first, const Packed<Format>& packed) const {
+    const Matrix lines = lines_of<Format>(first, packed.full, packed.vectors);
     for (int i = 0; i < kLines; ++i) {
       typename Format::scalar_t copy[Format::kElements];
-      const auto* last = vector_of(weight, lines.first + (lines.stride ? i : 0), packed.full, copy);
+      const auto* last = vector_of(lines, i, 0, copy);
       for (int64_t begin = 0; begin < rows.rows; begin += packed.block) {
         const int64_t count = std::min(packed.block, rows.rows - begin);
         const auto* from = packed.at(begin, count, packed.full);
@@ -230,11 +271,6 @@ struct FewRowsOf {
         }
       }
     }
-  }
-
-  template <typename scalar_t>
-  MOE_EXT_INLINE const scalar_t* line_of(int64_t row) const {
-    return reinterpret_cast<const scalar_t*>(weight.data) + row * weight.row_stride;
   }
 
   // A vector of the weight times one of a row, added to a sum per lane.
@@ -273,21 +309,18 @@ struct FewRowsOf {
     using Lanes = typename Format::Lanes;
     using scalar_t = typename Format::scalar_t;
     constexpr int lines = streams ? kAtOnce<Format> : kLines;
-    const int64_t stride = part.lines.stride;
-    // The next lines are asked for in the order of memory, if they are neighbours, or side by side.
-    constexpr int64_t kCacheLine = 64 / sizeof(scalar_t);
-    constexpr int kAsked = streams ? lines * Format::kElements / kCacheLine : lines;
-    constexpr int64_t kStep = streams ? lines * Format::kElements : Format::kElements;
-    const int64_t apart = streams ? kCacheLine : stride;
+    // Of what comes next, cache lines that are neighbours in memory, or one of each line.
+    constexpr int kAsked = streams ? lines * Format::kElements * sizeof(scalar_t) / 64 : lines;
+    const int64_t stride = part.stride;
     Lanes sums[count][lines];
     for (int j = 0; j < count; ++j) {
       for (int i = 0; i < lines; ++i) sums[j][i] = part.sums[j * kLines + i];
     }
     const Lanes* packed = part.packed;
-    const scalar_t* line = line_of<scalar_t>(part.lines.first) + part.begin * Format::kElements;
-    const scalar_t* next = part.next;
-    for (int64_t v = part.begin; v < part.end; ++v) {
-      for (int i = 0; i < kAsked; ++i) __builtin_prefetch(next + i * apart, 0, 3);
+    const scalar_t* line = part.lines;
+    const char* next = part.next.first;
+    for (int64_t v = 0; v < part.vectors; ++v) {
+      for (int i = 0; i < kAsked; ++i) __builtin_prefetch(next + i * part.next.apart, 0, 3);
       for (int j = 0; j < count; ++j) {
         for (int i = 0; i < lines; ++i) {
           add<Format>(sums[j][i], line + i * stride, packed + j * Format::kRegisters);
@@ -295,7 +328,7 @@ struct FewRowsOf {
       }
       packed += count * Format::kRegisters;
       line += Format::kElements;
-      next += kStep;
+      next += part.next.step;
     }
     for (int j = 0; j < count; ++j) {
       for (int i = 0; i < lines; ++i) part.sums[j * kLines + i] = sums[j][i];

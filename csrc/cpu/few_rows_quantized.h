@@ -27,21 +27,36 @@ struct FewRowsQuantized {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
     if constexpr (bytes == 64) {
       if (int8_rows && multiplies_bytes(weight.format, weight.columns)) {
-        return weight.has_codes() ? multiply<ByteCodes>(memory) : multiply<ByteBytes>(memory);
+        return weight.has_codes() ? run_with<bytes, ByteCodes>(*this, memory)
+                                  : run_with<bytes, ByteBytes>(*this, memory);
       }
       if (!int8_rows && rows.dtype == ScalarType::BFloat16 && multiplies_pairs() &&
           weight.has_codes()) {
-        return multiply<PairCodes>(memory);
+        return run_with<bytes, PairCodes>(*this, memory);
       }
     }
 #endif
     if constexpr (bytes > 16) {
-      weight.has_codes() ? multiply<FloatCodes<bytes>>(memory)
-                         : multiply<FloatBytes<bytes>>(memory);
+      weight.has_codes() ? run_with<bytes, FloatCodes<bytes>>(*this, memory)
+                         : run_with<bytes, FloatBytes<bytes>>(*this, memory);
     }
   }
 
  private:
+  template <typename Codes>
+  struct With {
+    const FewRowsQuantized& product;
+
+    template <int bytes>
+    MOE_EXT_INLINE void run(Panel& memory) const {
+      product.multiply<Codes>(memory);
+    }
+  };
+  template <int bytes, typename Codes>
+  static void run_with(const FewRowsQuantized& product, Panel& memory) {
+    on_registers<bytes>(With<Codes>{product}, memory);
+  }
+
   static constexpr int64_t kBlock = 4;        // rows
   static constexpr int64_t kAhead = 1 << 13;  // bytes
 
@@ -141,7 +156,7 @@ struct FewRowsQuantized {
         to_floats<decltype(format)>(rows.row_range(j, j + 1), p.row);
       });
       std::memset(p.row + M, 0, (p.steps * kStep - M) * sizeof(float));
-      p.row_scales[j] = codes.unit * (int8_rows ? round_row(p.row, M) : 1);
+      p.row_scales[j] = codes.unit * (int8_rows ? round_row<sizeof(Lanes)>(p.row, M) : 1);
       for (const float* step = p.row; step < p.row + M; step += kStep, words += Codes::kWords) {
         auto* to = reinterpret_cast<Element*>(words);
         for (int64_t i = 0; i < kStep; ++i) to[Codes::place(i)] = Codes::element(step[i]);
@@ -205,9 +220,11 @@ struct FewRowsQuantized {
     if constexpr (most > 1) {
       if (count < most) return multiply_rows<most - 1>(count, codes, of_lanes, p, lines, begin);
     }
-    // The fewer rows, the more lines of 4 bits at a time: additions need not wait for each other.
-    // Lines of 8 bits keep up one at a time, the order in which memory is fastest.
-    constexpr int kAtOnce = !Codes::kHasGroups ? 1 : most == 1 ? kLines : most == 2 ? 2 : 1;
+    // More lines of 4 bits at a time, so that additions need not wait for each other, if their
+    // totals fit into the registers. Lines of 8 bits keep up one at a time, the order in which
+    // memory is fastest.
+    constexpr bool fits = most == 1 || sizeof(typename Codes::Lanes) == 64;
+    constexpr int kAtOnce = Codes::kHasGroups && fits ? kLines : 1;
     for (int i = 0; i < kLines; i += kAtOnce) {
       multiply_block<most, kAtOnce>(codes, of_lanes, p, lines, begin, i);
     }

@@ -110,7 +110,7 @@ class Gemm {
     if (has_lanes(rows.dtype) && rows.column_stride == 1 && out.column_stride == 1) {
       const Matrix* first = bias ? &*bias : nullptr;
       if (weight.column_stride == 1 && rows.rows <= most_rows(rows.dtype, rows.columns)) {
-        return on_widest(FewRows{out, rows, weight, first, {weight.rows}}, left_);
+        return on_widest(FewRows{out, rows, first, {weight}}, left_);
       }
       if (weight.row_stride == 1 && rows.rows <= kFewRows) {
         return on_widest(FewRowsFlat{out, rows, weight, first}, left_);
@@ -132,16 +132,15 @@ class Gemm {
   }
 
 #if defined(__x86_64__)
-  // The same with lines that a source puts into `weight`, kLines at a time; false where others are
-  // faster.
+  // The same with lines of a source's; false where others are faster.
   template <typename Source>
-  bool rows_by_lines(const Matrix& out, const Matrix& rows, const Matrix& weight,
-                     const std::optional<Matrix>& bias, const Source& source) {
+  bool rows_by_lines(const Matrix& out, const Matrix& rows, const std::optional<Matrix>& bias,
+                     const Source& source) {
     if (!has_lanes(rows.dtype) || rows.column_stride != 1 || out.column_stride != 1 ||
         rows.rows > most_rows(rows.dtype, rows.columns)) {
       return false;
     }
-    on_widest(FewRowsOf<Source>{out, rows, weight, bias ? &*bias : nullptr, source}, left_);
+    on_widest(FewRowsOf<Source>{out, rows, bias ? &*bias : nullptr, source}, left_);
     return true;
   }
 #endif

@@ -55,18 +55,24 @@ struct DecodePanel {
   int64_t begin;
   Matrix to;
   bool converts_pairs;  // by AVX512-BF16, for which subnormal numbers are zero
+  bool scales_bytes;    // or the numbers of 8 bits stay whole
 
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& memory) const {
     constexpr int64_t kLanes = bytes / 4;
-    const int64_t size = weight.groups + 4 * kLanes;
+    const int64_t group = weight.group(), first = begin / group;
+    const int64_t groups = std::min((to.columns + group - 1) / group, weight.groups - first);
+    const int64_t size = groups + 4 * kLanes;
     const Matrix floats = memory.get(ScalarType::Float, 1, 2 * size);
     auto* scales = reinterpret_cast<float*>(floats.data);
     std::fill_n(scales, 2 * size, 0.0f);
     const CodeTable<bytes> table(weight.format);
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    const bool finds_bytes = __builtin_cpu_supports("avx512vbmi");
+#endif
     for (int64_t r = 0; r < weight.rows; ++r) {
-      weight.scales_of<bytes>(r, 1, scales);
-      if (weight.zeros) weight.zeros_of<bytes>(r, 1, scales + size);
+      weight.some_scales<bytes>(r * weight.groups + first, groups, scales);
+      if (weight.zeros) weight.some_zeros<bytes>(r, first, groups, scales + size);
       auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
       if (weight.has_codes()) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
@@ -78,8 +84,15 @@ struct DecodePanel {
         }
 #endif
         codes_of<bytes>(table, r, scales, scales + size, out);
+      } else if (scales_bytes) {
+        bytes_of<bytes, true>(r, scales[0], out);
       } else {
-        bytes_of<bytes>(r, scales[0], out);
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+        if constexpr (bytes == 64 && is_bfloat16<scalar_t>) {
+          if (finds_bytes && whole_bytes(r, out)) continue;
+        }
+#endif
+        bytes_of<bytes, false>(r, 1, out);
       }
     }
   }
@@ -110,8 +123,8 @@ struct DecodePanel {
       Vector<uint32_t, bytes> codes;
       load_step(codes, from, c);
       Vector<float, bytes> scale, zero, parts[8];
-      of_lanes.find(scales, (begin + c) / kNumbers, scale);
-      of_lanes.find(zeros, (begin + c) / kNumbers, zero);
+      of_lanes.find(scales, c / kNumbers, scale);
+      of_lanes.find(zeros, c / kNumbers, zero);
       for (int p = 0; p < 8; ++p) {
         table.find(codes >> (4 * p), parts[p]);
         parts[p] = (parts[p] - zero) * scale;
@@ -145,8 +158,6 @@ struct DecodePanel {
     Pairs first;  // of a lane's group in the table
     for (int j = 0; j < 32; ++j) first[j] = static_cast<uint16_t>(j * kGroups / 32 * kCodes);
     const uint8_t* from = weight.values + row * weight.row_bytes() + begin / 2;
-    const int64_t first_group = begin / weight.group();
-    scales += first_group, zeros += first_group;
     for (int64_t c = 0; c < to.columns; c += kNumbers) {
       Pairs codes;
       load_step(codes, from, c);
@@ -168,6 +179,57 @@ struct DecodePanel {
     }
   }
 
+  using Bytes = Vector<uint8_t, 64>;
+
+  // 0 to 127 as bfloat16: their low bytes, and their high ones.
+  struct WholeNumbers {
+    uint8_t low[128]{}, high[128]{};
+    constexpr WholeNumbers() {
+      for (int i = 1, exponent = 0; i < 128; ++i) {
+        if (i == 2 << exponent) ++exponent;
+        const int bits = (127 + exponent) << 7 | (i << (7 - exponent) & 127);
+        low[i] = bits & 255, high[i] = bits >> 8;
+      }
+    }
+  };
+
+  // Whole numbers of 8 bits by these; false if there is a -128, which has no place in them.
+  MOE_EXT_INLINE bool whole_bytes(int64_t row, scalar_t* out) const {
+    static constexpr WholeNumbers kWhole;
+    Bytes lows[2], highs[2];
+    std::memcpy(lows, kWhole.low, sizeof(lows));
+    std::memcpy(highs, kWhole.high, sizeof(highs));
+    constexpr int64_t kNumbers = sizeof(Bytes);
+    const Vector<uint64_t, 64> order = {0, 4, 1, 5, 2, 6, 3, 7};
+    const uint8_t* from = weight.values + row * weight.row_bytes() + begin;
+    Bytes all{};
+    int64_t c = 0;
+    for (; c + kNumbers <= to.columns; c += kNumbers) {
+      Bytes numbers, sizes, first, second;
+      load(numbers, from + c);
+      __builtin_prefetch(from + c + kAhead, 0, 3);
+      asm("vpermq %1, %2, %0" : "=v"(numbers) : "v"(numbers), "v"(order));
+      asm("vpabsb %1, %0" : "=v"(sizes) : "v"(numbers));
+      all |= sizes;
+      Bytes low = sizes, high = sizes;
+      asm("vpermi2b %2, %1, %0" : "+v"(low) : "v"(lows[0]), "v"(lows[1]));
+      asm("vpermi2b %2, %1, %0" : "+v"(high) : "v"(highs[0]), "v"(highs[1]));
+      asm("vpternlogd $0xf8, %2, %1, %0" : "+v"(high) : "v"(numbers), "v"(Bytes{} + 128));
+      asm("vpunpcklbw %2, %1, %0" : "=v"(first) : "v"(low), "v"(high));
+      asm("vpunpckhbw %2, %1, %0" : "=v"(second) : "v"(low), "v"(high));
+      store(first, static_cast<void*>(out + c));
+      store(second, static_cast<void*>(out + c + kNumbers / 2));
+    }
+    for (; c < to.columns; ++c) {
+      out[c] = static_cast<scalar_t>(static_cast<float>(static_cast<int8_t>(from[c])));
+    }
+    Vector<uint64_t, 64> tops;
+    std::memcpy(&tops, &all, sizeof(tops));
+    uint64_t top = 0;
+    for (int i = 0; i < 8; ++i) top |= tops[i];
+    return (top & 0x8080808080808080u) == 0;
+  }
+
   static MOE_EXT_INLINE Pairs pair_of(const Floats& low, const Floats& high) {
     Pairs pair;
     asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pair) : "v"(low), "v"(high));
@@ -175,7 +237,7 @@ struct DecodePanel {
   }
 #endif
 
-  template <int bytes>
+  template <int bytes, bool scaled>
   MOE_EXT_INLINE void bytes_of(int64_t row, float scale, scalar_t* out) const {
     constexpr int64_t kLanes = bytes / 4;
     const auto* from =
@@ -187,7 +249,8 @@ struct DecodePanel {
       for (int p = 0; p < 2; ++p) {
         Vector<int32_t, bytes> wide;
         widen_bytes(from + c + p * kLanes, wide);
-        numbers[p] = __builtin_convertvector(wide, Vector<float, bytes>) * scale;
+        numbers[p] = __builtin_convertvector(wide, Vector<float, bytes>);
+        if constexpr (scaled) numbers[p] *= scale;
       }
       store_pair<bytes>(numbers, out + c);
     }

@@ -49,13 +49,25 @@ MOE_EXT_INLINE void interleave(const V& even, const V& odd, float* out) {
 
 // Rounds a row to whole numbers up to 127; returns their scale. A row with an infinity or a NaN has
 // none: all its products are NaN.
-template <typename T>
+template <int bytes, typename T>
 MOE_EXT_INLINE T round_row(T* row, int64_t size) {
-  T most = 0, none = 0;
-  for (int64_t m = 0; m < size; ++m) {
-    most = std::abs(row[m]) > most ? std::abs(row[m]) : most;
-    none += row[m] * 0;
+  constexpr int64_t kLanes = bytes / sizeof(T);
+  Vector<T, bytes> mosts{}, nones{};
+  int64_t done = 0;
+  for (; done + kLanes <= size; done += kLanes) {
+    Vector<T, bytes> numbers;
+    load(numbers, row + done);
+    const Vector<T, bytes> sizes = numbers < 0 ? -numbers : numbers;
+    mosts = sizes > mosts ? sizes : mosts;
+    nones += numbers * 0;
   }
+  T most = 0, none = 0;
+  const auto add = [&](T size, T zero) {
+    most = size > most ? size : most;
+    none += zero;
+  };
+  for (int64_t i = 0; i < kLanes; ++i) add(mosts[i], nones[i]);
+  for (int64_t m = done; m < size; ++m) add(std::abs(row[m]), row[m] * 0);
   if (!(none == 0)) {
     std::fill_n(row, size, T{0});
     return std::numeric_limits<T>::quiet_NaN();
@@ -88,11 +100,23 @@ struct QuantizedMatrix {
     return part;
   }
 
+  // Asks for the scales and zero points of some rows ahead of their use.
+  MOE_EXT_INLINE void prefetch_scales(int64_t begin, int64_t end) const {
+    const int64_t size = groups * scale_bytes(), pairs = (groups + 1) / 2;
+    prefetch(scales + begin * size, (end - begin) * size);
+    if (zeros) prefetch(zeros + begin * pairs, (end - begin) * pairs);
+  }
+
   // [count, groups] of some rows.
   template <int bytes>
   MOE_EXT_INLINE void scales_of(int64_t row, int64_t count, float* out) const {
-    const uint8_t* from = scales + row * groups * scale_bytes();
-    const int64_t size = count * groups;
+    some_scales<bytes>(row * groups, count * groups, out);
+  }
+
+  // Those of `size` groups after `begin` others, of rows that follow each other.
+  template <int bytes>
+  MOE_EXT_INLINE void some_scales(int64_t begin, int64_t size, float* out) const {
+    const uint8_t* from = scales + begin * scale_bytes();
     if (format == WeightFormat::kInt4) {
       convert<bytes>(reinterpret_cast<const torch::headeronly::BFloat16*>(from), size, out);
     } else if (format == WeightFormat::kMxfp4) {
@@ -117,7 +141,13 @@ struct QuantizedMatrix {
     }
   }
 
-  // The same of zero points, less 8 as the numbers of codes are.
+  // The zero points of groups of one row, less 8 as the numbers of codes are. begin: even
+  template <int bytes>
+  MOE_EXT_INLINE void some_zeros(int64_t row, int64_t begin, int64_t size, float* out) const {
+    unpack_zeros<bytes>(zeros + row * ((groups + 1) / 2) + begin / 2, size, out);
+  }
+
+  // [count, groups] of some rows.
   template <int bytes>
   MOE_EXT_INLINE void zeros_of(int64_t row, int64_t count, float* out) const {
     const int64_t pairs = (groups + 1) / 2;

@@ -13,8 +13,9 @@
 namespace moe_ext {
 namespace {
 
-// Up to so many rows are multiplied as codes are read; of 8 bits, on a CPU that multiplies these.
-constexpr int64_t kFewRows = 4, kFewCodeRows = 16, kFewByteRows = 64;
+// Up to so many rows are multiplied as codes are read: with registers of 64 bytes and of 32; and
+// codes of 8 and of 4 bits, where products are of 8 bits.
+constexpr int64_t kFewRows = 4, kFewRowsOf32 = 16, kFewByteRows = 64, kFewCodeRows = 8;
 // A panel has so many bytes, and lines of the weight; or all lines and so many columns.
 constexpr int64_t kPanelBytes = 1 << 21, kPanelLines = 64, kPanelColumns = 128;
 constexpr int64_t kStep = 128;  // whole steps of registers of any size
@@ -36,9 +37,10 @@ struct PackRows {
       const auto* row = reinterpret_cast<const scalar_t*>(from.data) + r * from.row_stride;
       auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
       if (rounds) {
-        for (int64_t m = 0; m < M; ++m) numbers[m] = static_cast<T>(row[m]);
-        const T scale = round_row(numbers, M);
-        for (int64_t m = 0; m < M; ++m) rounded[m] = static_cast<scalar_t>(numbers[m] * scale);
+        convert<bytes>(row, M, numbers);
+        const T scale = round_row<bytes>(numbers, M);
+        for (int64_t m = 0; m < M; ++m) numbers[m] *= scale;
+        convert<bytes>(numbers, M, rounded);
         row = rounded;
       }
       if (as_they_lie) {
@@ -69,20 +71,44 @@ struct UnpackColumns {
 };
 
 #if defined(__x86_64__)
-// Lines of a weight, whose numbers are in a window of kLines.
+// A source of lines (few_rows.h): numbers of a weight, a part at a time.
 template <typename scalar_t>
 struct DecodedLines {
+  template <typename other_t>
+  static constexpr bool kHas = std::is_same_v<other_t, scalar_t>;
+  static constexpr bool kInMemory = false;
+  static constexpr int64_t kDeep = 1 << 12;
+
   const QuantizedMatrix& weight;
-  Matrix window;
-  Panel& memory;
-  int64_t count;
+  Panel &numbers, &memory;
+  bool in_pairs;
+
+  int64_t count() const { return weight.rows; }
 
   template <int bytes>
-  MOE_EXT_INLINE int64_t find(int64_t first, int64_t lines) const {
+  MOE_EXT_INLINE Matrix find(int64_t first, int64_t lines, int64_t begin, int64_t end) const {
+    const Matrix found =
+        numbers.get(torch::headeronly::CppTypeToScalarType<scalar_t>::value, lines, end - begin);
     const QuantizedMatrix some = weight.row_range(first, first + lines);
-    const DecodePanel<scalar_t> decode{some, 0, window, multiplies_pairs()};
-    decode.template run<bytes>(memory);
-    return 0;
+    if (begin == 0) some.prefetch_scales(lines, 2 * lines);
+    const DecodePanel<scalar_t> decode{some, begin, found, in_pairs, false};
+    on_registers<bytes>(decode, memory);
+    return found;
+  }
+
+  MOE_EXT_INLINE Stored stored(int64_t first, int64_t elements) const {
+    const int64_t apart = weight.row_bytes();
+    return {reinterpret_cast<const char*>(weight.values) + first * apart, apart,
+            elements * bits_of(weight.format) / 8};
+  }
+
+  // Numbers of 8 bits are multiplied without their line's scale.
+  MOE_EXT_INLINE void complete(int64_t first, Vector<float, 16>& products) const {
+    if (weight.has_codes()) return;
+    const auto* scales = reinterpret_cast<const float*>(weight.scales);
+    for (int64_t i = 0; i < kLines; ++i) {
+      products[i] *= scales[std::min(first + i, weight.rows - 1)];
+    }
   }
 };
 #endif
@@ -112,7 +138,9 @@ class QuantizedProducts {
     const std::optional<Matrix> bias = bias_of(a.bias, t.expert, t.column_begin, t.column_end);
 #if defined(__x86_64__)
     const bool in_bytes = a.int8_rows && multiplies_bytes(a.format, a.rows_width);
-    const int64_t most = !in_bytes ? kFewRows : weight.has_codes() ? kFewCodeRows : kFewByteRows;
+    const int64_t most = !in_bytes            ? register_bytes() == 64 ? kFewRows : kFewRowsOf32
+                         : weight.has_codes() ? kFewCodeRows
+                                              : kFewByteRows;
     if (!a.transposed && has_lanes(dtype_) && given.rows <= most) {
       const FewRowsQuantized product{out, given, weight.row_range(t.column_begin, t.column_end),
                                      bias ? &*bias : nullptr, a.int8_rows};
@@ -123,10 +151,9 @@ class QuantizedProducts {
     const Matrix rows = as_they_lie && !a.int8_rows ? given : packed(worker, given, as_they_lie);
     if (a.transposed) return multiply_columns(worker, t, rows, weight, out);
 #if defined(__x86_64__)
-    const Matrix window = worker.right.get(dtype_, kLines, rows.columns);
     const QuantizedMatrix all = weight.row_range(t.column_begin, t.column_end);
-    const DecodedLines<scalar_t> decoded_lines{all, window, worker.out, all.rows};
-    if (worker.gemm.rows_by_lines(out, rows, window, bias, decoded_lines)) return;
+    const DecodedLines<scalar_t> lines_of{all, worker.right, worker.out, multiplies_pairs()};
+    if (worker.gemm.rows_by_lines(out, rows, bias, lines_of)) return;
 #endif
     const int64_t lines = std::max(
         kPanelLines, kPanelBytes / std::max<int64_t>(1, rows.columns * out.width()) / 16 * 16);
@@ -172,7 +199,7 @@ class QuantizedProducts {
   Matrix decoded(Worker& worker, const QuantizedMatrix& weight, int64_t begin,
                  int64_t columns) const {
     const Matrix panel = worker.right.get(dtype_, weight.rows, columns);
-    on_widest(DecodePanel<scalar_t>{weight, begin, panel, multiplies_pairs()}, worker.out);
+    on_widest(DecodePanel<scalar_t>{weight, begin, panel, multiplies_pairs(), true}, worker.out);
     return panel;
   }
 

@@ -58,14 +58,24 @@ inline int register_bytes() {
 }
 #endif
 
+// kernel.run<bytes> as a function of its own: GCC allocates registers badly in very large ones.
+template <int bytes, typename Kernel, typename... Args>
+void on_registers(const Kernel& kernel, Args&... args) {
+#if defined(__x86_64__)
+  if constexpr (bytes == 64) return on_64_bytes(kernel, args...);
+  if constexpr (bytes == 32) return on_32_bytes(kernel, args...);
+#endif
+  if constexpr (bytes == 16) kernel.template run<16>(args...);
+}
+
 template <typename Kernel, typename... Args>
 void on_widest(const Kernel& kernel, Args&&... args) {
 #if defined(__x86_64__)
   const int bytes = register_bytes();
-  if (bytes == 64) return on_64_bytes(kernel, args...);
-  if (bytes == 32) return on_32_bytes(kernel, args...);
+  if (bytes == 64) return on_registers<64>(kernel, args...);
+  if (bytes == 32) return on_registers<32>(kernel, args...);
 #endif
-  kernel.template run<16>(args...);
+  on_registers<16>(kernel, args...);
 }
 
 // Asks for `size` numbers ahead of their use; where they lie need not be memory of ours.

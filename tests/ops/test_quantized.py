@@ -165,6 +165,35 @@ def test_lines_of_8_bits_end_anywhere(size, dtype, device):
         assert relative_error(found, expected) < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_long_lines_are_multiplied_in_parts(kind, dtype, device):
+    weight = quantized(kind, 1, 9, 4480, device)
+    rows = values(7, 4480, dtype=dtype, device=device)
+    plan = moe_ext.make_plan(rows.new_zeros(7, 1).int(), 1)
+    rest = plan.offsets, plan.load, weight.format, False, False, None
+    args = rows, *weight.codes(), None, *rest
+    (found,) = call_operator("quantized_mm", args)
+    (expected,) = call_operator("quantized_mm", args, "reference")
+    assert relative_error(found, expected) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_least_number_of_8_bits(dtype, device):
+    """quantize does not make a -128, but a checkpoint may have it."""
+    weight = quantized(("int8", None, False), 1, 9, 144, device)
+    codes = weight.values.clone()
+    codes[0, 3, 70] = codes[0, 8, 143] = 0x80
+    for T in (1, 7, 70):
+        rows = values(T, 144, dtype=dtype, device=device)
+        plan = moe_ext.make_plan(rows.new_zeros(T, 1).int(), 1)
+        rest = plan.offsets, plan.load, "int8", False, False, None
+        args = rows, codes, weight.scales, None, None, *rest
+        (found,) = call_operator("quantized_mm", args)
+        (expected,) = call_operator("quantized_mm", args, "reference")
+        assert relative_error(found, expected) < ROUNDING[dtype]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_row_that_is_not_finite_cannot_be_rounded(kind, value, device):
