@@ -218,6 +218,15 @@ def quantised_table(report: dict) -> str:
     return f"{markdown(heads, rows)}\n\n{where(report)}, {report['threads']} thread."
 
 
+def packed_peers_table(report: dict) -> str:
+    """Milliseconds of every weight, a column for each number of tokens."""
+    columns = [(n, result) for n, results in report["shapes"].items() for result in results]
+    heads = ["weights, ms", *(f"{name}, {result['tokens']}" for name, result in columns)]
+    names = columns[0][1]["seconds"]
+    rows = [[n, *(f"{r['seconds'][n] * 1e3:.3g}" for _, r in columns)] for n in names]
+    return f"{markdown(heads, rows)}\n\n{where(report)}, {report['threads']} thread."
+
+
 def loading_table(report: dict) -> str:
     """Gigabytes of a model, packed and while it is loaded."""
     names = "whole", "shard", "packed", "before", "peak", "limit"
@@ -285,7 +294,7 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
     if QUANTISED in found:
         texts["quantised"] = quantised_table(found[QUANTISED])
     if PEERS in found:
-        texts["packed_peers"] = quantised_table(found[PEERS])
+        texts["packed_peers"] = packed_peers_table(found[PEERS])
     if LOADING in found:
         texts["loading"] = loading_table(found[LOADING])
     return texts

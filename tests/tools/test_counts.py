@@ -186,3 +186,6 @@ def test_quantised_experts_are_timed_beside_torchs():
     where = {"date": "today", "machine": "CPU", "torch": "2", "threads": 1}
     table = report.quantised_table(where | {"shapes": {"x": results}})
     assert table.count("\n| x | 5 |") == len(results[0]["seconds"])
+    columns = report.packed_peers_table(where | {"shapes": {"x": results}})
+    assert columns.startswith("| weights, ms | x, 1 | x, 5 |")
+    assert columns.count("\n| ") == len(results[0]["seconds"])
