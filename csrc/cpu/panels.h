@@ -62,9 +62,11 @@ struct DecodePanel {
     constexpr int64_t kLanes = bytes / 4;
     const int64_t group = weight.group(), first = begin / group;
     const int64_t groups = std::min((to.columns + group - 1) / group, weight.groups - first);
+    const int64_t odd = first % 2;  // zero points are in pairs
     const int64_t size = groups + 4 * kLanes;
     const Matrix floats = memory.get(ScalarType::Float, 1, 2 * size);
     auto* scales = reinterpret_cast<float*>(floats.data);
+    float* zeros = scales + size + odd;
     std::fill_n(scales, 2 * size, 0.0f);
     const CodeTable<bytes> table(weight.format);
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
@@ -72,18 +74,18 @@ struct DecodePanel {
 #endif
     for (int64_t r = 0; r < weight.rows; ++r) {
       weight.some_scales<bytes>(r * weight.groups + first, groups, scales);
-      if (weight.zeros) weight.some_zeros<bytes>(r, first, groups, scales + size);
+      if (weight.zeros) weight.some_zeros<bytes>(r, first - odd, groups + odd, zeros - odd);
       auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
       if (weight.has_codes()) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
         if constexpr (bytes == 64 && is_bfloat16<scalar_t>) {
           if (converts_pairs) {
-            pairs_of_codes(r, scales, scales + size, out);
+            pairs_of_codes(r, scales, zeros, out);
             continue;
           }
         }
 #endif
-        codes_of<bytes>(table, r, scales, scales + size, out);
+        codes_of<bytes>(table, r, scales, zeros, out);
       } else if (scales_bytes) {
         bytes_of<bytes, true>(r, scales[0], out);
       } else {

@@ -22,6 +22,7 @@ KINDS = [
     ("int4", 32, False),
     ("int4", 64, True),
     ("int4", 128, False),
+    ("int4", 128, True),
     ("int4", 32, True),
     ("mxfp4", None, False),
     ("nf4", None, False),
@@ -52,7 +53,7 @@ def test_numbers_of_a_format_are_kept(kind):
 
 @pytest.mark.parametrize(
     ("kind", "most"),
-    list(zip(KINDS, [0.01, 0.1, 0.1, 0.12, 0.09, 0.12, 0.1], strict=True)),
+    list(zip(KINDS, [0.01, 0.1, 0.1, 0.12, 0.11, 0.09, 0.12, 0.1], strict=True)),
     ids=str,
 )
 def test_the_error_of_normal_weights(kind, most):
