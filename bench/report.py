@@ -219,7 +219,7 @@ def quantised_table(report: dict) -> str:
 
 
 def packed_peers_table(report: dict) -> str:
-    """Milliseconds of every weight, a column for each number of tokens."""
+    """Milliseconds of every weight, a column for experts and tokens."""
     columns = [(n, result) for n, results in report["shapes"].items() for result in results]
     heads = ["weights, ms", *(f"{name}, {result['tokens']}" for name, result in columns)]
     names = columns[0][1]["seconds"]

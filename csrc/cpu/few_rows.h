@@ -56,14 +56,16 @@ struct AllLines {
   template <typename scalar_t>
   static constexpr bool kHas = true;
   static constexpr bool kInMemory = true;  // lines lie one after the other
-  // Bytes of a line that stay in the first cache while the blocks go by.
-  static constexpr int64_t kDeep = 1 << 11;
+  // Bytes of a line that stay in the first cache while the blocks go by, a part of it; all parts
+  // but the last have whole multiples of so many numbers.
+  static constexpr int64_t kDeep = 1 << 11, kWhole = 1;
 
   Matrix weight;
 
   int64_t count() const { return weight.rows; }
 
-  // Some columns of some lines: kLines, or one.
+  // Columns from `begin` to `end` of some lines: kLines, or one. They are there until the next
+  // call.
   template <int bytes>
   MOE_EXT_INLINE Matrix find(int64_t first, int64_t lines, int64_t begin, int64_t end) const {
     return weight.row_range(first, first + lines).column_range(begin, end);
@@ -107,8 +109,6 @@ struct FewRowsOf {
   // The rows of a block: their sums with kLines rows of the weight fit into the registers.
   template <typename Format>
   static constexpr int64_t kBlock = sizeof(typename Format::Lanes) == 64 ? 6 : 3;
-  // A part of a line has whole multiples of so many numbers, unless it is the last.
-  static constexpr int64_t kWhole = 256;
   // Up to so many rows memory is the limit.
   template <typename Format>
   static constexpr int64_t kStreamed = std::min<int64_t>(4, kBlock<Format>);
@@ -232,8 +232,10 @@ struct FewRowsOf {
   template <typename Format>
   MOE_EXT_INLINE void multiply_blocks(int64_t first, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
-    constexpr int64_t kElements = Format::kElements, kStep = kWhole / kElements;
+    constexpr int64_t kElements = Format::kElements;
+    constexpr int64_t kStep = std::max<int64_t>(1, Source::kWhole / kElements);
     constexpr int64_t kMost = Source::kDeep / (kElements * sizeof(scalar_t));
+    static_assert(kMost % kStep == 0);
     const int64_t full = packed.full, parts = std::max<int64_t>(1, (full + kMost - 1) / kMost);
     const int64_t deep = ((full + parts - 1) / parts + kStep - 1) / kStep * kStep;
     for (int64_t v = 0; v < full; v += deep) {

@@ -1,9 +1,10 @@
 // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N] for few rows and a weight in 8 or 4
 // bits. One thread of an x86 CPU.
 //
-// The limit is the memory of the weight: its lines are read once, in the order of memory. A step is
-// as many bytes as a register has, which codes.h unpacks for all rows of a block. The 8 codes of 4
-// bits of a lane have the same scale: the sum of a step is multiplied by the scales of its lanes.
+// The limit is the memory of the weight, which is read once: its lines one after the other, or a
+// few side by side. A step is as many bytes as a register has, which codes.h unpacks for all rows
+// of a block. The 8 codes of 4 bits of a lane have the same scale: the sum of a step is multiplied
+// by the scales of its lanes.
 //
 // A sum is one per lane, to which steps are added in order, and then the sum of its lanes: the
 // result of a row does not depend on how many rows there are.
@@ -27,18 +28,18 @@ struct FewRowsQuantized {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
     if constexpr (bytes == 64) {
       if (int8_rows && multiplies_bytes(weight.format, weight.columns)) {
-        return weight.has_codes() ? run_with<bytes, ByteCodes>(*this, memory)
-                                  : run_with<bytes, ByteBytes>(*this, memory);
+        return weight.has_codes() ? run_with<bytes, ByteCodes>(memory)
+                                  : run_with<bytes, ByteBytes>(memory);
       }
       if (!int8_rows && rows.dtype == ScalarType::BFloat16 && multiplies_pairs() &&
           weight.has_codes()) {
-        return run_with<bytes, PairCodes>(*this, memory);
+        return run_with<bytes, PairCodes>(memory);
       }
     }
 #endif
     if constexpr (bytes > 16) {
-      weight.has_codes() ? run_with<bytes, FloatCodes<bytes>>(*this, memory)
-                         : run_with<bytes, FloatBytes<bytes>>(*this, memory);
+      weight.has_codes() ? run_with<bytes, FloatCodes<bytes>>(memory)
+                         : run_with<bytes, FloatBytes<bytes>>(memory);
     }
   }
 
@@ -53,8 +54,8 @@ struct FewRowsQuantized {
     }
   };
   template <int bytes, typename Codes>
-  static void run_with(const FewRowsQuantized& product, Panel& memory) {
-    on_registers<bytes>(With<Codes>{product}, memory);
+  void run_with(Panel& memory) const {
+    on_registers<bytes>(With<Codes>{*this}, memory);
   }
 
   static constexpr int64_t kBlock = 4;        // rows

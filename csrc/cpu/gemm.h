@@ -132,7 +132,7 @@ class Gemm {
   }
 
 #if defined(__x86_64__)
-  // The same with lines of a source's; false where others are faster.
+  // The same with the lines of a source (few_rows.h); false where other products are faster.
   template <typename Source>
   bool rows_by_lines(const Matrix& out, const Matrix& rows, const std::optional<Matrix>& bias,
                      const Source& source) {

@@ -47,8 +47,8 @@ MOE_EXT_INLINE void with_panel_order(bool pairs, const Body& body) {
   body(PanelOrder<8, bytes / 4>{});
 }
 
-// Numbers of a weight's rows as a panel has them, from column `begin` on, which begins a step. The
-// panel may have more columns than the weight: zeros.
+// Numbers of a weight's rows as a panel has them, from column `begin` on, where a step and a group
+// of codes begin. The panel may have more columns than the weight: zeros.
 template <typename scalar_t>
 struct DecodePanel {
   const QuantizedMatrix& weight;
@@ -60,7 +60,7 @@ struct DecodePanel {
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& memory) const {
     constexpr int64_t kLanes = bytes / 4;
-    const int64_t group = weight.group(), first = begin / group;
+    const int64_t group = std::max<int64_t>(1, weight.group()), first = begin / group;
     const int64_t groups = std::min((to.columns + group - 1) / group, weight.groups - first);
     const int64_t odd = first % 2;  // zero points are in pairs
     const int64_t size = groups + 4 * kLanes;

@@ -13,9 +13,9 @@
 namespace moe_ext {
 namespace {
 
-// Up to so many rows are multiplied as codes are read: with registers of 64 bytes and of 32; and
-// codes of 8 and of 4 bits, where products are of 8 bits.
-constexpr int64_t kFewRows = 4, kFewRowsOf32 = 16, kFewByteRows = 64, kFewCodeRows = 8;
+// Up to so many rows are multiplied as the weight is read, with registers of 64 bytes and of 32;
+// where products are of 8 bits, rows by numbers of 8 bits and of 4.
+constexpr int64_t kFewRows = 4, kFewRowsOf32 = 16, kFewBy8Bits = 64, kFewBy4Bits = 8;
 // A panel has so many bytes, and lines of the weight; or all lines and so many columns.
 constexpr int64_t kPanelBytes = 1 << 21, kPanelLines = 64, kPanelColumns = 128;
 constexpr int64_t kStep = 128;  // whole steps of registers of any size
@@ -77,7 +77,8 @@ struct DecodedLines {
   template <typename other_t>
   static constexpr bool kHas = std::is_same_v<other_t, scalar_t>;
   static constexpr bool kInMemory = false;
-  static constexpr int64_t kDeep = 1 << 12;
+  // (int4, 32 rows of 2048 bfloat16 on a Zen 5: 6 % less time than with half as many bytes.)
+  static constexpr int64_t kDeep = 1 << 12, kWhole = kStep;
 
   const QuantizedMatrix& weight;
   Panel &numbers, &memory;
@@ -90,7 +91,7 @@ struct DecodedLines {
     const Matrix found =
         numbers.get(torch::headeronly::CppTypeToScalarType<scalar_t>::value, lines, end - begin);
     const QuantizedMatrix some = weight.row_range(first, first + lines);
-    if (begin == 0) some.prefetch_scales(lines, 2 * lines);
+    if (begin == 0) weight.prefetch_scales(first + lines, first + 2 * lines);
     const DecodePanel<scalar_t> decode{some, begin, found, in_pairs, false};
     on_registers<bytes>(decode, memory);
     return found;
@@ -138,9 +139,8 @@ class QuantizedProducts {
     const std::optional<Matrix> bias = bias_of(a.bias, t.expert, t.column_begin, t.column_end);
 #if defined(__x86_64__)
     const bool in_bytes = a.int8_rows && multiplies_bytes(a.format, a.rows_width);
-    const int64_t most = !in_bytes            ? register_bytes() == 64 ? kFewRows : kFewRowsOf32
-                         : weight.has_codes() ? kFewCodeRows
-                                              : kFewByteRows;
+    const int64_t most = in_bytes ? (weight.has_codes() ? kFewBy4Bits : kFewBy8Bits)
+                                  : (register_bytes() == 64 ? kFewRows : kFewRowsOf32);
     if (!a.transposed && has_lanes(dtype_) && given.rows <= most) {
       const FewRowsQuantized product{out, given, weight.row_range(t.column_begin, t.column_end),
                                      bias ? &*bias : nullptr, a.int8_rows};

@@ -37,13 +37,14 @@ namespace moe_ext {
 
 #if defined(__x86_64__)
 template <typename Kernel, typename... Args>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void on_64_bytes(
+__attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void on_64_bytes(
     const Kernel& kernel, Args&... args) {
   kernel.template run<64>(args...);
 }
 
 template <typename Kernel, typename... Args>
-__attribute__((target("avx2,fma"))) void on_32_bytes(const Kernel& kernel, Args&... args) {
+__attribute__((noinline, target("avx2,fma"))) void on_32_bytes(const Kernel& kernel,
+                                                               Args&... args) {
   kernel.template run<32>(args...);
 }
 

@@ -140,14 +140,14 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             exact = x @ weights[e].double().T + bias[e].double()
             torch.testing.assert_close(out[mine].double(), exact, rtol=eps, atol=1e-4)
             torch.testing.assert_close(outer[e].double(), y.T @ x, rtol=eps, atol=1e-2)
-codes = torch.randint(256, (1, 37, 96), dtype=torch.uint8)
-scales = (torch.rand(1, 37, 6) + 0.5).bfloat16()
-halves = torch.stack([codes % 16, codes // 16], -1).view(37, 6, 32)
+codes = torch.randint(256, (1, 37, 320), dtype=torch.uint8)
+scales = (torch.rand(1, 37, 20) + 0.5).bfloat16()
+halves = torch.stack([codes % 16, codes // 16], -1).view(37, 20, 32)
 weights = {{
-    "int4": (scales, ((halves - 8.0) * scales.view(37, 6, 1).float()).view(37, 192)),
+    "int4": (scales, ((halves - 8.0) * scales.view(37, 20, 1).float()).view(37, 640)),
     "int8": (scales[..., :1].float(), codes[0].view(torch.int8) * scales[0, :, :1].float()),
 }}
-for (format, (scale, numbers)), n in itertools.product(weights.items(), (1, 3, 40)):
+for (format, (scale, numbers)), n in itertools.product(weights.items(), (1, 3, 7, 20, 40)):
     _, _, offsets, load = torch.ops.moe_ext.plan(torch.zeros(n, 1).int(), None, 1, None, "token", 1)
     for dtype, transposed in itertools.product((torch.float32, torch.bfloat16), (False, True)):
         number = numbers if transposed else numbers.T
