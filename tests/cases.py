@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_ext import Plan, make_plan
+from moe_ext import Plan, QuantizedWeight, make_plan
 from moe_ext.ops import checks, reference
 
 # Who checks an operator's arguments.
@@ -145,3 +145,22 @@ def operator_error(op: str, args: tuple, where: str) -> str:
     text = str(raised.value).split("\n")[0].rstrip()
     assert text.startswith(f"{op}: ")
     return text.removeprefix(f"{op}: ")
+
+
+# Weights in 8 and 4 bits: format, numbers of a group, zero points.
+KINDS = [
+    ("int8", None, False),
+    ("int4", 32, False),
+    ("int4", 64, True),
+    ("int4", 128, False),
+    ("int4", 128, True),
+    ("int4", 32, True),
+    ("mxfp4", None, False),
+    ("nf4", None, False),
+]
+
+
+def quantized(kind, E, N, M, device="cpu", **options) -> QuantizedWeight:
+    format, group_size, zero_points = kind
+    weight = values(E, N, M, dtype=torch.float32, device=device) / M**0.5
+    return QuantizedWeight.quantize(weight, format, group_size, zero_points=zero_points, **options)

@@ -1,41 +1,18 @@
-"""Weights in 8 and 4 bits: what their codes stand for, and products with them."""
+"""Weights in 8 and 4 bits: what their codes stand for, and what a module of them can do."""
 
 import copy
 import io
-import itertools
 import pickle
 import re
 
 import pytest
 import torch
-from cases import DTYPES, call_operator, plans, relative_error, values
-from torch.autograd import gradcheck, gradgradcheck
+from cases import KINDS, quantized, relative_error, values
 
 import moe_ext
 from moe_ext import QuantizedWeight
 from moe_ext.formats import FORMATS, codes
 from moe_ext.parallel.sharding import divide
-
-# Format, numbers of a group, zero points.
-KINDS = [
-    ("int8", None, False),
-    ("int4", 32, False),
-    ("int4", 64, True),
-    ("int4", 128, False),
-    ("int4", 128, True),
-    ("int4", 32, True),
-    ("mxfp4", None, False),
-    ("nf4", None, False),
-]
-# E, N, M: fewer lines than are read at a time, a rest behind whole steps, an odd count of groups.
-SIZES = [(3, 2, 128), (2, 37, 384), (3, 130, 640), (3, 136, 640)]
-ROUNDING = {torch.float32: 2e-6, torch.float64: 2e-6, torch.bfloat16: 5e-3, torch.float16: 8e-4}
-
-
-def quantized(kind, E, N, M, device="cpu", **options) -> QuantizedWeight:
-    format, group_size, zero_points = kind
-    weight = values(E, N, M, dtype=torch.float32, device=device) / M**0.5
-    return QuantizedWeight.quantize(weight, format, group_size, zero_points=zero_points, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -123,173 +100,6 @@ def test_mxfp4_goes_to_the_even_of_two_neighbours():
     assert torch.equal(found.flatten(), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_products_are_those_with_the_numbers(kind, size, dtype, device, poisoned):
-    E, N, M = size
-    weight = quantized(kind, *size, device)
-    for T, i8, transposed in itertools.product((1, 2, 9, 70), (False, True), (False, True)):
-        for plan in plans(T, 2, E, device)[:4]:
-            R = plan.sources.shape[0]
-            rows = values(R, N if transposed else M, dtype=dtype, device=device)
-            bias = None if transposed else values(E, N, dtype=dtype, device=device)
-            rule = weight.format, transposed, i8, plan.capacity
-            args = (rows, *weight.codes(), bias, plan.offsets, plan.load, *rule)
-            (found,) = call_operator("quantized_mm", args)
-            (expected,) = call_operator("quantized_mm", args, "reference")
-            assert found.dtype == dtype
-            # Rounding of rows may go the other way where two whole numbers are as near.
-            bound = ROUNDING[dtype] + (5e-4 if i8 else 0)
-            assert relative_error(found, expected) < bound
-            if i8 or dtype != torch.float64:
-                continue
-            numbers = weight.dequantize(dtype)
-            numbers = numbers.mT if transposed else numbers
-            exact = moe_ext.grouped_mm(rows, numbers, plan, bias)
-            assert relative_error(found, exact) < 1e-6
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(2, 24, 144), (2, 7, 33), (3, 16, 16), (1, 5, 4487), (2, 3, 0)])
-def test_lines_of_8_bits_end_anywhere(size, dtype, device):
-    E, N, M = size
-    weight = quantized(("int8", None, False), *size, device)
-    for T, transposed in itertools.product((1, 5, 70), (False, True)):
-        ids = torch.arange(T, device=device).int().unsqueeze(1) % E
-        plan = moe_ext.make_plan(ids, E)
-        rows = values(len(plan.sources), N if transposed else M, dtype=dtype, device=device)
-        rest = plan.offsets, plan.load, "int8", transposed, False, None
-        args = rows, *weight.codes(), None, *rest
-        (found,) = call_operator("quantized_mm", args)
-        (expected,) = call_operator("quantized_mm", args, "reference")
-        assert relative_error(found, expected) < ROUNDING[dtype]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_long_lines_are_multiplied_in_parts(kind, dtype, device):
-    weight = quantized(kind, 1, 9, 4480, device)
-    rows = values(7, 4480, dtype=dtype, device=device)
-    plan = moe_ext.make_plan(rows.new_zeros(7, 1).int(), 1)
-    rest = plan.offsets, plan.load, weight.format, False, False, None
-    args = rows, *weight.codes(), None, *rest
-    (found,) = call_operator("quantized_mm", args)
-    (expected,) = call_operator("quantized_mm", args, "reference")
-    assert relative_error(found, expected) < ROUNDING[dtype]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_least_number_of_8_bits(dtype, device):
-    """quantize does not make a -128, but a checkpoint may have it."""
-    weight = quantized(("int8", None, False), 1, 9, 144, device)
-    codes = weight.values.clone()
-    codes[0, 3, 70] = codes[0, 8, 143] = 0x80
-    for T, i8, transposed in itertools.product((1, 7, 70), (False, True), (False, True)):
-        rows = values(T, 9 if transposed else 144, dtype=dtype, device=device)
-        plan = moe_ext.make_plan(rows.new_zeros(T, 1).int(), 1)
-        rest = plan.offsets, plan.load, "int8", transposed, i8, None
-        args = rows, codes, weight.scales, None, None, *rest
-        (found,) = call_operator("quantized_mm", args)
-        (expected,) = call_operator("quantized_mm", args, "reference")
-        assert relative_error(found, expected) < ROUNDING[dtype] + (5e-4 if i8 else 0)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_row_that_is_not_finite_cannot_be_rounded(kind, value, device):
-    """All its products are NaN, those of other rows are not."""
-    weight = quantized(kind, 1, 6, 256, device, activations="int8")
-    for T in (3, 70):
-        rows = values(T, 256, dtype=torch.float32, device=device)
-        rows[1, 200] = value
-        plan = moe_ext.make_plan(torch.zeros(T, 1, dtype=torch.int32, device=device), 1)
-        is_nan = moe_ext.grouped_mm(rows, weight, plan).isnan()
-        assert is_nan[1].all()
-        assert is_nan.sum() == 6
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_scale_that_is_not_finite_stays_in_its_line(kind, device):
-    """The operator does not look at scales; rows of 3 groups end within a register."""
-    group = kind[1] or FORMATS[kind[0]].groups[0] or 64
-    weight = quantized(kind, 1, 6, 3 * group, device)
-    scales = weight.scales.clone()
-    scales[0, 1] = 255 if scales.dtype == torch.uint8 else torch.nan
-    for T in (1, 2, 7, 70):
-        plan = moe_ext.make_plan(torch.zeros(T, 1, dtype=torch.int32, device=device), 1)
-        rows = values(T, 3 * group, dtype=torch.float32, device=device)
-        rest = plan.offsets, plan.load, weight.format, False, False, None
-        args = rows, weight.values, scales, weight.zeros, None, *rest
-        (out,) = call_operator("quantized_mm", args)
-        assert out.isnan().any(0).tolist() == [False, True, False, False, False, False]
-
-
-@pytest.mark.parametrize("activations", [None, "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_row_does_not_depend_on_the_others(dtype, activations, device):
-    """Up to the rows that are multiplied as codes are read."""
-    for kind in KINDS:
-        weight = quantized(kind, 1, 40, 384, device, activations=activations)
-        rows = values(4, 384, dtype=dtype, device=device)
-        many = [
-            moe_ext.grouped_mm(rows[:n], weight, moe_ext.make_plan(rows.new_zeros(n, 1).int(), 1))
-            for n in (1, 2, 3, 4)
-        ]
-        for n, out in enumerate(many, 1):
-            assert torch.equal(out, many[-1][:n])
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_gradients_of_rows_and_biases(kind, device):
-    E, N, M = 3, 6, 128
-    weight = quantized(kind, E, N, M, device)
-    plan = plans(5, 2, E, device)[0]
-    rows = values(10, M, dtype=torch.float64, device=device).requires_grad_()
-    bias = values(E, N, dtype=torch.float64, device=device).requires_grad_()
-    numbers = weight.dequantize(torch.float64)
-    results = [moe_ext.grouped_mm(rows, w, plan, bias) for w in (weight, numbers)]
-    upstream = torch.randn_like(results[0])
-    grads = [torch.autograd.grad(out, (rows, bias), upstream) for out in results]
-    for found, expected in zip(*grads, strict=True):
-        assert relative_error(found, expected) < 1e-6
-
-    def function(rows, bias):
-        return moe_ext.grouped_mm(rows, weight, plan, bias)
-
-    assert gradcheck(function, (rows, bias), fast_mode=True)
-    assert gradgradcheck(function, (rows, bias), fast_mode=True)
-
-
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", [("int8", None, False), ("int4", 32, True)], ids=str)
-def test_experts_are_those_with_the_numbers(kind, bias, before):
-    """Outputs and gradients, also where one weight alone is frozen."""
-    T, E, H, F = 9, 3, 64, 32
-    format, group_size, zero_points = kind
-    experts = moe_ext.GroupedExperts(
-        E, H, F, bias=bias, dtype=torch.float64, score_before_experts=before
-    )
-    frozen = copy.deepcopy(experts).quantize(format, group_size, zero_points=zero_points)
-    with torch.no_grad():
-        for name in ("gate_up_proj", "down_proj"):
-            getattr(experts, name).copy_(getattr(frozen, name).dequantize())
-    half = copy.deepcopy(experts)
-    moe_ext.formats.replace_parameter(half, "down_proj", copy.deepcopy(frozen.down_proj))
-    tokens = values(T, H, dtype=torch.float64).requires_grad_()
-    weights = torch.rand(T, 2, dtype=torch.float64, requires_grad=True)
-    for plan in plans(T, 2, E)[:4]:
-        results = []
-        for module in (experts, frozen, half):
-            out = module.routed(tokens, plan, weights)
-            leaves = [tokens, weights, *([module.gate_up_proj_bias] if bias else [])]
-            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-        for found in results[1:]:
-            for one, other in zip(found, results[0], strict=True):
-                assert relative_error(one, other) < 1e-6
-
-
 def test_a_weight_is_a_module_of_frozen_parameters():
     experts = moe_ext.GroupedExperts(2, 64, 32)
     experts.quantize("int4", 32, zero_points=True, activations="int8")
@@ -347,15 +157,6 @@ def test_ranks_have_their_parts():
     for name in ("gate_up_proj", "down_proj"):
         numbers = [getattr(part, name).dequantize() for part in parts]
         assert torch.equal(torch.cat(numbers), getattr(experts, name).dequantize())
-
-
-def test_autocast_casts_tokens_alone():
-    weight = quantized(("int4", 32, False), 2, 8, 64)
-    plan = plans(3, 1, 2)[0]
-    rows = values(3, 64, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = moe_ext.grouped_mm(rows, weight, plan)
-    assert torch.equal(out, moe_ext.grouped_mm(rows.bfloat16(), weight, plan))
 
 
 WEIGHT = quantized(("int4", 32, True), 2, 3, 64)
