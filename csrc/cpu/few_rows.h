@@ -56,9 +56,10 @@ struct AllLines {
   template <typename scalar_t>
   static constexpr bool kHas = true;
   static constexpr bool kInMemory = true;  // lines lie one after the other
-  // Bytes of a line that stay in the first cache while the blocks go by, a part of it; all parts
-  // but the last have whole multiples of so many numbers.
-  static constexpr int64_t kDeep = 1 << 11, kWhole = 1;
+  // A part of a line has up to so many bytes, which stay in the first cache while the blocks go by.
+  static constexpr int64_t kDeep = 1 << 11;
+  // All parts but the last have a multiple of so many numbers.
+  static constexpr int64_t kWhole = 1;
 
   Matrix weight;
 
@@ -311,7 +312,7 @@ struct FewRowsOf {
     using Lanes = typename Format::Lanes;
     using scalar_t = typename Format::scalar_t;
     constexpr int lines = streams ? kAtOnce<Format> : kLines;
-    // Of what comes next, cache lines that are neighbours in memory, or one of each line.
+    // A step asks for cache lines that follow each other, or for one of each line.
     constexpr int kAsked = streams ? lines * Format::kElements * sizeof(scalar_t) / 64 : lines;
     const int64_t stride = part.stride;
     Lanes sums[count][lines];

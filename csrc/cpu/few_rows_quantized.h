@@ -180,7 +180,7 @@ struct FewRowsQuantized {
   MOE_EXT_INLINE void prepare_scales(const Packed<Codes>& p, const Lines& lines) const {
     constexpr int kBytes = sizeof(typename Codes::Lanes);
     const int64_t count = lines.stride ? kLines : 1;
-    weight.scales_of<kBytes>(lines.first, count, p.scales);
+    weight.scales_of<kBytes>(lines.first * weight.groups, count * weight.groups, p.scales);
     if (!weight.zeros) return;
     weight.zeros_of<kBytes>(lines.first, count, p.offsets);
     for (int64_t g = 0; g < count * weight.groups; ++g) p.offsets[g] *= -p.scales[g];

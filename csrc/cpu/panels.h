@@ -73,7 +73,7 @@ struct DecodePanel {
     const bool finds_bytes = __builtin_cpu_supports("avx512vbmi");
 #endif
     for (int64_t r = 0; r < weight.rows; ++r) {
-      weight.some_scales<bytes>(r * weight.groups + first, groups, scales);
+      weight.scales_of<bytes>(r * weight.groups + first, groups, scales);
       if (weight.zeros) weight.some_zeros<bytes>(r, first - odd, groups + odd, zeros - odd);
       auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
       if (weight.has_codes()) {

@@ -107,15 +107,9 @@ struct QuantizedMatrix {
     if (zeros) prefetch(zeros + begin * pairs, (end - begin) * pairs);
   }
 
-  // [count, groups] of some rows.
+  // The scales of `size` groups from the `begin`-th of all rows' on.
   template <int bytes>
-  MOE_EXT_INLINE void scales_of(int64_t row, int64_t count, float* out) const {
-    some_scales<bytes>(row * groups, count * groups, out);
-  }
-
-  // Those of `size` groups after `begin` others, of rows that follow each other.
-  template <int bytes>
-  MOE_EXT_INLINE void some_scales(int64_t begin, int64_t size, float* out) const {
+  MOE_EXT_INLINE void scales_of(int64_t begin, int64_t size, float* out) const {
     const uint8_t* from = scales + begin * scale_bytes();
     if (format == WeightFormat::kInt4) {
       convert<bytes>(reinterpret_cast<const torch::headeronly::BFloat16*>(from), size, out);
@@ -141,21 +135,18 @@ struct QuantizedMatrix {
     }
   }
 
-  // The zero points of groups of one row, less 8 as the numbers of codes are. begin: even
+  // The zero points of `size` groups from the `begin`-th of a row on, which is even, less 8 as the
+  // numbers of codes are.
   template <int bytes>
   MOE_EXT_INLINE void some_zeros(int64_t row, int64_t begin, int64_t size, float* out) const {
     unpack_zeros<bytes>(zeros + row * ((groups + 1) / 2) + begin / 2, size, out);
   }
 
-  // [count, groups] of some rows.
+  // The same of some rows: [count, groups].
   template <int bytes>
   MOE_EXT_INLINE void zeros_of(int64_t row, int64_t count, float* out) const {
-    const int64_t pairs = (groups + 1) / 2;
-    const uint8_t* from = zeros + row * pairs;
-    if (groups % 2 == 0) return unpack_zeros<bytes>(from, count * groups, out);
-    for (int64_t i = 0; i < count; ++i) {
-      unpack_zeros<bytes>(from + i * pairs, groups, out + i * groups);
-    }
+    if (groups % 2 == 0) return some_zeros<bytes>(row, 0, count * groups, out);
+    for (int64_t i = 0; i < count; ++i) some_zeros<bytes>(row + i, 0, groups, out + i * groups);
   }
 
  private:
