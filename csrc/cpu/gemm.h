@@ -1,5 +1,5 @@
-// One matrix product on one thread, whatever the dtype: of few rows by the loops of few_*.h, of
-// floats by those of block_product.h, else by torch's GEMM.
+// One matrix product on one thread, whatever the dtype: bfloat16 on tiles where there are some, few
+// rows by the loops of few_*.h, floats by those of block_product.h, else by torch's GEMM.
 //
 // Without instructions for a 16-bit type torch multiplies it ten to a hundred times slower than
 // float32: there operands are widened, a block that fits the cache at a time, and sums stay float32
@@ -15,6 +15,7 @@
 #include "few_outer.h"
 #include "few_rows.h"
 #include "few_rows_flat.h"
+#include "tile_product.h"
 
 namespace moe_ext {
 
@@ -40,6 +41,12 @@ inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
 #else
   return true;
 #endif
+}
+
+// Whether bfloat16 is multiplied on tiles (tiles.h).
+inline bool multiplies_on_tiles(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 && has_tiles() &&
+         (kEmulatesTiles || multiplies_natively(dtype));
 }
 
 // Whether own loops take what torch's library multiplies on Intel's CPUs, for which it is made. On
@@ -85,11 +92,13 @@ class Gemm {
  public:
   explicit Gemm(ScalarType dtype) {
     if (dtype == ScalarType::Float || dtype == ScalarType::Double) return;
+    if (multiplies_on_tiles(dtype)) tiles_.emplace();
     multiplies_natively(dtype) ? pads_ = true : widens_ = true;
   }
 
   static std::string description(ScalarType dtype) {
     if (dtype == ScalarType::Float && multiplies_floats()) return "own loops";
+    if (multiplies_on_tiles(dtype)) return "own loops on AMX tiles";
     std::string text = "torch's GEMM";
     if (dtype != ScalarType::Float && dtype != ScalarType::Double && !multiplies_natively(dtype)) {
       text = "in float32, as this CPU's torch has no " + dtype_name(dtype) + " instructions";
@@ -103,12 +112,19 @@ class Gemm {
     return text;
   }
 
+  // Whether it multiplies on tiles, any number of rows.
+  bool is_tiled() const { return tiles_.has_value(); }
+
   // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N]
   void rows_by_weight(const Matrix& out, const Matrix& rows, const Matrix& weight,
                       const std::optional<Matrix>& bias) {
 #if defined(__x86_64__)
+    const Matrix* first = bias ? &*bias : nullptr;
+    const bool is_flat = weight.row_stride == 1 && weight.column_stride != 1;
+    if (!(is_flat && rows.rows <= kFewFlat) && by_tiles(out, rows, weight.transposed(), first)) {
+      return;
+    }
     if (has_lanes(rows.dtype) && rows.column_stride == 1 && out.column_stride == 1) {
-      const Matrix* first = bias ? &*bias : nullptr;
       if (weight.column_stride == 1 && rows.rows <= most_rows(rows.dtype, rows.columns)) {
         return on_widest(FewRows{out, rows, first, {weight}}, left_);
       }
@@ -136,7 +152,7 @@ class Gemm {
   template <typename Source>
   bool rows_by_lines(const Matrix& out, const Matrix& rows, const std::optional<Matrix>& bias,
                      const Source& source) {
-    if (!has_lanes(rows.dtype) || rows.column_stride != 1 || out.column_stride != 1 ||
+    if (is_tiled() || !has_lanes(rows.dtype) || rows.column_stride != 1 || out.column_stride != 1 ||
         rows.rows > most_rows(rows.dtype, rows.columns)) {
       return false;
     }
@@ -152,6 +168,7 @@ class Gemm {
         left.column_stride == 1 && right.column_stride == 1 && out.column_stride == 1) {
       return on_widest(FewOuter{out, left, right}, left_);
     }
+    if (by_tiles(out, left.transposed(), right, nullptr)) return;
 #endif
     const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
     if (widens_) return widened_outer(out, left, right);
@@ -166,6 +183,7 @@ class Gemm {
   static constexpr int64_t kRows = 256;
   // Up to so many rows the loops of few_rows.h are faster than the others.
   static constexpr int64_t kFewRows = 16, kFewPairs = 48;
+  static constexpr int64_t kFewFlat = 8;  // where else tiles multiply
 
 #if defined(__x86_64__)
   // The same where the rows of the weight are dense.
@@ -179,13 +197,26 @@ class Gemm {
   }
 #endif
 
+  // out = left @ right + first; false where tiles do not multiply.
+  bool by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const Matrix& left,
+                [[maybe_unused]] const Matrix& right, [[maybe_unused]] const Matrix* first) {
+#if defined(MOE_EXT_TILES)
+    if (!tiles_ || !is_dense(left) || !is_dense(right)) return false;
+    on_widest(TileProduct{out, left, right, first}, *tiles_, packed_left_);
+    return true;
+#else
+    return false;
+#endif
+  }
+
+  static bool is_dense(const Matrix& matrix) {
+    return matrix.row_stride == 1 || matrix.column_stride == 1;
+  }
+
   // out = left @ right^T + first, as of multiply_by_torch.
   void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
                 const std::optional<Matrix>& first) {
 #if defined(__x86_64__)
-    const auto is_dense = [](const Matrix& matrix) {
-      return matrix.row_stride == 1 || matrix.column_stride == 1;
-    };
     if (out.dtype == ScalarType::Float && out.column_stride == 1 && is_dense(left) &&
         is_dense(right) && multiplies_floats()) {
       const BlockProduct product{out, left, right.transposed(), first ? &*first : nullptr};
@@ -215,6 +246,7 @@ class Gemm {
   }
 
   bool widens_ = false, pads_ = false;
+  std::optional<Tiles> tiles_;  // where they multiply bfloat16
   Panel left_, right_, out_, bias_, packed_left_, packed_right_;
 };
 

@@ -81,13 +81,15 @@ def test_the_cpp_header_has_every_public_operator():
     assert found == {name for name in registry.NAMES if name in moe_ext.__all__} | {"plan"}
 
 
-@pytest.mark.parametrize(("registers", "optimize"), [(16, "-O1"), (32, "-O2")])
-def test_cmake_builds_the_same_library(tmp_path, registers, optimize):
-    """Also for CPUs with narrower registers and without instructions for 16 bits."""
+@pytest.mark.parametrize(
+    ("registers", "optimize", "also"), [(16, "-O1", "-DMOE_EXT_EMULATES_TILES"), (32, "-O2", "")]
+)
+def test_cmake_builds_the_same_library(tmp_path, registers, optimize, also):
+    """Also for CPUs with narrower registers and without instructions for 16 bits, or with tiles."""
     cmake(
         *("-S", str(ROOT), "-B", str(tmp_path), f"-DPython3_EXECUTABLE={sys.executable}"),
         "-DCMAKE_CXX_FLAGS=-DMOE_EXT_WIDEN_16BIT -DMOE_EXT_OWN_PRODUCTS "
-        f"-DMOE_EXT_REGISTERS={registers}",
+        f"-DMOE_EXT_REGISTERS={registers} {also}",
         f"-DCMAKE_CXX_FLAGS_RELEASE={optimize}",  # the first builds in half the time
     )
     cmake("--build", str(tmp_path), "--parallel", "2")
@@ -98,8 +100,8 @@ import itertools, torch
 torch.ops.load_library({str(library)!r})
 experts = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32)
 print(torch.ops.moe_ext.plan(experts, None, 3, None, "choice", 1)[0].tolist())
-experts = torch.tensor([0] * 5 + [2] * 600, dtype=torch.int32).unsqueeze(1)
-_, _, offsets, load = torch.ops.moe_ext.plan(experts, None, 3, None, "choice", 1)
+experts = torch.tensor([0] * 5 + [2] * 600 + [3] * 40, dtype=torch.int32).unsqueeze(1)
+_, _, offsets, load = torch.ops.moe_ext.plan(experts, None, 4, None, "choice", 1)
 groups = (offsets, load, None)
 torch.manual_seed(0)
 logits = torch.randn(130, 70)
@@ -127,13 +129,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     exact = torch.nn.functional.silu(gate) * up
     torch.testing.assert_close(active.float(), exact, rtol=4 * eps, atol=4 * eps)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    rows, weights = torch.randn(605, 300).to(dtype), torch.randn(3, 530, 300).to(dtype)
-    bias = torch.randn(3, 530).to(dtype)
+    rows, weights = torch.randn(645, 300).to(dtype), torch.randn(4, 530, 300).to(dtype)
+    bias = torch.randn(4, 530).to(dtype)
     strided = weights.transpose(1, 2).contiguous().transpose(1, 2)
     for w in (weights, strided):
         out = torch.ops.moe_ext.grouped_mm(rows, w, bias, *groups)
         outer = torch.ops.moe_ext.grouped_outer(out, rows, *groups)
-        for e in range(3):
+        for e in range(4):
             mine = slice(int(offsets[e]), int(offsets[e + 1]))
             x, y = rows[mine].double(), out[mine].double()
             eps = torch.finfo(dtype).eps

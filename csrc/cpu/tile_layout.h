@@ -1,0 +1,161 @@
+// Numbers of bfloat16 as tiles want them (tiles.h).
+//
+// A line of a tile is 32 numbers of a line, a step of a sum, or a pair of numbers of each of 16
+// columns, one above the other. So pairs of columns that are dense in memory are the lines of as
+// many, turned:
+//
+//     column 0   a0 a1 a2 a3 ..            line 0   a0 a1  b0 b1  c0 c1 ..
+//     column 1   b0 b1 b2 b3 ..     ->     line 1   a2 a3  b2 b3  c2 c3 ..
+//     column 2   c0 c1 c2 c3 ..            ..
+
+#pragma once
+
+#include <algorithm>
+
+#include "matrix.h"
+#include "tiles.h"
+
+#if defined(MOE_EXT_TILES)
+namespace moe_ext::layout {
+
+using Pairs = Vector<uint32_t, 64>;  // of numbers
+constexpr int64_t kTile = kTileLines, kStep = 2 * kTile, kTileNumbers = kTile * kStep;
+// A strip and a band are so many lines and columns, two tiles.
+constexpr int64_t kStrip = 2 * kTile, kBand = 2 * kTile, kBandNumbers = kBand * kStep;
+
+// Some numbers of some lines.
+struct Lines {
+  const uint16_t* numbers;
+  int64_t stride, step;  // to the next line, to the next step
+};
+
+inline int64_t parts(int64_t all, int64_t part) { return (all + part - 1) / part; }
+
+inline const uint16_t* numbers(const Matrix& matrix) {
+  return reinterpret_cast<const uint16_t*>(matrix.data);
+}
+
+// Four of the eight 16 bytes of a and b.
+template <int w, int x, int y, int z>
+MOE_EXT_INLINE void shuffle_lanes(Pairs& to, const Pairs& a, const Pairs& b) {
+  using Long = Vector<int64_t, 64>;
+  to = Pairs(__builtin_shuffle(
+      Long(a), Long(b),
+      Long{2 * w, 2 * w + 1, 2 * x, 2 * x + 1, 2 * y, 2 * y + 1, 2 * z, 2 * z + 1}));
+}
+
+MOE_EXT_INLINE void turn(Pairs (&lines)[kTile]) {
+  Pairs fours[4][4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) fours[i][j] = lines[4 * i + j];
+    transpose(fours[i]);  // fours[i][j] has column 4 l + j in its l-th 16 bytes
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    Pairs low[2], high[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      shuffle_lanes<0, 1, 4, 5>(low[i], fours[2 * i][j], fours[2 * i + 1][j]);
+      shuffle_lanes<2, 3, 6, 7>(high[i], fours[2 * i][j], fours[2 * i + 1][j]);
+    }
+    shuffle_lanes<0, 2, 4, 6>(lines[j], low[0], low[1]);
+    shuffle_lanes<1, 3, 5, 7>(lines[4 + j], low[0], low[1]);
+    shuffle_lanes<0, 2, 4, 6>(lines[8 + j], high[0], high[1]);
+    shuffle_lanes<1, 3, 5, 7>(lines[12 + j], high[0], high[1]);
+  }
+}
+
+// 16 lines of 16 pairs of numbers to a tile whose lines were columns.
+MOE_EXT_INLINE void turn(const uint16_t* from, int64_t stride, uint16_t* to) {
+  Pairs lines[kTile];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kTile; ++i) load(lines[i], from + i * stride);
+  turn(lines);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kTile; ++i) store(lines[i], to + i * kStep);
+}
+
+// `count` lines of `size` numbers of a matrix; a copy, filled up with zeros, where there are
+// fewer.
+template <int64_t count, int64_t size>
+MOE_EXT_INLINE Lines lines_of(const Matrix& matrix, uint16_t (&copy)[count][size]) {
+  if (matrix.rows >= count && matrix.columns >= size) {
+    return {numbers(matrix), matrix.row_stride, size};
+  }
+  std::memset(copy, 0, sizeof(copy));
+  for (int64_t i = 0; i < std::min(matrix.rows, count); ++i) {
+    std::memcpy(copy[i], numbers(matrix) + i * matrix.row_stride,
+                std::min(matrix.columns, size) * 2);
+  }
+  return {copy[0], size, size};
+}
+
+// A tile: pairs of numbers of 16 columns, from the first 32 rows of a matrix.
+MOE_EXT_INLINE void pair(const Matrix& matrix, uint16_t* to) {
+  if (matrix.column_stride != 1) {
+    uint16_t copy[kTile][kStep];
+    const Lines lines = lines_of(matrix.transposed(), copy);
+    return turn(lines.numbers, lines.stride, to);
+  }
+  uint16_t copy[kStep][kTile];
+  const Lines lines = lines_of(matrix, copy);
+  for (int64_t p = 0; p < kTile; ++p) {
+    const uint16_t* from = lines.numbers + 2 * p * lines.stride;
+    Vector<uint16_t, 32> even, odd;  // GCC makes a loop over numbers of single ones
+    load(even, from);
+    load(odd, from + lines.stride);
+    store(__builtin_convertvector(even, Pairs) | __builtin_convertvector(odd, Pairs) << 16,
+          to + p * kStep);
+  }
+}
+
+// Columns as bands, [bands, steps, 2, 16, 16, 2], filled up with zeros; rows are asked for a step
+// ahead of their use.
+MOE_EXT_INLINE void pack(const Matrix& columns, int64_t bands, int64_t steps, uint16_t* packed) {
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t k = s * kStep;
+    const Matrix rows = columns.row_range(k, std::min(k + kStep, columns.rows));
+    for (int64_t b = 0; b < bands; ++b) {
+      uint16_t* to = packed + (b * steps + s) * kBandNumbers;
+      const char* next = rows.data + (kStep * rows.row_stride + b * kBand) * 2;
+      for (int64_t i = 0; i < kStep && rows.column_stride == 1; ++i) {
+        __builtin_prefetch(next + i * rows.row_stride * 2, 0, 2);
+      }
+      for (int64_t c = b * kBand; c < (b + 1) * kBand; c += kTile, to += kTileNumbers) {
+        if (c < columns.columns) {
+          pair(rows.column_range(c, columns.columns), to);
+        } else {
+          std::memset(to, 0, kTileNumbers * 2);
+        }
+      }
+    }
+  }
+}
+
+// Lines of a strip as tiles, [steps, 2, 16, 32], filled up with zeros.
+MOE_EXT_INLINE void copy(const Matrix& lines, int64_t steps, uint16_t* to) {
+  for (int64_t k = 0; k < steps * kStep; k += kStep) {
+    for (int64_t i = 0; i < kStrip; i += kTile, to += kTileNumbers) {
+      if (i >= lines.rows) {
+        std::memset(to, 0, kTileNumbers * 2);
+        continue;
+      }
+      const Matrix some = lines.row_range(i, lines.rows).column_range(k, lines.columns);
+      uint16_t copy[kTile][kStep];
+      if (lines.column_stride == 1) {
+        const Lines from = lines_of(some, copy);
+        for (int64_t j = 0; j < kTile; ++j) {
+          std::memcpy(to + j * kStep, from.numbers + j * from.stride, sizeof(copy[j]));
+        }
+      } else {
+        pair(some.transposed(), copy[0]);
+        turn(copy[0], kStep, to);
+      }
+    }
+  }
+}
+
+}  // namespace moe_ext::layout
+#endif
