@@ -9,6 +9,7 @@
 #pragma once
 
 #include <array>
+#include <cstdlib>
 #include <optional>
 
 #include "block_product.h"
@@ -43,10 +44,15 @@ inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
 #endif
 }
 
-// Whether bfloat16 is multiplied on tiles (tiles.h).
+// Whether bfloat16 is multiplied on tiles (tiles.h). What keeps torch's library from them keeps us.
 inline bool multiplies_on_tiles(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 && has_tiles() &&
-         (kEmulatesTiles || multiplies_natively(dtype));
+  static const bool may = [] {
+    const char* most = std::getenv("ONEDNN_MAX_CPU_ISA");
+    const bool is_held = most && !std::strstr(most, "AMX") && !std::strstr(most, "DEFAULT");
+    return has_tiles() &&
+           (kEmulatesTiles || (!is_held && multiplies_natively(ScalarType::BFloat16)));
+  }();
+  return dtype == ScalarType::BFloat16 && may;
 }
 
 // Whether own loops take what torch's library multiplies on Intel's CPUs, for which it is made. On
@@ -183,7 +189,8 @@ class Gemm {
   static constexpr int64_t kRows = 256;
   // Up to so many rows the loops of few_rows.h are faster than the others.
   static constexpr int64_t kFewRows = 16, kFewPairs = 48;
-  static constexpr int64_t kFewFlat = 8;  // where else tiles multiply
+  // Up to so many the loops of few_rows_flat.h are as fast as tiles, and up to four faster.
+  static constexpr int64_t kFewFlat = 8;
 
 #if defined(__x86_64__)
   // The same where the rows of the weight are dense.
@@ -224,6 +231,7 @@ class Gemm {
     }
 #endif
     multiply_by_torch(out, left, right, first);
+    if (tiles_) tiles_.emplace();  // the library may have released them
   }
 
   // The next of eight sizes for every doubling; a multiple of eight.

@@ -18,8 +18,9 @@ constexpr int64_t kFewRows = 4, kFewRowsOf32 = 16;    // by registers of 64 and 
 constexpr int64_t kFewBy8Bits = 64, kFewBy4Bits = 8;  // rows of 8 bits, by weights of 8 and of 4
 // A panel has so many bytes, and lines of the weight; or all lines and so many columns.
 constexpr int64_t kPanelBytes = 1 << 21, kPanelLines = 64, kPanelColumns = 128;
-constexpr int64_t kTiledBytes = 1 << 19;  // of a panel for tiles: they multiply as much at a time
-constexpr int64_t kStep = 128;            // whole steps of registers of any size
+// Of a panel for tiles and so few rows: it stays in the second cache.
+constexpr int64_t kTiledBytes = 1 << 19, kFewOnTiles = 64;
+constexpr int64_t kStep = 128;  // whole steps of registers of any size
 
 // Rows in the order of panels, filled up with zeros; rounded to whole numbers times their scale.
 template <typename scalar_t>
@@ -156,7 +157,8 @@ class QuantizedProducts {
     const DecodedLines<scalar_t> lines_of{all, worker.right, worker.out, multiplies_pairs()};
     if (worker.gemm.rows_by_lines(out, rows, bias, lines_of)) return;
 #endif
-    const int64_t bytes = worker.gemm.is_tiled() ? kTiledBytes : kPanelBytes;
+    const bool few = worker.gemm.is_tiled() && rows.rows <= kFewOnTiles;
+    const int64_t bytes = few ? kTiledBytes : kPanelBytes;
     const int64_t lines =
         std::max(kPanelLines, bytes / std::max<int64_t>(1, rows.columns * out.width()) / 16 * 16);
     for (int64_t c = 0; c < t.columns(); c += lines) {

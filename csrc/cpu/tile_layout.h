@@ -39,9 +39,14 @@ inline const uint16_t* numbers(const Matrix& matrix) {
 template <int w, int x, int y, int z>
 MOE_EXT_INLINE void shuffle_lanes(Pairs& to, const Pairs& a, const Pairs& b) {
   using Long = Vector<int64_t, 64>;
+#if defined(__clang__)
+  to = Pairs(__builtin_shufflevector(Long(a), Long(b), 2 * w, 2 * w + 1, 2 * x, 2 * x + 1, 2 * y,
+                                     2 * y + 1, 2 * z, 2 * z + 1));
+#else
   to = Pairs(__builtin_shuffle(
       Long(a), Long(b),
       Long{2 * w, 2 * w + 1, 2 * x, 2 * x + 1, 2 * y, 2 * y + 1, 2 * z, 2 * z + 1}));
+#endif
 }
 
 MOE_EXT_INLINE void turn(Pairs (&lines)[kTile]) {
@@ -111,8 +116,8 @@ MOE_EXT_INLINE void pair(const Matrix& matrix, uint16_t* to) {
   }
 }
 
-// Columns as bands, [bands, steps, 2, 16, 16, 2], filled up with zeros; rows are asked for a step
-// ahead of their use.
+// Columns as bands, [bands, steps, 2, 16, 16, 2], whose tiles are filled up with zeros; rows are
+// asked for a step ahead of their use.
 MOE_EXT_INLINE void pack(const Matrix& columns, int64_t bands, int64_t steps, uint16_t* packed) {
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t k = s * kStep;
@@ -124,34 +129,27 @@ MOE_EXT_INLINE void pack(const Matrix& columns, int64_t bands, int64_t steps, ui
         __builtin_prefetch(next + i * rows.row_stride * 2, 0, 2);
       }
       for (int64_t c = b * kBand; c < (b + 1) * kBand; c += kTile, to += kTileNumbers) {
-        if (c < columns.columns) {
-          pair(rows.column_range(c, columns.columns), to);
-        } else {
-          std::memset(to, 0, kTileNumbers * 2);
-        }
+        if (c < columns.columns) pair(rows.column_range(c, columns.columns), to);
       }
     }
   }
 }
 
-// Lines of a strip as tiles, [steps, 2, 16, 32], filled up with zeros.
+// Lines of a strip as tiles, [steps, 2, 16, 32], which are filled up with zeros.
 MOE_EXT_INLINE void copy(const Matrix& lines, int64_t steps, uint16_t* to) {
   for (int64_t k = 0; k < steps * kStep; k += kStep) {
     for (int64_t i = 0; i < kStrip; i += kTile, to += kTileNumbers) {
-      if (i >= lines.rows) {
-        std::memset(to, 0, kTileNumbers * 2);
-        continue;
-      }
+      if (i >= lines.rows) continue;
       const Matrix some = lines.row_range(i, lines.rows).column_range(k, lines.columns);
-      uint16_t copy[kTile][kStep];
+      uint16_t room[kTile][kStep];
       if (lines.column_stride == 1) {
-        const Lines from = lines_of(some, copy);
+        const Lines from = lines_of(some, room);
         for (int64_t j = 0; j < kTile; ++j) {
-          std::memcpy(to + j * kStep, from.numbers + j * from.stride, sizeof(copy[j]));
+          std::memcpy(to + j * kStep, from.numbers + j * from.stride, sizeof(room[j]));
         }
       } else {
-        pair(some.transposed(), copy[0]);
-        turn(copy[0], kStep, to);
+        pair(some.transposed(), room[0]);
+        turn(room[0], kStep, to);
       }
     }
   }

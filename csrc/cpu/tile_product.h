@@ -2,8 +2,8 @@
 //
 //   out [n, N] = left [n, K] @ right [K, N] + first        first: a row for all, or 0
 //
-// One operand is read as lines of dense numbers, where they lie. Of the other one, columns are
-// packed, a block that stays in the second cache while all lines go by.
+// One operand is read as lines of dense numbers, mostly where they lie. Of the other one, columns
+// are packed, a block that stays in the second cache while all lines go by.
 //
 //                  a band of 32 columns       for each step of 32 numbers
 //                       ┌────┬────┐             load two tiles of the strip, two of the band
@@ -16,10 +16,10 @@
 //              └────┘   └────┴────┘
 //
 // Where the columns of right are dense, as those of a weight's transposed are, the lines are these,
-// and what comes out is turned: a weight is read once, in the order of memory, and never copied, by
-// one row as by many.
+// and what comes out is turned. So a weight is read once for each block of rows, and few rows are
+// one block.
 //
-// The terms of a sum are added in the order of k, whatever the number of rows and columns.
+// The steps of a sum are added in their order, whatever the number of rows and columns.
 
 #pragma once
 
@@ -54,12 +54,12 @@ struct TileProduct {
   static constexpr int64_t kTile = layout::kTile, kStep = layout::kStep;
   static constexpr int64_t kStrip = layout::kStrip, kBand = layout::kBand;
   static constexpr int64_t kTileSums = kTile * kTile, kSums = 4 * kTileSums;
-  static constexpr int64_t kPart = 8;  // steps
-  // Of many strips, a block is all steps of some columns. Of few, it is one part of many columns,
-  // which are read in the order of memory, and the sums of all strips stay.
+  static constexpr int64_t kPart = 8, kDeepest = 64;  // steps
+  // For many strips, a block is many steps of some columns. For few, it is one part of many
+  // columns, which are read in the order of memory. The sums of all strips stay while blocks go by.
   static constexpr int64_t kPackedBytes = 1 << 20, kSumsBytes = 1 << 19, kFewStrips = 4;
-
-  static constexpr int64_t kHalfPage = 1024, kManyBands = 8;  // numbers
+  // Lines so many numbers apart push each other out of the first cache, where many bands read them.
+  static constexpr int64_t kHalfPage = 1024, kManyBands = 8;
 
   // A thread's memory.
   struct Room {
@@ -75,6 +75,12 @@ struct TileProduct {
     bool starts, ends;  // with the first step of all, with the last
   };
 
+  // Lines of one, as far as a block goes.
+  struct Strip {
+    Matrix lines;
+    int64_t first;  // of all lines
+  };
+
   // Cache lines that are asked for ahead of their use, at each step.
   struct Asked {
     const char* first;
@@ -85,34 +91,39 @@ struct TileProduct {
   MOE_EXT_INLINE void multiply(const Matrix& lines, const Matrix& columns, bool turned,
                                Tiles& tiles, Panel& memory) const {
     const int64_t steps = std::max<int64_t>(1, layout::parts(lines.columns, kStep));
-    const int64_t strips = layout::parts(lines.rows, kStrip),
-                  all = layout::parts(columns.columns, kBand);
+    const int64_t strips = layout::parts(lines.rows, kStrip);
     const bool few = strips <= kFewStrips;
-    const int64_t deep = few ? std::min(kPart, steps) : steps;
+    const int64_t deep = std::min(few ? kPart : kDeepest, steps);  // of a block
     const int64_t most =
         few ? kSumsBytes / (strips * kSums * 4) : kPackedBytes / (deep * layout::kBandNumbers * 2);
-    const int64_t bands = std::clamp<int64_t>(most, 1, all);
-    const Room room = room_for(bands, deep, few ? strips : 1, memory);
+    const int64_t bands = std::clamp<int64_t>(most, 1, layout::parts(columns.columns, kBand));
+    const int64_t apart = deep < steps ? bands * kSums : 0;  // sums of a strip and of the next
+    const Room room = room_for(bands, deep, apart ? strips : 1, memory);
+    // The last lines are multiplied again where there are not enough after them.
+    const auto strip = [&](int64_t i, int64_t step) {
+      const int64_t first = std::max<int64_t>(0, std::min(i * kStrip, lines.rows - kStrip));
+      return Strip{lines.row_range(first, std::min(first + kStrip, lines.rows))
+                       .column_range(step * kStep, std::min((step + deep) * kStep, lines.columns)),
+                   first};
+    };
     for (int64_t c = 0; c < columns.columns; c += bands * kBand) {
       const int64_t width = std::min(bands * kBand, columns.columns - c);
       for (int64_t s = 0; s < steps; s += deep) {
-        const int64_t begin = s * kStep, end = std::min(begin + deep * kStep, lines.columns);
-        const Block block{c,
-                          width,
-                          layout::parts(width, kBand),
-                          std::min(deep, steps - s),
-                          s == 0,
-                          s + deep >= steps};
-        layout::pack(columns.row_range(begin, end).column_range(c, c + width), block.bands,
-                     block.steps, room.packed);
+        const bool ends = s + deep >= steps;
+        const Block block{c,      width, layout::parts(width, kBand), std::min(deep, steps - s),
+                          s == 0, ends};
+        layout::pack(columns.row_range(s * kStep, std::min((s + deep) * kStep, columns.rows))
+                         .column_range(c, c + width),
+                     block.bands, block.steps, room.packed);
         for (int64_t i = 0; i < strips; ++i) {
-          // The last lines are multiplied again where there are not enough after them.
-          const int64_t line = std::max<int64_t>(0, std::min(i * kStrip, lines.rows - kStrip));
-          const Matrix strip =
-              lines.row_range(line, std::min(line + kStrip, lines.rows)).column_range(begin, end);
           Room own = room;
-          if (few) own.sums += i * bands * kSums;
-          multiply_strip(tiles, strip, line, turned, block, own);
+          own.sums += i * apart;
+          const bool is_last = i + 1 == strips;
+          const char* next = nullptr;
+          if (lines.column_stride == 1 && !(is_last && ends)) {
+            next = (is_last ? strip(0, s + deep) : strip(i + 1, s)).lines.data;
+          }
+          multiply_strip(tiles, strip(i, s), next, turned, block, own);
         }
       }
     }
@@ -137,70 +148,67 @@ struct TileProduct {
     return room;
   }
 
-  // A strip's products with all that is packed; its first line is the `line`-th.
-  MOE_EXT_INLINE void multiply_strip(Tiles& tiles, const Matrix& strip, int64_t line, bool turned,
-                                     const Block& block, const Room& room) const {
-    // Lines half a page apart push each other out of the first cache.
-    const bool collides = strip.row_stride % kHalfPage == 0 && block.bands >= kManyBands;
-    const bool lies = strip.column_stride == 1 && strip.rows == kStrip && !collides;
-    const int64_t whole = lies ? strip.columns / kStep : 0, bands = block.bands;
-    const Lines lying{layout::numbers(strip), strip.row_stride, kStep};
-    const Lines copied{room.copied, kStep, kStrip * kStep};
-    // All lines, or what is left of them after the last whole step.
+  // A strip's products with all that is packed. next: the lines that are needed next, or null.
+  MOE_EXT_INLINE void multiply_strip(Tiles& tiles, const Strip& strip, const char* next,
+                                     bool turned, const Block& block, const Room& room) const {
+    const Matrix& all = strip.lines;
+    const bool collide = all.row_stride % kHalfPage == 0 && block.bands >= kManyBands;
+    const bool lie = all.column_stride == 1 && all.rows == kStrip && !collide;
+    const int64_t whole = lie ? all.columns / kStep : 0;  // steps where they lie
+    // The others are copied: all, or what is left after the last whole step.
     if (whole < block.steps) {
-      layout::copy(strip.column_range(whole * kStep, strip.columns), block.steps - whole,
-                   room.copied);
+      layout::copy(all.column_range(whole * kStep, all.columns), block.steps - whole, room.copied);
     }
     for (int64_t s = 0, end; s < block.steps; s = end) {
       end = std::min(s + kPart, s < whole ? whole : block.steps);
-      Lines lines = s < whole ? lying : copied;
-      lines.numbers += (s < whole ? s : s - whole) * lines.step;
-      // The next strip's lines are asked for by all bands, each its share.
-      const char* next = strip.data + (kStrip * strip.row_stride + s * kStep) * 2;
-      const int64_t stride = strip.row_stride * 2;
-      for (int64_t b = 0; b < bands; ++b) {
-        const Asked asked{next + b * stride, bands * stride,
-                          layout::parts(std::max<int64_t>(0, kStrip - b), bands)};
+      const Lines lines =
+          s < whole ? Lines{layout::numbers(all) + s * kStep, all.row_stride, kStep}
+                    : Lines{room.copied + (s - whole) * kStrip * kStep, kStep, kStrip * kStep};
+      for (int64_t b = 0; b < block.bands; ++b) {
+        // Each band asks for its share of the next lines.
+        const int64_t stride = all.row_stride * 2;
+        const Asked asked{next + s * kTileBytes + b * stride, block.bands * stride,
+                          next && b < kStrip ? layout::parts(kStrip - b, block.bands) : 0};
         const uint16_t* packed = room.packed + (b * block.steps + s) * layout::kBandNumbers;
         float* sums = room.sums + b * kSums;
+        const int64_t columns = std::min(kBand, block.columns - b * kBand);
         multiply_some(tiles, lines, packed, end - s, asked, block.starts && s == 0,
-                      strip.rows > kTile, block.columns - b * kBand > kTile, sums);
+                      all.rows > kTile, columns > kTile, sums);
         if (turned && block.ends && end == block.steps) {
-          write_turned(sums, room.bias + line, block.first_column + b * kBand,
-                       std::min(kBand, block.columns - b * kBand), line, strip.rows);
+          write_turned(sums, strip, block.first_column + b * kBand, columns, room);
         }
       }
     }
-    if (!turned && block.ends) write(line, strip.rows, block, room);
+    if (!turned && block.ends) write(strip, block, room);
   }
 
-  // low, right: whether a strip has lines for its second tile, and a band columns
+  // tall, wide: whether a strip has lines for its second tile, a band columns
   static MOE_EXT_INLINE void multiply_some(Tiles& tiles, const Lines& lines, const uint16_t* packed,
-                                           int64_t steps, const Asked& asked, bool starts, bool low,
-                                           bool right, float* sums) {
-    const auto multiply = [&](auto low, auto right) __attribute__((always_inline)) {
-      multiply_part<low.value, right.value>(tiles, lines, packed, steps, asked, starts, sums);
+                                           int64_t steps, const Asked& asked, bool starts,
+                                           bool tall, bool wide, float* sums) {
+    const auto multiply = [&](auto tall, auto wide) __attribute__((always_inline)) {
+      multiply_part<tall.value, wide.value>(tiles, lines, packed, steps, asked, starts, sums);
     };
     using Yes = std::true_type;
     using No = std::false_type;
-    if (low) return right ? multiply(Yes{}, Yes{}) : multiply(Yes{}, No{});
-    right ? multiply(No{}, Yes{}) : multiply(No{}, No{});
+    if (tall) return wide ? multiply(Yes{}, Yes{}) : multiply(Yes{}, No{});
+    wide ? multiply(No{}, Yes{}) : multiply(No{}, No{});
   }
 
-  template <bool low, bool right>
+  template <bool tall, bool wide>
   static MOE_EXT_INLINE void multiply_part(Tiles& tiles, const Lines& lines, const uint16_t* packed,
                                            int64_t steps, const Asked& asked, bool starts,
                                            float* sums) {
     if (starts) {
       tiles.zero<0>();
-      if constexpr (right) tiles.zero<1>();
-      if constexpr (low) tiles.zero<2>();
-      if constexpr (low && right) tiles.zero<3>();
+      if constexpr (wide) tiles.zero<1>();
+      if constexpr (tall) tiles.zero<2>();
+      if constexpr (tall && wide) tiles.zero<3>();
     } else {
       tiles.load<0>(sums, kTileBytes);
-      if constexpr (right) tiles.load<1>(sums + kTileSums, kTileBytes);
-      if constexpr (low) tiles.load<2>(sums + 2 * kTileSums, kTileBytes);
-      if constexpr (low && right) tiles.load<3>(sums + 3 * kTileSums, kTileBytes);
+      if constexpr (wide) tiles.load<1>(sums + kTileSums, kTileBytes);
+      if constexpr (tall) tiles.load<2>(sums + 2 * kTileSums, kTileBytes);
+      if constexpr (tall && wide) tiles.load<3>(sums + 3 * kTileSums, kTileBytes);
     }
     const uint16_t* from = lines.numbers;
     const int64_t stride = lines.stride * 2;
@@ -211,25 +219,25 @@ struct TileProduct {
       tiles.load<4>(from, stride);
       tiles.load<6>(packed, kTileBytes);
       tiles.multiply<0, 4, 6>();
-      if constexpr (right) {
+      if constexpr (wide) {
         tiles.load<7>(packed + layout::kTileNumbers, kTileBytes);
         tiles.multiply<1, 4, 7>();
       }
-      if constexpr (low) {
+      if constexpr (tall) {
         tiles.load<5>(from + kTile * lines.stride, stride);
         tiles.multiply<2, 5, 6>();
       }
-      if constexpr (low && right) tiles.multiply<3, 5, 7>();
+      if constexpr (tall && wide) tiles.multiply<3, 5, 7>();
     }
     tiles.store<0>(sums);
-    if constexpr (right) tiles.store<1>(sums + kTileSums);
-    if constexpr (low) tiles.store<2>(sums + 2 * kTileSums);
-    if constexpr (low && right) tiles.store<3>(sums + 3 * kTileSums);
+    if constexpr (wide) tiles.store<1>(sums + kTileSums);
+    if constexpr (tall) tiles.store<2>(sums + 2 * kTileSums);
+    if constexpr (tall && wide) tiles.store<3>(sums + 3 * kTileSums);
   }
 
-  // Rows of out, from `row` on: the sums of a strip.
-  MOE_EXT_INLINE void write(int64_t row, int64_t rows, const Block& block, const Room& room) const {
-    for (int64_t i = 0; i < rows; ++i) {
+  // Rows of out: the sums of a strip.
+  MOE_EXT_INLINE void write(const Strip& strip, const Block& block, const Room& room) const {
+    for (int64_t i = 0; i < strip.lines.rows; ++i) {
       const float* line = room.sums + i / kTile * 2 * kTileSums + i % kTile * kTile;
       for (int64_t b = 0; b < block.bands; ++b, line += kSums) {
         const int64_t column = block.first_column + b * kBand;
@@ -243,14 +251,15 @@ struct TileProduct {
           round_to_upper_half(values, bits);
           store(__builtin_convertvector(bits >> 16, Vector<uint16_t, 32>), rounded + c * kTile);
         }
-        write_numbers(rounded, std::min(kBand, block.columns - b * kBand), row + i, column);
+        write_numbers(rounded, std::min(kBand, block.columns - b * kBand), strip.first + i, column);
       }
     }
   }
 
-  // Columns of out, from `column` on: the sums of a strip and a band. bias: of the lines
-  MOE_EXT_INLINE void write_turned(const float* sums, const float* bias, int64_t row, int64_t rows,
-                                   int64_t column, int64_t columns) const {
+  // Columns of out, as many as the strip has lines: its sums with `rows` columns of a band.
+  MOE_EXT_INLINE void write_turned(const float* sums, const Strip& strip, int64_t row, int64_t rows,
+                                   const Room& room) const {
+    const float* bias = room.bias + strip.first;
     for (int64_t c = 0; c < rows; c += kTile) {
       Pairs pairs[kTile];
 #pragma GCC unroll 16
@@ -268,7 +277,7 @@ struct TileProduct {
       }
       layout::turn(pairs);
       for (int64_t j = 0; j < std::min(kTile, rows - c); ++j) {
-        write_numbers(&pairs[j], columns, row + c + j, column);
+        write_numbers(&pairs[j], strip.lines.rows, row + c + j, strip.first);
       }
     }
   }

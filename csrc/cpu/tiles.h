@@ -5,7 +5,8 @@
 // column. Even and odd numbers have a sum each, in order; their sum is added to the float.
 // Subnormal numbers count as zero.
 //
-// MOE_EXT_EMULATES_TILES makes the same results of plain loops: for tests on a CPU without.
+// MOE_EXT_EMULATES_TILES makes the same results of plain loops, but for subnormal numbers: for
+// tests on a CPU without.
 
 #pragma once
 

@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import toolkit
-from . import composed, contracts, reference, tensor_cores, torch_grouped_mm
+from . import checks, composed, contracts, reference, tensor_cores, torch_grouped_mm
 from .contracts import CONTRACTS
 
 NAMES = tuple(CONTRACTS)
@@ -81,6 +82,44 @@ _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 def is_exporting() -> bool:
     """Whether torch.export traces; torch.compiler's own says so of torch.compile too in 2.10."""
     return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
+
+
+def _empty_like(argument: Tensor | None, first: Tensor) -> Tensor:
+    if argument is None:
+        return first.new_empty(0)
+    if argument.dim() == 3 and checks.is_transposed(argument):
+        return argument.new_empty(argument.mT.shape).mT
+    return argument.new_empty(argument.shape)
+
+
+def fake(op: str) -> Callable:
+    """An operator that gives shapes and dtypes alone."""
+    contract = contracts.PARSED[op]
+    names = [argument.name for argument in contract.arguments]
+    like = next(i for i, argument in enumerate(contract.arguments) if not argument.is_optional)
+
+    def operator(*args):
+        sizes = contracts.check(op, args)
+        values = dict(zip(names, args, strict=True))
+
+        def empty(result: contracts.Result) -> Tensor:
+            if result.flag and not values[result.flag]:
+                return args[like].new_empty(0)
+            if result.dims is None:
+                return _empty_like(values[result.kind], args[like])
+            shape = [sizes["E"] + 1 if letter == "E+1" else sizes[letter] for letter in result.dims]
+            if result.kind in values:
+                dtype = values[result.kind].dtype
+            elif result.kind == "acc":
+                dtype = checks.accumulate_dtype(args[like].dtype)
+            else:
+                dtype = getattr(torch, result.kind)
+            return args[like].new_empty(shape, dtype=dtype)
+
+        results = tuple(map(empty, contract.results))
+        return results[0] if len(results) == 1 else results
+
+    return operator
 
 
 class Libraries:
@@ -170,8 +209,8 @@ class Libraries:
         for name in (*NAMES, *BESIDE):
             kernel = _IN_PYTHON.get(name) or _loud_on_cuda(getattr(reference, name))
             self._python.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
-            fake = contracts.fake(name) if name in CONTRACTS else kernel
-            torch.library.register_fake(f"moe_ext::{name}", fake, lib=self._python)
+            shapes = fake(name) if name in CONTRACTS else kernel
+            torch.library.register_fake(f"moe_ext::{name}", shapes, lib=self._python)
         self.register_gradients(dict(self._gradients))
 
     def register_gradients(self, functions: Mapping[str, type[torch.autograd.Function]]) -> None:

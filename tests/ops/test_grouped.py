@@ -81,6 +81,7 @@ def test_more_than_a_tile(device, dtype):
 
 
 WIDTHS = [(64, 96), (5, 7), (130, 77), (1, 33), (3, 0), (9, 256), (40, 600), (6, 2100), (3, 70)]
+WIDTHS += [(64, 1024), (200, 2100), (2048, 40)]  # blocks of a sum, of rows, of columns
 
 
 def few(dtype, M, is_dense) -> int:
