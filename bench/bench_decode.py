@@ -173,6 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
         "dtype": options.dtype,
         "threads": options.threads,
         "huge_pages": not options.small_pages,
+        "products": torch.ops.moe_ext.products(torch.empty(0, dtype=dtype)),
         "shapes": [],
     }
     for name in tqdm(options.shape, unit="shape", leave=False):

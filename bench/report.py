@@ -203,6 +203,16 @@ def decode_tables(found: dict[str, dict]) -> str:
     return "\n\n".join([*(decode_table(found[n]) for n in names), f"{where(found[names[0]])}."])
 
 
+def tiles_table() -> str:
+    """bfloat16 on a CPU with tiles, on whatever machine it was measured."""
+    reports = (json.loads(path.read_text()) for path in RESULTS.glob("*/decode-bfloat16.json"))
+    return "\n\n".join(
+        f"{decode_table(report)}\n\n{where(report)}."
+        for report in reports
+        if "tiles" in report.get("products", "")
+    )
+
+
 def quantised_table(report: dict) -> str:
     """Milliseconds, the speedup over our bfloat16, and the share of the rate of reading."""
     rows = []
@@ -288,6 +298,7 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
         "stats": stats_table(found),
         "small": small_table(found),
         "decode": decode_tables(found),
+        "tiles": tiles_table(),
     }
     if found.keys() >= set(EXPERTS):
         texts["experts"] = experts_table(found)

@@ -48,7 +48,8 @@ inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
 inline bool multiplies_on_tiles(ScalarType dtype) {
   static const bool may = [] {
     const char* most = std::getenv("ONEDNN_MAX_CPU_ISA");
-    const bool is_held = most && !std::strstr(most, "AMX") && !std::strstr(most, "DEFAULT");
+    const bool is_held =
+        most && *most && !std::strstr(most, "AMX") && !std::strstr(most, "DEFAULT");
     return has_tiles() &&
            (kEmulatesTiles || (!is_held && multiplies_natively(ScalarType::BFloat16)));
   }();

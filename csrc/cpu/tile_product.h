@@ -54,7 +54,7 @@ struct TileProduct {
   static constexpr int64_t kTile = layout::kTile, kStep = layout::kStep;
   static constexpr int64_t kStrip = layout::kStrip, kBand = layout::kBand;
   static constexpr int64_t kTileSums = kTile * kTile, kSums = 4 * kTileSums;
-  static constexpr int64_t kPart = 8, kDeepest = 64;  // steps
+  static constexpr int64_t kPart = 8, kDeep = 64;  // steps
   // For many strips, a block is many steps of some columns. For few, it is one part of many
   // columns, which are read in the order of memory. The sums of all strips stay while blocks go by.
   static constexpr int64_t kPackedBytes = 1 << 20, kSumsBytes = 1 << 19, kFewStrips = 4;
@@ -93,10 +93,11 @@ struct TileProduct {
     const int64_t steps = std::max<int64_t>(1, layout::parts(lines.columns, kStep));
     const int64_t strips = layout::parts(lines.rows, kStrip);
     const bool few = strips <= kFewStrips;
-    const int64_t deep = std::min(few ? kPart : kDeepest, steps);  // of a block
-    const int64_t most =
-        few ? kSumsBytes / (strips * kSums * 4) : kPackedBytes / (deep * layout::kBandNumbers * 2);
-    const int64_t bands = std::clamp<int64_t>(most, 1, layout::parts(columns.columns, kBand));
+    const int64_t all = layout::parts(columns.columns, kBand);
+    const int64_t fit = kPackedBytes / (layout::kBandNumbers * 2);  // bands times steps
+    const int64_t deep = std::min(few ? kPart : kDeep, steps);
+    const int64_t most = few ? kSumsBytes / (strips * kSums * 4) : fit / deep;
+    const int64_t bands = std::clamp<int64_t>(most, 1, all);
     const int64_t apart = deep < steps ? bands * kSums : 0;  // sums of a strip and of the next
     const Room room = room_for(bands, deep, apart ? strips : 1, memory);
     // The last lines are multiplied again where there are not enough after them.
