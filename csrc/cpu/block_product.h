@@ -186,7 +186,7 @@ struct BlockProduct {
       Lanes right[2];
       for (int p = 0; p < 2; ++p) load(right[p], b + p * kWidth);
       for (int64_t i = 0; i < count; ++i) {
-        const Lanes left = a[i] - Lanes{};  // 0 + a[i] is an addition: it may be -0
+        const Lanes left = a[i] - Lanes{};  // 0 + a[i] would be computed, since it differs for -0
         for (int p = 0; p < 2; ++p) sums[i][p] += left * right[p];
       }
     }

@@ -44,7 +44,8 @@ inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
 #endif
 }
 
-// Whether bfloat16 is multiplied on tiles (tiles.h). What keeps torch's library from them keeps us.
+// Whether bfloat16 is multiplied on tiles (tiles.h). ONEDNN_MAX_CPU_ISA, which limits torch's
+// library, limits us too.
 inline bool multiplies_on_tiles(ScalarType dtype) {
   static const bool may = [] {
     const char* most = std::getenv("ONEDNN_MAX_CPU_ISA");

@@ -18,8 +18,8 @@ constexpr int64_t kFewRows = 4, kFewRowsOf32 = 16;    // by registers of 64 and 
 constexpr int64_t kFewBy8Bits = 64, kFewBy4Bits = 8;  // rows of 8 bits, by weights of 8 and of 4
 // A panel has so many bytes, and lines of the weight; or all lines and so many columns.
 constexpr int64_t kPanelBytes = 1 << 21, kPanelLines = 64, kPanelColumns = 128;
-// Of a panel for tiles and so few rows: it stays in the second cache.
-constexpr int64_t kTiledBytes = 1 << 19, kFewOnTiles = 64;
+// Tiles multiply up to so many rows by a smaller panel, which stays in the second cache.
+constexpr int64_t kFewOnTiles = 64, kTiledBytes = 1 << 19;
 constexpr int64_t kStep = 128;  // whole steps of registers of any size
 
 // Rows in the order of panels, filled up with zeros; rounded to whole numbers times their scale.

@@ -1,8 +1,7 @@
 // Numbers of bfloat16 as tiles want them (tiles.h).
 //
-// A line of a tile is 32 numbers of a line, a step of a sum, or a pair of numbers of each of 16
-// columns, one above the other. So pairs of columns that are dense in memory are the lines of as
-// many, turned:
+// A line of a tile holds 32 numbers of a line, which are a step of a sum; or a pair of numbers of
+// each of 16 columns. Columns that are dense in memory are read as lines of pairs, and turned:
 //
 //     column 0   a0 a1 a2 a3 ..            line 0   a0 a1  b0 b1  c0 c1 ..
 //     column 1   b0 b1 b2 b3 ..     ->     line 1   a2 a3  b2 b3  c2 c3 ..
@@ -49,6 +48,7 @@ MOE_EXT_INLINE void shuffle_lanes(Pairs& to, const Pairs& a, const Pairs& b) {
 #endif
 }
 
+// Turns 16 lines of 16 pairs.
 MOE_EXT_INLINE void turn(Pairs (&lines)[kTile]) {
   Pairs fours[4][4];
 #pragma GCC unroll 4
@@ -72,7 +72,7 @@ MOE_EXT_INLINE void turn(Pairs (&lines)[kTile]) {
   }
 }
 
-// 16 lines of 16 pairs of numbers to a tile whose lines were columns.
+// The same from memory to a tile.
 MOE_EXT_INLINE void turn(const uint16_t* from, int64_t stride, uint16_t* to) {
   Pairs lines[kTile];
 #pragma GCC unroll 16
@@ -108,7 +108,7 @@ MOE_EXT_INLINE void pair(const Matrix& matrix, uint16_t* to) {
   const Lines lines = lines_of(matrix, copy);
   for (int64_t p = 0; p < kTile; ++p) {
     const uint16_t* from = lines.numbers + 2 * p * lines.stride;
-    Vector<uint16_t, 32> even, odd;  // GCC makes a loop over numbers of single ones
+    Vector<uint16_t, 32> even, odd;  // GCC does not make vector code of a loop over numbers
     load(even, from);
     load(odd, from + lines.stride);
     store(__builtin_convertvector(even, Pairs) | __builtin_convertvector(odd, Pairs) << 16,

@@ -2,8 +2,9 @@
 //
 //   out [n, N] = left [n, K] @ right [K, N] + first        first: a row for all, or 0
 //
-// One operand is read as lines of dense numbers, mostly where they lie. Of the other one, columns
-// are packed, a block that stays in the second cache while all lines go by.
+// One operand gives lines of dense numbers, which are read from where they lie if they can be. The
+// other gives columns, which are packed. A block of them stays in the second cache while all lines
+// go by.
 //
 //                  a band of 32 columns       for each step of 32 numbers
 //                       ┌────┬────┐             load two tiles of the strip, two of the band
@@ -15,9 +16,9 @@
 //              │    │   │ 2  │ 3  │ sums
 //              └────┘   └────┴────┘
 //
-// Where the columns of right are dense, as those of a weight's transposed are, the lines are these,
-// and what comes out is turned. So a weight is read once for each block of rows, and few rows are
-// one block.
+// If the columns of right are dense in memory, they are the lines, and the result is turned as it
+// is written. So rows times a weight's transposed read the weight in the order of memory, once for
+// each block of rows. Few rows are one block.
 //
 // The steps of a sum are added in their order, whatever the number of rows and columns.
 
@@ -69,19 +70,19 @@ struct TileProduct {
     float* bias;       // [N], filled up with zeros
   };
 
-  // What is packed: some columns and steps.
+  // The columns and steps that are packed at a time.
   struct Block {
     int64_t first_column, columns, bands, steps;
     bool starts, ends;  // with the first step of all, with the last
   };
 
-  // Lines of one, as far as a block goes.
+  // The lines of a strip, as far as the steps of a block go.
   struct Strip {
     Matrix lines;
     int64_t first;  // of all lines
   };
 
-  // Cache lines that are asked for ahead of their use, at each step.
+  // Each step asks for so many cache lines ahead of their use.
   struct Asked {
     const char* first;
     int64_t stride, count;
