@@ -10,14 +10,17 @@ two of them in one pass, for the gradients of a combine. The same holds for `gro
 `grouped_outer`.
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
-from . import checks, composed, reference, registry
+from . import checks, composed, contracts, reference, registry
+
+OPERATORS: dict[str, type["Operator"]] = {}
 
 
 def run(name: str, *args):
@@ -26,9 +29,23 @@ def run(name: str, *args):
 
 
 class Operator(Function):
-    """An operator with a gradient, which is made of operators again."""
+    """An operator with a gradient, which is made of operators again.
 
+    op: its name in the contracts, which gives its forward, and where it has none of its own a
+        setup_context that saves all tensors and keeps the other arguments as `ctx.rule`
+    """
+
+    op: str | None = None
     generate_vmap_rule = True
+
+    def __init_subclass__(cls) -> None:
+        if cls.op is None:
+            return
+        cls.forward = staticmethod(_forward_of(cls.op))  # type: ignore[method-assign]
+        if "setup_context" not in vars(cls):
+            cls.setup_context = staticmethod(_saves_all(cls.op))  # type: ignore[method-assign]
+        OPERATORS[cls.op] = cls
+        registry.libraries.register_gradients({cls.op: cls})
 
     @classmethod
     def call(cls, *args):
@@ -43,84 +60,71 @@ class Operator(Function):
         return cls.forward(*args)
 
 
+def _forward_of(op: str) -> Callable:
+    # torch.compile asks for the number of parameters: it is the reference's.
+    @functools.wraps(getattr(reference, op))
+    def forward(*args):
+        return registry.run(op, *args)
+
+    return forward
+
+
+def _saves_all(op: str) -> Callable:
+    num_tensors = sum(argument.dims is not None for argument in contracts.PARSED[op].arguments)
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:num_tensors])
+        ctx.rule = inputs[num_tensors:]
+
+    return setup_context
+
+
+def gradients_of(function: Callable, ctx, grads) -> tuple:
+    """The gradients of a function of everything that `ctx` keeps, made of torch's operators."""
+    function = inspect.unwrap(function)  # torch.func.vjp cannot trace the checks of values
+    tensors = list(ctx.saved_tensors)
+    wanted = [i for i, is_needed in enumerate(ctx.needs_input_grad) if is_needed]
+
+    def of_wanted(*some):
+        for i, tensor in zip(wanted, some, strict=True):
+            tensors[i] = tensor
+        return function(*tensors, *ctx.rule)
+
+    vjp = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))[1]
+    found: list = [None] * len(ctx.needs_input_grad)
+    for i, grad in zip(wanted, vjp(grads), strict=True):
+        found[i] = grad
+    return tuple(found)
+
+
 class Gate(Operator):
-    @staticmethod
-    def forward(logits, choice_scores, k, scoring, normalize, scale):
-        return registry.run("gate", logits, choice_scores, k, scoring, normalize, scale)
+    op = "gate"
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, _, _, ctx.scoring, ctx.normalize, ctx.scale = inputs
         _, expert_ids, probs, _ = output
-        ctx.dtype = logits.dtype
+        ctx.dtype, ctx.rule = inputs[0].dtype, inputs[3:]
         ctx.mark_non_differentiable(expert_ids)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(probs, expert_ids)
 
     @staticmethod
     def backward(ctx, grad_weights, _, grad_probs, grad_importance):
-        probs, expert_ids = ctx.saved_tensors
-        grad = GateBackward.call(
-            grad_weights,
-            grad_probs,
-            grad_importance,
-            probs,
-            expert_ids,
-            ctx.scoring,
-            ctx.normalize,
-            ctx.scale,
-        )
+        grads = grad_weights, grad_probs, grad_importance
+        grad = GateBackward.call(*grads, *ctx.saved_tensors, *ctx.rule)
         return grad.to(ctx.dtype), None, None, None, None, None
 
 
 class GateBackward(Operator):
-    @staticmethod
-    def forward(
-        grad_weights, grad_probs, grad_importance, probs, expert_ids, scoring, normalize, scale
-    ):
-        return registry.run(
-            "gate_backward",
-            grad_weights,
-            grad_probs,
-            grad_importance,
-            probs,
-            expert_ids,
-            scoring,
-            normalize,
-            scale,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.scoring, ctx.normalize, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
+    op = "gate_backward"
 
     @staticmethod
     def backward(ctx, grad):
-        *differentiable, expert_ids = ctx.saved_tensors
-        given = [i for i, tensor in enumerate(differentiable) if tensor is not None]
-
-        def gate_backward(*tensors):
-            full: list = [None] * 4
-            for i, tensor in zip(given, tensors, strict=True):
-                full[i] = tensor
-            of_weights, of_probs, of_importance, probs = full
-            rule = ctx.scoring, ctx.normalize, ctx.scale
-            return reference.gate_backward(
-                of_weights, of_probs, of_importance, probs, expert_ids, *rule
-            )
-
-        vjp = torch.func.vjp(gate_backward, *(differentiable[i] for i in given))[1]
-        grads: list[Tensor | None] = [None] * 8
-        for i, tensor in zip(given, vjp(grad), strict=True):
-            grads[i] = tensor
-        return tuple(grads)
+        return gradients_of(reference.gate_backward, ctx, grad)
 
 
 class Balance(Operator):
-    @staticmethod
-    def forward(importance, load, expert_ids, choices):
-        return registry.run("balance", importance, load, expert_ids, choices)
+    op = "balance"
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -136,47 +140,24 @@ class Balance(Operator):
 
 
 class MaskWeights(Operator):
-    @staticmethod
-    def forward(weights, slots, normalize, eps, scale):
-        return registry.run("mask_weights", weights, slots, normalize, eps, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        weights, slots, ctx.normalize, ctx.eps, ctx.scale = inputs
-        ctx.save_for_backward(weights, slots)
+    op = "mask_weights"
 
     @staticmethod
     def backward(ctx, grad):
-        rule = ctx.normalize, ctx.eps, ctx.scale
-        return MaskWeightsBackward.call(grad, *ctx.saved_tensors, *rule), None, None, None, None
+        grad_weights = MaskWeightsBackward.call(grad, *ctx.saved_tensors, *ctx.rule)
+        return grad_weights, None, None, None, None
 
 
 class MaskWeightsBackward(Operator):
-    @staticmethod
-    def forward(grad, weights, slots, normalize, eps, scale):
-        return registry.run("mask_weights_backward", grad, weights, slots, normalize, eps, scale)
+    op = "mask_weights_backward"
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.normalize, ctx.eps, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, grad_grad):
-        grad, weights, slots = ctx.saved_tensors
-
-        def mask_weights_backward(grad, weights):
-            rule = ctx.normalize, ctx.eps, ctx.scale
-            return reference.mask_weights_backward(grad, weights, slots, *rule)
-
-        vjp = torch.func.vjp(mask_weights_backward, grad, weights)[1]
-        return *vjp(grad_grad), None, None, None, None
+    def backward(ctx, grad):
+        return gradients_of(reference.mask_weights_backward, ctx, grad)
 
 
 class Dispatch(Operator):
-    @staticmethod
-    def forward(tokens, slots, sources, weights):
-        return registry.run("dispatch", tokens, slots, sources, weights)
+    op = "dispatch"
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -195,14 +176,8 @@ class Dispatch(Operator):
 
 
 class Combine(Operator):
-    @staticmethod
-    def forward(rows, slots, sources, weights):
-        return registry.run("combine", rows, slots, sources, weights)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        rows, slots, sources, weights = inputs
-        ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, slots, sources, weights)
+    op = "combine"
+    setup_context = staticmethod(Dispatch.setup_context)
 
     @staticmethod
     def backward(ctx, grad):
@@ -218,13 +193,7 @@ class Combine(Operator):
 
 
 class RouteDot(Operator):
-    @staticmethod
-    def forward(tokens, rows, slots, sources):
-        return registry.run("route_dot", tokens, rows, slots, sources)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+    op = "route_dot"
 
     @staticmethod
     def backward(ctx, grad):
@@ -238,9 +207,7 @@ class RouteDot(Operator):
 
 
 class CombineBackward(Operator):
-    @staticmethod
-    def forward(tokens, rows, slots, sources, weights):
-        return registry.run("combine_backward", tokens, rows, slots, sources, weights)
+    op = "combine_backward"
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -267,9 +234,7 @@ class CombineBackward(Operator):
 
 
 class GroupedMM(Operator):
-    @staticmethod
-    def forward(rows, weights, bias, offsets, load, capacity):
-        return registry.run("grouped_mm", rows, weights, bias, offsets, load, capacity)
+    op = "grouped_mm"
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -298,31 +263,12 @@ class GroupedMM(Operator):
 class QuantizedMM(Operator):
     """The gradient of rows that are rounded to 8 bits is that of rows as they are."""
 
-    @staticmethod
-    def forward(
-        rows,
-        values,
-        scales,
-        zeros,
-        bias,
-        offsets,
-        load,
-        format,
-        transposed,
-        int8_rows,
-        capacity,
-    ):
-        return registry.run(
-            "quantized_mm",
-            *(rows, values, scales, zeros, bias, offsets, load),
-            *(format, transposed, int8_rows, capacity),
-        )
+    op = "quantized_mm"
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, values, scales, zeros, _, offsets, load, *rule = inputs
-        ctx.format, ctx.transposed, _, ctx.capacity = rule
-        ctx.save_for_backward(values, scales, zeros, offsets, load)
+        _, *weight, _, offsets, load, ctx.format, ctx.transposed, _, ctx.capacity = inputs
+        ctx.save_for_backward(*weight, offsets, load)
 
     @staticmethod
     def backward(ctx, grad):
@@ -337,19 +283,11 @@ class QuantizedMM(Operator):
 
 
 class GroupedOuter(Operator):
-    @staticmethod
-    def forward(left, right, offsets, load, capacity):
-        return registry.run("grouped_outer", left, right, offsets, load, capacity)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.capacity = inputs
-        ctx.save_for_backward(*tensors)
+    op = "grouped_outer"
 
     @staticmethod
     def backward(ctx, grad):
-        left, right, *groups = ctx.saved_tensors
-        groups = *groups, ctx.capacity
+        left, right, *groups = *ctx.saved_tensors, *ctx.rule
         grad_left = grad_right = None
         if ctx.needs_input_grad[0]:
             grad_left = GroupedMM.call(right, grad, None, *groups)
@@ -359,14 +297,7 @@ class GroupedOuter(Operator):
 
 
 class Activate(Operator):
-    @staticmethod
-    def forward(pre_activation, slots, sources, weights, activation):
-        return registry.run("activate", pre_activation, slots, sources, weights, activation)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.activation = inputs
-        ctx.save_for_backward(*tensors)
+    op = "activate"
 
     @staticmethod
     def backward(ctx, grad):
@@ -375,57 +306,16 @@ class Activate(Operator):
             dtype = checks.accumulate_dtype(pre_activation.dtype)
             weights = pre_activation.new_ones(slots.shape, dtype=dtype)
         grad_pre_activation, _, grad_weights = ActivateBackward.call(
-            grad, pre_activation, slots, sources, weights, ctx.activation
+            grad, pre_activation, slots, sources, weights, *ctx.rule
         )
-        return (
-            grad_pre_activation,
-            None,
-            None,
-            grad_weights if ctx.needs_input_grad[3] else None,
-            None,
-        )
+        if not ctx.needs_input_grad[3]:
+            grad_weights = None
+        return grad_pre_activation, None, None, grad_weights, None
 
 
 class ActivateBackward(Operator):
-    @staticmethod
-    def forward(grad, pre_activation, slots, sources, weights, activation):
-        return registry.run(
-            "activate_backward", grad, pre_activation, slots, sources, weights, activation
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.activation = inputs
-        ctx.save_for_backward(*tensors)
+    op = "activate_backward"
 
     @staticmethod
     def backward(ctx, *grads):
-        grad, pre_activation, slots, sources, weights = ctx.saved_tensors
-
-        def activate_backward(grad, pre_activation, weights):
-            # torch.func.vjp cannot trace the checks of values.
-            unchecked = inspect.unwrap(reference.activate_backward)
-            return unchecked(grad, pre_activation, slots, sources, weights, ctx.activation)
-
-        vjp = torch.func.vjp(activate_backward, grad, pre_activation, weights)[1]
-        grad_grad, grad_pre_activation, grad_weights = vjp(grads)
-        return grad_grad, grad_pre_activation, None, None, grad_weights, None
-
-
-OPERATORS: dict[str, type[Operator]] = {
-    "gate": Gate,
-    "gate_backward": GateBackward,
-    "balance": Balance,
-    "mask_weights": MaskWeights,
-    "mask_weights_backward": MaskWeightsBackward,
-    "dispatch": Dispatch,
-    "combine": Combine,
-    "route_dot": RouteDot,
-    "combine_backward": CombineBackward,
-    "grouped_mm": GroupedMM,
-    "quantized_mm": QuantizedMM,
-    "grouped_outer": GroupedOuter,
-    "activate": Activate,
-    "activate_backward": ActivateBackward,
-}
-registry.libraries.register_gradients(OPERATORS)
+        return gradients_of(reference.activate_backward, ctx, grads)

@@ -7,6 +7,7 @@ Tokens, pre-activations and the plan are saved: the backward dispatches the toke
 computes the activation again; no product is repeated.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -15,35 +16,14 @@ from torch import Tensor
 from ..formats import QuantizedWeight
 from ..options import Activation
 from . import composed, registry
-from .autograd import OPERATORS, Operator, run
+from .autograd import Operator, gradients_of, run
 from .checks import Check
 from .functional import autocast, check_plan
 from .plan import Plan
 
 
 class FeedForward(Operator):
-    @staticmethod
-    def forward(
-        tokens,
-        slots,
-        sources,
-        offsets,
-        load,
-        weights,
-        up,
-        down,
-        up_bias,
-        down_bias,
-        activation,
-        score_before_experts,
-        capacity,
-        keeps,
-    ):
-        return registry.run(
-            "feed_forward",
-            *(tokens, slots, sources, offsets, load, weights, up, down, up_bias, down_bias),
-            *(activation, score_before_experts, capacity, keeps),
-        )
+    op = "feed_forward"
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -79,52 +59,11 @@ class FeedForward(Operator):
 
 
 class FeedForwardBackward(Operator):
-    @staticmethod
-    def forward(
-        grad,
-        tokens,
-        pre_activation,
-        slots,
-        sources,
-        offsets,
-        load,
-        weights,
-        up,
-        down,
-        up_bias,
-        down_bias,
-        activation,
-        score_before_experts,
-        capacity,
-        needs_tokens,
-        needs_up,
-        needs_down,
-    ):
-        return registry.run(
-            "feed_forward_backward",
-            *(grad, tokens, pre_activation, slots, sources, offsets, load, weights),
-            *(up, down, up_bias, down_bias, activation, score_before_experts, capacity),
-            *(needs_tokens, needs_up, needs_down),
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:12])
-        ctx.options = inputs[12:]
+    op = "feed_forward_backward"
 
     @staticmethod
     def backward(ctx, *grads):
-        tensors = list(ctx.saved_tensors)
-        wanted = [i for i in range(12) if ctx.needs_input_grad[i]]
-
-        def feed_forward_backward(*some):
-            for i, tensor in zip(wanted, some, strict=True):
-                tensors[i] = tensor
-            return composed.feed_forward_backward(run, *tensors, *ctx.options)
-
-        vjp = torch.func.vjp(feed_forward_backward, *(tensors[i] for i in wanted))[1]
-        found = dict.fromkeys(range(len(ctx.needs_input_grad)))
-        return tuple((found | dict(zip(wanted, vjp(grads), strict=True))).values())
+        return gradients_of(functools.partial(composed.feed_forward_backward, run), ctx, grads)
 
 
 class _DispatchMM(Operator):
@@ -152,11 +91,6 @@ class _DispatchMM(Operator):
             of_bias if needs_bias else None,
             *(None,) * 5,
         )
-
-
-_OPERATORS = {"feed_forward": FeedForward, "feed_forward_backward": FeedForwardBackward}
-OPERATORS |= _OPERATORS
-registry.libraries.register_gradients(_OPERATORS)
 
 
 def dispatch_mm(tokens: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:
