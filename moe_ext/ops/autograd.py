@@ -287,7 +287,8 @@ class GroupedOuter(Operator):
 
     @staticmethod
     def backward(ctx, grad):
-        left, right, *groups = *ctx.saved_tensors, *ctx.rule
+        left, right, *groups = ctx.saved_tensors
+        groups = *groups, *ctx.rule
         grad_left = grad_right = None
         if ctx.needs_input_grad[0]:
             grad_left = GroupedMM.call(right, grad, None, *groups)

@@ -266,7 +266,8 @@ def _differentiable(name: str, function: type[torch.autograd.Function]) -> Calla
                 f"moe_ext::{name} has no jvp: forward-mode is not implemented"
             )
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-            return _below_autograd(name, *args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(torch.ops.moe_ext, name).default(*args)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise NotImplementedError(
                 f"moe_ext::{name}: torch.func does not differentiate raw operators, nor programs "
@@ -283,17 +284,14 @@ def _has_tangent(tensors: list[torch.Tensor]) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def _below_autograd(name: str, *args):
-    with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.moe_ext, name).default(*args)
-
-
 def run(name: str, *args):
     """Call an operator from its autograd.Function."""
+    operator = getattr(torch.ops.moe_ext, name).default
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.moe_ext, name).default(*args)
+        return operator(*args)
     # Not by way of the Function again.
-    return _below_autograd(name, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def backend(name: str, device: torch.device | str) -> str:
