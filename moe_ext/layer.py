@@ -180,11 +180,7 @@ class Layer(nn.Module):
                 )
 
     def forward(
-        self,
-        hidden: Tensor,
-        used_token: Tensor | None = None,
-        *,
-        expert_ids: Tensor | None = None,
+        self, hidden: Tensor, used_token: Tensor | None = None, *, expert_ids: Tensor | None = None
     ) -> Tensor:
         """Send every token through its experts.
 
@@ -212,11 +208,7 @@ class Layer(nn.Module):
         return out
 
     def forward_with_aux(
-        self,
-        hidden: Tensor,
-        used_token: Tensor | None = None,
-        *,
-        expert_ids: Tensor | None = None,
+        self, hidden: Tensor, used_token: Tensor | None = None, *, expert_ids: Tensor | None = None
     ) -> tuple[Tensor, Aux]:
         """`forward` without side effects.
 

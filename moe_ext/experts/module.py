@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..ops import checks, reference
+from ..ops import checks
 from ..ops.plan import Plan
 from ..ops.registry import is_exporting
 from .base import Experts, check_shape, first_of
@@ -74,7 +74,7 @@ class ModuleExperts(Experts):
         check.shape("load", plan.load, [("E", E)])
         checks.groups(check, "rows", rows, plan.offsets, plan.load)
         checks.planned_capacity(check, plan.capacity, R, E)
-        return reference.owned_rows(op, plan.offsets, plan.load, R)
+        return checks.owned_rows(op, plan.offsets, plan.load, R)
 
 
 def _number_of(modules: nn.ModuleList, num_experts: int | None) -> int:

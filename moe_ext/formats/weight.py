@@ -125,12 +125,7 @@ class QuantizedWeight(nn.Module):
 
     @classmethod
     def from_nf4(
-        cls,
-        packed: Tensor,
-        absmax: Tensor,
-        shape: Iterable[int],
-        *,
-        activations: str | None = None,
+        cls, packed: Tensor, absmax: Tensor, shape: Iterable[int], *, activations: str | None = None
     ) -> "QuantizedWeight":
         """The weight of NF4 as bitsandbytes packs it, in blocks of 64.
 

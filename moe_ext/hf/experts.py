@@ -13,7 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from ..formats import QuantizedWeight
 from ..monitor.patching import is_of_transformers
-from ..ops import checks, reference
+from ..ops import checks, composed
 from ..ops.feed_forward import dispatch_mm, feed_forward
 from ..ops.functional import combine, dispatch, grouped_mm
 from ..ops.plan import Plan, make_plan
@@ -168,7 +168,7 @@ class Layout:
 
 
 def _has_constants_of_gpt_oss(module) -> bool:
-    return module.alpha == reference.SCALE and module.limit == reference.LIMIT
+    return module.alpha == composed.SCALE and module.limit == composed.LIMIT
 
 
 def _squared_relu(x: Tensor) -> Tensor:

@@ -12,9 +12,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     ConversionOps,
     WeightConverter,

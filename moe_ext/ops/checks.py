@@ -18,12 +18,7 @@ ORDERS = get_args(options.Order)
 GATED = get_args(options.GatedActivation)
 ACTIVATIONS = get_args(options.Activation)
 FORMATS = get_args(options.WeightFormat)
-NAMES = {
-    "scoring": SCORINGS,
-    "order": ORDERS,
-    "activation": ACTIVATIONS,
-    "format": FORMATS,
-}
+NAMES = {"scoring": SCORINGS, "order": ORDERS, "activation": ACTIVATIONS, "format": FORMATS}
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Dims = Sequence[tuple[str, int | None]]
@@ -185,18 +180,25 @@ def groups(check: Check, name: str, like: Tensor, offsets: Tensor, load: Tensor)
     check.same_device("offsets", offsets, name, like)
 
 
-def group_values(op: str, offsets: list[int], load: list[int], num_rows: int) -> None:
-    """On the CPU offsets must rise from 0, and no load may be negative."""
+def owned_rows(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> list[tuple[int, int]]:
+    """The range of rows that routes own, for every expert; both tensors are read at once.
+
+    Offsets must rise from 0, and no load may be negative.
+    """
+    numbers = torch.cat([offsets, load]).tolist()
+    bounds, counts = numbers[: len(offsets)], numbers[len(offsets) :]
     previous = 0
-    for e, offset in enumerate(offsets):
+    for e, offset in enumerate(bounds):
         if offset < previous or offset > num_rows or (e == 0 and offset != 0):
             Check(op).fail(
                 f"offsets must rise from 0 to at most R = {num_rows}, got {offset} at [{e}]"
             )
         previous = offset
-    for e, count in enumerate(load):
+    for e, count in enumerate(counts):
         if count < 0:
             Check(op).fail(f"load must not be negative, got {count} at [{e}]")
+    ends = zip(bounds[:-1], bounds[1:], counts, strict=True)
+    return [(begin, begin + min(count, end - begin)) for begin, end, count in ends]
 
 
 def planned_capacity(check: Check, capacity: int | None, num_rows: int, num_experts: int) -> None:

@@ -1,13 +1,16 @@
-"""Operators that are made of smaller ones: the balance of a routing, and the experts'.
+"""Operators that are made of smaller ones: the balance of a routing, and the experts'. And the
+functions that activations are made of.
 
 `run(name, *args)` calls a smaller operator: one of the dispatcher where a device has no kernel of
 its own, a reference, or an autograd.Function where the operands of each are saved.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..formats import QuantizedWeight
 from .checks import is_transposed
@@ -182,3 +185,43 @@ OPERATORS: dict[str, Callable] = {
     "feed_forward": feed_forward,
     "feed_forward_backward": feed_forward_backward,
 }
+
+
+# swiglu_oai's constants.
+SCALE, LIMIT = 1.702, 7.0
+
+
+def _clamped_silu(x: Tensor) -> Tensor:
+    clamped = x.clamp(max=LIMIT)
+    return clamped * torch.sigmoid(SCALE * clamped)
+
+
+def _clamped_silu_slope(x: Tensor) -> Tensor:
+    return torch.where(x <= LIMIT, _silu_slope(x.clamp(max=LIMIT), SCALE), 0)
+
+
+def _silu_slope(x: Tensor, scale: float = 1) -> Tensor:
+    sigmoid = torch.sigmoid(scale * x)
+    return sigmoid + scale * (x * sigmoid) * (1 - sigmoid)
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    return torch.special.ndtr(x) + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+# The function of an activation, or that of its gate, and its slope.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "swiglu": (F.silu, _silu_slope),
+    "geglu": (F.gelu, _gelu_slope),
+    "swiglu_oai": (_clamped_silu, _clamped_silu_slope),
+    "gelu": (F.gelu, _gelu_slope),
+    "relu": (F.relu, lambda x: torch.where(x <= 0, 0.0, 1.0).to(x.dtype)),
+    "relu2": (lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x)),
+}
+
+
+def factor(up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The factor of a gate, and its slope."""
+    if activation == "swiglu_oai":
+        return 1 + up.clamp(-LIMIT, LIMIT), torch.where(up.abs() <= LIMIT, 1.0, 0.0).to(up.dtype)
+    return up, torch.ones_like(up)

@@ -10,9 +10,8 @@ int32.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +20,6 @@ from torch.nn import functional as F
 from ..formats import codes
 from . import checks, composed
 from .contracts import checked
-
-# swiglu_oai's constants.
-SCALE, LIMIT = 1.702, 7.0
-
-# A test compares the signatures with the contracts by torch.library.infer_schema, which reads
-# Optional[...].
 
 
 def scored(logits: Tensor, scoring: str) -> Tensor:
@@ -38,15 +31,10 @@ def scored(logits: Tensor, scoring: str) -> Tensor:
     return torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
 
 
-def _divisor(chosen: Tensor) -> Tensor:
-    """The sum over a token's chosen probabilities, kept off zero. chosen: [T, K] -> [T, 1]."""
-    return chosen.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
-
-
 @checked
 def gate(
     logits: Tensor,
-    choice_scores: Optional[Tensor],
+    choice_scores: Tensor | None,
     k: int,
     scoring: str,
     normalize: bool,
@@ -58,12 +46,12 @@ def gate(
     NaN ranks above +inf and equal scores go to the lower id, as in a stable descending sort.
     """
     choice_scores = logits if choice_scores is None else choice_scores
-    order = torch.sort(choice_scores, dim=-1, descending=True, stable=True).indices
-    expert_ids = order[:, :k]
+    expert_ids = torch.sort(choice_scores, dim=-1, descending=True, stable=True).indices[:, :k]
     probs = scored(logits.to(checks.accumulate_dtype(logits.dtype)), scoring)
     weights = probs.gather(-1, expert_ids)
     if normalize:
-        weights = weights / _divisor(weights)
+        tiny = torch.finfo(weights.dtype).tiny
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=tiny)
     return weights * scale, expert_ids.to(torch.int32), probs, probs.sum(dim=0)
 
 
@@ -85,9 +73,9 @@ def _normalized(grad: Tensor, weights: Tensor, eps: float) -> Tensor:
 
 @checked
 def gate_backward(
-    grad_weights: Optional[Tensor],
-    grad_probs: Optional[Tensor],
-    grad_importance: Optional[Tensor],
+    grad_weights: Tensor | None,
+    grad_probs: Tensor | None,
+    grad_importance: Tensor | None,
     probs: Tensor,
     expert_ids: Tensor,
     scoring: str,
@@ -98,11 +86,8 @@ def gate_backward(
 
     Made of differentiable torch operators: its own derivative is the gate's second one.
     """
-    grad = torch.zeros_like(probs)
-    if grad_probs is not None:
-        grad = grad + grad_probs
-    if grad_importance is not None:
-        grad = grad + grad_importance
+    given = [grad for grad in (grad_probs, grad_importance) if grad is not None]
+    grad = sum(given, torch.zeros_like(probs))
     if grad_weights is not None:
         index = expert_ids.long()
         chosen = probs.gather(-1, index)
@@ -134,9 +119,9 @@ def _ranks(keys: Tensor, num_keys: int) -> Tensor:
 @checked
 def plan(
     expert_ids: Tensor,
-    priority: Optional[Tensor],
+    priority: Tensor | None,
     num_experts: int,
-    capacity: Optional[int],
+    capacity: int | None,
     order: str,
     align: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -180,12 +165,8 @@ def plan(
     # A last row takes what has no row, and is cut off.
     sources = torch.full((R + 1,), -1, dtype=torch.int64, device=device)
     sources = sources.scatter(0, torch.where(slot < 0, R, slot), queue)[:R]
-    return (
-        slots.to(torch.int32),
-        sources.to(torch.int32),
-        offsets.to(torch.int32),
-        load.to(torch.int32),
-    )
+    slots, sources, offsets, load = (it.to(torch.int32) for it in (slots, sources, offsets, load))
+    return slots, sources, offsets, load
 
 
 @checked
@@ -224,32 +205,31 @@ def mask_weights_backward(
     return grad * scale
 
 
-def _with_zero_row(matrix: Tensor) -> Tensor:
-    return torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])
+def _rows_of_routes(rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of every route, zero where it has none [T, K, H], and whether it has one [T, K]."""
+    kept = (slots >= 0) & (slots < rows.shape[0])
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return padded[torch.where(kept, slots, -1)], kept
+
+
+def _of_rows(weights: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of every row's route, zero where it has none [R, 1], and whether it has one."""
+    weight, filled = _rows_of_routes(weights.reshape(-1, 1), sources)
+    return weight, filled.unsqueeze(-1)
 
 
 @checked
-def dispatch(tokens: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
+def dispatch(tokens: Tensor, slots: Tensor, sources: Tensor, weights: Tensor | None) -> Tensor:
     """rows[slots[t, k]] = weights[t, k] * tokens[t]; a row without a route is zero. -> [R, H]."""
-    T, K = slots.shape
-    filled = (sources >= 0) & (sources < T * K)
-    token = torch.where(filled, sources // max(K, 1), T)
-    rows = _with_zero_row(tokens)[token]
+    rows, _ = _rows_of_routes(tokens, sources // max(slots.shape[1], 1))
     if weights is None:
         return rows
     weight, _ = _of_rows(weights, sources)
     return (rows.to(weights.dtype) * weight).to(tokens.dtype)
 
 
-def _rows_of_routes(rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The row of every route, zero where it has none [T, K, H], and whether it has one [T, K]."""
-    R = rows.shape[0]
-    kept = (slots >= 0) & (slots < R)
-    return _with_zero_row(rows)[torch.where(kept, slots, R)], kept
-
-
 @checked
-def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Optional[Tensor]) -> Tensor:
+def combine(rows: Tensor, slots: Tensor, sources: Tensor, weights: Tensor | None) -> Tensor:
     """tokens[t] = sum over k, in order, of weights[t, k] * rows[slots[t, k]]. -> [T, H]."""
     routed, kept = _rows_of_routes(rows, slots)
     routed = routed.to(checks.accumulate_dtype(rows.dtype))
@@ -276,31 +256,21 @@ def combine_backward(
 ) -> tuple[Tensor, Tensor]:
     """dispatch(tokens, weights) [R, H] and route_dot(tokens, rows) [T, K], which a kernel computes
     in one pass over the tokens: together the gradients of a combine of `rows`."""
-    dispatched = dispatch(tokens, slots, sources, weights)
-    return dispatched, route_dot(tokens, rows, slots, sources)
-
-
-def owned_rows(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> list[tuple[int, int]]:
-    """The range of rows that routes own, for every expert; both tensors are read at once."""
-    numbers = torch.cat([offsets, load]).tolist()
-    bounds, counts = numbers[: len(offsets)], numbers[len(offsets) :]
-    checks.group_values(op, bounds, counts, num_rows)
-    ends = zip(bounds[:-1], bounds[1:], counts, strict=True)
-    return [(begin, begin + min(count, end - begin)) for begin, end, count in ends]
+    return dispatch(tokens, slots, sources, weights), route_dot(tokens, rows, slots, sources)
 
 
 @checked
 def grouped_mm(
     rows: Tensor,
     weights: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     offsets: Tensor,
     load: Tensor,
-    capacity: Optional[int],
+    capacity: int | None,
 ) -> Tensor:
     """out[r] = weights[e] @ rows[r] + bias[e] for the rows that routes of e own, else zero.
     -> [R, N]."""
-    bounds = owned_rows("grouped_mm", offsets, load, rows.shape[0])
+    bounds = checks.owned_rows("grouped_mm", offsets, load, rows.shape[0])
     out = rows.new_zeros(rows.shape[0], weights.shape[1])
     for e, (begin, end) in enumerate(bounds):
         expert_bias = None if bias is None else bias[e]
@@ -313,18 +283,18 @@ def quantized_mm(
     rows: Tensor,
     values: Tensor,
     scales: Tensor,
-    zeros: Optional[Tensor],
-    bias: Optional[Tensor],
+    zeros: Tensor | None,
+    bias: Tensor | None,
     offsets: Tensor,
     load: Tensor,
     format: str,
     transposed: bool,
     int8_rows: bool,
-    capacity: Optional[int],
+    capacity: int | None,
 ) -> Tensor:
     """grouped_mm with the numbers of weights in a format, or with their transposes; int8_rows:
     every row is rounded to 127ths of its largest number first. -> [R, O]."""
-    bounds = owned_rows("quantized_mm", offsets, load, rows.shape[0])
+    bounds = checks.owned_rows("quantized_mm", offsets, load, rows.shape[0])
     dtype = checks.accumulate_dtype(rows.dtype)
     width = values.shape[2] * 8 // codes.FORMATS[format].bits if transposed else values.shape[1]
     out = rows.new_zeros(rows.shape[0], width)
@@ -343,35 +313,14 @@ def quantized_mm(
 
 @checked
 def grouped_outer(
-    left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: Optional[int]
+    left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: int | None
 ) -> Tensor:
     """out[e] = left[e's rows].T @ right[e's rows], over the rows that routes own. -> [E, N, M]."""
-    bounds = owned_rows("grouped_outer", offsets, load, left.shape[0])
+    bounds = checks.owned_rows("grouped_outer", offsets, load, left.shape[0])
     out = left.new_zeros(load.shape[0], left.shape[1], right.shape[1])
     for e, (begin, end) in enumerate(bounds):
         out[e] = left[begin:end].t() @ right[begin:end]
     return out
-
-
-def _swiglu_oai(x: Tensor) -> Tensor:
-    clamped = x.clamp(max=LIMIT)
-    return clamped * torch.sigmoid(SCALE * clamped)
-
-
-def _active(pre_activation: Tensor, activation: str) -> Tensor:
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "swiglu": F.silu,
-        "geglu": F.gelu,
-        "swiglu_oai": _swiglu_oai,
-        "gelu": F.gelu,
-        "relu": F.relu,
-        "relu2": lambda x: F.relu(x).square(),
-    }
-    function = functions[activation]
-    if activation not in checks.GATED:
-        return function(pre_activation)
-    gate, up = _gate_and_up(pre_activation, activation)
-    return function(gate) * _factor(up, activation)[0]
 
 
 def _gate_and_up(rows: Tensor, activation: str) -> tuple[Tensor, ...]:
@@ -381,28 +330,9 @@ def _gate_and_up(rows: Tensor, activation: str) -> tuple[Tensor, ...]:
     return rows.chunk(2, dim=-1)
 
 
-def _factor(up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """The factor of a gate, and its slope."""
-    if activation == "swiglu_oai":
-        return 1 + up.clamp(-LIMIT, LIMIT), torch.where(up.abs() <= LIMIT, 1.0, 0.0).to(up.dtype)
-    return up, torch.ones_like(up)
-
-
-def _of_rows(weights: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight of every row's route, zero where it has none [R, 1], and whether it has one."""
-    N = weights.numel()
-    filled = (sources >= 0) & (sources < N)
-    padded = torch.cat([weights.reshape(-1), weights.new_zeros(1)])
-    return padded[torch.where(filled, sources, N)].unsqueeze(-1), filled.unsqueeze(-1)
-
-
 @checked
 def activate(
-    pre_activation: Tensor,
-    slots: Tensor,
-    sources: Tensor,
-    weights: Optional[Tensor],
-    activation: str,
+    pre_activation: Tensor, slots: Tensor, sources: Tensor, weights: Tensor | None, activation: str
 ) -> Tensor:
     """out[r] = weights[t, k] * fn(pre_activation[r]), [R, F]; with a gate
     fn(pre_activation[r, :F]) * pre_activation[r, F:]. [t, k] is the route of row r; a row without a
@@ -411,7 +341,13 @@ def activate(
     if weights is None:
         weights = pre_activation.new_ones(slots.shape, dtype=dtype)
     weight, filled = _of_rows(weights, sources)
-    active = _active(torch.where(filled, pre_activation, 0).to(dtype), activation)
+    inner = torch.where(filled, pre_activation, 0).to(dtype)
+    function, _ = composed.ACTIVATIONS[activation]
+    if activation in checks.GATED:
+        gate, up = _gate_and_up(inner, activation)
+        active = function(gate) * composed.factor(up, activation)[0]
+    else:
+        active = function(inner)
     return torch.where(filled, weight * active, 0).to(pre_activation.dtype)
 
 
@@ -427,46 +363,23 @@ def activate_backward(
     """The gradients of `activate` [R, G] and [T, K], and between them its result once more."""
     dtype = checks.accumulate_dtype(pre_activation.dtype)
     weight, filled = _of_rows(weights, sources)
-    inner_wide = torch.where(filled, pre_activation, 0).to(dtype)
+    inner = torch.where(filled, pre_activation, 0).to(dtype)
     grad_wide = torch.where(filled, grad, 0).to(dtype)
     weighed = weight * grad_wide
-    if activation not in checks.GATED:
-        active, slope = _value_and_slope(inner_wide, activation)
-        grad_inner = weighed * slope
-    else:
-        gate, up = _gate_and_up(inner_wide, activation)
-        value, slope = _value_and_slope(gate, activation)
-        factor, factor_slope = _factor(up, activation)
+    function, slope = composed.ACTIVATIONS[activation]
+    if activation in checks.GATED:
+        gate, up = _gate_and_up(inner, activation)
+        value, (factor, factor_slope) = function(gate), composed.factor(up, activation)
         active = value * factor
-        parts = weighed * slope * factor, weighed * value * factor_slope
+        parts = weighed * slope(gate) * factor, weighed * value * factor_slope
         interleaved = activation == "swiglu_oai"
         grad_inner = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+    else:
+        active = function(inner)
+        grad_inner = weighed * slope(inner)
     dots, _ = _rows_of_routes((grad_wide * active).sum(-1, keepdim=True), slots)
-    return (
-        grad_inner.to(pre_activation.dtype),
-        torch.where(filled, weight * active, 0).to(pre_activation.dtype),
-        dots.squeeze(-1),
-    )
-
-
-def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    if activation == "relu":
-        return F.relu(x), torch.where(x <= 0, 0.0, 1.0).to(x.dtype)
-    if activation == "relu2":
-        return F.relu(x).square(), 2 * F.relu(x)
-    if activation == "swiglu_oai":
-        value, slope = _scaled_silu(x.clamp(max=LIMIT), SCALE)
-        return value, torch.where(x <= LIMIT, slope, 0)
-    if activation == "swiglu":
-        return _scaled_silu(x, 1)
-    below = torch.special.ndtr(x)
-    return x * below, below + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-
-
-def _scaled_silu(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    sigmoid = torch.sigmoid(scale * x)
-    value = x * sigmoid
-    return value, sigmoid + scale * value * (1 - sigmoid)
+    active = torch.where(filled, weight * active, 0).to(pre_activation.dtype)
+    return grad_inner.to(pre_activation.dtype), active, dots.squeeze(-1)
 
 
 def _referred(name: str, *args):
@@ -482,13 +395,3 @@ def _of_references(function: Callable) -> Callable:
 
 feed_forward = _of_references(composed.feed_forward)
 feed_forward_backward = _of_references(composed.feed_forward_backward)
-
-
-def products(rows: Tensor) -> str:
-    """How grouped_mm, grouped_outer and feed_forward multiply such rows."""
-    return "torch's GEMM"
-
-
-def zero_empty_groups(sums: Tensor, offsets: Tensor) -> None:
-    """Zero sums[e] where expert e has no row, in place. sums: [E, N, M]."""
-    sums.masked_fill_((offsets.diff() <= 0)[:, None, None], 0)

@@ -207,7 +207,8 @@ class Libraries:
         for name in (*NAMES, *BESIDE, *_ON_TENSOR_CORES) if self.library is None else ():
             self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
         for name in (*NAMES, *BESIDE):
-            kernel = _IN_PYTHON.get(name) or _loud_on_cuda(getattr(reference, name))
+            definitions = torch_grouped_mm if name in BESIDE else reference
+            kernel = _IN_PYTHON.get(name) or _loud_on_cuda(getattr(definitions, name))
             self._python.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
             shapes = fake(name) if name in CONTRACTS else kernel
             torch.library.register_fake(f"moe_ext::{name}", shapes, lib=self._python)

@@ -141,10 +141,7 @@ class Gate(nn.Module):
         return self.rule if self.training else self.eval_rule
 
     def forward(
-        self,
-        tokens: Tensor,
-        used_token: Tensor | None = None,
-        expert_ids: Tensor | None = None,
+        self, tokens: Tensor, used_token: Tensor | None = None, expert_ids: Tensor | None = None
     ) -> Routing:
         return self.route(tokens, used_token, expert_ids)
 

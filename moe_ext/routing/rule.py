@@ -7,15 +7,7 @@ from typing import get_args
 
 from .. import options
 from ..ops import checks
-from ..options import (
-    Balancing,
-    DropPolicy,
-    GroupScore,
-    Noise,
-    Normalize,
-    Order,
-    Scoring,
-)
+from ..options import Balancing, DropPolicy, GroupScore, Noise, Normalize, Order, Scoring
 from . import choice_scores
 from .capacity import expert_capacity
 from .route import DROP_POLICIES, NORMALIZE
