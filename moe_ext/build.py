@@ -9,21 +9,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from .toolkit import (
-    NO_COMPILER,
-    ROOT,
-    Toolkit,
-    architectures,
-    compile_flags,
-    cuda_binding_flags,
-    cuda_flags,
-    cuda_link_flags,
-    cuda_sources,
-    find_compiler,
-    headers,
-    require_toolkit,
-    sources,
-)
+from . import toolkit as finder
+from .toolkit import ROOT, Toolkit
 
 
 def cmake_prefix_path() -> str:
@@ -65,15 +52,16 @@ def jit(verbose: bool = False) -> Path:
             f"moe_ext.build.jit: no source tree, {ROOT / 'csrc'} is missing; call it from a clone "
             "of the repository"
         )
-    loads = [{"name": "_C", "sources": sources(), "extra_cflags": compile_flags()}]
-    choice = require_toolkit() if torch.version.cuda else None
+    loads = [{"name": "_C", "sources": finder.sources(), "extra_cflags": finder.compile_flags()}]
+    choice = finder.require_toolkit() if torch.version.cuda else None
     toolkit = choice.toolkit if choice else None
     if toolkit:
-        cuda = {"name": "_C_cuda", "sources": cuda_sources()}
-        cuda |= {"extra_cflags": cuda_binding_flags(toolkit)}
-        cuda |= {"extra_cuda_cflags": cuda_flags(), "extra_ldflags": cuda_link_flags(toolkit)}
+        cuda = {"name": "_C_cuda", "sources": finder.cuda_sources()}
+        cuda |= {"extra_cflags": finder.cuda_binding_flags(toolkit)}
+        cuda |= {"extra_cuda_cflags": finder.cuda_flags()}
+        cuda |= {"extra_ldflags": finder.cuda_link_flags(toolkit)}
         loads.append(cuda)
-    folder = _folder([*sources(), *cuda_sources(), *headers()], loads, toolkit)
+    folder = _folder([*finder.sources(), *finder.cuda_sources(), *finder.headers()], loads, toolkit)
     library = folder / f"_C{cpp_extension.LIB_EXT}"
     if libraries.library is None:
         if choice and toolkit is None and os.environ.get("FORCE_CUDA") != "0":
@@ -105,8 +93,8 @@ def _build_once(folder: Path, loads: list[dict], toolkit: Toolkit | None, verbos
     """Build into a folder that is renamed to `folder` when done, so that no lock is waited for."""
     if folder.exists():
         return
-    if find_compiler() is None:
-        raise RuntimeError(f"moe_ext.build: {NO_COMPILER}")
+    if finder.find_compiler() is None:
+        raise RuntimeError(f"moe_ext.build: {finder.NO_COMPILER}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix="building-"))
     try:
@@ -131,7 +119,7 @@ def _compile(load: dict, folder: Path, toolkit: Toolkit | None, verbose: bool) -
     if toolkit:
         environment["CUDA_HOME"] = str(toolkit.root)
         listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
-        environment["TORCH_CUDA_ARCH_LIST"] = listed or architectures(toolkit)
+        environment["TORCH_CUDA_ARCH_LIST"] = listed or finder.architectures(toolkit)
         # cpp_extension.load links -lcudart too, which some toolkits lack. An empty archive of that
         # name serves, and the static runtime is used.
         (folder / "libcudart.a").write_bytes(b"!<arch>\n")

@@ -210,12 +210,7 @@ class Layer(nn.Module):
     def forward_with_aux(
         self, hidden: Tensor, used_token: Tensor | None = None, *, expert_ids: Tensor | None = None
     ) -> tuple[Tensor, Aux]:
-        """`forward` without side effects.
-
-        Args:
-            hidden: as for `forward`
-            used_token: as for `forward`
-            expert_ids: as for `forward`
+        """`forward` without side effects, of the same arguments.
 
         Returns:
             (out, Aux(l_aux, exp_counts, expert_ids))

@@ -1,13 +1,14 @@
 """Feed-forward experts with stacked weights."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.types import Device
 
 from .. import options
-from ..formats import QuantizedWeight, quantize_parameters
+from ..formats import QuantizedWeight, replace_parameter
 from ..ops import checks
 from ..ops.feed_forward import feed_forward
 from ..ops.functional import activate, grouped_mm
@@ -32,8 +33,7 @@ class GroupedExperts(Experts):
         num_experts: E
         hidden_size: H
         ffn_size: F
-        activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "swiglu_oai" (gpt-oss's,
-            whose gates and ups alternate), "gelu" (exact), "relu" or "relu2"; as of `activate`
+        activation: as of `activate`; the gates and ups of "swiglu_oai" alternate
         bias: a bias on both products
         score_before_experts: multiply a route's activation by its weight, not the expert's output;
             results differ by rounding only (torchtitan multiplies the input)
@@ -120,10 +120,17 @@ class GroupedExperts(Experts):
         Raises:
             ValueError: as of QuantizedWeight.quantize
         """
-        names = self._up_name, "down_proj"
-        quantize_parameters(
-            *(self, names, format, group_size), zero_points=zero_points, activations=activations
-        )
+        weights = {name: getattr(self, name) for name in (self._up_name, "down_proj")}
+        for name, weight in weights.items():
+            if isinstance(weight, QuantizedWeight):
+                raise ValueError(f"{type(self).__name__}.{name} is quantized already")
+        options: dict[str, Any] = {"zero_points": zero_points, "activations": activations}
+        quantized = {
+            name: QuantizedWeight.quantize(weight, format, group_size, **options)
+            for name, weight in weights.items()
+        }
+        for name, weight in quantized.items():
+            replace_parameter(self, name, weight)
         return self
 
     def _parameters_of(self, name: str) -> tuple[Tensor | QuantizedWeight, Tensor | None]:

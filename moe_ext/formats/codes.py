@@ -167,24 +167,18 @@ def _encode_with_zeros(groups: Tensor) -> Codes:
 def _mxfp4(groups: Tensor) -> tuple[Tensor, Tensor]:
     largest = _positive(groups.abs().amax(-1))
     exponents = torch.frexp(largest).exponent - 1 - 2  # 6 is 1.5 * 2^2
-    best = None
+    tried = []
     for more in (0, 1):  # a number above 6 is cut off, or all have a bit less
         of_scale = (exponents + more).clamp(-E8M0_BIAS, E8M0_BIAS)
         scaled = torch.ldexp(groups, -of_scale.unsqueeze(-1))
         codes = _nearest_e2m1(scaled)
         found = torch.tensor(_E2M1, device=groups.device)[codes.long() & 7]
         error = (scaled.abs() - found).square().sum(-1) * 4**more  # in units of the first scale
-        if best is None:
-            best = codes, of_scale, error
-        else:
-            is_better = error < best[2]
-            best = (
-                torch.where(is_better.unsqueeze(-1), codes, best[0]),
-                torch.where(is_better, of_scale, best[1]),
-                error,
-            )
-    assert best
-    return best[0], (best[1] + E8M0_BIAS).to(torch.uint8)
+        tried.append((codes, of_scale, error))
+    (codes, of_scale, error), (other_codes, other_scale, other_error) = tried
+    is_better = other_error < error
+    codes = torch.where(is_better.unsqueeze(-1), other_codes, codes)
+    return codes, (torch.where(is_better, other_scale, of_scale) + E8M0_BIAS).to(torch.uint8)
 
 
 def _nearest_e2m1(numbers: Tensor) -> Tensor:

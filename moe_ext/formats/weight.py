@@ -1,6 +1,7 @@
 """A weight in 8 or 4 bits, in the place of a parameter."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,15 +101,11 @@ class QuantizedWeight(nn.Module):
                 experts = [codes.encode(none, format, group_size, zero_points)]
         except ValueError as error:
             raise ValueError(f"QuantizedWeight: {error}") from None
-        zeros = [e.zeros for e in experts if e.zeros is not None]
-        E = len(weight)
-        return cls(
-            torch.stack([e.values for e in experts])[:E],
-            torch.stack([e.scales for e in experts])[:E],
-            torch.stack(zeros)[:E] if zeros else None,
-            format=format,
-            activations=activations,
-        )
+        stacked: list[Any] = [
+            None if parts[0] is None else torch.stack(parts)[: len(weight)]
+            for parts in zip(*experts, strict=True)
+        ]
+        return cls(*stacked, format=format, activations=activations)
 
     @classmethod
     def from_mxfp4(
@@ -247,33 +244,6 @@ def why_not(found: Codes, format: str) -> str | None:
         at = bad.nonzero()[0].tolist()
         return f"scales must be finite and not zero, got {scales[tuple(at)].item()} at {at}"
     return None
-
-
-def quantize_parameters(
-    module: nn.Module,
-    names: Sequence[str],
-    format: WeightFormat,
-    group_size: int | None = None,
-    *,
-    zero_points: bool = False,
-    activations: str | None = None,
-) -> None:
-    """Put a QuantizedWeight in the place of each of a module's parameters [E, N, M]."""
-    for name in names:
-        if isinstance(getattr(module, name), QuantizedWeight):
-            raise ValueError(f"{type(module).__name__}.{name} is quantized already")
-    found = {
-        name: QuantizedWeight.quantize(
-            getattr(module, name),
-            format,
-            group_size,
-            zero_points=zero_points,
-            activations=activations,
-        )
-        for name in names
-    }
-    for name, weight in found.items():
-        replace_parameter(module, name, weight)
 
 
 def replace_parameter(module: nn.Module, name: str, weight: QuantizedWeight) -> None:

@@ -1,6 +1,6 @@
 """The operators as functions of tensors and plans, differentiable as often as wanted."""
 
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from ..options import Activation, Scoring
 from . import checks, composed
 from .autograd import Activate, Combine, Dispatch, Gate, MaskWeights, RouteDot, run
 from .plan import Plan
+
+Weight = TypeVar("Weight", bound=Tensor | QuantizedWeight)
 
 
 class Choice(NamedTuple):
@@ -166,14 +168,8 @@ def has_autocast(device: torch.device) -> bool:
 
 @overload
 def autocast(
-    rows: Tensor, weights: Tensor, bias: Tensor | None, /
-) -> tuple[Tensor, Tensor, Tensor | None]: ...
-
-
-@overload
-def autocast(
-    rows: Tensor, weights: QuantizedWeight, bias: Tensor | None, /
-) -> tuple[Tensor, QuantizedWeight, Tensor | None]: ...
+    rows: Tensor, weights: Weight, bias: Tensor | None, /
+) -> tuple[Tensor, Weight, Tensor | None]: ...
 
 
 @overload

@@ -142,16 +142,6 @@ def quantized_mm(
     return tensor_cores.operator("quantized_mm")(rows, *args, False, capacity)
 
 
-def _mm(rows, weights, bias, offsets, load, capacity):
-    path, _ = path_of("grouped_mm", (rows, weights, capacity))
-    return MM[path](rows, weights, bias, offsets, load, capacity)
-
-
-def _outer(left, right, offsets, load, capacity):
-    path, _ = path_of("grouped_outer", (left, right, offsets, load, capacity))
-    return OUTER[path](left, right, offsets, load, capacity)
-
-
 def _experts_of_rows(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Every row's number and its expert, the last one beyond all. [R]"""
     row = torch.arange(num_rows, dtype=torch.int32, device=offsets.device)
@@ -257,7 +247,10 @@ OPERATORS: dict[str, Callable] = {
     "quantized_mm": quantized_mm,
     "grouped_outer": grouped_outer,
 }
-INSIDE: dict[str, Callable] = {"grouped_mm": _mm, "grouped_outer": _outer}
+INSIDE: dict[str, Callable] = {
+    "grouped_mm": lambda *args: MM[path_of("grouped_mm", args)[0]](*args),
+    "grouped_outer": lambda *args: OUTER[path_of("grouped_outer", args)[0]](*args),
+}
 
 
 def products(rows: Tensor) -> str:
