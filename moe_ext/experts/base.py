@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from .. import options
+from ..ops.checks import shape_of as shape_of
 from ..ops.functional import combine, dispatch
 from ..ops.plan import Plan
 
@@ -114,11 +115,6 @@ def _mark_again(module: ExpertParameters, keys) -> None:
 def first_of(out):
     """The output of an expert, which may return a tuple that begins with it."""
     return out[0] if isinstance(out, tuple) and out else out
-
-
-def shape_of(out) -> list[int] | str:
-    """The shape of a tensor; the type of anything else. For error texts."""
-    return list(out.shape) if isinstance(out, Tensor) else type(out).__name__
 
 
 def check_shape(contract: str, out, shape: Sequence[int]) -> None:

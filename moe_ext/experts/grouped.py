@@ -173,9 +173,8 @@ class GroupedExperts(Experts):
         pre_activation = grouped_mm(rows, up, plan, up_bias)
         return grouped_mm(activate(pre_activation, plan, self.activation), down, plan, down_bias)
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        *_, error_msgs = others
         layout = convert.detect(state_dict, prefix)
         try:
             if layout == convert.GPT_OSS and self.activation != "swiglu_oai":
@@ -192,7 +191,4 @@ class GroupedExperts(Experts):
         except ValueError as error:
             error_msgs.append(str(error))
             return
-        super()._load_from_state_dict(
-            *(state_dict, prefix, local_metadata, strict),
-            *(missing_keys, unexpected_keys, error_msgs),
-        )
+        super()._load_from_state_dict(state_dict, prefix, *others)

@@ -67,14 +67,17 @@ class ModuleExperts(Experts):
 
     def _bounds(self, rows: Tensor, plan: Plan) -> list[tuple[int, int]]:
         """The first and last row of every expert, checked as by `grouped_mm`."""
-        op = "ModuleExperts"
-        check = checks.Check(op)
-        R, E = plan.sources.shape[0], self.num_experts
+        check = checks.Check("ModuleExperts")
+        R, E, offsets, load = len(plan.sources), self.num_experts, plan.offsets, plan.load
         check.shape("rows", rows, [("R", R), ("H", None)], ("sources", plan.sources))
-        check.shape("load", plan.load, [("E", E)])
-        checks.groups(check, "rows", rows, plan.offsets, plan.load)
+        check.shape("load", load, [("E", E)])
+        check.dtype("load", load, torch.int32)
+        check.same_device("load", load, "rows", rows)
+        check.shape("offsets", offsets, [("E+1", E + 1)], ("load", load))
+        check.dtype("offsets", offsets, torch.int32)
+        check.same_device("offsets", offsets, "rows", rows)
         checks.planned_capacity(check, plan.capacity, R, E)
-        return checks.owned_rows(op, plan.offsets, plan.load, R)
+        return checks.owned_rows(check.op, offsets, load, R)
 
 
 def _number_of(modules: nn.ModuleList, num_experts: int | None) -> int:

@@ -13,10 +13,7 @@ from .base import Experts, shape_of
 # torch.compile(module) and checkpoint_wrapper keep the module under these names, and pass its
 # attributes on.
 _WRAPPED = "_orig_mod", "_checkpoint_wrapped_module"
-_INSTEAD = {
-    "gate": "wrap the layer",
-    "experts": "wrap the layer, or call layer.experts.compile()",
-}
+_INSTEAD = {"gate": "wrap the layer", "experts": "wrap the layer, or call layer.experts.compile()"}
 
 
 def refuse_wrapped(part: str, module: nn.Module) -> None:

@@ -191,17 +191,13 @@ class QuantizedWeight(nn.Module):
 
         return super()._apply(moved, recurse)
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        *_, error_msgs = others
         given = Codes(*(state_dict.get(prefix + name) for name in Codes._fields))
         if why := self._why_not(given):
             error_msgs.append(f"{prefix.removesuffix('.') or 'QuantizedWeight'}: {why}")
             return
-        super()._load_from_state_dict(
-            *(state_dict, prefix, local_metadata, strict),
-            *(missing_keys, unexpected_keys, error_msgs),
-        )
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _why_not(self, given: Codes) -> str | None:
         """Why tensors of a state cannot be this weight's. A state may have none of them."""

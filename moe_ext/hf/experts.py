@@ -103,12 +103,8 @@ class Layout:
             pre_activation = grouped_mm(dispatch(tokens, plan), self.up, plan, self.up_bias)
         else:
             pre_activation = dispatch_mm(tokens, self.up, plan, self.up_bias)
-        active = (
-            self.module._apply_gate(pre_activation)
-            if self.has_gate
-            else self.module.act_fn(pre_activation)
-        )
-        rows = grouped_mm(active, self.down, plan, self.down_bias)
+        activate = self.module._apply_gate if self.has_gate else self.module.act_fn
+        rows = grouped_mm(activate(pre_activation), self.down, plan, self.down_bias)
         if self.has_post_expert_norm:
             rows = self.module.post_expert_norm(rows)
         return combine(rows, plan, weights)
@@ -131,8 +127,7 @@ class Layout:
     def _tensor(self, name: str, dim: int) -> Tensor:
         tensor = getattr(self.module, name, None)
         if not isinstance(tensor, Tensor) or tensor.dim() != dim:
-            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            self._refuse(f"must have {name} of {dim} dimensions, got {got}")
+            self._refuse(f"must have {name} of {dim} dimensions, got {checks.shape_of(tensor)}")
         # FSDP gathers its DTensors before a forward, so a DTensor there is not one of FSDP's.
         if isinstance(tensor, DTensor) and not self.is_only_checked:
             self._refuse(f"must have {name} as a plain tensor, got a sharded DTensor")

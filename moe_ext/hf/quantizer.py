@@ -185,15 +185,11 @@ class ExpertsQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightTransform]:
         if not self.pre_quantized or self.quantization_config.format != "mxfp4":
             return []
-        names = "gate_up_proj", "down_proj"
-        return [
-            conversion
-            for name in names
-            for conversion in (
-                WeightConverter(f"{name}_blocks", f"{name}.values", [_Blocks()]),
-                WeightRenaming(f"{name}_scales", f"{name}.scales"),
-            )
-        ]
+        found: list[WeightTransform] = []
+        for name in ("gate_up_proj", "down_proj"):
+            found.append(WeightConverter(f"{name}_blocks", f"{name}.values", [_Blocks()]))
+            found.append(WeightRenaming(f"{name}_scales", f"{name}.scales"))
+        return found
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self.quantization_config)

@@ -51,6 +51,11 @@ def _listed(words: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def shape_of(value: object) -> list[int] | str:
+    """The shape of a tensor; the type of anything else. For error texts."""
+    return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
 def fits(tensor: Tensor, dims: Dims) -> bool:
     return tensor.dim() == len(dims) and all(
         size is None or actual == size for actual, (_, size) in zip(tensor.shape, dims, strict=True)
@@ -168,16 +173,6 @@ def source_values(op: str, slots: Tensor, sources: Tensor) -> None:
             f"slots and sources must be of one plan, got route {route} at sources[{r}], "
             "which slots gives to another row"
         )
-
-
-def groups(check: Check, name: str, like: Tensor, offsets: Tensor, load: Tensor) -> None:
-    """offsets [E+1] and load [E] of a plan, beside a tensor that gives the device."""
-    check.shape("load", load, [("E", None)])
-    check.dtype("load", load, torch.int32)
-    check.same_device("load", load, name, like)
-    check.shape("offsets", offsets, [("E+1", load.shape[0] + 1)], ("load", load))
-    check.dtype("offsets", offsets, torch.int32)
-    check.same_device("offsets", offsets, name, like)
 
 
 def owned_rows(op: str, offsets: Tensor, load: Tensor, num_rows: int) -> list[tuple[int, int]]:

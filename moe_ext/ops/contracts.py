@@ -181,12 +181,20 @@ def check(op: str, args: Sequence) -> Sizes:
     for argument in tensors:
         if argument.turn < 4:
             checking.tensor(argument)
-    checking.names_and_numbers()
+    for name, value in values.items():
+        if name in checks.NAMES:
+            checking.one_of(name, value, checks.NAMES[name])
+        elif name in ("eps", "scale"):
+            checking.finite(name, value)
     _RULES.get(op, lambda checking: None)(checking)
     for argument in tensors:
         if argument.turn >= 4 and values[argument.name] is not None:
             checking.tensor(argument)
-    checking.indices()
+    # Routes and rows are numbered in int32.
+    if "T" in checking.sizes:
+        checking.int32_size("T * K", checking.sizes["T"] * checking.sizes["K"])
+    if "R" in checking.sizes:
+        checking.int32_size("rows", checking.sizes["R"])
     return checking.sizes
 
 
@@ -247,20 +255,6 @@ class _Checking(checks.Check):
         if operand is None:
             return torch.float32, torch.float64
         return (checks.accumulate_dtype(self.values[operand].dtype),)
-
-    def names_and_numbers(self) -> None:
-        for name, value in self.values.items():
-            if name in checks.NAMES:
-                self.one_of(name, value, checks.NAMES[name])
-            elif name in ("eps", "scale"):
-                self.finite(name, value)
-
-    def indices(self) -> None:
-        """Routes and rows are numbered in int32."""
-        if "T" in self.sizes:
-            self.int32_size("T * K", self.sizes["T"] * self.sizes["K"])
-        if "R" in self.sizes:
-            self.int32_size("rows", self.sizes["R"])
 
 
 # ---- What a line cannot say: sizes that follow from numbers and names ----------------------------

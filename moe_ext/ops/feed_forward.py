@@ -80,17 +80,13 @@ class _DispatchMM(Operator):
     @staticmethod
     def backward(ctx, grad):
         tokens, weights, bias, *routes, offsets, load = ctx.saved_tensors
-        needs_tokens, needs_weights, needs_bias, *_ = ctx.needs_input_grad
-        of_tokens, of_weights, of_bias = composed.project_up_backward(
+        needs = ctx.needs_input_grad[:3]
+        grads = composed.project_up_backward(
             *(run, grad, tokens, weights, bias, routes, (offsets, load, ctx.capacity)),
-            *(needs_tokens, needs_weights or needs_bias),
+            *(needs[0], needs[1] or needs[2]),
         )
-        return (
-            of_tokens if needs_tokens else None,
-            of_weights if needs_weights else None,
-            of_bias if needs_bias else None,
-            *(None,) * 5,
-        )
+        wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return *wanted, *(None,) * 5
 
 
 def dispatch_mm(tokens: Tensor, weights: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:

@@ -7,6 +7,9 @@ from ..formats import codes
 from . import checks, reference
 from .contracts import PARSED, Argument
 
+# Flags that samples leave off; all others are on.
+OFF = ("score_before_experts", "transposed", "int8_rows")
+
 
 def arguments(
     op: str,
@@ -46,48 +49,34 @@ def arguments(
         "order": "choice",
         "scoring": "softmax",
         "activation": "swiglu",
-        "normalize": True,
         "eps": 1e-9,
         "scale": 1.5,
-        "score_before_experts": False,
-        "keeps": True,
         "format": "int4",
-        "transposed": False,
-        "int8_rows": False,
-        "needs_tokens": True,
-        "needs_up": True,
-        "needs_down": True,
     }
 
     if op == "quantized_mm":
         width = 96
-        parts = [
-            codes.encode(torch.randn(F, width, generator=generator), "int4", 32, True)
-            for _ in range(E)
-        ]
-        known |= {
-            name: torch.stack([getattr(part, name) for part in parts]) for name in parts[0]._fields
-        }
+        weight = torch.randn(E * F, width, generator=generator)
+        parts = codes.encode(weight, "int4", 32, True)._asdict()
+        known |= {name: part.unflatten(0, (E, F)) for name, part in parts.items()}
         sizes |= {"I": width, "O": F}
 
     def value(argument: Argument):
         if argument.dims == ("T", "K") and argument.name == "weights":
             return weights.to(device)
+        if argument.kind == "bool":
+            return argument.name not in OFF
         if argument.dims is None:
             return known[argument.name]
         if argument.name in known:
             return known[argument.name].to(device)
         shape = [sizes[letter] for letter in argument.dims]
-        return torch.randn(shape, generator=generator).to(device, kinds[_kind(op, argument)])
+        kind = kinds.get(argument.kind, argument.kind)  # that of another argument, or its own
+        return torch.randn(shape, generator=generator).to(device, dtypes[kind])
 
-    kinds = {"floating": dtype, "acc": accumulate, "float32": torch.float32}
-    return tuple(map(value, PARSED[op].arguments))
-
-
-def _kind(op: str, argument: Argument) -> str:
-    """floating, acc or float32, also of an argument that is like another."""
     kinds = {other.name: other.kind for other in PARSED[op].arguments}
-    return kinds.get(argument.kind, argument.kind)
+    dtypes = {"floating": dtype, "acc": accumulate, "float32": torch.float32}
+    return tuple(map(value, PARSED[op].arguments))
 
 
 def tensors(args: tuple) -> list[Tensor]:

@@ -43,19 +43,18 @@ def choose(
             return "own", "the kernels are emulated"
         return "reference", "without a compiled library the reference runs"
     why: str | None
+    takes = False
     if rows.device.type != "cuda":
-        why, takes = f"torch has no grouped_mm of its own on {rows.device.type}", False
+        why = f"torch has no grouped_mm of its own on {rows.device.type}"
     elif rows.dtype not in _TAKEN:
-        why, takes = f"torch's grouped_mm does not take {rows.dtype}", False
+        why = f"torch's grouped_mm does not take {rows.dtype}"
     # A single column, as a bias has, is widened with zeros.
     elif any(width > 1 and width * rows.element_size() % 16 for width in widths):
         why = f"torch's grouped_mm takes rows of a multiple of 16 bytes, not {widths} values"
-        takes = False
-    else:
-        why, takes = _why_it_loops(rows), True
-        if why is None and num_experts >= LEAST_TOO_MANY:
-            why = f"torch's kernel takes fewer than {LEAST_TOO_MANY} experts, not {num_experts}"
-            takes = False
+    elif why := _why_it_loops(rows):
+        takes = True
+    elif num_experts >= LEAST_TOO_MANY:
+        why = f"torch's kernel takes fewer than {LEAST_TOO_MANY} experts, not {num_experts}"
     if why is None:
         return "native", ""
     if why_not_own is None:
@@ -99,11 +98,12 @@ def grouped_mm(
     capacity: int | None,
 ) -> Tensor:
     path, _ = path_of("grouped_mm", (rows, weights, capacity))
+    mm, _ = PRODUCTS[path]
     if path in WITHOUT_COPIES:
-        return MM[path](rows, weights, bias, offsets, load, capacity)
+        return mm(rows, weights, bias, offsets, load, capacity)
     owned = _owned(offsets, load, rows.shape[0])
     rows = torch.where(owned, rows, 0)
-    return torch.where(owned, MM[path](rows, weights, bias, offsets, load, capacity), 0)
+    return torch.where(owned, mm(rows, weights, bias, offsets, load, capacity), 0)
 
 
 @checked
@@ -111,11 +111,11 @@ def grouped_outer(
     left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: int | None
 ) -> Tensor:
     path, _ = path_of("grouped_outer", (left, right, offsets, load, capacity))
-    if path in WITHOUT_COPIES:
-        return OUTER[path](left, right, offsets, load, capacity)
-    owned = _owned(offsets, load, left.shape[0])
-    left, right = torch.where(owned, left, 0), torch.where(owned, right, 0)
-    return OUTER[path](left, right, offsets, load, capacity)
+    _, outer = PRODUCTS[path]
+    if path not in WITHOUT_COPIES:
+        owned = _owned(offsets, load, left.shape[0])
+        left, right = torch.where(owned, left, 0), torch.where(owned, right, 0)
+    return outer(left, right, offsets, load, capacity)
 
 
 @checked
@@ -224,19 +224,13 @@ def _batched_outer(left, right, offsets, load, capacity):
     return torch.bmm(left.transpose(1, 2), right)
 
 
-MM = {
-    "native": _grouped_mm,
-    "own": _own_mm,
-    "batched": _batched_mm,
-    "loop": _grouped_mm,
-    "reference": reference.grouped_mm,
-}
-OUTER = {
-    "native": _grouped_outer,
-    "own": _own_outer,
-    "batched": _batched_outer,
-    "loop": _grouped_outer,
-    "reference": reference.grouped_outer,
+# The grouped_mm and the grouped_outer of each path.
+PRODUCTS: dict[str, tuple[Callable, Callable]] = {
+    "native": (_grouped_mm, _grouped_outer),
+    "own": (_own_mm, _own_outer),
+    "batched": (_batched_mm, _batched_outer),
+    "loop": (_grouped_mm, _grouped_outer),
+    "reference": (reference.grouped_mm, reference.grouped_outer),
 }
 
 # They leave out by themselves what no route owns.
@@ -248,8 +242,8 @@ OPERATORS: dict[str, Callable] = {
     "grouped_outer": grouped_outer,
 }
 INSIDE: dict[str, Callable] = {
-    "grouped_mm": lambda *args: MM[path_of("grouped_mm", args)[0]](*args),
-    "grouped_outer": lambda *args: OUTER[path_of("grouped_outer", args)[0]](*args),
+    "grouped_mm": lambda *args: PRODUCTS[path_of("grouped_mm", args)[0]][0](*args),
+    "grouped_outer": lambda *args: PRODUCTS[path_of("grouped_outer", args)[0]][1](*args),
 }
 
 

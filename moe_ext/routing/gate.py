@@ -254,9 +254,9 @@ class Gate(nn.Module):
                 logits = logits_of(self.wg, tensors, tokens)
         shape = (num_tokens, self.num_experts)
         if not isinstance(logits, Tensor) or logits.shape != shape:
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise RuntimeError(
-                f"{type(self).__name__}: router must return [T, E] = {list(shape)}, got {got}"
+                f"{type(self).__name__}: router must return [T, E] = {list(shape)}, "
+                f"got {checks.shape_of(logits)}"
             )
         logits = logits.to(dtype)
         if rule.noise == "Gaussian":

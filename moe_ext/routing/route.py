@@ -126,8 +126,7 @@ def route(
     if aux_loss is not None:
         l_aux = aux_loss(routing)
         if not isinstance(l_aux, Tensor) or l_aux.dim() != 0:
-            got = list(l_aux.shape) if isinstance(l_aux, Tensor) else type(l_aux).__name__
-            raise RuntimeError(f"route: aux_loss must return a tensor [], got {got}")
+            check.fail(f"aux_loss must return a tensor [], got {checks.shape_of(l_aux)}")
     elif scoring != "softmax":
         importance = losses.shares(choice.probs).sum(dim=0)
         l_aux = _balance(importance, plan.load, plan.expert_ids)
