@@ -145,7 +145,8 @@ class Layout:
         own_gate = type(self.module)._apply_gate if self.has_gate else moe._default_apply_gate
         if "_apply_gate" in vars(self.module):
             return None
-        if own_gate is GptOssExperts._apply_gate and _has_constants_of_gpt_oss(self.module):
+        constants = tuple(getattr(self.module, name, None) for name in ("alpha", "limit"))
+        if own_gate is GptOssExperts._apply_gate and constants == (composed.SCALE, composed.LIMIT):
             return "swiglu_oai"
         if own_gate is not moe._default_apply_gate:
             return None
@@ -160,10 +161,6 @@ class Layout:
             else {F.gelu: "gelu", F.relu: "relu", _squared_relu: "relu2"}
         )
         return names.get(_plain_function(act_fn))
-
-
-def _has_constants_of_gpt_oss(module) -> bool:
-    return module.alpha == composed.SCALE and module.limit == composed.LIMIT
 
 
 def _squared_relu(x: Tensor) -> Tensor:

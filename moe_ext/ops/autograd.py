@@ -32,7 +32,7 @@ class Operator(Function):
     """An operator with a gradient, which is made of operators again.
 
     op: its name in the contracts, which gives its forward, and where it has none of its own a
-        setup_context that saves all tensors and keeps the other arguments as `ctx.rule`
+        setup_context that keeps all arguments
     """
 
     op: str | None = None
@@ -43,7 +43,9 @@ class Operator(Function):
             return
         cls.forward = staticmethod(_forward_of(cls.op))  # type: ignore[method-assign]
         if "setup_context" not in vars(cls):
-            cls.setup_context = staticmethod(_saves_all(cls.op))  # type: ignore[method-assign]
+            arguments = contracts.PARSED[cls.op].arguments
+            num_tensors = sum(argument.dims is not None for argument in arguments)
+            cls.setup_context = staticmethod(keeps(num_tensors))  # type: ignore[method-assign]
         OPERATORS[cls.op] = cls
         registry.libraries.register_gradients({cls.op: cls})
 
@@ -69,12 +71,12 @@ def _forward_of(op: str) -> Callable:
     return forward
 
 
-def _saves_all(op: str) -> Callable:
-    num_tensors = sum(argument.dims is not None for argument in contracts.PARSED[op].arguments)
+def keeps(num_tensors: int) -> Callable:
+    """A setup_context that saves the tensors, which come first, and keeps the rest as ctx.rest."""
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:num_tensors])
-        ctx.rule = inputs[num_tensors:]
+        ctx.rest = inputs[num_tensors:]
 
     return setup_context
 
@@ -88,7 +90,7 @@ def gradients_of(function: Callable, ctx, grads) -> tuple:
     def of_wanted(*some):
         for i, tensor in zip(wanted, some, strict=True):
             tensors[i] = tensor
-        return function(*tensors, *ctx.rule)
+        return function(*tensors, *ctx.rest)
 
     vjp = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))[1]
     found: list = [None] * len(ctx.needs_input_grad)
@@ -103,7 +105,7 @@ class Gate(Operator):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, expert_ids, probs, _ = output
-        ctx.dtype, ctx.rule = inputs[0].dtype, inputs[3:]
+        ctx.dtype, ctx.rest = inputs[0].dtype, inputs[3:]
         ctx.mark_non_differentiable(expert_ids)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(probs, expert_ids)
@@ -111,7 +113,7 @@ class Gate(Operator):
     @staticmethod
     def backward(ctx, grad_weights, _, grad_probs, grad_importance):
         grads = grad_weights, grad_probs, grad_importance
-        grad = GateBackward.call(*grads, *ctx.saved_tensors, *ctx.rule)
+        grad = GateBackward.call(*grads, *ctx.saved_tensors, *ctx.rest)
         return grad.to(ctx.dtype), None, None, None, None, None
 
 
@@ -144,7 +146,7 @@ class MaskWeights(Operator):
 
     @staticmethod
     def backward(ctx, grad):
-        grad_weights = MaskWeightsBackward.call(grad, *ctx.saved_tensors, *ctx.rule)
+        grad_weights = MaskWeightsBackward.call(grad, *ctx.saved_tensors, *ctx.rest)
         return grad_weights, None, None, None, None
 
 
@@ -288,7 +290,7 @@ class GroupedOuter(Operator):
     @staticmethod
     def backward(ctx, grad):
         left, right, *groups = ctx.saved_tensors
-        groups = *groups, *ctx.rule
+        groups = *groups, *ctx.rest
         grad_left = grad_right = None
         if ctx.needs_input_grad[0]:
             grad_left = GroupedMM.call(right, grad, None, *groups)
@@ -307,7 +309,7 @@ class Activate(Operator):
             dtype = checks.accumulate_dtype(pre_activation.dtype)
             weights = pre_activation.new_ones(slots.shape, dtype=dtype)
         grad_pre_activation, _, grad_weights = ActivateBackward.call(
-            grad, pre_activation, slots, sources, weights, *ctx.rule
+            grad, pre_activation, slots, sources, weights, *ctx.rest
         )
         if not ctx.needs_input_grad[3]:
             grad_weights = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..formats import QuantizedWeight
 from ..options import Activation
 from . import composed, registry
-from .autograd import Operator, gradients_of, run
+from .autograd import Operator, gradients_of, keeps, run
 from .checks import Check
 from .functional import autocast, check_plan
 from .plan import Plan
@@ -72,17 +72,14 @@ class _DispatchMM(Operator):
         routes, groups = (slots, sources), (offsets, load, capacity)
         return composed.project_up(registry.run, tokens, weights, bias, routes, groups)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.capacity = inputs
-        ctx.save_for_backward(*tensors)
+    setup_context = staticmethod(keeps(7))
 
     @staticmethod
     def backward(ctx, grad):
         tokens, weights, bias, *routes, offsets, load = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grads = composed.project_up_backward(
-            *(run, grad, tokens, weights, bias, routes, (offsets, load, ctx.capacity)),
+            *(run, grad, tokens, weights, bias, routes, (offsets, load, *ctx.rest)),
             *(needs[0], needs[1] or needs[2]),
         )
         wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))

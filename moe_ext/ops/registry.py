@@ -262,7 +262,8 @@ def _without_autocast(kernel: Callable) -> Callable:
 def _differentiable(name: str, function: type[torch.autograd.Function]) -> Callable:
     def kernel(*args):
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if _has_tangent(tensors):
+        is_forward_mode = forward_ad._current_level >= 0
+        if is_forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError(
                 f"moe_ext::{name} has no jvp: forward-mode is not implemented"
             )
@@ -277,12 +278,6 @@ def _differentiable(name: str, function: type[torch.autograd.Function]) -> Calla
         return function.apply(*args)
 
     return kernel
-
-
-def _has_tangent(tensors: list[torch.Tensor]) -> bool:
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def run(name: str, *args):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.types import Device
 
 from .. import options
-from ..ops.autograd import Operator
+from ..ops.autograd import Operator, keeps
 
 
 class CosineRouter(nn.Module):
@@ -105,9 +105,7 @@ class WideProduct(Operator):
     def forward(tokens, weight):
         return torch.mm(tokens, weight.t(), out_dtype=torch.float32)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+    setup_context = staticmethod(keeps(2))
 
     @staticmethod
     def backward(ctx, grad):
