@@ -68,7 +68,7 @@ class ModuleExperts(Experts):
     def _bounds(self, rows: Tensor, plan: Plan) -> list[tuple[int, int]]:
         """The first and last row of every expert, checked as by `grouped_mm`."""
         check = checks.Check("ModuleExperts")
-        R, E, offsets, load = len(plan.sources), self.num_experts, plan.offsets, plan.load
+        R, E, offsets, load = plan.sources.shape[0], self.num_experts, plan.offsets, plan.load
         check.shape("rows", rows, [("R", R), ("H", None)], ("sources", plan.sources))
         check.shape("load", load, [("E", E)])
         check.dtype("load", load, torch.int32)
