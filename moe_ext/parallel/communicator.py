@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
 
 import torch
 import torch.distributed as dist
@@ -28,70 +28,55 @@ class Communicator:
     """
 
     group = GroupAttribute()
-    _unit_steps: Steps  # for one row from every rank to every rank
 
     def __init__(self, group: dist.ProcessGroup | DeviceMesh) -> None:
+        levels: list = [group]
         if isinstance(group, DeviceMesh):
             if group.ndim not in (1, 2):
                 raise ValueError(
                     f"ExpertParallel: group must be a mesh of one or two dimensions, got {group}"
                 )
-            if group.ndim == 2 and min(group.shape) > 1:
-                self._use_two_levels(group)
-                return
-            group = max(group.get_all_groups(), key=dist.get_world_size)
-        if not isinstance(group, dist.ProcessGroup):
+            dimensions = group.get_all_groups()
+            levels = [one for one in dimensions if one.size() > 1] or dimensions[:1]
+        if not all(isinstance(level, dist.ProcessGroup) for level in levels):
             raise ValueError(
                 "ExpertParallel: group must be a mesh, or a process group that this process is a "
                 f"member of, got {group!r}"
             )
-        self.group, self.rank, self.size = group, group.rank(), group.size()
-        self._unit_steps = (_equal(group.group_name, self.size, 1),)
-
-    def _use_two_levels(self, mesh: DeviceMesh) -> None:
-        nodes, local_ranks = mesh.shape
+        self.group = levels[0] if len(levels) == 1 else None
         # By name, so that a module that holds this object can be copied.
-        between, inside = (group.group_name for group in mesh.get_all_groups())
-        self.group = None
-        self.rank = mesh.get_local_rank(0) * local_ranks + mesh.get_local_rank(1)
-        self.size = nodes * local_ranks
-        self._unit_steps = (
-            Transpose(local_ranks, [1] * self.size),
-            _equal(inside, local_ranks, nodes),
-            Transpose(nodes, [1] * self.size),
-            _equal(between, nodes, local_ranks),
-        )
-
-    @property
-    def first_group(self) -> dist.ProcessGroup:
-        """The group of the first all-to-all."""
-        return next(self._groups())
-
-    def _groups(self) -> Iterator[dist.ProcessGroup]:
-        return (resolve(step.group) for step in self._unit_steps if isinstance(step, AllToAll))
+        self._levels = [(level.group_name, level.size()) for level in levels]
+        self.size = math.prod(size for _, size in self._levels)
+        self.rank = self.current_rank()
+        self._unit_steps = self.equal_steps(1)
 
     @property
     def state(self) -> GroupState:
-        return state_of(self.first_group)
+        """That of the group of the first all-to-all."""
+        return state_of(resolve(self._levels[-1][0]))
 
     def global_ranks(self) -> list[list[int]]:
-        """The global ranks in the group of each all-to-all."""
-        return [dist.get_process_group_ranks(group) for group in self._groups()]
+        """The global ranks in each group: between nodes, inside the node; or in the only one."""
+        return [dist.get_process_group_ranks(resolve(name)) for name, _ in self._levels]
 
     def current_rank(self) -> int:
         """This process's rank now. `rank` of an unpickled copy may be another process's."""
         rank = 0
-        for ranks in reversed(self.global_ranks()):
+        for ranks in self.global_ranks():
             rank = rank * len(ranks) + ranks.index(dist.get_rank())
         return rank
 
     def equal_steps(self, rows: int) -> Steps:
         """The steps for as many rows from every rank to every rank."""
-        return tuple(
-            Transpose(step.columns, [rows] * self.size)
-            if isinstance(step, Transpose)
-            else _equal(step.group, len(step.send_counts), rows * step.send_counts[0])
-            for step in self._unit_steps
+        if len(self._levels) == 1:
+            return (_equal(*self._levels[0], rows),)
+        (between, nodes), (inside, local_ranks) = self._levels
+        sizes = [rows] * self.size
+        return (
+            Transpose(local_ranks, sizes),
+            _equal(inside, local_ranks, nodes * rows),
+            Transpose(nodes, sizes),
+            _equal(between, nodes, local_ranks * rows),
         )
 
     def begin_exchange(self) -> None:
@@ -162,7 +147,7 @@ class Communicator:
         before and after each step.
         """
         flat = counts.reshape(self.size, -1).to(torch.int64)
-        levels = 1 if len(self._unit_steps) == 1 else 2
+        levels = len(self._levels)
         words = [flat.new_full((self.size, 1), word) for word in call.words(levels)]
         if levels == 2:
             self._check_levels(words)
@@ -184,10 +169,10 @@ class Communicator:
         Another layer of that group may exchange in one level, so this message has the size of the
         first one there.
         """
-        size = self.first_group.size()
+        first, size = self._levels[-1]
         blocks = [word[:size] for word in words]
         sent = torch.cat([*blocks, words[0].new_zeros(size, BLOCK - NUM_WORDS)], dim=1)
-        received = all_to_all(sent, _equal(self.first_group.group_name, size, 1))
+        received = all_to_all(sent, _equal(first, size, 1))
         check(sent[:, :NUM_WORDS], received[:, :NUM_WORDS], columns=1)
 
     def _trace(self, blocks: Tensor) -> list[tuple[Tensor, ...]]:

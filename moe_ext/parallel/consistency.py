@@ -228,13 +228,12 @@ def check_on_host(received: list[list[int]]) -> None:
     calls = list(map(CallRecord.of_words, received))
     first = calls[0]
     failed = [rank for rank, call in enumerate(calls) if call.has_failed]
-    for rank in failed:
-        if len(failed) < len(calls):  # if all failed, all have skipped the batch
-            raise ConsistencyError(
-                f"ExpertParallel: experts raised an exception in the last call on rank {rank} of "
-                "the group, and the other ranks got NaN from them. All ranks raise this error once "
-                "and may continue: skip the batch on all of them"
-            )
+    if 0 < len(failed) < len(calls):  # if all failed, all have skipped the batch
+        raise ConsistencyError(
+            f"ExpertParallel: experts raised an exception in the last call on rank {failed[0]} of "
+            "the group, and the other ranks got NaN from them. All ranks raise this error once and "
+            "may continue: skip the batch on all of them"
+        )
     for rank, call in enumerate(calls):
         if call.tensor_group_differs:
             raise ConsistencyError(

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..ops.plan import make_plan
 from .communicator import Communicator
 from .consistency import CallRecord
+from .transports import Result
 
 
 class DeepEPTransport:
@@ -25,10 +25,8 @@ class DeepEPTransport:
         self.buffer = buffer
         self.communicator = communicator
 
-    def exchange(
-        self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work
-    ) -> tuple[Tensor, Tensor | None]:
-        """As in transports.Transport."""
+    def exchange(self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work) -> Result:
+        """As AllToAllTransport.exchange."""
         self.communicator.check_call(call, tokens.device, on_host)
         ids = torch.where(plan.slots >= 0, plan.expert_ids, -1).long()
         handle = _Handle(self.buffer, call.num_experts)

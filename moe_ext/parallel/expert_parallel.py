@@ -25,7 +25,7 @@ from .deepep import DeepEPTransport
 from .misuse import begin_call, mark_state, refuse_state, remember
 from .sharding import divide
 from .tensor_parallel import TokenShards
-from .transports import AllToAllTransport, Transport, TwoLevelTransport
+from .transports import AllToAllTransport, TwoLevelTransport
 
 
 class ExpertParallel(ExpertParameters, Experts):
@@ -59,21 +59,14 @@ class ExpertParallel(ExpertParameters, Experts):
     saves them. The attributes `dedup`, `overlap`, `uneven_tokens`, `average` and `deepep` may be
     set between calls, on all ranks.
 
-    With a capacity, equal on all ranks, all counts are known beforehand, and an exchange compiles
-    whole. Otherwise ranks exchange counts first, which the host reads: one synchronisation per call
-    (two with dedup on a mesh of nodes), where torch.compile breaks its graph. A group of one rank
-    exchanges nothing.
-
     All ranks create the same ExpertParallels on a group in the same order, then make the same calls
-    and the same backwards: a rank without tokens too. Every exchange begins with a check of that.
+    and the same backwards: a rank without tokens too. A group of one rank exchanges nothing.
+    docs/parallel.md says where the host waits for counts, and lists all errors.
 
     Raises:
         ValueError: invalid arguments
         RuntimeError: in a call, on all ranks, where they call different layers, or one with
-            different options or inputs. The error names the difference; on a GPU only in the first
-            call, with gradients and without, and not in compiled code. Where experts raise an
-            exception on one rank, the other ranks get NaN from them, and all raise in the next
-            call.
+            different options or inputs, or where experts raised an exception in the last call
     """
 
     local: nn.Module
@@ -125,16 +118,13 @@ class ExpertParallel(ExpertParameters, Experts):
 
     def _choose_transport(
         self, group: dist.ProcessGroup | DeviceMesh, experts: nn.Module
-    ) -> Transport:
+    ) -> AllToAllTransport | TwoLevelTransport:
         if self.dedup and self.communicator.group is None:
             assert isinstance(group, DeviceMesh)
             return TwoLevelTransport(group, self.shards)
-        return AllToAllTransport(
-            self.communicator,
-            self.shards,
-            # Other modules take capacity buffers [ranks, E_local, C, H].
-            as_buffer=not isinstance(experts, Experts),
-        )
+        # Other modules take capacity buffers [ranks, E_local, C, H].
+        as_buffer = not isinstance(experts, Experts)
+        return AllToAllTransport(self.communicator, self.shards, as_buffer=as_buffer)
 
     def _adopt(self, experts: nn.Module) -> None:
         """Share the experts' parameters, buffers and submodules.
@@ -217,9 +207,7 @@ class ExpertParallel(ExpertParameters, Experts):
         return super().train(mode)
 
     def reset_parameters(self) -> None:
-        reset = getattr(self.local, "reset_parameters", None)
-        if reset is not None:
-            reset()
+        getattr(self.local, "reset_parameters", lambda: None)()
 
     # Experts may save other names and layouts than those of their parameters.
 
@@ -240,14 +228,6 @@ class ExpertParallel(ExpertParameters, Experts):
     def routed_beside(
         self, work: Callable[[], Tensor], tokens: Tensor, plan: Plan, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`routed`, and the result of `work`, which overlaps with communication.
-
-        Args:
-            work: a function that does not need the experts' output
-            tokens: [T, H]
-            plan: of all experts
-            weights: [T, K]
-        """
         return self(tokens, plan, weights, work)
 
     # Modules have forwards with different arguments; `routed` is the interface of all experts.
@@ -281,7 +261,7 @@ class ExpertParallel(ExpertParameters, Experts):
         weights = weights.to(accumulate_dtype(tokens.dtype))
         call = self._call_record(tokens, plan, weights)
         run = self._run_local_experts
-        transport = self.transport
+        transport: AllToAllTransport | TwoLevelTransport | DeepEPTransport = self.transport
         if self.deepep is not None:
             transport = DeepEPTransport(self.deepep, self.communicator)
         if torch.compiler.is_compiling():
@@ -289,23 +269,17 @@ class ExpertParallel(ExpertParameters, Experts):
         on_host = call.grad_enabled not in self._compared_modes
         self._compared_modes.add(call.grad_enabled)
         with self.communicator.state.call():
-            error = self._tensor_group_error(call, on_host, tokens)
+            error = None
+            if self.tensor_group is not None:
+                self.communicator.begin_exchange()
+                if on_host or tokens.device.type == "cpu":
+                    # How its ranks differ. The exchange tells all other ranks.
+                    error = compare_tensor_group(self.tensor_group, call, tokens)
             call = call._replace(tensor_group_differs=error is not None)
             try:
                 return transport.exchange(call, on_host, tokens, plan, weights, run, work)
             except ConsistencyError as told:
                 raise error or told from None
-
-    def _tensor_group_error(
-        self, call: CallRecord, on_host: bool, tokens: Tensor
-    ) -> ConsistencyError | None:
-        """How ranks of the tensor_group differ. The exchange tells all other ranks."""
-        if self.tensor_group is None:
-            return None
-        self.communicator.begin_exchange()
-        if on_host or tokens.device.type == "cpu":
-            return compare_tensor_group(self.tensor_group, call, tokens)
-        return None
 
     def _call_record(self, tokens: Tensor, plan: Plan, weights: Tensor) -> CallRecord:
         is_enabled, device_type = torch.is_grad_enabled(), tokens.device.type

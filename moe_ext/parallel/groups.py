@@ -195,8 +195,7 @@ def fully_shard(model: nn.Module, groups: Groups, **options: Any) -> nn.Module:
     Returns:
         model
 
-    Give an optimizer the experts' parameters in a group of their own: it cannot handle DTensors of
-    two meshes together. A gate that is sharded by itself needs
+    A gate that is sharded by itself needs
     `torch.distributed.fsdp.register_fsdp_forward_method(gate, "route")`.
     """
     for module in experts_of(model).values():

@@ -39,8 +39,14 @@ def begin_call(key: int) -> int:
     _refuse_fsdp(experts)
     _refuse_fsdp1(experts)
     state = experts.communicator.state
-    if experts not in state.layer_numbers:
-        _refuse_other_rank(experts)
+    is_new = experts not in state.layer_numbers
+    if is_new and experts.communicator.current_rank() != experts.rank:
+        raise RuntimeError(
+            f"ExpertParallel: this copy holds the experts of rank {experts.rank} of "
+            f"{experts.size}, and was loaded on another rank. Save a whole module on each rank "
+            "and load each rank's own, or save and load with moe_ext.parallel.global_state and "
+            "local_state"
+        )
     return state.number_of(experts)
 
 
@@ -101,16 +107,6 @@ def _refuse_fsdp1(experts: ExpertParallel) -> None:
             )
 
 
-def _refuse_other_rank(experts: ExpertParallel) -> None:
-    if experts.communicator.current_rank() != experts.rank:
-        raise RuntimeError(
-            f"ExpertParallel: this copy holds the experts of rank {experts.rank} of "
-            f"{experts.size}, and was loaded on another rank. Save a whole module on each rank "
-            "and load each rank's own, or save and load with moe_ext.parallel.global_state and "
-            "local_state"
-        )
-
-
 def _is_replaced(parameter: Tensor | None) -> bool:
     # torch.func replaces parameters by plain tensors, which are no reason to refuse.
     return type(parameter) is nn.Parameter and not hasattr(parameter, "group_name")
@@ -138,7 +134,8 @@ def mark_state(
             value.__create_write_items__ = _refuse_checkpoint  # type: ignore[attr-defined]
             value.__create_chunk_list__ = _refuse_checkpoint  # type: ignore[attr-defined]
             if type(value) is Tensor:
-                value.__getstate__ = _no_attributes  # type: ignore[attr-defined]
+                # torch.save stores this beside the values: nothing, instead of the marks.
+                value.__getstate__ = dict  # type: ignore[attr-defined]
 
 
 def unmarked(value: Any) -> Any:
@@ -164,11 +161,6 @@ def _refuse_checkpoint(name: str = "a parameter", *args) -> NoReturn:
         "would treat it as equal on all ranks. Pass it "
         "moe_ext.parallel.global_state(model, groups, state)"
     )
-
-
-def _no_attributes() -> dict:
-    """Keep the marks out of what torch.save stores beside a tensor's values."""
-    return {}
 
 
 # torch.save stores the marks of a DTensor. torch.load must accept them with weights_only=True.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,22 +27,8 @@ Run = Callable[..., Tensor]
 Work = Callable[[], Tensor] | None
 """Independent work to overlap with communication."""
 
-
-class Transport(Protocol):
-    def exchange(
-        self,
-        call: CallRecord,
-        on_host: bool,
-        tokens: Tensor,
-        plan: Plan,
-        weights: Tensor,
-        run: Run,
-        work: Work,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the weighted sum of each token's experts [T, H], and the result of `work`.
-
-        on_host: as in Communicator.exchange_counts
-        """
+Result = tuple[Tensor, Tensor | None]
+"""The weighted sum of each token's experts [T, H], and the result of the work."""
 
 
 class AllToAllTransport:
@@ -68,15 +53,26 @@ class AllToAllTransport:
         self.as_buffer = as_buffer
 
     def exchange(
-        self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        call: CallRecord,
+        on_host: bool,
+        tokens: Tensor,
+        plan: Plan,
+        weights: Tensor,
+        run: Run,
+        work: Work,
+    ) -> Result:
+        """Send tokens to their experts and return the outputs, as every transport does.
+
+        on_host: as in Communicator.exchange_counts
+        """
         if call.has_equal_capacity:
             return self._exchange_buffers(call, on_host, tokens, plan, weights, run, work)
         return self._exchange_rows(call, tokens, plan, weights, run, work)
 
     def _exchange_buffers(
         self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Result:
         """Every expert's capacity buffer [C, H], of a size known beforehand."""
         E, H = plan.num_experts, tokens.shape[1]
         buffer = self.shards.split(dispatch(tokens, plan).view(E, plan.capacity, H), 1)
@@ -93,9 +89,7 @@ class AllToAllTransport:
 
     # Sizes differ in every call: compiled, each would be a program of its own.
     @torch.compiler.disable
-    def _exchange_rows(
-        self, call: CallRecord, tokens, plan, weights, run, work
-    ) -> tuple[Tensor, Tensor | None]:
+    def _exchange_rows(self, call: CallRecord, tokens, plan, weights, run, work) -> Result:
         """Rows that routes own, counted first."""
         num_tokens = tokens.shape[0]
         ids = self.shards.split(torch.where(plan.slots >= 0, plan.expert_ids, -1), 0, -1)
@@ -163,9 +157,7 @@ class TwoLevelTransport:
         self.between = AllToAllTransport(between, shards, all_ranks=self.all_ranks)
         self.inside = AllToAllTransport(inside, TokenShards(None))
 
-    def exchange(
-        self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work
-    ) -> tuple[Tensor, Tensor | None]:
+    def exchange(self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work) -> Result:
         # `between` opens with a check among equal local ranks alone.
         self.all_ranks.check_call(call, tokens.device, on_host)
         per_node = call.num_experts // self.between.communicator.size
