@@ -5,7 +5,6 @@ Without DeepSpeed, base classes are nn.Module and groups are None.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import warnings
 
@@ -39,14 +38,10 @@ def their_class(module: str, name: str) -> type[nn.Module] | None:
 
 
 def known_as(module: str, name: str) -> type[nn.Module]:
-    """A base class by which DeepSpeed's engine recognises a layer.
+    """A base class by which DeepSpeed's engine recognises a layer: deepspeed.moe.<module>.<name>.
 
     The engine finds MoE layers by isinstance. The class comes after the layer's other bases and has
     no constructor, so nothing of DeepSpeed's runs.
-
-    Args:
-        module: a module of deepspeed.moe
-        name: the class in it
     """
     theirs = their_class(module, name)
     if theirs is None:
@@ -57,17 +52,9 @@ def known_as(module: str, name: str) -> type[nn.Module]:
 def expert_group(ep_size: int, use_data_before_expert_parallel: bool) -> dist.ProcessGroup | None:
     """DeepSpeed's group of the ranks that share experts; its optimizers and checkpoints use it.
 
-    It is created if DeepSpeed does not have it yet: all ranks call this.
-
-    Args:
-        ep_size: ranks that share the experts
-        use_data_before_expert_parallel: consecutive ranks hold copies
-
-    Returns:
-        None if DeepSpeed's communication is not initialised
-
-    Raises:
-        NotImplementedError: the engine runs with a tensor-parallel mpu
+    It is created if DeepSpeed does not have it yet: all ranks call this. It is None if DeepSpeed's
+    communication is not initialised. Raises NotImplementedError if the engine runs with a
+    tensor-parallel mpu.
     """
     comm = _installed("deepspeed.comm")
     if comm is None or not comm.is_initialized():

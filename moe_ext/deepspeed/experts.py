@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import options
-from ..experts.base import ExpertParameters, first_of, shape_of
+from ..experts.base import ExpertParameters, check_shape, first_of
 
 
 class Experts(ExpertParameters):
@@ -42,10 +42,6 @@ class Experts(ExpertParameters):
         parts = zip(self.deepspeed_experts, inputs.split(1, dim=1), strict=True)
         for e, (expert, part) in enumerate(parts):
             out = first_of(expert(part))
-            if shape_of(out) != list(part.shape):
-                raise RuntimeError(
-                    f"Experts: expert {e} must return [ep, 1, C, H] = {list(part.shape)}, "
-                    f"got {shape_of(out)}"
-                )
+            check_shape(f"Experts: expert {e} must return [ep, 1, C, H]", out, part.shape)
             outputs.append(out)
         return torch.cat(outputs, dim=1)

@@ -21,15 +21,10 @@ Decision = tuple[Plan, Tensor, Outcome, Routing | None]
 
 
 def has_route(gate: nn.Module) -> bool:
-    """Whether a gate is asked by its `route`; otherwise by DeepSpeed's forward.
-
-    Args:
-        gate: a module with `num_experts` and `route(tokens, used_token)`, with or without a third
-            argument for recorded choices; or a module whose `gate(tokens, used_token)` returns one
-            of DeepSpeed's tuples
+    """Whether a gate is asked by its `route`; otherwise by DeepSpeed's forward. See MOELayer.
 
     Raises:
-        ValueError: the module is neither
+        ValueError: the module has neither
         RuntimeError: the module is wrapped alone, as by torch.compile
     """
     name = type(gate).__name__

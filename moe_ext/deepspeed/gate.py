@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from .. import options
-from ..options import (
-    Balancing,
-    DropPolicy,
-    GroupScore,
-    NoisePolicy,
-    Normalize,
-    Order,
-    Scoring,
-)
+from ..options import Balancing, DropPolicy, GroupScore, NoisePolicy, Normalize, Order, Scoring
 from ..process_group import GroupAttribute
 from ..routing.gate import Gate, takes_with_loss
 from ..routing.route import Routing
@@ -56,17 +48,9 @@ _NAMES: dict[str, tuple] = {
 
 
 def rules_of(given: dict[str, Any], num_experts: int) -> tuple[Rule, Rule]:
-    """Check the options of TopKGate and translate them to its rules.
+    """Check the options of TopKGate and translate them to its rules, in training and evaluation.
 
-    Args:
-        given: TopKGate's options by name; integers become int
-        num_experts: E
-
-    Returns:
-        (the rule in training, the rule in evaluation)
-
-    Raises:
-        ValueError: an option is out of range
+    Integers in `given` become int. Raises ValueError for an option that is out of range.
     """
     owner = "TopKGate"
     given["k"] = options.integer(owner, "k", given["k"], 1)
@@ -86,13 +70,7 @@ def rules_of(given: dict[str, Any], num_experts: int) -> tuple[Rule, Rule]:
 
 
 def rule_of(given: dict[str, Any], num_experts: int, training: bool) -> Rule:
-    """Translate the options of TopKGate to the rule of a mode; None is DeepSpeed's default.
-
-    Args:
-        given: TopKGate's options by name
-        num_experts: E
-        training: True for the rule in training, False in evaluation
-    """
+    """Translate the options of TopKGate to the rule of a mode; None is DeepSpeed's default."""
     k = given["k"]
     draws = training or given["sampling_in_eval"]
     drop_policy, order, normalize = given["drop_policy"], given["order"], given["normalize"]

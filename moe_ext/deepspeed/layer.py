@@ -138,15 +138,21 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
             parameter.allreduce = False
             parameter.group_name = self.expert_group_name
         group = None
-        if groups is not None:
-            group = self._one_level(groups)
-        elif (group := engine.expert_group(self.ep_size, use_data_before_expert_parallel_)) is None:
-            if self.ep_size == 1:
+        if groups is None:
+            group = engine.expert_group(self.ep_size, use_data_before_expert_parallel_)
+        if group is None:
+            if groups is None and self.ep_size == 1:
                 return
             from ..parallel import make_groups
 
             neighbours_share = not use_data_before_expert_parallel_
-            group = self._one_level(make_groups(self.ep_size, neighbours_share=neighbours_share))
+            groups = groups or make_groups(self.ep_size, neighbours_share=neighbours_share)
+            if not isinstance(groups.ep, dist.ProcessGroup):
+                raise ValueError(
+                    "MoE.set_deepspeed_parallelism: groups must have one level, as from "
+                    "make_groups(ep_size), got two levels; use ExpertParallel for those"
+                )
+            group = groups.ep
         elif engine.name_each_expert not in self._state_dict_hooks.values():
             self.register_state_dict_post_hook(engine.name_each_expert)
         present = self.deepspeed_moe.ep_group
@@ -159,15 +165,6 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
                 "the call before it, or call deepspeed.init_distributed() before it and pass no "
                 "groups"
             )
-
-    @staticmethod
-    def _one_level(groups: Groups) -> dist.ProcessGroup:
-        if isinstance(groups.ep, dist.ProcessGroup):
-            return groups.ep
-        raise ValueError(
-            "MoE.set_deepspeed_parallelism: groups must have one level, as from "
-            "make_groups(ep_size), got two levels; use ExpertParallel for those"
-        )
 
     def forward(
         self,

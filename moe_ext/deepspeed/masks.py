@@ -67,13 +67,11 @@ def plan_of(result: tuple, tokens: Tensor) -> tuple[Plan, Tensor, Tensor, Tensor
     on its position. With masks every expert is one of a token's choices, K = E.
     """
     if not isinstance(result, tuple | list) or len(result) not in (4, 7):
-        what = (
-            f"{len(result)} things" if isinstance(result, tuple | list) else type(result).__name__
-        )
+        got = f"{len(result)} things" if isinstance(result, tuple | list) else type(result).__name__
         raise RuntimeError(
             "MOELayer: gate must return (l_aux, combine_weights [S, E, C], dispatch_mask "
             "[S, E, C], exp_counts), or the seven of sparse routes, or be a moe_ext.TopKGate or "
-            f"have its num_experts and route; got {what}"
+            f"have its num_experts and route; got {got}"
         )
     check = checks.Check("MOELayer")
     S = tokens.shape[0]

@@ -228,8 +228,6 @@ def topkgating(
 
 def _wide(logits: Tensor, name: str) -> Tensor:
     check = checks.Check(name)
-    if not isinstance(logits, Tensor):
-        check.fail(f"logits must be a tensor, got {type(logits).__name__}")
     check.shape("logits", logits, [("S", None), ("E", None)])
     check.floating("logits", logits)
     return logits.to(checks.accumulate_dtype(logits.dtype))

@@ -72,8 +72,7 @@ def split_params_into_different_moe_groups_for_optimizer(
         kept.append({**group, "params": shared})
         by_name: dict[str, list[nn.Parameter]] = {}
         for param in expert:
-            of_group = by_name.setdefault(param.group_name, [])  # type: ignore[attr-defined]
-            of_group.append(param)
+            by_name.setdefault(param.group_name, []).append(param)  # type: ignore[attr-defined]
         for name, params in by_name.items():
             for part in _parts(params, max_group_size):
                 moved.append({**group, "name": name, "moe": True, "params": part})
