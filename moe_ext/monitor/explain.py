@@ -276,18 +276,14 @@ def _call(name: str, args: tuple, layer: str) -> Call:
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     shapes = " ".join(str(list(tensor.shape)) for tensor in tensors)
     device = tensors[0].device
-    backend = registry.backend(name, device)
-    if backend == "torch" and torch_grouped_mm.path_of(name, args)[0] == "own":
-        return Call(name, f"{dtype} {shapes}", "compiled", _OWN, 0, layer)
-    how = registry.why_reference(device) if backend == "reference" else _how(name, args, backend)
-    return Call(name, f"{dtype} {shapes}", backend, how, 0, layer)
-
-
-def _how(name: str, args: tuple, backend: str) -> str:
-    if name not in _PRODUCTS:
-        return ""
-    first = args[0]
-    if backend == "torch":
+    backend, how = registry.backend(name, device), ""
+    if backend == "reference":
+        how = registry.why_reference(device)
+    elif backend == "torch":
         path, why = torch_grouped_mm.path_of(name, args)
-        return f"{path}, as {why}" if why else path
-    return torch.ops.moe_ext.products(first)
+        how = f"{path}, as {why}" if why else path
+        if path == "own":
+            backend, how = "compiled", _OWN
+    elif name in _PRODUCTS:
+        how = torch.ops.moe_ext.products(args[0])
+    return Call(name, f"{dtype} {shapes}", backend, how, 0, layer)

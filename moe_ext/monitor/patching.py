@@ -62,8 +62,7 @@ def replaced(attributes: Iterable[tuple[nn.Module, str, object]]) -> Iterator[No
     register_fsdp_forward_method set. For an attribute that is given twice, as that of a module in
     two layers, the first value counts.
 
-    Args:
-        attributes: (module, name, value) each
+    attributes: (module, name, value) each
     """
     absent = object()
     before: dict[tuple[nn.Module, str], object] = {}

@@ -1,11 +1,4 @@
-"""Name the layers and their parts in profiles:
-
-    with moe_ext.profiling.ranges(model), torch.profiler.profile() as profile:
-        model(hidden)
-
-torch.profiler shows every operator by its name, as moe_ext::gate, also without ranges. Ranges add
-which layer called it.
-"""
+"""Name the layers and their parts in profiles."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +14,9 @@ from .patching import entry, named_layers, refuse_no_layers, replaced
 
 def ranges(model: nn.Module) -> AbstractContextManager[None]:
     """Mark every call of a layer while the context lasts.
+
+        with moe_ext.profiling.ranges(model), torch.profiler.profile() as profile:
+            model(hidden)
 
     The ranges are `moe_ext.layer <name>` and, inside of it, `moe_ext.gate` and `moe_ext.experts`.
     torch.profiler shows them; with a GPU they are NVTX ranges too, for Nsight Systems. Outside of

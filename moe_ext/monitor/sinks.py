@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from mmap import ACCESS_READ, mmap
 from operator import index
 from pathlib import Path
 from reprlib import repr as shortened
@@ -62,12 +63,11 @@ class _Field(NamedTuple):
     must_be: str
     fits: Callable[[Any], bool]
     read: Callable[[Any], Any]
-    is_required: bool = True
 
 
 _COUNT = _Field("an integer >= 0", lambda value: _is_integer(value) and value >= 0, int)
 _LOAD = _Field("a list of integers >= 0", _are_counts, torch.tensor)
-_NUMBER = _Field('a number, "nan", "inf" or "-inf"', _is_number, float, is_required=False)
+_NUMBER = _Field('a number, "nan", "inf" or "-inf"', _is_number, float)
 _FIELDS = {
     "step": _Field("an integer of 64 bits", _is_integer, int),
     "mode": _Field(f"one of {', '.join(MODES)}", lambda value: value in MODES, str),
@@ -77,13 +77,11 @@ _FIELDS = {
     "load": _LOAD,
     "kept": _LOAD,
     "l_aux": _NUMBER,
-    "importance": _Field("a list of numbers", _are_numbers, _numbers, is_required=False),
+    "importance": _Field("a list of numbers", _are_numbers, _numbers),
     "router_entropy": _NUMBER,
     "z_loss": _NUMBER,
     "agreement": _NUMBER,
-    "pairs": _Field(
-        "a symmetric matrix of integers >= 0", _are_pairs, torch.tensor, is_required=False
-    ),
+    "pairs": _Field("a symmetric matrix of integers >= 0", _are_pairs, torch.tensor),
 }
 
 
@@ -128,17 +126,12 @@ def _json(value):
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _end_of_last_line(file: BinaryIO, step: int = 1 << 16) -> int:
+def _end_of_last_line(file: BinaryIO) -> int:
     """Return the offset after the last newline: a killed run may leave a part of a line."""
-    end = file.seek(0, os.SEEK_END)
-    while end > 0:
-        begin = max(0, end - step)
-        file.seek(begin)
-        found = file.read(end - begin).rfind(b"\n")
-        if found >= 0:
-            return begin + found + 1
-        end = begin
-    return 0
+    if file.seek(0, os.SEEK_END) == 0:
+        return 0  # mmap refuses an empty file
+    with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return content.rfind(b"\n") + 1
 
 
 def read_json_lines(path: Path | str) -> Iterator[tuple[int, Reading]]:
@@ -186,7 +179,7 @@ def _parsed(text: bytes) -> tuple[int, str, str, LayerStats]:
     if unknown := line.keys() - _FIELDS.keys():
         raise ValueError(f"its keys must be among {', '.join(_FIELDS)}, got {shortened(unknown)}")
     for name, field in _FIELDS.items():
-        if name not in line and field.is_required:
+        if name not in line and name not in LayerStats._field_defaults:
             raise ValueError(f"{name} must be {field.must_be}, but is missing")
         if name in line and not field.fits(line[name]):
             raise ValueError(f"{name} must be {field.must_be}, got {shortened(line[name])}")

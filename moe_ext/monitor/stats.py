@@ -4,9 +4,7 @@
     ...                                  # train; the host does not wait for the device
     print(stats.read())                  # one copy to the host, then a new count begins
 
-For every layer a reading tells which experts are idle, how uneven their load is and how much was
-dropped. Detailed readings also tell how sure the router is. `sinks` write readings to files, `plot`
-draws them.
+`sinks` write readings to files, `plot` draws them.
 """
 
 from __future__ import annotations
