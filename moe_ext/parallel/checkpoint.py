@@ -1,10 +1,7 @@
 """Convert a rank's state dict to its part of all experts' state dict, and back.
 
 torch.distributed.checkpoint then writes the same files for any number of ranks that share the
-experts, and loads them into any other number.
-
-    state = get_model_state_dict(model)
-    dcp.save(global_state(model, groups, state), checkpoint_id=folder)
+experts, and loads them into any other number. docs/parallel.md has an example.
 
 Stacked parameters [E_local, ...] become DTensors [E, ...] on the same memory. Experts that are
 modules get their global number in their names.

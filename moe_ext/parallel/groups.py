@@ -137,9 +137,9 @@ def data_parallel(model: nn.Module, groups: Groups, **options: Any) -> Distribut
     """
     experts = experts_of(model)
     names = [
-        f"{path}.{name}" if path else name
-        for path, e in experts.items()
-        for name, _ in (*e.named_parameters(), *e.named_buffers())
+        name
+        for path, part in experts.items()
+        for name, _ in (*part.named_parameters(path), *part.named_buffers(path))
     ]
     if not any(p.requires_grad and name not in names for name, p in model.named_parameters()):
         raise ValueError(
@@ -224,10 +224,8 @@ def clip_grad_norm_(model: nn.Module, groups: Groups, max_norm: float) -> Tensor
         the norm [] before clipping, float64, the same on all ranks
     """
     of_experts = {id(p) for module in experts_of(model).values() for p in module.parameters()}
-    shared: list[nn.Parameter] = []
-    mine: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        (mine if id(parameter) in of_experts else shared).append(parameter)
+    shared = [p for p in model.parameters() if id(p) not in of_experts]
+    mine = [p for p in model.parameters() if id(p) in of_experts]
     device = torch.device(groups.mesh.device_type)
     squares = _squares(mine, device)
     for group in _groups_of(groups.ep):

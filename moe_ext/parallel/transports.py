@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..experts.base import check_shape
 from ..ops.functional import combine, dispatch, has_autocast
 from ..ops.plan import Plan
 from .all_to_all import PendingRows, finish, reverse, start
@@ -184,17 +185,14 @@ def _send(chunk: Chunk) -> _Sent:
 
 def _expert_outputs(run: Run, chunk: Chunk, received: list[Tensor]) -> Tensor:
     rows = run(*chunk.expert_inputs(*received))
-    expected, dtype, device = received[0].shape, received[0].dtype, received[0].device
-    if not isinstance(rows, Tensor) or rows.shape != expected:
-        got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise RuntimeError(
-            f"ExpertParallel: experts must return [R, H] = {list(expected)}, got {got}"
-        )
+    expected = received[0]
+    check_shape("ExpertParallel: experts must return [R, H]", rows, expected.shape)
     # All ranks must send rows of one width. Under autocast that is the CallRecord's
     # autocast_dtype, otherwise the tokens' dtype.
+    device = expected.device
     if has_autocast(device) and rows.dtype == torch.get_autocast_dtype(device.type):
         return rows
-    return rows.to(dtype)
+    return rows.to(expected.dtype)
 
 
 class _Guard:
