@@ -156,33 +156,30 @@ class Trainer:
         return loss_of(model, inputs.to(self.device), targets.to(self.device))
 
     @torch.no_grad()
-    def score(self) -> float:
-        """Held-out bits per byte over evenly spaced windows."""
-        config, text = self.config, self.corpus.heldout
-        self.model.eval()
+    def score(self, model: nn.Module | None = None) -> float:
+        """Held-out bits per byte over evenly spaced windows. model: another one than its own"""
+        config, text, model = self.config, self.corpus.heldout, model or self.model
+        model.eval()
         last = len(text) - config.context - 1
         starts = torch.linspace(0, last, config.eval_windows, dtype=torch.float64).long()
         nats = 0.0
         for chunk in map(self.processes.share, starts.split(config.batch)):
-            nats += self.loss(self.model, text, chunk).item() * len(chunk)
-        self.model.train()
+            nats += self.loss(model, text, chunk).item() * len(chunk)
+        model.train()
         nats = float(self.processes.total(torch.tensor(nats, dtype=torch.float64)))
         return nats / config.eval_windows / math.log(2)
 
     def score_frozen(self) -> dict[str, float]:
         """Held-out bits per byte with the experts in 8 and 4 bits, where rows have whole groups."""
-        whole, scores = self.model, {}
-        try:
-            for format in get_args(WeightFormat):
-                self.model = copy.deepcopy(whole)
-                try:
-                    for layer in moe_layers(self.model):
-                        cast(GroupedExperts, layer.experts).quantize(format)
-                except ValueError:
-                    continue
-                scores[format] = self.score()
-        finally:
-            self.model = whole
+        scores = {}
+        for format in get_args(WeightFormat):
+            model = copy.deepcopy(self.model)
+            try:
+                for layer in moe_layers(model):
+                    cast(GroupedExperts, layer.experts).quantize(format)
+            except ValueError:
+                continue
+            scores[format] = self.score(model)
         return scores
 
     def step(self, number: int) -> None:

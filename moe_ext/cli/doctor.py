@@ -137,11 +137,10 @@ class Report(NamedTuple):
                 "note: no CUDA kernels are built; they matter on a machine with a GPU",
                 f" fix: {self.libraries['_C_cuda']['fix']}",
             ]
-        busy = crowded(self.facts["cpu"])
         if self.is_well:
             devices = " and ".join(dict.fromkeys(o.device for o in self.operators))
             lines.append(f"OK: every operator is right on {devices}")
-        lines.append(busy)
+        lines.append(crowded(self.facts["cpu"]))
         return "\n".join(lines).rstrip()
 
 
@@ -301,9 +300,8 @@ def serves(built_for: list[str], capability: tuple[int, int]) -> bool:
         if not (major.isdigit() and minor.isdigit()):
             return True  # a name such as Hopper, whose versions are not known here
         have = int(major), int(minor)
-        if capability == have or (not specific and capability[0] == have[0] and capability >= have):
-            return True
-        if ptx and not specific and capability >= have:
+        is_later = capability >= have and not specific
+        if capability == have or (is_later and (ptx or capability[0] == have[0])):
             return True
     return False
 
