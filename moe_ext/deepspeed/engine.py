@@ -3,8 +3,6 @@
 Without DeepSpeed, base classes are nn.Module and groups are None.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 

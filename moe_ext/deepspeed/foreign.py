@@ -1,7 +1,5 @@
 """Gates written for DeepSpeed's layer, called as moe_ext's layer calls its own."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from types import FunctionType, MethodType

@@ -1,7 +1,5 @@
 """DeepSpeed's gate: moe_ext's rule under DeepSpeed's names and arguments."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Callable
@@ -109,9 +107,6 @@ class _NotForAutoEP:
     AutoEP replaces layers by name and reads the weight of their gate.
     """
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
     def __get__(self, module: nn.Module | None, owner: type) -> NoReturn:
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith("deepspeed.module_inject.auto_ep"):
@@ -119,7 +114,7 @@ class _NotForAutoEP:
                 "TopKGate: DeepSpeed's AutoEP cannot replace a layer of moe_ext, which divides its "
                 'experts itself; leave "expert_parallel" out of the engine\'s config'
             )
-        raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
+        raise AttributeError(f"{owner.__name__!r} object has no attribute 'weight'")
 
 
 class TopKGate(Gate):

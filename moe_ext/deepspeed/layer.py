@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import options
-from ..experts.base import Experts
+from ..experts.base import Experts, first_of
 from ..layer import Aux
 from ..options import NoisePolicy
 from . import engine
@@ -212,8 +212,7 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
     def _with_residual(self, output: Tensor, hidden_states: Tensor) -> Tensor:
         if not self.use_residual:
             return output
-        residual = self.mlp(hidden_states)
-        residual = residual[0] if isinstance(residual, tuple) else residual
+        residual = first_of(self.mlp(hidden_states))
         shares = F.softmax(self.coefficient(hidden_states), dim=-1)
         # Autocast computes the softmax in float32.
         return (output * shares[..., 0:1] + residual * shares[..., 1:]).to(hidden_states.dtype)

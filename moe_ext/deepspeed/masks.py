@@ -4,8 +4,6 @@ S tokens, E experts, C capacity, locations within an expert, as in deepspeed/moe
 DeepSpeed 0.19. Masks are quadratic in the tokens, since E * C grows with S; layers use plans.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

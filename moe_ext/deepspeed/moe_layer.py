@@ -1,7 +1,5 @@
 """DeepSpeed's layer: moe_ext's layer under DeepSpeed's names and arguments."""
 
-from __future__ import annotations
-
 import torch.distributed as dist
 from torch import Tensor, nn
 

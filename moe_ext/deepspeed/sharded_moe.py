@@ -4,8 +4,6 @@ Masks [S, E, C] are quadratic in the tokens; `MOELayer` makes none. S tokens, E 
 M the model's width. docs/deepspeed.md lists the results that differ from DeepSpeed's.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Find MoE layers; temporarily patch them (not thread-safe)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast

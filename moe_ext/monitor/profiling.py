@@ -33,28 +33,26 @@ def ranges(model: nn.Module) -> AbstractContextManager[None]:
         ValueError: the model has no such layer
     """
     refuse_no_layers("profiling.ranges", model)
-    return replaced(
-        (module, method, _in_range(getattr(module, method), label))
-        for module, method, label in _labelled(model)
-    )
+    return replaced(_in_ranges(model))
 
 
-def _labelled(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield (module, method, name of its range)."""
+def _in_ranges(model: nn.Module) -> Iterator[tuple[nn.Module, str, Callable]]:
     for name, layer in named_layers(model):
-        yield layer, entry(layer), f"moe_ext.layer {name}"
+        yield _in_range(layer, entry(layer), f"moe_ext.layer {name}")
         if isinstance(layer, Layer):
             if hasattr(layer.gate, "route"):
-                yield layer.gate, "route", "moe_ext.gate"
+                yield _in_range(layer.gate, "route", "moe_ext.gate")
             method = "routed" if isinstance(layer.experts, Experts) else "forward"
-            yield layer.experts, method, "moe_ext.experts"
+            yield _in_range(layer.experts, method, "moe_ext.experts")
 
 
-def _in_range(function: Callable, label: str) -> Callable:
+def _in_range(module: nn.Module, method: str, label: str) -> tuple[nn.Module, str, Callable]:
+    function = getattr(module, method)
+
     @wraps(function)
     def in_range(*args, **kwargs):
         nvtx = torch.cuda.nvtx.range(label) if torch.cuda.is_available() else nullcontext()
         with torch.profiler.record_function(label), nvtx:
             return function(*args, **kwargs)
 
-    return in_range
+    return module, method, in_range

@@ -1,7 +1,5 @@
 """Readings of the statistics: load per expert and derived numbers, as values and as text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

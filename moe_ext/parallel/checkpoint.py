@@ -7,8 +7,6 @@ Stacked parameters [E_local, ...] become DTensors [E, ...] on the same memory. E
 modules get their global number in their names.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The ranks of a group: their all-to-all steps, and the messages that open an exchange."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

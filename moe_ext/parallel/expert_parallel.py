@@ -21,11 +21,10 @@ from ..ops.functional import has_autocast
 from ..ops.plan import Plan
 from .communicator import Communicator
 from .consistency import DTYPES, MAX_OVERLAP, CallRecord, ConsistencyError, compare_tensor_group
-from .deepep import DeepEPTransport
-from .misuse import begin_call, mark_state, refuse_state, remember
+from .misuse import begin_call, instances, mark_state, refuse_state
 from .sharding import divide
 from .tensor_parallel import TokenShards
-from .transports import AllToAllTransport, TwoLevelTransport
+from .transports import AllToAllTransport, DeepEPTransport, TwoLevelTransport
 
 
 class ExpertParallel(ExpertParameters, Experts):
@@ -114,7 +113,7 @@ class ExpertParallel(ExpertParameters, Experts):
         self.expert_group_name = ep_group_name or f"ep_size_{self.size}"
         self.mark()
         self.register_state_dict_post_hook(mark_state)
-        remember(self)
+        instances[id(self)] = self
 
     def _choose_transport(
         self, group: dist.ProcessGroup | DeviceMesh, experts: nn.Module
@@ -143,7 +142,7 @@ class ExpertParallel(ExpertParameters, Experts):
         super().__setstate__(state)
         # A copy is a layer of its own. One rank alone may keep one, such as its best model: so a
         # copy gets no number until its first call.
-        remember(self)
+        instances[id(self)] = self
 
     @classmethod
     def of(

@@ -1,7 +1,5 @@
 """Process groups for expert parallelism, and data-parallel training with them."""
 
-from __future__ import annotations
-
 import math
 from datetime import timedelta
 from typing import Any, NamedTuple

@@ -19,11 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 if TYPE_CHECKING:
     from .expert_parallel import ExpertParallel
 
-_members: weakref.WeakValueDictionary[int, ExpertParallel] = weakref.WeakValueDictionary()
-
-
-def remember(experts: ExpertParallel) -> None:
-    _members[id(experts)] = experts
+instances: weakref.WeakValueDictionary[int, ExpertParallel] = weakref.WeakValueDictionary()  # by id
 
 
 def begin_call(key: int) -> int:
@@ -34,7 +30,7 @@ def begin_call(key: int) -> int:
     Raises RuntimeError inside a forward of plain DistributedDataParallel, FullyShardedDataParallel
     or fully_shard, and for a copy that was made on another rank.
     """
-    experts = _members[key]
+    experts = instances[key]
     _refuse_ddp(experts)
     _refuse_fsdp(experts)
     _refuse_fsdp1(experts)

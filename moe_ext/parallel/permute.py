@@ -1,7 +1,5 @@
 """Permute tokens into blocks for an all-to-all, and prepare received rows for the experts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Tensor parallelism: split tokens that all ranks of a group hold, and gather them again."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
