@@ -43,6 +43,8 @@ _NAMES: dict[str, tuple] = {
     "balancing": (None, *get_args(Balancing)),
     **dict.fromkeys(_FLAGS, (True, False)),
 }
+# The options that make the rules: they may change later, as attributes.
+_OPTIONS = {*_SAME, *_NAMES, "capacity_factor", "eval_capacity_factor", "noise_scale"}
 
 
 def rules_of(given: dict[str, Any], num_experts: int) -> tuple[Rule, Rule]:
@@ -327,10 +329,3 @@ class TopKGate(Gate):
         """
         routing = self.route(input, used_token)
         return masks.form(routing, sparse_routes, use_tutel, self.ep_group)
-
-
-# The options that make the rules: they may change later, as attributes.
-_OPTIONS = set(inspect.signature(TopKGate).parameters) - {
-    *("model_dim", "num_experts", "ep_group", "expert_bias", "aux_loss", "router"),
-    *("device", "dtype"),
-}

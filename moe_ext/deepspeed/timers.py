@@ -56,17 +56,14 @@ class Timer:
         return self._total / max(self._count, 1)
 
 
-class Timers:
+class Timers(dict[str, Timer]):
     """Timers by name, created on first use."""
 
-    def __init__(self) -> None:
-        self._timers: dict[str, Timer] = {}
-
     def __call__(self, name: str) -> Timer:
-        return self._timers.setdefault(name, Timer(name))
+        return self.setdefault(name, Timer(name))
 
     def get_timers(self) -> dict[str, Timer]:
-        return self._timers
+        return self
 
     def log(self, names: list[str], normalizer: float = 1.0, reset: bool = True) -> None:
         """Print the timers of these names in milliseconds, over `normalizer`."""

@@ -170,17 +170,18 @@ class _Counters:
             )
         if device.type == "cuda":
             # CUDA graphs of torch.compile accept a changed input only at a fixed address.
-            for tensor in (*self.counts.values(), *self.sums.values()):
+            for tensor in self._tensors():
                 torch._dynamo.mark_static_address(tensor)
 
+    def _tensors(self) -> list[Tensor]:
+        return [*self.counts.values(), *self.sums.values()]
+
     def _move(self, device: torch.device) -> None:
-        before = self.counts, self.sums
+        before = self._tensors()
         self._place(device)
-        if any(tensor.is_meta for tensor in before[0].values()):
-            return  # nothing was counted
-        for old, new in zip(before, (self.counts, self.sums), strict=True):
-            for mode in MODES:
-                new[mode].copy_(old[mode])
+        for old, new in zip(before, self._tensors(), strict=True):
+            if not old.is_meta:  # else nothing was counted
+                new.copy_(old)
 
     def __call__(
         self, plan: Plan, aux: Aux | None, routing: Routing | None, used_token: Tensor | None
@@ -236,9 +237,8 @@ class _Counters:
         return torch.cat([self.counts[mode].to(sums.dtype), sums])
 
     def reset(self) -> None:
-        for tensors in (self.counts, self.sums):
-            for mode in MODES:
-                tensors[mode].zero_()
+        for tensor in self._tensors():
+            tensor.zero_()
 
     def unpacked(self, packed: Tensor) -> LayerStats:
         """The inverse of `packed`, for a tensor on the CPU."""
