@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import Node
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -204,17 +203,13 @@ def _on_host(tables: list[Tensor]) -> list[list[list[int]]]:
     ]
 
 
-def check_backward(
-    rows: list[Tensor], communicator: Communicator, call: CallRecord, nodes: list[Node | None]
-) -> list[Tensor]:
-    """Return the same rows; their backward begins with a check that all ranks run it.
+class CheckBackward(Function):
+    """`apply(*rows, communicator, call, nodes)` returns the rows; their backward begins with a
+    check that all ranks run it.
 
     nodes: the autograd nodes whose backward sends gradients
     """
-    return list(_CheckBackward.apply(*rows, communicator, call, nodes))
 
-
-class _CheckBackward(Function):
     @staticmethod
     def forward(*args):
         return tuple(tensor.view_as(tensor) for tensor in args[:-3])
@@ -239,5 +234,5 @@ class _CheckBackward(Function):
         else:
             with communicator.state.backward(call.tensor_parallel_size == 1):
                 communicator.exchange_counts(call, counts)
-            grads = _CheckBackward.apply(*grads, communicator, ctx.call, ())
+            grads = CheckBackward.apply(*grads, communicator, ctx.call, ())
         return *grads, None, None, None

@@ -18,7 +18,7 @@ from ..experts.base import check_shape
 from ..ops.functional import combine, dispatch, has_autocast
 from ..ops.plan import Plan, make_plan
 from .all_to_all import PendingRows, finish, reverse, start
-from .communicator import Communicator, check_backward
+from .communicator import CheckBackward, Communicator
 from .consistency import CallRecord
 from .permute import Chunk, capacity_chunks, route_chunks, token_chunks
 from .tensor_parallel import TokenShards
@@ -144,7 +144,8 @@ class AllToAllTransport:
             self.all_ranks.state.is_exchanging = False
         if guard.failure is not None:
             self.all_ranks.state.has_failed = True
-        return check_backward(returned, self.all_ranks, call, nodes), result, guard.failure
+        returned = list(CheckBackward.apply(*returned, self.all_ranks, call, nodes))
+        return returned, result, guard.failure
 
 
 class TwoLevelTransport:
