@@ -152,19 +152,14 @@ def test_top1gating_equals_deepspeeds(batch):
     for i in CASES:
         case = Case(1, batch, i)
         case.min_capacity = min(case.min_capacity, case.S)
-        options = [
-            case.factor,
-            case.min_capacity,
-            case.used_token(case.S),
-            case.of(None, "RSample"),
-            case.drops,
-        ]
+        used, noise = case.used_token(case.S), case.of(None, "RSample")
         C = sharded_moe._capacity(torch.empty(case.S, case.E), case.factor, case.min_capacity)
         # DeepSpeed has no capacity if every token is unused.
-        if options[2] is not None and not case.drops:
-            options[2][0] = 1
+        if used is not None and not case.drops:
+            used[0] = 1
         use_rts = bool(case.drops and C < case.S) or case.of(True, False)
-        compare(case, "top1gating", *options, use_rts, None)
+        options = case.factor, case.min_capacity, used, noise, case.drops, use_rts, None
+        compare(case, "top1gating", *options)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -203,90 +198,95 @@ def test_noise_equals_deepspeeds_draws():
         assert torch.equal(mine, theirs)
 
 
-class Modules:
+class Modules(Case):
     """Gates or layers of both packages with equal weights, and a hidden state."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        case.dtype = case.of(torch.float32, torch.float32, torch.bfloat16, torch.float16)
-        case.E = case.integer(2, 12)
-        self.H = case.integer(8, 24)
-        self.k = case.integer(1, 4) if case.E >= 4 else case.integer(1, 2)
-        self.trains = case.of(True, False)
-        shape = case.of((case.S,), (1, case.S), (case.S, 2))
-        self.hidden = torch.randn(*shape, self.H, generator=case.generator).to(case.dtype)
+    def __init__(self, *numbers: int) -> None:
+        super().__init__(*numbers)
+        self.dtype = self.of(torch.float32, torch.float32, torch.bfloat16, torch.float16)
+        self.E = self.integer(2, 12)
+        self.H = self.integer(8, 24)
+        k = self.integer(1, 4) if self.E >= 4 else self.integer(1, 2)
+        self.trains = self.of(True, False)
+        shape = self.of((self.S,), (1, self.S), (self.S, 2))
+        self.hidden = torch.randn(*shape, self.H, generator=self.generator).to(self.dtype)
         # DeepSpeed masks tokens for k = 1 only, and its top-1 gate needs min_capacity tokens.
-        self.used_token = None
-        if self.k == 1:
-            case.min_capacity = min(case.min_capacity, case.S)
-            self.used_token = case.used_token(self.hidden[..., 0].numel())
-            if self.used_token is not None:
-                self.used_token[0] = 1
+        self.mask = None
+        if k == 1:
+            self.min_capacity = min(self.min_capacity, self.S)
+            self.mask = self.used_token(self.hidden[..., 0].numel())
+            if self.mask is not None:
+                self.mask[0] = 1
         self.options = {
-            "k": self.k,
-            "capacity_factor": case.factor,
-            "eval_capacity_factor": case.number(0.3, 2),
-            "min_capacity": case.min_capacity,
-            "noisy_gate_policy": case.of(None, "Jitter", *["RSample"] * (self.k == 1)),
-            "drop_tokens": case.drops,
+            "k": k,
+            "capacity_factor": self.factor,
+            "eval_capacity_factor": self.number(0.3, 2),
+            "min_capacity": self.min_capacity,
+            "noisy_gate_policy": self.of(None, "Jitter", *["RSample"] * (k == 1)),
+            "drop_tokens": self.drops,
             "use_rts": True,
-            "top2_2nd_expert_sampling": case.of(True, False),
+            "top2_2nd_expert_sampling": self.of(True, False),
         }
 
     def hangs_on_rounding(self, gate: nn.Module) -> bool:
         """Whether dropping by probability is nearly a tie, with the noise of this case."""
-        if self.k <= 2 or not self.case.drops:
+        k = self.options["k"]
+        if k <= 2 or not self.drops:
             return False
         tokens = self.hidden.reshape(-1, self.H).float()
-        torch.manual_seed(self.case.seed)
+        torch.manual_seed(self.seed)
         if self.options["noisy_gate_policy"] == "Jitter" and self.trains:
             tokens = ds.multiplicative_jitter(tokens, tokens.device)
         probs = (tokens @ gate.wg.weight.float().t()).softmax(-1)
         name = "capacity_factor" if self.trains else "eval_capacity_factor"
-        C = sharded_moe._capacity(probs, self.k * self.options[name], self.case.min_capacity)
-        return hangs_on_rounding(probs, self.k, int(C))
+        C = sharded_moe._capacity(probs, k * self.options[name], self.min_capacity)
+        return hangs_on_rounding(probs, k, int(C))
 
     def step(self, layer: nn.Module, call) -> list[Tensor]:
         """The outputs, then the gradients of the first two for the hidden state and parameters."""
-        layer.train(self.trains)
+        layer.to(self.dtype).train(self.trains)
         hidden = self.hidden.clone().requires_grad_()
-        out = self.case.run(call, layer, hidden)
+        out = self.run(call, layer, hidden, self.mask)
         upstream = torch.arange(out[0].numel()).mul(1.7).sin().view_as(out[0])
         loss = (out[0] * upstream).sum() + 7 * out[1]
         inputs = [hidden, *layer.parameters()]
         return [*out, *torch.autograd.grad(loss, inputs, allow_unused=True)]
 
-    def assert_alike(self, ours: list[Tensor], theirs: list[Tensor]) -> None:
-        eps = torch.finfo(self.case.dtype).eps
-        for a, b in zip(ours, theirs, strict=True):
+    def compare(self, ours: nn.Module, theirs: nn.Module, call) -> None:
+        """call: a function of (module, hidden, used_token) that returns the outputs"""
+        eps = torch.finfo(self.dtype).eps
+        for a, b in zip(self.step(ours, call), self.step(theirs, call), strict=True):
             if b is None or not b.is_floating_point():
                 assert a is b is None or torch.equal(a, b)
                 continue
             assert a.dtype == b.dtype
             error = (a.double() - b.double()).norm()
             # Sums over tokens may cancel.
-            assert error <= eps * (64 * b.double().norm() + (b.numel() * self.case.S) ** 0.5)
+            assert error <= eps * (64 * b.double().norm() + (b.numel() * self.S) ** 0.5)
+
+
+def gate_outputs(gate: nn.Module, hidden: Tensor, used_token: Tensor | None) -> tuple:
+    tokens = hidden.flatten(0, -2)
+    l_aux, C, _, indices, locations, gates, counts = gate(tokens, used_token, True)
+    return gates, l_aux, torch.as_tensor(int(C)), indices, locations, counts
+
+
+def layer_outputs(layer: nn.Module, hidden: Tensor, used_token: Tensor | None) -> tuple:
+    return layer(hidden, used_token), layer.l_aux, layer.exp_counts
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_gate_equals_deepspeeds(batch):
     for i in CASES:
-        case = Case(4, batch, i)
-        modules = Modules(case)
-        theirs = ds.TopKGate(modules.H, case.E, **modules.options).to(case.dtype)
-        if modules.hangs_on_rounding(theirs):
+        case = Modules(4, batch, i)
+        theirs = ds.TopKGate(case.H, case.E, **case.options)
+        if case.hangs_on_rounding(theirs.to(case.dtype)):
             continue
         ours = sharded_moe.TopKGate(
-            modules.H, case.E, **modules.options, sampling_in_eval=True, dtype=case.dtype
+            case.H, case.E, **case.options, sampling_in_eval=True, dtype=case.dtype
         )
         ours.load_state_dict(theirs.state_dict())
-
-        def call(gate, hidden, modules=modules):
-            tokens = hidden.reshape(-1, modules.H)
-            l_aux, C, _, indices, locations, gates, counts = gate(tokens, modules.used_token, True)
-            return gates, l_aux, torch.as_tensor(int(C)), indices, locations, counts
-
-        modules.assert_alike(modules.step(ours, call), modules.step(theirs, call))
+        case.compare(ours, theirs, gate_outputs)
 
 
 def expert(H: int) -> nn.Module:
@@ -297,35 +297,21 @@ def expert(H: int) -> nn.Module:
 def test_moe_equals_deepspeeds(batch):
     """Layers built and loaded alike have equal outputs and gradients."""
     for i in CASES:
-        case = Case(5, batch, i)
-        modules = Modules(case)
-        residual = case.of(True, False)
-
-        def make(MoE, case=case, modules=modules, residual=residual, **options):
-            torch.manual_seed(case.seed)
-            return MoE(
-                modules.H,
-                expert(modules.H),
-                num_experts=case.E,
-                use_residual=residual,
-                **modules.options,
-                **options,
-            ).to(case.dtype)
-
-        theirs = make(ds_layer.MoE)
-        if modules.hangs_on_rounding(theirs.deepspeed_moe.gate):
+        case = Modules(5, batch, i)
+        options = case.options | {"num_experts": case.E, "use_residual": case.of(True, False)}
+        torch.manual_seed(case.seed)
+        theirs = ds_layer.MoE(case.H, expert(case.H), **options).to(case.dtype)
+        if case.hangs_on_rounding(theirs.deepspeed_moe.gate):
             continue
-        ours = make(our_layer.MoE, sampling_in_eval=True)
+        torch.manual_seed(case.seed)
+        ours = our_layer.MoE(case.H, expert(case.H), **options, sampling_in_eval=True)
+        ours.to(case.dtype)
         for (name, a), (their_name, b) in zip(
             ours.state_dict().items(), theirs.state_dict().items(), strict=True
         ):
             assert name == their_name
             assert torch.equal(a, b)
-
-        def call(moe, hidden, modules=modules):
-            return moe(hidden, modules.used_token)
-
-        modules.assert_alike(modules.step(ours, call), modules.step(theirs, call))
+        case.compare(ours, theirs, nn.Module.__call__)
 
 
 class Masks(nn.Module):
@@ -343,16 +329,15 @@ class Masks(nn.Module):
 @pytest.mark.parametrize("foreign", ["gate", "masks", "experts", "both", "our gate in their layer"])
 def test_deepspeeds_gate_and_experts_run_in_our_layer(foreign, batch):
     for i in CASES:
-        case = Case(6, batch, i)
-        modules = Modules(case)
+        case = Modules(6, batch, i)
         torch.manual_seed(case.seed)
-        their_gate = ds.TopKGate(modules.H, case.E, **modules.options)
-        their_experts = ds_experts.Experts(expert(modules.H), case.E, "ep_size_1")
-        if modules.hangs_on_rounding(their_gate.to(case.dtype)):
+        their_gate = ds.TopKGate(case.H, case.E, **case.options)
+        their_experts = ds_experts.Experts(expert(case.H), case.E, "ep_size_1")
+        if case.hangs_on_rounding(their_gate.to(case.dtype)):
             continue
-        our_gate = sharded_moe.TopKGate(modules.H, case.E, **modules.options, sampling_in_eval=True)
+        our_gate = sharded_moe.TopKGate(case.H, case.E, **case.options, sampling_in_eval=True)
         our_gate.load_state_dict(their_gate.state_dict())
-        our_experts = moe_ext.deepspeed.experts.Experts(expert(modules.H), case.E, "ep_size_1")
+        our_experts = moe_ext.deepspeed.experts.Experts(expert(case.H), case.E, "ep_size_1")
         our_experts.load_state_dict(their_experts.state_dict())
         theirs = ds.MOELayer(their_gate, their_experts, "ep_size_1", 1, case.E)
         if foreign == "our gate in their layer":
@@ -361,11 +346,4 @@ def test_deepspeeds_gate_and_experts_run_in_our_layer(foreign, batch):
             gate = {"experts": our_gate, "masks": Masks(their_gate)}.get(foreign, their_gate)
             experts = our_experts if foreign == "gate" else their_experts
             ours = moe_ext.MOELayer(gate, experts, "ep_size_1", 1, case.E)
-
-        def call(layer, hidden, modules=modules):
-            out = layer(hidden, modules.used_token)
-            return out, layer.l_aux, layer.exp_counts
-
-        modules.assert_alike(
-            modules.step(ours.to(case.dtype), call), modules.step(theirs.to(case.dtype), call)
-        )
+        case.compare(ours, theirs, layer_outputs)
