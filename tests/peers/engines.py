@@ -5,15 +5,12 @@ import importlib
 import os
 from typing import NamedTuple
 
-import pytest
 import torch
 from processes import on_processes
 from torch import Tensor, nn
 
 import moe_ext
 from moe_ext import convert
-
-pytest.importorskip("deepspeed", reason="needs the extra peers")
 
 THEIRS, OURS = "deepspeed.moe", "moe_ext.deepspeed"
 
@@ -80,16 +77,18 @@ def config_of(run: Run) -> dict:
     }
 
 
-def without_compiler(rank: int):
-    """Initialise DeepSpeed on one of several ranks."""
+def deepspeed_on(rank: int):
+    """Initialise DeepSpeed on one of several ranks. Returns the package."""
     # Compilation only affects speed.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     os.environ["LOCAL_RANK"] = str(rank)
-    return importlib.import_module("deepspeed")
+    deepspeed = importlib.import_module("deepspeed")
+    deepspeed.init_distributed("gloo")
+    return deepspeed
 
 
 def engine_of(rank: int, package: str, run: Run, *, make=Model, seed: int = 0, mpu=None, **config):
-    deepspeed = without_compiler(rank)
+    deepspeed = deepspeed_on(rank)
     torch.manual_seed(seed)
     model = make(package, run.ep_size, run.drops)
     parameters = list(model.parameters())

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="needs the extra peers")
-
 
 @pytest.fixture
 def bench(monkeypatch):

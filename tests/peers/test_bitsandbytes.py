@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from bitsandbytes import functional
 
 from moe_ext import QuantizedWeight
-
-functional = pytest.importorskip("bitsandbytes.functional", reason="needs the extra peers")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

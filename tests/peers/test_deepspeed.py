@@ -10,13 +10,10 @@ import functools
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("deepspeed", reason="needs the extra peers")
-
 from deepspeed.moe import experts as ds_experts
 from deepspeed.moe import layer as ds_layer
 from deepspeed.moe import sharded_moe as ds
+from torch import Tensor, nn
 
 import moe_ext
 import moe_ext.deepspeed.experts

@@ -4,16 +4,13 @@ import inspect
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("deepspeed", reason="needs the extra peers")
-
 from deepspeed.moe import experts as ds_experts
 from deepspeed.moe import layer as ds_layer
 from deepspeed.moe import mappings as ds_mappings
 from deepspeed.moe import sharded_moe as ds
 from deepspeed.moe import utils as ds_utils
 from test_deepspeed import Case, expert
+from torch import nn
 
 import moe_ext
 import moe_ext.deepspeed.experts

@@ -1,6 +1,7 @@
 """The engine's checkpoints of one package load into the other."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from engines import (
     Grouped,
     H,
     Model,
-    Result,
     Run,
     assert_alike,
     engine_of,
@@ -26,13 +26,10 @@ from torch import Tensor, nn
 import moe_ext
 
 
-def _resume(
-    rank: int, before: str, after: str, run: Run, folder: str, make: type[Model] = Model
-) -> tuple[Result, dict[str, Tensor], Result, Result]:
-    """One training continues while another resumes from its checkpoint, in one process.
-
-    Returns the training until the checkpoint, the loaded weights, and both continuations.
-    """
+def assert_resumes(
+    rank: int, before: str, after: str, run: Run, folder: Path, make: type[Model] = Model
+) -> None:
+    """A training that resumes from a checkpoint is as one that continues."""
     first = engine_of(rank, before, run, make=make)
     saved = trained(first, rank, range(HALF))
     assert first.save_checkpoint(folder)
@@ -40,8 +37,13 @@ def _resume(
     path, _ = second.load_checkpoint(folder)
     assert path is not None
     loaded = weights_of(second)
+    assert saved.weights.keys() == loaded.keys()
+    assert all(torch.equal(loaded[name], w) for name, w in saved.weights.items())
     rest = range(HALF, 2 * HALF)
-    return saved, loaded, trained(first, rank, rest), trained(second, rank, rest)
+    continued, resumed = trained(first, rank, rest), trained(second, rank, rest)
+    assert_alike(resumed, continued, run.dtype)
+    assert any(not torch.equal(continued.weights[name], w) for name, w in saved.weights.items())
+    assert saved.losses[-1] < saved.losses[0]
 
 
 CHECKPOINTS = [
@@ -57,13 +59,9 @@ CHECKPOINTS = [
     [(OURS, THEIRS), (THEIRS, OURS), (OURS, OURS)],
     ids=["ours to theirs", "theirs to ours", "ours to ours"],
 )
-def test_training_goes_on_from_a_checkpoint_of_either_package(before, after, ranks, run, tmp_path):
-    found = on_processes(ranks, _resume, before, after, run, str(tmp_path))
-    for saved, loaded, continued, resumed in found:
-        assert saved.weights.keys() == loaded.keys()
-        assert all(torch.equal(loaded[name], w) for name, w in saved.weights.items())
-        assert_alike(resumed, continued, run.dtype)
-        assert any(not torch.equal(continued.weights[name], w) for name, w in saved.weights.items())
+@on_ranks(lambda ranks, **_: ranks)
+def test_either_package_resumes_from_a_checkpoint(rank, before, after, ranks, run, tmp_path):
+    assert_resumes(rank, before, after, run, tmp_path)
     assert len(list(tmp_path.glob("*/layer_*_expert_*"))) == 4 + 2 + 8
 
 
@@ -81,12 +79,9 @@ def test_a_missing_expert_file_is_named(package, tmp_path):
 
 
 @pytest.mark.parametrize(("ranks", "run"), GROUPED, ids=str)
-def test_checkpoints_hold_grouped_experts_one_by_one(ranks, run, tmp_path):
-    found = on_processes(ranks, _resume, OURS, OURS, run, str(tmp_path), Grouped)
-    for saved, loaded, continued, resumed in found:
-        assert all(torch.equal(loaded[name], w) for name, w in saved.weights.items())
-        assert saved.losses[-1] < saved.losses[0]
-        assert_alike(resumed, continued, run.dtype)
+@on_ranks(lambda ranks, **_: ranks)
+def test_checkpoints_hold_grouped_experts_one_by_one(rank, ranks, run, tmp_path):
+    assert_resumes(rank, OURS, OURS, run, tmp_path, Grouped)
     name = "layer_2_expert_7_mp_rank_00_model_states.pt"
     one = torch.load(next(tmp_path.glob(f"*/{name}")), weights_only=True)
     place = "layers.2.deepspeed_moe.experts.deepspeed_experts.7"

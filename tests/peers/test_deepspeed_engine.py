@@ -19,11 +19,11 @@ from engines import (
     Result,
     Run,
     assert_alike,
+    deepspeed_on,
     engine_of,
     results,
     trained,
     weights_of,
-    without_compiler,
 )
 from processes import on_processes, on_ranks
 from torch import Tensor, nn
@@ -97,30 +97,37 @@ def test_the_engine_times_the_layers(rank):
     assert min(gate.gate_time for gate in engine.gate_modules) > 0
 
 
-def _parallel_before(rank: int, groups_are_given: bool) -> Result:
+def _divided_before(
+    rank: int, run: Run, make: type[Model] = Model, groups_are_given: bool = False
+) -> Result:
     """set_deepspeed_parallelism is called before deepspeed.initialize, which calls it too."""
 
-    def make(*args) -> nn.Module:
-        model = Model(*args)
+    def divided(*args) -> nn.Module:
+        model = make(*args)
         groups = moe_ext.parallel.make_groups(2) if groups_are_given else None
         for layer in model.layers:
             layer.set_deepspeed_parallelism(groups=groups)
         return model
 
-    without_compiler(rank).init_distributed("gloo")
-    return trained(engine_of(rank, OURS, Run(2), make=make), rank, range(HALF))
+    deepspeed_on(rank)
+    return trained(engine_of(rank, OURS, run, make=divided), rank, range(HALF))
 
 
-def test_groups_made_before_the_engine_are_the_engines():
-    for mine, wanted in zip(
-        on_processes(2, _parallel_before, False), results(2, OURS, Run(2)), strict=True
-    ):
-        assert mine.losses == wanted.losses[:HALF]
+SPLIT = [(Run(size, 1, splitter=name), Grouped) for size in (1, 2) for name in (OURS, THEIRS)]
+
+
+@pytest.mark.parametrize("args", [(Run(2),), *SPLIT], ids=str)
+def test_groups_made_before_the_engine_are_the_engines(args):
+    """Process groups, and optimizer groups of grouped experts too."""
+    run, *make = args
+    wanted = results(2, OURS, run._replace(splitter=None), *make)
+    for a, b in zip(on_processes(2, _divided_before, *args), wanted, strict=True):
+        assert a.losses == b.losses[:HALF]
 
 
 def test_groups_given_before_the_engine_are_refused():
     with pytest.raises(RuntimeError, match=r"build the model anew and leave out the call before"):
-        on_processes(2, _parallel_before, True)
+        on_processes(2, _divided_before, Run(2), Model, True)
 
 
 @on_ranks(2)
@@ -142,29 +149,6 @@ def test_a_model_may_have_a_second_engine(rank):
         trained(engine_of(rank, OURS, Run(2), make=make), rank, range(HALF)) for make in makers
     )
     assert again.losses == fresh.losses
-
-
-def _train_split(rank: int, run: Run) -> Result:
-    """The script makes the optimizer groups of grouped experts itself."""
-
-    def make(*args) -> nn.Module:
-        model = Grouped(*args)
-        for layer in model.layers:
-            layer.set_deepspeed_parallelism()
-        return model
-
-    without_compiler(rank).init_distributed("gloo")
-    return trained(engine_of(rank, OURS, run, make=make), rank, range(HALF))
-
-
-@pytest.mark.parametrize("splitter", [OURS, THEIRS])
-@pytest.mark.parametrize("ep_size", [1, 2])
-def test_optimizer_groups_of_grouped_experts(ep_size, splitter):
-    run = Run(ep_size, 1, splitter=splitter)
-    mine = on_processes(2, _train_split, run)
-    wanted = results(2, OURS, run._replace(splitter=None), Grouped)
-    for a, b in zip(mine, wanted, strict=True):
-        assert a.losses == b.losses[:HALF]
 
 
 @pytest.mark.parametrize(("ranks", "run"), GROUPED, ids=str)

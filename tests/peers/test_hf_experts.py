@@ -3,14 +3,12 @@
 import runpy
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from cases import relative_error
 from torch import nn
-
-pytest.importorskip("transformers", reason="needs the extra peers")
-
-import transformers
 from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
 
@@ -198,7 +196,6 @@ def test_models_save_and_load(name, tmp_path):
 
 
 def test_lora_on_expert_parameters_is_that_of_eager():
-    peft = pytest.importorskip("peft", reason="needs the extra peers")
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = peft.LoraConfig(target_modules=[], target_parameters=names, r=4, lora_alpha=8)
     results = []
@@ -214,7 +211,6 @@ def test_lora_on_expert_parameters_is_that_of_eager():
 
 
 def test_the_trainer_trains(tmp_path):
-    pytest.importorskip("accelerate", reason="needs the extra peers")
     data = [{"input_ids": ids, "labels": ids} for ids in tokens_of(2, 12)] * 4
     losses = []
     for implementation in ("eager", "moe_ext"):
@@ -230,7 +226,6 @@ def test_the_trainer_trains(tmp_path):
 
 
 def test_the_finetuning_example_runs(capsys, tmp_path, monkeypatch):
-    pytest.importorskip("accelerate", reason="needs the extra peers")
     monkeypatch.chdir(tmp_path)
     path = Path(__file__).parents[2] / "examples" / "finetune_mixtral.py"
     results = runpy.run_path(str(path))["main"](["--steps", "4", "--batch", "2", "--length", "32"])

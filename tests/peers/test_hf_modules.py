@@ -4,13 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("transformers", reason="needs the extra peers")
-
 import transformers
 from cases import relative_error
 from test_hf_experts import assert_close
+from torch import nn
 from transformers.integrations import moe
 
 import moe_ext.hf

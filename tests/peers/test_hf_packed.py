@@ -1,15 +1,11 @@
 """Loading of packed models by moe_ext.hf: options, interruptions, and what is refused."""
 
+import json
 import threading
 
 import pytest
-import torch
-
-pytest.importorskip("transformers", reason="needs the extra peers")
-
-import json
-
 import safetensors.torch
+import torch
 import transformers
 from hf_models import SIZES, model_of, shipped_by_gpt_oss
 

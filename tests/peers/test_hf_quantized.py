@@ -5,13 +5,10 @@ import importlib
 from pathlib import Path
 
 import pytest
-import torch
-from cases import relative_error
-
-pytest.importorskip("transformers", reason="needs the extra peers")
-
 import safetensors.torch
+import torch
 import transformers
+from cases import relative_error
 from hf_models import SIZES, model_of, shipped_by_gpt_oss
 
 import moe_ext.hf

@@ -2,10 +2,6 @@
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="needs the extra peers")
-pytest.importorskip("accelerate", reason="needs the extra peers")
-
 import transformers
 from test_hf_experts import SIZES, model_of, tokens_of, training_arguments
 

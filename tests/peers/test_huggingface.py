@@ -5,9 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import relative_error
-
-pytest.importorskip("transformers", reason="needs the extra peers")
-
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
