@@ -1,6 +1,5 @@
 """Run functions in the processes of a gloo group, which stay for a file's later functions."""
 
-import atexit
 import functools
 import importlib
 import inspect
@@ -67,6 +66,13 @@ def _body(rank: int, module: str, name: str, arguments: dict) -> None:
     getattr(importlib.import_module(module), name).__wrapped__(rank, **arguments)
 
 
+def gathered(value) -> list:
+    """The values of all ranks, on each of them."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 class Processes:
     def __init__(self, number: int, seconds: float = 60) -> None:
         """seconds: how long a process waits for another"""
@@ -102,7 +108,6 @@ class Processes:
         self.folder.cleanup()
 
 
-@atexit.register
 def close() -> None:
     """End all processes: the threads of gloo's groups wake up often, and slow what runs beside."""
     while _pools:

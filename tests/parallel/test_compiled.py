@@ -6,18 +6,11 @@ import pytest
 import torch
 from parallel_faults import E, H, layer_of
 from processes import on_ranks
-from test_expert_parallel import Case, assert_like_one_process, divided_layer, results_of
+from test_expert_parallel import Case, assert_like_one_process, divided_layer, on_ranks_of_case
 from torch import nn
 
 from moe_ext import MoE
 from moe_ext.parallel import make_groups
-
-
-def _compiled(rank: int, case: Case):
-    torch._dynamo.reset()
-    layer = divided_layer(case)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=case.drop_tokens)
-    return results_of(compiled, case, rank)
 
 
 @pytest.mark.parametrize(
@@ -30,8 +23,12 @@ def _compiled(rank: int, case: Case):
     ],
     ids=str,
 )
-def test_compiled_ranks_compute_what_one_process_computes(case):
-    assert_like_one_process(case, _compiled)
+@on_ranks_of_case
+def test_compiled_ranks_compute_what_one_process_computes(rank, case):
+    torch._dynamo.reset()
+    layer = divided_layer(case)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=case.drop_tokens)
+    assert_like_one_process(rank, case, compiled)
 
 
 @pytest.mark.parametrize(
@@ -46,18 +43,18 @@ def test_compiled_ranks_compute_what_one_process_computes(case):
 )
 @on_ranks(2)
 def test_one_rank_may_fall_back_to_eager_code(rank, options, gate):
-    """Rank 0 has more sizes than torch.compile makes programs for, and rank 1 has one."""
+    """Rank 0 has more sizes than torch.compile may make programs for, and rank 1 has one."""
     torch._dynamo.reset()
     layer = layer_of(dtype=torch.float64, options=options, **gate)
     eager = copy.deepcopy(layer)
     compiled = torch.compile(layer, backend="eager", dynamic=False)
-    for call in range(5):
+    for call in range(3):
         x = torch.randn(3 + (call if rank == 0 else 0), H, dtype=torch.float64)
         found = []
         for run in (compiled, eager):
             tokens = x.clone().requires_grad_()
-            # Rank 0 runs eagerly from the third size on.
-            with torch._dynamo.config.patch(recompile_limit=2):
+            # Rank 0 runs eagerly from the second size on.
+            with torch._dynamo.config.patch(recompile_limit=1):
                 out = run(tokens)
             (grad,) = torch.autograd.grad(out.square().sum(), tokens)
             found.append((out, grad))

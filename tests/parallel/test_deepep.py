@@ -5,7 +5,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from test_expert_parallel import Case, assert_like_one_process, divided_layer, results_of
+from processes import gathered
+from test_expert_parallel import Case, assert_like_one_process, divided_layer, on_ranks_of_case
 
 
 class DeepEPBuffer:
@@ -34,7 +35,7 @@ class DeepEPBuffer:
         if handle is not None:
             topk_idx, num_experts = handle
         assert topk_idx.dtype == torch.int64
-        parts = self._gathered((x, topk_idx, topk_weights))
+        parts = gathered((x, topk_idx, topk_weights))
         size = num_experts // len(parts)
         received = []
         for rows, ids, weights in parts:
@@ -52,7 +53,7 @@ class DeepEPBuffer:
     def combine(self, x, handle, topk_weights=None):
         assert self.waited
         topk_idx, num_experts = handle
-        parts = self._gathered((x, topk_idx, topk_weights))
+        parts = gathered((x, topk_idx, topk_weights))
         out = torch.zeros(len(topk_idx), x.shape[1], dtype=x.dtype)
         weights = (
             None if topk_weights is None else torch.zeros_like(topk_idx, dtype=topk_weights.dtype)
@@ -68,20 +69,6 @@ class DeepEPBuffer:
                 weights[comes] += torch.where(is_there[mine][comes], returned, 0)
         return out, weights, self
 
-    def _gathered(self, mine: tuple) -> list[tuple]:
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-        return parts
-
-
-def _by_deepep(rank: int, case: Case, is_set_later: bool):
-    buffer = mock.Mock(wraps=DeepEPBuffer())
-    layer = divided_layer(case, deepep=None if is_set_later else buffer)
-    layer.experts.deepep = buffer
-    results = results_of(layer, case, rank)
-    assert buffer.dispatch.called
-    return results
-
 
 @pytest.mark.parametrize("is_set_later", [False, True])
 @pytest.mark.parametrize(
@@ -89,5 +76,10 @@ def _by_deepep(rank: int, case: Case, is_set_later: bool):
     [Case(k=1), Case(k=3), Case((6, 6), k=3, drop_tokens=True), Case((5, 0, 3, 7), k=4)],
     ids=str,
 )
-def test_ranks_compute_what_one_process_computes(case, is_set_later):
-    assert_like_one_process(case, _by_deepep, is_set_later)
+@on_ranks_of_case
+def test_ranks_compute_what_one_process_computes(rank, case, is_set_later):
+    buffer = mock.Mock(wraps=DeepEPBuffer())
+    layer = divided_layer(case, deepep=None if is_set_later else buffer)
+    layer.experts.deepep = buffer
+    assert_like_one_process(rank, case, layer)
+    assert buffer.dispatch.called

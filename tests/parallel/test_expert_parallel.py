@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import relative_error
-from processes import on_processes, on_ranks
+from processes import gathered, on_ranks
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,32 +94,23 @@ def divided_layer(case: Case, **options) -> MOELayer:
     return layer
 
 
-def results_of(layer: MOELayer, case: Case, rank: int) -> tuple:
-    return *step(layer, case, rank), gradients(layer.gate), gradients(layer.experts)
-
-
-def parallel_step(rank: int, case: Case):
-    return results_of(divided_layer(case), case, rank)
-
-
 def assert_same(actual, expected) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def assert_like_one_process(case: Case, function=parallel_step, *args, copies: int = 1) -> None:
-    """copies: ranks that hold the same tokens"""
-    found = on_processes(len(case.tokens) * copies, function, case, *args)
-    layer = layer_of(case)
-    expected = [step(layer, case, rank) for rank in range(len(case.tokens))]
-    for rank, (out, grad_tokens, _, _) in enumerate(found):
-        assert_same((out, grad_tokens), expected[rank // copies])
-    gate, experts = gradients(layer.gate), gradients(layer.experts)
-    for name, grad in gate.items():
-        assert_same(sum(of_gate[name] for _, _, of_gate, _ in found[::copies]), grad)
-    local = E // len(found)
-    for rank, (_, _, _, of_experts) in enumerate(found):
-        for name, actual in of_experts.items():
-            assert_same(actual, expected_part(experts, name, rank, local))
+def assert_like_one_process(
+    rank: int, case: Case, layer: MOELayer, *, run=step, copies: int = 1
+) -> None:
+    """run: a function as `step`. copies: ranks that hold the same tokens."""
+    part, alone = rank // copies, layer_of(case)
+    expected = [step(alone, case, tokens) for tokens in range(len(case.tokens))]
+    assert_same(run(layer, case, part), expected[part])
+    gates = gathered(gradients(layer.gate))[::copies]
+    for name, grad in gradients(alone.gate).items():
+        assert_same(sum(gate[name] for gate in gates), grad)
+    local = E // dist.get_world_size()
+    for name, actual in gradients(layer.experts).items():
+        assert_same(actual, expected_part(gradients(alone.experts), name, rank, local))
 
 
 def expected_part(gradients: dict, name: str, rank: int, local: int) -> torch.Tensor:
@@ -160,16 +151,13 @@ CASES = [
 ]
 
 
+on_ranks_of_case = on_ranks(lambda case, **_: len(case.tokens))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_ranks_compute_what_one_process_computes(case):
-    assert_like_one_process(case)
-
-
-def _reconfigured_step(rank: int, case: Case, before: dict):
-    layer = divided_layer(replace(case, options=before))
-    for name, value in case.options.items():
-        setattr(layer.experts, name, value)
-    return results_of(layer, case, rank)
+@on_ranks_of_case
+def test_ranks_compute_what_one_process_computes(rank, case):
+    assert_like_one_process(rank, case, divided_layer(case))
 
 
 @pytest.mark.parametrize(
@@ -184,8 +172,12 @@ def _reconfigured_step(rank: int, case: Case, before: dict):
     ],
     ids=str,
 )
-def test_options_may_change_between_calls(case, before):
-    assert_like_one_process(case, _reconfigured_step, before)
+@on_ranks_of_case
+def test_options_may_change_between_calls(rank, case, before):
+    layer = divided_layer(replace(case, options=before))
+    for name, value in case.options.items():
+        setattr(layer.experts, name, value)
+    assert_like_one_process(rank, case, layer)
 
 
 class CountCollectives(TorchDispatchMode):
@@ -239,7 +231,7 @@ class CountReads(TorchFunctionMode):
     ],
     ids=str,
 )
-@on_ranks(lambda case, reads: len(case.tokens))
+@on_ranks_of_case
 def test_the_host_reads_counts_once_per_level(rank, case, reads):
     """A group of one runs no collective."""
     layer = divided_layer(case)
@@ -256,29 +248,19 @@ def _with_shared(layer: MOELayer) -> MOELayer:
     return layer.double()
 
 
-def _shared_step(rank: int, case: Case):
-    layer = _with_shared(divided_layer(case))
-    with CountCollectives() as counted:
-        out, grad_tokens = step(layer, case, rank)
-    return out, grad_tokens, gradients(layer.experts.shared), counted.order
-
-
 @pytest.mark.parametrize("case", [Case(), Case((6, 6), drop_tokens=True)], ids=str)
-def test_shared_experts_run_between_launch_and_wait(case):
-    layer = _with_shared(layer_of(case))
-    found = on_processes(2, _shared_step, case)
-    for rank, (out, grad_tokens, _, order) in enumerate(found):
-        assert_same([out, grad_tokens], list(step(layer, case, rank)))
-        # They run between the all-to-all and its wait.
-        assert ("all_to_all", "shared") in itertools.pairwise(order)
-    for name, expected in gradients(layer.experts.shared).items():
-        assert_same(sum(grads[name] for _, _, grads, _ in found), expected)
-
-
-def _tensor_parallel_step(rank: int, case: Case):
-    """Ranks 0 and 1 hold the same tokens, and ranks 2 and 3."""
-    layer = divided_layer(case, tensor_group=make_groups(2).ep)
-    return results_of(layer, case, rank // 2)
+@on_ranks_of_case
+def test_shared_experts_run_between_launch_and_wait(rank, case):
+    layer, alone = _with_shared(divided_layer(case)), _with_shared(layer_of(case))
+    with CountCollectives() as counted:
+        found = step(layer, case, rank)
+    # They run between the all-to-all and its wait.
+    assert ("all_to_all", "shared") in itertools.pairwise(counted.order)
+    expected = [step(alone, case, part) for part in range(2)]
+    assert_same(found, expected[rank])
+    grads = gathered(gradients(layer.experts.shared))
+    for name, grad in gradients(alone.experts.shared).items():
+        assert_same(sum(of_rank[name] for of_rank in grads), grad)
 
 
 @pytest.mark.parametrize(
@@ -290,8 +272,11 @@ def _tensor_parallel_step(rank: int, case: Case):
     ],
     ids=str,
 )
-def test_ranks_of_a_tensor_group_send_a_share_and_get_the_sum(case):
-    assert_like_one_process(case, _tensor_parallel_step, copies=2)
+@on_ranks(4)
+def test_ranks_of_a_tensor_group_send_a_share_and_get_the_sum(rank, case):
+    """Ranks 0 and 1 hold the same tokens, and ranks 2 and 3."""
+    layer = divided_layer(case, tensor_group=make_groups(2).ep)
+    assert_like_one_process(rank, case, layer, copies=2)
 
 
 def _twice_differentiated(layer: MOELayer, case: Case, rank: int) -> torch.Tensor:
@@ -312,7 +297,7 @@ def _twice_differentiated(layer: MOELayer, case: Case, rank: int) -> torch.Tenso
     ],
     ids=str,
 )
-@on_ranks(lambda case: len(case.tokens))
+@on_ranks_of_case
 def test_second_gradients_are_those_of_one_process(rank, case):
     found, expected = (
         _twice_differentiated(layer, case, rank) for layer in (divided_layer(case), layer_of(case))
@@ -333,27 +318,30 @@ def test_rows_keep_their_dtype(rank, dtype, dedup, roundings):
     assert relative_error(out, expected) < roundings * torch.finfo(dtype).eps
 
 
-def _checkpointed(rank: int, case: Case, saves_exchange: bool):
-    layer = divided_layer(case)
+def _checkpointed(layer: MOELayer, case: Case, rank: int, **options):
     tokens, grad = inputs_of(case, rank)
-    options = {}
-    if saves_exchange:
-        saved = [torch.ops._c10d_functional.all_to_all_single.default]
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, saved)
     out, aux = checkpoint(layer.forward_with_aux, tokens, use_reentrant=False, **options)
     ((out * grad).sum() + aux.l_aux).backward()
-    return out.detach(), tokens.grad, gradients(layer.gate), gradients(layer.experts)
+    return out.detach(), tokens.grad
 
 
 @pytest.mark.parametrize(
     "case", [Case(), Case((6, 6), drop_tokens=True), Case(options={"overlap": 2})], ids=str
 )
 @pytest.mark.parametrize("saves_exchange", [False, True])
-def test_activation_checkpointing_recomputes_or_saves_the_exchange(saves_exchange, case):
-    assert_like_one_process(case, _checkpointed, saves_exchange)
+@on_ranks_of_case
+def test_activation_checkpointing_recomputes_or_saves_the_exchange(rank, saves_exchange, case):
+    options = {}
+    if saves_exchange:
+        saved = [torch.ops._c10d_functional.all_to_all_single.default]
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, saved)
+    run = partial(_checkpointed, **options)
+    assert_like_one_process(rank, case, divided_layer(case), run=run)
 
 
-def test_equal_inputs_give_bitwise_equal_results():
+@on_ranks(4)
+def test_equal_inputs_give_bitwise_equal_results(rank):
     case = Case((5, 3, 0, 7), k=3, nodes=2, options={"dedup": True})
-    first, second = (on_processes(4, parallel_step, case) for _ in range(2))
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    layers = divided_layer(case), divided_layer(case)
+    found = [(step(layer, case, rank), gradients(layer)) for layer in layers]
+    torch.testing.assert_close(*found, rtol=0, atol=0)

@@ -21,7 +21,7 @@ from moe_ext.parallel import make_groups
 
 
 def shorten_timeout(group: dist.ProcessGroup) -> None:
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
 
 
 @pytest.mark.parametrize("options", [{}, {"dedup": True}, {"overlap": 2}])
@@ -53,7 +53,7 @@ def impatient_layer() -> MOELayer:
 def _one_dies(rank: int) -> str:
     layer = impatient_layer()
     if rank == 1:
-        time.sleep(1)  # what it has sent arrives
+        time.sleep(0.3)  # what it has sent arrives
         os._exit(3)
     return error_of(lambda: [layer(torch.randn(T, H)) for _ in range(2)])
 
@@ -76,7 +76,7 @@ def test_a_rank_that_does_not_call_ends_the_others_calls_after_the_timeout(rank)
     if rank == 0:
         error = error_of(lambda: layer(torch.randn(T, H)))
         assert error.startswith("RuntimeError")
-        assert 2 < time.monotonic() - begin < 15
+        assert 0.5 < time.monotonic() - begin < 15
     dist.barrier()
 
 
@@ -90,10 +90,11 @@ def _failing(error, first, second, x):
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("options", [{}, {"drop_tokens": False, "options": {"overlap": 2}}])
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-def test_experts_that_fail_on_one_rank_fail_on_all_in_the_next_call(error, options, trains):
+@on_ranks(2)
+def test_experts_that_fail_on_one_rank_fail_on_all_in_the_next_call(rank, error, options, trains):
     """The others get NaN in that call, and an error in the next one."""
-    told, has_nan = run_out_of_step(partial(_failing, error), options, E, trains)
-    assert has_nan or trains
+    told, has_nan = run_out_of_step(rank, partial(_failing, error), options, E, trains)
+    assert has_nan or trains or rank == 1
     assert "experts raised an exception in the last call on rank 1 of the group" in told
 
 

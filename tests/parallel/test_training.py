@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from processes import on_processes, on_ranks
+from processes import gathered, on_processes, on_ranks
 from test_expert_parallel import Case, CountCollectives, E, H, layer_of
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -83,10 +83,8 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 def everyones(model: nn.Module, groups: parallel.Groups) -> dict[str, torch.Tensor]:
     """The state of all experts, gathered from all ranks."""
     state = parallel.global_state(model, groups, model.state_dict())
-    mine = {name: whole(value) for name, value in state.items()}
-    every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    return {name: value for state in every for name, value in state.items()}
+    states = gathered({name: whole(value) for name, value in state.items()})
+    return {name: value for state in states for name, value in state.items()}
 
 
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (2, 1)])
