@@ -19,6 +19,7 @@ _pools: dict[int, "Processes"] = {}
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
+        "functorch.compile",
         "torch._dynamo",
         "torch.distributed.fsdp",
         "torch.distributed.tensor",

@@ -21,15 +21,15 @@ SIZES = {
 }
 
 
-def model_of(name: str):
-    config = getattr(transformers, f"{name}Config")(**SIZES)
+def model_of(name: str, **options):
+    config = transformers.AutoConfig.for_model(name, **SIZES | options)
     torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def shipped_by_gpt_oss(folder, **changes) -> None:
     """A checkpoint in gpt-oss's layout, with experts in MXFP4."""
-    model = model_of("GptOss")
+    model = model_of("gpt_oss")
     state = {}
     for name, tensor in model.state_dict().items():
         if "experts" in name and name.endswith("_proj"):

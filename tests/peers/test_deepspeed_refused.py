@@ -5,10 +5,11 @@ import importlib
 import pytest
 import torch
 from engines import HALF, OURS, TOKENS, H, Model, Run, deepspeed_on, engine_of, trained
+from hf_models import model_of
 from processes import on_ranks
 from torch import nn
 
-import moe_ext
+import moe_ext.hf
 
 
 @pytest.mark.parametrize("ep_size", [1, 2])
@@ -59,19 +60,8 @@ AUTO_EP = {"expert_parallel": {"enabled": True, "autoep_size": 1}}
 
 
 def _mixtral(kind: str) -> nn.Module:
-    transformers = importlib.import_module("transformers")
-    importlib.import_module("moe_ext.hf")
-    config = transformers.MixtralConfig(
-        vocab_size=64,
-        hidden_size=H,
-        intermediate_size=2 * H,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        experts_implementation="moe_ext",
-    )
-    model = transformers.MixtralForCausalLM(config)
+    sizes = {"hidden_size": H, "intermediate_size": 2 * H, "num_hidden_layers": 1}
+    model = model_of("mixtral", experts_implementation="moe_ext", **sizes)
     if kind != "transformers":
         module = importlib.import_module(kind)
         experts = moe_ext.GroupedExperts(4, H, 2 * H)

@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import hf_models
 import peft
 import pytest
 import torch
@@ -14,29 +15,16 @@ from transformers.integrations import moe
 
 import moe_ext.hf
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+# The name differs between models.
+EXPERTS = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 8)
 DEEPSEEK = {
     "first_k_dense_replace": 1,
     "moe_intermediate_size": 16,
-    "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "n_group": 2,
     "topk_group": 1,
 }
 LATENT = {
-    "num_key_value_heads": 4,
     "kv_lora_rank": 16,
     "q_lora_rank": None,
     "qk_rope_head_dim": 8,
@@ -44,32 +32,29 @@ LATENT = {
     "v_head_dim": 8,
     "head_dim": 8,
 }
-QWEN = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2}
+QWEN = {"moe_intermediate_size": 16}
 MODELS = {
-    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "mixtral": {},
     "qwen3_moe": QWEN,
     "deepseek_v3": DEEPSEEK | LATENT,
-    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 4},
-    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "gpt_oss": {"num_experts_per_tok": 4},
+    "olmoe": {},
     "qwen2_moe": QWEN | {"shared_expert_intermediate_size": 24},
     "glm4_moe": DEEPSEEK | {"n_shared_experts": 1},
 }
 
 
-def model_of(name: str, dtype=torch.float32, **options) -> nn.Module:
-    torch.manual_seed(0)
-    options = SIZES | MODELS[name] | {"use_cache": True} | options
-    config = transformers.AutoConfig.for_model(name, **options)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+def model_of(name: str, **options) -> nn.Module:
+    model = hf_models.model_of(name, **EXPERTS | MODELS[name] | options)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.15)
-    return model.eval()
+    return model
 
 
 def tokens_of(rows=2, length=11) -> torch.Tensor:
-    return torch.randint(3, SIZES["vocab_size"], (rows, length))
+    return torch.randint(3, hf_models.SIZES["vocab_size"], (rows, length))
 
 
 def logits_and_grads(model: nn.Module, ids: torch.Tensor, implementation: str) -> list:
@@ -167,7 +152,7 @@ def test_transformers_models_compile_in_one_graph(name):
     model, ids = model_of(name), tokens_of()
     expected = logits_and_grads(model, ids, "moe_ext")
     blocks = [b for _, b in moe_ext.hf.experts_modules(model)]
-    routed = torch.randn(22, 32), torch.rand(22, 8).topk(2)[1], torch.rand(22, 2)
+    routed = torch.randn(22, 64), torch.rand(22, 8).topk(2)[1], torch.rand(22, 2)
     compiled = torch.compile(blocks[0], fullgraph=True, backend="aot_eager")
     assert relative_error(compiled(*routed), blocks[0](*routed)) < 1e-6
     whole = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -53,7 +53,7 @@ def test_a_configuration_is_used_and_left_as_it_is(tmp_path):
 
 
 def test_a_configuration_may_say_that_there_is_no_format(tmp_path):
-    model_of("Mixtral").save_pretrained(tmp_path)
+    model_of("mixtral").save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": None}))
     moe_ext.hf.from_pretrained(tmp_path, "int8")
@@ -63,7 +63,7 @@ def test_a_configuration_may_say_that_there_is_no_format(tmp_path):
     "part", ["layers.1.block_sparse_moe.experts.1.", "layers.1.block_sparse_moe.experts.3."]
 )
 def test_a_missing_expert_is_refused(tmp_path, part, caplog):
-    model_of("Mixtral").save_pretrained(tmp_path)
+    model_of("mixtral").save_pretrained(tmp_path)
     without(tmp_path, part)
     with pytest.raises(RuntimeError, match="automatic conversion"):
         moe_ext.hf.from_pretrained(tmp_path, "int8")
@@ -71,7 +71,7 @@ def test_a_missing_expert_is_refused(tmp_path, part, caplog):
 
 
 def test_experts_of_another_size_are_refused(tmp_path, caplog):
-    model_of("Mixtral").save_pretrained(tmp_path)
+    model_of("mixtral").save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="automatic conversion"):
         moe_ext.hf.from_pretrained(tmp_path, "int8", intermediate_size=64)
     assert "gate_up_proj must be [4, 128, 64], the checkpoint has [4, 192, 64]" in caplog.text
@@ -103,7 +103,7 @@ def test_another_quantisation_is_named(tmp_path):
 
 
 def test_threads_that_load_leave_the_loader_as_it_was(tmp_path):
-    model_of("Mixtral").save_pretrained(tmp_path)
+    model_of("mixtral").save_pretrained(tmp_path)
     before = transformers.modeling_utils.safe_open
     threads = [
         threading.Thread(target=moe_ext.hf.from_pretrained, args=(tmp_path, "int8"))
@@ -117,8 +117,8 @@ def test_threads_that_load_leave_the_loader_as_it_was(tmp_path):
 
 
 def test_an_interrupted_quantisation_is_ended_by_the_same_call(monkeypatch):
-    model, ids = model_of("Mixtral"), torch.randint(50, (2, 5))
-    whole = model_of("Mixtral")
+    model, ids = model_of("mixtral"), torch.randint(50, (2, 5))
+    whole = model_of("mixtral")
     moe_ext.hf.quantize(whole, "int8")
     replaced, done = packed.replace_parameter, []
 
@@ -140,7 +140,7 @@ def test_an_interrupted_quantisation_is_ended_by_the_same_call(monkeypatch):
 
 def test_weights_that_are_elsewhere_are_not_lost():
     with torch.device("meta"):
-        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES))
+        model = model_of("mixtral")
     with pytest.raises(ValueError, match=r"gate_up_proj is not in memory: .* without offloading"):
         moe_ext.hf.quantize(model, "int8")
 
@@ -152,7 +152,7 @@ def test_a_device_map_with_a_disk_is_refused(tmp_path):
 
 
 def test_a_packed_model_runs_by_moe_ext_without_being_told(tmp_path):
-    model, ids = model_of("Qwen3Moe"), torch.randint(50, (2, 5))
+    model, ids = model_of("qwen3_moe"), torch.randint(50, (2, 5))
     moe_ext.hf.quantize(model, "int8")
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -160,7 +160,7 @@ def test_a_packed_model_runs_by_moe_ext_without_being_told(tmp_path):
 
 
 def test_reports_add_up_calls_and_bind_names():
-    model = model_of("Mixtral").model.layers[0].mlp
+    model = model_of("mixtral").model.layers[0].mlp
     _, experts = next(moe_ext.hf.experts_modules(model))
     x, ids = torch.randn(6, 64), torch.rand(6, 4).topk(2)[1]
     weights = torch.rand(6, 2)
@@ -168,7 +168,7 @@ def test_reports_add_up_calls_and_bind_names():
     class Twice(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.experts, self.unused = experts, type(experts)(model_of("Mixtral").config)
+            self.experts, self.unused = experts, type(experts)(model_of("mixtral").config)
 
         def forward(self, both):
             for half in both:
@@ -196,7 +196,7 @@ class Once(torch.nn.Module):
 
 
 def test_a_report_of_a_packed_model_is_refused_and_of_zeros_is_none():
-    model = model_of("Mixtral")
+    model = model_of("mixtral")
     _, experts = next(moe_ext.hf.experts_modules(model))
     with torch.no_grad():
         experts.gate_up_proj[2] = 0

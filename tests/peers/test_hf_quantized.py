@@ -9,13 +9,13 @@ import safetensors.torch
 import torch
 import transformers
 from cases import relative_error
-from hf_models import SIZES, model_of, shipped_by_gpt_oss
+from hf_models import model_of, shipped_by_gpt_oss
 
 import moe_ext.hf
 from moe_ext import QuantizedWeight
 
 BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
-MODELS = ["Mixtral", "Qwen3Moe", "GptOss"]
+MODELS = ["mixtral", "qwen3_moe", "gpt_oss"]
 FORMATS = [("int8", {}), ("int4", {"group_size": 32, "zero_points": True}), ("mxfp4", {})]
 
 
@@ -60,10 +60,7 @@ def test_a_model_is_the_one_with_the_numbers(name, format, options):
 @pytest.mark.parametrize(("format", "options"), [*FORMATS, ("nf4", {})])
 def test_a_model_is_quantized_while_it_is_loaded(name, format, options, tmp_path):
     """The packed model is saved, and loads again as it is."""
-    sizes = SIZES | ({"intermediate_size": 128, "moe_intermediate_size": 128})
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**sizes)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = model_of(name, intermediate_size=128, moe_intermediate_size=128)
     model.save_pretrained(tmp_path / "whole")
     ids = torch.randint(50, (2, 9))
     moe_ext.hf.quantize(model, format, **options)
@@ -87,21 +84,18 @@ def test_a_model_is_quantized_while_it_is_loaded(name, format, options, tmp_path
 
 
 def test_a_model_that_cannot_be_quantized_says_which_weight(tmp_path):
-    config = transformers.MixtralConfig(**SIZES | {"intermediate_size": 80})
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    model_of("mixtral", intermediate_size=80).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"experts.down_proj: .*rows of 80 numbers do not divide"):
         moe_ext.hf.from_pretrained(tmp_path, "int4", 32)
-    transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1})
-    ).save_pretrained(tmp_path / "dense")
+    model_of("llama", num_hidden_layers=1).save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="model must have an experts module"):
         moe_ext.hf.from_pretrained(tmp_path / "dense", "int8")
 
 
 def test_a_state_is_loaded_by_a_model_of_the_same_format():
-    model = model_of("Mixtral")
+    model = model_of("mixtral")
     moe_ext.hf.quantize(model, "int4", 32)
-    other = model_of("Mixtral")
+    other = model_of("mixtral")
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(2)
@@ -110,15 +104,14 @@ def test_a_state_is_loaded_by_a_model_of_the_same_format():
     ids = torch.randint(50, (1, 5))
     assert torch.equal(other(ids).logits, model(ids).logits)
     assert moe_ext.hf.check(model) == 2
-    wrong = model_of("Mixtral")
+    wrong = model_of("mixtral")
     moe_ext.hf.quantize(wrong, "int8")
     with pytest.raises(RuntimeError, match=r"experts\.down_proj: values must be"):
         wrong.load_state_dict(model.state_dict())
 
 
 def test_an_error_changes_nothing():
-    config = transformers.MixtralConfig(**SIZES | {"intermediate_size": 80})
-    model = transformers.MixtralForCausalLM(config)
+    model = model_of("mixtral", intermediate_size=80)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"down_proj: .*rows of 80 numbers do not divide"):
         moe_ext.hf.quantize(model, "int4", 32)
@@ -168,7 +161,7 @@ def test_options_reach_the_configuration_of_gpt_oss(tmp_path):
 
 
 def test_a_checkpoint_that_is_not_packed_needs_a_format(tmp_path):
-    model_of("Mixtral").save_pretrained(tmp_path)
+    model_of("mixtral").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"not packed: name a format of its experts"):
         moe_ext.hf.from_pretrained(tmp_path)
 
@@ -198,7 +191,7 @@ def test_a_wrong_checkpoint_is_refused(tmp_path, changes, why):
 
 
 def test_a_checkpoint_without_a_weight_is_refused(tmp_path):
-    model_of("GptOss").save_pretrained(tmp_path)
+    model_of("gpt_oss").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     state = safetensors.torch.load_file(file)
     del state["model.layers.1.mlp.experts.down_proj"]
@@ -209,7 +202,7 @@ def test_a_checkpoint_without_a_weight_is_refused(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_truncated_checkpoint_is_refused(tmp_path, packed):
-    model = model_of("Mixtral")
+    model = model_of("mixtral")
     if packed:
         moe_ext.hf.quantize(model, "int8")
     model.save_pretrained(tmp_path)
@@ -270,9 +263,9 @@ def test_the_report_has_the_errors_of_every_expert(name, tmp_path, capsys):
 
 
 def test_a_report_without_inputs_has_the_errors_of_weights(capsys):
-    report = moe_ext.hf.report(model_of("Mixtral"), "int8")
+    report = moe_ext.hf.report(model_of("mixtral"), "int8")
     assert all(layer.output_errors == [] for layer in report)
     assert all(0.001 < layer.weight_error < 0.01 for layer in report)
     assert report[0].worst(9)[0][1] == max(report[0].weight_errors)
     with pytest.raises(ValueError, match=r"layers.0.mlp.experts.gate_up_proj: .*do not divide"):
-        moe_ext.hf.report(model_of("Mixtral"), "int4", 128)
+        moe_ext.hf.report(model_of("mixtral"), "int4", 128)
