@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from processes import gathered, on_processes, on_ranks
-from test_expert_parallel import Case, CountCollectives, E, H, layer_of
+from test_expert_parallel import Case, E, H, RecordCollectives, layer_of
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import FSDPModule
@@ -112,10 +112,13 @@ def _reduced(rank: int, kind: str, in_forward: bool, in_backward: bool):
     ddp = parallel.data_parallel(model, groups)
     with contextlib.nullcontext() if in_forward else ddp.no_sync():
         loss = loss_of(ddp, model[1], batch(rank, 0))
-    with contextlib.nullcontext() if in_backward else ddp.no_sync(), CountCollectives() as counted:
+    with (
+        contextlib.nullcontext() if in_backward else ddp.no_sync(),
+        RecordCollectives() as seen,
+    ):
         loss.backward()
     mine = model[0].weight.grad, next(model[1].experts.parameters()).grad
-    return sum("allreduce" in name for name in counted.names), mine
+    return sum("allreduce" in name for name in seen.names), mine
 
 
 @pytest.mark.parametrize("in_forward", [False, True])

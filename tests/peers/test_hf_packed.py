@@ -1,7 +1,7 @@
 """Loading of packed models by moe_ext.hf: options, interruptions, and what is refused."""
 
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -105,14 +105,9 @@ def test_another_quantisation_is_named(tmp_path):
 def test_threads_that_load_leave_the_loader_as_it_was(tmp_path):
     model_of("mixtral").save_pretrained(tmp_path)
     before = transformers.modeling_utils.safe_open
-    threads = [
-        threading.Thread(target=moe_ext.hf.from_pretrained, args=(tmp_path, "int8"))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        loads = [pool.submit(moe_ext.hf.from_pretrained, tmp_path, "int8") for _ in range(4)]
+    assert all(len(load.result().model.layers) == 2 for load in loads)
     assert transformers.modeling_utils.safe_open is before
 
 
