@@ -105,7 +105,7 @@ def test_another_quantisation_is_named(tmp_path):
 def test_threads_that_load_leave_the_loader_as_it_was(tmp_path):
     model_of("mixtral").save_pretrained(tmp_path)
     before = transformers.modeling_utils.safe_open
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(4) as pool:
         loads = [pool.submit(moe_ext.hf.from_pretrained, tmp_path, "int8") for _ in range(4)]
     assert all(len(load.result().model.layers) == 2 for load in loads)
     assert transformers.modeling_utils.safe_open is before
