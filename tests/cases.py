@@ -1,5 +1,8 @@
 """Sizes, routings and comparisons that the tests share."""
 
+import contextlib
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +96,17 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return 0.0 if difference == 0 else float(difference / expected.norm())
 
 
+def assert_near(found: Iterable[Tensor], expected: Iterable[Tensor], bound: float) -> None:
+    """Every tensor has a relative error below the bound."""
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < bound
+
+
+def all_equal(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
+    """Whether the tensors of both are the same, in the same order."""
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def weighted_sum(outputs: list[Tensor], expert_ids: Tensor, weights: Tensor) -> Tensor:
     """The sum of every token's experts by their weights; outputs[e]: of expert e for all tokens."""
     tokens = torch.arange(len(weights)).unsqueeze(-1)
@@ -125,15 +139,12 @@ def mixtral_experts(
 
 def call_operator(op: str, args: tuple, where: str = "compiled") -> tuple[Tensor, ...]:
     """The results of an operator as a tuple."""
-    if where == "reference":
-        results = getattr(reference, op)(*args)
-    elif where == "fake":
+    mode = contextlib.nullcontext()
+    if where == "fake":
         mode = torch._subclasses.FakeTensorMode()
         args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
-        with mode:
-            results = getattr(torch.ops.moe_ext, op)(*args)
-    else:
-        results = getattr(torch.ops.moe_ext, op)(*args)
+    with mode:
+        results = getattr(reference if where == "reference" else torch.ops.moe_ext, op)(*args)
     return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
@@ -147,20 +158,19 @@ def operator_error(op: str, args: tuple, where: str) -> str:
     return text.removeprefix(f"{op}: ")
 
 
-# Weights in 8 and 4 bits: format, numbers of a group, zero points.
+# Weights in 8 and 4 bits: options of QuantizedWeight.quantize.
 KINDS = [
-    ("int8", None, False),
-    ("int4", 32, False),
-    ("int4", 64, True),
-    ("int4", 128, False),
-    ("int4", 128, True),
-    ("int4", 32, True),
-    ("mxfp4", None, False),
-    ("nf4", None, False),
+    {"format": "int8"},
+    {"format": "int4", "group_size": 32},
+    {"format": "int4", "group_size": 64, "zero_points": True},
+    {"format": "int4", "group_size": 128},
+    {"format": "int4", "group_size": 128, "zero_points": True},
+    {"format": "int4", "group_size": 32, "zero_points": True},
+    {"format": "mxfp4"},
+    {"format": "nf4"},
 ]
 
 
-def quantized(kind, E, N, M, device="cpu", **options) -> QuantizedWeight:
-    format, group_size, zero_points = kind
+def quantized(kind: dict, E, N, M, device="cpu") -> QuantizedWeight:
     weight = values(E, N, M, dtype=torch.float32, device=device) / M**0.5
-    return QuantizedWeight.quantize(weight, format, group_size, zero_points=zero_points, **options)
+    return QuantizedWeight.quantize(weight, **kind)

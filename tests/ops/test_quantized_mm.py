@@ -5,10 +5,12 @@ import itertools
 
 import pytest
 import torch
-from cases import DTYPES, KINDS, call_operator, plans, quantized, relative_error, values
+from cases import KINDS, assert_near, call_operator, plans, quantized, relative_error, values
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import moe_ext
+from moe_ext import Plan, QuantizedWeight
 from moe_ext.formats import FORMATS
 
 # E, N, M: fewer lines than are read at a time, a rest behind whole steps, an odd count of groups.
@@ -16,7 +18,25 @@ SIZES = [(3, 2, 128), (2, 37, 384), (3, 130, 640), (3, 136, 640)]
 ROUNDING = {torch.float32: 2e-6, torch.float64: 2e-6, torch.bfloat16: 5e-3, torch.float16: 8e-4}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def one_expert(rows: Tensor) -> Plan:
+    return moe_ext.make_plan(rows.new_zeros(len(rows), 1, dtype=torch.int32), 1)
+
+
+def assert_product(
+    weight: QuantizedWeight, rows: Tensor, plan: Plan, bias=None, *, transposed=False, i8=False
+) -> Tensor:
+    """The operator has the reference's result, which is returned."""
+    rule = weight.format, transposed, i8, plan.capacity
+    args = rows, *weight.codes(), bias, plan.offsets, plan.load, *rule
+    (found,) = call_operator("quantized_mm", args)
+    (expected,) = call_operator("quantized_mm", args, "reference")
+    assert found.dtype == rows.dtype
+    # Rounding of rows may go the other way where two whole numbers are as near.
+    assert relative_error(found, expected) < ROUNDING[rows.dtype] + (5e-4 if i8 else 0)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_products_are_those_with_the_numbers(kind, size, dtype, device, poisoned):
@@ -27,14 +47,7 @@ def test_products_are_those_with_the_numbers(kind, size, dtype, device, poisoned
             R = plan.sources.shape[0]
             rows = values(R, N if transposed else M, dtype=dtype, device=device)
             bias = None if transposed else values(E, N, dtype=dtype, device=device)
-            rule = weight.format, transposed, i8, plan.capacity
-            args = (rows, *weight.codes(), bias, plan.offsets, plan.load, *rule)
-            (found,) = call_operator("quantized_mm", args)
-            (expected,) = call_operator("quantized_mm", args, "reference")
-            assert found.dtype == dtype
-            # Rounding of rows may go the other way where two whole numbers are as near.
-            bound = ROUNDING[dtype] + (5e-4 if i8 else 0)
-            assert relative_error(found, expected) < bound
+            found = assert_product(weight, rows, plan, bias, transposed=transposed, i8=i8)
             if i8 or dtype != torch.float64:
                 continue
             numbers = weight.dequantize(dtype)
@@ -43,61 +56,44 @@ def test_products_are_those_with_the_numbers(kind, size, dtype, device, poisoned
             assert relative_error(found, exact) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("size", [(2, 24, 144), (2, 7, 33), (3, 16, 16), (1, 5, 4487), (2, 3, 0)])
 def test_lines_of_8_bits_end_anywhere(size, dtype, device):
     E, N, M = size
-    weight = quantized(("int8", None, False), *size, device)
+    weight = quantized({"format": "int8"}, *size, device)
     for T, transposed in itertools.product((1, 5, 70), (False, True)):
-        ids = torch.arange(T, device=device).int().unsqueeze(1) % E
-        plan = moe_ext.make_plan(ids, E)
-        rows = values(len(plan.sources), N if transposed else M, dtype=dtype, device=device)
-        rest = plan.offsets, plan.load, "int8", transposed, False, None
-        args = rows, *weight.codes(), None, *rest
-        (found,) = call_operator("quantized_mm", args)
-        (expected,) = call_operator("quantized_mm", args, "reference")
-        assert relative_error(found, expected) < ROUNDING[dtype]
+        plan = moe_ext.make_plan(torch.arange(T, device=device).int().unsqueeze(1) % E, E)
+        rows = values(T, N if transposed else M, dtype=dtype, device=device)
+        assert_product(weight, rows, plan, transposed=transposed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_long_lines_are_multiplied_in_parts(kind, dtype, device):
     weight = quantized(kind, 1, 9, 4480, device)
     rows = values(7, 4480, dtype=dtype, device=device)
-    plan = moe_ext.make_plan(rows.new_zeros(7, 1).int(), 1)
-    rest = plan.offsets, plan.load, weight.format, False, False, None
-    args = rows, *weight.codes(), None, *rest
-    (found,) = call_operator("quantized_mm", args)
-    (expected,) = call_operator("quantized_mm", args, "reference")
-    assert relative_error(found, expected) < ROUNDING[dtype]
+    assert_product(weight, rows, one_expert(rows))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROUNDING)
 def test_the_least_number_of_8_bits(dtype, device):
     """quantize does not make a -128, but a checkpoint may have it."""
-    weight = quantized(("int8", None, False), 1, 9, 144, device)
-    codes = weight.values.clone()
-    codes[0, 3, 70] = codes[0, 8, 143] = 0x80
+    weight = quantized({"format": "int8"}, 1, 9, 144, device)
+    weight.values[0, 3, 70] = weight.values[0, 8, 143] = 0x80
     for T, i8, transposed in itertools.product((1, 7, 70), (False, True), (False, True)):
         rows = values(T, 9 if transposed else 144, dtype=dtype, device=device)
-        plan = moe_ext.make_plan(rows.new_zeros(T, 1).int(), 1)
-        rest = plan.offsets, plan.load, "int8", transposed, i8, None
-        args = rows, codes, weight.scales, None, None, *rest
-        (found,) = call_operator("quantized_mm", args)
-        (expected,) = call_operator("quantized_mm", args, "reference")
-        assert relative_error(found, expected) < ROUNDING[dtype] + (5e-4 if i8 else 0)
+        assert_product(weight, rows, one_expert(rows), transposed=transposed, i8=i8)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_row_that_is_not_finite_cannot_be_rounded(kind, value, device):
     """All its products are NaN, those of other rows are not."""
-    weight = quantized(kind, 1, 6, 256, device, activations="int8")
+    weight = quantized(kind | {"activations": "int8"}, 1, 6, 256, device)
     for T in (3, 70):
         rows = values(T, 256, dtype=torch.float32, device=device)
         rows[1, 200] = value
-        plan = moe_ext.make_plan(torch.zeros(T, 1, dtype=torch.int32, device=device), 1)
-        is_nan = moe_ext.grouped_mm(rows, weight, plan).isnan()
+        is_nan = moe_ext.grouped_mm(rows, weight, one_expert(rows)).isnan()
         assert is_nan[1].all()
         assert is_nan.sum() == 6
 
@@ -105,16 +101,12 @@ def test_a_row_that_is_not_finite_cannot_be_rounded(kind, value, device):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_scale_that_is_not_finite_stays_in_its_line(kind, device):
     """The operator does not look at scales; rows of 3 groups end within a register."""
-    group = kind[1] or FORMATS[kind[0]].groups[0] or 64
+    group = kind.get("group_size") or FORMATS[kind["format"]].groups[0] or 64
     weight = quantized(kind, 1, 6, 3 * group, device)
-    scales = weight.scales.clone()
-    scales[0, 1] = 255 if scales.dtype == torch.uint8 else torch.nan
+    weight.scales[0, 1] = 255 if weight.scales.dtype == torch.uint8 else torch.nan
     for T in (1, 2, 7, 70):
-        plan = moe_ext.make_plan(torch.zeros(T, 1, dtype=torch.int32, device=device), 1)
         rows = values(T, 3 * group, dtype=torch.float32, device=device)
-        rest = plan.offsets, plan.load, weight.format, False, False, None
-        args = rows, weight.values, scales, weight.zeros, None, *rest
-        (out,) = call_operator("quantized_mm", args)
+        out = moe_ext.grouped_mm(rows, weight, one_expert(rows))
         assert out.isnan().any(0).tolist() == [False, True, False, False, False, False]
 
 
@@ -123,14 +115,12 @@ def test_a_scale_that_is_not_finite_stays_in_its_line(kind, device):
 def test_a_row_does_not_depend_on_the_others(dtype, activations, device):
     """Up to the rows that are multiplied as codes are read."""
     for kind in KINDS:
-        weight = quantized(kind, 1, 40, 384, device, activations=activations)
+        weight = quantized(kind | {"activations": activations}, 1, 40, 384, device)
         rows = values(4, 384, dtype=dtype, device=device)
-        many = [
-            moe_ext.grouped_mm(rows[:n], weight, moe_ext.make_plan(rows.new_zeros(n, 1).int(), 1))
-            for n in (1, 2, 3, 4)
-        ]
-        for n, out in enumerate(many, 1):
-            assert torch.equal(out, many[-1][:n])
+        most = moe_ext.grouped_mm(rows, weight, one_expert(rows))
+        for n in (1, 2, 3):
+            out = moe_ext.grouped_mm(rows[:n], weight, one_expert(rows[:n]))
+            assert torch.equal(out, most[:n])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -144,8 +134,7 @@ def test_gradients_of_rows_and_biases(kind, device):
     results = [moe_ext.grouped_mm(rows, w, plan, bias) for w in (weight, numbers)]
     upstream = torch.randn_like(results[0])
     grads = [torch.autograd.grad(out, (rows, bias), upstream) for out in results]
-    for found, expected in zip(*grads, strict=True):
-        assert relative_error(found, expected) < 1e-6
+    assert_near(*grads, 1e-6)
 
     def function(rows, bias):
         return moe_ext.grouped_mm(rows, weight, plan, bias)
@@ -156,15 +145,13 @@ def test_gradients_of_rows_and_biases(kind, device):
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", [("int8", None, False), ("int4", 32, True)], ids=str)
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[5]], ids=str)
 def test_experts_are_those_with_the_numbers(kind, bias, before):
     """Outputs and gradients, also where one weight alone is frozen."""
     T, E, H, F = 9, 3, 64, 32
-    format, group_size, zero_points = kind
-    experts = moe_ext.GroupedExperts(
-        E, H, F, bias=bias, dtype=torch.float64, score_before_experts=before
-    )
-    frozen = copy.deepcopy(experts).quantize(format, group_size, zero_points=zero_points)
+    options = {"dtype": torch.float64, "score_before_experts": before}
+    experts = moe_ext.GroupedExperts(E, H, F, bias=bias, **options)
+    frozen = copy.deepcopy(experts).quantize(**kind)
     with torch.no_grad():
         for name in ("gate_up_proj", "down_proj"):
             getattr(experts, name).copy_(getattr(frozen, name).dequantize())
@@ -179,12 +166,11 @@ def test_experts_are_those_with_the_numbers(kind, bias, before):
             leaves = [tokens, weights, *([module.gate_up_proj_bias] if bias else [])]
             results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
         for found in results[1:]:
-            for one, other in zip(found, results[0], strict=True):
-                assert relative_error(one, other) < 1e-6
+            assert_near(found, results[0], 1e-6)
 
 
 def test_autocast_casts_tokens_alone():
-    weight = quantized(("int4", 32, False), 2, 8, 64)
+    weight = quantized(KINDS[1], 2, 8, 64)
     plan = plans(3, 1, 2)[0]
     rows = values(3, 64, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
