@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import call_operator, random_experts, relative_error
+from cases import all_equal, call_operator, random_experts, relative_error
 from torch import Tensor
 
 import moe_ext
@@ -72,7 +72,7 @@ def test_a_graph_holds_forward_and_backward(cuda, dtype, options):
         replayed = [tensor.clone() for tensor in replayed]
         fresh = hidden.detach().clone().requires_grad_()
         eager = step(twin, fresh)
-        assert all(torch.equal(a, b) for a, b in zip(replayed, eager, strict=True))
+        assert all_equal(replayed, eager)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,7 @@ def test_the_same_bits_in_ten_runs(cuda):
     hidden = torch.randn(T, H, device=cuda, requires_grad=True)
     first = [tensor.clone() for tensor in step(layer, hidden)]
     for _ in range(9):
-        again = step(layer, hidden)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert all_equal(first, step(layer, hidden))
 
 
 @pytest.mark.parametrize("op", registry.NAMES)
@@ -124,14 +123,12 @@ def test_work_goes_to_the_current_stream_and_is_not_awaited(cuda, op):
         done.record()
     assert not done.query()
     stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    assert all_equal(out, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "options",
-    [*OPTIONS, {"k": 1}, {"k": 2}, {"k": 1, "noisy_gate_policy": "Jitter"}],
-    ids=str,
+    "options", [*OPTIONS, {"k": 1}, {"k": 2}, {"k": 1, "noisy_gate_policy": "Jitter"}], ids=str
 )
 def test_a_layer_waits_for_nothing(cuda, dtype, options):
     layer = layer_on(cuda, dtype=dtype, **options)
@@ -147,7 +144,7 @@ def test_a_layer_waits_for_nothing(cuda, dtype, options):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_that_are_not_at_a_multiple_of_16_bytes(cuda, dtype):
     plan = moe_ext.make_plan(random_experts(T, K, E, cuda), E)
     shifted = torch.randn(T * H + 1, device=cuda).to(dtype)[1:].view(T, H)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from cases import DTYPES, call_operator, plans, random_experts, relative_error, values, weights_for
+from cases import DTYPES, assert_near, call_operator, plans, relative_error, values, weights_for
 
 import moe_ext
 from moe_ext.ops import checks, registry, torch_grouped_mm
@@ -36,10 +36,25 @@ def operands(T, K, E, H, F, dtype, device, *, activation="swiglu", bias=True, tu
     return values(T, H, dtype=dtype, device=device), weights, weight(G, H), weight(H, F), *biases
 
 
-def arguments(plan, tensors, activation, before):
+def arguments(plan, tensors, activation="swiglu", before=False):
     tokens, *rest = tensors
     placed = plan.slots, plan.sources, plan.offsets, plan.load
     return tokens, *placed, *rest, activation, before, plan.capacity
+
+
+def of_backward(args, pre_activation, needs=(True, True, True)):
+    """Arguments of feed_forward_backward, with a random gradient."""
+    return torch.randn_like(args[0]), args[0], pre_activation, *args[1:], *needs
+
+
+def plans_and_arguments(size, dtype, device):
+    """Every plan of a size, and arguments of feed_forward with other options for each."""
+    T, K, E, *_ = size
+    for i, plan in enumerate(plans(T, K, E, device)):
+        options = {"bias": i % 2 == 0, "turned": i % 3 == 0}
+        activation, before = checks.ACTIVATIONS[i % 4], i % 5 == 0
+        tensors = operands(*size, dtype, device, activation=activation, **options)
+        yield plan, arguments(plan, tensors, activation, before)
 
 
 def assert_close(op, args):
@@ -62,18 +77,10 @@ def assert_close(op, args):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_the_reference(size, dtype, device, poisoned):
-    T, K, E, *_ = size
-    for i, plan in enumerate(plans(T, K, E, device)):
-        # Every plan with other options.
-        options = {"bias": i % 2 == 0, "turned": i % 3 == 0}
-        activation, before = checks.ACTIVATIONS[i % 4], i % 5 == 0
-        tensors = operands(*size, dtype, device, activation=activation, **options)
-        args = arguments(plan, tensors, activation, before)
+    for _, args in plans_and_arguments(size, dtype, device):
         _, pre_activation = assert_close("feed_forward", (*args, True))
         assert_close("feed_forward", (*args, False))
-        grad = torch.randn_like(tensors[0])
-        back = (grad, args[0], pre_activation, *args[1:], True, True, True)
-        assert_close("feed_forward_backward", back)
+        assert_close("feed_forward_backward", of_backward(args, pre_activation))
 
 
 def leaves_what_is_not_its_own(grouped_mm, rows, weights, *, offs):
@@ -101,40 +108,30 @@ def test_torchs_products_inside_need_no_copies(monkeypatch, device, poisoned, pa
     monkeypatch.setattr(
         "torch.nn.functional.grouped_mm", functools.partial(leaves_what_is_not_its_own, product)
     )
-    K, E, H, F = 3, 8, 24, 16
-    for i, plan in enumerate(plans(T, K, E, device)):
+    bound = 30 * torch.finfo(dtype).eps
+    for plan, args in plans_and_arguments((T, 3, 8, 24, 16), dtype, device):
         if path == "batched" and plan.capacity is None:
             continue
-        options = {"bias": i % 2 == 0, "turned": i % 3 == 0}
-        activation, before = checks.ACTIVATIONS[i % 4], i % 5 == 0
-        tensors = operands(T, K, E, H, F, dtype, device, activation=activation, **options)
-        args = arguments(plan, tensors, activation, before)
         out, pre_activation = registry.COMPOSED["feed_forward"](*args, True)
         expected, right = call_operator("feed_forward", (*args, True), "reference")
-        bound = 30 * torch.finfo(dtype).eps
-        assert relative_error(out, expected) < bound
         owned = plan.sources >= 0
-        assert relative_error(pre_activation[owned], right[owned]) < bound
-        grad = torch.randn_like(tensors[0])
-        back = (grad, args[0], pre_activation, *args[1:], True, True, True)
+        assert_near((out, pre_activation[owned]), (expected, right[owned]), bound)
+        back = of_backward(args, pre_activation)
         found = registry.COMPOSED["feed_forward_backward"](*back)
         fakes = registry.fake("feed_forward_backward")(*back)
         assert [x.stride() for x in found] == [x.stride() for x in fakes]
-        right = (grad, args[0], right, *args[1:], True, True, True)
-        for one, other in zip(
-            found, call_operator("feed_forward_backward", right, "reference"), strict=True
-        ):
-            assert relative_error(one, other) < bound
+        back = (*back[:2], right, *back[3:])
+        assert_near(found, call_operator("feed_forward_backward", back, "reference"), bound)
     assert choices
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)))
 def test_gradients_that_are_not_needed_are_empty(needs, device):
-    plan = moe_ext.make_plan(random_experts(9, 2, 3, device), 3)
+    plan = plans(9, 2, 3, device)[0]
     tensors = operands(9, 2, 3, 8, 4, torch.float32, device)
-    args = arguments(plan, tensors, "swiglu", False)
+    args = arguments(plan, tensors)
     _, pre_activation = call_operator("feed_forward", (*args, True))
-    back = tensors[0], args[0], pre_activation, *args[1:], *needs
+    back = of_backward(args, pre_activation, needs)
     tokens, up, down, up_bias, down_bias, weights = assert_close("feed_forward_backward", back)
     of_tokens, of_up, of_down = needs
     assert [tokens.numel() > 0, weights.numel() > 0] == [of_tokens, True]
@@ -145,14 +142,14 @@ def test_gradients_that_are_not_needed_are_empty(needs, device):
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_nan_stays_with_its_token(activation, device):
     """Tokens of the same experts have the results that they have beside numbers."""
-    plan = moe_ext.make_plan(random_experts(40, 2, 3, device), 3)
+    plan = plans(40, 2, 3, device)[0]
     tensors = operands(40, 2, 3, 16, 8, torch.float32, device, activation=activation)
     tokens = tensors[0].clone()
     tokens[7] = torch.nan
     others = torch.arange(40, device=device) != 7
 
     def out(tokens):
-        args = arguments(plan, (tokens, *tensors[1:]), activation, False)
+        args = arguments(plan, (tokens, *tensors[1:]), activation)
         return call_operator("feed_forward", (*args, False))[0]
 
     assert out(tokens)[7].isnan().all()
@@ -160,22 +157,20 @@ def test_nan_stays_with_its_token(activation, device):
 
 
 def test_a_pre_activation_that_was_not_kept_is_computed_again(device):
-    plan = moe_ext.make_plan(random_experts(9, 2, 3, device), 3)
+    plan = plans(9, 2, 3, device)[0]
     tensors = [x.requires_grad_() for x in operands(9, 2, 3, 8, 4, torch.float64, device)]
-    args = arguments(plan, tensors, "swiglu", False)
     grads = []
     for keeps in (True, False):
-        out, _ = torch.ops.moe_ext.feed_forward(*args, keeps)
+        out, _ = torch.ops.moe_ext.feed_forward(*arguments(plan, tensors), keeps)
         grads.append(torch.autograd.grad(out.square().sum(), tensors))
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*grads)
 
 
 def test_the_gradient_of_a_kept_pre_activation(device):
-    plan = moe_ext.make_plan(random_experts(9, 2, 3, device), 3)
+    plan = plans(9, 2, 3, device)[0]
     tensors = [x.requires_grad_() for x in operands(9, 2, 3, 8, 4, torch.float64, device)]
     tokens, _, up, _, up_bias, _ = tensors
-    out, kept = torch.ops.moe_ext.feed_forward(*arguments(plan, tensors, "swiglu", False), True)
+    out, kept = torch.ops.moe_ext.feed_forward(*arguments(plan, tensors), True)
     by_hand = moe_ext.grouped_mm(moe_ext.dispatch(tokens, plan), up, plan, up_bias)
     torch.testing.assert_close(kept, by_hand)
     leaves = tokens, up, up_bias
@@ -190,7 +185,7 @@ def test_the_gradient_of_a_kept_pre_activation(device):
 
 @pytest.mark.checks_values
 def test_a_plan_that_does_not_fit_itself_is_named(device):
-    plan = moe_ext.make_plan(random_experts(9, 2, 3, device), 3)
+    plan = plans(9, 2, 3, device)[0]
     if device.type != "cpu":
         pytest.skip("values are checked on the CPU")
     tensors = operands(9, 2, 3, 8, 4, torch.float32, device)

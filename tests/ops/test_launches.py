@@ -9,6 +9,7 @@ import torch
 from cases import (
     COMPOSED_ON_CUDA,
     DTYPES,
+    all_equal,
     call_operator,
     masked_experts,
     random_experts,
@@ -180,9 +181,7 @@ def test_the_same_bits_in_every_order(cusim, request, op):
             results.append(call_operator(op, args))
     finally:
         cusim.set_order(request.config.getoption("--cusim-order"))
-    first, *others = results
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert all(all_equal(results[0], other) for other in results[1:])
 
 
 @each_kernel
@@ -338,7 +337,7 @@ def test_ids_out_of_range_count_as_masked(unchecked):
         for options in ({}, {"capacity": 5}, {"capacity": 5, "priority": priority}):
             right = moe_ext.make_plan(masked, 8, **options)
             plan = moe_ext.make_plan(strays, 8, **options)
-            assert all(torch.equal(a, b) for a, b in zip(plan[:4], right[:4], strict=True))
+            assert all_equal(plan[:4], right[:4])
 
 
 def test_a_wrong_plan_writes_every_row_once(unchecked, poisoned):

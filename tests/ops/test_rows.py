@@ -6,17 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from cases import (
-    DTYPES,
-    SIZES,
-    assert_within,
-    masked_experts,
-    plans,
-    random_experts,
-    values,
-    weights_for,
-)
+from cases import DTYPES, SIZES, assert_within, masked_experts, plans, values, weights_for
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
 
 import moe_ext
 from moe_ext.ops import checks, reference
@@ -32,10 +24,9 @@ def test_one_form(device, T, K, E, H):
         x = values(T, H, dtype=torch.float64, device=device)
         y = values(R, H, dtype=torch.float64, device=device)
         w = weights_for(torch.float64, T, K, device=device)
-        form = 0.0
+        form = x.new_zeros(())
         for t, k in (plan.slots >= 0).nonzero().tolist():
             form += w[t, k] * (x[t] @ y[plan.slots[t, k]])
-        form = torch.as_tensor(form, dtype=torch.float64, device=device)
         scale = max(1.0, math.sqrt(T * K * H))
         for product in (
             (moe_ext.dispatch(x, plan, w) * y).sum(),
@@ -49,12 +40,9 @@ def test_one_form(device, T, K, E, H):
 @pytest.mark.parametrize("H", [67, 512])
 def test_every_16_bit_number_is_read_and_rounded_as_torch_does(device, dtype, H):
     """Subnormal numbers, infinities and NaN too, by weights that leave ties and overflow."""
-    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device=device)
-    numbers = numbers.to(torch.int16).view(dtype)
-    T = -(-len(numbers) // H)
-    x = torch.zeros(T * H, dtype=dtype, device=device)
-    x[: len(numbers)] = numbers
-    x = x.view(T, H)
+    numbers = torch.arange(1 << 16, device=device).to(torch.int16)
+    x = F.pad(numbers, (0, -len(numbers) % H)).view(dtype).view(-1, H)
+    T = len(x)
     plan = moe_ext.make_plan(torch.zeros(T, 1, dtype=torch.int32, device=device), 1)
     for weight in (1.0, 1.5, -0.625, 1 / 3, 257.0):
         w = torch.full((T, 1), weight, device=device)
@@ -108,7 +96,7 @@ def test_dispatch_copies_bits(device, dtype):
     T, H, E = 40, 9, 4
     x = values(T, H, dtype=dtype, device=device)
     x[3, 2], x[4, 0], x[5, 1] = math.nan, -math.inf, -0.0
-    plan = moe_ext.make_plan(random_experts(T, 2, E, device), E, 30)
+    plan = moe_ext.make_plan(masked_experts(T, 2, E, device), E, 30)
     rows = moe_ext.dispatch(x, plan)
     filled = plan.sources >= 0
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
@@ -192,10 +180,3 @@ def test_each_gradient_alone(device, function):
     both = gradients(True, True)
     assert torch.equal(gradients(True, False)[0], both[0])
     assert torch.equal(gradients(False, True)[1], both[1])
-
-
-def test_float16_rows_that_overflow_become_infinite(device):
-    plan = moe_ext.make_plan(torch.zeros(1, 1, dtype=torch.int32, device=device), 1)
-    x = torch.tensor([[6e4, -6e4]], dtype=torch.float16, device=device)
-    rows = moe_ext.dispatch(x, plan, torch.full((1, 1), 4.0, device=device))
-    assert rows.tolist() == [[math.inf, -math.inf]]
