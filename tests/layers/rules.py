@@ -1,7 +1,7 @@
 """Shared by the tests of layers: a gate of width 10 with 12 experts, a layer, and tokens for it."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_ext import GroupedExperts, MOELayer, TopKGate
@@ -12,6 +12,17 @@ SCORES = {
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
 }
+
+
+class Apply(nn.Module):
+    """A module of a function, in the place of an expert or of experts."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 def gate_for(k=3, **options) -> TopKGate:
@@ -48,21 +59,19 @@ def layer_for(k, dtype=torch.float64, bias=False, **options) -> MOELayer:
 def expert_by_hand(experts: GroupedExperts, e: int, x: Tensor) -> Tensor:
     """The output of expert e for every token of x."""
     up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-    up, down = (getattr(experts, name)[e] for name in (up_name, "down_proj"))
-    up_bias, down_bias = (
-        getattr(experts, f"{name}_bias")[e] if experts.has_bias else None
-        for name in (up_name, "down_proj")
+    up, down, up_bias, down_bias = (
+        getattr(experts, name)[e] if hasattr(experts, name) else None
+        for name in (up_name, "down_proj", f"{up_name}_bias", "down_proj_bias")
     )
     pre_activation = F.linear(x, up, up_bias)
     function = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
+    function["relu2"] = lambda x: F.relu(x) ** 2
     if experts.activation == "swiglu_oai":
         gate, up = pre_activation[:, ::2].clamp(max=7), pre_activation[:, 1::2].clamp(-7, 7)
         active = (up + 1) * gate * torch.sigmoid(gate * 1.702)
     elif experts.has_gate:
         gate, up = pre_activation.chunk(2, dim=-1)
         active = function[experts.activation](gate) * up
-    elif experts.activation == "relu2":
-        active = F.relu(pre_activation) ** 2
     else:
         active = function[experts.activation](pre_activation)
     return F.linear(active, down, down_bias)

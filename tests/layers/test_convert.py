@@ -163,14 +163,12 @@ def test_gpt_oss_weights_compute_the_same_function():
 def test_gates_and_ups_of_gpt_oss_alternate_in_its_experts():
     """Its own loading and the converted weights are the same, and convert back."""
     shipped = from_grouped(grouped_experts(True).state_dict(), GPT_OSS)
-    experts = GroupedExperts(E, H, FFN, activation="swiglu_oai", bias=True, dtype=torch.float64)
+    experts = GroupedExperts(E, H, FFN, activation="swiglu_oai", bias=True)
     experts.load_state_dict(shipped)
     own = experts.state_dict()
     converted = from_grouped(to_grouped(shipped, GPT_OSS), GROUPED_OAI)
-    assert own.keys() == converted.keys()
-    assert all(torch.equal(own[name], converted[name]) for name in own)
-    back = from_grouped(to_grouped(own, GROUPED_OAI), GPT_OSS)
-    assert all(torch.equal(back[name], shipped[name]) for name in shipped)
+    assert same(own, converted)
+    assert same(from_grouped(to_grouped(own, GROUPED_OAI), GPT_OSS), shipped)
 
 
 @pytest.mark.parametrize(
@@ -197,48 +195,50 @@ def test_unknown_layouts_are_not_detected():
 
 EXPERT = [f"1.{x}_proj.{y}" for x in ("gate", "up", "down") for y in ("weight", "bias")]
 ones = torch.ones
-# The layout of a state, changes to it, and what to_grouped says.
-MISFITS = [
-    (QWEN, dict.fromkeys(EXPERT), r"missing: \S*experts\.1\.down_proj\.bias, .* and 2 more"),
-    (QWEN, {"2.up_proj.weight": None}, r"missing: \S*\.mlp\.experts\.2\.up_proj\.weight$"),
-    (QWEN, {"0.down_proj.bias": None}, r"missing: \S*\.mlp\.experts\.0\.down_proj\.bias$"),
+# Changes to a state, and what to_grouped says.
+MISFITS_OF_QWEN = [
+    (dict.fromkeys(EXPERT), r"missing: \S*experts\.1\.down_proj\.bias, .* and 2 more"),
+    ({"2.up_proj.weight": None}, r"missing: \S*\.mlp\.experts\.2\.up_proj\.weight$"),
+    ({"0.down_proj.bias": None}, r"missing: \S*\.mlp\.experts\.0\.down_proj\.bias$"),
+    ({"1.up_proj.weight_scale": ones(())}, r"not of the layout: \S*\.1\.up_proj\.weight_scale$"),
     (
-        *(QWEN, {"1.up_proj.weight_scale": ones(())}),
-        r"not of the layout: \S*experts\.1\.up_proj\.weight_scale$",
-    ),
-    (
-        *(QWEN, {"1.up_proj.weight": ones(FFN + 1, H)}),
+        {"1.up_proj.weight": ones(FFN + 1, H)},
         r"experts\.1\.up_proj\.weight must be \[5, 6\] float32 on cpu like "
         r"\S*experts\.0\.gate_proj\.weight, got \[6, 6\] float32 on cpu",
     ),
     (
-        *(QWEN, {"2.down_proj.bias": ones(H, dtype=torch.float16)}),
+        {"2.down_proj.bias": ones(H, dtype=torch.float16)},
         r"2\.down_proj\.bias must be \[6\] float32 on cpu .*, got \[6\] float16 on cpu",
     ),
     (
-        *(QWEN, {"2.down_proj.bias": ones(H, device="meta")}),
+        {"2.down_proj.bias": ones(H, device="meta")},
         r"2\.down_proj\.bias must be \[6\] float32 on cpu .*, got \[6\] float32 on meta",
     ),
+    ({"0.gate_proj.weight": ones(H)}, r"0\.gate_proj\.weight must have 2 dimensions, got \[6\]"),
     (
-        *(QWEN, {"0.gate_proj.weight": ones(H)}),
-        r"0\.gate_proj\.weight must have 2 dimensions, got \[6\]",
-    ),
-    (
-        *(QWEN, {f"{e}.down_proj.weight": ones(FFN, H) for e in range(E)}),
+        {f"{e}.down_proj.weight": ones(FFN, H) for e in range(E)},
         r"experts\.down_proj must be \[3, 6, 5\] beside .*, got \[3, 5, 6\]",
     ),
-    (GPT_OSS, {"gate_up_proj": ones(E, H, 7)}, r"must be of even .*, got \[3, 6, 7\]"),
-    (GPT_OSS, {"gate_up_proj": ones(E, H)}, r"gate_up_proj must have 3 dimensions, got \[3, 6\]"),
-    (GPT_OSS, {"down_proj": ones(E, H, FFN)}, r"down_proj must be .*, got \[3, 5, 6\]"),
-    (GPT_OSS, {"gate_up_proj_bias": ones(E, 9)}, r"_bias must be of even .*, got \[3, 9\]"),
-    (GPT_OSS, {"gate_up_proj_bias": ones(E, 8)}, r"_bias must be \[3, 10\] .*, got \[3, 8\]"),
-    (GPT_OSS, {"down_proj_bias": ones(E, 1)}, r"_bias must be \[3, 6\] .*, got \[3, 1\]"),
-    (GPT_OSS, {"down_proj_bias": None}, r"missing: \S*experts\.down_proj_bias$"),
-    (GPT_OSS, {"gate_up_proj_blocks": ones(E, 2)}, r"not of the layout: \S*gate_up_proj_blocks$"),
+]
+MISFITS_OF_GPT_OSS = [
+    ({"gate_up_proj": ones(E, H, 7)}, r"must be of even .*, got \[3, 6, 7\]"),
+    ({"gate_up_proj": ones(E, H)}, r"gate_up_proj must have 3 dimensions, got \[3, 6\]"),
+    ({"down_proj": ones(E, H, FFN)}, r"down_proj must be .*, got \[3, 5, 6\]"),
+    ({"gate_up_proj_bias": ones(E, 9)}, r"_bias must be of even .*, got \[3, 9\]"),
+    ({"gate_up_proj_bias": ones(E, 8)}, r"_bias must be \[3, 10\] .*, got \[3, 8\]"),
+    ({"down_proj_bias": ones(E, 1)}, r"_bias must be \[3, 6\] .*, got \[3, 1\]"),
+    ({"down_proj_bias": None}, r"missing: \S*experts\.down_proj_bias$"),
+    ({"gate_up_proj_blocks": ones(E, 2)}, r"not of the layout: \S*gate_up_proj_blocks$"),
 ]
 
 
-@pytest.mark.parametrize(("layout", "changes", "message"), MISFITS)
+@pytest.mark.parametrize(
+    ("layout", "changes", "message"),
+    [
+        *((QWEN, *misfit) for misfit in MISFITS_OF_QWEN),
+        *((GPT_OSS, *misfit) for misfit in MISFITS_OF_GPT_OSS),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(layout, changes, message):
     state = from_grouped(grouped_experts().state_dict(), layout, PREFIX)
     state |= {PREFIX + name: tensor for name, tensor in changes.items()}
@@ -358,13 +358,10 @@ def test_checkpoints_of_transformers_load(name, tmp_path):
         saved = place.replace("mlp", "block_sparse_moe") if name == "Mixtral" else place
         assert detect(disk, saved) == layout
         grouped = to_grouped(disk, layout, saved)
-        in_memory = {
-            key.removeprefix(place): tensor for key, tensor in memory.items() if place in key
-        }
+        in_memory = {key.removeprefix(place): x for key, x in memory.items() if place in key}
         assert same(from_grouped(grouped, own), in_memory)
     whole = convert_state_dict(disk, layout, own)
     whole = {key.replace("block_sparse_moe", "mlp"): tensor for key, tensor in whole.items()}
     assert same(whole, memory)
-    assert same(
-        convert_state_dict(convert_state_dict(disk, layout, GROUPED), GROUPED, layout), disk
-    )
+    grouped = convert_state_dict(disk, layout, GROUPED)
+    assert same(convert_state_dict(grouped, GROUPED, layout), disk)

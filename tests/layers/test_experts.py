@@ -1,18 +1,11 @@
 """Experts: their networks, the tensors they save, and their state."""
 
+import copy
 import re
 
 import pytest
 import torch
-from cases import (
-    mixtral_experts,
-    plans,
-    random_experts,
-    relative_error,
-    values,
-    weighted_sum,
-    weights_for,
-)
+from cases import assert_near, mixtral_experts, plans, random_experts, relative_error, weighted_sum
 from rules import expert_by_hand
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -42,8 +35,8 @@ def small_case() -> tuple[torch.Tensor, moe_ext.Plan, torch.Tensor]:
 @pytest.mark.parametrize("activation", checks.ACTIVATIONS)
 def test_grouped_experts_are_one_network_per_expert(activation, bias, before):
     T, K = 9, 2
-    tokens = values(T, H, dtype=torch.float64).requires_grad_()
-    weights = weights_for(torch.float64, T, K).requires_grad_()
+    tokens = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(T, K, dtype=torch.float64, requires_grad=True)
     for recompute in (True, False):
         experts = experts_of(activation, bias, score_before_experts=before, recompute=recompute)
         leaves = [tokens, weights, *experts.parameters()]
@@ -63,8 +56,8 @@ def test_grouped_experts_are_one_network_per_expert(activation, bias, before):
 def test_gradients_of_every_order(activation, bias, before):
     experts = experts_of(activation, bias, score_before_experts=before)
     names = [name for name, _ in experts.named_parameters()]
-    tokens = values(5, H, dtype=torch.float64).requires_grad_()
-    weights = weights_for(torch.float64, 5, 2).requires_grad_()
+    tokens = torch.randn(5, H, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(5, 2, dtype=torch.float64, requires_grad=True)
     for plan in plans(5, 2, E)[:4]:
 
         def routed(tokens, weights, *parameters, plan=plan):
@@ -82,11 +75,10 @@ def test_gradients_of_every_order(activation, bias, before):
 def test_float32_gives_the_gradients_of_float64(activation, bias, before):
     """The output, its gradients, and theirs, of sizes that kernels for tensor cores take."""
     T, K, H, ffn = 70, 2, 40, 24
-    experts = GroupedExperts(
-        E, H, ffn, activation, bias, dtype=torch.float64, score_before_experts=before
-    )
-    leaves = [values(T, H, dtype=torch.float64), weights_for(torch.float64, T, K)]
-    upstream = values(T, H, dtype=torch.float64)
+    options = {"dtype": torch.float64, "score_before_experts": before}
+    experts = GroupedExperts(E, H, ffn, activation, bias, **options)
+    leaves = [torch.randn(T, H, dtype=torch.float64), torch.rand(T, K, dtype=torch.float64)]
+    upstream = torch.randn(T, H, dtype=torch.float64)
     directions = [torch.randn_like(x) for x in (*leaves, *experts.parameters())]
 
     def derivatives(dtype, plan):
@@ -100,8 +92,7 @@ def test_float32_gives_the_gradients_of_float64(activation, bias, before):
 
     for plan in plans(T, K, E)[:4]:
         exact = derivatives(torch.float64, plan)
-        for found, expected in zip(derivatives(torch.float32, plan), exact, strict=True):
-            assert relative_error(found, expected) < 1e-5
+        assert_near(derivatives(torch.float32, plan), exact, 1e-5)
 
 
 @pytest.mark.parametrize("needed", ["tokens", "weights", "up", "down", "up_bias", "down_bias"])
@@ -223,14 +214,14 @@ def test_feed_forward_supports_vmap_over_any_operand(which, before):
             tokens, plan, weights, up, down, "gelu", *biases, score_before_experts=before
         )
 
+    def with_operand(given):
+        return [given if i == which else x for i, x in enumerate(operands)]
+
     many = torch.randn(3, *operands[which].shape, dtype=torch.float64)
     dims = tuple(0 if i == which else None for i in range(6))
-    batched = [many if i == which else operand for i, operand in enumerate(operands)]
-    out = torch.vmap(function, in_dims=dims)(*batched)
-    for one, given in zip(out, many, strict=True):
-        torch.testing.assert_close(
-            one, function(*(given if i == which else x for i, x in enumerate(operands)))
-        )
+    out = torch.vmap(function, in_dims=dims)(*with_operand(many))
+    expected = torch.stack([function(*with_operand(given)) for given in many])
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -238,26 +229,21 @@ def test_16_bit_results_are_close_to_float64(dtype):
     """Errors are a few roundings against float64, at the scale of a real layer."""
     T, K, hidden, ffn = 300, 4, 256, 128
     experts = GroupedExperts(8, hidden, ffn, bias=True, dtype=dtype)
-    wide = GroupedExperts(8, hidden, ffn, bias=True, dtype=torch.float64)
-    wide.load_state_dict(experts.state_dict())
-    tokens = torch.randn(T, hidden).to(dtype).requires_grad_()
-    tokens_wide = tokens.detach().double().requires_grad_()
-    weights = torch.rand(T, K, requires_grad=True)
-    weights_wide = weights.detach().double().requires_grad_()
+    wide = copy.deepcopy(experts).double()
+    tokens, upstream = (torch.randn(T, hidden).to(dtype) for _ in range(2))
+    weights = torch.rand(T, K)
     plan = moe_ext.make_plan(random_experts(T, K, 8), 8)
-    upstream = torch.randn(T, hidden).to(dtype)
-    out = experts.routed(tokens, plan, weights)
-    exact = wide.routed(tokens_wide, plan, weights_wide)
-    out.backward(upstream)
-    exact.backward(upstream.double())
-    eps = torch.finfo(dtype).eps
-    assert out.dtype == dtype
-    assert relative_error(out, exact) < 2 * eps
-    assert weights.grad.dtype == torch.float32
-    pairs = [(tokens, tokens_wide), (weights, weights_wide)]
-    pairs += zip(experts.parameters(), wide.parameters(), strict=True)
-    for mine, its in pairs:
-        assert relative_error(mine.grad, its.grad) < 2 * eps
+
+    def results(module, tokens, weights, upstream):
+        leaves = [tokens.requires_grad_(), weights.requires_grad_(), *module.parameters()]
+        out = module.routed(tokens, plan, weights)
+        return out, *torch.autograd.grad(out, leaves, upstream)
+
+    found = results(experts, tokens, weights, upstream)
+    exact = results(wide, tokens.detach().double(), weights.detach().double(), upstream.double())
+    assert found[0].dtype == dtype
+    assert found[2].dtype == torch.float32  # of weights
+    assert_near(found, exact, 2 * torch.finfo(dtype).eps)
 
 
 def test_autocast_casts_tokens_and_weights():
@@ -272,8 +258,7 @@ def test_autocast_casts_tokens_and_weights():
         grads = torch.autograd.grad(out.float().sum(), leaves)
         assert all(grad.dtype == torch.float32 for grad in grads)
         results.append([out, *grads])
-    for one, other in zip(*results, strict=True):
-        assert relative_error(one, other) < torch.finfo(torch.bfloat16).eps
+    assert_near(*results, torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import relative_error, with_seed
+from cases import all_equal, assert_near, relative_error, with_seed
 from rules import SCORES, E, H, T, chosen, expert_by_hand, gate_for, layer_for, tokens
 
 from moe_ext import GroupedExperts, MOELayer, TopKGate, losses, route
@@ -13,19 +13,21 @@ from moe_ext import GroupedExperts, MOELayer, TopKGate, losses, route
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
+def assert_same_results(out, expected, x):
+    """The values, and their gradients by x."""
+    pairs = [
+        (y, *torch.autograd.grad(y.square().sum(), x, retain_graph=True)) for y in (out, expected)
+    ]
+    assert_near(*pairs, 1e-12)
+
+
 @pytest.mark.parametrize("scoring", SCORES)
 @pytest.mark.parametrize("normalize", ["never", "before", "after"])
 @pytest.mark.parametrize("policy", ["random", "position", "probs"])
 @pytest.mark.parametrize(("k", "scale"), [(1, 1.0), (2, 2.5), (5, 0.5)])
 def test_weights_follow_scoring_normalize_and_scale(scoring, normalize, policy, k, scale):
-    gate = gate_for(
-        k,
-        capacity_factor=0.7,
-        scoring=scoring,
-        normalize=normalize,
-        scale=scale,
-        drop_policy=policy,
-    )
+    options = {"scoring": scoring, "normalize": normalize, "scale": scale, "drop_policy": policy}
+    gate = gate_for(k, capacity_factor=0.7, **options)
     x = tokens().requires_grad_()
     routing = gate.route(x)
     probs = SCORES[scoring](x @ gate.wg.weight.T)
@@ -38,8 +40,7 @@ def test_weights_follow_scoring_normalize_and_scale(scoring, normalize, policy, 
     if normalize == "after":
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
     weights = weights * scale
-    assert relative_error(routing.weights, weights) < 1e-12
-    assert relative_error(routing.probs, probs) < 1e-12
+    assert_near((routing.weights, routing.probs), (weights, probs), 1e-12)
     upstream = torch.randn_like(weights)
     grads = [torch.autograd.grad((w * upstream).sum(), x)[0] for w in (routing.weights, weights)]
     # A normalized single choice has weight one and gradient zero.
@@ -114,16 +115,12 @@ def test_expert_choice_is_top_c_per_expert():
     probs = (x @ layer.gate.wg.weight.T).softmax(-1)
     C = c * T // E
     assert layer.gate.capacity(T) == C
-    out = torch.zeros_like(x)
+    expected = torch.zeros_like(x)
     for e in range(E):
         best = probs[:, e].topk(C).indices
         rows = expert_by_hand(layer.experts, e, x[best])
-        out = out.index_add(0, best, rows * probs[best, e].unsqueeze(-1))
-    assert relative_error(layer(x), out) < 1e-12
-    grads = [
-        torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (layer(x), out)
-    ]
-    assert relative_error(*grads) < 1e-12
+        expected = expected.index_add(0, best, rows * probs[best, e].unsqueeze(-1))
+    assert_same_results(layer(x), expected, x)
 
 
 @pytest.mark.parametrize("k", [1, 3, E])
@@ -158,9 +155,8 @@ def test_weights_of_chosen_experts_with_vanishing_scores():
 
 @pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.6}, {"balancing": "forced"}])
 def test_a_recorded_choice_is_replayed(options):
-    gate = gate_for(
-        2, noisy_gate_policy="RSample", top2_2nd_expert_sampling=True, scale=1.5, **options
-    )
+    drawn = {"noisy_gate_policy": "RSample", "top2_2nd_expert_sampling": True}
+    gate = gate_for(2, scale=1.5, **drawn, **options)
     layer = MOELayer(gate, GroupedExperts(E, H, 7, dtype=torch.float64))
     x = tokens().requires_grad_()
     used = torch.rand(T) < 0.8
@@ -169,12 +165,9 @@ def test_a_recorded_choice_is_replayed(options):
     gate.balancing = options.get("balancing")
     assert not torch.equal(layer.forward_with_aux(x, used)[1].expert_ids, aux.expert_ids)
     again, aux_again = layer.forward_with_aux(x, expert_ids=aux.expert_ids)
-    assert torch.equal(again, out)
-    for a, b in zip(aux, aux_again, strict=True):
-        assert torch.equal(a, b)
+    assert all_equal((again, *aux_again), (out, *aux))
     assert torch.equal(layer(x, expert_ids=aux.expert_ids), out)
-    grads = [torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (out, again)]
-    assert relative_error(*grads) < 1e-12
+    assert_same_results(again, out, x)
 
 
 @pytest.mark.parametrize("normalize", ["before", "after", "never"])
@@ -191,8 +184,7 @@ def test_a_recorded_choice_of_minus_one_has_zero_weight(normalize):
     with pytest.raises(RuntimeError, match="route: expert_ids must be int32, got int64"):
         gate.route(x, expert_ids=recorded.long())
     for other in (recorded[:2], recorded[:, :1]):
-        message = r"route: expert_ids must be \[T, K\] with T = 3, K = 2, got"
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(RuntimeError, match=r"route: .* be \[T, K\] with T = 3, K = 2, got"):
             gate.route(x, expert_ids=other)
 
 
@@ -200,9 +192,9 @@ def test_as_hf_tuple_is_transformers_order():
     gate = gate_for(2, normalize="before")
     x = tokens()
     logits, weights, experts = gate.route(x).as_hf_tuple()
-    values, ids = (x @ gate.wg.weight.T).topk(2, dim=-1)
-    assert relative_error(logits, x @ gate.wg.weight.T) < 1e-12
-    assert relative_error(weights, values.softmax(-1)) < 1e-12
+    expected = x @ gate.wg.weight.T
+    values, ids = expected.topk(2, dim=-1)
+    assert_near((logits, weights), (expected, values.softmax(-1)), 1e-12)
     assert torch.equal(experts, ids)
 
 
@@ -243,11 +235,9 @@ def test_wall_clock_breakdown_times_gate_and_layer():
     with pytest.raises(RuntimeError):
         layer(x[:, 1:])
     assert torch.equal(layer(x), expected)
-    assert (
-        layer.gate.timers("topk_gate").elapsed(reset=False) > layer.gate.timers("topk_gate").mean()
-    )
-    assert layer.timers("moe").elapsed(reset=True) == layer.time_moe
-    timer = layer.timers("moe")
+    of_gate, timer = layer.gate.timers("topk_gate"), layer.timers("moe")
+    assert of_gate.elapsed(reset=False) > of_gate.mean()
+    assert timer.elapsed(reset=True) == layer.time_moe
     for _ in range(2):
         timer.start()
         timer.stop()

@@ -135,14 +135,8 @@ def test_what_is_not_one_wide_product(monkeypatch):
     replaced.forward = lambda tokens: tokens
     away.to("meta")
     biased, own, wide = nn.Linear(H, E), Own(H, E, bias=False), nn.Linear(H, E, bias=False)
-    for router in (
-        replaced,
-        away,
-        biased.bfloat16(),
-        own.bfloat16(),
-        wide,
-        CosineRouter(H, E).bfloat16(),
-    ):
+    others = biased.bfloat16(), own.bfloat16(), wide, CosineRouter(H, E).bfloat16()
+    for router in (replaced, away, *others):
         assert not routers.is_wide_product(router, tokens)
     assert not routers.is_wide_product(plain, tokens.as_subclass(torch.Tensor))
     assert routers.is_wide_product(plain, tokens)
@@ -165,9 +159,8 @@ def test_a_router_that_returns_another_shape_is_an_error(make_router, got):
 
 
 def test_a_zero_token_has_no_large_gradient():
-    layer = MOELayer(
-        TopKGate(H, E, 2, router=CosineRouter(H, E), drop_tokens=False), GroupedExperts(E, H, 7)
-    )
+    gate = TopKGate(H, E, 2, router=CosineRouter(H, E), drop_tokens=False)
+    layer = MOELayer(gate, GroupedExperts(E, H, 7))
     x = torch.randn(T, H)
     x[5] = 0
     x.requires_grad_()
@@ -214,10 +207,10 @@ def test_gate_is_float64_where_its_weight_is():
 
 
 def test_a_parameter_of_two_names_is_cast_once():
-    class Tied(torch.nn.Module):
+    class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = self.b = torch.nn.Parameter(torch.randn(E, H).bfloat16())
+            self.a = self.b = nn.Parameter(torch.randn(E, H).bfloat16())
 
         def forward(self, tokens):
             return tokens @ (self.a + self.b).T

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import relative_error, with_seed
+from cases import all_equal, assert_near, with_seed
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -49,10 +49,8 @@ def loss_and_gradients(layer, function, x):
 
 def assert_alike(layer, function, x, tolerance):
     """The function is forward_with_aux, with its gradients."""
-    actual = loss_and_gradients(layer, function, x)
     expected = loss_and_gradients(layer, layer.forward_with_aux, x)
-    for a, b in zip(actual, expected, strict=True):
-        assert relative_error(a, b) < tolerance
+    assert_near(loss_and_gradients(layer, function, x), expected, tolerance)
 
 
 RULES = [
@@ -89,8 +87,7 @@ def test_one_graph_serves_five_values_of_t(compiled, options):
             loss_and_gradients(layer, lambda x, step=step, T=T: step(x, used[:T]), x)
             for step in (function, layer.forward_with_aux)
         )
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b)
+        assert all_equal(*results)
     assert compiled() == 1
 
 
@@ -142,14 +139,12 @@ def test_export_gives_a_program_that_trains(options):
     for T in TOKENS if is_dynamic else (64,):
         x = torch.randn(T, H, requires_grad=True)
         out, aux = module(x)
-        actual = torch.autograd.grad(
-            out.square().sum() + aux.l_aux, [x, module.layer.gate.wg.weight]
-        )
+        loss = out.square().sum() + aux.l_aux
+        actual = torch.autograd.grad(loss, [x, module.layer.gate.wg.weight])
         expected = loss_and_gradients(layer, layer.forward_with_aux, x)
         assert torch.equal(out, expected[0])
         # The program calls raw operators: the weights' gradient comes from the saved output.
-        assert relative_error(actual[0], expected[3]) < 1e-6
-        assert relative_error(actual[1], expected[4]) < 1e-6
+        assert_near(actual, expected[3:5], 1e-6)
 
 
 def test_export_with_a_capacity_needs_a_fixed_number_of_tokens():
@@ -190,8 +185,7 @@ def test_one_compilation_of_an_aligned_plan(compiled):
     fast = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for T in (3, 4, 1000, 33):
         experts = torch.rand(T, E).topk(2).indices.to(torch.int32)
-        for actual, expected in zip(fast(experts), function(experts), strict=True):
-            assert torch.equal(actual, expected)
+        assert all_equal(fast(experts), function(experts))
     assert compiled() == 1
 
 
@@ -215,13 +209,12 @@ def test_func_grad_and_per_sample_gradients(options):
     x = torch.randn(3, 10, H)
     grads = torch.func.grad(loss)(parameters, x[0])
     layer(x[0]).square().sum().backward()
-    for name, parameter in layer.named_parameters():
-        assert relative_error(grads[name], parameter.grad) < 1e-5
+    assert grads.keys() == parameters.keys()
+    assert_near(grads.values(), [parameter.grad for parameter in layer.parameters()], 1e-5)
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
     for i in range(3):
         expected = torch.func.grad(loss)(parameters, x[i])
-        for name in parameters:
-            assert relative_error(per_sample[name][i], expected[name]) < 1e-5
+        assert_near([grad[i] for grad in per_sample.values()], expected.values(), 1e-5)
 
 
 def test_hessian_vector_products_match():
@@ -235,17 +228,12 @@ def test_hessian_vector_products_match():
     torch.testing.assert_close(hessian, twice)
 
 
-def test_forward_mode_is_an_error():
+def test_forward_mode_and_torch_func_of_raw_operators_are_errors():
     x = torch.randn(4, E)
     plan = moe_ext.make_plan(torch.zeros(4, 1, dtype=torch.int32), 1)
     for function in (lambda x: moe_ext.gate(x, 2).weights, lambda x: moe_ext.dispatch(x, plan)):
         with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
             torch.func.jvp(function, (x,), (x,))
-
-
-def test_raw_operators_refuse_torch_func():
-    x = torch.randn(4, E)
-    plan = moe_ext.make_plan(torch.zeros(4, 1, dtype=torch.int32), 1)
 
     def raw(x):
         return torch.ops.moe_ext.dispatch(x, plan.slots, plan.sources, None)
