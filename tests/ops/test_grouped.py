@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -28,32 +29,29 @@ def groups(plan: moe_ext.Plan) -> tuple:
     return plan.offsets, plan.load, plan.capacity
 
 
-def assert_product(grouped_mm, rows, weights, bias, plan, bound: float) -> None:
-    """A grouped_mm has the reference's result, in the dtype of the rows."""
+def assert_product(rows, weights, bias, plan, bound, grouped_mm=torch.ops.moe_ext.grouped_mm):
+    """A grouped_mm has the reference's result, in the dtype of the rows; it is returned."""
     out = grouped_mm(rows, weights, bias, *groups(plan))
     wide = [x if x is None else x.double() for x in (rows, weights, bias)]
     assert out.dtype == rows.dtype
     assert out.is_contiguous()
     assert (out[~owned(plan)] == 0).all()
     assert relative_error(out, reference.grouped_mm(*wide, *groups(plan))) < bound
+    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
 def test_matches_reference(device, T, K, E, H, dtype):
-    N = 6
+    N, fresh = 6, partial(values, dtype=dtype, device=device)
     for plan in plans(T, K, E, device):
         R = len(plan.sources)
-        x, g = values(R, H, dtype=dtype, device=device), values(R, N, dtype=dtype, device=device)
-        w = values(E, N, H, dtype=dtype, device=device)
-        bias = values(E, N, dtype=dtype, device=device)
+        x, g, w, bias = fresh(R, H), fresh(R, N), fresh(E, N, H), fresh(E, N)
         # A row that no route owns is not even read.
         x[~owned(plan)], g[~owned(plan)] = torch.nan, torch.nan
 
-        strided = values(E, H, N, dtype=dtype, device=device).transpose(1, 2)
-        for weights, b in ((w, None), (w, bias), (strided, None)):
-            operator = torch.ops.moe_ext.grouped_mm
-            assert_product(operator, x, weights, b, plan, rounding(dtype, H + 1))
+        for weights, b in ((w, None), (w, bias), (fresh(E, H, N).mT, None)):
+            assert_product(x, weights, b, plan, rounding(dtype, H + 1))
 
         outer = torch.ops.moe_ext.grouped_outer(g, x, *groups(plan))
         exact = reference.grouped_outer(g.double(), x.double(), *groups(plan))
@@ -68,8 +66,8 @@ def test_more_than_a_tile(device, dtype):
     M, N = 40, 1100
     experts = torch.tensor([0] * 601 + [2] * 3 + [3] * 40, dtype=torch.int32, device=device)
     plan = moe_ext.make_plan(experts.unsqueeze(1), 5)
-    x = values(len(experts), M, dtype=dtype, device=device)
-    w, bias = values(5, N, M, dtype=dtype, device=device), values(5, N, dtype=dtype, device=device)
+    fresh = partial(values, dtype=dtype, device=device)
+    x, w, bias = fresh(len(experts), M), fresh(5, N, M), fresh(5, N)
     out = moe_ext.grouped_mm(x, w, plan, bias)
     outer = torch.ops.moe_ext.grouped_outer(out, x, *groups(plan))
     for e in range(5):
@@ -104,9 +102,7 @@ def test_rows_have_the_results_that_they_have_beside_others(dtype, N, M):
 
     def product(n, weights, b):
         plan = moe_ext.make_plan(torch.ones(n, 1, dtype=torch.int32), 2)
-        tolerance = rounding(dtype, M + 1)
-        assert_product(torch.ops.moe_ext.grouped_mm, many[:n], weights, b, plan, tolerance)
-        return moe_ext.grouped_mm(many[:n], weights, plan, b)
+        return assert_product(many[:n], weights, b, plan, rounding(dtype, M + 1))
 
     for weights, b in itertools.product((w, strided), (None, bias)):
         most = few(dtype, M, weights.stride(2) == 1)
@@ -160,19 +156,15 @@ def test_gradient_lies_as_its_weight(device):
 
 def test_autocast_casts_as_mm_does(device):
     plan = moe_ext.make_plan(random_experts(9, 1, 2, device), 2)
-    x, w = torch.randn(9, 8, device=device), torch.randn(2, 4, 8, device=device)
-    bias = torch.randn(2, 4, device=device)
+    x, w, bias = (torch.randn(size, device=device) for size in ((9, 8), (2, 4, 8), (2, 4)))
     with torch.autocast(device.type, dtype=torch.bfloat16):
         out = moe_ext.grouped_mm(x, w, plan, bias)
         wide = moe_ext.grouped_mm(x.double(), w.double(), plan, bias.double())
-    assert out.dtype == torch.bfloat16
-    assert wide.dtype == torch.float64
+        assert out.dtype == torch.bfloat16
+        assert wide.dtype == torch.float64
+        with pytest.raises(RuntimeError, match="weights must be bfloat16 like rows, got float64"):
+            moe_ext.grouped_mm(x, w.double(), plan)
     assert torch.equal(out, moe_ext.grouped_mm(x.bfloat16(), w.bfloat16(), plan, bias.bfloat16()))
-    with (
-        torch.autocast(device.type, dtype=torch.bfloat16),
-        pytest.raises(RuntimeError, match="weights must be bfloat16 like rows, got float64"),
-    ):
-        moe_ext.grouped_mm(x, w.double(), plan)
 
 
 # torch's own products stand in where no kernel of ours is compiled.
@@ -191,19 +183,19 @@ def test_torchs_products(monkeypatch, device, T, K, E, H, path, dtype):
     monkeypatch.setattr(torch_grouped_mm, "choose", lambda *args: (path, ""))
     # torch takes rows of a multiple of 16 bytes, or a single column as zeros are put beside it.
     M, N = 8 * (H % 50 + 1), 8
+    fresh = partial(values, dtype=dtype, device=device)
+    product = partial(assert_product, grouped_mm=torch_grouped_mm.grouped_mm)
     for plan in plans(T, K, E, device):
         if path == "batched" and plan.capacity is None:
             continue
         R = len(plan.sources)
-        x, g = values(R, M, dtype=dtype, device=device), values(R, N, dtype=dtype, device=device)
-        w = values(E, N, M, dtype=dtype, device=device)
-        bias = values(E, N, dtype=dtype, device=device)
+        x, g, w, bias = fresh(R, M), fresh(R, N), fresh(E, N, M), fresh(E, N)
         x[~owned(plan)], g[~owned(plan)] = torch.nan, torch.nan
         expanded = torch.where(owned(plan), 1.0, torch.nan).to(x)[:, None].expand(R, M)
         for rows, weights, b in (
             (x, w, None),
             (x, w, bias),
-            (x, values(E, M, N, dtype=dtype, device=device).transpose(1, 2), None),
+            (x, fresh(E, M, N).mT, None),
             (x, w[:, :1], bias[:, :1]),
             (x[:, :1], w[:, :, :1], None),
             (expanded, w, None),
@@ -211,10 +203,8 @@ def test_torchs_products(monkeypatch, device, T, K, E, H, path, dtype):
             (x, torch.cat([w, w[..., :1]], dim=-1)[..., :M], None),
             (x.t().contiguous().t(), w, None),
         ):
-            product = torch_grouped_mm.grouped_mm
-            assert_product(product, rows, weights, b, plan, 2 * rounding(dtype, M))
-        turned = g.t().contiguous().t()
-        for left, right in ((g, x), (g, x[:, :1]), (g[:, :1], x), (turned, x)):
+            product(rows, weights, b, plan, 2 * rounding(dtype, M))
+        for left, right in ((g, x), (g, x[:, :1]), (g[:, :1], x), (g.t().contiguous().t(), x)):
             outer = torch_grouped_mm.grouped_outer(left, right, *groups(plan))
             exact = reference.grouped_outer(left.double(), right.double(), *groups(plan))
             assert outer.is_contiguous()
@@ -226,12 +216,12 @@ def test_torchs_products_check_their_arguments(monkeypatch, path):
     monkeypatch.setattr(torch_grouped_mm, "choose", lambda *args: (path, ""))
     plan = moe_ext.make_plan(random_experts(8, 1, 2), 2, 4)
     x, w = torch.randn(8, 8), torch.randn(2, 8, 8)
-    with pytest.raises(
-        RuntimeError, match="grouped_mm: bias must be float32 like rows, got float64"
+    for bias, message in (
+        (torch.randn(2, 8).double(), "grouped_mm: bias must be float32 like rows, got float64"),
+        (torch.randn(2, 1), r"grouped_mm: bias must be \[E, N\] with E = 2, N = 8"),
     ):
-        torch_grouped_mm.grouped_mm(x, w, torch.randn(2, 8).double(), *groups(plan))
-    with pytest.raises(RuntimeError, match=r"grouped_mm: bias must be \[E, N\] with E = 2, N = 8"):
-        torch_grouped_mm.grouped_mm(x, w, torch.randn(2, 1), *groups(plan))
+        with pytest.raises(RuntimeError, match=message):
+            torch_grouped_mm.grouped_mm(x, w, bias, *groups(plan))
     with pytest.raises(RuntimeError, match="grouped_outer: right must be float32 like left"):
         torch_grouped_mm.grouped_outer(x, x.double(), *groups(plan))
 
@@ -257,44 +247,36 @@ def test_sums_of_no_rows_are_zeroed(device, dtype, N, M):
 
 
 LOOP, NONE = "loops on compute capability 8.6", "without capacity has no batches"
+TOO_MANY = "fewer than 1024 experts"
 
 
 @pytest.mark.parametrize(
-    ("device_name", "capability", "dtype", "widths", "E", "capacity", "path", "why"),
+    ("gpu", "dtype", "widths", "E", "capacity", "path", "why"),
     [
-        ("cuda", (9, 0), torch.bfloat16, (8, 16), 4, None, "native", ""),
-        ("cuda", (10, 0), torch.bfloat16, (8, 16), 1023, 4, "native", ""),
-        ("cuda", (9, 0), torch.bfloat16, (8, 16), 1024, 4, "batched", "fewer than 1024 experts"),
-        (
-            "cuda",
-            (9, 0),
-            torch.bfloat16,
-            (8, 16),
-            1024,
-            None,
-            "reference",
-            "fewer than 1024 experts",
-        ),
-        ("cuda", (8, 6), torch.bfloat16, (8, 16), 4, 4, "batched", LOOP),
-        ("cuda", (8, 6), torch.bfloat16, (8, 16), 4, None, "loop", NONE),
-        ("cuda", (7, 5), torch.float16, (8, 16), 4, None, "loop", NONE),
-        ("cuda", (12, 0), torch.bfloat16, (8, 16), 4, 4, "batched", "capability 12.0"),
-        ("cuda", (9, 0), torch.float16, (8, 16), 4, 4, "batched", "loops for torch.float16"),
-        ("cuda", (9, 0), torch.float32, (8, 16), 4, None, "loop", "loops for torch.float32"),
-        ("cuda", (9, 0), torch.float64, (8, 16), 4, None, "reference", "not take torch.float64"),
-        ("cuda", (9, 0), torch.bfloat16, (12, 16), 4, 4, "batched", "not (12, 16) values"),
-        ("cuda", (9, 0), torch.bfloat16, (12, 16), 4, None, "reference", "not (12, 16) values"),
-        ("cuda", (9, 0), torch.bfloat16, (16, 1), 4, None, "native", ""),  # of a bias
-        ("mps", None, torch.float32, (8, 16), 4, 4, "batched", "no grouped_mm of its own on mps"),
-        ("cpu", None, torch.float32, (8, 16), 4, 4, "reference", "the reference runs"),
+        ((9, 0), torch.bfloat16, (8, 16), 4, None, "native", ""),
+        ((10, 0), torch.bfloat16, (8, 16), 1023, 4, "native", ""),
+        ((9, 0), torch.bfloat16, (8, 16), 1024, 4, "batched", TOO_MANY),
+        ((9, 0), torch.bfloat16, (8, 16), 1024, None, "reference", TOO_MANY),
+        ((8, 6), torch.bfloat16, (8, 16), 4, 4, "batched", LOOP),
+        ((8, 6), torch.bfloat16, (8, 16), 4, None, "loop", NONE),
+        ((7, 5), torch.float16, (8, 16), 4, None, "loop", NONE),
+        ((12, 0), torch.bfloat16, (8, 16), 4, 4, "batched", "capability 12.0"),
+        ((9, 0), torch.float16, (8, 16), 4, 4, "batched", "loops for torch.float16"),
+        ((9, 0), torch.float32, (8, 16), 4, None, "loop", "loops for torch.float32"),
+        ((9, 0), torch.float64, (8, 16), 4, None, "reference", "not take torch.float64"),
+        ((9, 0), torch.bfloat16, (12, 16), 4, 4, "batched", "not (12, 16) values"),
+        ((9, 0), torch.bfloat16, (12, 16), 4, None, "reference", "not (12, 16) values"),
+        ((9, 0), torch.bfloat16, (16, 1), 4, None, "native", ""),  # of a bias
+        ("mps", torch.float32, (8, 16), 4, 4, "batched", "no grouped_mm of its own on mps"),
+        ("cpu", torch.float32, (8, 16), 4, 4, "reference", "the reference runs"),
     ],
 )
-def test_the_path_of_a_device(
-    monkeypatch, device_name, capability, dtype, widths, E, capacity, path, why
-):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+def test_the_path_of_a_device(monkeypatch, gpu, dtype, widths, E, capacity, path, why):
+    """gpu: a compute capability, or the name of another device"""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
     monkeypatch.setattr(tensor_cores, "is_built", lambda device_type: False)
-    chosen, reason = torch_grouped_mm.choose(Fake(device_name, dtype), widths, E, capacity)
+    operand = Fake("cuda" if isinstance(gpu, tuple) else gpu, dtype)
+    chosen, reason = torch_grouped_mm.choose(operand, widths, E, capacity)
     assert chosen == path
     assert why in reason
 
@@ -308,7 +290,7 @@ def test_the_path_of_a_device(
         ((12, 0), torch.float32, (4, 12), 4, "own", "loops on compute capability 12.0"),
         ((9, 0), torch.float16, (8, 16), 4, "own", "loops for torch.float16"),
         ((9, 0), torch.float32, (8, 1), 4, "own", "loops for torch.float32"),
-        ((9, 0), torch.bfloat16, (8, 16), 1024, "own", "fewer than 1024 experts"),
+        ((9, 0), torch.bfloat16, (8, 16), 1024, "own", TOO_MANY),
         ((9, 0), torch.bfloat16, (8, 16), 4, "native", ""),
         ((7, 5), torch.float16, (8, 16), 4, "loop", "compute capability 8.0, not 7.5"),
         ((8, 0), torch.float64, (8, 16), 4, "reference", "ours do not take torch.float64"),
