@@ -95,17 +95,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the tests that cannot run here."""
     has_cuda = _why_no_cuda() is None
-    checks_values = not config.cusim and config.getoption("--device") != "cuda"
+    has_unchecked = has_cuda or config.cusim or config.getoption("--device") == "cuda"
+    is_there = {"cuda": has_cuda, "cusim": config.cusim, "unchecked": has_unchecked}
 
     def runs(item: pytest.Item) -> bool:
-        fixtures = getattr(item, "fixturenames", ())
-        if "cuda" in fixtures and not has_cuda:
+        if config.cusim and item.get_closest_marker("checks_values"):
             return False
-        if "cusim" in fixtures and not config.cusim:
-            return False
-        if "unchecked" in fixtures and checks_values and not has_cuda:
-            return False
-        return not (config.cusim and item.get_closest_marker("checks_values"))
+        return all(is_there.get(name, True) for name in getattr(item, "fixturenames", ()))
 
     left_out = [item for item in items if not runs(item)]
     if left_out:

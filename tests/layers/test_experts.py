@@ -175,6 +175,7 @@ def test_routed_calls_the_module(shared):
     assert seen[0] is out
 
 
+ACTIVATIONS = "swiglu, geglu, swiglu_oai, gelu, relu or relu2"
 WRONG = [
     ({"down": (E, H + 1, FFN)}, "down must be [E, H, F] with E = 3, H = 6, F = 4, got [3, 7, 4]"),
     ({"up": (E, 2 * FFN, H + 1)}, "up must be [E, G, H] with E = 3, H = 6, got [3, 8, 7]"),
@@ -185,10 +186,7 @@ WRONG = [
     ({"up": (E, 7, H)}, "up must be [E, 2F, H], got [3, 7, 6]"),
     ({"up_bias": (E, FFN)}, "up_bias must be [E, G] with E = 3, G = 8, got [3, 4]"),
     ({"down_bias": (E, 1)}, "down_bias must be [E, H] with E = 3, H = 6, got [3, 1]"),
-    (
-        {"activation": "silu"},
-        "activation must be swiglu, geglu, swiglu_oai, gelu, relu or relu2, got silu",
-    ),
+    ({"activation": "silu"}, f"activation must be {ACTIVATIONS}, got silu"),
 ]
 
 

@@ -25,15 +25,16 @@ FUNCTIONS = {
 }
 
 
-def width(activation: str, ffn: int) -> int:
-    return 2 * ffn if activation in checks.GATED else ffn
-
-
-def inner(activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    """A pre-activation whose gates are multiplied by up."""
+def joined(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """A pre-activation of gates and, where the activation has them, ups."""
     if activation == "swiglu_oai":
-        return torch.stack([gate, up - 1], dim=-1).flatten(-2)
+        return torch.stack([gate, up], dim=-1).flatten(-2)
     return torch.cat([gate, up], dim=-1) if activation in checks.GATED else gate
+
+
+def times_one(activation: str, gate: Tensor) -> Tensor:
+    """A pre-activation whose gates are multiplied by one."""
+    return joined(activation, gate, torch.full_like(gate, activation != "swiglu_oai"))
 
 
 @pytest.mark.parametrize("activation", checks.ACTIVATIONS)
@@ -43,10 +44,10 @@ def test_matches_reference(device, T, K, E, ffn, dtype, activation):
     weights = weights_for(dtype, T, K, device=device)
     for plan in plans(T, K, E, device)[:: 1 if T < 100 else 3]:
         routes, empty = (plan.slots, plan.sources), plan.sources < 0
-        pre_activation = values(
-            len(plan.sources), width(activation, ffn), dtype=dtype, device=device
+        widths = (2 * ffn if activation in checks.GATED else ffn, ffn)
+        pre_activation, grad = (
+            values(len(plan.sources), width, dtype=dtype, device=device) for width in widths
         )
-        grad = values(len(plan.sources), ffn, dtype=dtype, device=device)
         # A row that no route owns is not even read.
         pre_activation[empty], grad[empty] = torch.nan, torch.nan
 
@@ -66,16 +67,13 @@ def test_matches_reference(device, T, K, E, ffn, dtype, activation):
             assert (out[empty] == 0).all()
             assert_within(out, exact, size if w is None else size * weight, ROUNDINGS)
 
-        got = torch.ops.moe_ext.activate_backward(
-            grad, pre_activation, *routes, weights, activation
-        )
+        args = grad, pre_activation, *routes, weights, activation
+        got = torch.ops.moe_ext.activate_backward(*args)
         args = grad.double(), pre_activation.double(), *routes, weights.double(), activation
         grad_pre_activation, active, grad_weights = reference.activate_backward(*args)
         upstream = grad.double().nan_to_num().abs()
         terms = weight * upstream * (2 * gate.sqrt() if squares else gate + 1)
-        parts = (terms * up, terms) if gated else (terms,)
-        interleaved = activation == "swiglu_oai"
-        terms = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+        terms = joined(activation, terms * up, terms)
         assert_within(got[0], grad_pre_activation, terms, ROUNDINGS)
         assert_within(got[1], active, size * weight, ROUNDINGS)
         dots, _ = reference._rows_of_routes((upstream * size).sum(-1, keepdim=True), plan.slots)
@@ -90,7 +88,7 @@ def test_every_number(device, activation, dtype):
     """Very large, very small, infinite: as torch has it, and NaN for NaN."""
     x = torch.tensor([0.0, -0.0, 1e-30, 3e-8, 20, -20, 87.4, -87.4, 88.5, -88.5, 3e38, -3e38])
     x = torch.cat([x, torch.tensor([torch.inf, -torch.inf, torch.nan])]).to(dtype).to(device)
-    pre_activation = inner(activation, x, torch.ones_like(x))[None]
+    pre_activation = times_one(activation, x)[None]
     plan = moe_ext.make_plan(torch.zeros(1, 1, dtype=torch.int32, device=device), 1)
     out = moe_ext.activate(pre_activation, plan, activation)[0].double()
     expected = FUNCTIONS[activation](x.double())
@@ -128,8 +126,7 @@ def test_gates_of_gpt_oss(device, dtype):
     torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=1e-7)
     mine = torch.autograd.grad(out.double().sum(), (gate, up))
     theirs = torch.autograd.grad(expected.sum(), (gate, up))
-    for got, exact in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(got, exact, rtol=rtol, atol=2 * rtol)
+    torch.testing.assert_close(mine, theirs, rtol=rtol, atol=2 * rtol)
 
 
 @pytest.mark.parametrize("activation", checks.ACTIVATIONS)
@@ -138,8 +135,7 @@ def test_every_16_bit_number_is_rounded_once(device, activation, dtype):
     """What approximations add is a twentieth of the rounding at most, tails included."""
     numbers = torch.arange(1 << 16).to(torch.int16).view(dtype)
     numbers = numbers[numbers.isfinite()].view(-1, 64).to(device)
-    ones = torch.ones_like(numbers)
-    pre_activation = inner(activation, numbers, ones)
+    pre_activation = times_one(activation, numbers)
     plan = moe_ext.make_plan(numbers.new_zeros(len(numbers), 1, dtype=torch.int32), 1)
     weights = numbers.new_ones(len(numbers), 1, dtype=torch.float32)
 
@@ -161,9 +157,8 @@ def test_every_16_bit_number_is_rounded_once(device, activation, dtype):
         value, slope, slope_terms = x * below, below + x * density, below + x.abs() * density
     out = moe_ext.activate(pre_activation, plan, activation)
     routes = plan.slots, plan.sources
-    grad, active, _ = torch.ops.moe_ext.activate_backward(
-        ones, pre_activation, *routes, weights, activation
-    )
+    args = torch.ones_like(numbers), pre_activation, *routes, weights, activation
+    grad, active, _ = torch.ops.moe_ext.activate_backward(*args)
     # exp of a number above 88.7 is infinite in float32, a reciprocal of one above 87.3 too small to
     # be normal: what is left of silu is lost.
     info = torch.finfo(dtype)

@@ -16,21 +16,20 @@ from moe_ext import ModuleExperts
 from moe_ext.ops import contracts, reference, samples
 
 T, K, E, H = 33, 2, 8, 4
+SIZES = {"T": T, "K": K, "E": E, "H": H, "F": 2}
 R = 64
 SAMPLES = {
-    op: dict(
-        zip(
-            (argument.name for argument in contract.arguments),
-            samples.arguments(op, T=T, K=K, E=E, H=H, F=2),
-            strict=True,
-        )
-    )
+    op: {
+        argument.name: value
+        for argument, value in zip(contract.arguments, samples.arguments(op, **SIZES), strict=True)
+    }
     for op, contract in contracts.PARSED.items()
 }
 LIKE_SLOTS = "like the plan's slots [33, 2], got"
 LIKE_SOURCES = "like the plan's sources [64], got"
 LIKE_LOAD = "like the plan's load [8], got"
 ONE_PLAN = "slots and sources must be of one plan, got"
+ACTIVATIONS = "swiglu, geglu, swiglu_oai, gelu, relu or relu2"
 
 
 def shorter(tensor):
@@ -100,11 +99,7 @@ WRONG = [
     ),
     ("grouped_mm", {"offsets": shorter}, f"offsets must be [E+1] with E+1 = 9 {LIKE_LOAD} [8]"),
     ("activate", {"pre_activation": narrower}, "pre_activation must be [R, 2F], got [R, 3]"),
-    (
-        "activate",
-        {"activation": "silu"},
-        "activation must be swiglu, geglu, swiglu_oai, gelu, relu or relu2, got silu",
-    ),
+    ("activate", {"activation": "silu"}, f"activation must be {ACTIVATIONS}, got silu"),
 ]
 
 
@@ -127,27 +122,20 @@ SLOT = int(SAMPLES["dispatch"]["slots"][5, 1])
 assert SLOT >= 0
 ROUTED = ("dispatch", "combine", "route_dot", "combine_backward", "activate", "activate_backward")
 FILLS = ("dispatch", "combine_backward", "activate", "activate_backward")  # they write rows
+EXPERT_IDS = "expert_ids must be in -1..E-1 with E = 8, got"
+SLOTS = "slots must be in -1..R-1 with R = 64, got"
+OFFSETS = "offsets must rise from 0 to at most R = 64, got"
 
 VALUES = [
-    *(
-        (
-            "plan",
-            {"expert_ids": with_value(at, e)},
-            f"expert_ids must be in -1..E-1 with E = 8, got {e} at {list(at)}",
-        )
-        for at, e in (((3, 1), 8), ((4, 0), -2))
-    ),
+    ("plan", {"expert_ids": with_value((3, 1), 8)}, f"{EXPERT_IDS} 8 at [3, 1]"),
+    ("plan", {"expert_ids": with_value((4, 0), -2)}, f"{EXPERT_IDS} -2 at [4, 0]"),
     (
         "gate_backward",
         {"expert_ids": with_value((3, 1), -1)},
         "expert_ids must be in 0..E-1 with E = 8, got -1 at [3, 1]",
     ),
     *(
-        (
-            op,
-            {"slots": with_value((5, 1), slot)},
-            f"slots must be in -1..R-1 with R = 64, got {slot} at [5, 1]",
-        )
+        (op, {"slots": with_value((5, 1), slot)}, f"{SLOTS} {slot} at [5, 1]")
         for op in ROUTED
         for slot in (64, -2)
     ),
@@ -159,14 +147,9 @@ VALUES = [
         {"slots": with_value((5, 1), -1), "sources": with_value(SLOT, 66)},
         "sources must be in -1..T*K-1 with T*K = 66, got 66 at [",
     ),
-    *(
-        (
-            "grouped_mm",
-            {"offsets": with_value(e, offset)},
-            f"offsets must rise from 0 to at most R = 64, got {offset} at [{e}]",
-        )
-        for e, offset in ((3, 65), (0, 1), (3, 0))
-    ),
+    ("grouped_mm", {"offsets": with_value(3, 65)}, f"{OFFSETS} 65 at [3]"),
+    ("grouped_mm", {"offsets": with_value(0, 1)}, f"{OFFSETS} 1 at [0]"),
+    ("grouped_mm", {"offsets": with_value(3, 0)}, f"{OFFSETS} 0 at [3]"),
     ("grouped_outer", {"load": with_value(2, -1)}, "load must not be negative, got -1 at [2]"),
 ]
 
