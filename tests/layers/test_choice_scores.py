@@ -123,8 +123,7 @@ def test_draws_are_float32():
             with torch.no_grad():
                 gate.wg.weight.copy_(torch.eye(E, H))
             assert gate.expert_bias.dtype == torch.float32
-            torch.manual_seed(1)
-            results.append((gate.route(x).plan.slots, choice_scores.gumbel(x)))
+            results.append((with_seed(gate.route, x).plan.slots, choice_scores.gumbel(x)))
         finally:
             torch.set_default_dtype(torch.float32)
     assert all(all_equal(result, results[0]) for result in results[1:])
@@ -161,13 +160,12 @@ def test_sinkhorn_counts_only_tokens_that_take_part():
     a, b = (choice_scores.sinkhorn(x, used) for x in (logits, other))
     assert torch.equal(a[used], b[used])
     assert torch.equal(b[~used], other[~used])
+    keeps = torch.arange(40) != 3
+    expected = choice_scores.sinkhorn(logits, keeps)[keeps]
     for bad in (math.nan, math.inf):
         other = logits.clone()
         other[3, 5] = bad
-        keeps = torch.arange(40) != 3
-        assert torch.equal(
-            choice_scores.sinkhorn(other)[keeps], choice_scores.sinkhorn(logits, keeps)[keeps]
-        )
+        assert torch.equal(choice_scores.sinkhorn(other)[keeps], expected)
     other = logits.clone()
     other[:, 2] = -math.inf
     column_sums = choice_scores.sinkhorn(other, iterations=200).softmax(-1).sum(0)
@@ -233,13 +231,10 @@ def test_only_the_second_expert_is_sampled():
 
 def test_the_second_expert_is_sampled_by_balanced_scores():
     gate = TopKGate(H, E, k=2, drop_tokens=False, balancing="sinkhorn")
-    state = torch.get_rng_state()
-    routing = gate.route(torch.randn(200, H) + torch.randn(H))
-    torch.set_rng_state(state)
-    torch.randn(200, H), torch.randn(H)
+    routing = with_seed(gate.route, torch.randn(200, H) + torch.randn(H))
     balanced = choice_scores.sinkhorn(routing.logits)
     first = balanced.argmax(-1, keepdim=True)
-    noisy = balanced + choice_scores.gumbel(balanced)
+    noisy = balanced + with_seed(choice_scores.gumbel, balanced)
     second = noisy.scatter(1, first, -math.inf).argmax(-1, keepdim=True)
     assert torch.equal(routing.plan.expert_ids.long(), torch.cat([first, second], 1))
 

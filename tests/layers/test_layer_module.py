@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from cases import all_equal
-from rules import FFN, E, H, gradients_of, layer_for
+from rules import FFN, Apply, E, H, gradients_of, layer_for
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
@@ -21,22 +21,12 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 compile_eagerly = partial(torch.compile, backend="eager")
 
 
-class First(nn.Module):
-    """A module that returns the first output of another."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return self.module(x)[0]
-
-
 @pytest.mark.parametrize("wrap", [nn.Sequential, checkpoint_wrapper, compile_eagerly])
 def test_total_l_aux_is_the_sum_over_the_layers(wrap):
     shared, idle = layer_for(2), layer_for(2)
     moe = MoE(H, nn.Linear(H, H), E, k=3).double()
-    model = wrap(nn.Sequential(shared, nn.Sequential(shared, layer_for(1)), First(moe)))
+    first_output = Apply(lambda outputs: outputs[0])
+    model = wrap(nn.Sequential(shared, nn.Sequential(shared, layer_for(1)), moe, first_output))
     x = torch.randn(40, H, dtype=torch.float64)
     model(x)
     layers = {m for m in model.modules() if isinstance(m, MOELayer)}
@@ -278,16 +268,14 @@ def test_l_aux_that_is_returned_from_a_checkpoint_has_its_gradient(use_reentrant
         out = layer(x)
         return out, layer.l_aux
 
-    def of_moe(x):
-        return moe(x)[:2]
-
     def gradient(of, x, gate):
         gate.zero_grad()
         out, l_aux = of(x)
         (out.sum() + 3 * l_aux).backward()
         return gate.wg.weight.grad
 
-    for of, gate in ((of_layer, layer.gate), (of_moe, moe.deepspeed_moe.gate)):
+    of_moe, gate_of_moe = (lambda x: moe(x)[:2]), moe.deepspeed_moe.gate
+    for of, gate in ((of_layer, layer.gate), (of_moe, gate_of_moe)):
         x = torch.randn(40, H, dtype=torch.float64, requires_grad=True)
         plain = gradient(of, x, gate)
         apply = partial(checkpoint, of, use_reentrant=use_reentrant)

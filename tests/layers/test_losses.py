@@ -183,10 +183,8 @@ def test_losses_of_a_wrong_shape_are_an_error():
 def test_sequence_balance_loss_averages_over_sequences():
     routing = routing_of(tokens())
     assert torch.equal(losses.z_loss(routing.logits.view(4, -1, E)), z(routing))
-    shaped = losses.sequence_balance_loss(
-        routing.probs.view(4, -1, E), routing.plan.expert_ids.view(4, -1, K), 4
-    )
-    assert torch.equal(shaped, per_sequence(routing))
+    probs, expert_ids = routing.probs.view(4, -1, E), routing.plan.expert_ids.view(4, -1, K)
+    assert torch.equal(losses.sequence_balance_loss(probs, expert_ids, 4), per_sequence(routing))
 
 
 def test_expert_load_ignores_minus_one():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,10 +16,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 def assert_same_results(out, expected, x):
     """The values, and their gradients by x."""
-    pairs = [
-        (y, *torch.autograd.grad(y.square().sum(), x, retain_graph=True)) for y in (out, expected)
-    ]
-    assert_near(*pairs, 1e-12)
+    gradients = partial(torch.autograd.grad, inputs=x, retain_graph=True)
+    assert_near(*((y, *gradients(y.square().sum())) for y in (out, expected)), 1e-12)
 
 
 @pytest.mark.parametrize("scoring", SCORES)

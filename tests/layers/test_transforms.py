@@ -16,6 +16,7 @@ from moe_ext.routing.rule import Rule
 
 E, H, FFN = 6, 8, 8
 TOKENS = (33, 5, 64, 127, 200)
+compile_whole = partial(torch.compile, fullgraph=True, backend="aot_eager")
 
 
 def layer_for(k=2, **options) -> MOELayer:
@@ -77,9 +78,7 @@ def test_one_graph_serves_five_values_of_t(compiled, options):
     if make_router := options.get("router"):
         options = options | {"router": make_router()}
     layer = layer_for(**options)
-    function = torch.compile(
-        layer.forward_with_aux, fullgraph=True, dynamic=True, backend="aot_eager"
-    )
+    function = compile_whole(layer.forward_with_aux, dynamic=True)
     used = torch.rand(max(TOKENS)) < 0.8
     for T in TOKENS:
         x = torch.randn(T, H, requires_grad=True)
@@ -105,7 +104,7 @@ def test_compiled_layer_sets_its_attributes(compiled):
     expected = layer(x)
     l_aux, exp_counts = layer.l_aux, layer.exp_counts
     layer.l_aux = layer.exp_counts = None
-    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+    assert torch.equal(compile_whole(layer)(x), expected)
     assert torch.equal(layer.l_aux, l_aux)
     assert torch.equal(layer.exp_counts, exp_counts)
 
@@ -114,8 +113,7 @@ def test_compiled_layer_sets_its_attributes(compiled):
 def test_compile_with_checkpoint(compiled, options):
     layer = layer_for(**options)
     function = partial(checkpoint, layer.forward_with_aux, use_reentrant=False)
-    fast = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert_alike(layer, fast, torch.randn(40, H, requires_grad=True), 1e-6)
+    assert_alike(layer, compile_whole(function), torch.randn(40, H, requires_grad=True), 1e-6)
 
 
 class Pure(torch.nn.Module):
@@ -182,7 +180,7 @@ def test_one_compilation_of_an_aligned_plan(compiled):
     def function(experts):
         return moe_ext.make_plan(experts, E, align=8)[:4]
 
-    fast = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    fast = compile_whole(function, dynamic=True)
     for T in (3, 4, 1000, 33):
         experts = torch.rand(T, E).topk(2).indices.to(torch.int32)
         assert all_equal(fast(experts), function(experts))

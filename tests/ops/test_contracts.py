@@ -101,11 +101,10 @@ def other_arguments(op):
     """No optional tensors, and other names."""
     other = {"scoring": "sigmoid", "activation": "geglu", "normalize": False, "order": "token"}
     other |= {"score_before_experts": True, "keeps": False, "needs_up": False}
+    arguments = contracts.PARSED[op].arguments
     return tuple(
         None if argument.dims and argument.is_optional else other.get(argument.name, value)
-        for argument, value in zip(
-            contracts.PARSED[op].arguments, samples.arguments(op), strict=True
-        )
+        for argument, value in zip(arguments, samples.arguments(op), strict=True)
     )
 
 

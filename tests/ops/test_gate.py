@@ -47,9 +47,8 @@ def test_ids_are_distinct_and_in_range_whatever_comes(device, K):
 def test_matches_reference(device, T, E, K, dtype, scoring, normalize):
     logits = (3 * torch.randn(T, E, device=device)).to(dtype)
     scores = logits + torch.randn(T, E, device=device).to(dtype)
-    actual = moe_ext.gate(
-        logits, K, choice_scores=scores, scoring=scoring, normalize=normalize, scale=2.5
-    )
+    rule = {"scoring": scoring, "normalize": normalize, "scale": 2.5}
+    actual = moe_ext.gate(logits, K, choice_scores=scores, **rule)
     expected = reference.gate(logits.double(), scores.double(), K, scoring, normalize, 2.5)
     weights, experts, probs, importance = expected
     assert torch.equal(actual.expert_ids, experts)
