@@ -275,17 +275,12 @@ def test_shared_experts_add_their_output(gated):
 
 
 def test_unexpected_keys_are_reported():
-    class Scaled(GroupedExperts):
-        def __init__(self):
-            super().__init__(E, H, FFN)
-            self.scale = nn.Parameter(torch.zeros(1))
-
-    state, _ = mixtral_experts(E, H, FFN)
+    experts, (state, _) = GroupedExperts(E, H, FFN), mixtral_experts(E, H, FFN)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weird"):
-        GroupedExperts(E, H, FFN).load_state_dict(state | {"weird": torch.ones(1)})
-    scaled = Scaled()
-    scaled.load_state_dict(state | {"scale": torch.ones(1)})
-    assert scaled.scale == 1
+        experts.load_state_dict(state | {"weird": torch.ones(1)})
+    experts.scale = nn.Parameter(torch.zeros(1))
+    experts.load_state_dict(state | {"scale": torch.ones(1)})
+    assert experts.scale == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,11 @@ def test_plan(launches_of, T, K, order):
     experts, priority = random_experts(T, K, E), torch.rand(T, K)
     sort = ["plan_place"] if T * K <= 4096 else ["plan_count", "plan_place"]
     for capacity in (None, 0, T * K // E + 1):
-        calls = launches_of(moe_ext.make_plan, experts, E, capacity, order=order)
-        assert kernels(calls) == sort
-        calls = launches_of(moe_ext.make_plan, experts, E, capacity, order=order, priority=priority)
-        if capacity is None or T == 0:  # there is nothing to choose
-            assert kernels(calls) == sort
-        else:
-            assert kernels(calls) == [*sort, "plan_keep"]
+        calls_of_plan = partial(launches_of, moe_ext.make_plan, experts, E, capacity, order=order)
+        assert kernels(calls_of_plan()) == sort
+        has_choice = capacity is not None and T > 0
+        keep = ["plan_keep"] if has_choice else []
+        assert kernels(calls_of_plan(priority=priority)) == [*sort, *keep]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
