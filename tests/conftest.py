@@ -31,9 +31,7 @@ ON_CPU = {"test_convert.py", "test_foreign.py", "test_losses.py", "test_options.
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--device", choices=["cpu", "cuda"], help="only this one, and it must be there"
-    )
+    parser.addoption("--device", choices=["cpu", "cuda"], help="only this one; it must be there")
     parser.addoption("--cusim", metavar="MODULE", help="run the CUDA kernels of this module")
     parser.addoption(
         "--cusim-order", metavar="ORDER", default="forward", help="forward, reverse or random<seed>"

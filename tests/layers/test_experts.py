@@ -95,18 +95,21 @@ def test_float32_gives_the_gradients_of_float64(activation, bias, before):
         assert_near(derivatives(torch.float32, plan), exact, 1e-5)
 
 
-@pytest.mark.parametrize("needed", ["tokens", "weights", "up", "down", "up_bias", "down_bias"])
+# Of feed_forward's operands.
+SHAPES = {
+    "tokens": (7, H),
+    "weights": (7, 2),
+    "up": (E, FFN, H),
+    "down": (E, H, FFN),
+    "up_bias": (E, FFN),
+    "down_bias": (E, H),
+}
+
+
+@pytest.mark.parametrize("needed", SHAPES)
 def test_each_gradient_alone(needed):
     plan = moe_ext.make_plan(random_experts(7, 2, E), E, 4)
-    shapes = {
-        "tokens": (7, H),
-        "weights": (7, 2),
-        "up": (E, FFN, H),
-        "down": (E, H, FFN),
-        "up_bias": (E, FFN),
-        "down_bias": (E, H),
-    }
-    leaves = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    leaves = {name: torch.randn(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
 
     def grads(names):
         for name, leaf in leaves.items():
@@ -115,7 +118,7 @@ def test_each_gradient_alone(needed):
         out.square().sum().backward()
         return {name: leaf.grad for name, leaf in leaves.items()}
 
-    together = grads(shapes)[needed].clone()
+    together = grads(SHAPES)[needed].clone()
     alone = grads([needed])
     assert torch.equal(alone.pop(needed), together)
     assert all(grad is None for grad in alone.values())
@@ -200,26 +203,18 @@ def test_feed_forward_names_what_is_wrong(wrong, message):
 
 
 @pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("which", SHAPES)
 def test_feed_forward_supports_vmap_over_any_operand(which, before):
-    plan = moe_ext.make_plan(random_experts(5, 2, E), E)
-    operands = [(5, H), (5, 2), (E, FFN, H), (E, H, FFN), (E, FFN), (E, H)]
-    operands = [torch.randn(shape, dtype=torch.float64) for shape in operands]
+    plan = moe_ext.make_plan(random_experts(7, 2, E), E)
+    operands = {name: torch.randn(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    options = {"plan": plan, "activation": "gelu", "score_before_experts": before}
 
-    def function(tokens, weights, *parameters):
-        up, down, *biases = parameters
-        return moe_ext.feed_forward(
-            tokens, plan, weights, up, down, "gelu", *biases, score_before_experts=before
-        )
+    def function(given):
+        return moe_ext.feed_forward(**operands | {which: given}, **options)
 
-    def with_operand(given):
-        return [given if i == which else x for i, x in enumerate(operands)]
-
-    many = torch.randn(3, *operands[which].shape, dtype=torch.float64)
-    dims = tuple(0 if i == which else None for i in range(6))
-    out = torch.vmap(function, in_dims=dims)(*with_operand(many))
-    expected = torch.stack([function(*with_operand(given)) for given in many])
-    torch.testing.assert_close(out, expected)
+    many = torch.randn(3, *SHAPES[which], dtype=torch.float64)
+    expected = torch.stack([function(given) for given in many])
+    torch.testing.assert_close(torch.vmap(function)(many), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -264,11 +259,9 @@ def test_shared_experts_add_their_output(gated):
     routed = GroupedExperts(E, H, FFN, dtype=torch.float64)
     shared = nn.Sequential(nn.Linear(H, 5), nn.ReLU(), nn.Linear(5, H)).double()
     gate = nn.Linear(H, 1, bias=False).double() if gated else None
-    layer = moe_ext.MOELayer(
-        moe_ext.TopKGate(H, E, 2, drop_tokens=False, top2_2nd_expert_sampling=False),
-        SharedExperts(routed, shared, gate),
-    )
-    alone = moe_ext.MOELayer(layer.gate, routed)
+    router = moe_ext.TopKGate(H, E, 2, drop_tokens=False, top2_2nd_expert_sampling=False)
+    layer = moe_ext.MOELayer(router, SharedExperts(routed, shared, gate))
+    alone = moe_ext.MOELayer(router, routed)
     x = torch.randn(7, H, dtype=torch.float64)
     of_shared = shared(x) * (torch.sigmoid(gate(x)) if gated else 1)
     torch.testing.assert_close(layer(x), alone(x) + of_shared)

@@ -101,10 +101,7 @@ def test_layer_constructor():
         (lambda: MOELayer(gate, experts, ep_size=2), "num_experts = 8, got 16"),
         (lambda: MOELayer(gate, experts, ep_size=0), "MOELayer: ep_size must be at least 1, got 0"),
         (lambda: MOELayer(gate, experts, num_local_experts=4), "num_local_experts must be 8"),
-        (
-            lambda: MoE(H, nn.Identity(), E, dtype=torch.float16),
-            "MoE: dtype must not be given to the gate",
-        ),
+        (lambda: MoE(H, one, E, dtype=torch.float16), "MoE: dtype must not be given to the gate"),
         (lambda: MoE(H, nn.Identity(), E, ep_size=3), "must be a multiple of ep_size = 3"),
         (lambda: MoE(H, nn.Identity(), 0), "MoE: num_experts must be at least 1, got 0"),
         (lambda: CosineRouter(H, E, 0), "CosineRouter: proj_dim must be at least 1, got 0"),
@@ -172,13 +169,11 @@ def test_experts_of_the_wrong_shape(function, got):
 
 
 def test_shared_parts_of_the_wrong_shape():
-    experts, plan = GroupedExperts(E, H, 4), moe_ext.make_plan(torch.zeros(5, 1).int(), E)
+    experts, one = GroupedExperts(E, H, 4), nn.Linear(H, H)
+    plan = moe_ext.make_plan(torch.zeros(5, 1).int(), E)
     for parts, message in (
         ((nn.Linear(H, 5),), r"SharedExperts: shared must return \[T, H\] = \[5, 4\], got"),
-        (
-            (nn.Linear(H, H), nn.Linear(H, 5)),
-            r"SharedExperts: gate must return \[T, 1\] = \[5, 1\]",
-        ),
+        ((one, nn.Linear(H, 5)), r"SharedExperts: gate must return \[T, 1\] = \[5, 1\]"),
     ):
         with pytest.raises(RuntimeError, match=message):
             SharedExperts(experts, *parts).routed(torch.randn(5, H), plan, torch.rand(5, 1))

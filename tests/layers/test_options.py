@@ -33,7 +33,8 @@ def arguments() -> dict[str, tuple]:
     """Arguments that are valid with every name of an option."""
     logits = torch.randn(7, E)
     plan = moe_ext.make_plan(logits.topk(2).indices.int(), E)
-    weights, up, down = torch.rand(7, 2), torch.randn(E, 2 * F, H), torch.randn(E, H, F)
+    tokens, weights, swiglu = torch.randn(7, H), torch.rand(7, 2), {"activation": "swiglu"}
+    up, down = torch.randn(E, 2 * F, H), torch.randn(E, H, F)
     return {
         "TopKGate": (moe_ext.TopKGate, (H, E, 2), {}),
         "GroupedExperts": (moe_ext.GroupedExperts, (E, H, F), {}),
@@ -41,12 +42,8 @@ def arguments() -> dict[str, tuple]:
         "gate": (moe_ext.gate, (logits, 2), {}),
         "route": (moe_ext.route, (logits, 2), {}),
         "make_plan": (moe_ext.make_plan, (plan.expert_ids, E), {}),
-        "activate": (moe_ext.activate, (torch.randn(14, 2 * F), plan), {"activation": "swiglu"}),
-        "feed_forward": (
-            moe_ext.feed_forward,
-            (torch.randn(7, H), plan, weights, up, down),
-            {"activation": "swiglu"},
-        ),
+        "activate": (moe_ext.activate, (torch.randn(14, 2 * F), plan), swiglu),
+        "feed_forward": (moe_ext.feed_forward, (tokens, plan, weights, up, down), swiglu),
         "topkgating": (sharded_moe.topkgating, (logits, 2, 1.0, 1), {}),
     }
 

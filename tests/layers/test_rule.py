@@ -39,18 +39,11 @@ def test_a_rule_is_a_value():
 
 def test_the_named_arguments_of_topkgate_are_a_rule():
     gate = TopKGate(H, E, 2, 1.5, noisy_gate_policy="RSample", balancing="sinkhorn")
-    assert gate.rule == Rule(
-        *(2, 1.5, 8, "position", "choice"),
-        normalize="after",
-        noise="RSample",
-        noise_scale=1.0,
-        balancing="sinkhorn",
-    )
+    noisy = {"normalize": "after", "noise": "RSample", "noise_scale": 1.0}
+    assert gate.rule == Rule(2, 1.5, 8, "position", "choice", **noisy, balancing="sinkhorn")
     assert gate.eval_rule == Rule(2, 1.0, 8, normalize="after")
     gate.k, gate.drop_tokens, gate.noise_in_eval = 4, False, True
-    assert gate.eval_rule == Rule(
-        *(4, None, 8, "probs", "token"), normalize="after", noise="RSample", noise_scale=1.0
-    )
+    assert gate.eval_rule == Rule(4, None, 8, "probs", "token", **noisy)
     assert gate.eval().route(torch.randn(5, H)).weights.shape == (5, 4)
 
 

@@ -227,6 +227,11 @@ def native_products(monkeypatch) -> None:
     monkeypatch.setattr(registry, "product_inside", lambda name, args: inside.get(name))
 
 
+def layer_of(E: int, H: int, F: int, k: int, capacity: bool) -> MOELayer:
+    gate = TopKGate(H, E, k, drop_tokens=capacity, top2_2nd_expert_sampling=False)
+    return MOELayer(gate, GroupedExperts(E, H, F, activation="swiglu", bias=False)).bfloat16()
+
+
 RECORDS = Path(__file__).parents[2] / "bench" / "results" / "launches.json"
 
 
@@ -255,10 +260,8 @@ def test_a_layer_is_few_launches(launches_of, monkeypatch, path, mode, k, capaci
     monkeypatch.setattr("moe_ext.routing.gate.is_wide_product", lambda *args: True)
     if path == "native":
         native_products(monkeypatch)
-    E, H, F = 16, 64, 32
-    gate = TopKGate(H, E, k, drop_tokens=capacity, top2_2nd_expert_sampling=False)
-    experts = GroupedExperts(E, H, F, activation="swiglu", bias=False)
-    layer = MOELayer(gate, experts).bfloat16().train(mode == "training")
+    H = 64
+    layer = layer_of(16, H, 32, k, capacity).train(mode == "training")
     hidden = torch.randn(100, H, dtype=torch.bfloat16, requires_grad=True)
 
     def count(function) -> int:
@@ -291,8 +294,7 @@ def test_a_layer_moves_what_its_operators_must(launches_of, monkeypatch, capacit
     """Beside the products every row is read and written as often as DESIGN's limits say."""
     native_products(monkeypatch)
     T, E, K, H, F = 120, 4, 2, 1024, 512
-    gate = TopKGate(H, E, K, drop_tokens=capacity, top2_2nd_expert_sampling=False)
-    layer = MOELayer(gate, GroupedExperts(E, H, F, activation="swiglu", bias=False)).bfloat16()
+    layer = layer_of(E, H, F, K, capacity)
     hidden = torch.randn(T, H, dtype=torch.bfloat16, requires_grad=True)
     forward = launches_of(layer, hidden)
     out = layer(hidden)
