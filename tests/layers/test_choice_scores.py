@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -112,20 +113,18 @@ def test_the_bias_stays_float32():
     assert (real.expert_bias == 0).all()
 
 
-def test_draws_are_float32():
+def test_draws_are_float32(request):
     """Draws do not depend on torch's default dtype."""
     x = tokens()
     results = []
+    request.addfinalizer(partial(torch.set_default_dtype, torch.float32))
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         torch.set_default_dtype(dtype)
-        try:
-            gate = gate_for(1, capacity_factor=0.5, drop_policy="random", expert_bias=True)
-            with torch.no_grad():
-                gate.wg.weight.copy_(torch.eye(E, H))
-            assert gate.expert_bias.dtype == torch.float32
-            results.append((with_seed(gate.route, x).plan.slots, choice_scores.gumbel(x)))
-        finally:
-            torch.set_default_dtype(torch.float32)
+        gate = gate_for(1, capacity_factor=0.5, drop_policy="random", expert_bias=True)
+        with torch.no_grad():
+            gate.wg.weight.copy_(torch.eye(E, H))
+        assert gate.expert_bias.dtype == torch.float32
+        results.append((with_seed(gate.route, x).plan.slots, choice_scores.gumbel(x)))
     assert all(all_equal(result, results[0]) for result in results[1:])
 
 

@@ -114,18 +114,15 @@ def test_relu_has_torchs_slope(device, activation):
 def test_gates_of_gpt_oss(device, dtype):
     """Gates and factors by turns, both clamped, with torch's slopes at the limits and beyond."""
     special = torch.tensor([-9.0, -7, -6.75, -1, 0, 1, 6.75, 7, 9, 1000, torch.inf])
-    gate, up = (
-        grid.reshape(-1).to(dtype).to(device).requires_grad_()
-        for grid in torch.meshgrid(special, torch.cat([special, -special]), indexing="ij")
-    )
+    pairs = torch.cartesian_prod(special, torch.cat([special, -special]))
+    pairs = pairs.to(dtype).to(device).requires_grad_()
     plan = moe_ext.make_plan(torch.zeros(1, 1, dtype=torch.int32, device=device), 1)
-    pre_activation = torch.stack([gate, up], dim=-1).flatten()[None]
-    out = moe_ext.activate(pre_activation, plan, "swiglu_oai")[0]
-    expected = FUNCTIONS["swiglu_oai"](gate.double()) * (up.double().clamp(-7, 7) + 1)
+    out = moe_ext.activate(pairs.view(1, -1), plan, "swiglu_oai")[0]
+    gate, up = pairs.double().unbind(-1)
+    expected = FUNCTIONS["swiglu_oai"](gate) * (up.clamp(-7, 7) + 1)
     rtol = max(torch.finfo(dtype).eps, 1e-6)
     torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=1e-7)
-    mine = torch.autograd.grad(out.double().sum(), (gate, up))
-    theirs = torch.autograd.grad(expected.sum(), (gate, up))
+    mine, theirs = (torch.autograd.grad(y.double().sum(), pairs) for y in (out, expected))
     torch.testing.assert_close(mine, theirs, rtol=rtol, atol=2 * rtol)
 
 

@@ -3,6 +3,7 @@
 import ast
 import itertools
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,16 +63,14 @@ def test_the_same_bits_again(op, dtype, device, poisoned, request):
     is_gemm = op.startswith(GEMMS)
     T = 100 if is_gemm and request.config.cusim else 2000  # emulated products take long
     args = samples.arguments(op, device, dtype, T=T, K=3, E=16, H=100, F=300)
-    before, first = torch.get_num_threads(), None
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            if first is None or is_gemm:
-                first = [result.clone() for result in call_operator(op, args)]
-            for _ in range(7 if is_gemm else 1):
-                assert_same(call_operator(op, args), first)
-    finally:
-        torch.set_num_threads(before)
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    first = None
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        if first is None or is_gemm:
+            first = [result.clone() for result in call_operator(op, args)]
+        for _ in range(7 if is_gemm else 1):
+            assert_same(call_operator(op, args), first)
 
 
 def turned(tensor):

@@ -218,12 +218,9 @@ def test_module_experts_refuse_the_plans_that_grouped_mm_refuses(wrong):
 
 
 def test_feed_forward_is_told_when_it_scores():
+    args = X, PLAN, torch.rand(T, K), STACK, STACK.mT, "relu"
     with pytest.raises(RuntimeError, match="score_before_experts must be True or False, got 'aft"):
-        moe_ext.feed_forward(
-            *(ROWS[:0], moe_ext.make_plan(torch.zeros(0, 1, dtype=torch.int32), E), X[:0, :1]),
-            *(STACK, STACK.mT, "relu"),
-            score_before_experts="after",
-        )
+        moe_ext.feed_forward(*args, score_before_experts="after")
 
 
 PARAMETERS = {

@@ -128,20 +128,17 @@ def test_outer_products_of_few_rows(dtype, N, M):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inference_mode_on_all_threads(device, dtype):
+def test_inference_mode_on_all_threads(device, dtype, request):
     plan = moe_ext.make_plan(random_experts(900, 2, 8, device), 8)
     x = values(1800, 40, dtype=dtype, device=device)
     w = values(8, 30, 40, dtype=dtype, device=device).requires_grad_()
     expected = moe_ext.grouped_mm(x, w, plan).detach()
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        with torch.inference_mode():
-            inside = moe_ext.make_plan(plan.expert_ids, 8)
-            assert torch.equal(moe_ext.grouped_mm(x.clone(), w, inside), expected)
-            assert torch.equal(moe_ext.grouped_mm(x, w.clone(), plan), expected)
-    finally:
-        torch.set_num_threads(threads)
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
+    with torch.inference_mode():
+        inside = moe_ext.make_plan(plan.expert_ids, 8)
+        assert torch.equal(moe_ext.grouped_mm(x.clone(), w, inside), expected)
+        assert torch.equal(moe_ext.grouped_mm(x, w.clone(), plan), expected)
 
 
 def test_gradient_lies_as_its_weight(device):

@@ -174,12 +174,10 @@ def test_nothing_to_do_is_not_launched(launches_of):
 def test_the_same_bits_in_every_order(cusim, request, op):
     """Orders of threads and blocks; test_plan.py compares whole plans in each."""
     args, results = samples.arguments(op, T=900, K=5), []
-    try:
-        for order in ORDERS:
-            cusim.set_order(order)
-            results.append(call_operator(op, args))
-    finally:
-        cusim.set_order(request.config.getoption("--cusim-order"))
+    request.addfinalizer(partial(cusim.set_order, request.config.getoption("--cusim-order")))
+    for order in ORDERS:
+        cusim.set_order(order)
+        results.append(call_operator(op, args))
     assert all(all_equal(results[0], other) for other in results[1:])
 
 
