@@ -107,6 +107,16 @@ def all_equal(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def same(actual: dict, expected: dict) -> bool:
+    """Compare names, dtypes, devices and bits."""
+    return actual.keys() == expected.keys() and all(
+        actual[name].dtype == tensor.dtype
+        and actual[name].device == tensor.device
+        and torch.equal(actual[name], tensor)
+        for name, tensor in expected.items()
+    )
+
+
 def weighted_sum(outputs: list[Tensor], expert_ids: Tensor, weights: Tensor) -> Tensor:
     """The sum of every token's experts by their weights; outputs[e]: of expert e for all tokens."""
     tokens = torch.arange(len(weights)).unsqueeze(-1)

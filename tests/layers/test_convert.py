@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 import torch
-from cases import random_experts, relative_error, weighted_sum
+from cases import random_experts, relative_error, same, weighted_sum
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,16 +51,6 @@ layouts = pytest.mark.parametrize(("layout", "gated"), LAYOUTS.values(), ids=LAY
 def grouped_experts(gated=True, bias=True, num_experts=E, **options) -> GroupedExperts:
     activation = "swiglu" if gated else "relu"
     return GroupedExperts(num_experts, H, FFN, activation, bias, **options)
-
-
-def same(actual: dict, expected: dict) -> bool:
-    """Compare names, dtypes, devices and bits."""
-    return actual.keys() == expected.keys() and all(
-        actual[name].dtype == tensor.dtype
-        and actual[name].device == tensor.device
-        and torch.equal(actual[name], tensor)
-        for name, tensor in expected.items()
-    )
 
 
 def per_expert(layout: PerExpert, prefix: str = "") -> dict[str, Tensor]:

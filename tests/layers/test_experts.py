@@ -267,13 +267,16 @@ def test_shared_experts_add_their_output(gated):
     torch.testing.assert_close(layer(x), alone(x) + of_shared)
 
 
-def test_unexpected_keys_are_reported():
+def test_unexpected_and_missing_keys_are_reported():
     experts, (state, _) = GroupedExperts(E, H, FFN), mixtral_experts(E, H, FFN)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weird"):
         experts.load_state_dict(state | {"weird": torch.ones(1)})
     experts.scale = nn.Parameter(torch.zeros(1))
     experts.load_state_dict(state | {"scale": torch.ones(1)})
     assert experts.scale == 1
+    del state["1.w2.weight"]
+    with pytest.raises(RuntimeError, match=r"1\.w2\.weight"):
+        GroupedExperts(E, H, FFN).load_state_dict(state)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -287,13 +290,6 @@ def test_load_state_dict_takes_one_tensor_per_expert(bias):
     assert state == given
     torch.testing.assert_close(dict(experts.state_dict()), grouped, rtol=0, atol=0)
     assert torch.equal(other.weight, state["other.weight"])
-
-
-def test_missing_experts_of_a_checkpoint_are_named():
-    state, _ = mixtral_experts(E, H, FFN)
-    del state["1.w2.weight"]
-    with pytest.raises(RuntimeError, match=r"1\.w2\.weight"):
-        GroupedExperts(E, H, FFN).load_state_dict(state)
 
 
 def test_checkpoints_of_gpt_oss_need_its_activation():

@@ -77,6 +77,11 @@ def test_a_gate_written_for_deepspeed_runs_in_our_layer():
     assert relative_error(short(x), out) < 1e-6
 
 
+def sparse(routes):
+    ids = torch.zeros(1, S, dtype=torch.int32)
+    return routes[0], torch.tensor(S), E, ids, ids, torch.ones(2, S), routes[3]
+
+
 @pytest.mark.parametrize(
     ("change", "got"),
     [
@@ -87,18 +92,13 @@ def test_a_gate_written_for_deepspeed_runs_in_our_layer():
         (lambda r: (r[0], r[1], r[2][:, :, :3], r[3]), r"dispatch_mask must be \[S, E, C\] with"),
         (lambda r: (r[0], r[1][:5], r[2][:5], r[3]), r"combine_weights must be \[S, E, C\] with"),
         (lambda r: (r[0], r[1][:, :5], r[2][:, :5], r[3]), "choose among E = 6 experts, got 5"),
-        (lambda r: sparse(r, 1), r"gates must be \[S, K\] with S = 40, K = 1, got \[40, 2\]"),
+        (sparse, r"gates must be \[S, K\] with S = 40, K = 1, got \[40, 2\]"),
     ],
 )
 def test_a_gate_that_returns_another_tuple_is_an_error(change, got):
     layer = MOELayer(Gate(change), GroupedExperts(E, H, 7))
     with pytest.raises(RuntimeError, match=f"MOELayer: .*{got}"):
         layer(torch.randn(S, H))
-
-
-def sparse(routes, k):
-    ids = torch.zeros(k, S, dtype=torch.int32)
-    return routes[0], torch.tensor(S), E, ids, ids, torch.ones(2, S), routes[3]
 
 
 class Scaled(TopKGate):

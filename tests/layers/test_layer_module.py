@@ -11,6 +11,7 @@ import torch
 from cases import all_equal
 from rules import FFN, Apply, E, H, gradients_of, layer_for
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
@@ -196,19 +197,12 @@ def test_copies_of_a_compiled_layer_are_their_own():
 
 
 def test_state_dict_keys():
-    layer = layer_for(2, bias=True)
-    assert set(layer.state_dict()) == {
-        "gate.wg.weight",
-        "experts.gate_up_proj",
-        "experts.gate_up_proj_bias",
-        "experts.down_proj",
-        "experts.down_proj_bias",
-    }
-    plain = GroupedExperts(E, H, FFN, activation="gelu")
-    assert {n: tuple(p.shape) for n, p in plain.named_parameters()} == {
-        "up_proj": (E, FFN, H),
-        "down_proj": (E, H, FFN),
-    }
+    names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+    state = layer_for(2, bias=True).state_dict()
+    assert set(state) == {"gate.wg.weight", *(f"experts.{name}" for name in names)}
+    state = GroupedExperts(E, H, FFN, activation="gelu").state_dict()
+    sizes = {name: tuple(parameter.shape) for name, parameter in state.items()}
+    assert sizes == {"up_proj": (E, FFN, H), "down_proj": (E, H, FFN)}
 
 
 def test_meta_device():
@@ -307,12 +301,7 @@ def test_a_part_that_is_wrapped_alone_is_refused(wrap, part):
 
 
 def test_experts_compiled_in_place_are_used():
-    layer, compiled = MOELayer(TopKGate(8, 4), GroupedExperts(4, 8, 5)), []
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph
-
-    layer.experts.compile(backend=backend)
+    layer, compiled = MOELayer(TopKGate(8, 4), GroupedExperts(4, 8, 5)), CompileCounter()
+    layer.experts.compile(backend=compiled)
     layer(torch.randn(6, 8))
-    assert len(compiled) == 1
+    assert compiled.frame_count == 1

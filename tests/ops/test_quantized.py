@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from cases import KINDS, quantized, relative_error, values
+from cases import KINDS, quantized, relative_error, same, values
 
 import moe_ext
 from moe_ext import QuantizedWeight
@@ -117,11 +117,9 @@ def test_a_weight_is_a_module_of_frozen_parameters():
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_dtype_does_not_change_a_weight(kind):
     weight = quantized(kind, 2, 3, 128)
-    before = {name: tensor.clone() for name, tensor in weight.state_dict().items()}
+    before = copy.deepcopy(weight.state_dict())
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        for name, tensor in weight.to(dtype).state_dict().items():
-            assert tensor.dtype == before[name].dtype
-            assert torch.equal(tensor, before[name])
+        assert same(weight.to(dtype).state_dict(), before)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -213,7 +211,7 @@ def test_a_state_that_does_not_fit_changes_nothing():
     bad[1, 2, 0] = 255
     with pytest.raises(RuntimeError, match="finite and not zero"):
         weight.load_state_dict(before | {"scales": bad, "values": 255 - before["values"]})
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weight.state_dict().items())
+    assert same(weight.state_dict(), before)
 
 
 def test_formats_have_as_many_numbers_as_codes():
