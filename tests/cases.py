@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_ext import Plan, QuantizedWeight, make_plan
 from moe_ext.ops import checks, reference
@@ -167,6 +168,16 @@ def operator_error(op: str, args: tuple, where: str) -> str:
     assert text.startswith(f"{op}: ")
     return text.removeprefix(f"{op}: ")
 
+
+# Of activations; those with a gate take it alone.
+FUNCTIONS = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "swiglu_oai": lambda x: x.clamp(max=7) * torch.sigmoid(1.702 * x.clamp(max=7)),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x) ** 2,
+}
 
 # Weights in 8 and 4 bits: options of QuantizedWeight.quantize.
 KINDS = [

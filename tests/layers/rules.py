@@ -1,6 +1,7 @@
 """Shared by the tests of layers: a gate of width 10 with 12 experts, a layer, and tokens for it."""
 
 import torch
+from cases import FUNCTIONS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,16 +65,14 @@ def expert_by_hand(experts: GroupedExperts, e: int, x: Tensor) -> Tensor:
         for name in (up_name, "down_proj", f"{up_name}_bias", "down_proj_bias")
     )
     pre_activation = F.linear(x, up, up_bias)
-    function = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
-    function["relu2"] = lambda x: F.relu(x) ** 2
+    function = FUNCTIONS[experts.activation]
     if experts.activation == "swiglu_oai":
-        gate, up = pre_activation[:, ::2].clamp(max=7), pre_activation[:, 1::2].clamp(-7, 7)
-        active = (up + 1) * gate * torch.sigmoid(gate * 1.702)
+        active = function(pre_activation[:, ::2]) * (pre_activation[:, 1::2].clamp(-7, 7) + 1)
     elif experts.has_gate:
         gate, up = pre_activation.chunk(2, dim=-1)
-        active = function[experts.activation](gate) * up
+        active = function(gate) * up
     else:
-        active = function[experts.activation](pre_activation)
+        active = function(pre_activation)
     return F.linear(active, down, down_bias)
 
 

@@ -1,7 +1,7 @@
 """Errors of constructors and layers name the argument, the contract and what came."""
 
-import math
 import re
+from math import inf, nan
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from moe_ext.routing.routers import CosineRouter
 
 E, H = 8, 4
 
-NAN, INF = math.nan, math.inf
 FLAG = "be one of (True, False)"
 FACTOR = "be in 1e-06..1000000.0"
 # The argument of TopKGate, what it must do, and values that do not.
@@ -24,8 +23,8 @@ GATE = [
     ("k", "be at least 1", [0, -1]),
     ("k", "be in 1..num_experts = 8", [9, 99]),
     ("k", "be an integer", [1.5, 2.0, "2", None]),
-    ("capacity_factor", FACTOR, [0.0, -1.0, NAN, INF, "1", None]),
-    ("eval_capacity_factor", FACTOR, [0.0, NAN]),
+    ("capacity_factor", FACTOR, [0.0, -1.0, nan, inf, "1", None]),
+    ("eval_capacity_factor", FACTOR, [0.0, nan]),
     ("min_capacity", "be an integer", [0.5, None]),
     ("min_capacity", "be at least 0", [-1]),
     ("noisy_gate_policy", "be one of (None, 'None', ", ["jitter", 3, ["Jitter"]]),
@@ -35,8 +34,8 @@ GATE = [
     ("normalize", "be one of (None, 'never', ", [True, "always", ["after"]]),
     ("group_score", "be one of ('max', ", ["mean", None, ["max"]]),
     ("balancing", "be one of (None, 'sinkhorn', ", ["bias", False, {}, torch.ones(2)]),
-    ("scale", "be in -1000000.0..1000000.0", [NAN, INF, "2", None, [1.0], torch.ones(2)]),
-    ("noise_scale", "be in 0..1000000.0", [-1.0, NAN, "a", [1.0], torch.ones(2)]),
+    ("scale", "be in -1000000.0..1000000.0", [nan, inf, "2", None, [1.0], torch.ones(2)]),
+    ("noise_scale", "be in 0..1000000.0", [-1.0, nan, "a", [1.0], torch.ones(2)]),
     ("num_groups", "divide num_experts = 8", [3, 5]),
     ("num_groups", "be at least 1", [0]),
     ("num_groups", "be an integer", [2.0, [2]]),

@@ -42,8 +42,8 @@ def compiled():
     torch._dynamo.reset()
 
 
-def loss_and_gradients(layer, function, x):
-    out, aux = with_seed(function, x)
+def loss_and_gradients(layer, function, x, *rest):
+    out, aux = with_seed(function, x, *rest)
     grads = torch.autograd.grad(out.square().sum() + aux.l_aux, [x, *layer.parameters()])
     return [out.detach(), aux.l_aux.detach(), aux.exp_counts, *grads]
 
@@ -78,15 +78,12 @@ def test_one_graph_serves_five_values_of_t(compiled, options):
     if make_router := options.get("router"):
         options = options | {"router": make_router()}
     layer = layer_for(**options)
-    function = compile_whole(layer.forward_with_aux, dynamic=True)
+    steps = compile_whole(layer.forward_with_aux, dynamic=True), layer.forward_with_aux
     used = torch.rand(max(TOKENS)) < 0.8
     for T in TOKENS:
         x = torch.randn(T, H, requires_grad=True)
-        results = (
-            loss_and_gradients(layer, lambda x, step=step, T=T: step(x, used[:T]), x)
-            for step in (function, layer.forward_with_aux)
-        )
-        assert all_equal(*results)
+        found, expected = (loss_and_gradients(layer, step, x, used[:T]) for step in steps)
+        assert all_equal(found, expected)
     assert compiled() == 1
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from cases import DTYPES, SIZES, assert_within, plans, values, weights_for
+from cases import DTYPES, FUNCTIONS, SIZES, assert_within, plans, values, weights_for
 from torch import Tensor
-from torch.nn import functional as F
 
 import moe_ext
 from moe_ext.ops import checks, reference
@@ -13,16 +12,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 # exp of the CPU's vector loops is good to two roundings, silu of it to four.
 ROUNDINGS = 8
-
-
-FUNCTIONS = {
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-    "swiglu_oai": lambda x: x.clamp(max=7) * torch.sigmoid(1.702 * x.clamp(max=7)),
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x) ** 2,
-}
 
 
 def joined(activation: str, gate: Tensor, up: Tensor) -> Tensor:

@@ -57,11 +57,9 @@ WRONG = [
     *(
         (op, {name: value}, f"{name} must be finite, got {text}")
         for value, text in ((nan, "nan"), (-nan, "nan"), (inf, "inf"), (-inf, "-inf"))
-        for op, name in (
-            *(("gate", "scale"), ("gate_backward", "scale")),
-            *(("mask_weights", "eps"), ("mask_weights", "scale")),
-            *(("mask_weights_backward", "eps"), ("mask_weights_backward", "scale")),
-        )
+        for op, right in SAMPLES.items()
+        for name in ("eps", "scale")
+        if name in right
     ),
     ("plan", {"num_experts": 0}, "num_experts must be at least 1, got 0"),
     ("plan", {"order": "expert"}, "order must be choice or token, got expert"),
@@ -206,15 +204,10 @@ def test_an_argument_that_does_not_fit_its_plan_is_at_fault():
 @pytest.mark.checks_values
 def test_module_experts_refuse_the_plans_that_grouped_mm_refuses(wrong):
     plan = PLAN._replace(**wrong)
-    errors = []
-    for function in (
-        lambda: moe_ext.grouped_mm(ROWS, STACK, plan),
-        lambda: ModuleExperts(torch.nn.Identity(), E)(ROWS, plan),
-    ):
-        with pytest.raises(RuntimeError) as raised:
-            function()
-        errors.append(str(raised.value).split("\n")[0].rstrip())
-    assert errors[1] == errors[0].replace("grouped_mm", "ModuleExperts")
+    args = ROWS, STACK, None, plan.offsets, plan.load, plan.capacity
+    text = operator_error("grouped_mm", args, "compiled")
+    with pytest.raises(RuntimeError, match=rf"^ModuleExperts: {re.escape(text)}\s*$"):
+        ModuleExperts(torch.nn.Identity(), E)(ROWS, plan)
 
 
 def test_feed_forward_is_told_when_it_scores():

@@ -8,7 +8,6 @@ from torch.autograd import gradcheck, gradgradcheck
 import moe_ext
 from moe_ext.ops import checks, reference
 
-SCORINGS = checks.SCORINGS
 # T, E, K: T across the block of 128 tokens, K across the 32 up to which the choice is by insertion;
 # on CUDA every layout of a row.
 SHAPES = [
@@ -40,7 +39,7 @@ def test_ids_are_distinct_and_in_range_whatever_comes(device, K):
     assert torch.equal(moe_ext.gate(logits, K).expert_ids, stable_choice(logits, K))
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", checks.SCORINGS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "E", "K"), SHAPES)
@@ -60,7 +59,7 @@ def test_matches_reference(device, T, E, K, dtype, scoring, normalize):
     assert_within(actual.importance, importance, importance, additions=160 + E)
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", checks.SCORINGS)
 def test_nan_stays_in_its_token(device, scoring):
     logits = torch.randn(300, 8, device=device)
     clean = moe_ext.gate(logits, 3, scoring=scoring, normalize=True)
@@ -81,7 +80,7 @@ def test_a_sum_of_zero_gives_zero_weights(device):
     assert torch.equal(choice.weights, torch.zeros(3, 2, device=device))
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", checks.SCORINGS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("T", "E", "K"), [(4, 5, 2), (3, 4, 4), (2, 1, 1), (0, 3, 2)])
 def test_gradients(device, T, E, K, scoring, normalize):
@@ -110,7 +109,7 @@ def test_gradient_has_the_dtype_of_the_logits(device, dtype):
     assert relative_error(logits.grad, exact.grad) < 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", checks.SCORINGS)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_backward_kernel_matches_reference(device, scoring, normalize):
     T, E, K = 301, 12, 5
@@ -165,12 +164,10 @@ def test_gradient_of_a_saturated_row_is_exact(device, E, K, by_logits, normalize
     )
     exact, terms = (p * x for x in _from_others(p, g, size))
 
-    tiny = torch.finfo(torch.float32).tiny
+    tiny, rest = torch.finfo(torch.float32).tiny, (probs, experts, "softmax", is_before, 1.0)
     for backend in (torch.ops.moe_ext, reference):
         grad = backend.mask_weights_backward(grad_weights, weights, slots, is_after, tiny, 1.0)
-        grad = backend.gate_backward(
-            grad, grad_probs, None, probs, experts, "softmax", is_before, 1.0
-        )
+        grad = backend.gate_backward(grad, grad_probs, None, *rest)
         assert_within(grad, exact, terms, additions=16)
 
 

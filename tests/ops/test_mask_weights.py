@@ -6,7 +6,6 @@ from cases import SIZES, assert_within, plans, random_experts
 from torch.autograd import gradcheck, gradgradcheck
 
 import moe_ext
-from moe_ext import make_plan
 from moe_ext.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -38,7 +37,7 @@ def test_matches_reference(device, T, K, E, H, dtype, normalize):
 
 def test_a_nan_is_its_tokens_alone(device):
     experts = torch.tensor([[0, 1], [1, 0], [0, 1]], dtype=torch.int32, device=device)
-    plan = make_plan(experts, 2, 2, order="token")
+    plan = moe_ext.make_plan(experts, 2, 2, order="token")
     assert (plan.slots < 0).tolist() == [[False, False], [False, False], [True, True]]
     weights = torch.tensor([[0.4, 0.2], [0.3, torch.nan], [0.5, torch.nan]], device=device)
     kept = moe_ext.mask_weights(weights, plan, normalize=True)
@@ -48,7 +47,7 @@ def test_a_nan_is_its_tokens_alone(device):
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_what_stands_beside_a_dropped_route_does_not_matter(device, value):
-    plan = make_plan(torch.zeros(4, 1, dtype=torch.int32, device=device), 1, 2)
+    plan = moe_ext.make_plan(torch.zeros(4, 1, dtype=torch.int32, device=device), 1, 2)
     weights = torch.full((4, 1), 0.5, device=device).masked_fill(plan.slots < 0, value)
     weights.requires_grad_()
     kept = moe_ext.mask_weights(weights, plan, normalize=True)

@@ -9,8 +9,6 @@ from moe_ext.ops import checks, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-ORDERS = checks.ORDERS
-
 
 def assert_plan_by_hand(plan, priority, order, align):
     """The plan is its definition, one route at a time."""
@@ -40,7 +38,7 @@ def assert_plan_by_hand(plan, priority, order, align):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", checks.ORDERS)
 @pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
 def test_is_the_definition(device, T, K, E, H, order, routing):
     experts = routing(T, K, E, device)
@@ -52,7 +50,7 @@ def test_is_the_definition(device, T, K, E, H, order, routing):
         assert_plan_by_hand(plan, None, order, 1)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", checks.ORDERS)
 @pytest.mark.parametrize("kind", ["uniform", "ties", "special"])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_priority_decides_who_is_kept(device, order, kind, routing):
@@ -69,7 +67,7 @@ def test_priority_decides_who_is_kept(device, order, kind, routing):
         assert_plan_by_hand(plan, priority.cpu(), order, 1)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", checks.ORDERS)
 @pytest.mark.parametrize("with_priority", [False, True])
 def test_matches_reference_where_threads_share_the_queue(device, order, with_priority):
     T, K, E = 70_000, 3, 37
@@ -80,7 +78,7 @@ def test_matches_reference_where_threads_share_the_queue(device, order, with_pri
         assert all_equal(torch.ops.moe_ext.plan(*args), reference.plan(*args))
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", checks.ORDERS)
 @pytest.mark.parametrize("align", [1, 16])
 def test_without_capacity_every_route_has_a_row(device, align, order):
     """The dropless law: no route is dropped, and no two share a row."""
