@@ -1,6 +1,7 @@
 """Faults in the CUDA kernels, which kernel_tests must notice: a module for each of its tests.
 
-Every module has MUTANTS, and TESTS: the names of kernel_tests that look at them, [] for all.
+A module's MUTANTS has, for each file, the other fields of its mutants: (old, new[, after[,
+equivalent]]). TESTS names the kernel tests that look at them, [] for all.
 """
 
 import importlib
@@ -47,4 +48,9 @@ def load() -> list[tuple[Mutant, list[str]]]:
     """Every mutant with its tests."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    return [(mutant, module.TESTS) for module in modules for mutant in module.MUTANTS]
+    return [
+        (Mutant(file, *fields), module.TESTS)
+        for module in modules
+        for file, mutants in module.MUTANTS.items()
+        for fields in mutants
+    ]
