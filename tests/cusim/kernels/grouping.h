@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <numeric>
-
 #include "testing.h"
 
 namespace testing {
@@ -80,6 +78,29 @@ struct Grouping {
     const int32_t route = sources[r];
     return route >= 0 && slots[route] == r ? route : -1;
   }
+  // Calls body(e, r) for each row that a group owns.
+  template <typename Body>
+  void each_row(const Body& body) {
+    for (int e = 0; e < E; ++e) {
+      for (int64_t r = offsets[e]; r < last_row(e); ++r) body(e, r);
+    }
+  }
+  // Calls body(i) for each number of the rows [R, width] that no group owns.
+  template <typename Body>
+  void each_other(int64_t width, const Body& body) {
+    std::vector<bool> owned(R);
+    each_row([&](int, int64_t r) { owned[r] = true; });
+    for (int64_t i = 0; i < R * width; ++i) {
+      if (!owned[i / width]) body(i);
+    }
+  }
+  // These stay as they were, NaN, or are zero.
+  template <typename T>
+  void check_others(Array<T>& out, int64_t width, double expected) {
+    each_other(width, [&](int64_t i) {
+      CHECK(std::isnan(expected) ? std::isnan(number(out[i])) : number(out[i]) == expected);
+    });
+  }
 };
 
 // Sums of products of T: what an operand may lose, and how many roundings a sum of floats takes.
@@ -88,10 +109,10 @@ struct Exactness {
 };
 
 template <typename T>
-bool is_near(T actual, double expected, double terms, const Exactness& exactness) {
-  const double error = std::abs(number(actual) - expected);
-  return error <= (sizeof(T) == 2 ? epsilon<T> * std::abs(expected) + 6e-8 : 0) +
-                      (exactness.operand + exactness.roundings * epsilon<float>)*terms;
+bool is_near(T actual, const ExactSum& expected, const Exactness& exactness) {
+  const double error = std::abs(number(actual) - expected.value);
+  return error <= (sizeof(T) == 2 ? epsilon<T> * std::abs(expected.value) + 6e-8 : 0) +
+                      (exactness.operand + exactness.roundings * epsilon<float>)*expected.terms;
 }
 
 }  // namespace testing
