@@ -50,9 +50,7 @@ peers: $(VENV)/peers
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
 
-# Time ours and other libraries in float32, and few tokens in bfloat16 too: twenty minutes on two
-# idle cores. Writes bench/results, the tables of README.md and docs, and the pictures of
-# docs/performance.md.
+# Time ours and other libraries: writes bench/results, and the tables and pictures of the pages.
 bench: $(VENV)/peers
 	$(BIN)/python bench/bench_ops.py $(PEER_BENCH) --dtype float32 --shape gshard "qwen3, half" \
 		--name peers-float32
@@ -71,8 +69,7 @@ bench: $(VENV)/peers
 	$(BIN)/python bench/bench_stats.py --seconds 0.5
 	$(BIN)/python bench/report.py
 
-# Also time every shape, 16-bit types, peers that take seconds, experts alone and several ranks: fifty
-# minutes and 20 GB of memory. Results that no page shows go to build/bench.
+# Also what takes longer, and 20 GB of memory. Results that no page shows go to build/bench.
 bench-full: bench
 	$(BIN)/python bench/bench_ops.py $(PEER_BENCH) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype float32 --memory kept --longest 30 \
@@ -134,10 +131,8 @@ mutants: $(VENV)/installed
 cuda: $(VENV)/sass
 	$(BIN)/python bench/ptxas.py
 
-# On a machine with a GPU: the suite, the operators' speed beside a plain copy, the products' beside
-# dense ones, a layer's beside its products, and NVIDIA's checks for memory errors and races. The
-# library is built for this card alone. A step that passed leaves a stamp in $(GPU), and runs again
-# only after a source changed.
+# On a machine with a GPU: the suite, speeds, and NVIDIA's checks for memory errors and races. The
+# library is built for this card alone. A step that passed runs again only after a source changed.
 gpu: gpu-test gpu-bench gpu-sanitize
 
 gpu-test: $(patsubst %,$(GPU)/test-%,ops layers parallel tools)
