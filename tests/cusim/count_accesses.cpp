@@ -94,13 +94,6 @@ void print(const cusim::Launch& launch) {
   before = ",";
 }
 
-template <typename T>
-Array<T> filled(int64_t size) {
-  Array<T> array(size);
-  fill(array);
-  return array;
-}
-
 void count_routing(const Shape& s) {
   shape_text = text(s);
   Array<float> logits = filled<float>(s.T * s.E), weights(s.T * s.K), probs(s.T * s.E);
@@ -232,11 +225,8 @@ void count_planted() {
   Array<float> from = filled<float>(32 * 32), to(32);
   for (int stride : {1, 2, 32}) {
     shape_text = "stride " + std::to_string(stride);
-    planted::read(from.data(), stride, to.data());
-    planted::share(stride, to.data());
+    launch_planted(from.data(), stride, to.data());
   }
-  shape_text = "";
-  planted::past(from.data(), to.data());
 }
 
 void count_all() {

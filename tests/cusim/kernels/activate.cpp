@@ -12,10 +12,9 @@ void test_activation(const RowsCase& c, Activation activation, bool weighted) {
   const int64_t N = p.T * p.K, R = rows_of(p), F = c.H, G = is_gated(activation) ? 2 * F : F;
   const InnerColumns at{activation, F};
   MadePlan made = plan_of(c);
-  Array<T> pre_activation(R * G), grad_pre_activation(R * G);
-  Array<T> grad(R * F), out(R * F), active(R * F);
-  Array<Sum> weights(N), grad_weights(N);
-  fill(pre_activation), fill(grad), fill(weights);
+  Array<T> pre_activation = filled<T>(R * G), grad_pre_activation(R * G);
+  Array<T> grad = filled<T>(R * F), out(R * F), active(R * F);
+  Array<Sum> weights = filled<Sum>(N), grad_weights(N);
   // Beyond the limits of swiglu_oai too.
   for (int64_t i = 0; is_interleaved(activation) && i < pre_activation.size(); ++i) {
     pre_activation[i] = make<T>(4 * number(pre_activation[i]));

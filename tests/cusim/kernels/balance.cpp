@@ -7,10 +7,9 @@ namespace {
 
 template <typename T>
 void test_balance(int64_t num_tokens, int64_t top_k, int64_t choices, int num_experts) {
-  Array<T> importance(num_experts), l_aux(1), slope(num_experts);
+  Array<T> importance = filled<T>(num_experts), l_aux(1), slope(num_experts);
   Array<int32_t> load(num_experts), expert_ids(num_tokens * top_k);
   Array<int32_t> scratch(choices < top_k ? balance_blocks(num_tokens) * num_experts : 0);
-  fill(importance);
   std::vector<int64_t> all(num_experts), first(num_experts);
   for (int64_t route = 0; route < expert_ids.size(); ++route) {
     // Ids out of range count as none.

@@ -14,10 +14,7 @@ double score_of(Scoring scoring, double x) {
 template <typename T>
 T other_nan() {
   if constexpr (!std::is_same_v<T, float>) return make<T>(NAN);
-  const uint32_t bits = 0x7fc00005;
-  T nan;
-  std::memcpy(static_cast<void*>(&nan), &bits, sizeof nan);
-  return nan;
+  return cusim::bits_as<T>(uint32_t{0x7fc00005});
 }
 
 struct GateCase {
@@ -115,8 +112,8 @@ void test_gate(const GateCase& c) {
       probs[t * c.E + e] = make<Sum>(value);
     }
   }
-  Array<Sum> grad_weights(c.T * c.K), grad_probs(c.T * c.E), grad_importance(c.E), grad(c.T * c.E);
-  fill(grad_weights), fill(grad_probs), fill(grad_importance);
+  Array<Sum> grad_weights = filled<Sum>(c.T * c.K), grad_probs = filled<Sum>(c.T * c.E);
+  Array<Sum> grad_importance = filled<Sum>(c.E), grad(c.T * c.E);
   for (int64_t route = 0; route < expert_ids.size(); ++route) {
     // Divided by a tiny sum they stay numbers.
     if (route / c.K % 5 == 4) grad_weights[route] = make<Sum>(number(grad_weights[route]) / 100);

@@ -33,20 +33,18 @@ struct Grouping {
   explicit Grouping(const Case& c)
       : T((std::accumulate(c.loads.begin(), c.loads.end(), int64_t{0}) + 5) / c.K + 1),
         K(c.K),
-        R(0),
+        R(num_rows(c)),
         E(static_cast<int>(c.loads.size())),
         slots(T * K),
-        sources(num_rows(c)),
+        sources(R),
         offsets(E + 1),
         load(E),
-        weights(T * K) {
-    R = sources.size();
+        weights(filled<float>(T * K)) {
     std::vector<int32_t> routes(T * K);
     std::iota(routes.begin(), routes.end(), 0);
     std::shuffle(routes.begin(), routes.end(), generator);
     for (int64_t i = 0; i < T * K; ++i) slots[i] = -1;
     for (int64_t i = 0; i < R; ++i) sources[i] = -1;
-    fill(weights);
     offsets[0] = 0;
     for (int e = 0, next = 0; e < E; ++e) {
       const auto room = static_cast<int32_t>(c.room < 0 ? c.loads[e] : c.room);
@@ -57,13 +55,9 @@ struct Grouping {
         slots[routes[next++]] = r;
       }
     }
-    if (T > 3) {  // and a row that its route does not have
-      for (int64_t r = 0; r < R; ++r) {
-        if (sources[r] < 0) continue;
-        slots[sources[r]] = -1;
-        break;
-      }
-    }
+    const auto is_route = [](int32_t source) { return source >= 0; };
+    int32_t *end = sources.data() + R, *first = std::find_if(sources.data(), end, is_route);
+    if (T > 3 && first < end) slots[*first] = -1;  // and a row that its route does not have
   }
 
   static int64_t num_rows(const Case& c) {

@@ -8,10 +8,9 @@ namespace {
 template <typename T>
 void test_mask_weights(int64_t num_tokens, int64_t K, bool normalize) {
   const double eps = 0.4, scale = 1.5;
-  Array<T> weights(num_tokens * K), grad(num_tokens * K), kept(num_tokens * K);
-  Array<T> grad_weights(num_tokens * K);
+  Array<T> weights(num_tokens * K), kept(num_tokens * K);
+  Array<T> grad = filled<T>(num_tokens * K), grad_weights(num_tokens * K);
   Array<int32_t> slots(num_tokens * K);
-  fill(grad);
   for (int64_t route = 0; route < slots.size(); ++route) {
     // Some tokens' sums are below the eps, and of some one weight is nearly all; what stands
     // beside a dropped route is poison.

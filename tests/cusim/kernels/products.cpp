@@ -10,11 +10,11 @@ struct Products {
   const Case& c;
   bool allow_tf32;
   Grouping g{c};
-  Array<T> rows{(c.gathers ? g.T : g.R) * c.M}, weights{g.E * c.N * c.M}, bias{g.E * c.N};
+  Array<T> rows = filled<T>((c.gathers ? g.T : g.R) * c.M);
+  Array<T> weights = filled<T>(g.E * c.N * c.M), bias = filled<T>(g.E * c.N);
   Exactness exactness{sizeof(T) == 2 ? 0 : allow_tf32 ? 1.0e-3 : 2.0e-6, 8.0 + c.M / 8.0};
 
   Products(const Case& c, bool allow_tf32) : c(c), allow_tf32(allow_tf32) {
-    fill(rows), fill(weights), fill(bias);
     for (int64_t i = 0; i < weights.size(); ++i) {
       weights[i] = make<T>(number(weights[i]) / std::sqrt(double(c.M)));
     }
@@ -98,15 +98,13 @@ struct Products {
   void test_gradient() {
     const int64_t F = c.N, G = is_gated(c.activation) ? 2 * F : F;
     const InnerColumns at{c.activation, F};
-    Array<T> pre_activation(g.R * G), grad_pre_activation(g.R * G), active(g.R * F);
+    Array<T> pre_activation = filled<T>(g.R * G), grad_pre_activation(g.R * G), active(g.R * F);
     Array<float> dots(g.R * num_dots(F)), grad_weights(g.T * g.K);
-    fill(pre_activation);
     grouped_mm_activate_backward(call(), c.activation, pre_activation.data(),
                                  grad_pre_activation.data(), active.data(), dots.data(), nullptr);
     g.check_others(grad_pre_activation, G, NAN), g.check_others(active, F, NAN);
     // The gradient of the weights also has a part of a bias of the rows' width.
-    Array<T> grad(g.T * c.M), row_bias(g.E * c.M);
-    fill(grad), fill(row_bias);
+    Array<T> grad = filled<T>(g.T * c.M), row_bias = filled<T>(g.E * c.M);
     sum_dots({dtype_of<T>, dots.data(), F, grad.data(), c.bias ? row_bias.data() : nullptr, c.M,
               g.routes(), g.groups(), grad_weights.data()},
              nullptr);
@@ -161,8 +159,7 @@ struct Products {
   }
 
   void test_outer(bool rows_left) {
-    Array<T> others(g.R * c.N), out(g.E * c.N * c.M);
-    fill(others);
+    Array<T> others = filled<T>(g.R * c.N), out(g.E * c.N * c.M);
     grouped_outer(outer(others, rows_left), out.data(), nullptr);
     Exactness of_rows = exactness;
     for (int e = 0; e < g.E; ++e) {
@@ -224,9 +221,9 @@ void test_any_plan() {
     for (int e = 0; e <= g.E; ++e) g.offsets[e] = any(g.R);
     if (turn < 2 || !kMayOverlap) std::sort(g.offsets.data(), g.offsets.data() + g.E + 1);
     for (int e = 0; e < g.E; ++e) g.load[e] = turn % 2 ? any(g.R) : INT32_MAX;
-    Array<__nv_bfloat16> inner(g.R * 2 * c.N), active(g.R * c.N), out(g.E * c.N * c.M);
+    auto inner = filled<__nv_bfloat16>(g.R * 2 * c.N), active = filled<__nv_bfloat16>(g.R * c.N);
+    Array<__nv_bfloat16> out(g.E * c.N * c.M);
     Array<float> dots(g.R * num_dots(c.N)), grad_weights(g.T * g.K);
-    fill(inner), fill(active);
     const GroupedMM call = products.call();
     grouped_mm(call, products.bias.data(), true, true, active.data(), nullptr);
     grouped_mm_activate(call, products.bias.data(), true, Activation::kSwiglu, inner.data(),

@@ -69,8 +69,7 @@ void test_product(const Case& c, const Format& f) {
   Grouping g(c);
   const int64_t lines = c.transposed ? c.M : c.N, width = c.transposed ? c.N : c.M;
   Codes codes(f, g.E, lines, width);
-  Array<T> rows(g.R * c.M), bias(g.E * c.N), out(g.R * c.N);
-  fill(rows), fill(bias);
+  Array<T> rows = filled<T>(g.R * c.M), bias = filled<T>(g.E * c.N), out(g.R * c.N);
   // Rows of nobody are not read.
   g.each_other(c.M, [&](int64_t i) { rows[i] = make<T>(NAN); });
   quantized_mm(

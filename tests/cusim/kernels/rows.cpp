@@ -11,10 +11,9 @@ void test_rows(const RowsCase& c, bool weighted) {
   const PlanCase& p = c.plan;
   const int64_t N = p.T * p.K, R = rows_of(p), H = c.H;
   MadePlan made = plan_of(c);
-  Array<T> all_tokens(p.T * H + c.shift);
-  Array<T> rows(R * H), dispatched(R * H), again(R * H), combined(p.T * H);
-  Array<Sum> weights(N), dots(N), dots_again(N);
-  fill(all_tokens), fill(rows), fill(weights);
+  Array<T> all_tokens = filled<T>(p.T * H + c.shift), rows = filled<T>(R * H);
+  Array<T> dispatched(R * H), again(R * H), combined(p.T * H);
+  Array<Sum> weights = filled<Sum>(N), dots(N), dots_again(N);
   const T* tokens = all_tokens.data() + c.shift;
   // A route without a row has no weight, whatever stands there.
   for (int64_t route = 0; route < N; ++route) {

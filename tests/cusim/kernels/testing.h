@@ -118,18 +118,14 @@ T make(double x) {
 // The next number away from zero.
 template <typename T>
 T neighbour(T x) {
-  using Bits = std::conditional_t<sizeof(T) == 2, std::uint16_t,
-                                  std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>;
-  Bits bits;
-  std::memcpy(&bits, &x, sizeof x);
-  ++bits;
-  std::memcpy(static_cast<void*>(&x), &bits, sizeof x);
-  return x;
+  return cusim::bits_as<T>(cusim::bits_as<std::uint64_t>(x) + 1);
 }
 
 template <typename T>
-void fill(Array<T>& array) {
-  for (int64_t i = 0; i < array.size(); ++i) array[i] = make<T>(normal());
+Array<T> filled(int64_t size) {
+  Array<T> array(size);
+  for (int64_t i = 0; i < size; ++i) array[i] = make<T>(normal());
+  return array;
 }
 
 // Within `roundings` of the accumulation of terms of this size, and one of T.
