@@ -50,7 +50,8 @@ peers: $(VENV)/peers
 demo: $(VENV)/installed
 	$(BIN)/python -m moe_ext demo $(ARGS)
 
-# Time ours and other libraries: writes bench/results, and the tables and pictures of the pages.
+# Time ours and other libraries, twenty minutes on two idle cores: writes bench/results, and the
+# tables and pictures of the pages.
 bench: $(VENV)/peers
 	$(BIN)/python bench/bench_ops.py $(PEER_BENCH) --dtype float32 --shape gshard "qwen3, half" \
 		--name peers-float32
@@ -69,7 +70,8 @@ bench: $(VENV)/peers
 	$(BIN)/python bench/bench_stats.py --seconds 0.5
 	$(BIN)/python bench/report.py
 
-# Also what takes longer, and 20 GB of memory. Results that no page shows go to build/bench.
+# Also what takes longer, fifty minutes and 20 GB of memory. Results that no page shows go to
+# build/bench.
 bench-full: bench
 	$(BIN)/python bench/bench_ops.py $(PEER_BENCH) --dtype bfloat16 --shape qwen3 --name peers-bfloat16
 	$(BIN)/python bench/bench_ops.py --device cpu --dtype float32 --memory kept --longest 30 \

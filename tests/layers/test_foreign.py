@@ -91,7 +91,10 @@ def sparse(routes):
         (lambda r: (r[0], r[2], r[1], r[3]), "combine_weights must be float"),
         (lambda r: (r[0], r[1], r[2][:, :, :3], r[3]), r"dispatch_mask must be \[S, E, C\] with"),
         (lambda r: (r[0], r[1][:5], r[2][:5], r[3]), r"combine_weights must be \[S, E, C\] with"),
-        (lambda r: (r[0], r[1][:, :5], r[2][:, :5], r[3]), "choose among E = 6 experts, got 5"),
+        (
+            lambda r: (r[0], r[1][:, :5], r[2][:, :5], r[3]),
+            "must choose among E = 6 experts, got 5",
+        ),
         (sparse, r"gates must be \[S, K\] with S = 40, K = 1, got \[40, 2\]"),
     ],
 )

@@ -182,8 +182,9 @@ def test_a_recorded_choice_of_minus_one_has_zero_weight(normalize):
     torch.testing.assert_close(routing.weights, weights)
     with pytest.raises(RuntimeError, match="route: expert_ids must be int32, got int64"):
         gate.route(x, expert_ids=recorded.long())
+    must = r"route: expert_ids must be \[T, K\] with T = 3, K = 2, got"
     for other in (recorded[:2], recorded[:, :1]):
-        with pytest.raises(RuntimeError, match=r"route: .* be \[T, K\] with T = 3, K = 2, got"):
+        with pytest.raises(RuntimeError, match=must):
             gate.route(x, expert_ids=other)
 
 

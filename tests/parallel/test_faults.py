@@ -21,7 +21,7 @@ from moe_ext.parallel import make_groups
 
 
 def shorten_timeout(group: dist.ProcessGroup) -> None:
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
 
 
 @pytest.mark.parametrize("options", [{}, {"dedup": True}, {"overlap": 2}])
@@ -76,7 +76,7 @@ def test_a_rank_that_does_not_call_ends_the_others_calls_after_the_timeout(rank)
     if rank == 0:
         error = error_of(lambda: layer(torch.randn(T, H)))
         assert error.startswith("RuntimeError")
-        assert 0.5 < time.monotonic() - begin < 15
+        assert 2 < time.monotonic() - begin < 15
     dist.barrier()
 
 
