@@ -1,10 +1,11 @@
 """Count the machine instructions of kernels, in the text that NVIDIA's disassembler writes."""
 
+import graphlib
 import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,23 +22,28 @@ def is_tensors(opcode: str) -> bool:
     return opcode.startswith(("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "UTCHMMA"))
 
 
+def is_access(opcode: str) -> bool:
+    """Whether it reads or writes global memory."""
+    return opcode.startswith(("LDG", "STG"))
+
+
+def is_vector(opcode: str) -> bool:
+    """Whether it reads or writes 16 bytes of global memory."""
+    return is_access(opcode) and ".128" in opcode
+
+
 @dataclass
 class Block:
-    """Instructions that run one after the other, and the blocks that may come next."""
+    """Instructions that run one after the other, and the blocks that may come next or before."""
 
     opcodes: list[str] = field(default_factory=list)
+    target: str | None = None  # of a branch at its end
+    falls: bool = True  # whether the block behind it may come next
     next: list[int] = field(default_factory=list)
+    before: list[int] = field(default_factory=list)
 
-    def vectors(self) -> int:
-        """Accesses to global memory of 16 bytes."""
-        return sum(op.startswith(("LDG", "STG")) and ".128" in op for op in self.opcodes)
-
-    def multiplies(self) -> int:
-        """Instructions of tensor cores."""
-        return sum(map(is_tensors, self.opcodes))
-
-    def accesses(self) -> int:
-        return sum(op.startswith(("LDG", "STG")) for op in self.opcodes)
+    def count(self, kind: Callable[[str], bool]) -> int:
+        return sum(map(kind, self.opcodes))
 
 
 def disassembler(toolkit: Path) -> Path:
@@ -71,67 +77,55 @@ def functions(nvdisasm: Path, cubin: Path) -> dict[str, list[str]]:
 def blocks(lines: list[str]) -> list[Block]:
     """The control flow of a function; calls return to where they were made."""
     starts: dict[str, int] = {}
-    targets: list[list[str]] = [[]]
-    falls: list[bool] = [True]
     found = [Block()]
 
     def begin() -> None:
         if found[-1].opcodes:
             found.append(Block())
-            targets.append([])
-            falls.append(True)
 
     for line in lines:
         if match := LABEL.match(line):
             begin()
             starts[match[1]] = len(found) - 1
         elif match := INSTRUCTION.match(line):
-            opcode, guarded = match["opcode"], match["guard"] is not None
-            if opcode == "NOP":  # what fills up the end
+            opcode, block = match["opcode"], found[-1]
+            if opcode == "NOP":  # fills up the end
                 continue
-            found[-1].opcodes.append(opcode)
-            branch = opcode.split(".")[0]
-            if branch not in ENDS:
+            block.opcodes.append(opcode)
+            if opcode.split(".")[0] not in ENDS:
                 continue
-            target = TARGET.search(match["rest"])
-            if target:
-                targets[-1].append(target[1])
+            if target := TARGET.search(match["rest"]):
+                block.target = target[1]
             # A branch may have its condition among the operands too, or be for lanes that diverged.
-            conditional = guarded or ".DIV" in opcode or re.search(r"\bU?P\d", match["rest"])
-            falls[-1] = bool(conditional)
+            conditions = match["guard"], ".DIV" in opcode, re.search(r"\bU?P\d", match["rest"])
+            block.falls = any(conditions)
             begin()
     for index, block in enumerate(found):
-        block.next = [starts[target] for target in targets[index] if target in starts]
-        if falls[index] and index + 1 < len(found):
+        if block.target in starts:
+            block.next.append(starts[block.target])
+        if block.falls and index + 1 < len(found):
             block.next.append(index + 1)
+        for other in block.next:
+            found[other].before.append(index)
     return found
 
 
 def dominators(graph: list[Block]) -> list[set[int]]:
-    before: list[list[int]] = [[] for _ in graph]
-    for index, block in enumerate(graph):
-        for other in block.next:
-            before[other].append(index)
     everything = set(range(len(graph)))
     found = [{0}] + [everything] * (len(graph) - 1)
     changed = True
     while changed:
         changed = False
-        for index in range(1, len(graph)):
-            sets = [found[other] for other in before[index]]
+        for index, block in enumerate(graph[1:], 1):
+            sets = [found[other] for other in block.before]
             new = {index} | (set.intersection(*sets) if sets else set())
             changed |= new != found[index]
             found[index] = new
     return found
 
 
-def loops(graph: list[Block]) -> dict[int, set[int]]:
+def loops(graph: list[Block], dominated_by: list[set[int]]) -> dict[int, set[int]]:
     """{first block: all blocks} of every natural loop."""
-    dominated_by = dominators(graph)
-    before: list[list[int]] = [[] for _ in graph]
-    for index, block in enumerate(graph):
-        for other in block.next:
-            before[other].append(index)
     found: dict[int, set[int]] = {}
     for index, block in enumerate(graph):
         for first in block.next:
@@ -144,28 +138,21 @@ def loops(graph: list[Block]) -> dict[int, set[int]]:
                 member = waiting.pop()
                 if member not in body:
                     body.add(member)
-                    waiting += before[member]
+                    waiting += graph[member].before
     return found
 
 
-def is_irreducible(graph: list[Block]) -> bool:
-    """Whether a loop has two entries: then it is none of `loops`."""
-    dominated_by = dominators(graph)
-    state = [0] * len(graph)  # 1: on the way, 2: done
-    stack = [(0, iter(graph[0].next))]
-    state[0] = 1
-    while stack:
-        index, following = stack[-1]
-        for other in following:
-            if state[other] == 1 and other not in dominated_by[index]:
-                return True
-            if state[other] == 0:
-                state[other] = 1
-                stack.append((other, iter(graph[other].next)))
-                break
-        else:
-            state[index] = 2
-            stack.pop()
+def is_irreducible(graph: list[Block], dominated_by: list[set[int]]) -> bool:
+    """Whether a loop has two entries: then it is not among `loops`."""
+    # Circles that are left without the branches back to a loop's first block.
+    forward = {
+        index: [other for other in block.next if other not in dominated_by[index]]
+        for index, block in enumerate(graph)
+    }
+    try:
+        graphlib.TopologicalSorter(forward).prepare()
+    except graphlib.CycleError:
+        return True
     return False
 
 
@@ -177,47 +164,42 @@ def own(first: int, found: dict[int, set[int]]) -> Iterator[int]:
             yield index
 
 
-def main_loop(graph: list[Block]) -> list[str]:
+def main_loop(graph: list[Block], found: dict[int, set[int]]) -> list[str]:
     """Instructions of the loop that itself multiplies most, or else moves most vectors, with those
     of loops inside of it.
 
     All of the kernel's, where no loop accesses global memory, or vectors move outside of loops.
     """
-    found = loops(graph)
 
-    def moved(first: int) -> tuple[int, int, int, int]:
+    def moved(first: int) -> tuple[int, ...]:
         mine = [graph[index] for index in own(first, found)]
-        return (
-            sum(block.multiplies() for block in mine),
-            sum(block.vectors() for block in mine),
-            sum(block.accesses() for block in mine),
-            len(found[first]),
-        )
+        counts = (sum(b.count(kind) for b in mine) for kind in (is_tensors, is_vector, is_access))
+        return (*counts, len(found[first]))
 
     first = max(found, key=moved, default=None)
     multiplies, vectors, accesses, _ = (0, 0, 0, 0) if first is None else moved(first)
-    moves = multiplies or vectors or (accesses and not any(block.vectors() for block in graph))
+    moves = multiplies or vectors or (accesses and not any(b.count(is_vector) for b in graph))
     chosen = sorted(found[first]) if first is not None and moves else range(len(graph))
     return [opcode for index in chosen for opcode in graph[index].opcodes]
 
 
 def counts(lines: list[str]) -> dict:
-    """What ptxas.json keeps of a kernel's instructions; loop_instructions is None where the loops
-    are not nested."""
+    """The counts in ptxas.json of a kernel's instructions; loop_instructions is None where the
+    loops are not nested."""
     graph = blocks(lines)
-    every = [opcode for block in graph for opcode in block.opcodes]
-    if every[-1] == "BRA":  # to itself, behind the end
-        every.pop()
-    loop = main_loop(graph)
-    vectors = sum(op.startswith(("LDG", "STG")) and ".128" in op for op in loop)
-    loads = sum(op.startswith("LDG") and ".128" in op for op in loop)
-    tensor = sum(map(is_tensors, loop))
+    dominated_by = dominators(graph)
+    whole = Block([opcode for block in graph for opcode in block.opcodes])
+    if whole.opcodes[-1] == "BRA":  # to itself, behind the end
+        whole.opcodes.pop()
+    loop = Block(main_loop(graph, loops(graph, dominated_by)))
+    tensor = loop.count(is_tensors)
     # Another loop may be that of the data, unless this one has all products.
-    is_hidden = is_irreducible(graph) and not (tensor and tensor == sum(map(is_tensors, every)))
+    has_all = tensor and tensor == whole.count(is_tensors)
+    is_hidden = is_irreducible(graph, dominated_by) and not has_all
     return {
-        "instructions": len(every),
-        "loop_instructions": None if is_hidden else min(len(loop), len(every)),
-        "loop_vectors": vectors,
-        "loop_loads": loads,
-        "hmma_share": round(tensor / max(len(loop), 1), 3),
+        "instructions": len(whole.opcodes),
+        "loop_instructions": None if is_hidden else min(len(loop.opcodes), len(whole.opcodes)),
+        "loop_vectors": loop.count(is_vector),
+        "loop_loads": loop.count(lambda opcode: is_vector(opcode) and opcode.startswith("LDG")),
+        "hmma_share": round(tensor / max(len(loop.opcodes), 1), 3),
     }
