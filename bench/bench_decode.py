@@ -4,23 +4,26 @@
 
 Times the experts of transformers' Mixtral with random choices that change from call to call, so
 that no cache holds the weights. Each implementation has a process and weights of its own; ours are
-in huge pages unless --small-pages. Rounds take turns, and outputs are compared first. "Limit" is
+in huge pages. Rounds take turns, and outputs are compared first. "Limit" is
 the time to read the chosen experts' weights once, in our process. Prints a table and, after a run
 of all shapes, writes bench/results/<machine>/decode-<dtype>.json.
 """
 
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import statistics
-import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import layer_peers
 import torch
-from common import keep, parser, positive, setting
+from common import keep, parser, positive, relative_error, require, setting
 from report import decode_table
+from timing import clock
 from tqdm import tqdm
 
 import moe_ext
@@ -47,7 +50,7 @@ class Experts:
 
     current: "Experts"
 
-    def __init__(self, name: str, shape: Shape, dtype: torch.dtype, threads: int, huge: bool):
+    def __init__(self, name: str, shape: Shape, dtype: torch.dtype, threads: int):
         torch.set_num_threads(threads)
         H, ffn, E, K = self.shape = shape
         self.dtype = dtype
@@ -58,9 +61,10 @@ class Experts:
         with torch.no_grad():
             for weight in self.module.parameters():
                 weight.uniform_(-1, 1, generator=generator).div_(weight.shape[-1] ** 0.5)
-        if name == OURS and huge:
+        if name == OURS:
             moe_ext.huge_pages(self.module)
-        self.calls = itertools.count()
+        self.stacks = [w.detach().view(torch.float32) for w in self.module.parameters()]
+        self.seeds = itertools.count()
 
     def operands(self, tokens: int, seed: int) -> tuple:
         H, _, E, K = self.shape
@@ -74,27 +78,18 @@ class Experts:
         return self.module(*self.operands(tokens, -1)).float().tolist()
 
     @torch.no_grad()
-    def seconds(self, tokens: int, count: int) -> list[float]:
-        """Calls with other experts each; the first half does not count."""
-        taken = []
-        for _ in range(count):
-            operands = self.operands(tokens, next(self.calls))
-            start = time.perf_counter()
-            self.module(*operands)
-            taken.append(time.perf_counter() - start)
-        return taken[count // 2 :]
+    def seconds(self, tokens: int, reads: bool, count: int) -> list[float]:
+        """Calls with other experts each, or reads of those alone; the first half does not count."""
+        sets: Iterator[tuple] = (self.operands(tokens, seed) for seed in self.seeds)
+        if reads:
+            sets = ((expert_ids.unique().tolist(),) for _, expert_ids, _ in sets)
+        timer = clock(self.read if reads else self.module, sets)
+        return list(itertools.islice(timer, count))[count // 2 :]
 
-    def seconds_to_read(self, tokens: int, count: int) -> list[float]:
-        """The chosen experts' weights once, as float32 numbers whatever they are."""
-        stacks = [weight.detach().view(torch.float32) for weight in self.module.parameters()]
-        taken = []
-        for _ in range(count):
-            chosen = self.operands(tokens, next(self.calls))[1].unique().tolist()
-            start = time.perf_counter()
-            for stack, e in itertools.product(stacks, chosen):
-                stack[e].sum()
-            taken.append(time.perf_counter() - start)
-        return taken[count // 2 :]
+    def read(self, chosen: list[int]) -> None:
+        """Add up the weights of experts, as float32 numbers whatever they are."""
+        for stack, e in itertools.product(self.stacks, chosen):
+            stack[e].sum()
 
 
 def _start(*args) -> None:
@@ -105,37 +100,31 @@ def _call(method: str, *args):
     return getattr(Experts.current, method)(*args)
 
 
-class Process:
+class Process(ProcessPoolExecutor):
     """Runs the methods of an Experts in its process."""
 
     def __init__(self, *args) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=args)
+        super().__init__(1, mp_context=context, initializer=_start, initargs=args)
 
     def __call__(self, method: str, *args):
-        return self.pool.submit(_call, method, *args).result()
+        return self.submit(_call, method, *args).result()
 
 
 def measure(shape: Shape, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
     """A result for each number of tokens."""
-    rest = shape, dtype, options.threads, not options.small_pages
-    processes = {name: Process(name, *rest) for name in (OURS, *PEERS)}
-    results = []
-    try:
-        for tokens in options.tokens:
-            results.append({"tokens": tokens, **_measure(processes, tokens, shape, dtype, options)})
-    finally:
-        for process in processes.values():
-            process.pool.shutdown()
-    return results
+    with contextlib.ExitStack() as stack:
+        processes = {
+            name: stack.enter_context(Process(name, shape, dtype, options.threads))
+            for name in (OURS, *PEERS)
+        }
+        return [
+            _measure(processes, tokens, shape, dtype, options.seconds) for tokens in options.tokens
+        ]
 
 
 def _measure(
-    processes: dict[str, Process],
-    tokens: int,
-    shape: Shape,
-    dtype: torch.dtype,
-    options: argparse.Namespace,
+    processes: dict[str, Process], tokens: int, shape: Shape, dtype: torch.dtype, budget: float
 ) -> dict:
     timed, right = {}, None
     copies = 3 * tokens * shape.top_k * shape.hidden * shape.ffn * dtype.itemsize
@@ -144,20 +133,16 @@ def _measure(
             continue
         out = torch.tensor(process("output", tokens))
         right = out if right is None else right
-        error = float((out - right).norm() / right.norm())
-        if not error < (1e-5 if dtype == torch.float32 else 0.02):
-            raise AssertionError(f"{name}: relative error {error:.2g}")
-        timed[name] = process, "seconds"
-    timed["limit"] = processes[OURS], "seconds_to_read"
+        require(name, relative_error(out, right), 1e-5 if dtype == torch.float32 else 0.02)
+        timed[name] = partial(process, "seconds", tokens, False)
+    timed["limit"] = partial(processes[OURS], "seconds", tokens, True)
     taken: dict[str, list[float]] = {name: [] for name in timed}
-    counts = {}
-    for name, (process, method) in timed.items():
-        first = statistics.median(process(method, tokens, 2))
-        counts[name] = max(2, min(100, int(options.seconds / 5 / first)))
+    firsts = {name: statistics.median(call(2)) for name, call in timed.items()}
     for _ in range(5):
-        for name, (process, method) in timed.items():
-            taken[name] += process(method, tokens, counts[name])
-    return {"seconds": {name: statistics.median(times) for name, times in taken.items()}}
+        for name, call in timed.items():
+            taken[name] += call(max(2, min(100, int(budget / 5 / firsts[name]))))
+    seconds = {name: statistics.median(times) for name, times in taken.items()}
+    return {"tokens": tokens, "seconds": seconds}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -166,13 +151,11 @@ def main(arguments: list[str] | None = None) -> None:
     parse.add_argument("--shape", nargs="*", choices=[*SHAPES], default=[*SHAPES])
     parse.add_argument("--tokens", nargs="*", type=positive, default=[1, 4, 16, 64])
     parse.add_argument("--threads", type=positive, default=1)
-    parse.add_argument("--small-pages", action="store_true", help="leave our weights as they come")
     options = parse.parse_args(arguments)
     dtype = getattr(torch, options.dtype)
     report = setting(torch.device("cpu")) | {
         "dtype": options.dtype,
         "threads": options.threads,
-        "huge_pages": not options.small_pages,
         "products": torch.ops.moe_ext.products(torch.empty(0, dtype=dtype)),
         "shapes": [],
     }
@@ -180,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         points = measure(SHAPES[name], dtype, options)
         report["shapes"].append({"shape": name, **SHAPES[name]._asdict(), "points": points})
     print(decode_table(report))
-    is_whole = options.shape == [*SHAPES] and options.threads == 1 and not options.small_pages
+    is_whole = options.shape == [*SHAPES] and options.threads == 1
     keep(report, f"decode-{options.dtype}" if is_whole else None, options.out)
 
 

@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 import torch
 from common import RESULTS, keep, parser, setting, slug
+from layer_peers import our_layer
 from report import markdown
-from timing import clock as cpu_clock
-from timing import event_clock, spreads
+from timing import spreads, timer
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import moe_ext
+from moe_ext import MOELayer
 
 LIMIT = 0.8
 ROW_OPERATORS = {"dispatch", "combine", "route_dot", "combine_backward"}
@@ -45,21 +45,7 @@ SHAPES = {
 }
 
 
-def layer_of(shape: Shape, device: torch.device) -> moe_ext.MOELayer:
-    gate = moe_ext.TopKGate(
-        shape.hidden,
-        shape.num_experts,
-        shape.top_k,
-        drop_tokens=False,
-        top2_2nd_expert_sampling=False,
-    )
-    experts = moe_ext.GroupedExperts(
-        shape.num_experts, shape.hidden, shape.ffn, activation="swiglu", bias=False
-    )
-    return moe_ext.MOELayer(gate, experts).to(device, torch.bfloat16).eval()
-
-
-def check(layer: moe_ext.MOELayer, hidden: Tensor) -> None:
+def check(layer: MOELayer, hidden: Tensor) -> None:
     """Compare a few tokens with the layer in float64 on the CPU, for the same choice."""
     few = hidden[:4].detach()
     with torch.no_grad():
@@ -71,7 +57,7 @@ def check(layer: moe_ext.MOELayer, hidden: Tensor) -> None:
         raise AssertionError(f"the layer's result is off by {error:.3g} of its largest")
 
 
-def calls(layer: moe_ext.MOELayer, hidden: Tensor, shape: Shape) -> dict[str, Callable]:
+def calls(layer: MOELayer, hidden: Tensor, shape: Shape) -> dict[str, Callable]:
     """{name: a call}. The products are of rows that lie expert after expert."""
     up, down = layer.experts.gate_up_proj.detach(), layer.experts.down_proj.detach()
     with torch.no_grad():
@@ -94,13 +80,13 @@ def calls(layer: moe_ext.MOELayer, hidden: Tensor, shape: Shape) -> dict[str, Ca
 
 
 def measure(shape: Shape, device: torch.device, seconds: float) -> dict:
-    layer = layer_of(shape, device)
-    hidden = torch.randn(shape.tokens, shape.hidden, device=device, dtype=torch.bfloat16)
+    T, H, ffn, E, K = shape
+    layer = our_layer(E, H, ffn, K, drop_tokens=False).to(device, torch.bfloat16).eval()
+    hidden = torch.randn(T, H, device=device, dtype=torch.bfloat16)
     hidden.requires_grad_()
     check(layer, hidden)
-    clock = event_clock if device.type == "cuda" else cpu_clock
-    timers = {name: clock(call, [()]) for name, call in calls(layer, hidden, shape).items()}
-    operations = 6 * shape.tokens * shape.top_k * shape.hidden * shape.ffn
+    timers = {name: timer(call, [()], device) for name, call in calls(layer, hidden, shape).items()}
+    operations = 6 * T * K * H * ffn
     found = {}
     for name, spread in spreads(timers, seconds).items():
         times = operations * (3 if name == "with gradient" else 1)

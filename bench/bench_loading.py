@@ -10,12 +10,11 @@ bench/results/<machine>/loading.json after a run of 12 layers and all formats.
 
 import resource
 import tempfile
-from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from common import keep, parser, positive, setting
+from memory import in_new_process
 from report import loading_table
 from tqdm import tqdm
 
@@ -57,12 +56,6 @@ def load(folder: str, format: str) -> dict[str, int]:
     return {"packed": packed, "before": before, "peak": resident() - before}
 
 
-def in_new_process(function: Callable, *args):
-    # A process that is forked has what its parent has.
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
-
 def measure(layers: int, formats: list[str], hidden: int = 1024, shard: int = SHARD) -> list[dict]:
     """Bytes of the model, of its largest file, and of each load."""
     with tempfile.TemporaryDirectory() as folder:
@@ -71,10 +64,8 @@ def measure(layers: int, formats: list[str], hidden: int = 1024, shard: int = SH
         loads = []
         for format in tqdm(formats, unit="load", leave=False):
             found = in_new_process(load, folder, format)
-            limit = round(1.15 * found["packed"] + largest)
-            loads.append(
-                {"format": format, "whole": whole, "shard": largest, **found, "limit": limit}
-            )
+            found |= {"limit": round(1.15 * found["packed"] + largest)}
+            loads.append({"format": format, "whole": whole, "shard": largest, **found})
     return loads
 
 

@@ -22,12 +22,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from common import keep, parser, positive, setting
+from common import keep, parser, positive, relative_error, require, setting
+from layer_peers import our_layer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from moe_ext import ExpertParallel, GroupedExperts, MOELayer, TopKGate
+from moe_ext import ExpertParallel, MOELayer
 from moe_ext.parallel import make_groups
 from moe_ext.process_group import resolve
 
@@ -70,18 +71,8 @@ class Bytes(TorchDispatchMode):
 
 def layer_of(way: Way, k: int) -> MOELayer:
     torch.manual_seed(0)
-    gate = TopKGate(
-        *(H, E, k),
-        capacity_factor=1.25,
-        drop_tokens=way.drop_tokens,
-        drop_policy="position",
-        top2_2nd_expert_sampling=False,
-    )
-    return MOELayer(gate, GroupedExperts(E, H, F)).to(DTYPE)
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact.double()).norm() / exact.double().norm())
+    dropping = {"drop_tokens": way.drop_tokens, "drop_policy": "position"}
+    return our_layer(E, H, F, k, capacity_factor=1.25, **dropping).to(DTYPE)
 
 
 def slowest(function: Callable[[], object]) -> float:
@@ -97,8 +88,7 @@ def slowest(function: Callable[[], object]) -> float:
 def measure(rank: int, way: Way, k: int, num_tokens: int, seconds: float) -> dict:
     world = dist.get_world_size()
     group = make_groups((way.nodes, world // way.nodes) if way.nodes else world).ep
-    alone = layer_of(way, k)
-    layer = layer_of(way, k)
+    alone, layer = layer_of(way, k), layer_of(way, k)
     layer.experts = ExpertParallel.of(layer.experts, group, **way.options)
     generator = torch.Generator().manual_seed(1 + rank)
     x = torch.randn(num_tokens, H, generator=generator).to(DTYPE).requires_grad_()
@@ -110,9 +100,8 @@ def measure(rank: int, way: Way, k: int, num_tokens: int, seconds: float) -> dic
         out.backward(grad)
         return out.detach(), x.grad
 
-    errors = [relative_error(*pair) for pair in zip(step(layer), step(alone), strict=True)]
-    if not max(errors) < 0.02:
-        raise AssertionError(f"relative error {max(errors):.2g}")
+    error = max(relative_error(*pair) for pair in zip(step(layer), step(alone), strict=True))
+    require(f"rank {rank}", error, 0.02)
     with Bytes() as counted:
         step(layer)
     plan = layer.gate.route(x.detach()).plan
@@ -132,7 +121,7 @@ def measure(rank: int, way: Way, k: int, num_tokens: int, seconds: float) -> dic
         "sent_inside_nodes": inside,
         "others_per_token": float(there.sum()) / num_tokens,
         "seconds": statistics.median(times),
-        "relative_error": max(errors),
+        "relative_error": error,
     }
 
 
@@ -167,10 +156,9 @@ def measure_all(rank: int, options: argparse.Namespace) -> tuple[list, list[dict
 
 def fit(points: list[tuple[int, float]], others: int) -> dict:
     """Fit seconds = start + bytes sent / rate, by least squares of the relative error."""
-    sizes, seconds = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    terms = np.stack([np.ones_like(sizes), sizes * others], axis=1) / seconds[:, None]
-    (start, per_byte), *_ = np.linalg.lstsq(terms, np.ones_like(seconds), rcond=None)
-    errors = np.abs(terms @ (start, per_byte) - 1)
+    sizes, seconds = np.array(points).T
+    per_byte, start = np.polyfit(sizes * others, seconds, 1, w=1 / seconds)
+    errors = np.abs((start + sizes * others * per_byte) / seconds - 1)
     return {"start": start, "bytes_per_second": 1 / per_byte, "largest_error": errors.max()}
 
 

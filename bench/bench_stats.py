@@ -14,6 +14,7 @@ from collections.abc import Callable
 import memory
 import torch
 from common import keep, parser, positive, setting
+from layer_peers import our_layer
 from report import stats_table
 from timing import spreads, timer
 from tqdm import tqdm
@@ -29,8 +30,7 @@ def functions_of(point: str, device: torch.device) -> dict[str, Callable[[], Non
     """A step of the layer, and the observer that stats call in it, for each tier."""
     T, H, F, E, K = POINTS[point]
     torch.manual_seed(0)
-    gate = moe_ext.TopKGate(H, E, K, capacity_factor=1.25, top2_2nd_expert_sampling=False)
-    layer = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(E, H, F)).to(device)
+    layer = our_layer(E, H, F, K, capacity_factor=1.25).to(device)
     hidden = torch.randn(T, H, device=device, requires_grad=True)
 
     def step() -> None:

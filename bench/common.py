@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LINE = 1200  # a record that is longer than this takes a line for each of its items
@@ -64,6 +65,16 @@ def keep(report: dict, name: str | None, out: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(as_json(report) + "\n")
         print(path)
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
+def require(name: str, error: float, most: float) -> None:
+    """Raise if a relative error is NaN or more than `most`."""
+    if not error <= most:
+        raise AssertionError(f"{name}: relative error {error:.2g}")
 
 
 def positive(text: str) -> int:

@@ -13,8 +13,7 @@ from peers import Peer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import moe_ext
-from moe_ext import MOELayer, TopKGate
+from moe_ext import GroupedExperts, MOELayer, TopKGate
 
 
 class Weights(NamedTuple):
@@ -31,15 +30,24 @@ def swiglu(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * linear, down)
 
 
+def our_layer(E: int, H: int, ffn: int, top_k: int, **options) -> MOELayer:
+    """Our layer with new weights. options: those of TopKGate."""
+    gate = TopKGate(H, E, top_k, top2_2nd_expert_sampling=False, **options)
+    return MOELayer(gate, GroupedExperts(E, H, ffn))
+
+
+def our_experts(up: Tensor, down: Tensor) -> GroupedExperts:
+    """Our experts with a copy of these weights."""
+    experts = GroupedExperts(*down.shape, device=up.device, dtype=up.dtype)
+    experts.load_state_dict({"gate_up_proj": up, "down_proj": down})
+    return experts
+
+
 def _ours(weights: Weights, top_k: int, capacity_factor: float | None = None) -> nn.Module:
     E, H = weights.router.shape
-    gate = TopKGate(H, E, k=top_k, **_capacity(capacity_factor))
-    experts = moe_ext.GroupedExperts(E, H, weights.down.shape[2], activation="swiglu", bias=False)
-    layer = MOELayer(gate, experts).to(weights.up.dtype)
-    with torch.no_grad():
-        gate.wg.weight.copy_(weights.router)
-        experts.gate_up_proj.copy_(weights.up)
-        experts.down_proj.copy_(weights.down)
+    gate = TopKGate(H, E, top_k, **_capacity(capacity_factor))
+    layer = MOELayer(gate, our_experts(weights.up, weights.down)).to(weights.up.dtype)
+    gate.wg.load_state_dict({"weight": weights.router})
     if capacity_factor is not None:
         layer.weights_of = partial(_routed, gate)
     return layer

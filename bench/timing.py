@@ -9,7 +9,7 @@ and for ratios the median over the rounds.
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -69,7 +69,7 @@ def compare_with(
     }
 
 
-def clock(function: Callable, sets: list[tuple]) -> Iterator[float]:
+def clock(function: Callable, sets: Iterable[tuple]) -> Iterator[float]:
     """Time calls on the CPU, cycling through the sets of arguments. A result is freed before the
     next call."""
     while True:
