@@ -18,7 +18,8 @@ from typing import NamedTuple
 import quantised_peers
 import torch
 from bench_decode import SHAPES, Shape
-from common import keep, parser, positive, setting
+from common import keep, parser, positive, relative_error, require, setting
+from layer_peers import our_experts
 from report import quantised_table
 from timing import clock, compare_with
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import moe_ext
-from moe_ext import QuantizedWeight
+from moe_ext import GroupedExperts, QuantizedWeight
 
 OURS = "bfloat16"
 # Arguments of QuantizedWeight.quantize.
@@ -51,35 +52,12 @@ class Call(NamedTuple):
     weights: Tensor
 
 
-class Ours(nn.Module):
-    def __init__(self, up: Tensor, down: Tensor, **options) -> None:
-        super().__init__()
-        self.up: nn.Parameter | QuantizedWeight
-        self.down: nn.Parameter | QuantizedWeight
-        if options:
-            self.up = QuantizedWeight.quantize(up, **options)
-            self.down = QuantizedWeight.quantize(down, **options)
-        else:
-            self.up, self.down = (nn.Parameter(w.clone(), False) for w in (up, down))
-
-    def numbers(self) -> tuple[Tensor, Tensor]:
-        found = (self.up, self.down)
-        return tuple(w.dequantize() if isinstance(w, QuantizedWeight) else w for w in found)
-
-    @torch.no_grad()
-    def forward(self, call: Call) -> Tensor:
-        tokens, plan, weights = call
-        return moe_ext.feed_forward(tokens, plan, weights, self.up, self.down, "swiglu")
-
-
 class _Torchs(nn.Module):
     """Products of torch, expert after expert; a subclass multiplies rows by a packed weight."""
 
     multiply: Callable[[Tensor, int, str], Tensor]
 
-    @torch.no_grad()
-    def forward(self, call: Call) -> Tensor:
-        tokens, plan, weights = call
+    def forward(self, tokens: Tensor, plan: moe_ext.Plan, weights: Tensor) -> Tensor:
         out = torch.zeros_like(tokens)
         routes, K = plan.sources.long(), weights.shape[1]
         offsets = plan.offsets.tolist()
@@ -147,9 +125,16 @@ class Peer(nn.Module):
     def numbers(self) -> tuple[Tensor, Tensor]:
         return tuple(map(self.peer.rounded, self.weights))
 
-    @torch.no_grad()
-    def forward(self, call: Call) -> Tensor:
-        return self.peer.run(call.tokens, call.plan.expert_ids, call.weights)
+    def forward(self, tokens: Tensor, plan: moe_ext.Plan, weights: Tensor) -> Tensor:
+        return self.peer.run(tokens, plan.expert_ids, weights)
+
+
+def numbers_of(module: nn.Module) -> tuple[Tensor, ...]:
+    """The numbers that a module's weights stand for: [E, 2F, H] and [E, H, F]."""
+    if not isinstance(module, GroupedExperts):
+        return module.numbers()
+    weights = module.gate_up_proj, module.down_proj
+    return tuple(w.dequantize() if isinstance(w, QuantizedWeight) else w for w in weights)
 
 
 def bytes_of(module: nn.Module) -> float:
@@ -166,9 +151,9 @@ def implementations(shape: Shape, peers: bool) -> Iterator[tuple[str, nn.Module]
         return (torch.randn(*size, generator=generator) / size[-1] ** 0.5).bfloat16()
 
     up, down = weight(E, 2 * ffn, H), weight(E, H, ffn)
-    yield OURS, Ours(up, down)
+    yield OURS, our_experts(up, down)
     for name, options in FORMATS.items():
-        yield name, Ours(up, down, **options)
+        yield name, our_experts(up, down).quantize(**options)
     if peers:
         for name, why in quantised_peers.available().items():
             if why is None:
@@ -193,21 +178,15 @@ def calls(shape: Shape, tokens: int) -> list[Call]:
 
 def check(name: str, module: nn.Module, call: Call) -> None:
     """Compare with the experts of the numbers that the weights stand for."""
-    up, down = (w.float() for w in module.numbers())
+    up, down = (w.float() for w in numbers_of(module))
     tokens, plan, weights = call
     exact = moe_ext.feed_forward(tokens.float(), plan, weights, up, down, "swiglu")
-    error = float((module(call).float() - exact).norm() / exact.norm())
     # Most peers round tokens to 8 bits.
-    if not error < (0.03 if "tokens" in name or isinstance(module, Peer) else 0.01):
-        raise AssertionError(f"{name}: a relative error of {error:.3g}")
+    most = 0.03 if "tokens" in name or isinstance(module, Peer) else 0.01
+    require(name, relative_error(module(*call), exact), most)
 
 
-def read(weight: Tensor, call: Call) -> float:
-    """Add up the chosen experts' weights once."""
-    chosen = call.plan.expert_ids.unique().tolist()
-    return sum(float(weight[e].sum()) for e in chosen)
-
-
+@torch.no_grad()
 def measure(shape: Shape, tokens: list[int], seconds: float, peers: bool = False) -> list[dict]:
     made = dict(implementations(shape, peers))
     for name, module in made.items():
@@ -217,14 +196,18 @@ def measure(shape: Shape, tokens: list[int], seconds: float, peers: bool = False
         moe_ext.huge_pages(module)
     if peers:
         quantised_peers.huge_pages()
-    stack = made[OURS].up.detach().view(torch.float32)
+    stack = made[OURS].gate_up_proj.view(torch.float32)
+
+    def read(_tokens: Tensor, plan: moe_ext.Plan, _weights: Tensor) -> float:
+        """Add up the chosen experts' weights once."""
+        return sum(float(stack[e].sum()) for e in plan.expert_ids.unique().tolist())
+
     results = []
     for count in tokens:
-        sets = [(call,) for call in calls(shape, count)]
-        timers = {name: clock(module, sets) for name, module in made.items()}
-        timers["reading"] = clock(lambda call: read(stack, call), sets)
+        sets = calls(shape, count)
+        timers = {name: clock(module, sets) for name, module in (made | {"reading": read}).items()}
         found = compare_with(OURS, timers, seconds)
-        chosen = sum(len(call.plan.expert_ids.unique()) for (call,) in sets) / len(sets)
+        chosen = sum(len(call.plan.expert_ids.unique()) for call in sets) / len(sets)
         size = {n: bytes_of(module) / shape.num_experts for n, module in made.items()}
         rate = {n: chosen * of / found["seconds"][n] / 1e9 for n, of in size.items()}
         read_bytes = chosen * stack[0].nbytes
