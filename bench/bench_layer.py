@@ -23,7 +23,7 @@ from typing import NamedTuple
 import layer_peers
 import memory
 import torch
-from common import keep, parser, positive, setting
+from common import keep, parser, positive, relative_error, require, setting
 from gemm_bound import gemm_bound
 from layer_peers import Weights
 from peers import Peer
@@ -47,14 +47,12 @@ class Point(NamedTuple):
 
     def shares(self) -> Tensor:
         """The share of all tokens that each expert draws. [E]"""
-        E = self.num_experts
+        place = torch.arange(self.num_experts)
         shares = {
-            "balanced": torch.ones(E),
-            "zipf": 1 / torch.arange(1.0, E + 1),
-            "one hot expert": torch.cat([torch.tensor([1e4]), torch.ones(E - 1)]),
-            "half of the experts empty": torch.cat(
-                [torch.ones(E // 2), torch.full((E - E // 2,), 1e-9)]
-            ),
+            "balanced": torch.ones(self.num_experts),
+            "zipf": 1 / (place + 1),
+            "one hot expert": torch.where(place == 0, 1e4, 1.0),
+            "half of the experts empty": torch.where(place < self.num_experts // 2, 1.0, 1e-9),
         }
         return shares[self.load]
 
@@ -177,14 +175,13 @@ class Case:
         else:
             grads = [self.tokens.grad, *layer_peers.gradients(layer, self.weights)]
             pairs = [(out, right.out), *zip(grads, right.grads, strict=True)]
-        return max(float((got.double() - want).norm() / want.norm()) for got, want in pairs)
+        return max(relative_error(*pair) for pair in pairs)
 
     def checked(self, peer: Peer) -> tuple[nn.Module, float]:
         """The peer's module and its error. Raises if that is too large."""
         layer = self.make(peer)
         error = self.error(layer)
-        if not error <= (1e-5 if self.tokens.dtype == torch.float32 else 0.03):
-            raise AssertionError(f"{peer.name}: relative error {error:.2g}")
+        require(peer.name, error, 1e-5 if self.tokens.dtype == torch.float32 else 0.03)
         return layer, error
 
 

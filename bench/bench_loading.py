@@ -8,13 +8,12 @@ what was before the load, and "limit" is 1.15 times the packed model and one sha
 bench/results/<machine>/loading.json after a run of 12 layers and all formats.
 """
 
-import resource
 import tempfile
 from pathlib import Path
 
 import torch
 from common import keep, parser, positive, setting
-from memory import in_new_process
+from memory import in_new_process, resident
 from report import loading_table
 from tqdm import tqdm
 
@@ -42,18 +41,13 @@ def make(folder: str, layers: int, hidden: int, shard: int) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def resident() -> int:
-    """The most bytes of this process that were resident so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def load(folder: str, format: str) -> dict[str, int]:
     import moe_ext.hf
 
-    before = resident()
+    before = resident("VmHWM")
     model = moe_ext.hf.from_pretrained(folder, format)
     packed = sum(parameter.nbytes for parameter in model.parameters())
-    return {"packed": packed, "before": before, "peak": resident() - before}
+    return {"packed": packed, "before": before, "peak": resident("VmHWM") - before}
 
 
 def measure(layers: int, formats: list[str], hidden: int = 1024, shard: int = SHARD) -> list[dict]:

@@ -34,7 +34,6 @@ from moe_ext.ops import checks, reference, registry
 
 # A peer with masks is left out if its products would take longer than --longest at this speed.
 MOST_BYTES, SPEED = 2 << 30, 1e11
-NOT_COMPARED: dict[str, dict] = {"seconds": {}, "ratio": {}}
 
 
 class Shape(NamedTuple):
@@ -270,11 +269,11 @@ def timed(
     if state in ("new", "huge"):
         memory.give_back_large()
         memory.fetch()
-    line = {
+    return {
         "backend": registry.backend(case.op, device.type),
         "alone": spreads(alone, budget)["moe_ext"],
+        **(compare_with("moe_ext", timers, budget) if functions else {"seconds": {}, "ratio": {}}),
     }
-    return line | (compare_with("moe_ext", timers, budget) if functions else NOT_COMPARED)
 
 
 def measure_in(options: argparse.Namespace, label: str, state: str | None) -> list[dict]:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from common import keep, parser, positive, relative_error, require, setting
 from layer_peers import our_layer
+from report import markdown
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -208,7 +209,7 @@ def main() -> None:
         "collective": {},
         "points": [],
     }
-    print(f"{'':10}{'':4}{'':32}{'KiB/token':>10}{'least':>8}{'of least':>10}{'ms':>8}")
+    rows = []
     for number in options.processes:
         ranks = on_processes(number, measure_all, options)
         points, _ = ranks[0]
@@ -216,11 +217,11 @@ def main() -> None:
         for i, (k, label, _) in enumerate(cases_of(number, options.top_k)):
             found = summary([cases[i] for _, cases in ranks], options.tokens)
             report["points"].append({"processes": number, "k": k, "way": label, **found})
-            print(
-                f"{number} procs   K={k} {label:32}{found['bytes_per_token'] / 1024:10.2f}"
-                f"{found['least_bytes_per_token'] / 1024:8.2f}{found['of_least']:9.2f}x"
-                f"{found['seconds'] * 1e3:8.1f}"
-            )
+            sent = f"{found['bytes_per_token'] / 1024:.2f}"
+            least = f"{found['least_bytes_per_token'] / 1024:.2f}"
+            times = f"{found['of_least']:.2f}x", f"{found['seconds'] * 1e3:.1f}"
+            rows.append([f"{number}", f"{k}", label, sent, least, *times])
+    print(markdown(["processes", "K", "exchange", "KiB/token", "least", "of least", "ms"], rows))
     keep(report, "parallel", options.out)
 
 

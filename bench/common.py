@@ -1,10 +1,10 @@
 """Arguments and result files that all benches share."""
 
-import argparse
 import json
 import platform
 import re
 import time
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -80,15 +80,13 @@ def require(name: str, error: float, most: float) -> None:
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+        raise ArgumentTypeError(f"must be at least 1, got {number}")
     return number
 
 
-def parser(doc: str, seconds: float | None = None) -> argparse.ArgumentParser:
+def parser(doc: str, seconds: float | None = None) -> ArgumentParser:
     """A bench's parser. seconds: the default of --seconds, None without that option."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     if seconds is not None:
         text = f"seconds to spend on each timing ({seconds})"
         parser.add_argument("--seconds", type=float, default=seconds, help=text)

@@ -155,9 +155,7 @@ def mixtral(cls: str, E: int, H: int, ffn: int, top_k: int, implementation: str)
 def _mixtral(cls: str, weights: Weights, top_k: int, implementation: str) -> nn.Module:
     module = mixtral(cls, *weights.down.shape, top_k, implementation).to(weights.up.dtype)
     experts = getattr(module, "experts", module)
-    with torch.no_grad():
-        experts.gate_up_proj.copy_(weights.up)
-        experts.down_proj.copy_(weights.down)
+    experts.load_state_dict({"gate_up_proj": weights.up, "down_proj": weights.down})
     return module
 
 
@@ -165,8 +163,7 @@ class _HuggingFace(nn.Module):
     def __init__(self, weights: Weights, top_k: int, implementation: str) -> None:
         super().__init__()
         self.block = _mixtral("MixtralSparseMoeBlock", weights, top_k, implementation)
-        with torch.no_grad():
-            self.block.gate.weight.copy_(weights.router)
+        self.block.gate.load_state_dict({"weight": weights.router})
 
     def forward(self, tokens: Tensor) -> Tensor:
         out = self.block(tokens.unsqueeze(0))

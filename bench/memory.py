@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 # Numbers of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -77,14 +78,11 @@ def in_new_process(
     """function(*args) in a process without memory of earlier calls. start: called there first, such
     as keep_freed; None leaves glibc's defaults."""
     context = multiprocessing.get_context("spawn")
-    before = os.environ.copy()
-    os.environ.update(environment or {})
-    try:
-        with ProcessPoolExecutor(1, mp_context=context, initializer=start) as pool:
-            return pool.submit(function, *args).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with (
+        mock.patch.dict(os.environ, environment or {}),
+        ProcessPoolExecutor(1, mp_context=context, initializer=start) as pool,
+    ):
+        return pool.submit(function, *args).result()
 
 
 def trim() -> None:
@@ -95,12 +93,13 @@ def trim() -> None:
 def growth(function: Callable[[], object]) -> int:
     """The most bytes by which this process grows during a call. Make a first call before it."""
     trim()  # or memory that earlier calls freed would serve this one uncounted
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts anew
     function()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(line: str) -> int:
+def resident(line: str) -> int:
+    """Bytes of this process that are resident now (VmRSS), or the most so far (VmHWM)."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{line}:\s*(\d+) kB", status)[1]) * 1024

@@ -16,16 +16,13 @@ and at least its start, and three reads one after the other. Where a card was me
 
 import json
 import math
-import re
-from pathlib import Path
 from typing import NamedTuple
 
 from common import RESULTS
 from ptxas import blocks_per_sm
-from report import markdown
+from report import DOCS, markdown, replaced
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda.md"
-MARKS = re.compile(r"(<!-- model -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGE = DOCS / "cuda.md"
 READ = 0.8e-6  # seconds until a read of global memory is there
 START = 2e-6  # seconds from one launch to the next
 READS = 3  # of slots, of sources, of a row
@@ -141,7 +138,7 @@ def table() -> str:
 
 def filled(page: str) -> str:
     """The page with today's table."""
-    return MARKS.sub(lambda found: f"{found[1]}{table()}\n{found[2]}", page)
+    return replaced(page, "model", f"\n{table()}\n")
 
 
 if __name__ == "__main__":

@@ -234,21 +234,21 @@ def main() -> None:
         print(
             f"{arch}: {len(of_arch)} kernels, most registers {of_arch[most]['registers']}: {most}"
         )
+    if not kernels:
+        sys.exit("ptxas reported no kernel; is -Xptxas -v still in NVCC_APPEND_FLAGS?")
     local = [
         f"{arch} {name}: {use['spill_bytes']} bytes of registers, {use['stack_bytes']} of a stack"
         for arch, of_arch in kernels.items()
         for name, use in of_arch.items()
         if use["spill_bytes"] or use["stack_bytes"]
     ]
-    lacking = without_vectors(BUILD / "ptx")
-    if not kernels:
-        sys.exit("ptxas reported no kernel; is -Xptxas -v still in NVCC_APPEND_FLAGS?")
-    if local:
-        sys.exit("\n".join(["local memory is used by", *local]))
-    if poor := poor_products(kernels):
-        sys.exit("\n".join(["products below what they must have", *poor]))
-    if lacking:
-        sys.exit("\n".join(["no 16-byte load and store in", *lacking]))
+    for fault, found_in in (
+        ("local memory is used by", local),
+        ("products below what they must have", poor_products(kernels)),
+        ("no 16-byte load and store in", without_vectors(BUILD / "ptx")),
+    ):
+        if found_in:
+            sys.exit("\n".join([fault, *found_in]))
     if before["cuda"] != version:
         print(f"{RESULT} was of CUDA {before['cuda']}: not compared")
     elif changes := differences(before["kernels"], kernels):

@@ -8,12 +8,12 @@ README.md and docs between <!-- bench: name --> and <!-- end -->. Draws the pict
 docs/performance.md (pictures.py).
 """
 
-import argparse
 import itertools
 import json
 import re
 import statistics
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -27,10 +27,8 @@ PAGES = [ROOT / "README.md", *(DOCS / f"{name}.md" for name in NAMES)]
 NEEDED = {"peers-float32", "layer-float32", "growth", "limits", "stats", *SMALL}
 NEEDED |= {"decode-float32", "decode-bfloat16"}
 EXPERTS = "experts-float32", "experts-float32-new-memory"  # of `make bench-full`
-QUANTISED = "quantised-bfloat16"  # of bench_quantised.py
-PEERS = "quantised-peers"  # of bench_quantised.py --peers
-LOADING = "loading"  # of bench_loading.py
 OURS = "moe_ext"
+SHAPE = "T{tokens} H{hidden} F{ffn} E{num_experts} K{top_k}"
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -103,8 +101,7 @@ def points_table(report: dict) -> str:
         heads.append(f"memory, MiB: {' / '.join([OURS, *names])}")
     rows = []
     for point in points:
-        shape = "T{tokens} H{hidden} F{ffn} E{num_experts} K{top_k}".format(**point)
-        cells = [f"{point['point']}, {shape}", f"{point['threads']}"]
+        cells = [f"{point['point']}, {SHAPE.format(**point)}", f"{point['threads']}"]
         milliseconds = point["seconds"][OURS] * 1e3
         cells.append(f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.3g}")
         if has_bound:
@@ -129,9 +126,8 @@ def small_table(found: dict[str, dict]) -> str:
     names, rows = ("Hugging Face grouped_mm", "Hugging Face batched_mm", "DeepSpeed"), []
     for points in zip(*(found[name]["points"] for name in SMALL), strict=True):
         for point, what in zip(points, SMALL.values(), strict=True):
-            shape = "T{tokens} H{hidden} F{ffn} E{num_experts} K{top_k}".format(**point)
-            speedups = [factor(point["ratio"].get(name)) or "-" for name in names]
-            rows.append([shape, what, f"{point['seconds'][OURS] * 1e6:.0f}", *speedups])
+            cells = SHAPE.format(**point), what, f"{point['seconds'][OURS] * 1e6:.0f}"
+            rows.append([*cells, *(factor(point["ratio"].get(name)) or "-" for name in names)])
     table = markdown(["layer, float32, one thread", "", "us", *names], rows)
     return f"{table}\n\n{where(found['small-float32'])}."
 
@@ -243,16 +239,8 @@ def loading_table(report: dict) -> str:
     rows = [
         [run["format"], *(f"{run[name] / 1e9:.2f}" for name in names)] for run in report["loads"]
     ]
-    heads = [
-        "experts",
-        "bfloat16, GB",
-        "largest file",
-        "packed",
-        "resident before",
-        "peak",
-        "limit",
-    ]
-    return f"{markdown(heads, rows)}\n\n{where(report)}."
+    heads = ["experts", "bfloat16, GB", "largest file", "packed", "resident before"]
+    return f"{markdown([*heads, 'peak', 'limit'], rows)}\n\n{where(report)}."
 
 
 def summary(found: dict[str, dict]) -> str:
@@ -302,12 +290,14 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
     }
     if found.keys() >= set(EXPERTS):
         texts["experts"] = experts_table(found)
-    if QUANTISED in found:
-        texts["quantised"] = quantised_table(found[QUANTISED])
-    if PEERS in found:
-        texts["packed_peers"] = packed_peers_table(found[PEERS])
-    if LOADING in found:
-        texts["loading"] = loading_table(found[LOADING])
+    # Of bench_quantised.py, also with --peers, and of bench_loading.py.
+    for name, file, table in (
+        ("quantised", "quantised-bfloat16", quantised_table),
+        ("packed_peers", "quantised-peers", packed_peers_table),
+        ("loading", "loading", loading_table),
+    ):
+        if file in found:
+            texts[name] = table(found[file])
     return texts
 
 
@@ -315,10 +305,15 @@ def marks(page: str) -> list[str]:
     return re.findall(r"<!-- bench: (\w+) -->", page)
 
 
+def replaced(page: str, mark: str, text: str) -> str:
+    """The page with this text between <!-- mark --> and <!-- end -->."""
+    marks = rf"(<!-- {mark} -->).*?(<!-- end -->)"
+    return re.sub(marks, lambda found: f"{found[1]}{text}{found[2]}", page, flags=re.DOTALL)
+
+
 def filled(page: str, texts: dict[str, str]) -> str:
     for name, text in texts.items():
-        marks = rf"(<!-- bench: {name} -->\n).*?(<!-- end -->)"
-        page = re.sub(marks, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL)
+        page = replaced(page, f"bench: {name}", f"\n{text}\n")
     return page
 
 
@@ -335,14 +330,11 @@ def cards() -> str:
 
 
 def with_cards(page: str) -> str:
-    marks = r"(<!-- cards -->).*?(<!-- end -->)"
-    return re.sub(marks, lambda found: found[1] + cards() + found[2], page, flags=re.DOTALL)
+    return replaced(page, "cards", cards())
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     here = RESULTS / slug(machine(torch.device("cpu")))
     parser.add_argument("folder", nargs="?", type=Path, default=here, help="of result files")
     parser.add_argument("--cards", action="store_true", help="only say which GPUs have results")

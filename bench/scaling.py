@@ -13,11 +13,9 @@ from typing import NamedTuple
 
 from common import parser
 from matplotlib.figure import Figure
-from report import markdown
+from report import DOCS, markdown
 
 from moe_ext.monitor.plot import COLOURS
-
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 class Layer(NamedTuple):

@@ -8,8 +8,8 @@ losses. Tokens per second are of whole training steps. The model predicts the ne
 own sources. --model takes another MoE model of the hub, or a folder.
 """
 
-import argparse
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 import torch
 import transformers
@@ -44,7 +44,7 @@ def model_for(implementation: str, path: str | None) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, experts_implementation=implementation)
 
 
-def train(implementation: str, options: argparse.Namespace) -> tuple[list[float], float]:
+def train(implementation: str, options: Namespace) -> tuple[list[float], float]:
     """The loss of every step, and tokens per second after two steps of warm-up."""
     transformers.set_seed(0)
     model = model_for(implementation, options.model)
@@ -79,19 +79,13 @@ class Clock(transformers.TrainerCallback):
 
 
 def main(arguments: list[str] | None = None) -> dict[str, tuple[list[float], float]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name or folder of a model (a small new Mixtral)")
     parser.add_argument("--steps", type=int, default=30, help="training steps (30)")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step (8)")
     parser.add_argument("--length", type=int, default=128, help="bytes per sequence (128)")
-    parser.add_argument(
-        "--implementation",
-        nargs="+",
-        default=IMPLEMENTATIONS,
-        help=f"of the experts, one or more ({' '.join(IMPLEMENTATIONS)})",
-    )
+    text = f"of the experts, one or more ({' '.join(IMPLEMENTATIONS)})"
+    parser.add_argument("--implementation", nargs="+", default=IMPLEMENTATIONS, help=text)
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error(f"--steps must be at least 2, as the first is not timed; got {options.steps}")
@@ -100,9 +94,8 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[list[float], flo
     results = {}
     for implementation in options.implementation:
         losses, speed = results[implementation] = train(implementation, options)
-        print(
-            f"{implementation:12} loss {losses[0]:.4f} -> {losses[-1]:.4f}   {speed:8.0f} tokens/s"
-        )
+        change = f"{losses[0]:.4f} -> {losses[-1]:.4f}"
+        print(f"{implementation:12} loss {change}   {speed:8.0f} tokens/s")
     return results
 
 

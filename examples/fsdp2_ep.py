@@ -7,9 +7,9 @@ their experts. With `python` in place of torchrun there is one rank, with the sa
 rounding, because the balance loss is of the whole batch. CPUs use gloo, GPUs NCCL (untested).
 """
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 import torch.distributed as dist
@@ -63,9 +63,7 @@ def batch(step: int, rank: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="training steps (100)")
     steps = parser.parse_args().steps
     if steps < 1:

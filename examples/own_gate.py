@@ -8,7 +8,7 @@ logits small by a z-loss. The task: each token needs one of eight rotations, nam
 numbers, so each expert can learn one rotation.
 """
 
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,7 @@ def batch(rotations: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="training steps (300)")
     steps = parser.parse_args().steps
     if steps < 1:

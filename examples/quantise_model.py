@@ -9,8 +9,8 @@ the loss of a text, tokens per second and what it writes. --model takes another 
 hub, or a folder, with its tokenizer. The small one reads and writes the bytes of Python's sources.
 """
 
-import argparse
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -82,9 +82,7 @@ def show(name: str, model, tokenizer, text: torch.Tensor, count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder, or a name on the hub")
     parser.add_argument("--format", default="int4", help="int8, int4 (default), mxfp4 or nf4")
     parser.add_argument("--steps", type=int, default=600, help="of the small model's training")

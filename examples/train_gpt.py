@@ -7,8 +7,8 @@ feed-forward is a MOELayer of eight experts, two for each byte. The loss adds a 
 layer's l_aux, which keeps all experts in use. Ctrl-C ends the training and keeps the model.
 """
 
-import argparse
 import math
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +59,7 @@ def write(model: GPT, prompt: str, length: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000, help="training steps (1000)")
     parser.add_argument("--batch", type=int, default=32, help="sequences per step (32)")
     parser.add_argument("--write", type=int, default=300, help="bytes to write at the end (300)")

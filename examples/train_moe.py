@@ -9,17 +9,16 @@ under deepspeed.initialize, which needs DeepSpeed:
     torchrun --nproc-per-node 2 examples/train_moe.py --engine --zero 1 --ep-size 2
 """
 
-import argparse
 import os
-import random
-import sysconfig
-from pathlib import Path
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from moe_ext.cli.gpt import load_corpus
 
 # Before: from deepspeed.moe.layer import MoE, and so on.
 from moe_ext.deepspeed.layer import MoE
@@ -29,14 +28,6 @@ from moe_ext.deepspeed.utils import (
 )
 
 CONTEXT, WIDTH, BATCH = 16, 64, 256
-
-
-def python_sources(limit: int = 2_000_000) -> torch.Tensor:
-    """Bytes of the standard library. [limit] int64."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    random.Random(0).shuffle(files)
-    text = b"".join(path.read_bytes() for path in files)[:limit]
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
 class Expert(nn.Module):
@@ -93,9 +84,7 @@ def engine_of(model: nn.Module, zero: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="training steps (200)")
     parser.add_argument("--seed", type=int, default=0, help="of torch's generator (0)")
     parser.add_argument("--engine", action="store_true", help="train under deepspeed.initialize")
@@ -108,7 +97,7 @@ def main() -> None:
         parser.error("--steps and --ep-size must be at least 1")
     torch.manual_seed(args.seed)
 
-    data = python_sources()
+    data = load_corpus().train
     model = Model(args.ep_size)
     assert has_moe_layers(model) == (True, 8)
     if args.engine:
@@ -124,7 +113,7 @@ def main() -> None:
     windows = data.unfold(0, CONTEXT + 1, 1)
     disable = None if rank == 0 else True
     for step in (bar := tqdm(range(args.steps), unit="step", disable=disable)):
-        batch = windows[torch.randint(len(windows), (BATCH,), generator=draws)].to(device)
+        batch = windows[torch.randint(len(windows), (BATCH,), generator=draws)].long().to(device)
         logits, l_aux = engine(batch[:, :-1])
         loss = F.cross_entropy(logits, batch[:, -1])
         if args.engine:

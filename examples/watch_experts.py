@@ -8,7 +8,7 @@ which `python -m moe_ext plot` draws. Without a balance half of the experts fall
 share their kinds, and the loss ends about twice as high.
 """
 
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -77,17 +77,11 @@ def train(balance: str, steps: int, seed: int, out: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="training steps (300)")
     parser.add_argument("--seed", type=int, default=0, help="of torch's generator (0)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("watch-experts-out"),
-        help="folder of the statistics (watch-experts-out)",
-    )
+    text = "folder of the statistics (watch-experts-out)"
+    parser.add_argument("--out", type=Path, default=Path("watch-experts-out"), help=text)
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
