@@ -18,7 +18,7 @@ from common import RESULTS, keep, parser, setting, slug
 from layer_peers import our_layer
 from report import markdown
 from timing import spreads, timer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -57,24 +57,31 @@ def check(layer: MOELayer, hidden: Tensor) -> None:
         raise AssertionError(f"the layer's result is off by {error:.3g} of its largest")
 
 
+def passes(module: nn.Module, tokens: Tensor) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+    """A forward without gradients, and a forward and backward."""
+    grad = torch.randn_like(tokens)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return module(tokens)
+
+    def with_gradient() -> None:
+        torch.autograd.grad(module(tokens), [tokens, *module.parameters()], grad)
+
+    return forward, with_gradient
+
+
 def calls(layer: MOELayer, hidden: Tensor, shape: Shape) -> dict[str, Callable]:
     """{name: a call}. The products are of rows that lie expert after expert."""
+    forward, with_gradient = passes(layer, hidden)
     up, down = layer.experts.gate_up_proj.detach(), layer.experts.down_proj.detach()
     with torch.no_grad():
         ends = layer.gate.route(hidden).plan.offsets[1:]
     rows = torch.randn(shape.tokens * shape.top_k, shape.hidden).to(hidden)
-    grad = torch.randn_like(hidden)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return layer(hidden)
 
     def products() -> Tensor:
         inner = F.grouped_mm(rows, up.transpose(-1, -2), offs=ends)
         return F.grouped_mm(inner[:, : shape.ffn], down.transpose(-1, -2), offs=ends)
-
-    def with_gradient() -> None:
-        torch.autograd.grad(layer(hidden), [hidden, *layer.parameters()], grad)
 
     return {"forward": forward, "products": products, "with gradient": with_gradient}
 

@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         **{"seconds": seconds, "bytes": grown},
         **{"slope": slopes(seconds), "slope_bytes": slopes(grown)},
     }
-    print(growth_table({"growth": report}))
+    print(growth_table(report))
     is_part = options.most < 1_000_000
     keep(report, None if is_part else "growth", options.out)
 

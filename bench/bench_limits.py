@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     seconds["read"] = memory.in_new_process(read, size, options.seconds, start=memory.keep_freed)
     seconds |= operator("combine", "kept", num_tokens, options.seconds)
     report = setting(torch.device("cpu")) | {"mebibytes": options.mebibytes, "seconds": seconds}
-    print(limits_table({"limits": report}))
+    print(limits_table(report))
     keep(report, "limits" if options.mebibytes == 256 else None, options.out)
 
 

@@ -18,7 +18,7 @@ from unittest import mock
 
 import gpu_peers
 import torch
-from bench_gpu import SHAPES, Shape
+from bench_gpu import SHAPES, Shape, passes
 from common import keep, parser, relative_error, require, setting
 from layer_peers import Weights, our_experts
 from report import markdown
@@ -141,24 +141,14 @@ def modules(o: Operands) -> tuple[dict[str, nn.Module], dict[str, str]]:
 
 def experts(o: Operands, made: dict[str, nn.Module]) -> dict[str, Case]:
     tokens = o.tokens.detach().requires_grad_()
-    grad = torch.randn_like(tokens)
-
-    def forward(module: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return module(tokens)
-
-    def with_gradients(module: nn.Module) -> None:
-        torch.autograd.grad(module(tokens), [tokens, *module.parameters()], grad)
-
     times = 6 * o.rows.numel() * o.shape.ffn
+    forward, with_gradients = Case(times, {}), Case(3 * times, {})
+    for name, module in made.items():
+        forward.calls[name], with_gradients.calls[name] = passes(module, tokens)
     for name in made.keys() - {peer.name for peer in gpu_peers.LAYERS}:  # those route by themselves
-        require(name, relative_error(forward(made[name]), forward(made[OURS])), MOST_ERROR)
-    return {
-        "experts": Case(times, {name: partial(forward, m) for name, m in made.items()}),
-        "experts with gradients": Case(
-            3 * times, {name: partial(with_gradients, m) for name, m in made.items()}
-        ),
-    }
+        error = relative_error(forward.calls[name](), forward.calls[OURS]())
+        require(name, error, MOST_ERROR)
+    return {"experts": forward, "experts with gradients": with_gradients}
 
 
 # Our products, even where a layer would choose torch's.

@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
             measure, point, threads, device, options.seconds, start=memory.keep_freed
         )
         report["points"].append(found)
-    print(stats_table({"stats": report}))
+    print(stats_table(report))
     keep(report, "stats", options.out)
 
 

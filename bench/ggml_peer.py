@@ -48,22 +48,20 @@ def _view(address: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tens
 class Ggml:
     """A graph of ggml_mul_mat_id, ggml_swiglu and a weighted sum; tokens are float32.
 
-    `repack` stores weights as llama.cpp does by default, where ggml has a kernel for that.
+    Weights are repacked as llama.cpp does by default, where ggml has a kernel for that.
     """
 
     TYPES: ClassVar = {"q8_0": 8, "q4_0": 2, "q4_K": 12, "mxfp4": 39}
     load = staticmethod(functools.cache(_Functions))
 
-    def __init__(
-        self, up: Tensor, down: Tensor, top_k: int, format: str, repack: bool = True
-    ) -> None:
+    def __init__(self, up: Tensor, down: Tensor, top_k: int, format: str) -> None:
         self.c, self.type, self.top_k = self.load(), self.TYPES[format], top_k
         self.bytes_per_weight = self.c.row_size(self.type, 1024) / 1024
         self.backend = self.c.backend_cpu_init()
         self.c.backend_cpu_set_n_threads(self.backend, 1)
         self.owned: list[tuple[int, int]] = []
         self.graphs: dict[int, tuple] = {}
-        self.hidden, self.repack = up.shape[-1], repack
+        self.hidden = up.shape[-1]
         self.up, self.down = map(self._store, (up, down))
 
     def __del__(self) -> None:
@@ -87,13 +85,12 @@ class Ggml:
         return packed
 
     def _buffer_types(self) -> Iterator[int]:
-        if self.repack:
-            registry = self.c.backend_cpu_reg()
-            name = ctypes.c_char_p(b"ggml_backend_dev_get_extra_bufts")
-            function = self.c.backend_reg_get_proc_address(registry, name)
-            give = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)(function)
-            kinds = give(self.c.backend_reg_dev_get(registry, 0))
-            yield from itertools.takewhile(bool, (kinds[i] for i in itertools.count()))
+        registry = self.c.backend_cpu_reg()
+        name = ctypes.c_char_p(b"ggml_backend_dev_get_extra_bufts")
+        function = self.c.backend_reg_get_proc_address(registry, name)
+        give = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)(function)
+        kinds = give(self.c.backend_reg_dev_get(registry, 0))
+        yield from itertools.takewhile(bool, (kinds[i] for i in itertools.count()))
         yield self.c.backend_cpu_buffer_type()
 
     def _store(self, weight: Tensor) -> int:

@@ -49,19 +49,13 @@ def compile_kernels(found: "toolkit.Toolkit") -> str:
     """Build moe_ext._C_cuda under BUILD, keeping the PTX; return ptxas's output."""
     shutil.rmtree(BUILD, ignore_errors=True)
     (BUILD / "ptx").mkdir(parents=True)
-    flags = f"-Xptxas -v --keep --keep-dir {BUILD / 'ptx'}"
     command = [sys.executable, "setup.py", "build_ext"]
     command += ["--build-lib", str(BUILD / "lib"), "--build-temp", str(BUILD / "temp")]
     env = os.environ | {"FORCE_CUDA": "1", "CUDA_HOME": str(found.root)}
     env |= {"TORCH_CUDA_ARCH_LIST": toolkit.architectures(found)}
-    run = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=env | {"NVCC_APPEND_FLAGS": flags},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    env |= {"NVCC_APPEND_FLAGS": f"-Xptxas -v --keep --keep-dir {BUILD / 'ptx'}"}
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    run = subprocess.run(command, cwd=ROOT, env=env, text=True, **both)
     if run.returncode != 0:
         sys.exit(run.stdout)
     return run.stdout
@@ -188,15 +182,11 @@ LEAST_BLOCKS = 2
 def poor_products(kernels: dict[str, dict]) -> list[str]:
     """Products with fewer tensor-core instructions or blocks than they must have."""
     found = []
-    for arch, of_arch in kernels.items():
-        for name, use in of_arch.items():
-            least = next(
-                (share for text, share in LEAST_HMMA.items() if re.match(text, name)), None
-            )
-            if least is None or arch == "sm_75":
-                continue
-            if use["hmma_share"] < least or use["blocks_per_sm"] < LEAST_BLOCKS:
-                share, blocks = use["hmma_share"], use["blocks_per_sm"]
+    for arch in sorted(kernels.keys() - {"sm_75"}):  # which lacks the products' tensor cores
+        for name, use in kernels[arch].items():
+            least = [share for text, share in LEAST_HMMA.items() if re.match(text, name)]
+            share, blocks = use["hmma_share"], use["blocks_per_sm"]
+            if least and (share < least[0] or blocks < LEAST_BLOCKS):
                 found.append(f"{arch} {name}: {share} of tensor cores, {blocks} blocks")
     return found
 

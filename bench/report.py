@@ -148,8 +148,8 @@ def experts_table(found: dict[str, dict]) -> str:
     return "\n\n".join([*parts, where(found["experts-float32"]) + "."])
 
 
-def growth_table(found: dict[str, dict]) -> str:
-    growth, rows = found["growth"], []
+def growth_table(growth: dict) -> str:
+    rows = []
     for name, values in growth["seconds"].items():
         cells = [f"{growth['slope'][name]:.2f}", f"{growth['tokens'][len(values) - 1]:,}"]
         cells += [f"{values[-1] * 1e3:.1f} ms", "", ""]
@@ -159,20 +159,18 @@ def growth_table(found: dict[str, dict]) -> str:
     return markdown(["", "slope", "largest T", "time", "memory, slope", "memory"], rows)
 
 
-def stats_table(found: dict[str, dict]) -> str:
+def stats_table(report: dict) -> str:
     rows = []
-    for point in found["stats"]["points"]:
+    for point in report["points"]:
         seconds, share = point["seconds"], point["share"]
-        cells = ["T{T} H{H} F{F} E{E} K{K}".format(**point), f"{point['threads']}"]
-        cells += [f"{seconds['step'][0] * 1e3:.1f}"]
-        cells += [f"{seconds[t][0] * 1e6:.0f} us, {share[t]:.2%}" for t in ("brief", "detailed")]
-        rows.append(cells)
+        tiers = [f"{seconds[t][0] * 1e6:.0f} us, {share[t]:.2%}" for t in ("brief", "detailed")]
+        shape = "T{T} H{H} F{F} E{E} K{K}".format(**point)
+        rows.append([shape, f"{point['threads']}", f"{seconds['step'][0] * 1e3:.1f}", *tiers])
     table = markdown(["step of a layer", "threads", "ms", "brief", "detailed"], rows)
-    return f"{table}\n\n{where(found['stats'])}."
+    return f"{table}\n\n{where(report)}."
 
 
-def limits_table(found: dict[str, dict]) -> str:
-    limits = found["limits"]
+def limits_table(limits: dict) -> str:
     rows = [[name, f"{value * 1e3:.1f}"] for name, value in limits["seconds"].items()]
     return markdown([f"{limits['mebibytes']} MiB, one thread", "ms"], rows)
 
@@ -281,17 +279,16 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
         "summary": summary(found),
         "operators": operators_table(found),
         "layers": layers_table(found),
-        "growth": growth_table(found),
-        "limits": limits_table(found),
-        "stats": stats_table(found),
         "small": small_table(found),
         "decode": decode_tables(found),
         "tiles": tiles_table(),
     }
     if found.keys() >= set(EXPERTS):
         texts["experts"] = experts_table(found)
-    # Of bench_quantised.py, also with --peers, and of bench_loading.py.
     for name, file, table in (
+        ("growth", "growth", growth_table),
+        ("limits", "limits", limits_table),
+        ("stats", "stats", stats_table),
         ("quantised", "quantised-bfloat16", quantised_table),
         ("packed_peers", "quantised-peers", packed_peers_table),
         ("loading", "loading", loading_table),

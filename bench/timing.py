@@ -30,18 +30,17 @@ def spread(times: list[float]) -> Spread:
 
 
 def compare(
-    timers: dict[str, Iterator[float]], budget: float, rounds: int = 5, calls: int = 200
+    timers: dict[str, Iterator[float]], budget: float, rounds: int = 5
 ) -> dict[str, list[list[float]]]:
     """{name: for every round the times that count}. Each `next` of a timer makes one call and gives
-    its seconds. budget: seconds for each name, which sets the calls of a round, two to `calls`."""
+    its seconds. budget: seconds for each name, which sets the calls of a round, two to 200."""
     taken: dict[str, list[list[float]]] = {name: [] for name in timers}
     first = {name: next(timer) for name, timer in timers.items()}
     names = list(timers)
     for turn in range(rounds):
         start = turn % len(names)  # no name always follows the same one
         for name in names[start:] + names[:start]:
-            count = int(budget / rounds / max(first[name], 1e-9))
-            count = max(2, min(calls, count))
+            count = max(2, min(200, int(budget / rounds / max(first[name], 1e-9))))
             taken[name].append([next(timers[name]) for _ in range(count)][count // 2 :])
     return taken
 
