@@ -1,9 +1,7 @@
 """Forward and backward of a layer, or of experts alone, beside other libraries' with equal weights.
 
     python bench/bench_layer.py [--dtype bfloat16] [--point NAME ...] [--threads 1 2]
-    python bench/bench_layer.py --small --threads 1 [--forward]
-    python bench/bench_layer.py --capacity 1.25
-    python bench/bench_layer.py --experts [--memory]
+    python bench/bench_layer.py [--small | --capacity 1.25 | --experts] [--forward] [--memory]
 
 Layers route by themselves; with --experts the routing is given, and the peers are transformers'
 implementations of Mixtral's experts. With --capacity tokens are dropped, and outputs alone are

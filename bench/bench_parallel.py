@@ -113,13 +113,10 @@ def measure(rank: int, way: Way, k: int, num_tokens: int, seconds: float) -> dic
     # All ranks see the same times, so they make equally many calls.
     while sum(times) < seconds or len(times) < 5:
         times.append(slowest(partial(step, layer)))
-    inside = None
-    if way.nodes:
-        _, places = group.get_all_groups()
-        inside = counted.sent[places.group_name]
+    places = group.get_all_groups()[1] if way.nodes else None
     return {
         "sent": sum(counted.sent.values()),
-        "sent_inside_nodes": inside,
+        "sent_inside_nodes": counted.sent[places.group_name] if places else None,
         "others_per_token": float(there.sum()) / num_tokens,
         "seconds": statistics.median(times),
         "relative_error": error,
@@ -140,10 +137,9 @@ def collective(rank: int, seconds: float) -> list[tuple[int, float]]:
 
 def cases_of(number: int, top_k: list[int]) -> list[tuple[int, str, Way]]:
     """(k, label, way) of all that this number of ranks can exchange."""
-    cases = itertools.product(top_k, WAYS.items())
     return [
         (k, label, way)
-        for k, (label, way) in cases
+        for k, (label, way) in itertools.product(top_k, WAYS.items())
         if not way.nodes or (number % way.nodes == 0 and number > way.nodes)
     ]
 

@@ -71,9 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse.parse_args(arguments)
     device = torch.device(options.device)
     report = setting(device) | {"points": []}
-    for point, threads in tqdm(
-        list(itertools.product(POINTS, options.threads)), unit="point", leave=False
-    ):
+    chosen = list(itertools.product(POINTS, options.threads))
+    for point, threads in tqdm(chosen, unit="point", leave=False):
         found = memory.in_new_process(
             measure, point, threads, device, options.seconds, start=memory.keep_freed
         )

@@ -49,15 +49,13 @@ class Shape(NamedTuple):
     name: str
     tokens: int
     rows: str
-    rows_tokens: int
     routing: str
-    routing_tokens: int
     lanes: int  # that hold a token's row of the gate
 
 
 SHAPES = [
-    Shape("qwen3", 8192, "T128 K8 E64 H2048 F1024 bfloat16", 128, "T1024 K8 E128", 1024, 16),
-    Shape("mixtral", 8192, "T64 K2 E8 H4096 F2048 bfloat16", 64, "T2048 K2 E8", 2048, 2),
+    Shape("qwen3", 8192, "T128 K8 E64 H2048 F1024 bfloat16", "T1024 K8 E128", 16),
+    Shape("mixtral", 8192, "T64 K2 E8 H4096 F2048 bfloat16", "T2048 K2 E8", 2),
 ]
 # The kernel of a launch, with 16-bit rows in vectors; {lanes} lanes hold a token's row of the gate.
 KERNELS = {
@@ -92,9 +90,8 @@ def modelled(counters: list[dict], kernels: dict, shape: Shape, name: str) -> di
     """{card: (seconds, limit)}"""
     is_routing = name.startswith("gate")
     counted_shape = shape.routing if is_routing else shape.rows
-    counted_tokens = shape.routing_tokens if is_routing else shape.rows_tokens
     (counted,) = (c for c in counters if (c["kernel"], c["shape"]) == (name, counted_shape))
-    scale = shape.tokens / counted_tokens
+    scale = shape.tokens / int(counted_shape.split()[0].removeprefix("T"))
     found = {}
     for title, card in CARDS.items():
         code = {"sm_89": "sm_80"}.get(card.arch, card.arch)
