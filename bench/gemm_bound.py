@@ -1,15 +1,15 @@
 """The time of an expert layer's matrix products alone: the bound of a layer's step."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from timing import clock
 from torch import Tensor
 
 
-def gemm_bound(load: list[int], up: Tensor, down: Tensor) -> Callable[[], float]:
-    """A function that times the six products of each expert, into outputs that are made once.
+def gemm_bound(load: list[int], up: Tensor, down: Tensor) -> Iterator[float]:
+    """Time the six products of each expert, into outputs that are made once.
 
     With two threads it takes the faster of two ways: both threads inside each product, or one
     thread for each half of the experts.
@@ -45,14 +45,9 @@ def gemm_bound(load: list[int], up: Tensor, down: Tensor) -> Callable[[], float]
         work(range(1, E, 2))
         helper.join()
 
-    def seconds() -> float:
-        threads = torch.get_num_threads()
-        taken = next(clock(products, [(range(E),)]))
+    threads = torch.get_num_threads()
+    for taken in clock(products, [(range(E),)]):
         if threads == 2:
-            try:
-                taken = min(taken, next(clock(halves, [()])))
-            finally:
-                torch.set_num_threads(threads)
-        return taken
-
-    return seconds
+            taken = min(taken, next(clock(halves, [()])))
+            torch.set_num_threads(threads)
+        yield taken
