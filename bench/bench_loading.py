@@ -8,12 +8,14 @@ what was before the load, and "limit" is 1.15 times the packed model and one sha
 bench/results/<machine>/loading.json after a run of 12 layers and all formats.
 """
 
+import resource
 import tempfile
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from common import keep, parser, positive, setting
-from memory import in_new_process, resident
 from report import loading_table
 from tqdm import tqdm
 
@@ -41,13 +43,24 @@ def make(folder: str, layers: int, hidden: int, shard: int) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
+def resident() -> int:
+    """The most bytes of this process that were resident so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def load(folder: str, format: str) -> dict[str, int]:
     import moe_ext.hf
 
-    before = resident("VmHWM")
+    before = resident()
     model = moe_ext.hf.from_pretrained(folder, format)
     packed = sum(parameter.nbytes for parameter in model.parameters())
-    return {"packed": packed, "before": before, "peak": resident("VmHWM") - before}
+    return {"packed": packed, "before": before, "peak": resident() - before}
+
+
+def in_new_process(function: Callable, *args):
+    # A process that is forked has what its parent has.
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
 
 
 def measure(layers: int, formats: list[str], hidden: int = 1024, shard: int = SHARD) -> list[dict]:
@@ -58,8 +71,10 @@ def measure(layers: int, formats: list[str], hidden: int = 1024, shard: int = SH
         loads = []
         for format in tqdm(formats, unit="load", leave=False):
             found = in_new_process(load, folder, format)
-            found |= {"limit": round(1.15 * found["packed"] + largest)}
-            loads.append({"format": format, "whole": whole, "shard": largest, **found})
+            limit = round(1.15 * found["packed"] + largest)
+            loads.append(
+                {"format": format, "whole": whole, "shard": largest, **found, "limit": limit}
+            )
     return loads
 
 
