@@ -93,13 +93,13 @@ def trim() -> None:
 def growth(function: Callable[[], object]) -> int:
     """The most bytes by which this process grows during a call. Make a first call before it."""
     trim()  # or memory that earlier calls freed would serve this one uncounted
-    before = resident("VmRSS")
+    before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts anew
     function()
-    return resident("VmHWM") - before
+    return _resident("VmHWM") - before
 
 
-def resident(line: str) -> int:
+def _resident(line: str) -> int:
     """Bytes of this process that are resident now (VmRSS), or the most so far (VmHWM)."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{line}:\s*(\d+) kB", status)[1]) * 1024

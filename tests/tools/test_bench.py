@@ -113,9 +113,9 @@ def memory_settings(*_) -> tuple[str | None, bool]:
     """Whether torch asks for huge pages, and whether a block that is freed is there at once."""
     block = ctypes.create_string_buffer(64 << 20)
     ctypes.memset(block, 1, len(block))
-    before = load("memory").resident("VmRSS")
+    before = load("memory")._resident("VmRSS")
     del block
-    is_kept = before - load("memory").resident("VmRSS") < 32 << 20
+    is_kept = before - load("memory")._resident("VmRSS") < 32 << 20
     return os.environ.get("THP_MEM_ALLOC_ENABLE"), is_kept
 
 
