@@ -53,7 +53,7 @@ def impatient_layer() -> MOELayer:
 def _one_dies(rank: int) -> str:
     layer = impatient_layer()
     if rank == 1:
-        time.sleep(0.3)  # what it has sent arrives
+        time.sleep(1)  # what it has sent arrives
         os._exit(3)
     return error_of(lambda: [layer(torch.randn(T, H)) for _ in range(2)])
 
