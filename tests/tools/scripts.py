@@ -26,7 +26,7 @@ def python(*arguments, cwd: Path = ROOT, **environment) -> subprocess.CompletedP
 def output_of(*arguments, **options) -> str:
     """What `python` prints, after a process that succeeds."""
     done = python(*arguments, **options)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
