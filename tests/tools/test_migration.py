@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from cases import relative_error
+from cases import relative_error, weighted_sum
 from processes import on_ranks
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -32,17 +32,15 @@ def expert() -> nn.Module:
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_moe_is_the_weighted_sum_of_its_experts(k, options):
     moe = MoE(H, expert(), E, k=k, min_capacity=0, sampling_in_eval=False, **options).eval()
-    for e, module in enumerate(moe.deepspeed_moe.experts.deepspeed_experts):
+    experts = moe.deepspeed_moe.experts.deepspeed_experts
+    for e, module in enumerate(experts):
         nn.init.normal_(module[0].weight)
         nn.init.constant_(module[2].bias, e)
     x = torch.randn(4, S // 4, H)
     out, l_aux, exp_counts = moe(x)
     routing = moe.deepspeed_moe.gate.route(x.view(S, H))
-    by_hand = torch.zeros(S, H)
-    for t in range(S):
-        for j in range(k):
-            module = moe.deepspeed_moe.experts.deepspeed_experts[routing.plan.expert_ids[t, j]]
-            by_hand[t] += routing.weights[t, j] * module(x.view(S, H)[t])
+    outputs = [module(x.view(S, H)) for module in experts]
+    by_hand = weighted_sum(outputs, routing.plan.expert_ids, routing.weights)
     assert relative_error(out.view(S, H), by_hand) < 1e-6
     assert torch.equal(l_aux, routing.l_aux)
     assert torch.equal(exp_counts, routing.plan.load.long())
