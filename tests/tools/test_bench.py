@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -236,14 +235,11 @@ def test_limits_are_of_checked_operators(monkeypatch):
     assert seen == [(["dispatch"], 7, [1], "qwen3, half", "kept")]
 
 
-def test_an_exchange_sends_at_least_the_least_bytes(tmp_path):
+def test_an_exchange_sends_at_least_the_least_bytes(tmp_path, monkeypatch):
     out = tmp_path / "parallel.json"
     options = ["--processes", "2", "--top-k", "3", "--tokens", "64", "--seconds", "0"]
-    subprocess.run(
-        [sys.executable, BENCH / "bench_parallel.py", *options, "--out", out],
-        check=True,
-        capture_output=True,
-    )
+    monkeypatch.setattr(sys, "argv", ["bench_parallel", *options, "--out", str(out)])
+    load("bench_parallel").main()
     points = {point["way"]: point for point in json.loads(out.read_text())["points"]}
     per_route, per_process = points["a row per route"], points["a token per rank"]
     assert points.keys() >= {"capacity 1.25", "a row per route, in 2 parts"}

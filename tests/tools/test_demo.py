@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scripts import output_of
 
 pytest.importorskip("matplotlib", reason="the extra `demo` is not installed")
 pytest.importorskip("tqdm", reason="the extra `demo` is not installed")
@@ -118,18 +119,13 @@ def test_equal_seeds_give_equal_results_and_files(tmp_path, capsys):
     assert stored["seconds"] > sum(model["seconds"] for model in stored["models"].values())
 
 
-def test_two_processes_reach_the_loss_of_one(tmp_path):
-    folders = tmp_path / "one", tmp_path / "two"
-    launchers = ([sys.executable], [sys.executable, "-m", "torch.distributed.run"])
-    for folder, launcher in zip(folders, launchers, strict=True):
-        torchrun = ["--standalone", "--nproc-per-node", "2"] if len(launcher) > 1 else []
-        command = [*launcher, *torchrun, "-m", "moe_ext", "demo", "--steps", "10"]
-        run = subprocess.run(
-            [*command, "--out", str(folder)], capture_output=True, text=True, timeout=300
-        )
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count("held-out bits per byte") == 1
-    one, two = (json.loads((folder / "result.json").read_text()) for folder in folders)
+def test_two_processes_reach_the_loss_of_one(tmp_path, capsys):
+    one = demo.run(replace(demo.Config(), steps=10), out=tmp_path)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = output_of(*torchrun, "-m", "moe_ext", "demo", "--steps", "10", "--out", tmp_path)
+    for said in (capsys.readouterr().out, printed):
+        assert said.count("held-out bits per byte") == 1
+    two = json.loads((tmp_path / "result.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     for model in ("moe", "dense"):
         a, b = one["models"][model], two["models"][model]

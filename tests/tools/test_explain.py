@@ -1,11 +1,15 @@
-"""explain shows the operators of a call, and leaves no trace."""
+"""explain shows the operators of a call, ranges name them in profiles; both leave no trace."""
 
 import platform
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
 from scripts import output_of
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.profiler import profile
 
 import moe_ext
 from moe_ext import GroupedExperts, MOELayer, TopKGate, profiling, stats
@@ -30,14 +34,23 @@ def test_explain_names_every_operator_in_order():
     assert text.endswith("the host waits for the device: never, all ran on the CPU")
 
 
-def test_explain_shows_what_an_operator_is_made_of(monkeypatch):
-    """Where a device has no kernel for it, as CUDA for the experts."""
+@pytest.fixture
+def run_by(monkeypatch):
+    """run_by(backend, operators): say that this runs these operators."""
     real = registry.backend
 
-    def backend(name, device):
-        return "operators" if name in composed.OPERATORS else real(name, device)
+    def run_by(backend: str, operators) -> None:
+        def found(name, device):
+            return backend if name in operators else real(name, device)
 
-    monkeypatch.setattr(registry, "backend", backend)
+        monkeypatch.setattr(registry, "backend", found)
+
+    return run_by
+
+
+def test_explain_shows_what_an_operator_is_made_of(run_by):
+    """Where a device has no kernel for it, as CUDA for the experts."""
+    run_by("operators", composed.OPERATORS)
     found = moe_ext.explain(layer_of(drop_tokens=False), torch.randn(3, 5, H))
     assert [call.operator for call in found.calls] == [
         *("gate", "plan", "plan", "dispatch", "grouped_mm", "activate", "grouped_mm", "combine")
@@ -45,7 +58,7 @@ def test_explain_shows_what_an_operator_is_made_of(monkeypatch):
 
 
 def test_explain_shows_equal_layers_once():
-    model = torch.nn.Sequential(*(layer_of() for _ in range(3)), layer_of(drop_tokens=False))
+    model = nn.Sequential(*(layer_of() for _ in range(3)), layer_of(drop_tokens=False))
     found = moe_ext.explain(model, torch.randn(5, H))
     names = list(dict.fromkeys(call.layer for call in found.calls))
     assert names == ["0", "1", "2", "3"]
@@ -54,8 +67,8 @@ def test_explain_shows_equal_layers_once():
 
 
 def test_explain_notes_experts_that_run_one_after_the_other():
-    one = moe_ext.ModuleExperts(torch.nn.Linear(H, H), E)
-    shared = moe_ext.SharedExperts(one, torch.nn.Linear(H, H))
+    one = moe_ext.ModuleExperts(nn.Linear(H, H), E)
+    shared = moe_ext.SharedExperts(one, nn.Linear(H, H))
     found = moe_ext.explain(layer_of(shared), torch.randn(5, H))
     expected = "MOELayer: ModuleExperts runs 4 experts one after the other"
     assert [note.split(";")[0] for note in found.notes] == [expected]
@@ -65,26 +78,20 @@ def test_explain_notes_experts_that_run_one_after_the_other():
 
 def test_explain_runs_a_compiled_model_eagerly():
     """It is compiled afterwards, once, as if explain had not run."""
-    compiled = []
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
-
-    layer, x = layer_of().eval(), torch.randn(5, H)
-    model = torch.compile(layer, backend=backend, fullgraph=True)
+    compiled, layer, x = CompileCounter(), layer_of().eval(), torch.randn(5, H)
+    model = torch.compile(layer, backend=compiled, fullgraph=True)
     assert moe_ext.explain(model, x).calls
-    assert not compiled
+    assert compiled.frame_count == 0
     expected = layer(x)
     torch.testing.assert_close(model(x), expected)
-    assert len(compiled) == 1
+    assert compiled.frame_count == 1
     moe_ext.explain(model, x)
     model(x)
-    assert len(compiled) == 1
+    assert compiled.frame_count == 1
 
 
 def test_explain_counts_higher_order_operators():
-    class Model(torch.nn.Module):
+    class Model(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = layer_of()
@@ -105,7 +112,7 @@ def test_explain_takes_any_module():
     plan = moe_ext.make_plan(torch.zeros(5, 1, dtype=torch.int32), E)
     text = str(moe_ext.explain(experts, torch.randn(5, H), plan))
     assert "outside of layers:" in text
-    found = moe_ext.explain(torch.nn.Linear(H, H), torch.randn(5, H))
+    found = moe_ext.explain(nn.Linear(H, H), torch.randn(5, H))
     assert found.notes == ["Linear has no MOELayer, nor experts of transformers"]
 
 
@@ -115,7 +122,7 @@ def test_monitoring_refuses_what_has_no_layers():
             watch(lambda x: x)
     for name, watch in (("stats.track", stats.track), ("profiling.ranges", profiling.ranges)):
         with pytest.raises(ValueError, match=f"{name}: model must have a MOELayer.* got a Linear"):
-            watch(torch.nn.Linear(2, 2))
+            watch(nn.Linear(2, 2))
 
 
 def test_explain_shows_where_16_bit_products_run_in_float32():
@@ -177,7 +184,7 @@ def test_explain_restores_the_layer_and_random_state():
 
 def test_explain_counts_synchronisations(monkeypatch):
     """The CPU plays the part of another device."""
-    layer = moe_ext.MoE(H, torch.nn.Linear(H, H), E, k=2, drop_tokens=False)
+    layer = moe_ext.MoE(H, nn.Linear(H, H), E, k=2, drop_tokens=False)
     assert moe_ext.explain(layer, torch.randn(5, H)).synchronisations == 0
     monkeypatch.setattr("moe_ext.monitor.explain._HOST", "elsewhere")
     found = moe_ext.explain(layer, torch.randn(5, H))
@@ -188,10 +195,10 @@ def test_explain_counts_synchronisations(monkeypatch):
     assert found.others["addmm"] == E
 
 
-def test_explain_names_operators_whose_first_argument_is_none(monkeypatch):
-    monkeypatch.setattr(registry, "backend", lambda name, device: "reference")
+def test_explain_names_operators_whose_first_argument_is_none(run_by):
+    run_by("reference", registry.NAMES)
 
-    class Gradient(torch.nn.Module):
+    class Gradient(nn.Module):
         def forward(self, logits):
             with torch.enable_grad():
                 (grad,) = torch.autograd.grad(moe_ext.gate(logits, 2).importance.sum(), logits)
@@ -201,18 +208,13 @@ def test_explain_names_operators_whose_first_argument_is_none(monkeypatch):
     assert [call.operator for call in found.calls] == ["gate", "gate_backward"]
 
 
-def test_explain_tells_the_path_of_a_product(monkeypatch):
-    class Product(torch.nn.Module):
+def test_explain_tells_the_path_of_a_product(monkeypatch, run_by):
+    class Product(nn.Module):
         def forward(self):
             plan = moe_ext.make_plan(torch.zeros(8, 1, dtype=torch.int32), 2)
             return moe_ext.grouped_mm(torch.randn(8, 4), torch.randn(2, 3, 4), plan)
 
-    real = registry.backend
-
-    def backend(name, device):
-        return "torch" if name in torch_grouped_mm.OPERATORS else real(name, device)
-
-    monkeypatch.setattr(registry, "backend", backend)
+    run_by("torch", torch_grouped_mm.OPERATORS)
     monkeypatch.setattr(
         torch_grouped_mm, "choose", lambda rows, widths, *_: ("reference", f"{widths}")
     )
@@ -224,3 +226,73 @@ def test_explain_tells_the_path_of_a_product(monkeypatch):
     monkeypatch.setattr(torch_grouped_mm, "choose", lambda *_: ("own", "others loop"))
     call = moe_ext.explain(Product()).calls[-1]
     assert (call.backend, call.how) == ("compiled", "on tensor cores")
+
+
+# Ranges name the layers and their parts in profiles.
+
+
+def two_layers() -> nn.Sequential:
+    return nn.Sequential(layer_of(), layer_of())
+
+
+def names_in(profiled) -> list[str]:
+    return [event.name for event in profiled.events()]
+
+
+def test_ranges_name_the_layers_and_their_parts():
+    model, x = two_layers(), torch.randn(6, H)
+    with profile() as profiled, profiling.ranges(model):
+        model(x)
+    names = names_in(profiled)
+    assert names.count("moe_ext.layer 0") == names.count("moe_ext.layer 1") == 1
+    assert names.count("moe_ext.gate") == names.count("moe_ext.experts") == 2
+    assert names.index("moe_ext.layer 0") < names.index("moe_ext.gate")
+    inside = {event.name: event.cpu_parent for event in profiled.events()}
+    assert inside["moe_ext.gate"].name.startswith("moe_ext.layer")
+    assert inside["moe_ext::feed_forward"] is not None
+
+
+def test_experts_of_deepspeed_are_named():
+    moe = moe_ext.MoE(H, nn.Linear(H, H), E)
+    with profile() as profiled, profiling.ranges(moe):
+        moe(torch.randn(6, H))
+    inside = [e.cpu_parent.name for e in profiled.events() if e.name == "aten::linear"]
+    assert inside.count("moe_ext.experts") == E
+
+
+def test_ranges_leave_no_trace():
+    model, x = two_layers(), torch.randn(6, H)
+    before = [set(vars(module)) for module in model.modules()]
+    with pytest.raises(ZeroDivisionError), profiling.ranges(model):
+        raise ZeroDivisionError
+    assert [set(vars(module)) for module in model.modules()] == before
+    with profile() as profiled:
+        model(x)
+    names = names_in(profiled)
+    assert "moe_ext::gate" in names
+    assert not [name for name in names if name.startswith("moe_ext.")]
+    torch.compile(model, backend="eager", fullgraph=True)(x)
+
+
+def test_a_shared_part_is_marked_once():
+    first = layer_of()
+    model = nn.Sequential(first, MOELayer(first.gate, first.experts))
+    with profile() as profiled, profiling.ranges(model):
+        model(torch.randn(6, H))
+    assert names_in(profiled).count("moe_ext.gate") == 2
+    assert "route" not in vars(first.gate)
+
+
+def test_methods_of_an_instance_are_restored():
+    """FSDP's register_fsdp_forward_method sets such a method; so does an outer context."""
+    model = two_layers()
+    gate, x = model[0].gate, torch.randn(6, H)
+    gate.route = own = Mock(wraps=gate.route)
+    with profiling.ranges(model):
+        with profiling.ranges(model):
+            model(x)
+        with profile() as profiled:
+            model(x)
+    assert names_in(profiled).count("moe_ext.layer 0") == 1
+    assert vars(gate)["route"] is own
+    assert own.call_count == 2
