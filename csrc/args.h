@@ -1,9 +1,10 @@
 // One function per operator: checks its arguments once and returns them contiguous, with the sizes
-// by name. Every backend starts with it, so that no kernel checks a shape. Those of the experts'
-// operators are in expert_args.h.
+// by name. Every backend's kernel is registered with it, as boxed<dispatch_args, dispatch_cpu>, so
+// that no kernel checks a shape. Those of the experts' operators are in expert_args.h.
 
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
@@ -14,6 +15,23 @@
 #include "scoring.h"
 
 namespace moe_ext {
+
+// kernel(args(given...), others...), where `args` is a function of this file, and others are what
+// the kernel takes beside it.
+template <auto args, auto kernel, typename = decltype(args), typename = decltype(kernel)>
+struct Operator;
+
+template <auto args, auto kernel, typename Args, typename... Given, typename Results,
+          typename... Others>
+struct Operator<args, kernel, Args (*)(Given...), Results (*)(const Args&, Others...)> {
+  static Results call(Given... given, Others... others) {
+    return kernel(args(given...), others...);
+  }
+};
+
+// As torch registers it.
+template <auto args, auto kernel>
+constexpr auto* boxed = TORCH_BOX((&Operator<args, kernel>::call));
 
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
@@ -239,26 +257,26 @@ inline RouteArgs route_args(const Tensor& slots, const Tensor& sources,
   return {dense(slots), dense(sources), dense(weights), s['T'], s['K'], s['R']};
 }
 
-struct DispatchArgs {
-  Tensor tokens;  // [T, H]
+// A result [T, K], in the dtype of sums of rows.
+inline Tensor empty_route_sums(const Tensor& rows, const RouteArgs& a) {
+  return empty(rows, {a.num_tokens, a.top_k}, accumulate_type(rows.scalar_type()));
+}
+
+// For dispatch and combine.
+struct MoveArgs {
+  Tensor from;  // tokens [T, H], or rows [R, H]
   RouteArgs routes;
   int64_t hidden;
 };
 
-inline DispatchArgs dispatch_args(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
-                                  const OptionalTensor& weights) {
+inline MoveArgs dispatch_args(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
+                              const OptionalTensor& weights) {
   const Sizes s = check<contract("dispatch")>({tokens, slots, sources, weights});
   return {dense(tokens), route_args(slots, sources, weights, s), s['H']};
 }
 
-struct CombineArgs {
-  Tensor rows;  // [R, H]
-  RouteArgs routes;
-  int64_t hidden;
-};
-
-inline CombineArgs combine_args(const Tensor& rows, const Tensor& slots, const Tensor& sources,
-                                const OptionalTensor& weights) {
+inline MoveArgs combine_args(const Tensor& rows, const Tensor& slots, const Tensor& sources,
+                             const OptionalTensor& weights) {
   const Sizes s = check<contract("combine")>({rows, slots, sources, weights});
   return {dense(rows), route_args(slots, sources, weights, s), s['H']};
 }

@@ -87,19 +87,22 @@ class Call : public Check {
   }
 
   void check_dtype(const TensorArgument& argument, const Tensor& value) const {
+    const auto is = [&](std::initializer_list<ScalarType> expected) {
+      dtype(argument.name, value, expected);
+    };
+    using T = ScalarType;
     switch (argument.kind) {
-      case Kind::kInt32: return dtype(argument.name, value, ScalarType::Int);
-      case Kind::kFloat32: return dtype(argument.name, value, ScalarType::Float);
-      case Kind::kUint8: return dtype(argument.name, value, ScalarType::Byte);
-      case Kind::kScale: return scale(argument.name, value);
-      case Kind::kFloating: return floating(argument.name, value);
+      case Kind::kInt32: return is({T::Int});
+      case Kind::kFloat32: return is({T::Float});
+      case Kind::kUint8: return is({T::Byte});
+      case Kind::kScale: return is({T::Float, T::BFloat16, T::Byte});
+      case Kind::kFloating: return is({T::Float, T::Double, T::BFloat16, T::Half});
       case Kind::kLike:
         return same_dtype(argument.name, value, contract_.tensors[argument.like].name,
                           tensor(argument.like));
       case Kind::kAcc:
-        if (contract_.operand < 0) return float32_or_64(argument.name, value);
-        return dtype(argument.name, value,
-                     accumulate_type(tensor(contract_.operand).scalar_type()));
+        if (contract_.operand < 0) return is({T::Float, T::Double});
+        return is({accumulate_type(tensor(contract_.operand).scalar_type())});
     }
   }
 

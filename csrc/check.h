@@ -9,9 +9,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cctype>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -91,41 +93,22 @@ class Check {
     throw std::runtime_error(text.str());
   }
 
-  void dtype(std::string_view name, const Tensor& tensor, ScalarType expected) const {
-    if (scalar_type_of(tensor) == expected) return;
-    fail(name, " must be ", dtype_name(expected), ", got ", dtype_name(tensor));
+  void dtype(std::string_view name, const Tensor& tensor,
+             std::initializer_list<ScalarType> expected) const {
+    const ScalarType dtype = scalar_type_of(tensor);
+    if (std::find(expected.begin(), expected.end(), dtype) != expected.end()) return;
+    std::string names;
+    for (const ScalarType& one : expected) {
+      const bool is_last = &one + 1 == expected.end();
+      names += (names.empty() ? "" : is_last ? " or " : ", ") + dtype_name(one);
+    }
+    fail(name, " must be ", names, ", got ", dtype_name(dtype));
   }
 
   void same_dtype(std::string_view name, const Tensor& tensor, std::string_view other_name,
                   const Tensor& other) const {
     if (scalar_type_of(tensor) == scalar_type_of(other)) return;
     fail(name, " must be ", dtype_name(other), " like ", other_name, ", got ", dtype_name(tensor));
-  }
-
-  void floating(std::string_view name, const Tensor& tensor) const {
-    switch (scalar_type_of(tensor)) {
-      case ScalarType::Float:
-      case ScalarType::Double:
-      case ScalarType::BFloat16:
-      case ScalarType::Half: return;
-      default:
-        fail(name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(tensor));
-    }
-  }
-
-  void float32_or_64(std::string_view name, const Tensor& tensor) const {
-    const ScalarType dtype = scalar_type_of(tensor);
-    if (dtype == ScalarType::Float || dtype == ScalarType::Double) return;
-    fail(name, " must be float32 or float64, got ", dtype_name(dtype));
-  }
-
-  // The dtypes that scales of a weight have.
-  void scale(std::string_view name, const Tensor& tensor) const {
-    const ScalarType dtype = scalar_type_of(tensor);
-    if (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Byte) {
-      return;
-    }
-    fail(name, " must be float32, bfloat16 or uint8, got ", dtype_name(dtype));
   }
 
   void same_device(std::string_view name, const Tensor& tensor, std::string_view other_name,

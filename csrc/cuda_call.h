@@ -64,11 +64,6 @@ inline cuda::Routes routes_of(const RouteArgs& a) {
           a.num_rows};
 }
 
-// [T, K], in the dtype of sums
-inline Tensor empty_route_sums(const Tensor& rows, const RouteArgs& a) {
-  return empty(rows, {a.num_tokens, a.top_k}, accumulate_type(rows.scalar_type()));
-}
-
 }  // namespace moe_ext
 
 #ifdef MOE_EXT_EMULATED

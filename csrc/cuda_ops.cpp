@@ -26,11 +26,7 @@ int few_experts(const char* op, int64_t num_experts) {
   Check(op).fail("num_experts must be at most ", cuda::kMaxExperts, " on cuda, got ", num_experts);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gate_cuda(const Tensor& logits,
-                                                     const OptionalTensor& choice_scores, int64_t k,
-                                                     const std::string& scoring, bool normalize,
-                                                     double scale) {
-  const GateArgs a = gate_args(logits, choice_scores, k, scoring, normalize, scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_cuda(const GateArgs& a) {
   const int64_t T = a.num_tokens, E = few_experts("gate", a.num_experts);
   const OnDevice device(a.logits);
   const ScalarType dtype = accumulate_type(a.logits.scalar_type());
@@ -48,12 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_cuda(const Tensor& logits,
   return {weights, expert_ids, probs, importance};
 }
 
-Tensor gate_backward_cuda(const OptionalTensor& grad_weights, const OptionalTensor& grad_probs,
-                          const OptionalTensor& grad_importance, const Tensor& probs,
-                          const Tensor& expert_ids, const std::string& scoring, bool normalize,
-                          double scale) {
-  const GateBackwardArgs a = gate_backward_args(grad_weights, grad_probs, grad_importance, probs,
-                                                expert_ids, scoring, normalize, scale);
+Tensor gate_backward_cuda(const GateBackwardArgs& a) {
   const int num_experts = few_experts("gate_backward", a.num_experts);
   const OnDevice device(a.probs);
   const Tensor grad = empty(a.probs, {a.num_tokens, a.num_experts}, a.probs.scalar_type());
@@ -66,12 +57,7 @@ Tensor gate_backward_cuda(const OptionalTensor& grad_weights, const OptionalTens
   return grad;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cuda(const Tensor& expert_ids,
-                                                     const OptionalTensor& priority,
-                                                     int64_t num_experts,
-                                                     std::optional<int64_t> capacity,
-                                                     const std::string& order, int64_t align) {
-  const PlanArgs a = plan_args(expert_ids, priority, num_experts, capacity, order, align);
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cuda(const PlanArgs& a) {
   const int E = few_experts("plan", a.num_experts);
   const OnDevice device(a.expert_ids);
   const Tensor slots = empty(a.expert_ids, {a.num_tokens, a.top_k}, ScalarType::Int);
@@ -87,9 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cuda(const Tensor& expert_ids,
   return {slots, sources, offsets, load};
 }
 
-std::tuple<Tensor, Tensor> balance_cuda(const Tensor& importance, const Tensor& load,
-                                        const Tensor& expert_ids, int64_t choices) {
-  const BalanceArgs a = balance_args(importance, load, expert_ids, choices);
+std::tuple<Tensor, Tensor> balance_cuda(const BalanceArgs& a) {
   const int E = few_experts("balance", a.num_experts);
   const OnDevice device(a.importance);
   const ScalarType dtype = a.importance.scalar_type();
@@ -115,19 +99,14 @@ cuda::MaskWeights mask_weights_of(const MaskWeightsArgs& a) {
           a.scale};
 }
 
-Tensor mask_weights_cuda(const Tensor& weights, const Tensor& slots, bool normalize, double eps,
-                         double scale) {
-  const MaskWeightsArgs a = mask_weights_args(weights, slots, normalize, eps, scale);
+Tensor mask_weights_cuda(const MaskWeightsArgs& a) {
   const OnDevice device(a.weights);
   const Tensor kept = empty(a.weights, {a.num_tokens, a.top_k}, a.weights.scalar_type());
   cuda::mask_weights(mask_weights_of(a), kept.mutable_data_ptr(), device.stream());
   return kept;
 }
 
-Tensor mask_weights_backward_cuda(const Tensor& grad, const Tensor& weights, const Tensor& slots,
-                                  bool normalize, double eps, double scale) {
-  const MaskWeightsBackwardArgs a =
-      mask_weights_backward_args(grad, weights, slots, normalize, eps, scale);
+Tensor mask_weights_backward_cuda(const MaskWeightsBackwardArgs& a) {
   const MaskWeightsArgs& f = a.forward;
   const OnDevice device(f.weights);
   const Tensor grad_weights = empty(f.weights, {f.num_tokens, f.top_k}, f.weights.scalar_type());
@@ -136,29 +115,23 @@ Tensor mask_weights_backward_cuda(const Tensor& grad, const Tensor& weights, con
   return grad_weights;
 }
 
-Tensor dispatch_cuda(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
-                     const OptionalTensor& weights) {
-  const DispatchArgs a = dispatch_args(tokens, slots, sources, weights);
-  const OnDevice device(a.tokens);
-  const Tensor rows = empty(a.tokens, {a.routes.num_rows, a.hidden}, a.tokens.scalar_type());
-  cuda::dispatch(dtype_of(a.tokens), a.tokens.const_data_ptr(), routes_of(a.routes), a.hidden,
+Tensor dispatch_cuda(const MoveArgs& a) {
+  const OnDevice device(a.from);
+  const Tensor rows = empty(a.from, {a.routes.num_rows, a.hidden}, a.from.scalar_type());
+  cuda::dispatch(dtype_of(a.from), a.from.const_data_ptr(), routes_of(a.routes), a.hidden,
                  rows.mutable_data_ptr(), device.stream());
   return rows;
 }
 
-Tensor combine_cuda(const Tensor& rows, const Tensor& slots, const Tensor& sources,
-                    const OptionalTensor& weights) {
-  const CombineArgs a = combine_args(rows, slots, sources, weights);
-  const OnDevice device(a.rows);
-  const Tensor tokens = empty(a.rows, {a.routes.num_tokens, a.hidden}, a.rows.scalar_type());
-  cuda::combine(dtype_of(a.rows), a.rows.const_data_ptr(), routes_of(a.routes), a.hidden,
+Tensor combine_cuda(const MoveArgs& a) {
+  const OnDevice device(a.from);
+  const Tensor tokens = empty(a.from, {a.routes.num_tokens, a.hidden}, a.from.scalar_type());
+  cuda::combine(dtype_of(a.from), a.from.const_data_ptr(), routes_of(a.routes), a.hidden,
                 tokens.mutable_data_ptr(), device.stream());
   return tokens;
 }
 
-Tensor route_dot_cuda(const Tensor& tokens, const Tensor& rows, const Tensor& slots,
-                      const Tensor& sources) {
-  const RouteDotArgs a = route_dot_args(tokens, rows, slots, sources);
+Tensor route_dot_cuda(const RouteDotArgs& a) {
   const OnDevice device(a.tokens);
   const Tensor dots = empty_route_sums(a.tokens, a.routes);
   cuda::route_dot(dtype_of(a.tokens), a.tokens.const_data_ptr(), a.rows.const_data_ptr(),
@@ -166,10 +139,7 @@ Tensor route_dot_cuda(const Tensor& tokens, const Tensor& rows, const Tensor& sl
   return dots;
 }
 
-std::tuple<Tensor, Tensor> combine_backward_cuda(const Tensor& tokens, const Tensor& rows,
-                                                 const Tensor& slots, const Tensor& sources,
-                                                 const Tensor& weights) {
-  const RouteDotArgs a = combine_backward_args(tokens, rows, slots, sources, weights);
+std::tuple<Tensor, Tensor> combine_backward_cuda(const RouteDotArgs& a) {
   const OnDevice device(a.tokens);
   const Tensor dispatched = empty(a.tokens, {a.routes.num_rows, a.hidden}, a.tokens.scalar_type());
   const Tensor dots = empty_route_sums(a.tokens, a.routes);
@@ -179,9 +149,7 @@ std::tuple<Tensor, Tensor> combine_backward_cuda(const Tensor& tokens, const Ten
   return {dispatched, dots};
 }
 
-Tensor activate_cuda(const Tensor& pre_activation, const Tensor& slots, const Tensor& sources,
-                     const OptionalTensor& weights, const std::string& activation) {
-  const ActivateArgs a = activate_args(pre_activation, slots, sources, weights, activation);
+Tensor activate_cuda(const ActivateArgs& a) {
   const Tensor& from = a.pre_activation;
   const OnDevice device(from);
   const Tensor out = empty(from, {a.routes.num_rows, a.width}, from.scalar_type());
@@ -190,11 +158,7 @@ Tensor activate_cuda(const Tensor& pre_activation, const Tensor& slots, const Te
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> activate_backward_cuda(
-    const Tensor& grad, const Tensor& pre_activation, const Tensor& slots, const Tensor& sources,
-    const Tensor& weights, const std::string& activation) {
-  const ActivateBackwardArgs a =
-      activate_backward_args(grad, pre_activation, slots, sources, weights, activation);
+std::tuple<Tensor, Tensor, Tensor> activate_backward_cuda(const ActivateBackwardArgs& a) {
   const ActivateArgs& f = a.forward;
   const Tensor& from = f.pre_activation;
   const OnDevice device(from);
@@ -218,20 +182,21 @@ void zero_empty_groups_cuda(const Tensor& sums, const Tensor& offsets) {
 }
 
 }  // namespace
-}  // namespace moe_ext
 
 MOE_EXT_CUDA_LIBRARY(m) {
-  m.impl("gate", TORCH_BOX(&moe_ext::gate_cuda));
-  m.impl("gate_backward", TORCH_BOX(&moe_ext::gate_backward_cuda));
-  m.impl("plan", TORCH_BOX(&moe_ext::plan_cuda));
-  m.impl("balance", TORCH_BOX(&moe_ext::balance_cuda));
-  m.impl("mask_weights", TORCH_BOX(&moe_ext::mask_weights_cuda));
-  m.impl("mask_weights_backward", TORCH_BOX(&moe_ext::mask_weights_backward_cuda));
-  m.impl("dispatch", TORCH_BOX(&moe_ext::dispatch_cuda));
-  m.impl("combine", TORCH_BOX(&moe_ext::combine_cuda));
-  m.impl("route_dot", TORCH_BOX(&moe_ext::route_dot_cuda));
-  m.impl("combine_backward", TORCH_BOX(&moe_ext::combine_backward_cuda));
-  m.impl("activate", TORCH_BOX(&moe_ext::activate_cuda));
-  m.impl("activate_backward", TORCH_BOX(&moe_ext::activate_backward_cuda));
-  m.impl("zero_empty_groups", TORCH_BOX(&moe_ext::zero_empty_groups_cuda));
+  m.impl("gate", boxed<gate_args, gate_cuda>);
+  m.impl("gate_backward", boxed<gate_backward_args, gate_backward_cuda>);
+  m.impl("plan", boxed<plan_args, plan_cuda>);
+  m.impl("balance", boxed<balance_args, balance_cuda>);
+  m.impl("mask_weights", boxed<mask_weights_args, mask_weights_cuda>);
+  m.impl("mask_weights_backward", boxed<mask_weights_backward_args, mask_weights_backward_cuda>);
+  m.impl("dispatch", boxed<dispatch_args, dispatch_cuda>);
+  m.impl("combine", boxed<combine_args, combine_cuda>);
+  m.impl("route_dot", boxed<route_dot_args, route_dot_cuda>);
+  m.impl("combine_backward", boxed<combine_backward_args, combine_backward_cuda>);
+  m.impl("activate", boxed<activate_args, activate_cuda>);
+  m.impl("activate_backward", boxed<activate_backward_args, activate_backward_cuda>);
+  m.impl("zero_empty_groups", TORCH_BOX(&zero_empty_groups_cuda));
 }
+
+}  // namespace moe_ext

@@ -51,10 +51,7 @@ void check_widths(const char* op, const Tensor& rows, std::initializer_list<int6
 // Without routes: rows as they lie.
 cuda::Routes no_routes(int64_t num_rows) { return {nullptr, nullptr, nullptr, 0, 1, num_rows}; }
 
-Tensor tensor_grouped_mm(const Tensor& rows, const Tensor& weights, const OptionalTensor& bias,
-                         const Tensor& offsets, const Tensor& load, std::optional<int64_t> capacity,
-                         bool allow_tf32) {
-  const GroupedMMArgs a = grouped_mm_args(rows, weights, bias, offsets, load, capacity);
+Tensor tensor_grouped_mm(const GroupedMMArgs& a, bool allow_tf32) {
   check_widths("grouped_mm", a.rows, {a.rows_width, a.out_width});
   const OnDevice device(a.rows);
   const Tensor left = readable(a.rows);
@@ -69,17 +66,11 @@ Tensor tensor_grouped_mm(const Tensor& rows, const Tensor& weights, const Option
 }
 
 // Rows that are to be rounded to 8 bits are so already.
-Tensor tensor_quantized_mm(const Tensor& rows, const Tensor& values, const Tensor& scales,
-                           const OptionalTensor& zeros, const OptionalTensor& bias,
-                           const Tensor& offsets, const Tensor& load, const std::string& format,
-                           bool transposed, bool int8_rows, std::optional<int64_t> capacity,
-                           bool /* allow_tf32 */) {
-  const QuantizedMMArgs a = quantized_mm_args(rows, values, scales, zeros, bias, offsets, load,
-                                              format, transposed, int8_rows, capacity);
+Tensor tensor_quantized_mm(const QuantizedMMArgs& a, bool /* allow_tf32 */) {
   const Check check("quantized_mm");
   check_widths("quantized_mm", a.rows, {a.rows_width, a.out_width});
   if (a.rows.element_size() != 2) check.fail("tensor cores take rows of 16 bits here");
-  if (int8_rows) check.fail("tensor cores take rows as they are");
+  if (a.int8_rows) check.fail("tensor cores take rows as they are");
   if (a.values.size(2) % 16 != 0) {
     check.fail("tensor cores take lines of a multiple of 16 bytes, not ", a.values.size(2));
   }
@@ -94,9 +85,7 @@ Tensor tensor_quantized_mm(const Tensor& rows, const Tensor& values, const Tenso
   return out;
 }
 
-Tensor tensor_grouped_outer(const Tensor& left, const Tensor& right, const Tensor& offsets,
-                            const Tensor& load, std::optional<int64_t> capacity, bool allow_tf32) {
-  const GroupedOuterArgs a = grouped_outer_args(left, right, offsets, load, capacity);
+Tensor tensor_grouped_outer(const GroupedOuterArgs& a, bool allow_tf32) {
   check_widths("grouped_outer", a.left, {a.left_width, a.right_width});
   const OnDevice device(a.left);
   const Tensor lefts = readable(a.left), rights = readable(a.right);
@@ -243,36 +232,19 @@ class Experts {
   const cuda::Groups groups_;
 };
 
-std::tuple<Tensor, Tensor> tensor_feed_forward(
-    const Tensor& tokens, const Tensor& slots, const Tensor& sources, const Tensor& offsets,
-    const Tensor& load, const Tensor& weights, const Tensor& up, const Tensor& down,
-    const OptionalTensor& up_bias, const OptionalTensor& down_bias, const std::string& activation,
-    bool score_before_experts, std::optional<int64_t> capacity, bool keeps, bool allow_tf32) {
-  const FeedForwardOperands operands{tokens,  slots, sources, offsets, load,
-                                     weights, up,    down,    up_bias, down_bias};
-  const FeedForwardArgs a = feed_forward_args(operands, activation, score_before_experts, capacity);
+std::tuple<Tensor, Tensor> tensor_feed_forward(const FeedForwardArgs& a, bool keeps,
+                                               bool allow_tf32) {
   const Experts experts(a, allow_tf32);
   const Tensor pre_activation = keeps ? experts.fresh_rows(a.inner_width) : experts.none();
   const Tensor active = experts.fresh_rows(a.width);
   experts.project_up(keeps ? pre_activation.mutable_data_ptr() : nullptr, active);
-  return {experts.combined(experts.project_down(active), !score_before_experts), pre_activation};
+  return {experts.combined(experts.project_down(active), !a.score_before_experts), pre_activation};
 }
 
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-SixTensors tensor_feed_forward_backward(const Tensor& grad, const Tensor& tokens,
-                                        const Tensor& pre_activation, const Tensor& slots,
-                                        const Tensor& sources, const Tensor& offsets,
-                                        const Tensor& load, const Tensor& weights, const Tensor& up,
-                                        const Tensor& down, const OptionalTensor& up_bias,
-                                        const OptionalTensor& down_bias,
-                                        const std::string& activation, bool score_before_experts,
-                                        std::optional<int64_t> capacity, bool needs_tokens,
+SixTensors tensor_feed_forward_backward(const FeedForwardBackwardArgs& b, bool needs_tokens,
                                         bool needs_up, bool needs_down, bool allow_tf32) {
-  const FeedForwardOperands operands{tokens,  slots, sources, offsets, load,
-                                     weights, up,    down,    up_bias, down_bias};
-  const FeedForwardBackwardArgs b = feed_forward_backward_args(
-      grad, pre_activation, operands, activation, score_before_experts, capacity);
   const FeedForwardArgs& a = b.forward;
   const Experts experts(a, allow_tf32);
   const Tensor upstream = readable(b.grad), inner = readable(b.pre_activation);
@@ -289,12 +261,14 @@ SixTensors tensor_feed_forward_backward(const Tensor& grad, const Tensor& tokens
 }
 
 }  // namespace
-}  // namespace moe_ext
 
 MOE_EXT_CUDA_LIBRARY(m) {
-  m.impl("tensor_grouped_mm", TORCH_BOX(&moe_ext::tensor_grouped_mm));
-  m.impl("tensor_quantized_mm", TORCH_BOX(&moe_ext::tensor_quantized_mm));
-  m.impl("tensor_grouped_outer", TORCH_BOX(&moe_ext::tensor_grouped_outer));
-  m.impl("tensor_feed_forward", TORCH_BOX(&moe_ext::tensor_feed_forward));
-  m.impl("tensor_feed_forward_backward", TORCH_BOX(&moe_ext::tensor_feed_forward_backward));
+  m.impl("tensor_grouped_mm", boxed<grouped_mm_args, tensor_grouped_mm>);
+  m.impl("tensor_quantized_mm", boxed<quantized_mm_args, tensor_quantized_mm>);
+  m.impl("tensor_grouped_outer", boxed<grouped_outer_args, tensor_grouped_outer>);
+  m.impl("tensor_feed_forward", boxed<feed_forward_args, tensor_feed_forward>);
+  m.impl("tensor_feed_forward_backward",
+         boxed<feed_forward_backward_args, tensor_feed_forward_backward>);
 }
+
+}  // namespace moe_ext

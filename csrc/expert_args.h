@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <utility>
+
 #include "activation.h"
 #include "args.h"
 #include "weight_format.h"
@@ -115,9 +117,9 @@ inline WeightFormat check_format(Call& call, const std::string& name, bool trans
   const std::optional<WeightFormat> format = weight_format(name);
   if (!format) call.fail("format must be int8, int4, mxfp4 or nf4, got ", name);
   call.dtype("scales", scales,
-             *format == WeightFormat::kInt4    ? ScalarType::BFloat16
-             : *format == WeightFormat::kMxfp4 ? ScalarType::Byte
-                                               : ScalarType::Float);
+             {*format == WeightFormat::kInt4    ? ScalarType::BFloat16
+              : *format == WeightFormat::kMxfp4 ? ScalarType::Byte
+                                                : ScalarType::Float});
   const int64_t N = call.sizes['N'], M = call.sizes['B'] * 8 / bits_of(*format);
   const int64_t S = call.sizes['S'];
   const bool of_rows = *format == WeightFormat::kInt8;
@@ -188,45 +190,47 @@ struct FeedForwardArgs {
   Activation activation;
   bool score_before_experts;
   int64_t hidden, inner_width, width;  // H, G, F
-
-  FeedForwardArgs(const FeedForwardOperands& o, Activation activation, bool score_before_experts,
-                  const Sizes& s)
-      : tokens(dense(o.tokens)),
-        routes(route_args(o.slots, o.sources, o.weights, s)),
-        groups{dense(o.offsets), dense(o.load), s['E']},
-        up(o.up),
-        down(o.down),
-        up_bias(dense(o.up_bias)),
-        down_bias(dense(o.down_bias)),
-        activation(activation),
-        score_before_experts(score_before_experts),
-        hidden(s['H']),
-        inner_width(s['G']),
-        width(s['F']) {}
 };
 
-// F follows from G and the activation.
-inline Activation check_experts(Call& call, const FeedForwardOperands& o,
-                                const std::string& activation,
-                                const std::optional<int64_t>& capacity) {
-  const Activation kind = parse_activation(call, activation);
-  call.same_dtype("up", o.up, "tokens", o.tokens);
-  const int64_t G = call.sizes['G'];
-  if (is_gated(kind) && G % 2 != 0) call.fail("up must be [E, 2F, H], got ", shape_text(o.up));
-  call.sizes.set('F', is_gated(kind) ? G / 2 : G);
-  check_capacity(call, capacity);
-  return kind;
+// tensors: of one direction. F follows from G and the activation.
+template <int kContract, int kCount>
+FeedForwardArgs check_experts(const Given (&tensors)[kCount], const FeedForwardOperands& o,
+                              const std::string& activation, bool score_before_experts,
+                              const std::optional<int64_t>& capacity) {
+  Activation kind;
+  const Sizes s = check<kContract>(tensors, [&](Call& call) {
+    kind = parse_activation(call, activation);
+    call.same_dtype("up", o.up, "tokens", o.tokens);
+    const int64_t G = call.sizes['G'];
+    if (is_gated(kind) && G % 2 != 0) call.fail("up must be [E, 2F, H], got ", shape_text(o.up));
+    call.sizes.set('F', is_gated(kind) ? G / 2 : G);
+    check_capacity(call, capacity);
+  });
+  const RouteArgs routes = route_args(o.slots, o.sources, o.weights, s);
+  const Groups groups{dense(o.offsets), dense(o.load), s['E']};
+  return {dense(o.tokens),
+          routes,
+          groups,
+          o.up,
+          o.down,
+          dense(o.up_bias),
+          dense(o.down_bias),
+          kind,
+          score_before_experts,
+          s['H'],
+          s['G'],
+          s['F']};
 }
 
-inline FeedForwardArgs feed_forward_args(const FeedForwardOperands& o,
-                                         const std::string& activation, bool score_before_experts,
-                                         const std::optional<int64_t>& capacity) {
-  Activation kind;
-  const Sizes s = check<contract("feed_forward")>(
-      {o.tokens, o.slots, o.sources, o.offsets, o.load, o.weights, o.up, o.down, o.up_bias,
-       o.down_bias},
-      [&](Call& call) { kind = check_experts(call, o, activation, capacity); });
-  return {o, kind, score_before_experts, s};
+inline FeedForwardArgs feed_forward_args(
+    const Tensor& tokens, const Tensor& slots, const Tensor& sources, const Tensor& offsets,
+    const Tensor& load, const Tensor& weights, const Tensor& up, const Tensor& down,
+    const OptionalTensor& up_bias, const OptionalTensor& down_bias, const std::string& activation,
+    bool score_before_experts, const std::optional<int64_t>& capacity) {
+  return check_experts<contract("feed_forward")>(
+      {tokens, slots, sources, offsets, load, weights, up, down, up_bias, down_bias},
+      {tokens, slots, sources, offsets, load, weights, up, down, up_bias, down_bias}, activation,
+      score_before_experts, capacity);
 }
 
 struct FeedForwardBackwardArgs {
@@ -235,18 +239,18 @@ struct FeedForwardBackwardArgs {
   FeedForwardArgs forward;
 };
 
-inline FeedForwardBackwardArgs feed_forward_backward_args(const Tensor& grad,
-                                                          const Tensor& pre_activation,
-                                                          const FeedForwardOperands& o,
-                                                          const std::string& activation,
-                                                          bool score_before_experts,
-                                                          const std::optional<int64_t>& capacity) {
-  Activation kind;
-  const Sizes s = check<contract("feed_forward_backward")>(
-      {grad, o.tokens, pre_activation, o.slots, o.sources, o.offsets, o.load, o.weights, o.up,
-       o.down, o.up_bias, o.down_bias},
-      [&](Call& call) { kind = check_experts(call, o, activation, capacity); });
-  return {dense(grad), dense(pre_activation), {o, kind, score_before_experts, s}};
+inline FeedForwardBackwardArgs feed_forward_backward_args(
+    const Tensor& grad, const Tensor& tokens, const Tensor& pre_activation, const Tensor& slots,
+    const Tensor& sources, const Tensor& offsets, const Tensor& load, const Tensor& weights,
+    const Tensor& up, const Tensor& down, const OptionalTensor& up_bias,
+    const OptionalTensor& down_bias, const std::string& activation, bool score_before_experts,
+    const std::optional<int64_t>& capacity) {
+  FeedForwardArgs forward = check_experts<contract("feed_forward_backward")>(
+      {grad, tokens, pre_activation, slots, sources, offsets, load, weights, up, down, up_bias,
+       down_bias},
+      {tokens, slots, sources, offsets, load, weights, up, down, up_bias, down_bias}, activation,
+      score_before_experts, capacity);
+  return {dense(grad), dense(pre_activation), std::move(forward)};
 }
 
 }  // namespace moe_ext

@@ -43,21 +43,16 @@ void balance(const BalanceArgs& a, const Tensor& l_aux, const Tensor& slopes) {
   *data<T>(l_aux) = static_cast<T>(sum);
 }
 
-std::tuple<Tensor, Tensor> balance_cpu(const Tensor& importance, const Tensor& load,
-                                       const Tensor& expert_ids, int64_t choices) {
-  const BalanceArgs a = balance_args(importance, load, expert_ids, choices);
+std::tuple<Tensor, Tensor> balance_cpu(const BalanceArgs& a) {
   const ScalarType dtype = a.importance.scalar_type();
   const Tensor l_aux = empty(a.importance, {}, dtype);
   const Tensor slope = empty(a.importance, {a.num_experts}, dtype);
-  if (dtype == ScalarType::Double) {
-    balance<double>(a, l_aux, slope);
-  } else {
-    balance<float>(a, l_aux, slope);
-  }
+  visit_sums(dtype, [&](auto zero) { balance<decltype(zero)>(a, l_aux, slope); });
   return {l_aux, slope};
 }
 
 }  // namespace
-}  // namespace moe_ext
 
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("balance", TORCH_BOX(&moe_ext::balance_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("balance", boxed<balance_args, balance_cpu>); }
+
+}  // namespace moe_ext

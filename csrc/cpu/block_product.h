@@ -19,7 +19,6 @@
 #include "matrix.h"
 #include "vector.h"
 
-#if defined(__x86_64__)
 namespace moe_ext {
 
 struct BlockProduct {
@@ -152,24 +151,15 @@ struct BlockProduct {
         }
       }
     }
-    multiply_rows<Lanes, kRowsOf<sizeof(Lanes)>>(block.rows, a, b, deep, to, stride, is_zero);
+    constexpr int64_t kMost = kRowsOf<sizeof(Lanes)>;
+    with_count<kMost>(block.rows, [&](auto n) __attribute__((always_inline)) {
+      multiply<Lanes, n>(a, b, deep, to, stride, is_zero);
+    });
     if (is_whole) return;
     for (int64_t i = 0; i < block.rows; ++i) {
       std::memcpy(floats(block) + i * block.row_stride, piece + i * kColumns,
                   block.columns * sizeof(float));
     }
-  }
-
-  // The code for as many rows as there are, at most `count`.
-  template <typename Lanes, int64_t count>
-  static MOE_EXT_INLINE void multiply_rows(int64_t rows, const float* a, const float* b,
-                                           int64_t deep, float* to, int64_t stride, bool is_zero) {
-    if constexpr (count > 1) {
-      if (rows < count) {
-        return multiply_rows<Lanes, count - 1>(rows, a, b, deep, to, stride, is_zero);
-      }
-    }
-    multiply<Lanes, count>(a, b, deep, to, stride, is_zero);
   }
 
   template <typename Lanes, int64_t count>
@@ -197,4 +187,3 @@ struct BlockProduct {
 };
 
 }  // namespace moe_ext
-#endif

@@ -16,7 +16,6 @@
 #include "few_rows.h"
 #include "quantized.h"
 
-#if defined(__x86_64__)
 namespace moe_ext {
 
 template <typename V>
@@ -257,4 +256,3 @@ struct ByteBytes {
 #endif
 
 }  // namespace moe_ext
-#endif

@@ -66,10 +66,10 @@ struct CombineTokens {
 };
 
 template <typename scalar_t>
-void combine_kernel(const CombineArgs& a, const Tensor& out) {
+void combine_kernel(const MoveArgs& a, const Tensor& out) {
   const Routes<scalar_t> routes(a.routes);
   const int64_t K = routes.top_k, H = a.hidden;
-  const CombineTokens<scalar_t> tokens{const_data<scalar_t>(a.rows), routes, data<scalar_t>(out),
+  const CombineTokens<scalar_t> tokens{const_data<scalar_t>(a.from), routes, data<scalar_t>(out),
                                        H};
   Fault bad_slot;
   parallel_for(0, routes.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
@@ -84,21 +84,20 @@ void combine_kernel(const CombineArgs& a, const Tensor& out) {
 
 }  // namespace
 
-void combine(const CombineArgs& a, const Tensor& out) {
-  visit_float(a.rows.scalar_type(), [&](auto zero) { combine_kernel<decltype(zero)>(a, out); });
+void combine(const MoveArgs& a, const Tensor& out) {
+  visit_float(a.from.scalar_type(), [&](auto zero) { combine_kernel<decltype(zero)>(a, out); });
 }
 
 namespace {
 
-Tensor combine_cpu(const Tensor& rows, const Tensor& slots, const Tensor& sources,
-                   const OptionalTensor& weights) {
-  const CombineArgs a = combine_args(rows, slots, sources, weights);
-  Tensor tokens = fresh(a.rows, {a.routes.num_tokens, a.hidden}, a.rows.scalar_type());
+Tensor combine_cpu(const MoveArgs& a) {
+  Tensor tokens = fresh(a.from, {a.routes.num_tokens, a.hidden}, a.from.scalar_type());
   combine(a, tokens);
   return tokens;
 }
 
 }  // namespace
-}  // namespace moe_ext
 
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("combine", TORCH_BOX(&moe_ext::combine_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("combine", boxed<combine_args, combine_cpu>); }
+
+}  // namespace moe_ext

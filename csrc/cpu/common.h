@@ -37,6 +37,12 @@ void visit_float(ScalarType dtype, const Body& body) {
   }
 }
 
+// The same for a dtype of sums.
+template <typename Body>
+void visit_sums(ScalarType dtype, const Body& body) {
+  dtype == ScalarType::Double ? body(double{}) : body(float{});
+}
+
 template <typename T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
@@ -78,6 +84,9 @@ inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> size, Sca
 #endif
   return tensor;
 }
+
+// How many parts there are of all, the last of which may be smaller.
+inline int64_t parts(int64_t all, int64_t part) { return (all + part - 1) / part; }
 
 // Items a thread takes at a time, so that a task moves about 32 KiB.
 inline int64_t grain(int64_t bytes_per_item) {

@@ -11,56 +11,42 @@ namespace moe_ext {
 namespace {
 
 template <typename scalar_t>
-struct DispatchTokens {
-  const scalar_t* tokens;  // [T, H]
-  Routes<scalar_t> routes;
-  scalar_t* rows;  // [R, H]
-  int64_t hidden;
-
-  template <int bytes>
-  MOE_EXT_INLINE void run(int64_t begin, int64_t end, const RowWriter<scalar_t>& writer,
-                          Fault& bad_slot) const {
-    const int64_t top_k = routes.top_k;
-    for (int64_t route = begin * top_k; route < end * top_k; ++route) {
-      if (!routes.has_row(route, bad_slot)) continue;
-      const scalar_t* token = tokens + route / top_k * hidden;
-      scalar_t* row = rows + routes.slots[route] * hidden;
-      if (routes.weights) {
-        writer.template scale<bytes>(token, routes.weights[route], row, hidden);
-      } else {
-        writer.copy(token, row, hidden);
-      }
-    }
-  }
-};
-
-template <typename scalar_t>
-void dispatch_kernel(const DispatchArgs& a, const Tensor& out) {
+void dispatch_kernel(const MoveArgs& a, const Tensor& out) {
   const Routes<scalar_t> routes(a.routes);
-  const int64_t H = a.hidden;
-  scalar_t* rows = data<scalar_t>(out);
-  const DispatchTokens<scalar_t> tokens{const_data<scalar_t>(a.tokens), routes, rows, H};
+  const int64_t H = a.hidden, K = routes.top_k;
+  const auto* tokens = const_data<scalar_t>(a.from);  // [T, H]
+  auto* rows = data<scalar_t>(out);                   // [R, H]
   Fault bad_slot, bad_source;
-  parallel_for(0, routes.num_tokens, grain(H * (routes.top_k + 1) * sizeof(scalar_t)),
-               [&](int64_t begin, int64_t end) {
-                 const RowWriter<scalar_t> writer(out);
-                 on_widest(tokens, begin, end, writer, bad_slot);
-               });
+  const auto run = [&](int64_t begin, int64_t end) {
+    const RowWriter<scalar_t> writer(out.numel());
+    on_widest([&](auto bytes) __attribute__((always_inline)) {
+      for (int64_t route = begin * K; route < end * K; ++route) {
+        if (!routes.has_row(route, bad_slot)) continue;
+        const scalar_t* token = tokens + route / K * H;
+        scalar_t* row = rows + routes.slots[route] * H;
+        if (routes.weights) {
+          writer.template scale<bytes>(token, routes.weights[route], row, H);
+        } else {
+          writer.copy(token, row, H);
+        }
+      }
+    });
+  };
+  parallel_for(0, routes.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)), run);
   routes.zero_empty_rows(rows, H, bad_source);
   routes.check("dispatch", bad_slot, bad_source);
 }
 
-Tensor dispatch_cpu(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
-                    const OptionalTensor& weights) {
-  const DispatchArgs a = dispatch_args(tokens, slots, sources, weights);
-  Tensor rows = fresh(a.tokens, {a.routes.num_rows, a.hidden}, a.tokens.scalar_type());
-  visit_float(a.tokens.scalar_type(), [&](auto zero) { dispatch_kernel<decltype(zero)>(a, rows); });
+Tensor dispatch_cpu(const MoveArgs& a) {
+  Tensor rows = fresh(a.from, {a.routes.num_rows, a.hidden}, a.from.scalar_type());
+  visit_float(a.from.scalar_type(), [&](auto zero) { dispatch_kernel<decltype(zero)>(a, rows); });
   return rows;
 }
 
 }  // namespace
-}  // namespace moe_ext
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("dispatch", TORCH_BOX(&moe_ext::dispatch_cpu));
+  m.impl("dispatch", boxed<dispatch_args, dispatch_cpu>);
 }
+
+}  // namespace moe_ext

@@ -19,28 +19,9 @@ namespace {
 // Columns of a gate in a tile; as many of its `up` go with them.
 constexpr int64_t kGateColumns = TileSize::kColumns / 2;
 
-// Activates the rows of a tile; columns are those of `active`.
-template <typename scalar_t>
-struct ActivateTile {
-  const Experts<scalar_t>& at;
-  const Tile& tile;
-  Matrix inner;   // from the tile's first column on
-  int64_t width;  // of its rows' activations
-  Matrix active;
-
-  template <int bytes>
-  MOE_EXT_INLINE void run() const {
-    for (int64_t j = 0; j < tile.rows(); ++j) {
-      activate_row<bytes>(
-          at.a.activation, inner_row(at.a.activation, row_of<const scalar_t>(inner, j), width),
-          at.a.score_before_experts ? at.weight_of(tile.row_begin + j) : accumulate_t<scalar_t>{1},
-          row_of<scalar_t>(active, j), tile.columns());
-    }
-  }
-};
-
 template <typename scalar_t>
 void project_up(const Experts<scalar_t>& at, const Tensor& pre_activation, const Matrix& active) {
+  using T = accumulate_t<scalar_t>;
   const FeedForwardArgs& a = at.a;
   const bool keeps = pre_activation.dim() == 2;
   const Matrix kept = keeps ? matrix_of(pre_activation) : Matrix{};
@@ -69,7 +50,15 @@ void project_up(const Experts<scalar_t>& at, const Tensor& pre_activation, const
     } else {
       for (int64_t h = 0; h < at.halves; ++h) multiply(half(h), h * a.width + first);
     }
-    on_widest(ActivateTile<scalar_t>{at, t, half(0), keeps ? a.width : t.columns(), t.of(active)});
+    const Matrix inner = half(0), result = t.of(active);
+    const int64_t inner_columns = keeps ? a.width : t.columns();  // of its rows' activations
+    on_widest([&](auto bytes) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < t.rows(); ++j) {
+        const auto row = inner_row(a.activation, row_of<const scalar_t>(inner, j), inner_columns);
+        const T scale = a.score_before_experts ? at.weight_of(t.row_begin + j) : T{1};
+        activate_row<bytes>(a.activation, row, scale, row_of<scalar_t>(result, j), t.columns());
+      }
+    });
   });
 }
 
@@ -95,14 +84,7 @@ void project_down(const Experts<scalar_t>& at, const Matrix& active, const Matri
   });
 }
 
-std::tuple<Tensor, Tensor> feed_forward_cpu(
-    const Tensor& tokens, const Tensor& slots, const Tensor& sources, const Tensor& offsets,
-    const Tensor& load, const Tensor& weights, const Tensor& up, const Tensor& down,
-    const OptionalTensor& up_bias, const OptionalTensor& down_bias, const std::string& activation,
-    bool score_before_experts, std::optional<int64_t> capacity, bool keeps) {
-  const FeedForwardOperands operands{tokens,  slots, sources, offsets, load,
-                                     weights, up,    down,    up_bias, down_bias};
-  const FeedForwardArgs a = feed_forward_args(operands, activation, score_before_experts, capacity);
+std::tuple<Tensor, Tensor> feed_forward_cpu(const FeedForwardArgs& a, bool keeps) {
   Tensor out, pre_activation;
   visit_float(a.tokens.scalar_type(), [&](auto zero) {
     const Experts<decltype(zero)> at("feed_forward", a);
@@ -119,8 +101,9 @@ std::tuple<Tensor, Tensor> feed_forward_cpu(
 }
 
 }  // namespace
-}  // namespace moe_ext
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("feed_forward", TORCH_BOX(&moe_ext::feed_forward_cpu));
+  m.impl("feed_forward", boxed<feed_forward_args, feed_forward_cpu>);
 }
+
+}  // namespace moe_ext

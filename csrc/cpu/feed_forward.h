@@ -11,11 +11,6 @@ namespace moe_ext {
 // In the place of a result that is not wanted.
 inline Tensor none(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
 
-template <typename scalar_t>
-scalar_t* row_of(const Matrix& matrix, int64_t row) {
-  return reinterpret_cast<scalar_t*>(matrix.row_range(row, row).data);
-}
-
 // The arguments of both directions, checked.
 template <typename scalar_t>
 struct Experts {

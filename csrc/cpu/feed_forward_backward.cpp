@@ -19,57 +19,6 @@ namespace {
 // A route's weight has its gradient in sums over so many columns, which are added in order.
 constexpr int64_t kSumColumns = TileSize::kLeast;
 
-// The gradients of a tile's pre-activations, from that of its activations.
-template <typename scalar_t>
-struct ActivateTileBackward {
-  using T = accumulate_t<scalar_t>;
-  const Experts<scalar_t>& at;
-  const Tile& tile;
-  Matrix grad_active;                  // [rows, columns] of the tile
-  Matrix pre_activation;               // [R, G]
-  Matrix grad_pre_activation, active;  // [R, G], [R, F]
-  T* sums;                             // [R, num_sums]
-  int64_t num_sums;
-
-  template <int bytes>
-  MOE_EXT_INLINE void run() const {
-    const Activation activation = at.a.activation;
-    const int64_t width = at.a.width;
-    for (int64_t j = 0; j < tile.rows(); ++j) {
-      const int64_t r = tile.row_begin + j;
-      const auto inner = inner_row(activation, row_of<const scalar_t>(pre_activation, r), width);
-      const auto grad_inner =
-          inner_row(activation, row_of<scalar_t>(grad_pre_activation, r), width);
-      for (int64_t f = tile.column_begin; f < tile.column_end; f += kSumColumns) {
-        const RowBackward<scalar_t> row{
-            row_of<const scalar_t>(grad_active, j) + f - tile.column_begin, inner.from(f),
-            at.weight_of(r), grad_inner.from(f), row_of<scalar_t>(active, r) + f};
-        sums[r * num_sums + f / kSumColumns] =
-            row.template run<bytes>(activation, std::min(kSumColumns, tile.column_end - f));
-      }
-    }
-  }
-};
-
-// The products of a tile's rows of the output's gradient with the bias; `sums` of one row are
-// num_sums apart.
-template <typename scalar_t>
-struct BiasDots {
-  const Tile& tile;
-  Matrix grad;  // [rows of the tile, H]
-  const scalar_t* bias;
-  accumulate_t<scalar_t>* sums;
-  int64_t num_sums;
-
-  template <int bytes>
-  MOE_EXT_INLINE void run() const {
-    for (int64_t j = 0; j < tile.rows(); ++j) {
-      sums[(tile.row_begin + j) * num_sums] =
-          dot<bytes>(row_of<const scalar_t>(grad, j), bias, grad.columns);
-    }
-  }
-};
-
 // Fills [R, G] and [R, F], and sums of [R, num_sums] numbers that add up to the gradients of the
 // routes' weights; the last is that of the bias.
 template <typename scalar_t>
@@ -87,8 +36,22 @@ void backward_to_pre_activation(const Experts<scalar_t>& at, const Rows& grads,
         grad_active, grad,
         matrix_of(a.down, t.expert).transposed().row_range(t.column_begin, t.column_end),
         std::nullopt);
-    on_widest(ActivateTileBackward<scalar_t>{at, t, grad_active, pre_activation,
-                                             grad_pre_activation, active, sums, num_sums});
+    on_widest([&](auto bytes) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < t.rows(); ++j) {
+        const int64_t r = t.row_begin + j;
+        const auto inner =
+            inner_row(a.activation, row_of<const scalar_t>(pre_activation, r), a.width);
+        const auto grad_inner =
+            inner_row(a.activation, row_of<scalar_t>(grad_pre_activation, r), a.width);
+        for (int64_t f = t.column_begin; f < t.column_end; f += kSumColumns) {
+          const RowBackward<scalar_t> row{
+              row_of<const scalar_t>(grad_active, j) + f - t.column_begin, inner.from(f),
+              at.weight_of(r), grad_inner.from(f), row_of<scalar_t>(active, r) + f};
+          sums[r * num_sums + f / kSumColumns] =
+              row.template run<bytes>(a.activation, std::min(kSumColumns, t.column_end - f));
+        }
+      }
+    });
   });
 }
 
@@ -102,7 +65,12 @@ void multiply_by_bias(const Experts<scalar_t>& at, const Rows& grads, accumulate
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
     const Matrix grad = grads.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
     const auto* bias = const_data<scalar_t>(*a.down_bias) + t.expert * a.hidden;
-    on_widest(BiasDots<scalar_t>{t, grad, bias, sums + num_sums - 1, num_sums});
+    on_widest([&](auto bytes) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < t.rows(); ++j) {
+        sums[(t.row_begin + j + 1) * num_sums - 1] =
+            dot<bytes>(row_of<const scalar_t>(grad, j), bias, a.hidden);
+      }
+    });
   });
 }
 
@@ -125,23 +93,24 @@ Tensor add_sums(const Experts<scalar_t>& at, const accumulate_t<scalar_t>* sums,
   return out;
 }
 
-// The sums over each expert's rows of weight(r) * row(r), [E, width].
-template <typename scalar_t, typename Weight, typename Row>
-Tensor sum_rows(const Experts<scalar_t>& at, int64_t width, const Weight& weight, const Row& row) {
+// The sums over each expert's rows, weighed or not: the gradient of a bias, [E, width].
+template <typename scalar_t>
+Tensor sum_rows(const Experts<scalar_t>& at, const Rows& rows, bool weighs) {
   using T = accumulate_t<scalar_t>;
   constexpr int64_t kColumns = 256;
-  const int64_t E = at.a.groups.num_experts, parts = (width + kColumns - 1) / kColumns;
+  const int64_t E = at.a.groups.num_experts, width = rows.matrix.columns;
+  const int64_t count = parts(width, kColumns);
   const Tensor out = empty(at.a.tokens, {E, width}, at.dtype);
   scalar_t* to = data<scalar_t>(out);
-  parallel_for(0, E * parts, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, E * count, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t e = i / parts, begin = i % parts * kColumns;
+      const int64_t e = i / count, begin = i % count * kColumns;
       const int64_t columns = std::min(kColumns, width - begin);
       T sums[kColumns] = {};
       for (int64_t r = at.owned[e].begin; r < at.owned[e].end; ++r) {
         if (at.routes.sources[r] < 0) continue;
-        const T factor = weight(r);
-        const scalar_t* from = row(r) + begin;
+        const T factor = weighs ? at.weight_of(r) : T{1};
+        const scalar_t* from = row_of<const scalar_t>(rows.matrix, rows.row(r)) + begin;
         for (int64_t c = 0; c < columns; ++c) sums[c] += factor * static_cast<T>(from[c]);
       }
       for (int64_t c = 0; c < columns; ++c) {
@@ -150,23 +119,6 @@ Tensor sum_rows(const Experts<scalar_t>& at, int64_t width, const Weight& weight
     }
   });
   return out;
-}
-
-// The gradient of up_bias, from that of the pre-activations.
-template <typename scalar_t>
-Tensor sum_inner(const Experts<scalar_t>& at, const Rows& inner) {
-  const auto one = [](int64_t) { return accumulate_t<scalar_t>{1}; };
-  return sum_rows(at, at.a.inner_width, one,
-                  [&](int64_t r) { return row_of<const scalar_t>(inner.matrix, r); });
-}
-
-// The gradient of down_bias, from that of the output.
-template <typename scalar_t>
-Tensor sum_weighed(const Experts<scalar_t>& at, const Rows& grads) {
-  const auto weight = [&](int64_t r) { return at.weight_of(r); };
-  return sum_rows(at, at.a.hidden, weight, [&](int64_t r) {
-    return row_of<const scalar_t>(grads.matrix, at.routes.sources[r] / at.routes.top_k);
-  });
 }
 
 // The gradient of a weight [E, N, M], laid out as it is: of [E, M, N] where that is transposed.
@@ -203,18 +155,15 @@ class WeightGrad {
 
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-struct Needs {
-  bool tokens, up, down;
-};
-
 template <typename scalar_t>
-SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, const Needs& needs) {
+SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, bool needs_tokens, bool needs_up,
+                                 bool needs_down) {
   using T = accumulate_t<scalar_t>;
   const FeedForwardArgs& a = b.forward;
   const Experts<scalar_t> at("feed_forward_backward", a);
   const Rows grads = at.rows_of(b.grad), tokens = at.rows_of(a.tokens);
   const Tensor inner = at.fresh_rows(a.inner_width), active = at.fresh_rows(a.width);
-  const int64_t num_sums = (a.width + kSumColumns - 1) / kSumColumns + (a.down_bias ? 1 : 0);
+  const int64_t num_sums = parts(a.width, kSumColumns) + (a.down_bias ? 1 : 0);
   std::vector<T> sums(at.routes.num_rows * num_sums);
   backward_to_pre_activation(at, grads, matrix_of(b.pre_activation), matrix_of(inner),
                              matrix_of(active), sums.data(), num_sums);
@@ -222,11 +171,11 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, const Needs& 
 
   enum Product { kUp, kDown, kTokens };
   std::vector<Tile> tiles;
-  const WeightGrad grad_up(a.up, needs.up), grad_down(a.down, needs.down);
+  const WeightGrad grad_up(a.up, needs_up), grad_down(a.down, needs_down);
   grad_up.add_tiles_to(tiles, kUp);
   grad_down.add_tiles_to(tiles, kDown);
-  const Tensor rows = needs.tokens ? at.fresh_rows(a.hidden) : none(a.tokens);
-  if (needs.tokens) {
+  const Tensor rows = needs_tokens ? at.fresh_rows(a.hidden) : none(a.tokens);
+  if (needs_tokens) {
     add_row_tiles(tiles, at.owned, a.hidden, TileSize::kColumns, kTokens);
   }
   const Rows inner_rows{matrix_of(inner)}, active_rows{matrix_of(active)};
@@ -238,37 +187,28 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, const Needs& 
                   std::nullopt);
   });
 
-  const bool sums_up = needs.up && a.up_bias, sums_down = needs.down && a.down_bias;
-  return {needs.tokens ? at.combined(rows, false) : none(a.tokens),
+  const bool sums_up = needs_up && a.up_bias, sums_down = needs_down && a.down_bias;
+  return {needs_tokens ? at.combined(rows, false) : none(a.tokens),
           grad_up.tensor(),
           grad_down.tensor(),
-          sums_up ? sum_inner(at, inner_rows) : none(a.tokens),
-          sums_down ? sum_weighed(at, grads) : none(a.tokens),
+          sums_up ? sum_rows(at, inner_rows, false) : none(a.tokens),
+          sums_down ? sum_rows(at, grads, true) : none(a.tokens),
           add_sums(at, sums.data(), num_sums)};
 }
 
-SixTensors feed_forward_backward_cpu(const Tensor& grad, const Tensor& tokens,
-                                     const Tensor& pre_activation, const Tensor& slots,
-                                     const Tensor& sources, const Tensor& offsets,
-                                     const Tensor& load, const Tensor& weights, const Tensor& up,
-                                     const Tensor& down, const OptionalTensor& up_bias,
-                                     const OptionalTensor& down_bias, const std::string& activation,
-                                     bool score_before_experts, std::optional<int64_t> capacity,
-                                     bool needs_tokens, bool needs_up, bool needs_down) {
-  const FeedForwardOperands operands{tokens,  slots, sources, offsets, load,
-                                     weights, up,    down,    up_bias, down_bias};
-  const FeedForwardBackwardArgs b = feed_forward_backward_args(
-      grad, pre_activation, operands, activation, score_before_experts, capacity);
-  const Needs needs{needs_tokens, needs_up, needs_down};
+SixTensors feed_forward_backward_cpu(const FeedForwardBackwardArgs& b, bool needs_tokens,
+                                     bool needs_up, bool needs_down) {
   SixTensors results;
-  visit_float(b.forward.tokens.scalar_type(),
-              [&](auto zero) { results = feed_forward_backward<decltype(zero)>(b, needs); });
+  visit_float(b.forward.tokens.scalar_type(), [&](auto zero) {
+    results = feed_forward_backward<decltype(zero)>(b, needs_tokens, needs_up, needs_down);
+  });
   return results;
 }
 
 }  // namespace
-}  // namespace moe_ext
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("feed_forward_backward", TORCH_BOX(&moe_ext::feed_forward_backward_cpu));
+  m.impl("feed_forward_backward", boxed<feed_forward_backward_args, feed_forward_backward_cpu>);
 }
+
+}  // namespace moe_ext

@@ -6,7 +6,6 @@
 
 #include "lanes.h"
 
-#if defined(__x86_64__)
 namespace moe_ext {
 
 struct FewOuter {
@@ -64,4 +63,3 @@ struct FewOuter {
 };
 
 }  // namespace moe_ext
-#endif

@@ -16,7 +16,6 @@
 
 #include "lanes.h"
 
-#if defined(__x86_64__)
 namespace moe_ext {
 
 constexpr int kLines = 4;  // as many as sum_lanes adds up
@@ -33,6 +32,18 @@ MOE_EXT_INLINE void sum_lanes(Vector<float, 16>& sums, const Lanes (&parts)[4]) 
     for (int j = 0; j < i; ++j) fours[j] += fours[j + i];
   }
   sums = fours[0];
+}
+
+// Row j of out, from its totals, to which the bias is added.
+template <typename Format>
+MOE_EXT_INLINE void write_row(float* totals, const Matrix* bias, const Matrix& out, int64_t j) {
+  using scalar_t = typename Format::scalar_t;
+  if (bias) {
+    const auto* first = reinterpret_cast<const scalar_t*>(bias->data);
+    for (int64_t r = 0; r < out.columns; ++r) totals[r] += static_cast<float>(first[r]);
+  }
+  auto* row = reinterpret_cast<scalar_t*>(out.data) + j * out.row_stride;
+  convert<sizeof(typename Format::Lanes)>(totals, out.columns, row);
 }
 
 // Whether products of bfloat16 are made in pairs, by AVX512-BF16.
@@ -183,7 +194,7 @@ struct FewRowsOf {
         store(four, totals + j * width + first);
       }
     }
-    for (int64_t j = 0; j < n; ++j) finish<Format>(j, totals + j * width);
+    for (int64_t j = 0; j < n; ++j) write_row<Format>(totals + j * width, bias, out, j);
   }
 
   template <typename Format>
@@ -225,7 +236,8 @@ struct FewRowsOf {
       next += kCount == 1 ? kAhead : kCount * lines.row_stride * sizeof(scalar_t);
       const Part<Format> part{line,         lines.row_stride, packed.full,
                               packed.lanes, packed.sums + i,  {next, 64, kBytes}};
-      multiply_rows<true, kStreamed<Format>>(rows.rows, part);
+      with_count<kStreamed<Format>>(
+          rows.rows, [&](auto n) __attribute__((always_inline)) { multiply_part<true, n>(part); });
     }
   }
 
@@ -254,7 +266,8 @@ struct FewRowsOf {
                                 packed.at(begin, count, v),
                                 packed.sums + begin * kLines,
                                 next};
-        multiply_rows<false, kBlock<Format>>(count, part);
+        with_count<kBlock<Format>>(
+            count, [&](auto n) __attribute__((always_inline)) { multiply_part<false, n>(part); });
       }
     }
   }
@@ -284,27 +297,6 @@ struct FewRowsOf {
     typename Format::Lanes w[Format::kRegisters];
     Format::widen(weight, w);
     Format::add(sums, w, row);
-  }
-
-  // Row j of out, from its totals.
-  template <typename Format>
-  MOE_EXT_INLINE void finish(int64_t j, float* totals) const {
-    using scalar_t = typename Format::scalar_t;
-    if (bias) {
-      const auto* first = reinterpret_cast<const scalar_t*>(bias->data);
-      for (int64_t r = 0; r < out.columns; ++r) totals[r] += static_cast<float>(first[r]);
-    }
-    auto* row = reinterpret_cast<scalar_t*>(out.data) + j * out.row_stride;
-    convert<sizeof(typename Format::Lanes)>(totals, out.columns, row);
-  }
-
-  // The code for as many rows as there are, at most `most`.
-  template <bool streams, int64_t most, typename Format>
-  MOE_EXT_INLINE void multiply_rows(int64_t count, const Part<Format>& part) const {
-    if constexpr (most > 1) {
-      if (count < most) return multiply_rows<streams, most - 1>(count, part);
-    }
-    multiply_part<streams, most>(part);
   }
 
   template <bool streams, int64_t count, typename Format>
@@ -341,4 +333,3 @@ struct FewRowsOf {
 using FewRows = FewRowsOf<AllLines>;
 
 }  // namespace moe_ext
-#endif

@@ -9,7 +9,6 @@
 
 #include "lanes.h"
 
-#if defined(__x86_64__)
 namespace moe_ext {
 
 struct FewRowsFlat {
@@ -102,4 +101,3 @@ struct FewRowsFlat {
 };
 
 }  // namespace moe_ext
-#endif

@@ -14,7 +14,6 @@
 #include "codes.h"
 #include "few_rows.h"
 
-#if defined(__x86_64__)
 namespace moe_ext {
 
 struct FewRowsQuantized {
@@ -129,8 +128,10 @@ struct FewRowsQuantized {
       const Lines lines = enough ? Lines{std::min(r, weight.rows - kLines), 1} : Lines{r, 0};
       if constexpr (Codes::kHasGroups) prepare_scales(p, lines);
       for (int64_t begin = 0; begin < rows.rows; begin += kBlock) {
-        multiply_rows<kBlock>(std::min(kBlock, rows.rows - begin), codes, of_lanes, p, lines,
-                              begin);
+        const int64_t count = std::min(kBlock, rows.rows - begin);
+        with_count<kBlock>(count, [&](auto n) __attribute__((always_inline)) {
+          multiply_rows<n>(codes, of_lanes, p, lines, begin);
+        });
       }
       for (int64_t j = 0; j < rows.rows; ++j) {
         typename Codes::Lanes sums[kLines];
@@ -212,22 +213,19 @@ struct FewRowsQuantized {
     }
   }
 
-  // The code for as many rows as there are, at most `most`.
-  template <int64_t most, typename Codes>
-  MOE_EXT_INLINE void multiply_rows(int64_t count, const Codes& codes,
+  // Some rows from `begin` on.
+  template <int64_t count, typename Codes>
+  MOE_EXT_INLINE void multiply_rows(const Codes& codes,
                                     const LaneScales<sizeof(typename Codes::Lanes)>& of_lanes,
                                     const Packed<Codes>& p, const Lines& lines,
                                     int64_t begin) const {
-    if constexpr (most > 1) {
-      if (count < most) return multiply_rows<most - 1>(count, codes, of_lanes, p, lines, begin);
-    }
     // More lines of 4 bits at a time, so that additions need not wait for each other, if their
     // totals fit into the registers. Lines of 8 bits keep up one at a time, the order in which
     // memory is fastest.
-    constexpr bool fits = most == 1 || sizeof(typename Codes::Lanes) == 64;
+    constexpr bool fits = count == 1 || sizeof(typename Codes::Lanes) == 64;
     constexpr int kAtOnce = Codes::kHasGroups && fits ? kLines : 1;
     for (int i = 0; i < kLines; i += kAtOnce) {
-      multiply_block<most, kAtOnce>(codes, of_lanes, p, lines, begin, i);
+      multiply_block<count, kAtOnce>(codes, of_lanes, p, lines, begin, i);
     }
   }
 
@@ -283,18 +281,11 @@ struct FewRowsQuantized {
       for (int64_t r = 0; r < out.columns; ++r) totals[r] *= scales[r];
     }
     for (int64_t r = 0; r < out.columns; ++r) totals[r] *= of_row;
-    visit_format<sizeof(typename Codes::Lanes)>(
-        rows.dtype, [&](auto format) __attribute__((always_inline)) {
-          using scalar_t = typename decltype(format)::scalar_t;
-          if (bias) {
-            const auto* first = reinterpret_cast<const scalar_t*>(bias->data);
-            for (int64_t r = 0; r < out.columns; ++r) totals[r] += static_cast<float>(first[r]);
-          }
-          auto* row = reinterpret_cast<scalar_t*>(out.data) + j * out.row_stride;
-          convert<sizeof(typename Codes::Lanes)>(totals, out.columns, row);
-        });
+    constexpr int kBytes = sizeof(typename Codes::Lanes);
+    visit_format<kBytes>(rows.dtype, [&](auto format) __attribute__((always_inline)) {
+      write_row<decltype(format)>(totals, bias, out, j);
+    });
   }
 };
 
 }  // namespace moe_ext
-#endif

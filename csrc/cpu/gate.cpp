@@ -256,11 +256,7 @@ void gate_backward_kernel(const GateBackwardArgs& a, const Tensor& grad) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gate_cpu(const Tensor& logits,
-                                                    const OptionalTensor& choice_scores, int64_t k,
-                                                    const std::string& scoring, bool normalize,
-                                                    double scale) {
-  const GateArgs a = gate_args(logits, choice_scores, k, scoring, normalize, scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_cpu(const GateArgs& a) {
   const ScalarType dtype = accumulate_type(a.logits.scalar_type());
   Tensor weights = empty(a.logits, {a.num_tokens, a.top_k}, dtype);
   Tensor expert_ids = empty(a.logits, {a.num_tokens, a.top_k}, ScalarType::Int);
@@ -272,27 +268,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_cpu(const Tensor& logits,
   return {weights, expert_ids, probs, importance};
 }
 
-Tensor gate_backward_cpu(const OptionalTensor& grad_weights, const OptionalTensor& grad_probs,
-                         const OptionalTensor& grad_importance, const Tensor& probs,
-                         const Tensor& expert_ids, const std::string& scoring, bool normalize,
-                         double scale) {
-  const GateBackwardArgs a = gate_backward_args(grad_weights, grad_probs, grad_importance, probs,
-                                                expert_ids, scoring, normalize, scale);
+Tensor gate_backward_cpu(const GateBackwardArgs& a) {
   check_ids(Check("gate_backward"), const_data<int32_t>(a.expert_ids), a.num_tokens * a.top_k,
             a.top_k, 0, a.num_experts);
   Tensor grad = empty(a.probs, {a.num_tokens, a.num_experts}, a.probs.scalar_type());
-  if (a.probs.scalar_type() == ScalarType::Double) {
-    gate_backward_kernel<double>(a, grad);
-  } else {
-    gate_backward_kernel<float>(a, grad);
-  }
+  visit_sums(a.probs.scalar_type(),
+             [&](auto zero) { gate_backward_kernel<decltype(zero)>(a, grad); });
   return grad;
 }
 
 }  // namespace
-}  // namespace moe_ext
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("gate", TORCH_BOX(&moe_ext::gate_cpu));
-  m.impl("gate_backward", TORCH_BOX(&moe_ext::gate_backward_cpu));
+  m.impl("gate", boxed<gate_args, gate_cpu>);
+  m.impl("gate_backward", boxed<gate_backward_args, gate_backward_cpu>);
 }
+
+}  // namespace moe_ext

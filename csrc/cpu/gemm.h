@@ -73,13 +73,7 @@ inline bool prefers_own_loops() {
 }
 
 // Whether floats are multiplied by block_product.h.
-inline bool multiplies_floats() {
-#if defined(__x86_64__)
-  return prefers_own_loops() && register_bytes() >= 32;
-#else
-  return false;
-#endif
-}
+inline bool multiplies_floats() { return prefers_own_loops() && register_bytes() >= 32; }
 
 // out = left @ right^T + first; `first` is one row for all of out's, or out itself, or nothing.
 inline void multiply_by_torch(const Matrix& out, const Matrix& left, const Matrix& right,
@@ -111,12 +105,10 @@ class Gemm {
     if (dtype != ScalarType::Float && dtype != ScalarType::Double && !multiplies_natively(dtype)) {
       text = "in float32, as this CPU's torch has no " + dtype_name(dtype) + " instructions";
     }
-#if defined(__x86_64__)
     if (has_lanes(dtype)) {
       return "own loops up to " + std::to_string(most_rows(dtype, 0)) +
              " rows of an expert, else " + text;
     }
-#endif
     return text;
   }
 
@@ -126,7 +118,6 @@ class Gemm {
   // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N]
   void rows_by_weight(const Matrix& out, const Matrix& rows, const Matrix& weight,
                       const std::optional<Matrix>& bias) {
-#if defined(__x86_64__)
     const Matrix* first = bias ? &*bias : nullptr;
     const bool is_flat = weight.row_stride == 1 && weight.column_stride != 1;
     if (!(is_flat && rows.rows <= kFewFlat) && by_tiles(out, rows, weight.transposed(), first)) {
@@ -140,7 +131,6 @@ class Gemm {
         return on_widest(FewRowsFlat{out, rows, weight, first}, left_);
       }
     }
-#endif
     const int64_t padded = pads_ ? padded_size(rows.rows) : rows.rows;
     if (!widens_ && padded == rows.rows) return multiply(out, rows, weight, bias);
     const ScalarType dtype = widens_ ? ScalarType::Float : rows.dtype;
@@ -155,7 +145,6 @@ class Gemm {
     copy(out, result.row_range(0, rows.rows));
   }
 
-#if defined(__x86_64__)
   // The same with the lines of a source (few_rows.h); false where other products are faster.
   template <typename Source>
   bool rows_by_lines(const Matrix& out, const Matrix& rows, const std::optional<Matrix>& bias,
@@ -167,17 +156,14 @@ class Gemm {
     on_widest(FewRowsOf<Source>{out, rows, bias ? &*bias : nullptr, source}, left_);
     return true;
   }
-#endif
 
   // out [N, M] = left [n, N]^T @ right [n, M]
   void outer(const Matrix& out, const Matrix& left, const Matrix& right) {
-#if defined(__x86_64__)
     if (has_lanes(left.dtype) && left.dtype != ScalarType::Float && left.rows <= kFewRows &&
         left.column_stride == 1 && right.column_stride == 1 && out.column_stride == 1) {
       return on_widest(FewOuter{out, left, right}, left_);
     }
     if (by_tiles(out, left.transposed(), right, nullptr)) return;
-#endif
     const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
     if (widens_) return widened_outer(out, left, right);
     if (padded == left.rows) {
@@ -194,7 +180,6 @@ class Gemm {
   // Up to so many the loops of few_rows_flat.h are as fast as tiles, and up to four faster.
   static constexpr int64_t kFewFlat = 8;
 
-#if defined(__x86_64__)
   // The same where the rows of the weight are dense.
   static int64_t most_rows(ScalarType dtype, int64_t columns) {
     // Sums over lanes are dear for short rows.
@@ -204,7 +189,6 @@ class Gemm {
     const bool in_pairs = dtype == ScalarType::BFloat16 && multiplies_pairs();
     return in_pairs && prefers_own_loops() ? kFewPairs : kFewRows;
   }
-#endif
 
   // out = left @ right + first; false where tiles do not multiply.
   bool by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const Matrix& left,
@@ -225,13 +209,11 @@ class Gemm {
   // out = left @ right^T + first, as of multiply_by_torch.
   void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
                 const std::optional<Matrix>& first) {
-#if defined(__x86_64__)
     if (out.dtype == ScalarType::Float && out.column_stride == 1 && is_dense(left) &&
         is_dense(right) && multiplies_floats()) {
       const BlockProduct product{out, left, right.transposed(), first ? &*first : nullptr};
       return on_widest(product, packed_left_, packed_right_);
     }
-#endif
     multiply_by_torch(out, left, right, first);
     if (tiles_) tiles_.emplace();  // the library may have released them
   }

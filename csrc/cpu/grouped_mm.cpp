@@ -10,9 +10,7 @@
 namespace moe_ext {
 namespace {
 
-Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const OptionalTensor& bias,
-                      const Tensor& offsets, const Tensor& load, std::optional<int64_t> capacity) {
-  const GroupedMMArgs a = grouped_mm_args(rows, weights, bias, offsets, load, capacity);
+Tensor grouped_mm_cpu(const GroupedMMArgs& a) {
   const std::vector<Range> owned = owned_rows(Check("grouped_mm"), a.groups, a.num_rows);
   const Tensor out = fresh(a.rows, {a.num_rows, a.out_width}, a.rows.scalar_type());
   const Matrix all_out = matrix_of(out);
@@ -27,9 +25,7 @@ Tensor grouped_mm_cpu(const Tensor& rows, const Tensor& weights, const OptionalT
   return out;
 }
 
-Tensor grouped_outer_cpu(const Tensor& left, const Tensor& right, const Tensor& offsets,
-                         const Tensor& load, std::optional<int64_t> capacity) {
-  const GroupedOuterArgs a = grouped_outer_args(left, right, offsets, load, capacity);
+Tensor grouped_outer_cpu(const GroupedOuterArgs& a) {
   const std::vector<Range> owned = owned_rows(Check("grouped_outer"), a.groups, a.num_rows);
   const Tensor out =
       fresh(a.left, {a.groups.num_experts, a.left_width, a.right_width}, a.left.scalar_type());
@@ -46,10 +42,11 @@ Tensor grouped_outer_cpu(const Tensor& left, const Tensor& right, const Tensor& 
 std::string products_cpu(const Tensor& rows) { return Gemm::description(rows.scalar_type()); }
 
 }  // namespace
-}  // namespace moe_ext
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("grouped_mm", TORCH_BOX(&moe_ext::grouped_mm_cpu));
-  m.impl("grouped_outer", TORCH_BOX(&moe_ext::grouped_outer_cpu));
-  m.impl("products", TORCH_BOX(&moe_ext::products_cpu));
+  m.impl("grouped_mm", boxed<grouped_mm_args, grouped_mm_cpu>);
+  m.impl("grouped_outer", boxed<grouped_outer_args, grouped_outer_cpu>);
+  m.impl("products", TORCH_BOX(&products_cpu));
 }
+
+}  // namespace moe_ext

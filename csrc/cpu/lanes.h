@@ -82,7 +82,6 @@ struct BFloat16Pairs {
 };
 #endif
 
-#if defined(__x86_64__)
 // Whether there are loops for a dtype on this CPU.
 inline bool has_lanes(ScalarType dtype) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
@@ -139,6 +138,5 @@ MOE_EXT_INLINE void to_floats(const Matrix& matrix, float* to) {
     convert<sizeof(typename Format::Lanes)>(from, matrix.columns, to + row * matrix.columns);
   }
 }
-#endif
 
 }  // namespace moe_ext

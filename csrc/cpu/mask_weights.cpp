@@ -38,30 +38,23 @@ void mask_weights_kernel(const MaskWeightsArgs& a,
 
 Tensor kept(const MaskWeightsArgs& a, const OptionalTensor& grad) {
   Tensor result = empty(a.weights, {a.num_tokens, a.top_k}, a.weights.scalar_type());
-  if (a.weights.scalar_type() == ScalarType::Double) {
-    mask_weights_kernel(a, data_or_null<double>(grad), result);
-  } else {
-    mask_weights_kernel(a, data_or_null<float>(grad), result);
-  }
+  visit_sums(a.weights.scalar_type(), [&](auto zero) {
+    mask_weights_kernel(a, data_or_null<decltype(zero)>(grad), result);
+  });
   return result;
 }
 
-Tensor mask_weights_cpu(const Tensor& weights, const Tensor& slots, bool normalize, double eps,
-                        double scale) {
-  return kept(mask_weights_args(weights, slots, normalize, eps, scale), std::nullopt);
-}
+Tensor mask_weights_cpu(const MaskWeightsArgs& a) { return kept(a, std::nullopt); }
 
-Tensor mask_weights_backward_cpu(const Tensor& grad, const Tensor& weights, const Tensor& slots,
-                                 bool normalize, double eps, double scale) {
-  const MaskWeightsBackwardArgs a =
-      mask_weights_backward_args(grad, weights, slots, normalize, eps, scale);
+Tensor mask_weights_backward_cpu(const MaskWeightsBackwardArgs& a) {
   return kept(a.forward, a.grad);
 }
 
 }  // namespace
-}  // namespace moe_ext
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("mask_weights", TORCH_BOX(&moe_ext::mask_weights_cpu));
-  m.impl("mask_weights_backward", TORCH_BOX(&moe_ext::mask_weights_backward_cpu));
+  m.impl("mask_weights", boxed<mask_weights_args, mask_weights_cpu>);
+  m.impl("mask_weights_backward", boxed<mask_weights_backward_args, mask_weights_backward_cpu>);
 }
+
+}  // namespace moe_ext

@@ -40,6 +40,11 @@ struct Matrix {
   }
 };
 
+template <typename scalar_t>
+scalar_t* row_of(const Matrix& matrix, int64_t row) {
+  return reinterpret_cast<scalar_t*>(matrix.row_range(row, row).data);
+}
+
 // The one column of a matrix is dense, whatever its stride.
 inline int64_t column_stride_of(const Tensor& tensor, int64_t dim) {
   return tensor.size(dim) == 1 ? 1 : tensor.stride(dim);

@@ -179,12 +179,7 @@ std::vector<int32_t> without_dropped(const Queue& queue, const int32_t* expert_i
   return kept;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const Tensor& expert_ids,
-                                                    const OptionalTensor& priority,
-                                                    int64_t num_experts,
-                                                    std::optional<int64_t> capacity,
-                                                    const std::string& order, int64_t align) {
-  const PlanArgs a = plan_args(expert_ids, priority, num_experts, capacity, order, align);
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const PlanArgs& a) {
   const int64_t E = a.num_experts, R = a.num_rows;
   const int32_t* ids = const_data<int32_t>(a.expert_ids);
   const Queue queue(a);
@@ -221,6 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const Tensor& expert_ids,
 }
 
 }  // namespace
-}  // namespace moe_ext
 
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("plan", TORCH_BOX(&moe_ext::plan_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("plan", boxed<plan_args, plan_cpu>); }
+
+}  // namespace moe_ext

@@ -82,10 +82,9 @@ struct TileSize {
     return size;
   }
 
-  // of: rows and columns of each product
+  // For products of so many rows and columns.
   static TileSize fit(const std::vector<Range>& rows, int64_t columns, TileSize size) {
     const int64_t wanted = 4 * torch::stable::get_num_threads();
-    const auto parts = [](int64_t all, int64_t part) { return (all + part - 1) / part; };
     const auto count = [&] {
       int64_t tiles = 0;
       for (const auto [begin, end] : rows) tiles += parts(end - begin, size.rows);
@@ -96,39 +95,35 @@ struct TileSize {
   }
 };
 
-inline void add_tiles(std::vector<Tile>& tiles, const Tile& all, TileSize size) {
-  // Rows are divided evenly: a rest of few rows would be multiplied by other loops.
-  const int64_t count = std::max<int64_t>(1, (all.rows() + size.rows - 1) / size.rows);
-  const int64_t rows = (all.rows() + count - 1) / count;
-  for (int64_t column = all.column_begin; column < all.column_end; column += size.columns) {
-    for (int64_t row = all.row_begin; row < all.row_end; row += rows) {
-      tiles.push_back({all.expert, row, std::min(row + rows, all.row_end), column,
-                       std::min(column + size.columns, all.column_end), all.product});
+inline void add_tiles(std::vector<Tile>& tiles, const std::vector<Range>& ranges, int64_t columns,
+                      TileSize most, int product) {
+  const TileSize size = TileSize::fit(ranges, columns, most);
+  for (size_t e = 0; e < ranges.size(); ++e) {
+    const auto [begin, end] = ranges[e];
+    // Rows are divided evenly: a rest of few rows would be multiplied by other loops.
+    const int64_t count = std::max<int64_t>(1, parts(end - begin, size.rows));
+    const int64_t rows = parts(end - begin, count);
+    for (int64_t column = 0; column < columns; column += size.columns) {
+      for (int64_t row = begin; row < end; row += rows) {
+        tiles.push_back({static_cast<int64_t>(e), row, std::min(row + rows, end), column,
+                         std::min(column + size.columns, columns), product});
+      }
     }
-  }
-}
-
-inline void add_tiles(std::vector<Tile>& tiles, const std::vector<Range>& rows, int64_t columns,
-                      TileSize size, int product) {
-  for (size_t e = 0; e < rows.size(); ++e) {
-    const auto [begin, end] = rows[e];
-    add_tiles(tiles, {static_cast<int64_t>(e), begin, end, 0, columns, product}, size);
   }
 }
 
 // Tiles of the products of ranges of rows, one for each expert, to so many columns.
 inline void add_row_tiles(std::vector<Tile>& tiles, const std::vector<Range>& rows, int64_t columns,
                           int64_t most_columns = TileSize::kColumns, int product = 0) {
-  const TileSize size = TileSize{TileSize::kRows, most_columns}.widened(rows, columns);
-  add_tiles(tiles, rows, columns, TileSize::fit(rows, columns, size), product);
+  const TileSize most{TileSize::kRows, most_columns};
+  add_tiles(tiles, rows, columns, most.widened(rows, columns), product);
 }
 
 // Tiles of the sums of outer products, [rows, columns] for each expert.
 inline void add_outer_tiles(std::vector<Tile>& tiles, int64_t num_experts, int64_t rows,
                             int64_t columns, int product = 0) {
   const std::vector<Range> all(num_experts, {0, rows});
-  const TileSize size{TileSize::kRows, TileSize::kColumns};
-  add_tiles(tiles, all, columns, TileSize::fit(all, columns, size), product);
+  add_tiles(tiles, all, columns, {TileSize::kRows, TileSize::kColumns}, product);
 }
 
 // A thread's products and memory.
@@ -168,6 +163,9 @@ struct Rows {
   const int32_t* sources = nullptr;
   int64_t top_k = 1;
 
+  // The row of the matrix that row r is; a route has it.
+  int64_t row(int64_t r) const { return sources ? sources[r] / top_k : r; }
+
   // Some rows and columns; tokens are gathered into `memory`.
   Matrix range(int64_t begin, int64_t end, int64_t column_begin, int64_t column_end,
                Panel& memory) const {
@@ -180,7 +178,7 @@ struct Rows {
       if (sources[r] < 0) {
         std::memset(to, 0, bytes);
       } else {
-        std::memcpy(to, columns.row_range(sources[r] / top_k, 0).data, bytes);
+        std::memcpy(to, columns.row_range(row(r), 0).data, bytes);
       }
     }
     return panel;

@@ -31,20 +31,14 @@ MOE_EXT_INLINE void interleave(const V& even, const V& odd, float* out,
                                std::integer_sequence<int, i...>) {
   constexpr int kLanes = sizeof...(i);
   V low, high;
-#if defined(__clang__)
-  low = __builtin_shufflevector(even, odd, (i / 2 + i % 2 * kLanes)...);
-  high = __builtin_shufflevector(even, odd, (kLanes / 2 + i / 2 + i % 2 * kLanes)...);
-#else
-  using Index = Vector<int32_t, sizeof(V)>;
-  low = __builtin_shuffle(even, odd, Index{(i / 2 + i % 2 * kLanes)...});
-  high = __builtin_shuffle(even, odd, Index{(kLanes / 2 + i / 2 + i % 2 * kLanes)...});
-#endif
+  pick<(i / 2 + i % 2 * kLanes)...>(low, even, odd);
+  pick<(kLanes / 2 + i / 2 + i % 2 * kLanes)...>(high, even, odd);
   store(low, out);
   store(high, out + kLanes);
 }
 template <typename V>
 MOE_EXT_INLINE void interleave(const V& even, const V& odd, float* out) {
-  interleave(even, odd, out, std::make_integer_sequence<int, sizeof(V) / sizeof(float)>{});
+  interleave(even, odd, out, places<V>{});
 }
 
 // Rounds a row to whole numbers up to 127; returns their scale. A row with an infinity or a NaN has

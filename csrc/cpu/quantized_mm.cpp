@@ -22,57 +22,6 @@ constexpr int64_t kPanelBytes = 1 << 21, kPanelLines = 64, kPanelColumns = 128;
 constexpr int64_t kFewOnTiles = 64, kTiledBytes = 1 << 19;
 constexpr int64_t kStep = 128;  // whole steps of registers of any size
 
-// Rows in the order of panels, filled up with zeros; rounded to whole numbers times their scale.
-template <typename scalar_t>
-struct PackRows {
-  Matrix from, to;
-  bool as_they_lie, rounds, pairs;
-
-  template <int bytes>
-  MOE_EXT_INLINE void run(Panel& memory) const {
-    using T = accumulate_t<scalar_t>;
-    const int64_t M = from.columns;
-    const Matrix room = memory.get(ScalarType::Double, 2, M);
-    auto* numbers = reinterpret_cast<T*>(room.data);
-    auto* rounded = reinterpret_cast<scalar_t*>(numbers + M);
-    for (int64_t r = 0; r < from.rows; ++r) {
-      const auto* row = reinterpret_cast<const scalar_t*>(from.data) + r * from.row_stride;
-      auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
-      if (rounds) {
-        convert<bytes>(row, M, numbers);
-        const T scale = round_row<bytes>(numbers, M);
-        for (int64_t m = 0; m < M; ++m) numbers[m] *= scale;
-        convert<bytes>(numbers, M, rounded);
-        row = rounded;
-      }
-      if (as_they_lie) {
-        std::copy_n(row, M, out);
-        continue;
-      }
-      std::fill(out + M / kStep * kStep, out + to.columns, scalar_t(0));
-      with_panel_order<bytes, scalar_t>(pairs, [&](auto order) { order.pack(row, M, out); });
-    }
-  }
-};
-
-// The columns of a product with transposed panels, as they lie.
-template <typename scalar_t>
-struct UnpackColumns {
-  Matrix from, to;
-  bool pairs;
-
-  template <int bytes>
-  MOE_EXT_INLINE void run() const {
-    for (int64_t r = 0; r < to.rows; ++r) {
-      const auto* row = reinterpret_cast<const scalar_t*>(from.data) + r * from.row_stride;
-      auto* out = reinterpret_cast<scalar_t*>(to.data) + r * to.row_stride;
-      with_panel_order<bytes, scalar_t>(pairs,
-                                        [&](auto order) { order.unpack(row, to.columns, out); });
-    }
-  }
-};
-
-#if defined(__x86_64__)
 // A source of lines (few_rows.h): numbers of a weight, a part at a time.
 template <typename scalar_t>
 struct DecodedLines {
@@ -114,7 +63,6 @@ struct DecodedLines {
     }
   }
 };
-#endif
 
 template <typename scalar_t>
 class QuantizedProducts {
@@ -139,7 +87,6 @@ class QuantizedProducts {
     const Matrix out = t.of(all_out);
     const Matrix given = matrix_of(a.rows).row_range(t.row_begin, t.row_end);
     const std::optional<Matrix> bias = bias_of(a.bias, t.expert, t.column_begin, t.column_end);
-#if defined(__x86_64__)
     const bool in_bytes = a.int8_rows && multiplies_bytes(a.format, a.rows_width);
     const int64_t most = in_bytes ? (weight.has_codes() ? kFewBy4Bits : kFewBy8Bits)
                                   : (register_bytes() == 64 ? kFewRows : kFewRowsOf32);
@@ -148,15 +95,12 @@ class QuantizedProducts {
                                      bias ? &*bias : nullptr, a.int8_rows};
       return on_widest(product, worker.left);
     }
-#endif
     const bool as_they_lie = a.transposed || !weight.has_codes();
     const Matrix rows = as_they_lie && !a.int8_rows ? given : packed(worker, given, as_they_lie);
     if (a.transposed) return multiply_columns(worker, t, rows, weight, out);
-#if defined(__x86_64__)
     const QuantizedMatrix all = weight.row_range(t.column_begin, t.column_end);
     const DecodedLines<scalar_t> lines_of{all, worker.right, worker.out, multiplies_pairs()};
     if (worker.gemm.rows_by_lines(out, rows, bias, lines_of)) return;
-#endif
     const bool few = worker.gemm.is_tiled() && rows.rows <= kFewOnTiles;
     const int64_t bytes = few ? kTiledBytes : kPanelBytes;
     const int64_t lines =
@@ -183,7 +127,15 @@ class QuantizedProducts {
       }
       const Matrix product = worker.out.get(dtype_, rows.rows, panel.columns);
       worker.gemm.rows_by_weight(product, rows, panel.transposed(), std::nullopt);
-      on_widest(UnpackColumns<scalar_t>{product, part, multiplies_pairs()});
+      // As they lie.
+      on_widest([&](auto bytes) __attribute__((always_inline)) {
+        with_panel_order<bytes, scalar_t>(multiplies_pairs(), [&](auto order) {
+          for (int64_t r = 0; r < part.rows; ++r) {
+            order.unpack(row_of<const scalar_t>(product, r), part.columns,
+                         row_of<scalar_t>(part, r));
+          }
+        });
+      });
     }
   }
 
@@ -192,11 +144,33 @@ class QuantizedProducts {
     return a.format == WeightFormat::kInt8 ? columns : (columns + kStep - 1) / kStep * kStep;
   }
 
+  // Rows in the order of panels, filled up with zeros; rounded to whole numbers times their scale.
   Matrix packed(Worker& worker, const Matrix& rows, bool as_they_lie) const {
-    const Matrix to =
-        worker.left.get(dtype_, rows.rows, as_they_lie ? rows.columns : padded(rows.columns));
-    on_widest(PackRows<scalar_t>{rows, to, as_they_lie, a.int8_rows, multiplies_pairs()},
-              worker.out);
+    using T = accumulate_t<scalar_t>;
+    const int64_t M = rows.columns;
+    const Matrix to = worker.left.get(dtype_, rows.rows, as_they_lie ? M : padded(M));
+    auto* numbers = reinterpret_cast<T*>(worker.out.get(ScalarType::Double, 2, M).data);
+    auto* rounded = reinterpret_cast<scalar_t*>(numbers + M);
+    on_widest([&](auto bytes) __attribute__((always_inline)) {
+      for (int64_t r = 0; r < rows.rows; ++r) {
+        const auto* row = row_of<const scalar_t>(rows, r);
+        auto* out = row_of<scalar_t>(to, r);
+        if (a.int8_rows) {
+          convert<bytes>(row, M, numbers);
+          const T scale = round_row<bytes>(numbers, M);
+          for (int64_t m = 0; m < M; ++m) numbers[m] *= scale;
+          convert<bytes>(numbers, M, rounded);
+          row = rounded;
+        }
+        if (as_they_lie) {
+          std::copy_n(row, M, out);
+          continue;
+        }
+        std::fill(out + M / kStep * kStep, out + to.columns, scalar_t(0));
+        with_panel_order<bytes, scalar_t>(multiplies_pairs(),
+                                          [&](auto order) { order.pack(row, M, out); });
+      }
+    });
     return to;
   }
 
@@ -211,12 +185,7 @@ class QuantizedProducts {
   ScalarType dtype_;
 };
 
-Tensor quantized_mm_cpu(const Tensor& rows, const Tensor& values, const Tensor& scales,
-                        const OptionalTensor& zeros, const OptionalTensor& bias,
-                        const Tensor& offsets, const Tensor& load, const std::string& format,
-                        bool transposed, bool int8_rows, std::optional<int64_t> capacity) {
-  const QuantizedMMArgs a = quantized_mm_args(rows, values, scales, zeros, bias, offsets, load,
-                                              format, transposed, int8_rows, capacity);
+Tensor quantized_mm_cpu(const QuantizedMMArgs& a) {
   Tensor out;
   visit_float(a.rows.scalar_type(),
               [&](auto zero) { out = QuantizedProducts<decltype(zero)>(a).run(); });
@@ -224,8 +193,9 @@ Tensor quantized_mm_cpu(const Tensor& rows, const Tensor& values, const Tensor& 
 }
 
 }  // namespace
-}  // namespace moe_ext
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("quantized_mm", TORCH_BOX(&moe_ext::quantized_mm_cpu));
+  m.impl("quantized_mm", boxed<quantized_mm_args, quantized_mm_cpu>);
 }
+
+}  // namespace moe_ext

@@ -106,8 +106,9 @@ struct Routes {
 template <typename scalar_t>
 class RowWriter {
  public:
-  explicit RowWriter(const Tensor& result)
-      : streams_(result.numel() * static_cast<int64_t>(sizeof(scalar_t)) > kCached) {}
+  // size: numbers of the result
+  explicit RowWriter(int64_t size)
+      : streams_(size * static_cast<int64_t>(sizeof(scalar_t)) > kCached) {}
   RowWriter(const RowWriter&) = delete;
   RowWriter& operator=(const RowWriter&) = delete;
   ~RowWriter() {
@@ -172,7 +173,7 @@ class RowWriter {
 };
 
 // Fills `out` [T, H]; combine.cpp.
-void combine(const CombineArgs& a, const Tensor& out);
+void combine(const MoveArgs& a, const Tensor& out);
 
 // Walks the pieces of routes' rows some way ahead of their use, to fetch them: rows lie anywhere.
 // `group` routes one after the other are read side by side, a piece of each in turn.

@@ -28,8 +28,6 @@ struct Lines {
   int64_t stride, step;  // to the next line, to the next step
 };
 
-inline int64_t parts(int64_t all, int64_t part) { return (all + part - 1) / part; }
-
 inline const uint16_t* numbers(const Matrix& matrix) {
   return reinterpret_cast<const uint16_t*>(matrix.data);
 }
@@ -38,14 +36,10 @@ inline const uint16_t* numbers(const Matrix& matrix) {
 template <int w, int x, int y, int z>
 MOE_EXT_INLINE void shuffle_lanes(Pairs& to, const Pairs& a, const Pairs& b) {
   using Long = Vector<int64_t, 64>;
-#if defined(__clang__)
-  to = Pairs(__builtin_shufflevector(Long(a), Long(b), 2 * w, 2 * w + 1, 2 * x, 2 * x + 1, 2 * y,
-                                     2 * y + 1, 2 * z, 2 * z + 1));
-#else
-  to = Pairs(__builtin_shuffle(
-      Long(a), Long(b),
-      Long{2 * w, 2 * w + 1, 2 * x, 2 * x + 1, 2 * y, 2 * y + 1, 2 * z, 2 * z + 1}));
-#endif
+  Long out;
+  pick<2 * w, 2 * w + 1, 2 * x, 2 * x + 1, 2 * y, 2 * y + 1, 2 * z, 2 * z + 1>(out, Long(a),
+                                                                               Long(b));
+  to = Pairs(out);
 }
 
 // Turns 16 lines of 16 pairs.

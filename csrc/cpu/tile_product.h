@@ -91,10 +91,10 @@ struct TileProduct {
   // turned: lines are columns of out
   MOE_EXT_INLINE void multiply(const Matrix& lines, const Matrix& columns, bool turned,
                                Tiles& tiles, Panel& memory) const {
-    const int64_t steps = std::max<int64_t>(1, layout::parts(lines.columns, kStep));
-    const int64_t strips = layout::parts(lines.rows, kStrip);
+    const int64_t steps = std::max<int64_t>(1, parts(lines.columns, kStep));
+    const int64_t strips = parts(lines.rows, kStrip);
     const bool few = strips <= kFewStrips;
-    const int64_t all = layout::parts(columns.columns, kBand);
+    const int64_t all = parts(columns.columns, kBand);
     const int64_t fit = kPackedBytes / (layout::kBandNumbers * 2);  // bands times steps
     const int64_t deep = std::min(few ? kPart : kDeep, steps);
     const int64_t most = few ? kSumsBytes / (strips * kSums * 4) : fit / deep;
@@ -112,8 +112,7 @@ struct TileProduct {
       const int64_t width = std::min(bands * kBand, columns.columns - c);
       for (int64_t s = 0; s < steps; s += deep) {
         const bool ends = s + deep >= steps;
-        const Block block{c,      width, layout::parts(width, kBand), std::min(deep, steps - s),
-                          s == 0, ends};
+        const Block block{c, width, parts(width, kBand), std::min(deep, steps - s), s == 0, ends};
         layout::pack(columns.row_range(s * kStep, std::min((s + deep) * kStep, columns.rows))
                          .column_range(c, c + width),
                      block.bands, block.steps, room.packed);
@@ -134,7 +133,7 @@ struct TileProduct {
   MOE_EXT_INLINE Room room_for(int64_t bands, int64_t steps, int64_t strips, Panel& memory) const {
     const int64_t packed = bands * steps * layout::kBandNumbers / 2,
                   copied = steps * kStrip * kStep / 2;
-    const int64_t sums = strips * bands * kSums, bias = layout::parts(out.columns, kBand) * kBand;
+    const int64_t sums = strips * bands * kSums, bias = parts(out.columns, kBand) * kBand;
     const Matrix panel = memory.get(ScalarType::Float, 1, packed + copied + sums + bias);
     auto* floats = reinterpret_cast<float*>(panel.data);
     const Room room{reinterpret_cast<uint16_t*>(floats),
@@ -170,7 +169,7 @@ struct TileProduct {
         // Each band asks for its share of the next lines.
         const int64_t stride = all.row_stride * 2;
         const Asked asked{next + s * kTileBytes + b * stride, block.bands * stride,
-                          next && b < kStrip ? layout::parts(kStrip - b, block.bands) : 0};
+                          next && b < kStrip ? parts(kStrip - b, block.bands) : 0};
         const uint16_t* packed = room.packed + (b * block.steps + s) * layout::kBandNumbers;
         float* sums = room.sums + b * kSums;
         const int64_t columns = std::min(kBand, block.columns - b * kBand);

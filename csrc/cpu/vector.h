@@ -1,9 +1,10 @@
 // Vector code on CPUs that are not all alike.
 //
 // The libraries are built for every CPU of an architecture. on_widest(kernel, args...) calls
-// kernel.run<bytes>(args...) compiled for the widest registers this CPU has, of so many bytes.
-// `run` and what is hot in it are MOE_EXT_INLINE: only then are they compiled for each. Most are
-// plain loops, which the compiler turns into vector code; Vector is for those it does not.
+// kernel.run<bytes>(args...), or the lambda kernel(bytes), compiled for the widest registers this
+// CPU has, of so many bytes. Both, and what is hot in them, are always inlined: only then are they
+// compiled for each. Most are plain loops, which the compiler turns into vector code; Vector is for
+// those it does not.
 
 #pragma once
 
@@ -35,20 +36,32 @@ static_assert(MOE_EXT_REGISTERS == 16 || MOE_EXT_REGISTERS == 32 || MOE_EXT_REGI
 
 namespace moe_ext {
 
+template <int bytes, typename Kernel, typename... Args>
+MOE_EXT_INLINE void call_kernel(const Kernel& kernel, Args&... args) {
+  if constexpr (std::is_invocable_v<const Kernel&, std::integral_constant<int, bytes>>) {
+    kernel(std::integral_constant<int, bytes>{});
+  } else {
+    kernel.template run<bytes>(args...);
+  }
+}
+
 #if defined(__x86_64__)
 template <typename Kernel, typename... Args>
 __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void on_64_bytes(
     const Kernel& kernel, Args&... args) {
-  kernel.template run<64>(args...);
+  call_kernel<64>(kernel, args...);
 }
 
 template <typename Kernel, typename... Args>
 __attribute__((noinline, target("avx2,fma"))) void on_32_bytes(const Kernel& kernel,
                                                                Args&... args) {
-  kernel.template run<32>(args...);
+  call_kernel<32>(kernel, args...);
 }
+#endif
 
+// How many bytes the widest registers have that this CPU has and these libraries use.
 inline int register_bytes() {
+#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
@@ -56,27 +69,36 @@ inline int register_bytes() {
                       __builtin_cpu_supports("avx512vl");
   const int widest = avx512 ? 64 : avx2 ? 32 : 16;
   return widest < MOE_EXT_REGISTERS ? widest : MOE_EXT_REGISTERS;
-}
+#else
+  return 16;
 #endif
+}
 
-// kernel.run<bytes> as a function of its own: GCC allocates registers badly in very large ones.
+// The kernel as a function of its own: GCC allocates registers badly in very large ones.
 template <int bytes, typename Kernel, typename... Args>
 void on_registers(const Kernel& kernel, Args&... args) {
 #if defined(__x86_64__)
   if constexpr (bytes == 64) return on_64_bytes(kernel, args...);
   if constexpr (bytes == 32) return on_32_bytes(kernel, args...);
 #endif
-  if constexpr (bytes == 16) kernel.template run<16>(args...);
+  if constexpr (bytes == 16) call_kernel<16>(kernel, args...);
 }
 
 template <typename Kernel, typename... Args>
 void on_widest(const Kernel& kernel, Args&&... args) {
-#if defined(__x86_64__)
   const int bytes = register_bytes();
   if (bytes == 64) return on_registers<64>(kernel, args...);
   if (bytes == 32) return on_registers<32>(kernel, args...);
-#endif
   on_registers<16>(kernel, args...);
+}
+
+// Calls body(a constant: count), where count is at most `most`: code for as many as there are.
+template <int64_t most, typename Body>
+MOE_EXT_INLINE void with_count(int64_t count, const Body& body) {
+  if constexpr (most > 1) {
+    if (count < most) return with_count<most - 1>(count, body);
+  }
+  body(std::integral_constant<int64_t, most>{});
 }
 
 // Asks for `size` numbers ahead of their use; where they lie need not be memory of ours.
@@ -198,23 +220,29 @@ MOE_EXT_INLINE void convert(const From* from, int64_t size, To* to) {
   for (; i < size; ++i) to[i] = static_cast<To>(static_cast<T>(from[i]));
 }
 
+// The numbers of a and b, one after the other, at `i`.
+template <int... i, typename V>
+MOE_EXT_INLINE void pick(V& out, const V& a, const V& b) {
+#if defined(__clang__)
+  out = __builtin_shufflevector(a, b, i...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  out = __builtin_shuffle(a, b, Vector<Index, sizeof(V)>{i...});
+#endif
+}
+
+template <typename V>
+using places = std::make_integer_sequence<int, sizeof(V) / sizeof(element_t<V>)>;
+
 // In every four numbers: those at w, x, y, z of the four of a, from 0, and of b, from 4.
 template <int w, int x, int y, int z, typename V, int... i>
 MOE_EXT_INLINE void shuffle(V& out, const V& a, const V& b, std::integer_sequence<int, i...>) {
   constexpr int kFour[] = {w, x, y, z}, kSize = sizeof...(i);
-#if defined(__clang__)
-  out = __builtin_shufflevector(a, b, (i / 4 * 4 + kFour[i % 4] % 4 + kFour[i % 4] / 4 * kSize)...);
-#else
-  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
-  out = __builtin_shuffle(
-      a, b, Vector<Index, sizeof(V)>{(i / 4 * 4 + kFour[i % 4] % 4 + kFour[i % 4] / 4 * kSize)...});
-#endif
+  pick<(i / 4 * 4 + kFour[i % 4] % 4 + kFour[i % 4] / 4 * kSize)...>(out, a, b);
 }
-
 template <int w, int x, int y, int z, typename V>
 MOE_EXT_INLINE void shuffle(V& out, const V& a, const V& b) {
-  constexpr int kSize = sizeof(V) / sizeof(element_t<V>);
-  shuffle<w, x, y, z>(out, a, b, std::make_integer_sequence<int, kSize>{});
+  shuffle<w, x, y, z>(out, a, b, places<V>{});
 }
 
 // Turns every square of four numbers of four rows.
