@@ -28,12 +28,9 @@ else()
   endif()
 endif()
 
-set_property(TARGET moe_ext::moe_ext APPEND PROPERTY INTERFACE_COMPILE_FEATURES cxx_std_20)
-set_property(TARGET moe_ext::moe_ext APPEND PROPERTY
-             INTERFACE_LINK_LIBRARIES "${TORCH_LIBRARIES}")
+target_compile_features(moe_ext::moe_ext INTERFACE cxx_std_20)
+target_link_libraries(moe_ext::moe_ext INTERFACE ${TORCH_LIBRARIES})
 if(TARGET moe_ext::moe_ext_cuda)
-  set_property(TARGET moe_ext::moe_ext APPEND PROPERTY
-               INTERFACE_LINK_LIBRARIES moe_ext::moe_ext_cuda)
-  set_property(TARGET moe_ext::moe_ext APPEND PROPERTY
-               INTERFACE_COMPILE_DEFINITIONS MOE_EXT_CUDA)
+  target_link_libraries(moe_ext::moe_ext INTERFACE moe_ext::moe_ext_cuda)
+  target_compile_definitions(moe_ext::moe_ext INTERFACE MOE_EXT_CUDA)
 endif()

@@ -74,6 +74,10 @@ Result call(const c10::OperatorHandle& op, const Args&... args) {
   return op.typed<Result(Args...)>().call(args...);
 }
 
+inline std::optional<c10::SymInt> rows_of(std::optional<int64_t> capacity) {
+  return capacity ? std::make_optional<c10::SymInt>(*capacity) : std::nullopt;
+}
+
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 }  // namespace detail
@@ -94,10 +98,9 @@ inline Plan make_plan(const at::Tensor& expert_ids, int64_t num_experts,
                       const OptionalTensor& priority = std::nullopt,
                       std::string_view order = "choice", int64_t align = 1) {
   static const c10::OperatorHandle op = detail::find("moe_ext::plan");
-  const std::optional<c10::SymInt> rows =
-      capacity ? std::make_optional<c10::SymInt>(*capacity) : std::nullopt;
-  auto [slots, sources, offsets, load] = detail::call<detail::Four>(
-      op, expert_ids, priority, c10::SymInt(num_experts), rows, order, c10::SymInt(align));
+  auto [slots, sources, offsets, load] =
+      detail::call<detail::Four>(op, expert_ids, priority, c10::SymInt(num_experts),
+                                 detail::rows_of(capacity), order, c10::SymInt(align));
   return {slots, sources, offsets, load, capacity};
 }
 
@@ -141,11 +144,9 @@ inline at::Tensor feed_forward(const at::Tensor& tokens, const Plan& plan,
                                const OptionalTensor& down_bias = std::nullopt,
                                bool score_before_experts = false) {
   static const c10::OperatorHandle op = detail::find("moe_ext::feed_forward");
-  const std::optional<c10::SymInt> capacity =
-      plan.capacity ? std::make_optional<c10::SymInt>(*plan.capacity) : std::nullopt;
   auto [out, pre_activation] = detail::call<std::tuple<at::Tensor, at::Tensor>>(
       op, tokens, plan.slots, plan.sources, plan.offsets, plan.load, weights, up, down, up_bias,
-      down_bias, activation, score_before_experts, capacity, false);
+      down_bias, activation, score_before_experts, detail::rows_of(plan.capacity), false);
   return out;
 }
 
@@ -154,9 +155,8 @@ inline at::Tensor feed_forward(const at::Tensor& tokens, const Plan& plan,
 inline at::Tensor grouped_mm(const at::Tensor& rows, const at::Tensor& weights, const Plan& plan,
                              const OptionalTensor& bias = std::nullopt) {
   static const c10::OperatorHandle op = detail::find("moe_ext::grouped_mm");
-  const std::optional<c10::SymInt> capacity =
-      plan.capacity ? std::make_optional<c10::SymInt>(*plan.capacity) : std::nullopt;
-  return detail::call<at::Tensor>(op, rows, weights, bias, plan.offsets, plan.load, capacity);
+  return detail::call<at::Tensor>(op, rows, weights, bias, plan.offsets, plan.load,
+                                  detail::rows_of(plan.capacity));
 }
 
 // pre_activation [R, G] as of feed_forward; weights [T, K] -> [R, F]
