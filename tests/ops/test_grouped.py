@@ -68,12 +68,13 @@ def test_more_than_a_tile(device, dtype):
     plan = moe_ext.make_plan(experts.unsqueeze(1), 5)
     fresh = partial(values, dtype=dtype, device=device)
     x, w, bias = fresh(len(experts), M), fresh(5, N, M), fresh(5, N)
-    out = moe_ext.grouped_mm(x, w, plan, bias)
+    out, of_turned = (moe_ext.grouped_mm(x, y, plan, bias) for y in (w, w.mT.contiguous().mT))
     outer = torch.ops.moe_ext.grouped_outer(out, x, *groups(plan))
     for e in range(5):
         mine = slice(int(plan.offsets[e]), int(plan.offsets[e + 1]))
         exact = x[mine].double() @ w[e].double().T + bias[e].double()
         assert relative_error(out[mine], exact) < rounding(dtype, 1)
+        assert relative_error(of_turned[mine], exact) < rounding(dtype, 1)
         exact = out[mine].double().T @ x[mine].double()
         assert relative_error(outer[e], exact) < rounding(dtype, M)
 
