@@ -66,7 +66,6 @@ bench: $(VENV)/peers
 	$(BIN)/python bench/bench_decode.py --dtype float32 --seconds 1
 	$(BIN)/python bench/bench_decode.py --dtype bfloat16 --seconds 1
 	$(BIN)/python bench/bench_growth.py
-	$(BIN)/python bench/bench_limits.py
 	$(BIN)/python bench/bench_stats.py --seconds 0.5
 	$(BIN)/python bench/report.py
 

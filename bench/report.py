@@ -24,7 +24,7 @@ DOCS = ROOT / "docs"
 SMALL = {"small-forward-float32": "forward", "small-float32": "with gradient"}
 NAMES = "performance", "experts", "quantised", "watching"
 PAGES = [ROOT / "README.md", *(DOCS / f"{name}.md" for name in NAMES)]
-NEEDED = {"peers-float32", "layer-float32", "growth", "limits", "stats", *SMALL}
+NEEDED = {"peers-float32", "layer-float32", "growth", "stats", *SMALL}
 NEEDED |= {"decode-float32", "decode-bfloat16"}
 EXPERTS = "experts-float32", "experts-float32-new-memory"  # of `make bench-full`
 OURS = "moe_ext"
@@ -170,11 +170,6 @@ def stats_table(report: dict) -> str:
     return f"{table}\n\n{where(report)}."
 
 
-def limits_table(limits: dict) -> str:
-    rows = [[name, f"{value * 1e3:.1f}"] for name, value in limits["seconds"].items()]
-    return markdown([f"{limits['mebibytes']} MiB, one thread", "ms"], rows)
-
-
 def decode_table(report: dict) -> str:
     """Milliseconds of the experts of one layer, and the share of the limit."""
     rows = []
@@ -287,7 +282,6 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
         texts["experts"] = experts_table(found)
     for name, file, table in (
         ("growth", "growth", growth_table),
-        ("limits", "limits", limits_table),
         ("stats", "stats", stats_table),
         ("quantised", "quantised-bfloat16", quantised_table),
         ("packed_peers", "quantised-peers", packed_peers_table),

@@ -1,5 +1,4 @@
-// What the operators' CUDA sides share: a tensor's device and stream, and arguments as kernels take
-// them.
+// Shared by the operators' CUDA sides: a tensor's device and stream, and kernels' arguments.
 //
 // With MOE_EXT_EMULATED the kernels are those that tests/cusim runs on the CPU, and they replace
 // the CPU operators: the same key, registered later.

@@ -169,7 +169,7 @@ def operator_error(op: str, args: tuple, where: str) -> str:
     return text.removeprefix(f"{op}: ")
 
 
-# Of activations; those with a gate take it alone.
+# The functions of activations; those with a gate take it alone.
 FUNCTIONS = {
     "swiglu": F.silu,
     "geglu": F.gelu,

@@ -1,4 +1,4 @@
-// What tensor cores do, and asynchronous copies to shared memory: the functions of
+// Functions of tensor cores and asynchronous copies to shared memory, which are those of
 // csrc/cuda/products/tensor.cuh.
 //
 // A copy is made when its thread waits for it, the latest that CUDA allows; in random order those

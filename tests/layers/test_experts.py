@@ -95,7 +95,7 @@ def test_float32_gives_the_gradients_of_float64(activation, bias, before):
         assert_near(derivatives(torch.float32, plan), exact, 1e-5)
 
 
-# Of feed_forward's operands.
+# The operands of feed_forward.
 SHAPES = {
     "tokens": (7, H),
     "weights": (7, 2),

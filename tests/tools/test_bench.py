@@ -223,18 +223,6 @@ def test_growth_has_slopes_and_counts_memory():
     assert rows < grown < 100 * rows
 
 
-def test_limits_are_of_checked_operators(monkeypatch):
-    limits, seen = load("bench_limits"), []
-
-    def measure_in(options, label, state):
-        seen.append((options.op, options.tokens, options.threads, label, state))
-        return [{"ops": [{"seconds": {"moe_ext": 1.0, "index_select": 2.0, "other": 3.0}}]}]
-
-    monkeypatch.setattr(limits.bench_ops, "measure_in", measure_in)
-    assert limits.operator("dispatch", "kept", 7, 0.5) == {"dispatch": 1.0, "index_select": 2.0}
-    assert seen == [(["dispatch"], 7, [1], "qwen3, half", "kept")]
-
-
 def test_an_exchange_sends_at_least_the_least_bytes(tmp_path, monkeypatch):
     out = tmp_path / "parallel.json"
     options = ["--processes", "2", "--top-k", "3", "--tokens", "64", "--seconds", "0"]

@@ -95,7 +95,7 @@ class Tiles {
   int columns_;
   int first_ = 0;       // of 32 groups
   int64_t before_ = 0;  // tiles of rows before it
-  // Of this lane's group: its rows, tiles of rows, and those with the lanes' below.
+  // The rows of this lane's group, its tiles of rows, and those with the lanes' below.
   GroupRows rows_;
   int count_, through_;
 };
