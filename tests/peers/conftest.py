@@ -2,6 +2,10 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 # DeepSpeed looks for its accelerator when it is imported, here and in the processes of tests.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

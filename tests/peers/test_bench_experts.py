@@ -1,30 +1,20 @@
 """The bench of experts times every implementation, and names peers that are left out."""
 
-import importlib
 import json
-from pathlib import Path
 
+import bench_layer
+import common
 import pytest
 import torch
 
-
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
-    return importlib.import_module("bench_layer")
+TINY = bench_layer.Point(9, 16, 8, 4, 2, "zipf")
 
 
-@pytest.fixture
-def tiny(bench):
-    return bench.Point(9, 16, 8, 4, 2, "zipf")
-
-
-def test_every_implementation_is_timed(bench, tiny, tmp_path, capfd, monkeypatch):
-    common = importlib.import_module("common")
+def test_every_implementation_is_timed(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    points = {"tiny": tiny._replace(load="balanced"), "skewed": tiny}
-    monkeypatch.setattr(bench, "EXPERTS_POINTS", points)
-    bench.main(["--experts", "--seconds", "0"])
+    points = {"tiny": TINY._replace(load="balanced"), "skewed": TINY}
+    monkeypatch.setattr(bench_layer, "EXPERTS_POINTS", points)
+    bench_layer.main(["--experts", "--seconds", "0"])
     folder = common.slug(common.machine(torch.device("cpu")))
     report = json.loads((tmp_path / folder / "experts-float32.json").read_text())
     assert [point["point"] for point in report["points"]] == ["tiny", "skewed"]
@@ -37,18 +27,18 @@ def test_every_implementation_is_timed(bench, tiny, tmp_path, capfd, monkeypatch
     assert "| ms | of bound | eager | batched_mm | grouped_mm |" in capfd.readouterr().out
 
 
-def test_memory_is_at_least_the_weights_gradients(bench):
-    point = bench.Point(512, 256, 256, 8, 2)
+def test_memory_is_at_least_the_weights_gradients():
+    point = bench_layer.Point(512, 256, 256, 8, 2)
     args = point, torch.float32, True, "moe_ext"
     weights = 3 * 8 * 256 * 256 * 4
-    assert weights < bench.memory.in_new_process(bench.growth, *args) < 10 * weights
+    assert weights < bench_layer.memory.in_new_process(bench_layer.growth, *args) < 10 * weights
 
 
-def test_peers_that_are_left_out_are_named(bench, tiny, monkeypatch):
-    monkeypatch.setattr(bench, "MOST_BYTES", 1000)
-    result = bench.measure(tiny, torch.float32, 1, 0.0, of_experts=True)
+def test_peers_that_are_left_out_are_named(monkeypatch):
+    monkeypatch.setattr(bench_layer, "MOST_BYTES", 1000)
+    result = bench_layer.measure(TINY, torch.float32, 1, 0.0, of_experts=True)
     assert result["excluded"] == {"batched_mm": "needs 0 GiB"}
     assert "batched_mm" not in result["seconds"]
-    result = bench.measure(tiny, torch.float32, 1, 0.0, longest=0.0, of_experts=True)
+    result = bench_layer.measure(TINY, torch.float32, 1, 0.0, longest=0.0, of_experts=True)
     assert result["excluded"]["eager"].startswith("took")
     assert set(result["seconds"]) == {"moe_ext", "bound"}

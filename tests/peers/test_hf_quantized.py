@@ -1,9 +1,8 @@
 """Models of transformers whose experts are frozen in 8 or 4 bits."""
 
 import copy
-import importlib
-from pathlib import Path
 
+import bench_loading
 import pytest
 import safetensors.torch
 import torch
@@ -14,7 +13,6 @@ from hf_models import model_of, shipped_by_gpt_oss
 import moe_ext.hf
 from moe_ext import QuantizedWeight
 
-BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 MODELS = ["mixtral", "qwen3_moe", "gpt_oss"]
 FORMATS = [("int8", {}), ("int4", {"group_size": 32, "zero_points": True}), ("mxfp4", {})]
 
@@ -212,10 +210,8 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, packed):
         moe_ext.hf.from_pretrained(tmp_path, "int8")
 
 
-def test_a_load_takes_the_memory_of_the_packed_model_and_a_file(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    bench = importlib.import_module("bench_loading")
-    (load,) = bench.measure(8, ["int4"], hidden=512, shard=100_000_000)
+def test_a_load_takes_the_memory_of_the_packed_model_and_a_file():
+    (load,) = bench_loading.measure(8, ["int4"], hidden=512, shard=100_000_000)
     assert load["packed"] < 0.29 * load["whole"]
     assert load["peak"] < load["limit"] < load["whole"]
 

@@ -1,11 +1,16 @@
-"""A run with readings, for the tests of sinks and pictures."""
+"""The path of the benches, and a run with readings for the tests of sinks and pictures."""
+
+import sys
 
 import pytest
 import torch
+from scripts import ROOT
 from torch import nn
 
 from moe_ext import GroupedExperts, MOELayer, TopKGate, stats
 from moe_ext.monitor.sinks import JsonLines
+
+sys.path.insert(0, str(ROOT / "bench"))
 
 
 @pytest.fixture(scope="session")

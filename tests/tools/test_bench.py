@@ -1,16 +1,26 @@
 """The benches check results before they time them, and keep a partial run apart from a whole."""
 
 import ctypes
-import importlib
 import importlib.util
 import itertools
 import json
 import math
 import os
 import sys
-from pathlib import Path
 
+import bench_growth
+import bench_layer
+import bench_ops
+import bench_parallel
+import common
+import layer_peers
+import memory
+import peers
+import pictures
 import pytest
+import report
+import scaling
+import timing
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
@@ -18,31 +28,24 @@ from matplotlib.text import Text
 
 from moe_ext.ops import reference
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 SMALL = ["--device", "cpu", "--tokens", "40", "--seconds", "0.001"]
 
 
-load = importlib.import_module
-
-
 @pytest.fixture(autouse=True)
-def _benches(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
+def _no_group_is_left():
+    """fairscale's layer initialises one."""
     yield
-    # fairscale's layer initialises one.
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-@pytest.fixture
-def bench_ops(monkeypatch):
-    module = load("bench_ops")
-    monkeypatch.setattr(module, "cache_bytes", lambda device: 1 << 16)
-    return module
+@pytest.fixture(autouse=True)
+def _small_cache(monkeypatch):
+    monkeypatch.setattr(bench_ops, "cache_bytes", lambda device: 1 << 16)
 
 
 @pytest.fixture
-def ops_report(bench_ops, tmp_path):
+def ops_report(tmp_path):
     """Runs bench_ops with options, and gives the report that it writes."""
 
     def report(*options: str) -> dict:
@@ -53,7 +56,7 @@ def ops_report(bench_ops, tmp_path):
     return report
 
 
-def test_every_operator_is_timed(bench_ops, ops_report):
+def test_every_operator_is_timed(ops_report):
     report = ops_report("--shape", "gshard", "mixtral")
     assert report["complete"]
     assert [shape["shape"] for shape in report["shapes"]] == ["gshard", "mixtral"]
@@ -76,8 +79,8 @@ def test_every_operator_is_timed(bench_ops, ops_report):
 
 
 def test_result_files_have_a_line_for_each_record(tmp_path):
-    common, out = load("common"), tmp_path / "folder" / "report.json"
-    records = [{"seconds": load("timing").Spread(1 / 3, 0.25, 1 / 2), "n": i} for i in range(3)]
+    out = tmp_path / "folder" / "report.json"
+    records = [{"seconds": timing.Spread(1 / 3, 0.25, 1 / 2), "n": i} for i in range(3)]
     report = {"number": 12345678, "text": "\n", "none": None, "records": records * 20}
     common.keep(report, None, out)
     assert len(out.read_text().splitlines()) == 1 + 3 + 1 + 60 + 1 + 1
@@ -98,10 +101,10 @@ def test_peers_that_are_missing_are_named(ops_report, monkeypatch):
     assert "moe-ops" in gate["excluded"]
 
 
-def test_the_state_of_memory_is_recorded(bench_ops, ops_report, monkeypatch):
+def test_the_state_of_memory_is_recorded(ops_report, monkeypatch):
     """Every state has a process of its own; here one process stands for all."""
     monkeypatch.setattr(bench_ops, "measure_in", bench_ops.measure)
-    monkeypatch.setattr(load("memory"), "give_back", lambda: None)
+    monkeypatch.setattr(memory, "give_back", lambda: None)
     states = ["new", "huge", "kept"]
     options = ["--shape", "gshard", "--op", "plan", "--memory", *states, "--threads", "1"]
     shapes = ops_report(*options)["shapes"]
@@ -112,22 +115,22 @@ def memory_settings(*_) -> tuple[str | None, bool]:
     """Whether torch asks for huge pages, and whether a block that is freed is there at once."""
     block = ctypes.create_string_buffer(64 << 20)
     ctypes.memset(block, 1, len(block))
-    before = load("memory")._resident("VmRSS")
+    before = memory._resident("VmRSS")
     del block
-    is_kept = before - load("memory")._resident("VmRSS") < 32 << 20
+    is_kept = before - memory._resident("VmRSS") < 32 << 20
     return os.environ.get("THP_MEM_ALLOC_ENABLE"), is_kept
 
 
 @pytest.mark.parametrize(
     ("state", "expected"), [("new", (None, False)), ("huge", ("1", False)), ("kept", (None, True))]
 )
-def test_a_state_of_memory_is_in_force(bench_ops, monkeypatch, state, expected):
+def test_a_state_of_memory_is_in_force(monkeypatch, state, expected):
     monkeypatch.setattr(bench_ops, "measure", memory_settings)
     assert bench_ops.measure_in(None, "", state) == expected
 
 
-def test_a_part_is_not_kept_as_the_whole(bench_ops, tmp_path, monkeypatch):
-    monkeypatch.setattr(load("common"), "RESULTS", tmp_path)
+def test_a_part_is_not_kept_as_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     bench_ops.main([*SMALL, "--shape", "gshard", "--op", "plan"])
     assert list(tmp_path.iterdir()) == []
     bench_ops.main([*SMALL, "--shape", "gshard", "--op", "plan", "--name", "part"])
@@ -135,7 +138,7 @@ def test_a_part_is_not_kept_as_the_whole(bench_ops, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["scaled", "a token lost"])
-def test_a_wrong_operator_is_not_timed(bench_ops, tmp_path, monkeypatch, fault):
+def test_a_wrong_operator_is_not_timed(tmp_path, monkeypatch, fault):
     right = reference.combine
 
     def wrong(*args):
@@ -151,8 +154,7 @@ def test_a_wrong_operator_is_not_timed(bench_ops, tmp_path, monkeypatch, fault):
 
 
 @pytest.mark.parametrize("title", ["gate", "plan", "dispatch", "combine"])
-def test_a_wrong_peer_is_not_timed(bench_ops, monkeypatch, title):
-    peers = load("peers")
+def test_a_wrong_peer_is_not_timed(monkeypatch, title):
     peer = peers.OPERATORS[title][0]
 
     def wrong(operands):
@@ -172,26 +174,25 @@ def test_a_wrong_peer_is_not_timed(bench_ops, monkeypatch, title):
 
 
 def test_layers_are_checked_before_they_are_timed(monkeypatch):
-    bench, growth, peers = load("bench_layer"), load("bench_growth"), load("layer_peers")
-    point = bench.Point(64, 16, 8, 4, 2, "zipf")
-    result = bench.measure(point, torch.float32, 1, 0.0)
+    point = bench_layer.Point(64, 16, 8, 4, 2, "zipf")
+    result = bench_layer.measure(point, torch.float32, 1, 0.0)
     names = {"moe_ext", *result["ratio"], *result["excluded"]}
-    assert names == {peer.name for peer in peers.LAYERS}
+    assert names == {peer.name for peer in layer_peers.LAYERS}
     assert "plain PyTorch" in result["ratio"]
     assert all(error < 1e-5 for error in result["relative_error"].values())
     assert {"moe_ext", "bound"} <= set(result["seconds"])
 
-    class Wrong(peers.PlainLayer):
+    class Wrong(layer_peers.PlainLayer):
         def forward(self, tokens):
             return super().forward(tokens).index_fill(0, torch.tensor([3]), 0.0)
 
     wrong = peers.Peer("wrong", None, Wrong)
-    monkeypatch.setattr(peers, "LAYERS", [peers.LAYERS[0], wrong])
-    monkeypatch.setitem(growth.LAYERS, "wrong", wrong)
+    monkeypatch.setattr(layer_peers, "LAYERS", [layer_peers.LAYERS[0], wrong])
+    monkeypatch.setitem(bench_growth.LAYERS, "wrong", wrong)
     with pytest.raises(AssertionError, match="wrong: relative error"):
-        bench.measure(point, torch.float32, 1, 0.0)
+        bench_layer.measure(point, torch.float32, 1, 0.0)
     with pytest.raises(AssertionError, match="wrong: relative error"):
-        growth.costs_of("wrong", [1000], 0.0)
+        bench_growth.costs_of("wrong", [1000], 0.0)
 
 
 @pytest.mark.parametrize(
@@ -204,20 +205,19 @@ def test_layers_are_checked_before_they_are_timed(monkeypatch):
     ],
 )
 def test_layers_get_the_load_they_are_named_for(load_of, is_as_named):
-    bench = load("bench_layer")
-    case = bench.Case(bench.Point(512, 32, 8, 8, 2, load_of), torch.float32)
+    point = bench_layer.Point(512, 32, 8, 8, 2, load_of)
+    case = bench_layer.Case(point, torch.float32)
     share = torch.tensor(case.solution.load) / 512
     assert share.sum() == 2
     assert is_as_named(share)
 
 
 def test_growth_has_slopes_and_counts_memory():
-    growth = load("bench_growth")
-    counts = growth.token_counts(1_000_000)
+    counts = bench_growth.token_counts(1_000_000)
     assert (counts[0], counts[-1]) == (1000, 1_000_000)
-    assert math.isclose(growth.slope(counts, [3e-6 * t for t in counts]), 1.0)
-    assert math.isclose(growth.slope(counts, [1e-9 * t**2 for t in counts]), 2.0)
-    ((seconds, grown),) = growth.costs_of("moe_ext", [20_000], 0.0)
+    assert math.isclose(bench_growth.slope(counts, [3e-6 * t for t in counts]), 1.0)
+    assert math.isclose(bench_growth.slope(counts, [1e-9 * t**2 for t in counts]), 2.0)
+    ((seconds, grown),) = bench_growth.costs_of("moe_ext", [20_000], 0.0)
     assert seconds > 0
     rows = 2 * 20_000 * 64 * 4
     assert rows < grown < 100 * rows
@@ -227,7 +227,7 @@ def test_an_exchange_sends_at_least_the_least_bytes(tmp_path, monkeypatch):
     out = tmp_path / "parallel.json"
     options = ["--processes", "2", "--top-k", "3", "--tokens", "64", "--seconds", "0"]
     monkeypatch.setattr(sys, "argv", ["bench_parallel", *options, "--out", str(out)])
-    load("bench_parallel").main()
+    bench_parallel.main()
     points = {point["way"]: point for point in json.loads(out.read_text())["points"]}
     per_route, per_process = points["a row per route"], points["a token per rank"]
     assert points.keys() >= {"capacity 1.25", "a row per route, in 2 parts"}
@@ -243,7 +243,6 @@ def test_an_exchange_sends_at_least_the_least_bytes(tmp_path, monkeypatch):
 
 
 def test_the_model_of_many_gpus_has_exact_chances_and_a_bound(monkeypatch):
-    scaling = load("scaling")
     layer = scaling.Layer(num_experts=12, k=3)
     choices = list(itertools.combinations(range(12), 3))
     for parts in (1, 2, 3, 4, 12):
@@ -266,7 +265,6 @@ def test_the_model_of_many_gpus_has_exact_chances_and_a_bound(monkeypatch):
 @pytest.fixture
 def measured():
     """The results that the pages show."""
-    report = load("report")
     readme = report.PAGES[0].read_text()
     found = [report.results(path.parent) for path in report.RESULTS.glob("*/growth.json")]
     found = [results for results in found if results["layer-float32"]["machine"] in readme]
@@ -292,13 +290,13 @@ def drawn(monkeypatch, draw, *arguments) -> Figure:
     ],
 )
 def test_pictures_name_their_units_and_setting(measured, monkeypatch, draw, words):
-    figure = drawn(monkeypatch, getattr(load("pictures"), draw), measured, None)
+    figure = drawn(monkeypatch, getattr(pictures, draw), measured, None)
     said = "\n".join(text.get_text() for text in figure.findobj(Text))
     assert [word for word in words.split("|") if word not in said] == []
 
 
 def test_bars_of_ratios_begin_where_both_take_as_long(measured, monkeypatch):
-    figure = drawn(monkeypatch, load("pictures").draw_ratios, measured, None)
+    figure = drawn(monkeypatch, pictures.draw_ratios, measured, None)
     assert len(figure.axes) == 3
     for axis in figure.axes:
         assert {bar.get_x() for bar in axis.patches} == {1}
@@ -312,8 +310,7 @@ def test_bars_of_ratios_begin_where_both_take_as_long(measured, monkeypatch):
 
 
 def test_a_throughput_above_a_copy_is_explained(measured, monkeypatch):
-    report = load("report")
-    figure = drawn(monkeypatch, load("pictures").draw_roofline, measured, None)
+    figure = drawn(monkeypatch, pictures.draw_roofline, measured, None)
     shares = [
         line["of_copy"]
         for group in report.operator_runs(measured)
@@ -332,7 +329,6 @@ def test_a_throughput_above_a_copy_is_explained(measured, monkeypatch):
 
 
 def test_pages_show_what_was_measured(measured):
-    report = load("report")
     texts = report.tables(measured)
     if "experts" not in texts:  # of bench-full, perhaps on another machine
         folders = [path.parent for path in report.RESULTS.glob(f"*/{report.EXPERTS[0]}.json")]

@@ -2,19 +2,28 @@
 
 import importlib
 import json
-from pathlib import Path
+import sys
 
+import bench_gpu
+import bench_ops
+import bench_products
+import bench_quantised
 import pytest
+import report
+import sass
 import torch
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 
-load = importlib.import_module
+@pytest.fixture
+def ptxas(monkeypatch):
+    """The module, which puts moe_ext/ on the path: other tests must not find its deepspeed/."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return importlib.import_module("ptxas")
 
 
-@pytest.fixture(autouse=True)
-def _benches(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
+@pytest.fixture
+def model(ptxas):
+    return importlib.import_module("model")
 
 
 @pytest.mark.parametrize(
@@ -28,12 +37,11 @@ def _benches(monkeypatch):
         ("keep_kernel(float const*)", False),
     ],
 )
-def test_kernels_of_rows_must_move_vectors(kernel, moves):
-    assert load("ptxas").moves_vectors(kernel) is moves
+def test_kernels_of_rows_must_move_vectors(ptxas, kernel, moves):
+    assert ptxas.moves_vectors(kernel) is moves
 
 
-def test_the_model_says_what_binds():
-    model = load("model")
+def test_the_model_says_what_binds(model):
     card = model.CARDS["H100"]
     kernel = {"registers": 64, "threads": 256, "loop_loads": 4}
     half_a_second = card.bandwidth * 0.45
@@ -47,8 +55,7 @@ def test_the_model_says_what_binds():
     assert model.seconds(card, kernel, 0, 0) == (model.START + 3 * model.READ, "start")
 
 
-def test_the_page_shows_the_model_and_calls_it_one():
-    model = load("model")
+def test_the_page_shows_the_model_and_calls_it_one(model):
     page = model.PAGE.read_text()
     assert model.filled(page) == page
     head, _, *rows = model.table().splitlines()
@@ -76,7 +83,6 @@ SASS = """
 
 
 def test_instructions_of_the_main_loop():
-    sass = load("sass")
     counts = sass.counts(SASS.splitlines()[3:])
     assert counts == {
         "instructions": 7,
@@ -88,15 +94,13 @@ def test_instructions_of_the_main_loop():
 
 
 def test_a_loop_with_two_entries_has_no_count():
-    sass = load("sass")
     lines = SASS.replace("LDC R1, c[0x0][0x28] ;", "@P2 BRA `(.L_x_2) ;").splitlines()[3:]
     assert sass.counts(lines)["loop_instructions"] is None
 
 
-def test_the_model_is_of_the_shapes_that_are_timed():
-    model, timed = load("model"), load("bench_ops").SHAPES
+def test_the_model_is_of_the_shapes_that_are_timed(model):
     for shape in model.SHAPES:
-        real = timed[shape.name]
+        real = bench_ops.SHAPES[shape.name]
         assert shape.tokens == real.tokens
         assert f"K{real.top_k} " in shape.rows
         # swiglu of rows as wide as the model.
@@ -104,8 +108,7 @@ def test_the_model_is_of_the_shapes_that_are_timed():
         assert shape.routing.endswith(f"K{real.top_k} E{real.num_experts}")
 
 
-def test_blocks_on_a_multiprocessor():
-    ptxas = load("ptxas")
+def test_blocks_on_a_multiprocessor(ptxas):
     assert ptxas.blocks_per_sm("sm_90", 32, 256) == 8
     assert ptxas.blocks_per_sm("sm_90", 64, 256) == 4
     assert ptxas.blocks_per_sm("sm_90", 65, 256) == 3  # 72 a thread, 7 warps in each of four parts
@@ -113,18 +116,16 @@ def test_blocks_on_a_multiprocessor():
     assert ptxas.blocks_per_sm("sm_120", 32, 32) == 24
 
 
-def test_a_changed_count_is_named():
-    differences = load("ptxas").differences
+def test_a_changed_count_is_named(ptxas):
     old = {"sm_90": {"f": {"registers": 32, "instructions": 7}, "g": {}}}
-    assert differences(old, old) == []
+    assert ptxas.differences(old, old) == []
     new = {"sm_90": {"f": {"registers": 32, "instructions": 8}}, "sm_100": {"f": {}}}
-    assert differences(old, new) == [
+    assert ptxas.differences(old, new) == [
         *("sm_100 f: new", "sm_90 f: instructions 7 -> 8", "sm_90 g: gone"),
     ]
 
 
 def test_pages_say_which_cards_have_results(monkeypatch, tmp_path):
-    report = load("report")
     for name in ("README.md", "docs/cuda.md"):
         page = (report.ROOT / name).read_text()
         assert page.count("<!-- cards -->") == 1
@@ -141,48 +142,48 @@ def test_pages_say_which_cards_have_results(monkeypatch, tmp_path):
 
 
 def test_what_misses_its_limit_is_named():
-    missed = load("bench_gpu").missed
     runs = {"a": {"of_products": 0.9}, "b": {"of_products": 0.5}}
     lines = [{"op": "dispatch", "of_copy": 0.7}, {"op": "plan", "of_copy": 0.1}]
-    assert missed(runs, {"shapes": [{"shape": "x", "ops": lines}]}) == [
+    assert bench_gpu.missed(runs, {"shapes": [{"shape": "x", "ops": lines}]}) == [
         "b: the layer reaches 50% of its products, not 80%",
         "x: dispatch reaches 70% of a copy, not 80%",
     ]
 
 
 def test_a_layer_is_timed_beside_its_products():
-    bench = load("bench_gpu")
-    run = bench.measure(bench.Shape(64, 128, 64, 4, 2), torch.device("cpu"), 0.01)
+    shape = bench_gpu.Shape(64, 128, 64, 4, 2)
+    run = bench_gpu.measure(shape, torch.device("cpu"), 0.01)
     assert run["calls"].keys() == {"forward", "products", "with gradient"}
     assert all(call["teraflops"] > 0 for call in run["calls"].values())
-    assert "TFLOP/s" in bench.table("x", run)
+    assert "TFLOP/s" in bench_gpu.table("x", run)
 
 
 def test_products_are_timed_beside_torchs_and_a_dense_one():
-    bench = load("bench_products")
-    shape = bench.SHAPES["decode"]._replace(tokens=16, hidden=64, ffn=32, num_experts=4, top_k=2)
-    run = bench.measure(shape, torch.float32, torch.device("cpu"), 0.01)
+    shape = bench_products.SHAPES["decode"]._replace(
+        tokens=16, hidden=64, ffn=32, num_experts=4, top_k=2
+    )
+    run = bench_products.measure(shape, torch.float32, torch.device("cpu"), 0.01)
     assert len(run["teraflops"]) == 8
     assert all(rate > 0 for rates in run["teraflops"].values() for rate in rates.values())
     assert run["missing"].keys() == {"Liger", "ScatterMoE", "SonicMoE"}
-    assert "TFLOP/s" in bench.table("x", run)
+    assert "TFLOP/s" in bench_products.table("x", run)
 
 
 def test_products_below_their_cards_goal_are_named():
-    bench = load("bench_products")
     run = {"teraflops": {"up": {"ours": 1.4, "torch": 0.6, "dense": 2.1}}}
-    assert bench.missed("NVIDIA A100", {"x": run}, True) == [
+    assert bench_products.missed("NVIDIA A100", {"x": run}, True) == [
         "x, up: 67% of the dense rate, not 70%",
         "x, up: 2.33x torch's loop, not 2.5",
     ]
-    assert bench.missed("NVIDIA H100", {"x": run}, False) == []
+    assert bench_products.missed("NVIDIA H100", {"x": run}, False) == []
 
 
 def test_quantised_experts_are_timed_beside_torchs():
-    bench, report = load("bench_quantised"), load("report")
-    results = bench.measure(bench.Shape(128, 64, 4, 2), [1, 5], 0.02)
+    shape = bench_quantised.Shape(128, 64, 4, 2)
+    results = bench_quantised.measure(shape, [1, 5], 0.02)
     assert [result["tokens"] for result in results] == [1, 5]
-    assert results[0]["ratio"].keys() == {*bench.FORMATS, bench.TORCH_INT8, bench.TORCH_INT4}
+    of_torch = {bench_quantised.TORCH_INT8, bench_quantised.TORCH_INT4}
+    assert results[0]["ratio"].keys() == {*bench_quantised.FORMATS} | of_torch
     where = {"date": "today", "machine": "CPU", "torch": "2", "threads": 1}
     table = report.quantised_table(where | {"shapes": {"x": results}})
     assert table.count("\n| x | 5 |") == len(results[0]["seconds"])
