@@ -60,9 +60,8 @@ def layer_of(case: Case) -> MOELayer:
     else:
         network = nn.Sequential(nn.Linear(H, F), nn.Tanh(), nn.Linear(F, H))
         experts = ModuleExperts(network, E)
-        for expert in experts.experts:
-            for parameter in expert.parameters():
-                nn.init.normal_(parameter)
+        for parameter in experts.parameters():
+            nn.init.normal_(parameter)
     return MOELayer(gate, experts).double()
 
 
@@ -83,14 +82,10 @@ def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in module.named_parameters()}
 
 
-def group_of(case: Case):
-    world = dist.get_world_size()
-    return make_groups((case.nodes, world // case.nodes) if case.nodes else world).ep
-
-
 def divided_layer(case: Case, **options) -> MOELayer:
-    layer = layer_of(case)
-    layer.experts = ExpertParallel.of(layer.experts, group_of(case), **case.options, **options)
+    layer, world = layer_of(case), dist.get_world_size()
+    group = make_groups((case.nodes, world // case.nodes) if case.nodes else world).ep
+    layer.experts = ExpertParallel.of(layer.experts, group, **case.options, **options)
     return layer
 
 

@@ -97,10 +97,7 @@ def test_explain_counts_higher_order_operators():
             self.layer = layer_of()
 
         def forward(self, layer):  # explain has an argument of this name
-            def double(x):
-                return x * 2
-
-            return self.layer(torch.cond(layer.sum() > 0, double, torch.neg, (layer,)))
+            return self.layer(torch.cond(layer.sum() > 0, torch.exp, torch.neg, (layer,)))
 
     found = moe_ext.explain(Model(), layer=torch.randn(5, H))
     assert found.calls[0].layer == "layer"
@@ -231,16 +228,12 @@ def test_explain_tells_the_path_of_a_product(monkeypatch, run_by):
 # Ranges name the layers and their parts in profiles.
 
 
-def two_layers() -> nn.Sequential:
-    return nn.Sequential(layer_of(), layer_of())
-
-
 def names_in(profiled) -> list[str]:
     return [event.name for event in profiled.events()]
 
 
 def test_ranges_name_the_layers_and_their_parts():
-    model, x = two_layers(), torch.randn(6, H)
+    model, x = nn.Sequential(layer_of(), layer_of()), torch.randn(6, H)
     with profile() as profiled, profiling.ranges(model):
         model(x)
     names = names_in(profiled)
@@ -261,7 +254,7 @@ def test_experts_of_deepspeed_are_named():
 
 
 def test_ranges_leave_no_trace():
-    model, x = two_layers(), torch.randn(6, H)
+    model, x = nn.Sequential(layer_of(), layer_of()), torch.randn(6, H)
     before = [set(vars(module)) for module in model.modules()]
     with pytest.raises(ZeroDivisionError), profiling.ranges(model):
         raise ZeroDivisionError
@@ -285,7 +278,7 @@ def test_a_shared_part_is_marked_once():
 
 def test_methods_of_an_instance_are_restored():
     """FSDP's register_fsdp_forward_method sets such a method; so does an outer context."""
-    model = two_layers()
+    model = nn.Sequential(layer_of(), layer_of())
     gate, x = model[0].gate, torch.randn(6, H)
     gate.route = own = Mock(wraps=gate.route)
     with profiling.ranges(model):

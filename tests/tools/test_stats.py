@@ -190,9 +190,8 @@ def test_tracking_changes_no_output_and_no_gradient(inputs):
 
     def results():
         out = layer(x)
-        return out, *torch.autograd.grad(
-            out.square().sum() + layer.l_aux, [x, layer.gate.wg.weight]
-        )
+        loss = out.square().sum() + layer.l_aux
+        return out, *torch.autograd.grad(loss, [x, layer.gate.wg.weight])
 
     plain = results()
     with stats.track(layer, detailed=True) as counting:
@@ -311,7 +310,7 @@ def test_a_layer_from_the_meta_device_counts(inputs):
     assert counting.read().train["MOELayer"].calls == 2
 
 
-def test_counts_move_with_the_layer(inputs, monkeypatch):
+def test_counts_move_with_the_layer(inputs):
     layer = layer_of()
     counting = stats.track(layer)
     layer(inputs[0])
