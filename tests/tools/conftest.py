@@ -1,4 +1,4 @@
-"""The path of the benches, and a run with readings for the tests of sinks and pictures."""
+"""The path of the benches; drawn figures; a run with readings, for sinks and pictures."""
 
 import sys
 
@@ -11,6 +11,15 @@ from moe_ext import GroupedExperts, MOELayer, TopKGate, stats
 from moe_ext.monitor.sinks import JsonLines
 
 sys.path.insert(0, str(ROOT / "bench"))
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that are drawn, which are not saved."""
+    figures = []
+    savefig = "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(savefig, lambda figure, *_, **__: figures.append(figure))
+    return figures
 
 
 @pytest.fixture(scope="session")

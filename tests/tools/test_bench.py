@@ -22,7 +22,6 @@ import scaling
 import timing
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from moe_ext.ops import reference
@@ -236,7 +235,7 @@ def test_an_exchange_sends_at_least_the_least_bytes(tmp_path, monkeypatch):
     assert all(point["seconds"] > 0 for point in points.values())
 
 
-def test_the_model_of_many_gpus_has_exact_chances_and_a_bound(monkeypatch):
+def test_the_model_of_many_gpus_has_exact_chances_and_a_bound(drawn):
     layer = scaling.Layer(num_experts=12, k=3)
     choices = list(itertools.combinations(range(12), 3))
     for parts in (1, 2, 3, 4, 12):
@@ -244,8 +243,8 @@ def test_the_model_of_many_gpus_has_exact_chances_and_a_bound(monkeypatch):
         assert math.isclose(scaling.chance(layer, parts), sum(share) / len(share))
     lines = {"a": [1.0] * 8, "b": [2.0] * 8, "c": [3.0] * 8, "d": [4.0] * 8, "least": [0.5] * 8}
     gpus = [2**i for i in range(8)]
-    figure = drawn(monkeypatch, scaling.draw, gpus, lines, 1.0, 16, None)
-    (axis,) = figure.axes
+    scaling.draw(gpus, lines, 1.0, 16, None)
+    (axis,) = drawn[0].axes
     assert axis.get_title().startswith("Modelled, not measured: ")
     assert axis.get_ylabel().endswith(", ms")
     assert [text.get_text() for text in axis.get_legend().get_texts()[:2]] == ["a", "b"]
@@ -267,14 +266,6 @@ def measured():
     return found[0]
 
 
-def drawn(monkeypatch, draw, *arguments) -> Figure:
-    """The figure that a function draws, instead of its file."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    draw(*arguments)
-    return figures[0]
-
-
 @pytest.mark.parametrize(
     ("draw", "words"),
     [
@@ -283,35 +274,36 @@ def drawn(monkeypatch, draw, *arguments) -> Figure:
         ("draw_growth", "seconds|MiB|tokens T|slope|does not fit|one MoE layer|torch 2"),
     ],
 )
-def test_pictures_name_their_units_and_setting(measured, monkeypatch, draw, words):
-    figure = drawn(monkeypatch, getattr(pictures, draw), measured, None)
-    said = "\n".join(text.get_text() for text in figure.findobj(Text))
+def test_pictures_name_their_units_and_setting(measured, drawn, draw, words):
+    getattr(pictures, draw)(measured, None)
+    said = "\n".join(text.get_text() for text in drawn[0].findobj(Text))
     assert [word for word in words.split("|") if word not in said] == []
 
 
-def test_bars_of_ratios_begin_where_both_take_as_long(measured, monkeypatch):
-    figure = drawn(monkeypatch, pictures.draw_ratios, measured, None)
-    assert len(figure.axes) == 3
-    for axis in figure.axes:
+def test_bars_of_ratios_begin_where_both_take_as_long(measured, drawn):
+    pictures.draw_ratios(measured, None)
+    axes = drawn[0].axes
+    assert len(axes) == 3
+    for axis in axes:
         assert {bar.get_x() for bar in axis.patches} == {1}
         least, most = axis.get_xlim()
         assert least < 1 < most
         whiskers = [line.get_xdata() for line in axis.lines]
         assert all(least < x < most for line in whiskers for x in line)
     # Names of operators stand once, at the left.
-    shown = [bool(axis.yaxis.get_tick_params()["labelleft"]) for axis in figure.axes]
+    shown = [bool(axis.yaxis.get_tick_params()["labelleft"]) for axis in axes]
     assert shown == [True, False, False]
 
 
-def test_a_throughput_above_a_copy_is_explained(measured, monkeypatch):
-    figure = drawn(monkeypatch, pictures.draw_roofline, measured, None)
+def test_a_throughput_above_a_copy_is_explained(measured, drawn):
+    pictures.draw_roofline(measured, None)
     shares = [
         line["of_copy"]
         for group in report.operator_runs(measured)
         for run in group["runs"].values()
         for line in run["ops"]
     ]
-    (axis,) = figure.axes
+    (axis,) = drawn[0].axes
     assert axis.get_ylim()[0] == 0
     assert axis.get_ylim()[1] > max(shares)
     if max(shares) <= 1:

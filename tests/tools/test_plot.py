@@ -24,14 +24,6 @@ def command(monkeypatch, capsys):
     return run_plot
 
 
-@pytest.fixture
-def drawn(monkeypatch) -> list:
-    """The figures that are drawn, which are not saved."""
-    figures = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure))
-    return figures
-
-
 def assert_refused(done: SimpleNamespace, text: str) -> None:
     """The command ends with code 2 and one line on stderr that has the text."""
     assert done.code == 2
