@@ -24,7 +24,7 @@ from moe_ext.routing.losses import load_balance_loss
 WIDTH, EXPERTS, BATCH = 64, 8, 256
 
 
-def balance_of_all(routing: moe_ext.Routing) -> Tensor:
+def balance(routing: moe_ext.Routing) -> Tensor:
     """This rank's part of the balance loss over the tokens of all ranks."""
     T, K = routing.weights.shape
     load = routing.plan.load
@@ -37,13 +37,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.mix = nn.Linear(WIDTH, WIDTH)
         gate = moe_ext.TopKGate(
-            WIDTH,
-            EXPERTS,
-            k=2,
-            drop_tokens=False,
-            normalize="before",
-            top2_2nd_expert_sampling=False,
-            aux_loss=balance_of_all,
+            WIDTH, EXPERTS, k=2, drop_tokens=False, top2_2nd_expert_sampling=False, aux_loss=balance
         )
         # Every rank makes all experts from the same seed and keeps its part.
         experts = moe_ext.GroupedExperts(EXPERTS, WIDTH, 2 * WIDTH)
@@ -89,9 +83,8 @@ def main() -> None:
     for step in tqdm(range(steps), unit="step", disable=True if rank else None):
         tokens, wanted = (part.to(device) for part in batch(step, rank, size))
         loss = F.mse_loss(model(tokens), wanted)
-        l_aux = sum(block.moe.l_aux for block in model)
         optimizer.zero_grad()
-        (loss + 0.01 * l_aux).backward()
+        (loss + 0.01 * moe_ext.total_l_aux(model)).backward()
         parallel.clip_grad_norm_(model, groups, 1.0)
         optimizer.step()
         if step in (0, steps - 1):

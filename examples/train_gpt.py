@@ -21,14 +21,7 @@ WIDTH, CONTEXT, EXPERTS = 128, 64, 8
 
 
 def make_ffn() -> moe_ext.MOELayer:
-    gate = moe_ext.TopKGate(
-        WIDTH,
-        EXPERTS,
-        k=2,
-        drop_tokens=False,
-        normalize="before",
-        top2_2nd_expert_sampling=False,
-    )
+    gate = moe_ext.TopKGate(WIDTH, EXPERTS, k=2, drop_tokens=False, top2_2nd_expert_sampling=False)
     return moe_ext.MOELayer(gate, moe_ext.GroupedExperts(EXPERTS, WIDTH, 2 * WIDTH))
 
 

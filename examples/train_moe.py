@@ -110,8 +110,7 @@ def main() -> None:
         engine, rank, device = model, 0, torch.device("cpu")
     draws = torch.Generator().manual_seed(args.seed + rank)
     windows = data.unfold(0, CONTEXT + 1, 1)
-    disable = None if rank == 0 else True
-    for step in (bar := tqdm(range(args.steps), unit="step", disable=disable)):
+    for step in (bar := tqdm(range(args.steps), unit="step", disable=True if rank else None)):
         batch = windows[torch.randint(len(windows), (BATCH,), generator=draws)].long().to(device)
         logits, l_aux = engine(batch[:, :-1])
         loss = F.cross_entropy(logits, batch[:, -1])

@@ -25,28 +25,16 @@ BALANCES = ("none", "loss", "bias")
 IN_COMMON = 1.25
 
 
-class Task:
-    """Tokens of several kinds, and a linear map for each kind."""
-
-    def __init__(self) -> None:
-        self.centres = torch.randn(KINDS, WIDTH) + IN_COMMON
-        self.maps = torch.randn(KINDS, WIDTH, WIDTH) / WIDTH**0.5
-
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Tokens and their targets, both [size, WIDTH]."""
-        kinds = torch.randint(KINDS, (size,))
-        tokens = self.centres[kinds] + 0.5 * torch.randn(size, WIDTH)
-        return tokens, torch.einsum("ti,tij->tj", tokens, self.maps[kinds])
+def batch(centres: Tensor, maps: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Tokens around the centres of their kinds, and their targets, both [size, WIDTH]."""
+    kinds = torch.randint(KINDS, (size,))
+    tokens = centres[kinds] + 0.5 * torch.randn(size, WIDTH)
+    return tokens, torch.einsum("ti,tij->tj", tokens, maps[kinds])
 
 
-def layer_of(balance: str) -> moe_ext.MOELayer:
+def make_layer(has_bias: bool) -> moe_ext.MOELayer:
     gate = moe_ext.TopKGate(
-        WIDTH,
-        EXPERTS,
-        k=2,
-        drop_tokens=False,
-        top2_2nd_expert_sampling=False,
-        expert_bias=balance == "bias",
+        WIDTH, EXPERTS, k=2, drop_tokens=False, top2_2nd_expert_sampling=False, expert_bias=has_bias
     )
     return moe_ext.MOELayer(gate, moe_ext.GroupedExperts(EXPERTS, WIDTH, WIDTH))
 
@@ -54,13 +42,15 @@ def layer_of(balance: str) -> moe_ext.MOELayer:
 def train(balance: str, steps: int, seed: int, out: Path) -> float:
     """The loss on new tokens after training. Writes out/<balance>.jsonl."""
     torch.manual_seed(seed)
-    layer, task = layer_of(balance), Task()
+    layer = make_layer(has_bias=balance == "bias")
+    centres = torch.randn(KINDS, WIDTH) + IN_COMMON
+    maps = torch.randn(KINDS, WIDTH, WIDTH) / WIDTH**0.5
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
     sink = JsonLines(out / f"{balance}.jsonl")
     sink.path.unlink(missing_ok=True)
     with moe_ext.stats.track(layer, detailed=True) as stats:
         for step in tqdm(range(1, steps + 1), desc=balance, unit="step", disable=None):
-            tokens, wanted = task.batch(BATCH)
+            tokens, wanted = batch(centres, maps, BATCH)
             loss = F.mse_loss(layer(tokens), wanted)
             optimizer.zero_grad()
             (loss + (0.01 * layer.l_aux if balance == "loss" else 0)).backward()
@@ -71,7 +61,7 @@ def train(balance: str, steps: int, seed: int, out: Path) -> float:
                 reading = stats.read()
                 sink(reading, step)
                 tqdm.write(f"balance: {balance}, step {step}, loss {loss.item():.4f}\n{reading}\n")
-    tokens, wanted = task.batch(8 * BATCH)
+    tokens, wanted = batch(centres, maps, 8 * BATCH)
     with torch.no_grad():
         return F.mse_loss(layer.eval()(tokens), wanted).item()
 
