@@ -32,17 +32,14 @@ def batch(centres: Tensor, maps: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.einsum("ti,tij->tj", tokens, maps[kinds])
 
 
-def make_layer(has_bias: bool) -> moe_ext.MOELayer:
-    gate = moe_ext.TopKGate(
-        WIDTH, EXPERTS, k=2, drop_tokens=False, top2_2nd_expert_sampling=False, expert_bias=has_bias
-    )
-    return moe_ext.MOELayer(gate, moe_ext.GroupedExperts(EXPERTS, WIDTH, WIDTH))
-
-
 def train(balance: str, steps: int, seed: int, out: Path) -> float:
     """The loss on new tokens after training. Writes out/<balance>.jsonl."""
     torch.manual_seed(seed)
-    layer = make_layer(has_bias=balance == "bias")
+    has_bias = balance == "bias"
+    gate = moe_ext.TopKGate(
+        WIDTH, EXPERTS, k=2, drop_tokens=False, top2_2nd_expert_sampling=False, expert_bias=has_bias
+    )
+    layer = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(EXPERTS, WIDTH, WIDTH))
     centres = torch.randn(KINDS, WIDTH) + IN_COMMON
     maps = torch.randn(KINDS, WIDTH, WIDTH) / WIDTH**0.5
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
@@ -55,8 +52,8 @@ def train(balance: str, steps: int, seed: int, out: Path) -> float:
             optimizer.zero_grad()
             (loss + (0.01 * layer.l_aux if balance == "loss" else 0)).backward()
             optimizer.step()
-            if balance == "bias":
-                layer.gate.update_bias(layer.exp_counts, rate=1e-2)
+            if has_bias:
+                gate.update_bias(layer.exp_counts, rate=1e-2)
             if step % 50 == 0 or step == steps:
                 reading = stats.read()
                 sink(reading, step)
