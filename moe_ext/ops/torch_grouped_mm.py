@@ -89,14 +89,7 @@ def path_of(name: str, args: tuple) -> tuple[str, str]:
 
 
 @checked
-def grouped_mm(
-    rows: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor,
-    load: Tensor,
-    capacity: int | None,
-) -> Tensor:
+def grouped_mm(rows, weights, bias, offsets, load, capacity):
     path, _ = path_of("grouped_mm", (rows, weights, capacity))
     mm, _ = PRODUCTS[path]
     if path in WITHOUT_COPIES:
@@ -107,9 +100,7 @@ def grouped_mm(
 
 
 @checked
-def grouped_outer(
-    left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: int | None
-) -> Tensor:
+def grouped_outer(left, right, offsets, load, capacity):
     path, _ = path_of("grouped_outer", (left, right, offsets, load, capacity))
     _, outer = PRODUCTS[path]
     if path not in WITHOUT_COPIES:
@@ -119,27 +110,15 @@ def grouped_outer(
 
 
 @checked
-def quantized_mm(
-    rows: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    offsets: Tensor,
-    load: Tensor,
-    format: str,
-    transposed: bool,
-    int8_rows: bool,
-    capacity: int | None,
-) -> Tensor:
+def quantized_mm(rows, *args):
     """By our kernels for tensor cores, or by the reference."""
-    args = values, scales, zeros, bias, offsets, load, format, transposed
-    path, _ = path_of("quantized_mm", (rows, *args, int8_rows, capacity))
+    path, _ = path_of("quantized_mm", (rows, *args))
     if path == "reference":
-        return reference.quantized_mm(rows, *args, int8_rows, capacity)
+        return reference.quantized_mm(rows, *args)
+    *others, int8_rows, capacity = args
     if int8_rows:
         rows = codes.round_rows(rows.float()).to(rows.dtype)
-    return tensor_cores.operator("quantized_mm")(rows, *args, False, capacity)
+    return tensor_cores.operator("quantized_mm")(rows, *others, False, capacity)
 
 
 def _experts_of_rows(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
