@@ -75,8 +75,18 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, Sca
 }
 
 template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <typename T>
+const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
 const T* data_or_null(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+  return tensor ? const_data<T>(*tensor) : nullptr;
 }
 
 inline Scoring parse_scoring(const Check& check, const std::string& scoring) {

@@ -43,16 +43,6 @@ void visit_sums(ScalarType dtype, const Body& body) {
   dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <typename T>
-const T* const_data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
 // Memory for a result. Large ones ask for pages of two megabytes, where the system gives them on
 // request: of the usual size, their first use costs more than what most operators do with them.
 inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
