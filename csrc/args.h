@@ -227,8 +227,9 @@ inline BalanceArgs balance_args(const Tensor& importance, const Tensor& load,
 }
 
 struct MaskWeightsArgs {
-  Tensor weights;  // [T, K]
-  Tensor slots;    // [T, K]
+  OptionalTensor grad;  // [T, K], in the backward
+  Tensor weights;       // [T, K]
+  Tensor slots;         // [T, K]
   int64_t num_tokens, top_k;
   bool normalize;
   double eps, scale;
@@ -238,20 +239,15 @@ inline MaskWeightsArgs mask_weights_args(const Tensor& weights, const Tensor& sl
                                          double eps, double scale) {
   const auto rule = [&](Call& call) { call.finite("eps", eps), call.finite("scale", scale); };
   const Sizes s = check<contract("mask_weights")>({weights, slots}, rule);
-  return {dense(weights), dense(slots), s['T'], s['K'], normalize, eps, scale};
+  return {std::nullopt, dense(weights), dense(slots), s['T'], s['K'], normalize, eps, scale};
 }
 
-struct MaskWeightsBackwardArgs {
-  Tensor grad;  // [T, K]
-  MaskWeightsArgs forward;
-};
-
-inline MaskWeightsBackwardArgs mask_weights_backward_args(const Tensor& grad, const Tensor& weights,
-                                                          const Tensor& slots, bool normalize,
-                                                          double eps, double scale) {
+inline MaskWeightsArgs mask_weights_backward_args(const Tensor& grad, const Tensor& weights,
+                                                  const Tensor& slots, bool normalize, double eps,
+                                                  double scale) {
   const auto rule = [&](Call& call) { call.finite("eps", eps), call.finite("scale", scale); };
   const Sizes s = check<contract("mask_weights_backward")>({grad, weights, slots}, rule);
-  return {dense(grad), {dense(weights), dense(slots), s['T'], s['K'], normalize, eps, scale}};
+  return {dense(grad), dense(weights), dense(slots), s['T'], s['K'], normalize, eps, scale};
 }
 
 // The routes of the row operators.

@@ -88,31 +88,25 @@ std::tuple<Tensor, Tensor> balance_cuda(const BalanceArgs& a) {
   return {l_aux, slope};
 }
 
-cuda::MaskWeights mask_weights_of(const MaskWeightsArgs& a) {
-  return {dtype_of(a.weights),
-          a.weights.const_data_ptr(),
-          const_int_data(a.slots),
-          a.num_tokens,
-          a.top_k,
-          a.normalize,
-          a.eps,
-          a.scale};
-}
-
+// The weights, or their gradient where a.grad is given.
 Tensor mask_weights_cuda(const MaskWeightsArgs& a) {
   const OnDevice device(a.weights);
-  const Tensor kept = empty(a.weights, {a.num_tokens, a.top_k}, a.weights.scalar_type());
-  cuda::mask_weights(mask_weights_of(a), kept.mutable_data_ptr(), device.stream());
-  return kept;
-}
-
-Tensor mask_weights_backward_cuda(const MaskWeightsBackwardArgs& a) {
-  const MaskWeightsArgs& f = a.forward;
-  const OnDevice device(f.weights);
-  const Tensor grad_weights = empty(f.weights, {f.num_tokens, f.top_k}, f.weights.scalar_type());
-  cuda::mask_weights_backward(mask_weights_of(f), a.grad.const_data_ptr(),
-                              grad_weights.mutable_data_ptr(), device.stream());
-  return grad_weights;
+  const Tensor out = empty(a.weights, {a.num_tokens, a.top_k}, a.weights.scalar_type());
+  const cuda::MaskWeights args{dtype_of(a.weights),
+                               a.weights.const_data_ptr(),
+                               const_data<int32_t>(a.slots),
+                               a.num_tokens,
+                               a.top_k,
+                               a.normalize,
+                               a.eps,
+                               a.scale};
+  if (a.grad) {
+    cuda::mask_weights_backward(args, a.grad->const_data_ptr(), out.mutable_data_ptr(),
+                                device.stream());
+  } else {
+    cuda::mask_weights(args, out.mutable_data_ptr(), device.stream());
+  }
+  return out;
 }
 
 Tensor dispatch_cuda(const MoveArgs& a) {
@@ -189,7 +183,7 @@ MOE_EXT_CUDA_LIBRARY(m) {
   m.impl("plan", boxed<plan_args, plan_cuda>);
   m.impl("balance", boxed<balance_args, balance_cuda>);
   m.impl("mask_weights", boxed<mask_weights_args, mask_weights_cuda>);
-  m.impl("mask_weights_backward", boxed<mask_weights_backward_args, mask_weights_backward_cuda>);
+  m.impl("mask_weights_backward", boxed<mask_weights_backward_args, mask_weights_cuda>);
   m.impl("dispatch", boxed<dispatch_args, dispatch_cuda>);
   m.impl("combine", boxed<combine_args, combine_cuda>);
   m.impl("route_dot", boxed<route_dot_args, route_dot_cuda>);

@@ -9,12 +9,11 @@ namespace moe_ext {
 namespace {
 
 template <typename T>
-void mask_weights_kernel(const MaskWeightsArgs& a,
-                         const T* grad,           // [T, K]; null: the result is the weights
-                         const Tensor& result) {  // [T, K]
+void mask_weights_kernel(const MaskWeightsArgs& a, const Tensor& result) {
   const int64_t K = a.top_k;
   const T eps = static_cast<T>(a.eps), scale = static_cast<T>(a.scale);
   const T* weights = const_data<T>(a.weights);
+  const T* grad = data_or_null<T>(a.grad);  // null: the result is the weights
   const int32_t* slots = const_data<int32_t>(a.slots);
   T* out = data<T>(result);
   parallel_for(0, a.num_tokens, grain(K * 4 * sizeof(T)), [&](int64_t begin, int64_t end) {
@@ -36,25 +35,19 @@ void mask_weights_kernel(const MaskWeightsArgs& a,
   });
 }
 
-Tensor kept(const MaskWeightsArgs& a, const OptionalTensor& grad) {
+// The weights, or their gradient where a.grad is given.
+Tensor mask_weights_cpu(const MaskWeightsArgs& a) {
   Tensor result = empty(a.weights, {a.num_tokens, a.top_k}, a.weights.scalar_type());
-  visit_sums(a.weights.scalar_type(), [&](auto zero) {
-    mask_weights_kernel(a, data_or_null<decltype(zero)>(grad), result);
-  });
+  visit_sums(a.weights.scalar_type(),
+             [&](auto zero) { mask_weights_kernel<decltype(zero)>(a, result); });
   return result;
-}
-
-Tensor mask_weights_cpu(const MaskWeightsArgs& a) { return kept(a, std::nullopt); }
-
-Tensor mask_weights_backward_cpu(const MaskWeightsBackwardArgs& a) {
-  return kept(a.forward, a.grad);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("mask_weights", boxed<mask_weights_args, mask_weights_cpu>);
-  m.impl("mask_weights_backward", boxed<mask_weights_backward_args, mask_weights_backward_cpu>);
+  m.impl("mask_weights_backward", boxed<mask_weights_backward_args, mask_weights_cpu>);
 }
 
 }  // namespace moe_ext
