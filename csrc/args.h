@@ -275,17 +275,15 @@ struct MoveArgs {
   int64_t hidden;
 };
 
-inline MoveArgs dispatch_args(const Tensor& tokens, const Tensor& slots, const Tensor& sources,
-                              const OptionalTensor& weights) {
-  const Sizes s = check<contract("dispatch")>({tokens, slots, sources, weights});
-  return {dense(tokens), route_args(slots, sources, weights, s), s['H']};
+template <int kContract>
+MoveArgs move_args(const Tensor& from, const Tensor& slots, const Tensor& sources,
+                   const OptionalTensor& weights) {
+  const Sizes s = check<kContract>({from, slots, sources, weights});
+  return {dense(from), route_args(slots, sources, weights, s), s['H']};
 }
 
-inline MoveArgs combine_args(const Tensor& rows, const Tensor& slots, const Tensor& sources,
-                             const OptionalTensor& weights) {
-  const Sizes s = check<contract("combine")>({rows, slots, sources, weights});
-  return {dense(rows), route_args(slots, sources, weights, s), s['H']};
-}
+constexpr auto* dispatch_args = move_args<contract("dispatch")>;
+constexpr auto* combine_args = move_args<contract("combine")>;
 
 // For route_dot, which has no weights, and combine_backward.
 struct RouteDotArgs {
