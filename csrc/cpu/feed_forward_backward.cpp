@@ -78,8 +78,7 @@ void multiply_by_bias(const Experts<scalar_t>& at, const Rows& grads, accumulate
 template <typename scalar_t>
 Tensor add_sums(const Experts<scalar_t>& at, const accumulate_t<scalar_t>* sums, int64_t num_sums) {
   using T = accumulate_t<scalar_t>;
-  const Tensor out = empty(at.a.tokens, {at.routes.num_tokens, at.routes.top_k},
-                           at.a.routes.weights->scalar_type());
+  const Tensor out = empty_route_sums(at.a.tokens, at.a.routes);
   T* grad_weights = data<T>(out);
   std::fill_n(grad_weights, at.routes.size(), T{0});
   for (const auto [begin, end] : at.owned) {
@@ -175,9 +174,7 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, bool needs_to
   grad_up.add_tiles_to(tiles, kUp);
   grad_down.add_tiles_to(tiles, kDown);
   const Tensor rows = needs_tokens ? at.fresh_rows(a.hidden) : none(a.tokens);
-  if (needs_tokens) {
-    add_row_tiles(tiles, at.owned, a.hidden, TileSize::kColumns, kTokens);
-  }
+  if (needs_tokens) add_row_tiles(tiles, at.owned, a.hidden, TileSize::kColumns, kTokens);
   const Rows inner_rows{matrix_of(inner)}, active_rows{matrix_of(active)};
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
     const Range& owned = at.owned[t.expert];
