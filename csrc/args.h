@@ -96,35 +96,39 @@ inline Scoring parse_scoring(const Check& check, const std::string& scoring) {
   check.fail("scoring must be softmax, sigmoid or sqrtsoftplus, got ", scoring);
 }
 
-struct GateArgs {
-  Tensor logits;         // [T, E]
-  Tensor choice_scores;  // [T, E], the logits where none were given
-  int64_t num_tokens, num_experts, top_k;
+// How the weights of the chosen experts follow from the logits.
+struct GateRule {
   Scoring scoring;
   bool normalize;
   double scale;
 };
 
+inline GateRule gate_rule(const Check& check, const std::string& scoring, bool normalize,
+                          double scale) {
+  const Scoring kind = parse_scoring(check, scoring);
+  check.finite("scale", scale);
+  return {kind, normalize, scale};
+}
+
+struct GateArgs {
+  Tensor logits;         // [T, E]
+  Tensor choice_scores;  // [T, E], the logits where none were given
+  int64_t num_tokens, num_experts, top_k;
+  GateRule rule;
+};
+
 inline GateArgs gate_args(const Tensor& logits, const OptionalTensor& choice_scores, int64_t k,
                           const std::string& scoring, bool normalize, double scale) {
-  Scoring kind;
-  const auto rule = [&](Call& call) {
-    kind = parse_scoring(call, scoring);
-    call.finite("scale", scale);
+  GateRule rule;
+  const Sizes s = check<contract("gate")>({logits, choice_scores}, [&](Call& call) {
+    rule = gate_rule(call, scoring, normalize, scale);
     const int64_t E = call.sizes['E'];
     if (k < 1 || k > E) call.fail("k must be in 1..E with E = ", E, ", got ", k);
     call.sizes.set('K', k);
-  };
-  const Sizes s = check<contract("gate")>({logits, choice_scores}, rule);
+  });
   const Tensor dense_logits = dense(logits);
-  return {dense_logits,
-          choice_scores ? dense(*choice_scores) : dense_logits,
-          s['T'],
-          s['E'],
-          k,
-          kind,
-          normalize,
-          scale};
+  const Tensor dense_scores = choice_scores ? dense(*choice_scores) : dense_logits;
+  return {dense_logits, dense_scores, s['T'], s['E'], k, rule};
 }
 
 struct GateBackwardArgs {
@@ -134,9 +138,7 @@ struct GateBackwardArgs {
   Tensor probs;                    // [T, E]
   Tensor expert_ids;               // [T, K]
   int64_t num_tokens, num_experts, top_k;
-  Scoring scoring;
-  bool normalize;
-  double scale;
+  GateRule rule;
 };
 
 inline GateBackwardArgs gate_backward_args(const OptionalTensor& grad_weights,
@@ -145,13 +147,10 @@ inline GateBackwardArgs gate_backward_args(const OptionalTensor& grad_weights,
                                            const Tensor& probs, const Tensor& expert_ids,
                                            const std::string& scoring, bool normalize,
                                            double scale) {
-  Scoring kind;
-  const auto rule = [&](Call& call) {
-    kind = parse_scoring(call, scoring);
-    call.finite("scale", scale);
-  };
+  GateRule rule;
   const Sizes s = check<contract("gate_backward")>(
-      {grad_weights, grad_probs, grad_importance, probs, expert_ids}, rule);
+      {grad_weights, grad_probs, grad_importance, probs, expert_ids},
+      [&](Call& call) { rule = gate_rule(call, scoring, normalize, scale); });
   return {dense(grad_weights),
           dense(grad_probs),
           dense(grad_importance),
@@ -160,9 +159,7 @@ inline GateBackwardArgs gate_backward_args(const OptionalTensor& grad_weights,
           s['T'],
           s['E'],
           s['K'],
-          kind,
-          normalize,
-          scale};
+          rule};
 }
 
 struct PlanArgs {

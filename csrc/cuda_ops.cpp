@@ -36,11 +36,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_cuda(const GateArgs& a) {
   const Tensor probs = empty(a.logits, {T, E}, dtype);
   const Tensor importance = empty(a.logits, {E}, dtype);
   const Tensor block_sums = empty(a.logits, {cuda::gate_blocks(logits_dtype, T, E), E}, dtype);
-  cuda::gate({logits_dtype, a.logits.const_data_ptr(), a.choice_scores.const_data_ptr(), T,
-              static_cast<int>(E), static_cast<int>(a.top_k), a.scoring, a.normalize, a.scale,
-              weights.mutable_data_ptr(), int_data(expert_ids), probs.mutable_data_ptr(),
-              importance.mutable_data_ptr(), block_sums.mutable_data_ptr()},
-             device.stream());
+  cuda::gate(
+      {logits_dtype, a.logits.const_data_ptr(), a.choice_scores.const_data_ptr(), T,
+       static_cast<int>(E), static_cast<int>(a.top_k), a.rule.scoring, a.rule.normalize,
+       a.rule.scale, weights.mutable_data_ptr(), data<int32_t>(expert_ids),
+       probs.mutable_data_ptr(), importance.mutable_data_ptr(), block_sums.mutable_data_ptr()},
+      device.stream());
   return {weights, expert_ids, probs, importance};
 }
 
@@ -51,8 +52,8 @@ Tensor gate_backward_cuda(const GateBackwardArgs& a) {
   cuda::gate_backward(
       {dtype_of(a.probs), data_or_null<void>(a.grad_weights), data_or_null<void>(a.grad_probs),
        data_or_null<void>(a.grad_importance), a.probs.const_data_ptr(),
-       const_int_data(a.expert_ids), a.num_tokens, num_experts, static_cast<int>(a.top_k),
-       a.scoring, a.normalize, a.scale, grad.mutable_data_ptr()},
+       const_data<int32_t>(a.expert_ids), a.num_tokens, num_experts, static_cast<int>(a.top_k),
+       a.rule.scoring, a.rule.normalize, a.rule.scale, grad.mutable_data_ptr()},
       device.stream());
   return grad;
 }

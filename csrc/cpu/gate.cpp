@@ -113,66 +113,57 @@ MOE_EXT_INLINE void scale_and_add(Lanes<T>* values, int64_t num_experts, const L
 }
 
 // n <= kLanes tokens, from their logits to all results but importance, which is added to scratch.
-template <typename scalar_t>
-struct GateTokens {
-  using T = accumulate_t<scalar_t>;
-  struct Results {
-    T *weights, *probs;
-    int32_t* expert_ids;
-  };
+template <int bytes, typename scalar_t, typename T>
+MOE_EXT_INLINE void gate_tokens(const GateArgs& a, int64_t first, int64_t n, Scratch<T>& scratch,
+                                T* weights, int32_t* expert_ids, T* probs) {
+  const int64_t E = a.num_experts, K = a.top_k;
+  Lanes<T>* values = scratch.values.data();
+  Lanes<key_t<T>>* chosen = scratch.chosen.data();
+  const auto* logits = const_data<scalar_t>(a.logits) + first * E;
+  const auto* choice_scores = const_data<scalar_t>(a.choice_scores) + first * E;
 
-  template <int bytes>
-  MOE_EXT_INLINE void run(const GateArgs& a, int64_t first, int64_t n, Scratch<T>& scratch,
-                          const Results& out) const {
-    const int64_t E = a.num_experts, K = a.top_k;
-    Lanes<T>* values = scratch.values.data();
-    Lanes<key_t<T>>* chosen = scratch.chosen.data();
-    const auto* logits = const_data<scalar_t>(a.logits) + first * E;
-    const auto* choice_scores = const_data<scalar_t>(a.choice_scores) + first * E;
+  read_rows(choice_scores, n, E, values);
+  const int64_t coming = std::min(kLanes, a.num_tokens - first - n) * E;
+  prefetch(choice_scores + n * E, coming);
+  if (choice_scores != logits) prefetch(logits + n * E, coming);
+  make_keys(values, E, scratch.keys.data());
+  choose<bytes>(scratch.keys.data(), E, K, chosen);
+  if (choice_scores != logits) read_rows(logits, n, E, values);
 
-    read_rows(choice_scores, n, E, values);
-    const int64_t coming = std::min(kLanes, a.num_tokens - first - n) * E;
-    prefetch(choice_scores + n * E, coming);
-    if (choice_scores != logits) prefetch(logits + n * E, coming);
-    make_keys(values, E, scratch.keys.data());
-    choose<bytes>(scratch.keys.data(), E, K, chosen);
-    if (choice_scores != logits) read_rows(logits, n, E, values);
+  Lanes<T> factors;
+  score<bytes>(a.rule.scoring, values, E, n, factors);
+  scale_and_add<bytes>(values, E, factors, n, scratch.sums.data());
+  write_rows(values, n, E, probs + first * E);
 
-    Lanes<T> factors;
-    score<bytes>(a.scoring, values, E, n, factors);
-    scale_and_add<bytes>(values, E, factors, n, scratch.sums.data());
-    write_rows(values, n, E, out.probs + first * E);
-
-    Lanes<T> sum{};
-    for (int64_t k = 0; k < K; ++k) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        sum.at[lane] += scratch.weights[k].at[lane] = values[chosen[k].at[lane]].at[lane];
-      }
-    }
-    const T scale = static_cast<T>(a.scale);
-    for (T& divisor : sum.at) divisor = a.normalize ? clamped(divisor) : T{1};
-    for (int64_t k = 0; k < K; ++k) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        scratch.weights[k].at[lane] = scratch.weights[k].at[lane] / sum.at[lane] * scale;
-      }
-    }
-    for (int64_t lane = 0; lane < n; ++lane) {
-      for (int64_t k = 0; k < K; ++k) {
-        out.weights[(first + lane) * K + k] = scratch.weights[k].at[lane];
-        out.expert_ids[(first + lane) * K + k] = static_cast<int32_t>(chosen[k].at[lane]);
-      }
+  Lanes<T> sum{};
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      sum.at[lane] += scratch.weights[k].at[lane] = values[chosen[k].at[lane]].at[lane];
     }
   }
-};
+  const T scale = static_cast<T>(a.rule.scale);
+  for (T& divisor : sum.at) divisor = a.rule.normalize ? clamped(divisor) : T{1};
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      scratch.weights[k].at[lane] = scratch.weights[k].at[lane] / sum.at[lane] * scale;
+    }
+  }
+  for (int64_t lane = 0; lane < n; ++lane) {
+    for (int64_t k = 0; k < K; ++k) {
+      weights[(first + lane) * K + k] = scratch.weights[k].at[lane];
+      expert_ids[(first + lane) * K + k] = static_cast<int32_t>(chosen[k].at[lane]);
+    }
+  }
+}
 
 template <typename scalar_t>
 void gate_kernel(const GateArgs& a, const Tensor& weights, const Tensor& expert_ids,
                  const Tensor& probs, const Tensor& importance) {
   using T = accumulate_t<scalar_t>;
   const int64_t E = a.num_experts;
-  const int64_t num_blocks = (a.num_tokens + kBlock - 1) / kBlock;
-  const typename GateTokens<scalar_t>::Results out{data<T>(weights), data<T>(probs),
-                                                   data<int32_t>(expert_ids)};
+  const int64_t num_blocks = parts(a.num_tokens, kBlock);
+  T *weights_out = data<T>(weights), *probs_out = data<T>(probs);
+  int32_t* ids_out = data<int32_t>(expert_ids);
   std::vector<T> block_sums(num_blocks * E);
 
   parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
@@ -181,7 +172,10 @@ void gate_kernel(const GateArgs& a, const Tensor& weights, const Tensor& expert_
       std::fill(scratch.sums.begin(), scratch.sums.end(), Lanes<T>{});
       const int64_t last = std::min(a.num_tokens, (block + 1) * kBlock);
       for (int64_t t = block * kBlock; t < last; t += kLanes) {
-        on_widest(GateTokens<scalar_t>{}, a, t, std::min(kLanes, last - t), scratch, out);
+        on_widest([&](auto bytes) __attribute__((always_inline)) {
+          gate_tokens<bytes, scalar_t>(a, t, std::min(kLanes, last - t), scratch, weights_out,
+                                       ids_out, probs_out);
+        });
       }
       for (int64_t e = 0; e < E; ++e) {
         T& sum = block_sums[block * E + e];
@@ -226,7 +220,7 @@ void gate_backward_kernel(const GateBackwardArgs& a, const Tensor& grad) {
   const T* probs = const_data<T>(a.probs);
   const int32_t* expert_ids = const_data<int32_t>(a.expert_ids);
   T* grad_logits = data<T>(grad);
-  const T scale = static_cast<T>(a.scale);
+  const T scale = static_cast<T>(a.rule.scale);
 
   parallel_for(0, a.num_tokens, grain(E * 3 * sizeof(T)), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -240,17 +234,17 @@ void gate_backward_kernel(const GateBackwardArgs& a, const Tensor& grad) {
         const T* gw = grad_weights + t * K;
         const int32_t* chosen = expert_ids + t * K;
         Normalized<T> chosen_sum;
-        if (a.normalize) {
+        if (a.rule.normalize) {
           for (int64_t k = 0; k < K; ++k) chosen_sum.add(p[chosen[k]], gw[k]);
           chosen_sum.divide();
         }
         const T factor = scale / chosen_sum.divisor;
         for (int64_t k = 0; k < K; ++k) g[chosen[k]] += factor * chosen_sum.centred(gw[k]);
       }
-      if (a.scoring == Scoring::kSoftmax) {
+      if (a.rule.scoring == Scoring::kSoftmax) {
         softmax_backward(p, g, E);
       } else {
-        for (int64_t e = 0; e < E; ++e) g[e] *= slope(a.scoring, p[e]);
+        for (int64_t e = 0; e < E; ++e) g[e] *= slope(a.rule.scoring, p[e]);
       }
     }
   });
