@@ -46,17 +46,9 @@ inline cuda::Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-inline int32_t* int_data(const Tensor& tensor) {
-  return static_cast<int32_t*>(tensor.mutable_data_ptr());
-}
-
-inline const int32_t* const_int_data(const Tensor& tensor) {
-  return static_cast<const int32_t*>(tensor.const_data_ptr());
-}
-
 inline cuda::Routes routes_of(const RouteArgs& a) {
-  return {const_int_data(a.slots),
-          const_int_data(a.sources),
+  return {const_data<int32_t>(a.slots),
+          const_data<int32_t>(a.sources),
           data_or_null<void>(a.weights),
           a.num_tokens,
           a.top_k,

@@ -67,10 +67,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cuda(const PlanArgs& a) {
   const Tensor load = empty(a.expert_ids, {a.num_experts}, ScalarType::Int);
   const int64_t scratch_size = cuda::plan_scratch(a.num_routes, E, a.priority.has_value());
   const Tensor scratch = empty(a.expert_ids, {scratch_size}, ScalarType::Int);
-  cuda::plan({const_int_data(a.expert_ids), data_or_null<float>(a.priority), a.num_tokens, a.top_k,
-              E, a.capacity.value_or(-1), a.choice_major, a.align, a.num_rows, int_data(slots),
-              int_data(sources), int_data(offsets), int_data(load), int_data(scratch)},
-             device.stream());
+  cuda::plan(
+      {const_data<int32_t>(a.expert_ids), data_or_null<float>(a.priority), a.num_tokens, a.top_k, E,
+       a.capacity.value_or(-1), a.choice_major, a.align, a.num_rows, data<int32_t>(slots),
+       data<int32_t>(sources), data<int32_t>(offsets), data<int32_t>(load), data<int32_t>(scratch)},
+      device.stream());
   return {slots, sources, offsets, load};
 }
 
@@ -82,9 +83,9 @@ std::tuple<Tensor, Tensor> balance_cuda(const BalanceArgs& a) {
   const Tensor slope = empty(a.importance, {a.num_experts}, dtype);
   const int64_t blocks = a.choices < a.top_k ? cuda::balance_blocks(a.num_tokens) : 0;
   const Tensor scratch = empty(a.load, {blocks, a.num_experts}, ScalarType::Int);
-  cuda::balance({dtype_of(a.importance), a.importance.const_data_ptr(), const_int_data(a.load),
-                 const_int_data(a.expert_ids), a.num_tokens, a.top_k, a.choices, E,
-                 l_aux.mutable_data_ptr(), slope.mutable_data_ptr(), int_data(scratch)},
+  cuda::balance({dtype_of(a.importance), a.importance.const_data_ptr(), const_data<int32_t>(a.load),
+                 const_data<int32_t>(a.expert_ids), a.num_tokens, a.top_k, a.choices, E,
+                 l_aux.mutable_data_ptr(), slope.mutable_data_ptr(), data<int32_t>(scratch)},
                 device.stream());
   return {l_aux, slope};
 }
@@ -173,7 +174,7 @@ void zero_empty_groups_cuda(const Tensor& sums, const Tensor& offsets) {
   const int64_t groups = offsets.numel() - 1;
   if (sums.numel() == 0) return;
   cuda::zero_empty_groups(sums.mutable_data_ptr(), sums.numel() / groups * sums.element_size(),
-                          const_int_data(offsets), groups, device.stream());
+                          const_data<int32_t>(offsets), groups, device.stream());
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ struct Weights {
 
 cuda::Groups groups_of(const Groups& groups, int64_t num_rows) {
   if (groups.num_experts > INT32_MAX) Check("products").fail("there are too many experts");
-  return {const_int_data(groups.offsets), const_int_data(groups.load),
+  return {const_data<int32_t>(groups.offsets), const_data<int32_t>(groups.load),
           static_cast<int>(groups.num_experts), num_rows};
 }
 
@@ -153,12 +153,12 @@ class Experts {
     cuda::grouped_mm_activate_backward(
         product(grad, true, down_, true, a_.hidden, a_.width), a_.activation,
         pre_activation.const_data_ptr(), grad_pre_activation.mutable_data_ptr(),
-        active.mutable_data_ptr(), static_cast<float*>(dots.mutable_data_ptr()), device_.stream());
+        active.mutable_data_ptr(), data<float>(dots), device_.stream());
     const Tensor grad_weights = empty_route_sums(tokens_, a_.routes);
-    cuda::sum_dots({dtype_, static_cast<const float*>(dots.const_data_ptr()), a_.width,
-                    grad.const_data_ptr(), data_or_null<void>(down_bias_), a_.hidden, routes_,
-                    groups_, static_cast<float*>(grad_weights.mutable_data_ptr())},
-                   device_.stream());
+    cuda::sum_dots(
+        {dtype_, const_data<float>(dots), a_.width, grad.const_data_ptr(),
+         data_or_null<void>(down_bias_), a_.hidden, routes_, groups_, data<float>(grad_weights)},
+        device_.stream());
     return grad_weights;
   }
 
