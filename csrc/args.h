@@ -16,20 +16,20 @@
 
 namespace moe_ext {
 
-// kernel(args(given...), others...), where `args` is a function of this file, and others are what
+// kernel(args(taken...), others...), where `args` is a function of this file, and others are what
 // the kernel takes beside it.
 template <auto args, auto kernel, typename = decltype(args), typename = decltype(kernel)>
 struct Operator;
 
-template <auto args, auto kernel, typename Args, typename... Given, typename Results,
+template <auto args, auto kernel, typename Args, typename... Taken, typename Results,
           typename... Others>
-struct Operator<args, kernel, Args (*)(Given...), Results (*)(const Args&, Others...)> {
-  static Results call(Given... given, Others... others) {
-    return kernel(args(given...), others...);
+struct Operator<args, kernel, Args (*)(Taken...), Results (*)(const Args&, Others...)> {
+  static Results call(Taken... taken, Others... others) {
+    return kernel(args(taken...), others...);
   }
 };
 
-// As torch registers it.
+// The kernel as torch registers it.
 template <auto args, auto kernel>
 constexpr auto* boxed = TORCH_BOX((&Operator<args, kernel>::call));
 

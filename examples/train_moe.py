@@ -69,8 +69,9 @@ def engine_of(model: nn.Module, zero: int):
     """The model in DeepSpeed's engine, in one process or under torchrun."""
     import deepspeed
 
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    os.environ.update({**alone, "MASTER_PORT": "29500", **os.environ})
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
+    for name, value in {**alone, "MASTER_PORT": 29500}.items():
+        os.environ.setdefault(name, str(value))
     config = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_clipping": 1.0,

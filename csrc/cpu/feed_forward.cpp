@@ -51,7 +51,7 @@ void project_up(const Experts<scalar_t>& at, const Tensor& pre_activation, const
       for (int64_t h = 0; h < at.halves; ++h) multiply(half(h), h * a.width + first);
     }
     const Matrix inner = half(0), result = t.of(active);
-    const int64_t inner_columns = keeps ? a.width : t.columns();  // of its rows' activations
+    const int64_t inner_columns = keeps ? a.width : t.columns();  // of a gate in a row of inner
     on_widest([&](auto bytes) __attribute__((always_inline)) {
       for (int64_t j = 0; j < t.rows(); ++j) {
         const auto row = inner_row(a.activation, row_of<const scalar_t>(inner, j), inner_columns);

@@ -163,7 +163,7 @@ struct Rows {
   const int32_t* sources = nullptr;
   int64_t top_k = 1;
 
-  // The row of the matrix that row r is; a route has it.
+  // The matrix's row for row r, which a route must have: sources[r] >= 0.
   int64_t row(int64_t r) const { return sources ? sources[r] / top_k : r; }
 
   // Some rows and columns; tokens are gathered into `memory`.

@@ -127,14 +127,15 @@ class QuantizedProducts {
       }
       const Matrix product = worker.out.get(dtype_, rows.rows, panel.columns);
       worker.gemm.rows_by_weight(product, rows, panel.transposed(), std::nullopt);
-      // As they lie.
+      // From the panels' order of columns to the weight's.
       on_widest([&](auto bytes) __attribute__((always_inline)) {
-        with_panel_order<bytes, scalar_t>(multiplies_pairs(), [&](auto order) {
+        const auto unpack = [&](auto order) __attribute__((always_inline)) {
           for (int64_t r = 0; r < part.rows; ++r) {
             order.unpack(row_of<const scalar_t>(product, r), part.columns,
                          row_of<scalar_t>(part, r));
           }
-        });
+        };
+        with_panel_order<bytes, scalar_t>(multiplies_pairs(), unpack);
       });
     }
   }
@@ -167,8 +168,9 @@ class QuantizedProducts {
           continue;
         }
         std::fill(out + M / kStep * kStep, out + to.columns, scalar_t(0));
-        with_panel_order<bytes, scalar_t>(multiplies_pairs(),
-                                          [&](auto order) { order.pack(row, M, out); });
+        with_panel_order<bytes, scalar_t>(
+            multiplies_pairs(),
+            [&](auto order) __attribute__((always_inline)) { order.pack(row, M, out); });
       }
     });
     return to;

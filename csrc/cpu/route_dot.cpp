@@ -11,7 +11,7 @@
 namespace moe_ext {
 namespace {
 
-// dispatched: [R, H], null for the products alone
+// dispatched: [R, H], null for the dots alone
 template <typename scalar_t>
 void route_dot_kernel(const char* op, const RouteDotArgs& a, const Tensor& dots,
                       const Tensor* dispatched) {
@@ -19,30 +19,30 @@ void route_dot_kernel(const char* op, const RouteDotArgs& a, const Tensor& dots,
   const int64_t H = a.hidden, K = routes.top_k;
   const auto* tokens = const_data<scalar_t>(a.tokens);  // [T, H]
   const auto* rows = const_data<scalar_t>(a.rows);      // [R, H]
-  auto* products = data<accumulate_t<scalar_t>>(dots);  // [T, K]
-  auto* copies = dispatched ? data<scalar_t>(*dispatched) : nullptr;
+  auto* all_dots = data<accumulate_t<scalar_t>>(dots);  // [T, K]
+  auto* scaled = dispatched ? data<scalar_t>(*dispatched) : nullptr;
   Fault bad_slot, bad_source;
   const auto run = [&](int64_t begin, int64_t end) {
     const RowWriter<scalar_t> writer(dispatched ? dispatched->numel() : 0);
     on_widest([&](auto bytes) __attribute__((always_inline)) {
       PiecesAhead<scalar_t> ahead(rows, routes, H, kDotPiece, begin * K, 1);
       for (int64_t route = begin * K; route < end * K; ++route) {
-        products[route] = 0;
+        all_dots[route] = 0;
         if (!routes.has_row(route, bad_slot)) {
           for (int64_t h = 0; h < H; h += kDotPiece) ahead.fetch();
           continue;
         }
         const scalar_t* token = tokens + route / K * H;
         const int64_t row = routes.slots[route] * H;
-        products[route] = dot<bytes>(token, rows + row, H,
+        all_dots[route] = dot<bytes>(token, rows + row, H,
                                      [&]() __attribute__((always_inline)) { ahead.fetch(); });
-        if (!copies) continue;
-        writer.template scale<bytes>(token, routes.weights[route], copies + row, H);
+        if (!scaled) continue;
+        writer.template scale<bytes>(token, routes.weights[route], scaled + row, H);
       }
     });
   };
-  parallel_for(0, routes.num_tokens, grain(H * (K * (copies ? 2 : 1) + 1) * sizeof(scalar_t)), run);
-  if (copies) routes.zero_empty_rows(copies, H, bad_source);
+  parallel_for(0, routes.num_tokens, grain(H * (K * (scaled ? 2 : 1) + 1) * sizeof(scalar_t)), run);
+  if (scaled) routes.zero_empty_rows(scaled, H, bad_source);
   routes.check(op, bad_slot, bad_source);
 }
 

@@ -92,7 +92,7 @@ void on_widest(const Kernel& kernel, Args&&... args) {
   on_registers<16>(kernel, args...);
 }
 
-// Calls body(a constant: count), where count is at most `most`: code for as many as there are.
+// Calls body(count as a constant), for 1 <= count <= most.
 template <int64_t most, typename Body>
 MOE_EXT_INLINE void with_count(int64_t count, const Body& body) {
   if constexpr (most > 1) {

@@ -49,7 +49,7 @@ SECOND_ALLTOALL_TIMER = "2nd_a2a"
 # Tutel's form of a routing does not need Tutel.
 TUTEL_INSTALLED = False
 
-# Accepted for DeepSpeed's callers: `einsum` has the same results either way.
+# Accepted for DeepSpeed's callers and ignored.
 USE_EINSUM = True
 
 
@@ -102,6 +102,7 @@ class _AllToAll(Function):
 
 
 def einsum(rule: str, a: Tensor, b: Tensor) -> Tensor:
+    """torch.einsum(rule, a, b), whatever USE_EINSUM is."""
     return torch.einsum(rule, a, b)
 
 

@@ -124,9 +124,9 @@ class GroupedExperts(Experts):
         for name, weight in weights.items():
             if isinstance(weight, QuantizedWeight):
                 raise ValueError(f"{type(self).__name__}.{name} is quantized already")
-        options: dict[str, Any] = {"zero_points": zero_points, "activations": activations}
+        how: dict[str, Any] = {"zero_points": zero_points, "activations": activations}
         quantized = {
-            name: QuantizedWeight.quantize(weight, format, group_size, **options)
+            name: QuantizedWeight.quantize(weight, format, group_size, **how)
             for name, weight in weights.items()
         }
         for name, weight in quantized.items():

@@ -1,4 +1,7 @@
-"""Name the layers and their parts in profiles."""
+"""Name the layers and their parts in profiles.
+
+Profiles show every operator by name without this; ranges add which layer called it.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext

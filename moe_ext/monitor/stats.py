@@ -4,7 +4,8 @@
     ...                                  # train; the host does not wait for the device
     print(stats.read())                  # one copy to the host, then a new count begins
 
-`sinks` write readings to files, `plot` draws them.
+A reading tells which experts are idle, how uneven their load is and how much was dropped. `sinks`
+write readings to files, `plot` draws them.
 """
 
 from __future__ import annotations

@@ -39,15 +39,16 @@ class Operator(Function):
     generate_vmap_rule = True
 
     def __init_subclass__(cls) -> None:
-        if cls.op is None:
+        super().__init_subclass__()
+        if (op := vars(cls).get("op")) is None:
             return
-        cls.forward = staticmethod(_forward_of(cls.op))  # type: ignore[method-assign]
+        cls.forward = staticmethod(_forward_of(op))  # type: ignore[method-assign]
         if "setup_context" not in vars(cls):
-            arguments = contracts.PARSED[cls.op].arguments
+            arguments = contracts.PARSED[op].arguments
             num_tensors = sum(argument.dims is not None for argument in arguments)
             cls.setup_context = staticmethod(keeps(num_tensors))  # type: ignore[method-assign]
-        OPERATORS[cls.op] = cls
-        registry.libraries.register_gradients({cls.op: cls})
+        OPERATORS[op] = cls
+        registry.libraries.register_gradients({op: cls})
 
     @classmethod
     def call(cls, *args):

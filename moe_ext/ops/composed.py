@@ -1,5 +1,5 @@
-"""Operators that are made of smaller ones: the balance of a routing, and the experts'. And the
-functions that activations are made of.
+"""Operators that are made of smaller ones, the balance of a routing and the experts', and the
+functions of activations.
 
 `run(name, *args)` calls a smaller operator: one of the dispatcher where a device has no kernel of
 its own, a reference, or an autograd.Function where the operands of each are saved.
@@ -205,16 +205,20 @@ def _silu_slope(x: Tensor, scale: float = 1) -> Tensor:
     return sigmoid + scale * (x * sigmoid) * (1 - sigmoid)
 
 
+def _gelu(x: Tensor) -> Tensor:
+    return x * torch.special.ndtr(x)  # F.gelu loses the tail below 0
+
+
 def _gelu_slope(x: Tensor) -> Tensor:
     return torch.special.ndtr(x) + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
 # The function of an activation, or that of its gate, and its slope.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+ACTIVATION_FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "swiglu": (F.silu, _silu_slope),
-    "geglu": (F.gelu, _gelu_slope),
+    "geglu": (_gelu, _gelu_slope),
     "swiglu_oai": (_clamped_silu, _clamped_silu_slope),
-    "gelu": (F.gelu, _gelu_slope),
+    "gelu": (_gelu, _gelu_slope),
     "relu": (F.relu, lambda x: torch.where(x <= 0, 0.0, 1.0).to(x.dtype)),
     "relu2": (lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x)),
 }

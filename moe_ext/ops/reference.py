@@ -342,7 +342,7 @@ def activate(
         weights = pre_activation.new_ones(slots.shape, dtype=dtype)
     weight, filled = _of_rows(weights, sources)
     inner = torch.where(filled, pre_activation, 0).to(dtype)
-    function, _ = composed.ACTIVATIONS[activation]
+    function, _ = composed.ACTIVATION_FUNCTIONS[activation]
     if activation in checks.GATED:
         gate, up = _gate_and_up(inner, activation)
         active = function(gate) * composed.factor(up, activation)[0]
@@ -366,7 +366,7 @@ def activate_backward(
     inner = torch.where(filled, pre_activation, 0).to(dtype)
     grad_wide = torch.where(filled, grad, 0).to(dtype)
     weighed = weight * grad_wide
-    function, slope = composed.ACTIVATIONS[activation]
+    function, slope = composed.ACTIVATION_FUNCTIONS[activation]
     if activation in checks.GATED:
         gate, up = _gate_and_up(inner, activation)
         value, (factor, factor_slope) = function(gate), composed.factor(up, activation)

@@ -49,7 +49,7 @@ class Communicator:
 
     @property
     def state(self) -> GroupState:
-        """That of the group of the first all-to-all."""
+        """The state of the first all-to-all's group."""
         return state_of(resolve(self._levels[-1][0]))
 
     def global_ranks(self) -> list[list[int]]:

@@ -206,7 +206,8 @@ class ExpertParallel(ExpertParameters, Experts):
         return super().train(mode)
 
     def reset_parameters(self) -> None:
-        getattr(self.local, "reset_parameters", lambda: None)()
+        if hasattr(self.local, "reset_parameters"):
+            self.local.reset_parameters()
 
     # Experts may save other names and layouts than those of their parameters.
 

@@ -90,7 +90,7 @@ def test_layer_constructor():
         (lambda: MOELayer(gate, gate), "experts must be a module, got TopKGate"),
         (lambda: MoE(nn.Linear(H, H), H, E), "MoE: expert must be the module of one"),
         (lambda: MoE(H, nn.ModuleList(), E), "one expert, got ModuleList"),
-        (lambda: MoE(H, experts, E), "expert must be the module of one expert, got GroupedExperts"),
+        (lambda: MoE(H, experts, E), "MoE: expert must be the module of one expert, got Grouped"),
         (lambda: Layer(gate, GroupedExperts(4, H, 4)), "Layer: experts must have the gate's num_e"),
         (lambda: Layer(gate, experts, 0), "Layer: num_experts must be at least 1, got 0"),
         (lambda: Layer(gate, one), "Layer: experts must be an nn.Module with routed(), got Linear"),

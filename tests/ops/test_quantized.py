@@ -152,7 +152,7 @@ def test_ranks_have_their_parts():
         assert torch.equal(torch.cat(numbers), getattr(experts, name).dequantize())
 
 
-WEIGHT = quantized(KINDS[5], 2, 3, 64)
+WEIGHT = quantized({"format": "int4", "group_size": 32, "zero_points": True}, 2, 3, 64)
 
 
 def changed(**tensors) -> dict:
