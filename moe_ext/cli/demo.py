@@ -339,11 +339,12 @@ def run(config: Config, device: str = "cpu", out: Path = Path("demo-out")) -> di
             save()
             draw(results, out)
         processes.end()
-    say(report(results))
-    if is_first:
-        for _, reading in list(read_json_lines(lines.path))[-1:]:
-            print(reading)
-    say(f"to draw the experts of one layer: python -m moe_ext plot {lines.path} --layer NAME")
+    if not is_first:
+        return results
+    print(report(results))
+    for _, reading in list(read_json_lines(lines.path))[-1:]:
+        print(reading)
+    print(f"to draw the experts of one layer: python -m moe_ext plot {lines.path} --layer NAME")
     written = sorted(path for path in out.iterdir() if path.stat().st_mtime >= started)
-    say(f"wrote {', '.join(path.name for path in written)} to {out}")
+    print(f"wrote {', '.join(path.name for path in written)} to {out}")
     return results
