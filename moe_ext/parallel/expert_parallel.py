@@ -206,8 +206,9 @@ class ExpertParallel(ExpertParameters, Experts):
         return super().train(mode)
 
     def reset_parameters(self) -> None:
-        if hasattr(self.local, "reset_parameters"):
-            self.local.reset_parameters()
+        reset = getattr(self.local, "reset_parameters", None)
+        if reset is not None:
+            reset()
 
     # Experts may save other names and layouts than those of their parameters.
 
