@@ -3,9 +3,10 @@
 #include "planted_accesses.h"
 #include "vec.cuh"
 
-using namespace moe_ext::cuda;
-
+namespace planted {
 namespace {
+
+using namespace moe_ext::cuda;
 
 // A warp reads numbers that are so far apart.
 __global__ void read_kernel(const float* from, int stride, float* to) {
@@ -30,8 +31,16 @@ __global__ void past_kernel(const float* from, float* to) {
 
 }  // namespace
 
-void launch_planted(const float* from, int stride, float* to) {
+void read(const float* from, int stride, float* to) {
   launch("read", read_kernel, 1, kWarp, 0, nullptr, from, stride, to);
+}
+
+void share(int stride, float* to) {
   launch("share", share_kernel, 1, kWarp, shared_bytes<float>(kWarp * stride), nullptr, stride, to);
+}
+
+void past(const float* from, float* to) {
   launch("past", past_kernel, 1, kWarp, 0, nullptr, from, to);
 }
+
+}  // namespace planted

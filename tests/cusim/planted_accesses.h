@@ -2,4 +2,10 @@
 
 #pragma once
 
-void launch_planted(const float* from, int stride, float* to);
+namespace planted {
+
+void read(const float* from, int stride, float* to);
+void share(int stride, float* to);
+void past(const float* from, float* to);
+
+}  // namespace planted

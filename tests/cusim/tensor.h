@@ -53,21 +53,14 @@ struct MatrixLine {
   bool transposed;
   unsigned* out;
 };
-
-// Joins the whole warp, which sees what each lane brings.
-template <typename Mine>
-void join_warp(WarpOp op, const char* name, const Mine& mine, const char* file, int line) {
-  warp_operation(op, name, 0xffffffff, reinterpret_cast<std::uint64_t>(&mine), 0, file, line);
-}
+void warp_load_matrices(const char* name, const MatrixLine& mine, const char* file, int line);
 
 inline void load_matrices(unsigned (&out)[4], const uint4* address, CUSIM_SITE) {
   // Read by this lane: what sanitizers see.
-  const MatrixLine mine{*address, false, out};
-  join_warp(WarpOp::kLoadMatrices, "ldmatrix", mine, file, line);
+  warp_load_matrices("ldmatrix", {*address, false, out}, file, line);
 }
 inline void load_matrices_transposed(unsigned (&out)[4], const uint4* address, CUSIM_SITE) {
-  const MatrixLine mine{*address, true, out};
-  join_warp(WarpOp::kLoadMatrices, "ldmatrix.trans", mine, file, line);
+  warp_load_matrices("ldmatrix.trans", {*address, true, out}, file, line);
 }
 
 // A lane's part of a product of 16 x 8 sums.
@@ -76,12 +69,13 @@ struct Multiplication {
   float* sum;
 };
 enum class Numbers : std::uint8_t { kBFloat16, kFloat16, kTF32 };
-// All lanes' lists are of one length.
 struct MultiplicationList {
   Numbers numbers;
   int count = 0;
   Multiplication items[64];
 };
+// All lanes' lists, which are of one length.
+void warp_multiply(const MultiplicationList& mine, const char* file, int line);
 
 // As many at once as a kernel gives: a turn of every lane is what costs time here.
 template <typename T>
@@ -94,7 +88,7 @@ class Multiplications {
     list_.numbers = std::is_same_v<T, __half>  ? Numbers::kFloat16
                     : std::is_same_v<T, float> ? Numbers::kTF32
                                                : Numbers::kBFloat16;
-    join_warp(WarpOp::kMultiply, "mma", list_, file, line);
+    warp_multiply(list_, file, line);
     list_.count = 0;
   }
 

@@ -1,8 +1,7 @@
-// The results of warp operations, those of tensor cores among them.
+// Warps load matrices and multiply fragments, as tensor cores do.
 
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
 #include "tensor.h"
@@ -11,8 +10,10 @@
 namespace cusim {
 namespace {
 
+constexpr unsigned kWholeWarp = 0xffffffff;
+
 // Gives every lane its words of four matrices of 8 lines.
-void load_matrices(const Thread* lanes) {
+inline void load_matrices(const Thread* lanes) {
   std::uint16_t numbers[32][8];
   for (int lane = 0; lane < 32; ++lane) {
     const uint4& line = reinterpret_cast<const MatrixLine*>(lanes[lane].wait.value)->line;
@@ -44,7 +45,7 @@ void widen_word(unsigned word, float* out) {
 }
 
 // As tensor cores round a sum.
-float towards_zero(double x) {
+inline float towards_zero(double x) {
   const auto nearest = static_cast<float>(x);
   return std::fabs(double{nearest}) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
 }
@@ -85,7 +86,7 @@ void multiply_fragments(const Thread* lanes, int item) {
   }
 }
 
-void multiply_fragments(const Thread* lanes) {
+inline void multiply_fragments(const Thread* lanes) {
   const auto* list = reinterpret_cast<const MultiplicationList*>(lanes[0].wait.value);
   for (int item = 0; item < list->count; ++item) {
     switch (list->numbers) {
@@ -94,40 +95,6 @@ void multiply_fragments(const Thread* lanes) {
       case Numbers::kTF32: multiply_fragments<float>(lanes, item); break;
     }
   }
-}
-
-// Calls body(lane) for each of a mask.
-template <typename Body>
-void each_lane(unsigned mask, Thread* lanes, const Body& body) {
-  for (; mask; mask &= mask - 1) body(lanes[__builtin_ctz(mask)]);
-}
-
-// Gives the lanes that have arrived their results.
-void complete(const Meeting& meeting, Thread* lanes) {
-  if (meeting.op == WarpOp::kLoadMatrices) load_matrices(lanes);
-  if (meeting.op == WarpOp::kMultiply) multiply_fragments(lanes);
-  std::uint64_t ballot = 0, least = ~std::uint64_t{0}, largest = 0;
-  each_lane(meeting.arrived, lanes, [&](const Thread& thread) {
-    ballot |= std::uint64_t(thread.wait.value != 0) << thread.lane;
-    least = std::min(least, thread.wait.value);
-    largest = std::max(largest, thread.wait.value);
-  });
-  each_lane(meeting.arrived, lanes, [&](Thread& thread) {
-    const Wait& wait = thread.wait;
-    thread.result = 0;
-    switch (meeting.op) {
-      case WarpOp::kBallot: thread.result = ballot; break;
-      case WarpOp::kMin: thread.result = least; break;
-      case WarpOp::kMax: thread.result = largest; break;
-      case WarpOp::kShuffle: thread.result = lanes[wait.source_lane].wait.value; break;
-      case WarpOp::kMatch:
-        each_lane(meeting.arrived, lanes, [&](const Thread& other) {
-          thread.result |= std::uint64_t(other.wait.value == wait.value) << other.lane;
-        });
-        break;
-      default: break;
-    }
-  });
 }
 
 }  // namespace
