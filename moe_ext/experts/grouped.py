@@ -33,7 +33,8 @@ class GroupedExperts(Experts):
         num_experts: E
         hidden_size: H
         ffn_size: F
-        activation: as of `activate`; the gates and ups of "swiglu_oai" alternate
+        activation: "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up), "swiglu_oai" (gpt-oss's,
+            whose gates and ups alternate), "gelu" (exact), "relu" or "relu2"; as of `activate`
         bias: a bias on both products
         score_before_experts: multiply a route's activation by its weight, not the expert's output;
             results differ by rounding only (torchtitan multiplies the input)

@@ -34,7 +34,10 @@ class ExpertsConfig(QuantizationConfigMixin):
     """The format of a model's experts, in its config.json.
 
     Args:
-        format, group_size, zero_points, activations: as of QuantizedWeight.quantize
+        format: as of QuantizedWeight.quantize, like the others
+        group_size: numbers of a row that share a scale
+        zero_points: of int4
+        activations: "int8" to round tokens too
         **others: what a file has beside them
     """
 
