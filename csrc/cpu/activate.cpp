@@ -16,8 +16,9 @@ namespace moe_ext {
 namespace {
 
 template <typename scalar_t>
-void activate_kernel(const ActivateArgs& a, const Tensor& out) {
+Tensor activate_kernel(const ActivateArgs& a) {
   const Routes<scalar_t> routes(a.routes);
+  Tensor out = fresh(a.pre_activation, {routes.num_rows, a.width}, a.pre_activation.scalar_type());
   const auto* pre_activation = const_data<scalar_t>(a.pre_activation);  // [R, inner_width]
   auto* active = data<scalar_t>(out);                                   // [R, width]
   Fault bad_slot, bad_source;
@@ -36,14 +37,18 @@ void activate_kernel(const ActivateArgs& a, const Tensor& out) {
   parallel_for(0, routes.size(), grain((a.inner_width + a.width) * sizeof(scalar_t)), run);
   routes.zero_empty_rows(active, a.width, bad_source);
   routes.check("activate", bad_slot, bad_source);
+  return out;
 }
 
 template <typename scalar_t>
-void activate_backward_kernel(const ActivateBackwardArgs& args, const Tensor& grad_pre_activation,
-                              const Tensor& out, const Tensor& grad_weights) {
+std::tuple<Tensor, Tensor, Tensor> activate_backward_kernel(const ActivateBackwardArgs& args) {
   const ActivateArgs& a = args.forward;
   const int64_t width = a.width, inner_width = a.inner_width;
   const Routes<scalar_t> routes(a.routes);
+  const ScalarType dtype = a.pre_activation.scalar_type();
+  Tensor grad_pre_activation = fresh(a.pre_activation, {routes.num_rows, inner_width}, dtype);
+  Tensor out = fresh(a.pre_activation, {routes.num_rows, width}, dtype);
+  Tensor grad_weights = empty_route_sums(a.pre_activation, a.routes);
   const auto* grad = const_data<scalar_t>(args.grad);             // [R, width]
   const auto* inner = const_data<scalar_t>(a.pre_activation);     // [R, inner_width]
   auto* grad_inner = data<scalar_t>(grad_pre_activation);         // [R, inner_width]
@@ -68,26 +73,17 @@ void activate_backward_kernel(const ActivateBackwardArgs& args, const Tensor& gr
   routes.zero_empty_rows(grad_inner, inner_width, bad_source);
   routes.zero_empty_rows(active, width, bad_source);
   routes.check("activate_backward", bad_slot, bad_source);
+  return {grad_pre_activation, out, grad_weights};
 }
 
 Tensor activate_cpu(const ActivateArgs& a) {
-  const ScalarType dtype = a.pre_activation.scalar_type();
-  const Tensor out = fresh(a.pre_activation, {a.routes.num_rows, a.width}, dtype);
-  visit_float(dtype, [&](auto zero) { activate_kernel<decltype(zero)>(a, out); });
-  return out;
+  return visit_float(a.pre_activation.scalar_type(),
+                     [&](auto zero) { return activate_kernel<decltype(zero)>(a); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> activate_backward_cpu(const ActivateBackwardArgs& a) {
-  const ActivateArgs& f = a.forward;
-  const ScalarType dtype = f.pre_activation.scalar_type();
-  const RouteArgs& r = f.routes;
-  const Tensor grad_pre_activation = fresh(f.pre_activation, {r.num_rows, f.inner_width}, dtype);
-  const Tensor active = fresh(f.pre_activation, {r.num_rows, f.width}, dtype);
-  const Tensor grad_weights = empty_route_sums(f.pre_activation, r);
-  visit_float(dtype, [&](auto zero) {
-    activate_backward_kernel<decltype(zero)>(a, grad_pre_activation, active, grad_weights);
-  });
-  return {grad_pre_activation, active, grad_weights};
+  return visit_float(a.forward.pre_activation.scalar_type(),
+                     [&](auto zero) { return activate_backward_kernel<decltype(zero)>(a); });
 }
 
 }  // namespace

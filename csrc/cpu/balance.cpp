@@ -28,7 +28,9 @@ std::vector<int64_t> first_load(const BalanceArgs& a) {
 }
 
 template <typename T>
-void balance(const BalanceArgs& a, const Tensor& l_aux, const Tensor& slopes) {
+std::tuple<Tensor, Tensor> balance(const BalanceArgs& a) {
+  Tensor l_aux = empty(a.importance, {}, a.importance.scalar_type());
+  Tensor slopes = empty(a.importance, {a.num_experts}, a.importance.scalar_type());
   const std::vector<int64_t> load = first_load(a);
   const double tokens = static_cast<double>(std::max<int64_t>(1, a.num_tokens));
   const T even = static_cast<T>(tokens * (a.choices / static_cast<double>(a.num_experts)));
@@ -41,14 +43,12 @@ void balance(const BalanceArgs& a, const Tensor& l_aux, const Tensor& slopes) {
     sum += static_cast<double>(importance[e] / static_cast<T>(tokens) * share);
   }
   *data<T>(l_aux) = static_cast<T>(sum);
+  return {l_aux, slopes};
 }
 
 std::tuple<Tensor, Tensor> balance_cpu(const BalanceArgs& a) {
-  const ScalarType dtype = a.importance.scalar_type();
-  const Tensor l_aux = empty(a.importance, {}, dtype);
-  const Tensor slope = empty(a.importance, {a.num_experts}, dtype);
-  visit_sums(dtype, [&](auto zero) { balance<decltype(zero)>(a, l_aux, slope); });
-  return {l_aux, slope};
+  return visit_sums(a.importance.scalar_type(),
+                    [&](auto zero) { return balance<decltype(zero)>(a); });
 }
 
 }  // namespace

@@ -66,9 +66,10 @@ struct CombineTokens {
 };
 
 template <typename scalar_t>
-void combine_kernel(const MoveArgs& a, const Tensor& out) {
+Tensor combine_kernel(const MoveArgs& a) {
   const Routes<scalar_t> routes(a.routes);
   const int64_t K = routes.top_k, H = a.hidden;
+  Tensor out = fresh(a.from, {routes.num_tokens, H}, a.from.scalar_type());
   const CombineTokens<scalar_t> tokens{const_data<scalar_t>(a.from), routes, data<scalar_t>(out),
                                        H};
   Fault bad_slot;
@@ -80,24 +81,16 @@ void combine_kernel(const MoveArgs& a, const Tensor& out) {
                  if (!bad_slot.found()) on_widest(tokens, begin, end);
                });
   routes.check("combine", bad_slot);
+  return out;
 }
 
 }  // namespace
 
-void combine(const MoveArgs& a, const Tensor& out) {
-  visit_float(a.from.scalar_type(), [&](auto zero) { combine_kernel<decltype(zero)>(a, out); });
+Tensor combine(const MoveArgs& a) {
+  return visit_float(a.from.scalar_type(),
+                     [&](auto zero) { return combine_kernel<decltype(zero)>(a); });
 }
 
-namespace {
-
-Tensor combine_cpu(const MoveArgs& a) {
-  Tensor tokens = fresh(a.from, {a.routes.num_tokens, a.hidden}, a.from.scalar_type());
-  combine(a, tokens);
-  return tokens;
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("combine", boxed<combine_args, combine_cpu>); }
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("combine", boxed<combine_args, combine>); }
 
 }  // namespace moe_ext

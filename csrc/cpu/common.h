@@ -26,9 +26,9 @@ using torch::stable::parallel_for;
 template <typename scalar_t>
 using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
-// Calls body(scalar_t{}) with the C++ type of a floating dtype; args.h has refused all others.
+// body(scalar_t{}) with the C++ type of a floating dtype; args.h has refused all others.
 template <typename Body>
-void visit_float(ScalarType dtype, const Body& body) {
+auto visit_float(ScalarType dtype, const Body& body) {
   switch (dtype) {
     case ScalarType::Double: return body(double{});
     case ScalarType::BFloat16: return body(torch::headeronly::BFloat16{});
@@ -39,8 +39,8 @@ void visit_float(ScalarType dtype, const Body& body) {
 
 // The same for a dtype of sums.
 template <typename Body>
-void visit_sums(ScalarType dtype, const Body& body) {
-  dtype == ScalarType::Double ? body(double{}) : body(float{});
+auto visit_sums(ScalarType dtype, const Body& body) {
+  return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
 // Memory for a result. Large ones ask for pages of two megabytes, where the system gives them on

@@ -11,9 +11,10 @@ namespace moe_ext {
 namespace {
 
 template <typename scalar_t>
-void dispatch_kernel(const MoveArgs& a, const Tensor& out) {
+Tensor dispatch_kernel(const MoveArgs& a) {
   const Routes<scalar_t> routes(a.routes);
   const int64_t H = a.hidden, K = routes.top_k;
+  Tensor out = fresh(a.from, {routes.num_rows, H}, a.from.scalar_type());
   const auto* tokens = const_data<scalar_t>(a.from);  // [T, H]
   auto* rows = data<scalar_t>(out);                   // [R, H]
   Fault bad_slot, bad_source;
@@ -35,12 +36,12 @@ void dispatch_kernel(const MoveArgs& a, const Tensor& out) {
   parallel_for(0, routes.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)), run);
   routes.zero_empty_rows(rows, H, bad_source);
   routes.check("dispatch", bad_slot, bad_source);
+  return out;
 }
 
 Tensor dispatch_cpu(const MoveArgs& a) {
-  Tensor rows = fresh(a.from, {a.routes.num_rows, a.hidden}, a.from.scalar_type());
-  visit_float(a.from.scalar_type(), [&](auto zero) { dispatch_kernel<decltype(zero)>(a, rows); });
-  return rows;
+  return visit_float(a.from.scalar_type(),
+                     [&](auto zero) { return dispatch_kernel<decltype(zero)>(a); });
 }
 
 }  // namespace

@@ -85,19 +85,17 @@ void project_down(const Experts<scalar_t>& at, const Matrix& active, const Matri
 }
 
 std::tuple<Tensor, Tensor> feed_forward_cpu(const FeedForwardArgs& a, bool keeps) {
-  Tensor out, pre_activation;
-  visit_float(a.tokens.scalar_type(), [&](auto zero) {
+  return visit_float(a.tokens.scalar_type(), [&](auto zero) -> std::tuple<Tensor, Tensor> {
     const Experts<decltype(zero)> at("feed_forward", a);
-    pre_activation = keeps ? at.fresh_rows(a.inner_width) : none(a.tokens);
+    const Tensor pre_activation = keeps ? at.fresh_rows(a.inner_width) : none(a.tokens);
     const Tensor rows = at.fresh_rows(a.hidden);
     {
       const Tensor active = at.fresh_rows(a.width);
       project_up(at, pre_activation, matrix_of(active));
       project_down(at, matrix_of(active), matrix_of(rows));
     }
-    out = at.combined(rows, !a.score_before_experts);
+    return {at.combined(rows, !a.score_before_experts), pre_activation};
   });
-  return {out, pre_activation};
 }
 
 }  // namespace

@@ -47,9 +47,7 @@ struct Experts {
     zero_read_unowned(matrix_of(rows));
     RouteArgs by = a.routes;
     if (!weighs) by.weights = std::nullopt;
-    const Tensor out = fresh(a.tokens, {routes.num_tokens, a.hidden}, dtype);
-    combine({rows, by, a.hidden}, out);
-    return out;
+    return combine({rows, by, a.hidden});
   }
 
   // The weight of a row's route; zero for a row without one.

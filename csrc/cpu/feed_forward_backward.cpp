@@ -195,11 +195,9 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, bool needs_to
 
 SixTensors feed_forward_backward_cpu(const FeedForwardBackwardArgs& b, bool needs_tokens,
                                      bool needs_up, bool needs_down) {
-  SixTensors results;
-  visit_float(b.forward.tokens.scalar_type(), [&](auto zero) {
-    results = feed_forward_backward<decltype(zero)>(b, needs_tokens, needs_up, needs_down);
+  return visit_float(b.forward.tokens.scalar_type(), [&](auto zero) {
+    return feed_forward_backward<decltype(zero)>(b, needs_tokens, needs_up, needs_down);
   });
-  return results;
 }
 
 }  // namespace

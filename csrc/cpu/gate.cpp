@@ -157,10 +157,14 @@ MOE_EXT_INLINE void gate_tokens(const GateArgs& a, int64_t first, int64_t n, Scr
 }
 
 template <typename scalar_t>
-void gate_kernel(const GateArgs& a, const Tensor& weights, const Tensor& expert_ids,
-                 const Tensor& probs, const Tensor& importance) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_kernel(const GateArgs& a) {
   using T = accumulate_t<scalar_t>;
   const int64_t E = a.num_experts;
+  const ScalarType dtype = accumulate_type(a.logits.scalar_type());
+  Tensor weights = empty(a.logits, {a.num_tokens, a.top_k}, dtype);
+  Tensor expert_ids = empty(a.logits, {a.num_tokens, a.top_k}, ScalarType::Int);
+  Tensor probs = empty(a.logits, {a.num_tokens, E}, dtype);
+  Tensor importance = empty(a.logits, {E}, dtype);
   const int64_t num_blocks = parts(a.num_tokens, kBlock);
   T *weights_out = data<T>(weights), *probs_out = data<T>(probs);
   int32_t* ids_out = data<int32_t>(expert_ids);
@@ -190,6 +194,7 @@ void gate_kernel(const GateArgs& a, const Tensor& weights, const Tensor& expert_
     for (int64_t block = 0; block < num_blocks; ++block) sum += block_sums[block * E + e];
     total[e] = static_cast<T>(sum);
   }
+  return {weights, expert_ids, probs, importance};
 }
 
 // g[e] = p[e] * (g[e] - sum over i of p[i] * g[i]), for p of a softmax.
@@ -212,13 +217,14 @@ void softmax_backward(const T* p, T* g, int64_t num_experts) {
 }
 
 template <typename T>
-void gate_backward_kernel(const GateBackwardArgs& a, const Tensor& grad) {
+Tensor gate_backward_kernel(const GateBackwardArgs& a) {
   const int64_t E = a.num_experts, K = a.top_k;
   const T* grad_weights = data_or_null<T>(a.grad_weights);
   const T* grad_probs = data_or_null<T>(a.grad_probs);
   const T* grad_importance = data_or_null<T>(a.grad_importance);
   const T* probs = const_data<T>(a.probs);
   const int32_t* expert_ids = const_data<int32_t>(a.expert_ids);
+  Tensor grad = empty(a.probs, {a.num_tokens, E}, a.probs.scalar_type());
   T* grad_logits = data<T>(grad);
   const T scale = static_cast<T>(a.rule.scale);
 
@@ -248,27 +254,19 @@ void gate_backward_kernel(const GateBackwardArgs& a, const Tensor& grad) {
       }
     }
   });
+  return grad;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_cpu(const GateArgs& a) {
-  const ScalarType dtype = accumulate_type(a.logits.scalar_type());
-  Tensor weights = empty(a.logits, {a.num_tokens, a.top_k}, dtype);
-  Tensor expert_ids = empty(a.logits, {a.num_tokens, a.top_k}, ScalarType::Int);
-  Tensor probs = empty(a.logits, {a.num_tokens, a.num_experts}, dtype);
-  Tensor importance = empty(a.logits, {a.num_experts}, dtype);
-  visit_float(a.logits.scalar_type(), [&](auto zero) {
-    gate_kernel<decltype(zero)>(a, weights, expert_ids, probs, importance);
-  });
-  return {weights, expert_ids, probs, importance};
+  return visit_float(a.logits.scalar_type(),
+                     [&](auto zero) { return gate_kernel<decltype(zero)>(a); });
 }
 
 Tensor gate_backward_cpu(const GateBackwardArgs& a) {
   check_ids(Check("gate_backward"), const_data<int32_t>(a.expert_ids), a.num_tokens * a.top_k,
             a.top_k, 0, a.num_experts);
-  Tensor grad = empty(a.probs, {a.num_tokens, a.num_experts}, a.probs.scalar_type());
-  visit_sums(a.probs.scalar_type(),
-             [&](auto zero) { gate_backward_kernel<decltype(zero)>(a, grad); });
-  return grad;
+  return visit_sums(a.probs.scalar_type(),
+                    [&](auto zero) { return gate_backward_kernel<decltype(zero)>(a); });
 }
 
 }  // namespace

@@ -8,8 +8,10 @@
 namespace moe_ext {
 namespace {
 
+// The weights, or their gradient where a.grad is given.
 template <typename T>
-void mask_weights_kernel(const MaskWeightsArgs& a, const Tensor& result) {
+Tensor masked(const MaskWeightsArgs& a) {
+  Tensor result = empty(a.weights, {a.num_tokens, a.top_k}, a.weights.scalar_type());
   const int64_t K = a.top_k;
   const T eps = static_cast<T>(a.eps), scale = static_cast<T>(a.scale);
   const T* weights = const_data<T>(a.weights);
@@ -33,14 +35,11 @@ void mask_weights_kernel(const MaskWeightsArgs& a, const Tensor& result) {
       }
     }
   });
+  return result;
 }
 
-// The weights, or their gradient where a.grad is given.
 Tensor mask_weights_cpu(const MaskWeightsArgs& a) {
-  Tensor result = empty(a.weights, {a.num_tokens, a.top_k}, a.weights.scalar_type());
-  visit_sums(a.weights.scalar_type(),
-             [&](auto zero) { mask_weights_kernel<decltype(zero)>(a, result); });
-  return result;
+  return visit_sums(a.weights.scalar_type(), [&](auto zero) { return masked<decltype(zero)>(a); });
 }
 
 }  // namespace

@@ -188,10 +188,8 @@ class QuantizedProducts {
 };
 
 Tensor quantized_mm_cpu(const QuantizedMMArgs& a) {
-  Tensor out;
-  visit_float(a.rows.scalar_type(),
-              [&](auto zero) { out = QuantizedProducts<decltype(zero)>(a).run(); });
-  return out;
+  return visit_float(a.rows.scalar_type(),
+                     [&](auto zero) { return QuantizedProducts<decltype(zero)>(a).run(); });
 }
 
 }  // namespace

@@ -13,9 +13,9 @@ namespace {
 
 // dispatched: [R, H], null for the dots alone
 template <typename scalar_t>
-void route_dot_kernel(const char* op, const RouteDotArgs& a, const Tensor& dots,
-                      const Tensor* dispatched) {
+Tensor route_dot_kernel(const char* op, const RouteDotArgs& a, const Tensor* dispatched) {
   const Routes<scalar_t> routes(a.routes);
+  Tensor dots = empty_route_sums(a.tokens, a.routes);
   const int64_t H = a.hidden, K = routes.top_k;
   const auto* tokens = const_data<scalar_t>(a.tokens);  // [T, H]
   const auto* rows = const_data<scalar_t>(a.rows);      // [R, H]
@@ -44,22 +44,20 @@ void route_dot_kernel(const char* op, const RouteDotArgs& a, const Tensor& dots,
   parallel_for(0, routes.num_tokens, grain(H * (K * (scaled ? 2 : 1) + 1) * sizeof(scalar_t)), run);
   if (scaled) routes.zero_empty_rows(scaled, H, bad_source);
   routes.check(op, bad_slot, bad_source);
+  return dots;
 }
 
 Tensor route_dot_cpu(const RouteDotArgs& a) {
-  const Tensor dots = empty_route_sums(a.tokens, a.routes);
-  visit_float(a.tokens.scalar_type(),
-              [&](auto zero) { route_dot_kernel<decltype(zero)>("route_dot", a, dots, nullptr); });
-  return dots;
+  return visit_float(a.tokens.scalar_type(), [&](auto zero) {
+    return route_dot_kernel<decltype(zero)>("route_dot", a, nullptr);
+  });
 }
 
 std::tuple<Tensor, Tensor> combine_backward_cpu(const RouteDotArgs& a) {
   const Tensor dispatched = fresh(a.tokens, {a.routes.num_rows, a.hidden}, a.tokens.scalar_type());
-  const Tensor dots = empty_route_sums(a.tokens, a.routes);
-  visit_float(a.tokens.scalar_type(), [&](auto zero) {
-    route_dot_kernel<decltype(zero)>("combine_backward", a, dots, &dispatched);
-  });
-  return {dispatched, dots};
+  return {dispatched, visit_float(a.tokens.scalar_type(), [&](auto zero) {
+            return route_dot_kernel<decltype(zero)>("combine_backward", a, &dispatched);
+          })};
 }
 
 }  // namespace

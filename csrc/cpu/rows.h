@@ -172,8 +172,8 @@ class RowWriter {
   bool streams_;
 };
 
-// Fills `out` [T, H]; combine.cpp.
-void combine(const MoveArgs& a, const Tensor& out);
+// combine.cpp
+Tensor combine(const MoveArgs& a);
 
 // Walks the pieces of routes' rows some way ahead of their use, to fetch them: rows lie anywhere.
 // `group` routes one after the other are read side by side, a piece of each in turn.

@@ -5,51 +5,60 @@
 #include <vector>
 
 #include "tensor.h"
+#include "threads.h"
 
 namespace cusim {
 namespace {
 
-// The copies that a block's threads have not waited for.
+// The copies that a block's threads have not waited for. The running thread calls all but
+// start_block().
 class PendingCopies {
  public:
+  explicit PendingCopies(Turns& turns) : turns_(turns) {}
+
   void start_block(std::size_t threads) {
     if (of_thread_.size() < threads) of_thread_.resize(threads);
     for (unsigned rank : used_) of_thread_[rank] = {};
     used_.clear();
   }
 
-  void add(unsigned rank, Copy copy) {
-    OfThread& thread = of_thread_[rank];
-    if (thread.copies.empty()) used_.push_back(rank);
-    copy.group = thread.groups;
-    thread.copies.push_back(copy);
+  void add(Copy copy) {
+    Unowned scope;
+    if (mine().copies.empty()) used_.push_back(rank());
+    copy.group = mine().groups;
+    mine().copies.push_back(copy);
   }
 
-  void commit(unsigned rank) {
-    if (!of_thread_[rank].groups++) used_.push_back(rank);
+  void commit() {
+    Unowned scope;
+    if (!mine().groups++) used_.push_back(rank());
   }
 
-  // pick(n): which of n comes first.
-  template <typename Pick>
-  bool take(unsigned rank, int left, Copy& copy, const Pick& pick) {
-    OfThread& thread = of_thread_[rank];
+  // False where all but the last `left` groups are done.
+  bool take(int left, Copy& copy) {
+    Unowned scope;
+    auto& [copies, groups] = mine();
     std::size_t count = 0;  // in the order of their groups
-    while (count < thread.copies.size() && thread.copies[count].group < thread.groups - left)
-      ++count;
+    while (count < copies.size() && copies[count].group < groups - left) ++count;
     if (!count) return false;
-    const auto taken = thread.copies.begin() + std::ptrdiff_t(pick(count));
+    const auto taken = copies.begin() + std::ptrdiff_t(turns_.pick(count));
     copy = *taken;
-    thread.copies.erase(taken);
+    copies.erase(taken);
     return true;
   }
 
-  std::size_t count(unsigned rank) const { return of_thread_[rank].copies.size(); }
+  std::size_t count() { return mine().copies.size(); }
 
  private:
   struct OfThread {
     std::vector<Copy> copies;
     int groups = 0;
   };
+
+  static unsigned rank() { return current->thread_idx.x; }
+  OfThread& mine() { return of_thread_[rank()]; }
+
+  Turns& turns_;
   std::vector<OfThread> of_thread_;
   std::vector<unsigned> used_;
 };

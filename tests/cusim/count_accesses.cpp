@@ -18,20 +18,14 @@ cusim::AccessCounter counter;
 
 // What -fsanitize=thread calls.
 extern "C" {
-#define ACCESSES(size)                                                                          \
-  void __tsan_read##size(void* at) { counter.add_any(at, size, __builtin_return_address(0)); }  \
-  void __tsan_write##size(void* at) { counter.add_any(at, size, __builtin_return_address(0)); } \
-  void __tsan_unaligned_read##size(void* at) {                                                  \
-    counter.add_any(at, size, __builtin_return_address(0));                                     \
-  }                                                                                             \
-  void __tsan_unaligned_write##size(void* at) {                                                 \
-    counter.add_any(at, size, __builtin_return_address(0));                                     \
-  }
-ACCESSES(1)
-ACCESSES(2)
-ACCESSES(4)
-ACCESSES(8)
-ACCESSES(16)
+#define ACCESS(kind, size) \
+  void __tsan_##kind##size(void* at) { counter.add_any(at, size, __builtin_return_address(0)); }
+#define ACCESSES(kind) \
+  ACCESS(kind, 1) ACCESS(kind, 2) ACCESS(kind, 4) ACCESS(kind, 8) ACCESS(kind, 16)
+ACCESSES(read)
+ACCESSES(write)
+ACCESSES(unaligned_read)
+ACCESSES(unaligned_write)
 void __tsan_read_range(void* at, std::size_t size) {
   counter.add_any(at, size, __builtin_return_address(0));
 }
@@ -100,13 +94,6 @@ void print(const cusim::Launch& launch) {
   before = ",";
 }
 
-template <typename T>
-Array<T> filled(int64_t size) {
-  Array<T> array(size);
-  fill(array);
-  return array;
-}
-
 void count_routing(const Shape& s) {
   shape_text = text(s);
   Array<float> logits = filled<float>(s.T * s.E), weights(s.T * s.K), probs(s.T * s.E);
@@ -145,7 +132,6 @@ void count_rows(const Shape& s, const char* dtype) {
   Array<int32_t> expert_ids(R), slots(R), sources(R), offsets(s.E + 1), load(s.E);
   Array<int32_t> scratch(plan_scratch(R, s.E, false));
   for (int64_t i = 0; i < R; ++i) expert_ids[i] = static_cast<int32_t>(below(s.E));
-  shape_text = text(s);
   cusim::options().end_launch = nullptr;
   plan({expert_ids.data(), nullptr, s.T, s.K, s.E, -1, true, 1, R, slots.data(), sources.data(),
         offsets.data(), load.data(), scratch.data()},
@@ -211,13 +197,12 @@ void count_products(const Shape& s, const char* dtype) {
 }
 
 // Weights of int4 in groups of 64, and int8, both directions.
-template <typename T>
-void count_quantized(const Shape& s, const char* dtype) {
+void count_quantized(const Shape& s) {
   const int64_t R = s.T * s.K;
   Array<int32_t> offsets(s.E + 1), load(s.E);
   for (int e = 0; e <= s.E; ++e) offsets[e] = static_cast<int32_t>(e * R / s.E);
   for (int e = 0; e < s.E; ++e) load[e] = offsets[e + 1] - offsets[e];
-  Array<T> rows = filled<T>(R * s.H), out(R * s.F);
+  Array<__nv_bfloat16> rows = filled<__nv_bfloat16>(R * s.H), out(R * s.F);
   for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
     const bool is_int8 = format == WeightFormat::kInt8;
     const int64_t num_scales = is_int8 ? 1 : s.H / 64;
@@ -226,9 +211,9 @@ void count_quantized(const Shape& s, const char* dtype) {
     for (int64_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint8_t>(i);
     for (int64_t i = 0; i < scales.size(); ++i) scales[i] = 0x3f803f80;  // about 1
     for (const bool transposed : {false, true}) {
-      shape_text = text(s) + " " + dtype + (is_int8 ? " int8" : " int4");
+      shape_text = text(s) + " bfloat16" + (is_int8 ? " int8" : " int4");
       if (transposed) shape_text += " transposed";
-      quantized_mm({dtype_of<T>, rows.data(), format, values.data(), scales.data(), nullptr,
+      quantized_mm({Dtype::kBFloat16, rows.data(), format, values.data(), scales.data(), nullptr,
                     num_scales, transposed, Groups{offsets.data(), load.data(), s.E, R},
                     transposed ? s.F : s.H, transposed ? s.H : s.F},
                    nullptr, transposed ? rows.data() : out.data(), nullptr);
@@ -240,11 +225,8 @@ void count_planted() {
   Array<float> from = filled<float>(32 * 32), to(32);
   for (int stride : {1, 2, 32}) {
     shape_text = "stride " + std::to_string(stride);
-    planted::read(from.data(), stride, to.data());
-    planted::share(stride, to.data());
+    launch_planted(from.data(), stride, to.data());
   }
-  shape_text = "";
-  planted::past(from.data(), to.data());
 }
 
 void count_all() {
@@ -261,7 +243,7 @@ void count_all() {
   for (const Shape& shape : {Shape{64, 2, 4, 128, 128}, Shape{64, 4, 2, 128, 64}}) {
     count_products<__nv_bfloat16>(shape, "bfloat16");
     count_products<float>(shape, "float32");
-    count_quantized<__nv_bfloat16>(shape, "bfloat16");
+    count_quantized(shape);
   }
 }
 

@@ -5,48 +5,19 @@
 
 #include "cusim.h"
 
-#include <algorithm>
-#include <cstdlib>
 #include <exception>
 #include <iterator>
 #include <mutex>
 
 #include "copies.h"
-#include "fragments.h"
 #include "memory.h"
 #include "threads.h"
-
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
+#include "warps.h"
 
 namespace cusim {
 
 Coordinates* current = nullptr;
 bool poisoning = false;
-
-Options& options() {
-  static Options options;
-  return options;
-}
-
-void set_order(const std::string& name) {
-  if (name == "forward" || name == "reverse") {
-    options().order = name == "forward" ? Order::kForward : Order::kReverse;
-  } else if (name.rfind("random", 0) == 0 && name.size() > 6 &&
-             name.find_first_not_of("0123456789", 6) == std::string::npos) {
-    options().order = Order::kRandom;
-    options().seed = std::stoull(name.substr(6));
-  } else {
-    throw std::invalid_argument("order must be forward, reverse or random<seed>, got " + name);
-  }
-}
-
-std::vector<Launch>& launches() {
-  static std::vector<Launch> launches;
-  return launches;
-}
 
 namespace {
 
@@ -62,8 +33,8 @@ class Engine {
       // Not sooner: no block comes after another.
       ~Finally() { acquire(&engine.launch_ordering_[1]); }
     } finally{*this};
-    name_ = name, shape_ = &shape, thread_ = thread, argument_ = argument;
-    loads_ = {}, stores_ = {}, barriers_ = 0;
+    launch_ = {name, shape.blocks, shape.threads, shape.shared_bytes, {}, {}, 0};
+    thread_ = thread, argument_ = argument;
     check_shape(name, shape);
     turns_.start_launch(++num_launches_);
     if (__tsan_get_current_fiber) host_.tsan_fiber = __tsan_get_current_fiber();
@@ -74,10 +45,8 @@ class Engine {
     release(&launch_ordering_[0]);
 
     for (unsigned block : turns_.order_of_blocks(shape.blocks)) run_block(block);
-    const Launch launch{name,   shape.blocks, shape.threads, shape.shared_bytes,
-                        loads_, stores_,      barriers_};
-    if (options().recording) launches().push_back(launch);
-    if (options().end_launch) options().end_launch(launch);
+    if (options().recording) launches().push_back(launch_);
+    if (options().end_launch) options().end_launch(launch_);
   }
 
   Thread& self() { return static_cast<Thread&>(*current); }
@@ -85,8 +54,8 @@ class Engine {
   // Ends the launch: the other threads that have not returned are abandoned where they are.
   [[noreturn]] void fail(const std::string& what) {
     std::string message = "cusim: " + what + "\n  in block " + std::to_string(block_) + " of " +
-                          std::to_string(shape_->blocks) + " x " + std::to_string(shape_->threads) +
-                          " of " + name_;
+                          std::to_string(launch_.blocks) + " x " + std::to_string(launch_.threads) +
+                          " of " + launch_.name;
     if (options().order == Order::kRandom) message += ", seed " + std::to_string(options().seed);
     throw Error(message);
   }
@@ -150,10 +119,10 @@ class Engine {
     Unowned scope;
     if (index == shared_.count()) {
       const std::size_t taken = shared_.bytes() + SharedArrays::rounded(bytes);
-      if (taken > shape_->shared_bytes) {
+      if (taken > launch_.shared_bytes) {
         fail(thread, "takes " + std::to_string(taken) +
                          " bytes of shared memory, the launch gave " +
-                         std::to_string(shape_->shared_bytes));
+                         std::to_string(launch_.shared_bytes));
       }
       shared_.add(bytes);
     }
@@ -172,21 +141,10 @@ class Engine {
     return {memory, reinterpret_cast<std::uintptr_t>(address)};
   }
 
-  void add_copy(const Copy& copy) {
-    Unowned scope;
-    copies_.add(self().rank, copy);
-  }
-  void commit_copies() {
-    Unowned scope;
-    copies_.commit(self().rank);
-  }
-  bool take_copy(int left, Copy& copy) {
-    Unowned scope;
-    return copies_.take(self().rank, left, copy, [this](std::size_t n) { return turns_.pick(n); });
-  }
+  PendingCopies& copies() { return copies_; }
 
-  void count_load(std::size_t bytes) { ++loads_[unsigned(__builtin_ctzll(bytes))]; }
-  void count_store(std::size_t bytes) { ++stores_[unsigned(__builtin_ctzll(bytes))]; }
+  void count_load(std::size_t bytes) { ++launch_.loads[unsigned(__builtin_ctzll(bytes))]; }
+  void count_store(std::size_t bytes) { ++launch_.stores[unsigned(__builtin_ctzll(bytes))]; }
 
  private:
   // By this address ThreadSanitizer knows one barrier or __syncwarp().
@@ -229,8 +187,8 @@ class Engine {
       Thread& thread = threads_[rank];
       thread = Thread{};
       thread.thread_idx = {rank, 0, 0}, thread.block_idx = {index, 0, 0};
-      thread.block_dim = dim3(unsigned(threads_.size())),
-      thread.grid_dim = dim3(unsigned(shape_->blocks));
+      thread.block_dim = dim3(unsigned(threads_.size()));
+      thread.grid_dim = dim3(unsigned(launch_.blocks));
       thread.rank = rank, thread.lane = rank % 32;
       warps_[rank / 32].lanes |= 1u << thread.lane;
       turns_.add(thread);
@@ -247,16 +205,13 @@ class Engine {
   void start_thread(Thread& thread) {
     Unowned scope;
     thread.fiber = fibers_.take();
-    Context& context = thread.context;
-    context.stack_size = kStackBytes;
-    context.stack_bottom = thread.fiber.stack;
-    context.stack_pointer =
-        prepare_stack(thread.fiber.stack, kStackBytes, [] { engine().thread_main(); });
-    context.tsan_fiber = thread.fiber.tsan_fiber;
+    const auto [stack, tsan_fiber] = thread.fiber;
+    void* top = prepare_stack(stack, kStackBytes, [] { engine().thread_main(); });
+    thread.context = {top, stack, kStackBytes, tsan_fiber};
     if (__tsan_set_fiber_name) {
       const std::string name =
           "block " + text(thread.block_idx) + " thread " + text(thread.thread_idx);
-      __tsan_set_fiber_name(context.tsan_fiber, name.c_str());
+      __tsan_set_fiber_name(tsan_fiber, name.c_str());
     }
   }
 
@@ -281,7 +236,7 @@ class Engine {
     Thread& thread = self();
     try {
       thread_(argument_);
-      if (const std::size_t count = copies_.count(thread.rank))
+      if (const std::size_t count = copies_.count())
         fail(thread, "returns before " + std::to_string(count) + " of its copies are done");
       thread.returned = true;
       --live_;
@@ -308,7 +263,7 @@ class Engine {
     }
     for (Thread& thread : threads_) turns_.add(thread);
     arrived_ = 0;
-    ++barriers_;
+    ++launch_.barriers;
   }
 
   // Ends the meetings at which all lanes of the mask have arrived, but for those that have
@@ -322,53 +277,21 @@ class Engine {
       }
       const Meeting meeting = meetings[i];
       meetings.erase(meetings.begin() + std::ptrdiff_t(i));
-      complete(meeting, &threads_[warp_index * 32]);
-    }
-  }
-
-  void complete(const Meeting& meeting, Thread* lanes) {
-    if (meeting.op == WarpOp::kLoadMatrices) load_matrices(lanes);
-    if (meeting.op == WarpOp::kMultiply) multiply_fragments(lanes);
-    std::uint64_t ballot = 0, least = ~std::uint64_t{0}, largest = 0;
-    for (unsigned rest = meeting.arrived; rest; rest &= rest - 1) {
-      const Thread& thread = lanes[__builtin_ctz(rest)];
-      ballot |= std::uint64_t(thread.wait.value != 0) << thread.lane;
-      least = std::min(least, thread.wait.value);
-      largest = std::max(largest, thread.wait.value);
-    }
-    for (unsigned rest = meeting.arrived; rest; rest &= rest - 1) {
-      Thread& thread = lanes[__builtin_ctz(rest)];
-      const Wait& wait = thread.wait;
-      switch (meeting.op) {
-        case WarpOp::kSync: break;
-        case WarpOp::kBallot: thread.result = ballot; break;
-        case WarpOp::kLoadMatrices:
-        case WarpOp::kMultiply: break;
-        case WarpOp::kMin: thread.result = least; break;
-        case WarpOp::kMax: thread.result = largest; break;
-        case WarpOp::kShuffle:
-          if (!(meeting.arrived >> wait.source_lane & 1)) {
-            fail(thread, text(wait) + " reads lane " + std::to_string(wait.source_lane) +
-                             ", which takes no part");
-          }
-          thread.result = lanes[wait.source_lane].wait.value;
-          break;
-        case WarpOp::kMatch:
-          thread.result = 0;
-          for (unsigned others = meeting.arrived; others; others &= others - 1) {
-            const Thread& other = lanes[__builtin_ctz(others)];
-            thread.result |= std::uint64_t(other.wait.value == wait.value) << other.lane;
-          }
-          break;
-      }
-      turns_.add(thread);
+      Thread* lanes = &threads_[warp_index * 32];
+      each_lane(meeting.arrived, lanes, [&](const Thread& thread) {
+        const unsigned source = thread.wait.source_lane;
+        if (meeting.op != WarpOp::kShuffle || meeting.arrived >> source & 1) return;
+        fail(thread,
+             text(thread.wait) + " reads lane " + std::to_string(source) + ", which takes no part");
+      });
+      complete(meeting, lanes);
+      each_lane(meeting.arrived, lanes, [&](Thread& thread) { turns_.add(thread); });
     }
   }
 
   std::mutex mutex_;
   const Range host_stack_ = host_stack();  // of the thread that launched first
-  const char* name_ = nullptr;
-  const Shape* shape_ = nullptr;
+  Launch launch_{};                        // the one that runs
   void (*thread_)(void*) = nullptr;
   void* argument_ = nullptr;
   Turns turns_;
@@ -376,8 +299,6 @@ class Engine {
   std::exception_ptr exception_;
   Context host_;
   FiberPool fibers_;
-  Accesses loads_{}, stores_{};
-  std::uint64_t barriers_ = 0;
 
   unsigned block_ = 0;
   std::vector<Thread> threads_;
@@ -388,7 +309,7 @@ class Engine {
   std::uint64_t orderings_[4096] = {}, last_ordering_ = 0;
   std::uint64_t launch_ordering_[2] = {};  // [0]: before the launch, [1]: after a thread
   SharedArrays shared_;
-  PendingCopies copies_;
+  PendingCopies copies_{turns_};
 };
 
 Engine& engine() {
@@ -418,9 +339,10 @@ void warp_multiply(const MultiplicationList& mine, const char* file, int line) {
 }
 
 void set_poisoning(bool on) { poisoning = on; }
-void add_copy(const Copy& copy) { engine().add_copy(copy); }
-void commit_copies() { engine().commit_copies(); }
-bool take_copy(int left, Copy& copy) { return engine().take_copy(left, copy); }
+bool sees_races() { return __tsan_get_current_fiber; }
+void add_copy(const Copy& copy) { engine().copies().add(copy); }
+void commit_copies() { engine().copies().commit(); }
+bool take_copy(int left, Copy& copy) { return engine().copies().take(left, copy); }
 
 void block_barrier(const char* name, const char* file, int line) {
   engine().barrier({name, file, line, 0, 0, 0});

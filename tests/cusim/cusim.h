@@ -72,6 +72,9 @@ struct Options {
 // Changes apply to later launches.
 Options& options();
 
+// Whether this is a program with ThreadSanitizer.
+bool sees_races();
+
 // Sets the order, and the seed, by name: forward, reverse, or random<seed>.
 void set_order(const std::string& name);
 

@@ -10,7 +10,7 @@ namespace testing {
 namespace {
 
 void check_launches() {
-  std::map<std::string, std::size_t> bounds;
+  LaunchBounds bounds;
   for (const auto& [name, test] : tests()) {
     bounds.insert(test.launch_bounds.begin(), test.launch_bounds.end());
   }

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COPY = ROOT / "build" / "mutants"
-BUILDS = ("", "_address", "_undefined", "_thread")
+BUILDS = ("", "_memory", "_thread")
 SECONDS = 300  # a mutant may run for ever
 
 

@@ -3,10 +3,9 @@
 #include "planted_accesses.h"
 #include "vec.cuh"
 
-namespace planted {
-namespace {
-
 using namespace moe_ext::cuda;
+
+namespace {
 
 // A warp reads numbers that are so far apart.
 __global__ void read_kernel(const float* from, int stride, float* to) {
@@ -31,16 +30,8 @@ __global__ void past_kernel(const float* from, float* to) {
 
 }  // namespace
 
-void read(const float* from, int stride, float* to) {
+void launch_planted(const float* from, int stride, float* to) {
   launch("read", read_kernel, 1, kWarp, 0, nullptr, from, stride, to);
-}
-
-void share(int stride, float* to) {
   launch("share", share_kernel, 1, kWarp, shared_bytes<float>(kWarp * stride), nullptr, stride, to);
-}
-
-void past(const float* from, float* to) {
   launch("past", past_kernel, 1, kWarp, 0, nullptr, from, to);
 }
-
-}  // namespace planted

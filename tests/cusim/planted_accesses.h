@@ -2,10 +2,4 @@
 
 #pragma once
 
-namespace planted {
-
-void read(const float* from, int stride, float* to);
-void share(int stride, float* to);
-void past(const float* from, float* to);
-
-}  // namespace planted
+void launch_planted(const float* from, int stride, float* to);

@@ -1,7 +1,8 @@
-// Warps load matrices and multiply fragments, as tensor cores do.
+// The results of warp operations, those of tensor cores among them.
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "tensor.h"
@@ -95,6 +96,40 @@ inline void multiply_fragments(const Thread* lanes) {
       case Numbers::kTF32: multiply_fragments<float>(lanes, item); break;
     }
   }
+}
+
+// Calls body(lane) for each of a mask.
+template <typename Body>
+void each_lane(unsigned mask, Thread* lanes, const Body& body) {
+  for (; mask; mask &= mask - 1) body(lanes[__builtin_ctz(mask)]);
+}
+
+// Gives the lanes that have arrived their results.
+inline void complete(const Meeting& meeting, Thread* lanes) {
+  if (meeting.op == WarpOp::kLoadMatrices) load_matrices(lanes);
+  if (meeting.op == WarpOp::kMultiply) multiply_fragments(lanes);
+  std::uint64_t ballot = 0, least = ~std::uint64_t{0}, largest = 0;
+  each_lane(meeting.arrived, lanes, [&](const Thread& thread) {
+    ballot |= std::uint64_t(thread.wait.value != 0) << thread.lane;
+    least = std::min(least, thread.wait.value);
+    largest = std::max(largest, thread.wait.value);
+  });
+  each_lane(meeting.arrived, lanes, [&](Thread& thread) {
+    const Wait& wait = thread.wait;
+    thread.result = 0;
+    switch (meeting.op) {
+      case WarpOp::kBallot: thread.result = ballot; break;
+      case WarpOp::kMin: thread.result = least; break;
+      case WarpOp::kMax: thread.result = largest; break;
+      case WarpOp::kShuffle: thread.result = lanes[wait.source_lane].wait.value; break;
+      case WarpOp::kMatch:
+        each_lane(meeting.arrived, lanes, [&](const Thread& other) {
+          thread.result |= std::uint64_t(other.wait.value == wait.value) << other.lane;
+        });
+        break;
+      default: break;
+    }
+  });
 }
 
 }  // namespace

@@ -12,29 +12,23 @@ void test_activation(const RowsCase& c, Activation activation, bool weighted) {
   const int64_t N = p.T * p.K, R = rows_of(p), F = c.H, G = is_gated(activation) ? 2 * F : F;
   const InnerColumns at{activation, F};
   MadePlan made = plan_of(c);
-  Array<T> pre_activation(R * G), grad(R * F), out(R * F), grad_pre_activation(R * G),
-      active(R * F);
-  Array<Sum> weights(N), grad_weights(N);
-  fill(pre_activation), fill(grad), fill(weights);
+  Array<T> pre_activation = filled<T>(R * G), grad_pre_activation(R * G);
+  Array<T> grad = filled<T>(R * F), out(R * F), active(R * F);
+  Array<Sum> weights = filled<Sum>(N), grad_weights(N);
   // Beyond the limits of swiglu_oai too.
   for (int64_t i = 0; is_interleaved(activation) && i < pre_activation.size(); ++i) {
     pre_activation[i] = make<T>(4 * number(pre_activation[i]));
   }
   std::vector<int64_t> route(R, -1);
-  std::vector<bool> has_row(N);
-  for (int64_t r = 0; r < R; ++r) {
-    const int64_t source = made.sources[r];
-    if (source < 0 || source >= N || made.slots[source] != r) {
-      // A row without a route is not read.
-      for (int64_t i = 0; i < G; ++i) pre_activation[r * G + i] = make<T>(NAN);
-      for (int64_t i = 0; i < F; ++i) grad[r * F + i] = make<T>(NAN);
-      continue;
-    }
-    route[r] = source;
-    has_row[source] = true;
+  for (int64_t i = 0; i < N; ++i) {
+    if (made.row_of(i) >= 0) route[made.row_of(i)] = i;
   }
-  const Routes routes{
-      made.slots.data(), made.sources.data(), weighted ? weights.data() : nullptr, p.T, p.K, R};
+  for (int64_t r = 0; r < R; ++r) {
+    // A row without a route is not read.
+    for (int64_t i = 0; route[r] < 0 && i < G; ++i) pre_activation[r * G + i] = make<T>(NAN);
+    for (int64_t i = 0; route[r] < 0 && i < F; ++i) grad[r * F + i] = make<T>(NAN);
+  }
+  const Routes routes = made.routes(p, weighted ? weights.data() : nullptr);
   activate(dtype_of<T>, pre_activation.data(), routes, F, activation, out.data(), nullptr);
   if (weighted) {
     activate_backward({dtype_of<T>, grad.data(), pre_activation.data(), F, activation,
@@ -70,19 +64,19 @@ void test_activation(const RowsCase& c, Activation activation, bool weighted) {
     if (weighted && route[r] >= 0) CHECK(close(grad_weights[route[r]], dot, dot_terms, F + 8.0));
   }
   for (int64_t i = 0; weighted && i < N; ++i) {
-    if (!has_row[i]) CHECK(grad_weights[i] == 0);
+    if (made.row_of(i) < 0) CHECK(grad_weights[i] == 0);
   }
 }
 
 void test_activations() {
-  const RowsCase cases[] = {{{0, 2, 3, 4, 1, true, false, false}, 8},
-                            {{1, 1, 1, -1, 1, true, false, false}, 1},
-                            {{33, 2, 5, 9, 1, true, false, false}, 7},
-                            {{17, 3, 4, -1, 8, true, false, false}, 64},
-                            {{5, 2, 3, 10, 1, true, true, false}, 601},
-                            {{4, 2, 2, 3, 1, true, false, false}, 2312},
-                            {{11, 3, 3, 4, 1, true, false, false}, 0},
-                            {{40, 5, 5, 50, 1, true, false, false}, 16, false}};
+  const RowsCase cases[] = {{{0, 2, 3, 4}, 8},
+                            {{1, 1, 1}, 1},
+                            {{33, 2, 5, 9}, 7},
+                            {{17, 3, 4, -1, 8}, 64},
+                            {{5, 2, 3, 10, 1, true, true}, 601},
+                            {{4, 2, 2, 3}, 2312},
+                            {{11, 3, 3, 4}, 0},
+                            {{40, 5, 5, 50}, 16, false}};
   for (const RowsCase& c : cases) {
     for (const Activation activation :
          {Activation::kSwiglu, Activation::kGeglu, Activation::kSwigluOai, Activation::kGelu,
@@ -99,8 +93,8 @@ void test_activations() {
   }
 }
 
-const Registration registration("activate", {test_activations,
-                                             {{"activate", 256}, {"activate_backward", 256}}});
+const Registration registration("activate", test_activations,
+                                {{"activate", 256}, {"activate_backward", 256}});
 
 }  // namespace
 }  // namespace testing

@@ -7,10 +7,9 @@ namespace {
 
 template <typename T>
 void test_balance(int64_t num_tokens, int64_t top_k, int64_t choices, int num_experts) {
-  Array<T> importance(num_experts), l_aux(1), slope(num_experts);
+  Array<T> importance = filled<T>(num_experts), l_aux(1), slope(num_experts);
   Array<int32_t> load(num_experts), expert_ids(num_tokens * top_k);
   Array<int32_t> scratch(choices < top_k ? balance_blocks(num_tokens) * num_experts : 0);
-  fill(importance);
   std::vector<int64_t> all(num_experts), first(num_experts);
   for (int64_t route = 0; route < expert_ids.size(); ++route) {
     // Ids out of range count as none.
@@ -26,14 +25,13 @@ void test_balance(int64_t num_tokens, int64_t top_k, int64_t choices, int num_ex
           nullptr);
   const double tokens = std::max<int64_t>(1, num_tokens);
   const T even = static_cast<T>(tokens * (choices / static_cast<double>(num_experts)));
-  double sum = 0, size = 0;
+  ExactSum sum;
   for (int e = 0; e < num_experts; ++e) {
     const T expected = static_cast<T>(first[e]) / even;
     CHECK(slope[e] == expected * static_cast<T>(1 / tokens));
-    const double term = number(importance[e]) / tokens * number(expected);
-    sum += term, size += std::abs(term);
+    sum.add(number(importance[e]) / tokens * number(expected));
   }
-  CHECK(close(l_aux[0], sum, size, 4));
+  CHECK(close(l_aux[0], sum, 4));
 }
 
 void test_all() {
@@ -49,7 +47,7 @@ void test_all() {
   }
 }
 
-const Registration registration("balance", {test_all, {{"balance", 256}, {"balance_count", 256}}});
+const Registration registration("balance", test_all, {{"balance", 256}, {"balance_count", 256}});
 
 }  // namespace
 }  // namespace testing

@@ -14,10 +14,7 @@ double score_of(Scoring scoring, double x) {
 template <typename T>
 T other_nan() {
   if constexpr (!std::is_same_v<T, float>) return make<T>(NAN);
-  const uint32_t bits = 0x7fc00005;
-  T nan;
-  std::memcpy(static_cast<void*>(&nan), &bits, sizeof nan);
-  return nan;
+  return cusim::bits_as<T>(uint32_t{0x7fc00005});
 }
 
 struct GateCase {
@@ -59,7 +56,7 @@ void test_gate(const GateCase& c) {
   Array<int32_t> expert_ids(c.T * c.K);
   // Of 16-byte vectors only where the logits are theirs too.
   T* choice_scores = c.own_scores ? scores.data() + 1 : logits.data();
-  const double scale = 1.5;
+  const double scale = 1.5, tiny = std::numeric_limits<Sum>::min();
   gate({dtype_of<T>, logits.data(), choice_scores, c.T, c.E, c.K, c.scoring, c.normalize, scale,
         weights.data(), expert_ids.data(), probs.data(), importance.data(), block_sums.data()},
        nullptr);
@@ -68,7 +65,7 @@ void test_gate(const GateCase& c) {
   for (int64_t t = 0; t < c.T; ++t) {
     std::vector<int> order(c.E);
     std::vector<double> p(c.E);
-    for (int e = 0; e < c.E; ++e) order[e] = e;
+    std::iota(order.begin(), order.end(), 0);
     const auto key = [&](int e) { return number(choice_scores[t * c.E + e]); };
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
       return key(a) > key(b) || (std::isnan(key(a)) && !std::isnan(key(b)));
@@ -86,10 +83,7 @@ void test_gate(const GateCase& c) {
       CHECK(close(probs[t * c.E + e], p[e], p[e], 20 + c.E));
     }
     for (int k = 0; k < c.K; ++k) chosen += p[order[k]];
-    const double divisor = !c.normalize ? 1
-                           : chosen < std::numeric_limits<Sum>::min()
-                               ? std::numeric_limits<Sum>::min()
-                               : chosen;
+    const double divisor = c.normalize ? std::max(chosen, tiny) : 1;
     for (int k = 0; k < c.K; ++k) {
       const double w = scale * p[order[k]] / divisor;
       CHECK(expert_ids[t * c.K + k] == order[k]);
@@ -101,7 +95,6 @@ void test_gate(const GateCase& c) {
   if constexpr (!std::is_same_v<T, Sum>) return;
   // Backward, at probabilities that are numbers: in a softmax from even ones to one that is nearly
   // all. In every fifth row those that are chosen have a tiny sum.
-  const double tiny = std::numeric_limits<Sum>::min();
   const bool is_softmax = c.scoring == Scoring::kSoftmax;
   for (int64_t t = 0; t < c.T; ++t) {
     const auto is_tiny = [&](int e) {
@@ -119,8 +112,8 @@ void test_gate(const GateCase& c) {
       probs[t * c.E + e] = make<Sum>(value);
     }
   }
-  Array<Sum> grad_weights(c.T * c.K), grad_probs(c.T * c.E), grad_importance(c.E), grad(c.T * c.E);
-  fill(grad_weights), fill(grad_probs), fill(grad_importance);
+  Array<Sum> grad_weights = filled<Sum>(c.T * c.K), grad_probs = filled<Sum>(c.T * c.E);
+  Array<Sum> grad_importance = filled<Sum>(c.E), grad(c.T * c.E);
   for (int64_t route = 0; route < expert_ids.size(); ++route) {
     // Divided by a tiny sum they stay numbers.
     if (route / c.K % 5 == 4) grad_weights[route] = make<Sum>(number(grad_weights[route]) / 100);
@@ -138,47 +131,38 @@ void test_gate(const GateCase& c) {
                  c.normalize, scale, grad.data()},
                 nullptr);
   for (int64_t t = 0; t < c.T; ++t) {
-    // sizes: of the terms that make g. A mean is subtracted term by term, so that no term is larger
-    // than what it adds to a difference.
-    std::vector<double> g(c.E), sizes(c.E);
-    const auto p = [&](int e) { return number(probs[t * c.E + e]); };
-    double sum = 0;
+    std::vector<Share> all;
     for (int e = 0; e < c.E; ++e) {
-      const double terms[] = {number(grad_importance[e]),
-                              c.own_scores ? 0 : number(grad_probs[t * c.E + e])};
-      g[e] = terms[0] + terms[1], sizes[e] = std::abs(terms[0]) + std::abs(terms[1]);
+      ExactSum g;
+      g.add(number(grad_importance[e]));
+      if (!c.own_scores) g.add(number(grad_probs[t * c.E + e]));
+      all.push_back({number(probs[t * c.E + e]), g});
     }
-    std::vector<std::pair<int, double>> chosen;  // with the gradient of the weight
+    double sum = 0;
+    std::vector<int> ids;
+    std::vector<Share> chosen;
     for (int k = 0; k < c.K; ++k) {
       const int e = expert_ids[t * c.K + k];
       if (!is_expert(e)) continue;
-      chosen.emplace_back(e, number(grad_weights[t * c.K + k]));
-      sum += p(e);
+      const double of_weight = number(grad_weights[t * c.K + k]);
+      ids.push_back(e), chosen.push_back({all[e].share, {of_weight, std::abs(of_weight)}});
+      sum += all[e].share;
     }
-    for (const auto& [e, of_weight] : chosen) {
-      double value = of_weight, size = std::abs(of_weight);
-      if (c.normalize && sum >= tiny) {
-        value = size = 0;
-        for (const auto& [other, of_other] : chosen) {
-          if (other == e) continue;
-          value += p(other) / sum * (of_weight - of_other);
-          size += p(other) / sum * (std::abs(of_weight) + std::abs(of_other));
-        }
-      }
-      const double factor = scale / (c.normalize ? std::max(sum, tiny) : 1);
-      g[e] += factor * value, sizes[e] += factor * size;
+    const double divisor = c.normalize ? std::max(sum, tiny) : 1;
+    for (Share& one : chosen) one.share /= divisor;
+    for (std::size_t i = 0; i < chosen.size(); ++i) {
+      const ExactSum g = c.normalize && sum >= tiny ? centred(chosen, i) : chosen[i].grad;
+      all[ids[i]].grad.value += scale / divisor * g.value;
+      all[ids[i]].grad.terms += scale / divisor * g.terms;
     }
     for (int e = 0; e < c.E; ++e) {
-      double value = 0, size = 0;
-      for (int other = 0; other < c.E; ++other) {
-        if (other == e) continue;
-        value += p(other) * (g[e] - g[other]), size += p(other) * (sizes[e] + sizes[other]);
-      }
-      const double slope = c.scoring == Scoring::kSigmoid ? p(e) * (1 - p(e))
-                           : p(e) < 1e-8                  ? p(e) / 2
-                                                          : -std::expm1(-p(e) * p(e)) / (2 * p(e));
-      const double expected = is_softmax ? p(e) * value : slope * g[e];
-      CHECK(close(grad[t * c.E + e], expected, p(e) * (is_softmax ? size : sizes[e]), 40 + c.E));
+      const double p = all[e].share;
+      const double slope = is_softmax                       ? p
+                           : c.scoring == Scoring::kSigmoid ? p * (1 - p)
+                           : p < 1e-8                       ? p / 2
+                                                            : -std::expm1(-p * p) / (2 * p);
+      const ExactSum g = is_softmax ? centred(all, e) : all[e].grad;
+      CHECK(close(grad[t * c.E + e], slope * g.value, p * g.terms, 40 + c.E));
     }
   }
 }
@@ -212,8 +196,8 @@ void test_gates() {
   }
 }
 
-const Registration registration(
-    "gate", {test_gates, {{"gate", 256}, {"gate_importance", 1024}, {"gate_backward", 256}}});
+const Registration registration("gate", test_gates,
+                                {{"gate", 256}, {"gate_importance", 1024}, {"gate_backward", 256}});
 
 }  // namespace
 }  // namespace testing

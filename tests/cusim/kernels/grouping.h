@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <numeric>
-
 #include "testing.h"
 
 namespace testing {
@@ -35,20 +33,18 @@ struct Grouping {
   explicit Grouping(const Case& c)
       : T((std::accumulate(c.loads.begin(), c.loads.end(), int64_t{0}) + 5) / c.K + 1),
         K(c.K),
-        R(0),
+        R(num_rows(c)),
         E(static_cast<int>(c.loads.size())),
         slots(T * K),
-        sources(num_rows(c)),
+        sources(R),
         offsets(E + 1),
         load(E),
-        weights(T * K) {
-    R = sources.size();
+        weights(filled<float>(T * K)) {
     std::vector<int32_t> routes(T * K);
     std::iota(routes.begin(), routes.end(), 0);
     std::shuffle(routes.begin(), routes.end(), generator);
     for (int64_t i = 0; i < T * K; ++i) slots[i] = -1;
     for (int64_t i = 0; i < R; ++i) sources[i] = -1;
-    fill(weights);
     offsets[0] = 0;
     for (int e = 0, next = 0; e < E; ++e) {
       const auto room = static_cast<int32_t>(c.room < 0 ? c.loads[e] : c.room);
@@ -59,13 +55,9 @@ struct Grouping {
         slots[routes[next++]] = r;
       }
     }
-    if (T > 3) {  // and a row that its route does not have
-      for (int64_t r = 0; r < R; ++r) {
-        if (sources[r] < 0) continue;
-        slots[sources[r]] = -1;
-        break;
-      }
-    }
+    const auto is_route = [](int32_t source) { return source >= 0; };
+    int32_t *end = sources.data() + R, *first = std::find_if(sources.data(), end, is_route);
+    if (T > 3 && first < end) slots[*first] = -1;  // and a row that its route does not have
   }
 
   static int64_t num_rows(const Case& c) {
@@ -80,6 +72,29 @@ struct Grouping {
     const int32_t route = sources[r];
     return route >= 0 && slots[route] == r ? route : -1;
   }
+  // Calls body(e, r) for each row that a group owns.
+  template <typename Body>
+  void each_row(const Body& body) {
+    for (int e = 0; e < E; ++e) {
+      for (int64_t r = offsets[e]; r < last_row(e); ++r) body(e, r);
+    }
+  }
+  // Calls body(i) for each number of the rows [R, width] that no group owns.
+  template <typename Body>
+  void each_other(int64_t width, const Body& body) {
+    std::vector<bool> owned(R);
+    each_row([&](int, int64_t r) { owned[r] = true; });
+    for (int64_t i = 0; i < R * width; ++i) {
+      if (!owned[i / width]) body(i);
+    }
+  }
+  // These stay as they were, NaN, or are zero.
+  template <typename T>
+  void check_others(Array<T>& out, int64_t width, double expected) {
+    each_other(width, [&](int64_t i) {
+      CHECK(std::isnan(expected) ? std::isnan(number(out[i])) : number(out[i]) == expected);
+    });
+  }
 };
 
 // Sums of products of T: what an operand may lose, and how many roundings a sum of floats takes.
@@ -88,10 +103,10 @@ struct Exactness {
 };
 
 template <typename T>
-bool is_near(T actual, double expected, double terms, const Exactness& exactness) {
-  const double error = std::abs(number(actual) - expected);
-  return error <= (sizeof(T) == 2 ? epsilon<T> * std::abs(expected) + 6e-8 : 0) +
-                      (exactness.operand + exactness.roundings * epsilon<float>)*terms;
+bool is_near(T actual, const ExactSum& expected, const Exactness& exactness) {
+  const double error = std::abs(number(actual) - expected.value);
+  return error <= (sizeof(T) == 2 ? epsilon<T> * std::abs(expected.value) + 6e-8 : 0) +
+                      (exactness.operand + exactness.roundings * epsilon<float>)*expected.terms;
 }
 
 }  // namespace testing

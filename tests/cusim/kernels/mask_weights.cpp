@@ -8,10 +8,9 @@ namespace {
 template <typename T>
 void test_mask_weights(int64_t num_tokens, int64_t K, bool normalize) {
   const double eps = 0.4, scale = 1.5;
-  Array<T> weights(num_tokens * K), grad(num_tokens * K), kept(num_tokens * K);
-  Array<T> grad_weights(num_tokens * K);
+  Array<T> weights(num_tokens * K), kept(num_tokens * K);
+  Array<T> grad = filled<T>(num_tokens * K), grad_weights(num_tokens * K);
   Array<int32_t> slots(num_tokens * K);
-  fill(grad);
   for (int64_t route = 0; route < slots.size(); ++route) {
     // Some tokens' sums are below the eps, and of some one weight is nearly all; what stands
     // beside a dropped route is poison.
@@ -29,27 +28,20 @@ void test_mask_weights(int64_t num_tokens, int64_t K, bool normalize) {
   mask_weights_backward(call, grad.data(), grad_weights.data(), nullptr);
   for (int64_t t = 0; t < num_tokens; ++t) {
     double sum = 0;
-    std::vector<int64_t> with_row;
+    std::vector<Share> all;  // none of a dropped route
     for (int64_t i = t * K; i < (t + 1) * K; ++i) {
-      if (slots[i] >= 0) with_row.push_back(i), sum += number(weights[i]);
+      const double g = slots[i] >= 0 ? number(grad[i]) : 0;
+      all.push_back({slots[i] >= 0 ? number(weights[i]) : 0, {g, std::abs(g)}});
+      sum += all.back().share;
     }
     const double divisor = normalize ? std::max(sum, eps) : 1;
-    for (int64_t i = t * K; i < (t + 1) * K; ++i) {
-      const bool has_row = slots[i] >= 0;
-      const double weight = has_row ? number(weights[i]) * scale / divisor : 0;
-      CHECK(close(kept[i], weight, weight, K + 4));
-      double g = has_row ? number(grad[i]) : 0, size = std::abs(g);
-      if (has_row && normalize && sum >= eps) {
-        // The mean is subtracted term by term.
-        g = size = 0;
-        for (const int64_t other : with_row) {
-          if (other == i) continue;
-          const double share = number(weights[other]) / sum;
-          g += share * (number(grad[i]) - number(grad[other]));
-          size += share * (std::abs(number(grad[i])) + std::abs(number(grad[other])));
-        }
-      }
-      CHECK(close(grad_weights[i], g * scale / divisor, size * scale / divisor, K + 6));
+    for (Share& one : all) one.share /= divisor;
+    for (int64_t k = 0; k < K; ++k) {
+      const bool is_mean = slots[t * K + k] >= 0 && normalize && sum >= eps;
+      const double weight = all[k].share * scale, factor = scale / divisor;
+      CHECK(close(kept[t * K + k], weight, weight, K + 4));
+      const ExactSum g = is_mean ? centred(all, k) : all[k].grad;
+      CHECK(close(grad_weights[t * K + k], g.value * factor, g.terms * factor, K + 6));
     }
   }
 }
@@ -66,9 +58,8 @@ void test_all() {
   }
 }
 
-const Registration registration("mask_weights",
-                                {test_all,
-                                 {{"mask_weights", 256}, {"mask_weights_backward", 256}}});
+const Registration registration("mask_weights", test_all,
+                                {{"mask_weights", 256}, {"mask_weights_backward", 256}});
 
 }  // namespace
 }  // namespace testing

@@ -9,13 +9,21 @@ namespace testing {
 struct PlanCase {
   int64_t T, K;
   int E;
-  int64_t capacity;  // -1: dropless
-  int64_t align;
-  bool choice_major, priority, skewed;
+  int64_t capacity = -1;  // dropless
+  int64_t align = 1;
+  bool choice_major = true, priority = false, skewed = false;
 };
 
 struct MadePlan {
   Array<int32_t> slots, sources, offsets, load;
+
+  Routes routes(const PlanCase& c, const void* weights) {
+    return {slots.data(), sources.data(), weights, c.T, c.K, sources.size()};
+  }
+  int64_t row_of(int64_t route) {
+    const int64_t slot = slots[route];
+    return slot >= 0 && slot < sources.size() && sources[slot] == route ? slot : -1;
+  }
 };
 
 inline int64_t rows_of(const PlanCase& c) {

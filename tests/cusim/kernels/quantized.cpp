@@ -17,6 +17,7 @@ struct Codes {
   int64_t N, M, S, Z;
   Array<uint8_t> values, zeros;
   Array<uint32_t> scales;  // by any format's bytes
+  std::vector<double> exact_scales;
 
   Codes(const Format& f, int64_t E, int64_t N, int64_t M)
       : f(f),
@@ -30,18 +31,22 @@ struct Codes {
     for (int64_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint8_t>(below(256));
     for (int64_t i = 0; i < zeros.size(); ++i) zeros[i] = static_cast<uint8_t>(below(256));
     for (int64_t i = 0; i < E * N * S; ++i) {
-      const float scale = static_cast<float>(0.02 * (1 + below(8)));
-      char* to = reinterpret_cast<char*>(scales.data()) + i * bytes();
+      const auto put = [&](auto scale, double exact) {
+        std::memcpy(reinterpret_cast<char*>(scales.data()) + i * bytes(), &scale, bytes());
+        exact_scales.push_back(exact);
+      };
+      const auto wide = static_cast<float>(0.02 * (1 + below(8)));
       if (f.format == WeightFormat::kMxfp4) {
-        *to = static_cast<char>(below(6) ? 118 + below(6) : 0);
+        const auto exponent = static_cast<uint8_t>(below(6) ? 118 + below(6) : 0);
+        put(exponent, std::ldexp(1.0, exponent - 127));
       } else if (f.format == WeightFormat::kInt4) {
-        const auto narrow = make<__nv_bfloat16>(scale);
-        std::memcpy(to, &narrow, 2);
+        put(make<__nv_bfloat16>(wide), number(make<__nv_bfloat16>(wide)));
       } else {
-        std::memcpy(to, &scale, 4);
+        put(wide, wide);
       }
     }
   }
+  // Those of a scale: an exponent, a bfloat16 or a float.
   int64_t bytes() const {
     return f.format == WeightFormat::kMxfp4 ? 1 : f.format == WeightFormat::kInt4 ? 2 : 4;
   }
@@ -49,19 +54,7 @@ struct Codes {
   // Number m of line n, counted through all experts.
   double at(int64_t n, int64_t m) {
     const int64_t group = f.group ? m / f.group : 0;
-    const char* from = reinterpret_cast<const char*>(scales.data()) + (n * S + group) * bytes();
-    double scale = 0;
-    if (f.format == WeightFormat::kMxfp4) {
-      scale = std::ldexp(1.0, static_cast<uint8_t>(*from) - 127);
-    } else if (f.format == WeightFormat::kInt4) {
-      __nv_bfloat16 narrow;
-      std::memcpy(static_cast<void*>(&narrow), from, 2);
-      scale = number(narrow);
-    } else {
-      float wide;
-      std::memcpy(&wide, from, 4);
-      scale = wide;
-    }
+    const double scale = exact_scales[n * S + group];
     if (f.format == WeightFormat::kInt8) return scale * static_cast<int8_t>(values[n * M + m]);
     const int code = values[(n * M + m) / 2] >> m % 2 * 4 & 15;
     if (f.zeros) return scale * (code - (zeros[n * Z + group / 2] >> group % 2 * 4 & 15));
@@ -76,40 +69,27 @@ void test_product(const Case& c, const Format& f) {
   Grouping g(c);
   const int64_t lines = c.transposed ? c.M : c.N, width = c.transposed ? c.N : c.M;
   Codes codes(f, g.E, lines, width);
-  Array<T> rows(g.R * c.M), bias(g.E * c.N), out(g.R * c.N);
-  fill(rows), fill(bias);
+  Array<T> rows = filled<T>(g.R * c.M), bias = filled<T>(g.E * c.N), out(g.R * c.N);
   // Rows of nobody are not read.
-  std::vector<bool> owned(g.R);
-  for (int e = 0; e < g.E; ++e) {
-    for (int64_t r = g.offsets[e]; r < g.last_row(e); ++r) owned[r] = true;
-  }
-  for (int64_t r = 0; r < g.R; ++r) {
-    for (int64_t m = 0; !owned[r] && m < c.M; ++m) rows[r * c.M + m] = make<T>(NAN);
-  }
+  g.each_other(c.M, [&](int64_t i) { rows[i] = make<T>(NAN); });
   quantized_mm(
       {dtype_of<T>, rows.data(), f.format, codes.values.data(), codes.scales.data(),
        f.zeros ? codes.zeros.data() : nullptr, codes.S, c.transposed, g.groups(), c.M, c.N},
       c.bias ? bias.data() : nullptr, out.data(), nullptr);
-  bool right = true;
-  for (int e = 0; e < g.E; ++e) {
-    for (int64_t r = g.offsets[e]; r < g.last_row(e); ++r) {
-      for (int64_t n = 0; n < c.N; ++n) {
-        double value = c.bias ? number(bias[e * c.N + n]) : 0, terms = std::abs(value);
-        for (int64_t m = 0; m < c.M; ++m) {
-          const double weight =
-              c.transposed ? codes.at(e * lines + m, n) : codes.at(e * lines + n, m);
-          // As the kernel rounds them.
-          const double product = number(rows[r * c.M + m]) * number(make<T>(weight));
-          value += product, terms += std::abs(product);
-        }
-        right &= is_near(out[r * c.N + n], value, terms, {0, 8.0 + c.M / 8.0});
+  g.each_row([&](int e, int64_t r) {
+    for (int64_t n = 0; n < c.N; ++n) {
+      ExactSum sum;
+      if (c.bias) sum.add(number(bias[e * c.N + n]));
+      for (int64_t m = 0; m < c.M; ++m) {
+        const double weight =
+            c.transposed ? codes.at(e * lines + m, n) : codes.at(e * lines + n, m);
+        // As the kernel rounds them.
+        sum.add(number(rows[r * c.M + m]) * number(make<T>(weight)));
       }
+      CHECK(is_near(out[r * c.N + n], sum, {0, 8.0 + c.M / 8.0}));
     }
-  }
-  for (int64_t r = 0; r < g.R; ++r) {
-    for (int64_t n = 0; !owned[r] && n < c.N; ++n) right &= number(out[r * c.N + n]) == 0;
-  }
-  CHECK(right);
+  });
+  g.check_others(out, c.N, 0);
 }
 
 void test_all() {
@@ -143,7 +123,7 @@ void test_all() {
   cusim::options().card = cusim::kLeast;
 }
 
-const Registration registration("quantized", {test_all, {{"quantized_mm", 128}}});
+const Registration registration("quantized", test_all, {{"quantized_mm", 128}});
 
 }  // namespace
 }  // namespace testing

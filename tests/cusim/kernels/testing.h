@@ -12,6 +12,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <type_traits>
@@ -35,11 +36,13 @@ inline std::string context;
       std::printf("FAILED %s:%d: %s (%s)\n", __FILE__, __LINE__, #condition, context.c_str()); \
   } while (0)
 
-// The tests of an operator, and the most threads that each of its launches may have: its kernel's
-// __launch_bounds__, which the emulator does not see.
+// The most threads that each launch may have: its kernel's __launch_bounds__, which the emulator
+// does not see.
+using LaunchBounds = std::map<std::string, std::size_t>;
+
 struct Test {
   void (*run)();
-  std::map<std::string, std::size_t> launch_bounds;
+  LaunchBounds launch_bounds;
 };
 
 inline std::map<std::string, Test>& tests() {
@@ -48,7 +51,9 @@ inline std::map<std::string, Test>& tests() {
 }
 
 struct Registration {
-  Registration(const char* name, const Test& test) { tests().emplace(name, test); }
+  Registration(const char* name, void (*run)(), const LaunchBounds& launch_bounds) {
+    tests()[name] = {run, launch_bounds};
+  }
 };
 
 template <typename T>
@@ -113,18 +118,14 @@ T make(double x) {
 // The next number away from zero.
 template <typename T>
 T neighbour(T x) {
-  using Bits = std::conditional_t<sizeof(T) == 2, std::uint16_t,
-                                  std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>;
-  Bits bits;
-  std::memcpy(&bits, &x, sizeof x);
-  ++bits;
-  std::memcpy(static_cast<void*>(&x), &bits, sizeof x);
-  return x;
+  return cusim::bits_as<T>(cusim::bits_as<std::uint64_t>(x) + 1);
 }
 
 template <typename T>
-void fill(Array<T>& array) {
-  for (int64_t i = 0; i < array.size(); ++i) array[i] = make<T>(normal());
+Array<T> filled(int64_t size) {
+  Array<T> array(size);
+  for (int64_t i = 0; i < size; ++i) array[i] = make<T>(normal());
+  return array;
 }
 
 // Within `roundings` of the accumulation of terms of this size, and one of T.
@@ -137,6 +138,34 @@ bool close(T actual, double expected, double terms, double roundings) {
   const double subnormal = std::is_same_v<T, __half> ? 6e-8 : 0;
   return error <= subnormal + epsilon<T> * std::abs(expected) +
                       roundings * (epsilon<Sum> * terms + std::numeric_limits<Sum>::denorm_min());
+}
+
+// A sum, and that of its terms' sizes, which bounds how far it may be off.
+struct ExactSum {
+  double value = 0, terms = 0;
+
+  void add(double term) { value += term, terms += std::abs(term); }
+};
+template <typename T>
+bool close(T actual, const ExactSum& sum, double roundings) {
+  return close(actual, sum.value, sum.terms, roundings);
+}
+
+// A weight's part of a sum, and its gradient.
+struct Share {
+  double share;
+  ExactSum grad;
+};
+// The gradient of weight i through the shares, but for a factor: the mean is subtracted term by
+// term, so that no term is larger than what it adds to a difference.
+inline ExactSum centred(const std::vector<Share>& all, std::size_t i) {
+  ExactSum sum;
+  for (std::size_t j = 0; j < all.size(); ++j) {
+    if (j == i) continue;
+    sum.value += all[j].share * (all[i].grad.value - all[j].grad.value);
+    sum.terms += all[j].share * (all[i].grad.terms + all[j].grad.terms);
+  }
+  return sum;
 }
 
 // Where a row of pre-activations has the gate and the factor of column f of F.
