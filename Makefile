@@ -25,7 +25,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 # Stamps of what passed on the card in this machine.
 GPU := build/gpu
 CUSIM := build/cusim/tests/cusim/moe_ext_dev.so
-# The orders of threads and blocks, beside forward, in which the operators' laws hold.
+# The orders of threads and blocks, beside forward, in which the operators' laws hold; gradients of
+# any function are those of the same kernels, call after call.
 ORDERS := reverse random1 random2 random3
 LAWS := $(addprefix tests/ops/test_,activate.py gate.py mask_weights.py plan.py rows.py)
 
@@ -121,7 +122,7 @@ cusim: $(VENV)/installed
 	$(MAKE) --no-print-directory -j2 --output-sync WORKERS=0 $(ORDERS:%=cusim-%)
 
 $(ORDERS:%=cusim-%): cusim-%:
-	$(PYTEST) $(LAWS) --cusim=$(CUSIM) --cusim-order=$*
+	$(PYTEST) $(LAWS) --cusim=$(CUSIM) --cusim-order=$* -k "not test_gradients"
 
 # Check that the kernel tests notice a fault in a kernel: every mutant, about twenty minutes.
 mutants: $(VENV)/installed

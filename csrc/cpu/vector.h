@@ -13,15 +13,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #include <utility>
-
-// MOE_EXT_REGISTERS is the most bytes to use: for tests on a CPU that has wider ones.
-#if !defined(MOE_EXT_REGISTERS)
-#define MOE_EXT_REGISTERS 64
-#endif
-static_assert(MOE_EXT_REGISTERS == 16 || MOE_EXT_REGISTERS == 32 || MOE_EXT_REGISTERS == 64);
 
 #if !defined(__GNUC__)
 #error "moe_ext's CPU operators need GCC or clang"
@@ -60,15 +55,20 @@ __attribute__((noinline, target("avx2,fma"))) void on_32_bytes(const Kernel& ker
 #endif
 
 // How many bytes the widest registers have that this CPU has and these libraries use.
+// ATEN_CPU_CAPABILITY, which limits torch's kernels to avx2 or default, limits us too.
 inline int register_bytes() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  const int widest = avx512 ? 64 : avx2 ? 32 : 16;
-  return widest < MOE_EXT_REGISTERS ? widest : MOE_EXT_REGISTERS;
+  static const int bytes = [] {
+    const char* most = std::getenv("ATEN_CPU_CAPABILITY");
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    if (!avx2 || (most && !std::strcmp(most, "default"))) return 16;
+    return avx512 && !(most && !std::strcmp(most, "avx2")) ? 64 : 32;
+  }();
+  return bytes;
 #else
   return 16;
 #endif

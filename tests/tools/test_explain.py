@@ -148,6 +148,13 @@ print(moe_ext.explain(Model(), torch.randn(3, 8).bfloat16()))
     assert printed.count("in float32, as this CPU's torch has no bfloat16 instructions") == 1
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="limits x86 alone")
+def test_torchs_limit_of_cpu_capability_limits_us():
+    code = "import torch, moe_ext; print(torch.ops.moe_ext.products(torch.empty(0)))"
+    assert output_of("-c", code, ATEN_CPU_CAPABILITY="default") == "torch's GEMM\n"
+    assert "own loops" in output_of("-c", code, ATEN_CPU_CAPABILITY="avx2")
+
+
 def test_explain_restores_the_layer_and_random_state():
     class Timed(GroupedExperts):
         """Experts of others, with attributes of these names."""
