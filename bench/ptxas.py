@@ -45,11 +45,20 @@ ASYNCHRONOUS = r"cp\.async\.cg\.shared\.global"
 VECTOR = r"\.global[.\w:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)"
 
 
+# setup.py without the CPU library.
+CUDA_ALONE = """
+import runpy, setuptools
+setup = setuptools.setup
+setuptools.setup = lambda ext_modules, **options: setup(ext_modules=ext_modules[1:], **options)
+runpy.run_path("setup.py")
+"""
+
+
 def compile_kernels(found: "toolkit.Toolkit") -> str:
     """Build moe_ext._C_cuda under BUILD, keeping the PTX; return ptxas's output."""
     shutil.rmtree(BUILD, ignore_errors=True)
     (BUILD / "ptx").mkdir(parents=True)
-    command = [sys.executable, "setup.py", "build_ext"]
+    command = [sys.executable, "-c", CUDA_ALONE, "build_ext"]
     command += ["--build-lib", str(BUILD / "lib"), "--build-temp", str(BUILD / "temp")]
     env = os.environ | {"FORCE_CUDA": "1", "CUDA_HOME": str(found.root)}
     env |= {"TORCH_CUDA_ARCH_LIST": toolkit.architectures(found)}

@@ -111,21 +111,15 @@ Tensor mask_weights_cuda(const MaskWeightsArgs& a) {
   return out;
 }
 
-Tensor dispatch_cuda(const MoveArgs& a) {
+Tensor moved(const MoveArgs& a, int64_t num_rows, decltype(cuda::dispatch)* move) {
   const OnDevice device(a.from);
-  const Tensor rows = empty(a.from, {a.routes.num_rows, a.hidden}, a.from.scalar_type());
-  cuda::dispatch(dtype_of(a.from), a.from.const_data_ptr(), routes_of(a.routes), a.hidden,
-                 rows.mutable_data_ptr(), device.stream());
-  return rows;
+  const Tensor out = empty(a.from, {num_rows, a.hidden}, a.from.scalar_type());
+  move(dtype_of(a.from), a.from.const_data_ptr(), routes_of(a.routes), a.hidden,
+       out.mutable_data_ptr(), device.stream());
+  return out;
 }
-
-Tensor combine_cuda(const MoveArgs& a) {
-  const OnDevice device(a.from);
-  const Tensor tokens = empty(a.from, {a.routes.num_tokens, a.hidden}, a.from.scalar_type());
-  cuda::combine(dtype_of(a.from), a.from.const_data_ptr(), routes_of(a.routes), a.hidden,
-                tokens.mutable_data_ptr(), device.stream());
-  return tokens;
-}
+Tensor dispatch_cuda(const MoveArgs& a) { return moved(a, a.routes.num_rows, cuda::dispatch); }
+Tensor combine_cuda(const MoveArgs& a) { return moved(a, a.routes.num_tokens, cuda::combine); }
 
 Tensor route_dot_cuda(const RouteDotArgs& a) {
   const OnDevice device(a.tokens);

@@ -26,7 +26,7 @@ from ..monitor.sinks import JsonLines, Sink, read_json_lines
 from ..monitor.stats import Stats, track
 from ..options import WeightFormat
 from .doctor import crowded
-from .gpt import GPT, Corpus, load_corpus, loss_of, windows
+from .gpt import GPT, Corpus, load_corpus, windows
 from .torchrun import ALONE, Processes
 
 STATS = "stats.jsonl"
@@ -151,9 +151,10 @@ class Trainer:
             self.stats.reset()
 
     def loss(self, model: nn.Module, text: Tensor, starts: Tensor) -> Tensor:
-        """Mean cross entropy over the windows that begin at `starts`."""
+        """Mean cross entropy in nats over the windows that begin at `starts`."""
         inputs, targets = windows(text, starts, self.config.context)
-        return loss_of(model, inputs.to(self.device), targets.to(self.device))
+        logits = model(inputs.to(self.device))
+        return F.cross_entropy(logits.flatten(0, 1), targets.to(self.device).flatten())
 
     @torch.no_grad()
     def score(self, model: nn.Module | None = None) -> float:

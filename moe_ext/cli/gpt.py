@@ -1,4 +1,4 @@
-"""A small GPT over bytes and its text, Python's own sources: for the demo and train_gpt.py."""
+"""A small GPT over bytes and its text, Python's own sources, for the demo."""
 
 import sysconfig
 from collections.abc import Callable
@@ -82,8 +82,3 @@ def windows(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]
     """Windows of `text`: inputs and the bytes that follow them, both [B, context] int64."""
     taken = text.unfold(0, context + 1, 1)[starts].long()
     return taken[:, :-1], taken[:, 1:]
-
-
-def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats."""
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())

@@ -287,17 +287,6 @@ class TopKGate(Gate):
         *,
         with_loss: bool = True,
     ) -> Routing:
-        """Choose the experts of every token; with `wall_clock_breakdown`, add to `gate_time`.
-
-        Args:
-            tokens: [T, H]
-            used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
-            expert_ids: [T, K] int32, a recorded choice to make again; -1 is none
-            with_loss: compute l_aux in any case; else it may be None
-
-        Raises:
-            RuntimeError: an argument breaks this contract
-        """
         if not self.wall_clock_breakdown:
             return super().route(tokens, used_token, expert_ids, with_loss=with_loss)
         with self.timers.time(TOPK_GATE_TIMER):

@@ -31,8 +31,8 @@ def run(name: str, *args):
 class Operator(Function):
     """An operator with a gradient, which is made of operators again.
 
-    op: its name in the contracts, which gives its forward, and where it has none of its own a
-        setup_context that keeps all arguments
+    op: its name in the contracts, which gives its forward; and where it has none of its own a
+        setup_context that keeps all arguments, and a backward through the reference
     """
 
     op: str | None = None
@@ -47,6 +47,8 @@ class Operator(Function):
             arguments = contracts.PARSED[op].arguments
             num_tensors = sum(argument.dims is not None for argument in arguments)
             cls.setup_context = staticmethod(keeps(num_tensors))  # type: ignore[method-assign]
+        if "backward" not in vars(cls):
+            cls.backward = staticmethod(_backward_of(op))  # type: ignore[method-assign]
         OPERATORS[op] = cls
         registry.libraries.register_gradients({op: cls})
 
@@ -70,6 +72,13 @@ def _forward_of(op: str) -> Callable:
         return registry.run(op, *args)
 
     return forward
+
+
+def _backward_of(op: str) -> Callable:
+    def backward(ctx, *grads):
+        return gradients_of(getattr(reference, op), ctx, grads if len(grads) > 1 else grads[0])
+
+    return backward
 
 
 def keeps(num_tensors: int) -> Callable:
@@ -121,10 +130,6 @@ class Gate(Operator):
 class GateBackward(Operator):
     op = "gate_backward"
 
-    @staticmethod
-    def backward(ctx, grad):
-        return gradients_of(reference.gate_backward, ctx, grad)
-
 
 class Balance(Operator):
     op = "balance"
@@ -153,10 +158,6 @@ class MaskWeights(Operator):
 
 class MaskWeightsBackward(Operator):
     op = "mask_weights_backward"
-
-    @staticmethod
-    def backward(ctx, grad):
-        return gradients_of(reference.mask_weights_backward, ctx, grad)
 
 
 class Dispatch(Operator):
@@ -319,7 +320,3 @@ class Activate(Operator):
 
 class ActivateBackward(Operator):
     op = "activate_backward"
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return gradients_of(reference.activate_backward, ctx, grads)

@@ -1,7 +1,7 @@
 """Faults in the CUDA kernels, which kernel_tests must notice: a module for each of its tests.
 
 A module's MUTANTS has, for each file, the other fields of its mutants: (old, new[, after[,
-equivalent]]). TESTS names the kernel tests that look at them, [] for all.
+equivalent]]). TESTS names the kernel tests that look at them where others do, [] for all.
 """
 
 import importlib
@@ -49,8 +49,8 @@ def load() -> list[tuple[Mutant, list[str]]]:
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     return [
-        (Mutant(file, *fields), module.TESTS)
-        for module in modules
+        (Mutant(file, *fields), getattr(module, "TESTS", [name]))
+        for name, module in zip(names, modules, strict=True)
         for file, mutants in module.MUTANTS.items()
         for fields in mutants
     ]

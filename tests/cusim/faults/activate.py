@@ -2,7 +2,6 @@
 
 from . import BARRIER
 
-TESTS = ["activate"]
 MUTANTS = {
     "activate.cu": [
         ("if (!cell.exists) return;", ""),

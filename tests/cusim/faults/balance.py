@@ -2,7 +2,6 @@
 
 from . import BARRIER
 
-TESTS = ["balance"]
 MUTANTS = {
     "balance.cu": [
         (BARRIER, "", "mine[e] = 0;"),

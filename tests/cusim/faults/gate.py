@@ -2,7 +2,6 @@
 
 from . import BARRIER
 
-TESTS = ["gate"]
 MUTANTS = {
     "gate.cu": [
         (BARRIER, "", "/ divisor * scale);"),

@@ -2,7 +2,6 @@
 
 from . import BARRIER
 
-TESTS = ["plan"]
 MUTANTS = {
     "plan.cu": [
         (BARRIER, "", "mine[e] = 0;"),

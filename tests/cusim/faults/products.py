@@ -2,7 +2,6 @@
 
 from . import BARRIER
 
-TESTS = ["products"]
 MUTANTS = {
     "products/operand.cuh": [
         # Copies, and the places of fragments.

@@ -2,7 +2,6 @@
 
 from . import BARRIER
 
-TESTS = ["quantized"]
 MUTANTS = {
     "products/packed.cuh": [
         ("line_ < weights_.lines && column < weights_.width", "true"),

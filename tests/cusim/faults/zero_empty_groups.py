@@ -1,6 +1,5 @@
 """Faults of zero_empty_groups."""
 
-TESTS = ["zero_empty_groups"]
 MUTANTS = {
     "zero_empty_groups.cu": [
         ("load(offsets + group + 1) > load(offsets + group)", "false"),
