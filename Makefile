@@ -25,8 +25,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 # Stamps of what passed on the card in this machine.
 GPU := build/gpu
 CUSIM := build/cusim/tests/cusim/moe_ext_dev.so
-# The orders of threads and blocks, beside forward, in which the operators' laws hold; gradients of
-# any function are those of the same kernels, call after call.
+# The orders of threads and blocks, beside forward, in which the operators' laws hold. gradcheck,
+# which calls the same kernels thousands of times, is left out there.
 ORDERS := reverse random1 random2 random3
 LAWS := $(addprefix tests/ops/test_,activate.py gate.py mask_weights.py plan.py rows.py)
 

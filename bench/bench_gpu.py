@@ -11,9 +11,9 @@ bench/results/<machine>/layer-bfloat16.json.
 import copy
 import json
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
+from bench_layer import Point
 from common import RESULTS, keep, parser, setting, slug
 from layer_peers import our_layer
 from report import markdown
@@ -28,20 +28,11 @@ LIMIT = 0.8
 ROW_OPERATORS = {"dispatch", "combine", "route_dot", "combine_backward"}
 ROW_OPERATORS |= {"activate, swiglu", "activate, gelu"}
 
-
-class Shape(NamedTuple):
-    tokens: int
-    hidden: int
-    ffn: int
-    num_experts: int
-    top_k: int
-
-
 SHAPES = {
-    "mixtral": Shape(8192, 4096, 14336, 8, 2),
-    "qwen3": Shape(8192, 2048, 768, 128, 8),
-    "olmoe": Shape(8192, 2048, 1024, 64, 8),
-    "decode": Shape(64, 2048, 768, 128, 8),
+    "mixtral": Point(8192, 4096, 14336, 8, 2),
+    "qwen3": Point(8192, 2048, 768, 128, 8),
+    "olmoe": Point(8192, 2048, 1024, 64, 8),
+    "decode": Point(64, 2048, 768, 128, 8),
 }
 
 
@@ -71,7 +62,7 @@ def passes(module: nn.Module, tokens: Tensor) -> tuple[Callable[[], Tensor], Cal
     return forward, with_gradient
 
 
-def calls(layer: MOELayer, hidden: Tensor, shape: Shape) -> dict[str, Callable]:
+def calls(layer: MOELayer, hidden: Tensor, shape: Point) -> dict[str, Callable]:
     """{name: a call}. The products are of rows that lie expert after expert."""
     forward, with_gradient = passes(layer, hidden)
     up, down = layer.experts.gate_up_proj.detach(), layer.experts.down_proj.detach()
@@ -86,8 +77,8 @@ def calls(layer: MOELayer, hidden: Tensor, shape: Shape) -> dict[str, Callable]:
     return {"forward": forward, "products": products, "with gradient": with_gradient}
 
 
-def measure(shape: Shape, device: torch.device, seconds: float) -> dict:
-    T, H, ffn, E, K = shape
+def measure(shape: Point, device: torch.device, seconds: float) -> dict:
+    T, H, ffn, E, K, _ = shape
     layer = our_layer(E, H, ffn, K, drop_tokens=False).to(device, torch.bfloat16).eval()
     hidden = torch.randn(T, H, device=device, dtype=torch.bfloat16)
     hidden.requires_grad_()

@@ -18,7 +18,8 @@ from unittest import mock
 
 import gpu_peers
 import torch
-from bench_gpu import SHAPES, Shape, passes
+from bench_gpu import SHAPES, passes
+from bench_layer import Point
 from common import keep, parser, relative_error, require, setting
 from layer_peers import Weights, our_experts
 from report import markdown
@@ -45,7 +46,7 @@ class Case(NamedTuple):
 class Operands(NamedTuple):
     """Tensors of one layer: rows lie expert after expert, as the plan says."""
 
-    shape: Shape
+    shape: Point
     tokens: Tensor  # [T, H]
     weights: Weights  # whose router is the routes' weights, [T, K]
     plan: moe_ext.Plan
@@ -53,11 +54,11 @@ class Operands(NamedTuple):
     inner: Tensor  # [R, 2F]
 
 
-def operands_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> Operands:
+def operands_of(shape: Point, dtype: torch.dtype, device: torch.device) -> Operands:
     def random(*size: int) -> Tensor:
         return (torch.randn(*size, device=device) / size[-1] ** 0.5).to(dtype)
 
-    T, H, ffn, E, K = shape
+    T, H, ffn, E, K, _ = shape
     expert_ids = torch.rand(T, E, device=device).topk(K).indices.int()
     up, down = random(E, 2 * ffn, H), random(E, H, ffn)
     weights = Weights(torch.rand(T, K, device=device), up, down)
@@ -152,7 +153,7 @@ def experts(o: Operands, made: dict[str, nn.Module]) -> dict[str, Case]:
 
 # Our products, even where a layer would choose torch's.
 @mock.patch.object(torch_grouped_mm, "NATIVE_MAJORS", ())
-def measure(shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float) -> dict:
+def measure(shape: Point, dtype: torch.dtype, device: torch.device, seconds: float) -> dict:
     """{products: {name: {TFLOP/s of each}}, missing}"""
     o = operands_of(shape, dtype, device)
     made, missing = modules(o)

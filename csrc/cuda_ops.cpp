@@ -111,15 +111,15 @@ Tensor mask_weights_cuda(const MaskWeightsArgs& a) {
   return out;
 }
 
-Tensor moved(const MoveArgs& a, int64_t num_rows, decltype(cuda::dispatch)* move) {
+Tensor move_rows(const MoveArgs& a, int64_t num_rows, decltype(cuda::dispatch)* launch) {
   const OnDevice device(a.from);
   const Tensor out = empty(a.from, {num_rows, a.hidden}, a.from.scalar_type());
-  move(dtype_of(a.from), a.from.const_data_ptr(), routes_of(a.routes), a.hidden,
-       out.mutable_data_ptr(), device.stream());
+  launch(dtype_of(a.from), a.from.const_data_ptr(), routes_of(a.routes), a.hidden,
+         out.mutable_data_ptr(), device.stream());
   return out;
 }
-Tensor dispatch_cuda(const MoveArgs& a) { return moved(a, a.routes.num_rows, cuda::dispatch); }
-Tensor combine_cuda(const MoveArgs& a) { return moved(a, a.routes.num_tokens, cuda::combine); }
+Tensor dispatch_cuda(const MoveArgs& a) { return move_rows(a, a.routes.num_rows, cuda::dispatch); }
+Tensor combine_cuda(const MoveArgs& a) { return move_rows(a, a.routes.num_tokens, cuda::combine); }
 
 Tensor route_dot_cuda(const RouteDotArgs& a) {
   const OnDevice device(a.tokens);

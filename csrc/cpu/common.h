@@ -26,7 +26,7 @@ using torch::stable::parallel_for;
 template <typename scalar_t>
 using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
-// body(scalar_t{}) with the C++ type of a floating dtype; args.h has refused all others.
+// Returns body(scalar_t{}), with the C++ type of a floating dtype; args.h has refused all others.
 template <typename Body>
 auto visit_float(ScalarType dtype, const Body& body) {
   switch (dtype) {

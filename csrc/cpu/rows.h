@@ -172,7 +172,7 @@ class RowWriter {
   bool streams_;
 };
 
-// combine.cpp
+// Returns tokens [T, H]; combine.cpp defines it.
 Tensor combine(const MoveArgs& a);
 
 // Walks the pieces of routes' rows some way ahead of their use, to fetch them: rows lie anywhere.

@@ -287,6 +287,14 @@ class TopKGate(Gate):
         *,
         with_loss: bool = True,
     ) -> Routing:
+        """`Gate.route`; with `wall_clock_breakdown`, adds its time to `gate_time`.
+
+        Args:
+            tokens: as there
+            used_token: as there
+            expert_ids: as there
+            with_loss: as there
+        """
         if not self.wall_clock_breakdown:
             return super().route(tokens, used_token, expert_ids, with_loss=with_loss)
         with self.timers.time(TOPK_GATE_TIMER):

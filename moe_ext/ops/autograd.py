@@ -29,10 +29,10 @@ def run(name: str, *args):
 
 
 class Operator(Function):
-    """An operator with a gradient, which is made of operators again.
+    """An operator with a gradient, which is made of operators again, or of the reference's.
 
     op: its name in the contracts, which gives its forward; and where it has none of its own a
-        setup_context that keeps all arguments, and a backward through the reference
+        setup_context that keeps all arguments, with a backward through the reference
     """
 
     op: str | None = None
@@ -47,8 +47,8 @@ class Operator(Function):
             arguments = contracts.PARSED[op].arguments
             num_tensors = sum(argument.dims is not None for argument in arguments)
             cls.setup_context = staticmethod(keeps(num_tensors))  # type: ignore[method-assign]
-        if "backward" not in vars(cls):
-            cls.backward = staticmethod(_backward_of(op))  # type: ignore[method-assign]
+            if "backward" not in vars(cls):
+                cls.backward = staticmethod(_backward_of(op))  # type: ignore[method-assign]
         OPERATORS[op] = cls
         registry.libraries.register_gradients({op: cls})
 

@@ -8,7 +8,8 @@
 
 #include "accesses.h"
 #include "kernels/testing.h"
-#include "planted_accesses.h"
+
+void launch_planted(const float* from, int stride, float* to);  // planted_accesses.cu
 
 namespace {
 
@@ -16,7 +17,7 @@ cusim::AccessCounter counter;
 
 }  // namespace
 
-// What -fsanitize=thread calls.
+// Kernels that were compiled with -fsanitize=thread call these.
 extern "C" {
 #define ACCESS(kind, size) \
   void __tsan_##kind##size(void* at) { counter.add_any(at, size, __builtin_return_address(0)); }

@@ -2,9 +2,9 @@
 
     python tests/cusim/mutants.py [word ...]    the mutants whose file or change has all the words
 
-Every mutant is compiled in a copy of the tree and given to kernel_tests: as it is, then under
-AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, until one fails. A mutant that
-none notices survives, and this program fails, unless it is listed as equivalent with the reason.
+Every mutant is compiled in a copy of the tree and given to kernel_tests until one fails: as it is,
+with AddressSanitizer and UndefinedBehaviorSanitizer, with ThreadSanitizer. A mutant that none
+notices survives, and this program fails, unless it is listed as equivalent with the reason.
 """
 
 import argparse

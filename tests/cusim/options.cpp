@@ -1,4 +1,4 @@
-// The options of launches, and the list of those that were recorded. Compile it as cusim.cpp.
+// The options of launches, and the list of those that were recorded. Compile it without -fsanitize.
 
 #include "cusim.h"
 

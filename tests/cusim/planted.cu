@@ -32,8 +32,9 @@ __global__ void out_of_bounds_shared(int* out, int n) {
 }
 
 __global__ void out_of_bounds_local(int* out, int n) {
-  int local[4] = {};
-  for (int i = 0; i <= n; ++i) local[i] = i;  // FAULT: i < n
+  int local[4] = {}, *numbers = local;
+  asm volatile("" : "+r"(numbers));             // so that compilers do not know its size
+  for (int i = 0; i <= n; ++i) numbers[i] = i;  // FAULT: i < n
   store(out + threadIdx.x, local[threadIdx.x % 4]);
 }
 

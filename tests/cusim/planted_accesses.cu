@@ -1,6 +1,5 @@
 // Kernels whose accesses can be counted by hand, for the counter: see count_accesses.cpp.
 
-#include "planted_accesses.h"
 #include "vec.cuh"
 
 using namespace moe_ext::cuda;

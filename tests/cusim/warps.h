@@ -98,7 +98,7 @@ inline void multiply_fragments(const Thread* lanes) {
   }
 }
 
-// Calls body(lane) for each of a mask.
+// Calls body(lane) for each lane of the mask.
 template <typename Body>
 void each_lane(unsigned mask, Thread* lanes, const Body& body) {
   for (; mask; mask &= mask - 1) body(lanes[__builtin_ctz(mask)]);
@@ -127,7 +127,9 @@ inline void complete(const Meeting& meeting, Thread* lanes) {
           thread.result |= std::uint64_t(other.wait.value == wait.value) << other.lane;
         });
         break;
-      default: break;
+      case WarpOp::kSync:
+      case WarpOp::kLoadMatrices:
+      case WarpOp::kMultiply: break;
     }
   });
 }

@@ -59,18 +59,23 @@ def test_fakes_have_the_shapes_and_dtypes_of_results(op, dtype, device):
 @each_operator
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_again(op, dtype, device, poisoned, request):
-    """On any number of threads; a GEMM's rounding may depend on how many there are."""
-    is_gemm = op.startswith(GEMMS)
-    is_emulated = request.config.cusim is not None
-    T = 100 if is_gemm and is_emulated else 2000  # emulated products take long
+    """On any number of threads, or in any order of emulated ones; a GEMM's rounding may depend on
+    how many threads there are."""
+    is_gemm, cusim = op.startswith(GEMMS), request.config.cusim
+    T = 100 if is_gemm and cusim else 2000  # emulated products take long
     args = samples.arguments(op, device, dtype, T=T, K=3, E=16, H=100, F=300)
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    change, values = torch.set_num_threads, (1, 2, 3)
+    usual, calls = torch.get_num_threads(), 7 if is_gemm else 1
+    if cusim:
+        change, values = cusim.set_order, ("forward", "reverse", "random1")
+        usual, calls = request.config.getoption("--cusim-order"), 1
+    request.addfinalizer(partial(change, usual))
     first = None
-    for threads in (1,) if is_emulated else (1, 2, 3):
-        torch.set_num_threads(threads)
-        if first is None or is_gemm:
+    for value in values:
+        change(value)
+        if first is None or (is_gemm and not cusim):
             first = [result.clone() for result in call_operator(op, args)]
-        for _ in range(7 if is_gemm and not is_emulated else 1):
+        for _ in range(calls):
             assert_same(call_operator(op, args), first)
 
 

@@ -98,8 +98,9 @@ def few(dtype, M, is_dense) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "M"), WIDTHS)
 def test_rows_have_the_results_that_they_have_beside_others(dtype, N, M, request):
-    numbers = (*range(1, 20), 31, 47, 48, 49, 65, 257)
-    numbers = numbers[::8] if request.config.cusim else numbers  # emulated products take long
+    numbers = (1, 2, 17, 49, 65, 257)
+    if not request.config.cusim:  # whose products take long
+        numbers = (*range(1, 20), 31, 47, 48, *numbers[3:])
     w, strided = values(2, N, M, dtype=dtype), values(2, M, N, dtype=dtype).mT
     bias, many = values(2, N, dtype=dtype), values(300, M, dtype=dtype)
 

@@ -151,7 +151,7 @@ def test_what_misses_its_limit_is_named():
 
 
 def test_a_layer_is_timed_beside_its_products():
-    shape = bench_gpu.Shape(64, 128, 64, 4, 2)
+    shape = bench_gpu.Point(64, 128, 64, 4, 2)
     run = bench_gpu.measure(shape, torch.device("cpu"), 0.01)
     assert run["calls"].keys() == {"forward", "products", "with gradient"}
     assert all(call["teraflops"] > 0 for call in run["calls"].values())

@@ -112,7 +112,7 @@ def built(tmp_path_factory):
     ("by", "capability"), [("pip", "avx2"), ("cmake", "avx2"), ("cmake", "default")]
 )
 def test_operators_obey_their_laws_on_any_cpu(request, tmp_path, by, capability):
-    """With registers of 32 bytes and of 16."""
+    """With registers of 32 bytes and of 16 on x86, and where torch has no products of 16 bits."""
     library = installed = registry.libraries.library
     if by == "cmake":
         (library,) = request.getfixturevalue("built").glob("libmoe_ext.*")

@@ -1,6 +1,5 @@
 """explain shows the operators of a call, ranges name them in profiles; both leave no trace."""
 
-import platform
 import re
 from unittest.mock import Mock
 
@@ -131,9 +130,12 @@ def test_explain_shows_where_16_bit_products_run_in_float32():
     assert re.search(f"torch's GEMM|AMX tiles|{in_float32}", how)
 
 
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="ONEDNN_MAX_CPU_ISA is for x86"
+on_x86 = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="limits x86 alone"
 )
+
+
+@on_x86
 def test_explain_shows_missing_bfloat16_instructions():
     """In a process where oneDNN may use AVX2 only."""
     code = """
@@ -148,11 +150,17 @@ print(moe_ext.explain(Model(), torch.randn(3, 8).bfloat16()))
     assert printed.count("in float32, as this CPU's torch has no bfloat16 instructions") == 1
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="limits x86 alone")
+@on_x86
 def test_torchs_limit_of_cpu_capability_limits_us():
-    code = "import torch, moe_ext; print(torch.ops.moe_ext.products(torch.empty(0)))"
-    assert output_of("-c", code, ATEN_CPU_CAPABILITY="default") == "torch's GEMM\n"
-    assert "own loops" in output_of("-c", code, ATEN_CPU_CAPABILITY="avx2")
+    code = "import torch, moe_ext; print(torch.ops.moe_ext.products(torch.empty(0, dtype={})))"
+
+    def said(dtype: str, limit: str) -> str:
+        return output_of("-c", code.format(dtype), ATEN_CPU_CAPABILITY=limit)
+
+    assert said("torch.float32", "default") == "torch's GEMM\n"
+    assert "own loops" in said("torch.float32", "avx2")
+    if torch.cpu._is_avx512_bf16_supported():  # whose instructions take more rows
+        assert said("torch.bfloat16", "avx2") != said("torch.bfloat16", "")
 
 
 def test_explain_restores_the_layer_and_random_state():

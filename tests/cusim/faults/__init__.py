@@ -1,7 +1,8 @@
 """Faults in the CUDA kernels, which kernel_tests must notice: a module for each of its tests.
 
 A module's MUTANTS has, for each file, the other fields of its mutants: (old, new[, after[,
-equivalent]]). TESTS names the kernel tests that look at them where others do, [] for all.
+equivalent]]). TESTS names the kernel tests that look at them, [] for all; by default the module's
+own name.
 """
 
 import importlib

@@ -88,9 +88,9 @@ struct Grouping {
       if (!owned[i / width]) body(i);
     }
   }
-  // These stay as they were, NaN, or are zero.
-  template <typename T>
-  void check_others(Array<T>& out, int64_t width, double expected) {
+  // Checks that such rows stay NaN, or are zero.
+  template <typename Number>
+  void check_others(Array<Number>& out, int64_t width, double expected) {
     each_other(width, [&](int64_t i) {
       CHECK(std::isnan(expected) ? std::isnan(number(out[i])) : number(out[i]) == expected);
     });

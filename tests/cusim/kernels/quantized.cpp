@@ -46,7 +46,7 @@ struct Codes {
       }
     }
   }
-  // Those of a scale: an exponent, a bfloat16 or a float.
+  // The bytes of a scale: an exponent, a bfloat16 or a float.
   int64_t bytes() const {
     return f.format == WeightFormat::kMxfp4 ? 1 : f.format == WeightFormat::kInt4 ? 2 : 4;
   }

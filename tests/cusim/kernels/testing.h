@@ -1,6 +1,6 @@
 // Shared by the kernel tests: checks, memory of exact size filled with NaN, random numbers, and the
-// list of tests. A sanitizer sees the first access out of bounds, and a comparison whatever was not
-// written.
+// list of tests. A sanitizer sees a kernel's first access out of bounds, and a comparison whatever
+// was not written.
 
 #pragma once
 
