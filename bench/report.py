@@ -253,8 +253,8 @@ def summary(found: dict[str, dict]) -> str:
         for point in itertools.chain(*(shape["points"] for shape in found[name]["shapes"])):
             times = {n: t for n, t in point["seconds"].items() if n != "limit"}
             ours = times.pop(OURS)
-            title = "experts of transformers, 1 to 64 tokens, ours in huge pages"
-            ratios.append((title, {f"its {n}": [t / ours] for n, t in times.items()}))
+            title = "experts of transformers, 1 to 64 tokens, moe_ext's in huge pages"
+            ratios.append((title, {f"transformers' {n}": [t / ours] for n, t in times.items()}))
     fastest: dict[str, list[tuple[float, str]]] = {}
     for name, of_peers in ratios:
         fastest.setdefault(name, []).append(min((r[0], peer) for peer, r in of_peers.items()))
