@@ -201,12 +201,13 @@ $(VENV)/sass: $(VENV)/torch pyproject.toml
 	$(BIN)/pip install --quiet "nvidia-cuda-nvdisasm>=13"
 	touch $@
 
+# What an extra needs, without building the installed package again.
 $(VENV)/peers: $(VENV)/installed pyproject.toml
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[peers]"
+	$(BIN)/pip install --quiet "moe_ext[peers]"
 	touch $@
 
 $(VENV)/docs: $(VENV)/installed pyproject.toml
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
+	$(BIN)/pip install --quiet "moe_ext[docs]"
 	touch $@
 
 $(VENV)/linters: $(VENV)/python pyproject.toml
