@@ -201,7 +201,7 @@ $(VENV)/sass: $(VENV)/torch pyproject.toml
 	$(BIN)/pip install --quiet "nvidia-cuda-nvdisasm>=13"
 	touch $@
 
-# What an extra needs, without building the installed package again.
+# Installs the requirements of an extra, without building the installed package again.
 $(VENV)/peers: $(VENV)/installed pyproject.toml
 	$(BIN)/pip install --quiet "moe_ext[peers]"
 	touch $@
