@@ -45,7 +45,7 @@ ASYNCHRONOUS = r"cp\.async\.cg\.shared\.global"
 VECTOR = r"\.global[.\w:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)"
 
 
-# Runs setup.py for the CUDA library alone: the other one takes as long, and tells nothing here.
+# Runs setup.py for the CUDA library alone: the other one takes minutes and tells nothing here.
 CUDA_ALONE = """
 import runpy, setuptools
 setup = setuptools.setup

@@ -287,13 +287,13 @@ class TopKGate(Gate):
         *,
         with_loss: bool = True,
     ) -> Routing:
-        """`Gate.route`; with `wall_clock_breakdown`, adds its time to `gate_time`.
+        """Choose the experts of every token; with `wall_clock_breakdown`, add to `gate_time`.
 
         Args:
-            tokens: as there
-            used_token: as there
-            expert_ids: as there
-            with_loss: as there
+            tokens: [T, H]
+            used_token: T values of any shape and dtype; a token with 0 (or False) is not routed
+            expert_ids: [T, K] int32, a recorded choice to make again; -1 is none
+            with_loss: compute l_aux in any case; else it may be None
         """
         if not self.wall_clock_breakdown:
             return super().route(tokens, used_token, expert_ids, with_loss=with_loss)
