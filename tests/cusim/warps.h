@@ -14,7 +14,7 @@ namespace {
 constexpr unsigned kWholeWarp = 0xffffffff;
 
 // Gives every lane its words of four matrices of 8 lines.
-inline void load_matrices(const Thread* lanes) {
+void load_matrices(const Thread* lanes) {
   std::uint16_t numbers[32][8];
   for (int lane = 0; lane < 32; ++lane) {
     const uint4& line = reinterpret_cast<const MatrixLine*>(lanes[lane].wait.value)->line;
@@ -46,7 +46,7 @@ void widen_word(unsigned word, float* out) {
 }
 
 // As tensor cores round a sum.
-inline float towards_zero(double x) {
+float towards_zero(double x) {
   const auto nearest = static_cast<float>(x);
   return std::fabs(double{nearest}) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
 }
@@ -87,7 +87,7 @@ void multiply_fragments(const Thread* lanes, int item) {
   }
 }
 
-inline void multiply_fragments(const Thread* lanes) {
+void multiply_fragments(const Thread* lanes) {
   const auto* list = reinterpret_cast<const MultiplicationList*>(lanes[0].wait.value);
   for (int item = 0; item < list->count; ++item) {
     switch (list->numbers) {
@@ -105,7 +105,7 @@ void each_lane(unsigned mask, Thread* lanes, const Body& body) {
 }
 
 // Gives the lanes that have arrived their results.
-inline void complete(const Meeting& meeting, Thread* lanes) {
+void complete(const Meeting& meeting, Thread* lanes) {
   if (meeting.op == WarpOp::kLoadMatrices) load_matrices(lanes);
   if (meeting.op == WarpOp::kMultiply) multiply_fragments(lanes);
   std::uint64_t ballot = 0, least = ~std::uint64_t{0}, largest = 0;
