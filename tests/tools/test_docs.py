@@ -58,6 +58,8 @@ def test_python_blocks_compile_and_import_what_there_is(page):
     for node in ast.walk(tree):
         text = ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ""
         if "moe_ext" in text and "transformers" not in text:
+            if "moe_ext.hf" in text:
+                pytest.importorskip("transformers", reason="needs the extra peers")
             exec(text, {})
 
 
