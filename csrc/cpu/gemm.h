@@ -75,18 +75,25 @@ inline bool prefers_own_loops() {
 // Whether floats are multiplied by block_product.h.
 inline bool multiplies_floats() { return prefers_own_loops() && register_bytes() >= 32; }
 
+// Calls an operator that writes into its last argument.
+template <size_t size>
+void call_out(const char* name, std::array<StableIValue, size> stack) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // out = left @ right^T + first; `first` is one row for all of out's, or out itself, or nothing.
 inline void multiply_by_torch(const Matrix& out, const Matrix& left, const Matrix& right,
                               const std::optional<Matrix>& first) {
   using torch::stable::detail::from;
   const Tensor target = out.tensor();
-  OptionalTensor added;
-  if (first) added = first->data == out.data ? target : first->tensor();
-  std::array<StableIValue, 4> stack{from(left.tensor()), from(right.tensor()), from(added),
-                                    from(target)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+  if (!first) {  // linear would get there by several operators
+    const Tensor columns = right.transposed().tensor();
+    return call_out("aten::mm", std::array{from(left.tensor()), from(columns), from(target)});
+  }
+  const OptionalTensor added = first->data == out.data ? target : first->tensor();
+  call_out("aten::linear", std::array{from(left.tensor()), from(right.tensor()), from(added),
+                                      from(target)});
 }
 
 // The products of one thread.
