@@ -18,11 +18,6 @@
 
 namespace moe_ext {
 
-template <typename V>
-MOE_EXT_INLINE void add_product(V& sum, const V& a, const V& b) {
-  Widened<V, 1>::add(sum, &a, &b);
-}
-
 // Codes whose totals are a sum for each lane, by the scales of its group.
 template <int bytes>
 struct LaneTotals {

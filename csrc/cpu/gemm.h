@@ -92,8 +92,8 @@ inline void multiply_by_torch(const Matrix& out, const Matrix& left, const Matri
     return call_out("aten::mm", std::array{from(left.tensor()), from(columns), from(target)});
   }
   const OptionalTensor added = first->data == out.data ? target : first->tensor();
-  call_out("aten::linear", std::array{from(left.tensor()), from(right.tensor()), from(added),
-                                      from(target)});
+  call_out("aten::linear",
+           std::array{from(left.tensor()), from(right.tensor()), from(added), from(target)});
 }
 
 // The products of one thread.
@@ -166,7 +166,7 @@ class Gemm {
 
   // out [N, M] = left [n, N]^T @ right [n, M]
   void outer(const Matrix& out, const Matrix& left, const Matrix& right) {
-    if (has_lanes(left.dtype) && left.dtype != ScalarType::Float && left.rows <= kFewRows &&
+    if (has_lanes(left.dtype) && left.rows <= most_outer_rows(left.dtype, out.columns) &&
         left.column_stride == 1 && right.column_stride == 1 && out.column_stride == 1) {
       return on_widest(FewOuter{out, left, right}, left_);
     }
@@ -195,6 +195,11 @@ class Gemm {
     }
     const bool in_pairs = dtype == ScalarType::BFloat16 && multiplies_pairs();
     return in_pairs && prefers_own_loops() ? kFewPairs : kFewRows;
+  }
+
+  // The same for the loops of few_outer.h. MKL is faster for sixteen long rows of floats.
+  static int64_t most_outer_rows(ScalarType dtype, int64_t columns) {
+    return dtype == ScalarType::Float && columns > 256 ? kFewRows / 2 : kFewRows;
   }
 
   // out = left @ right + first; false where tiles do not multiply.

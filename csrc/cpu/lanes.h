@@ -30,6 +30,11 @@ struct Widened {
   }
 };
 
+template <typename Lanes>
+MOE_EXT_INLINE void add_product(Lanes& sums, const Lanes& a, const Lanes& b) {
+  Widened<Lanes, 1>::add(sums, &a, &b);
+}
+
 // A register holds as many numbers as floats.
 template <typename number_t, int bytes>
 struct DirectFormat : Widened<Vector<float, bytes>, 1> {
