@@ -17,7 +17,9 @@
 #if defined(MOE_EXT_TILES)
 namespace moe_ext::layout {
 
+using Floats = Vector<float, 64>;
 using Pairs = Vector<uint32_t, 64>;  // of numbers
+using Numbers = Vector<uint16_t, 64>;
 constexpr int64_t kTile = kTileLines, kStep = 2 * kTile, kTileNumbers = kTile * kStep;
 // A strip and a band are so many lines and columns, two tiles.
 constexpr int64_t kStrip = 2 * kTile, kBand = 2 * kTile, kBandNumbers = kBand * kStep;
@@ -30,6 +32,39 @@ struct Lines {
 
 inline const uint16_t* numbers(const Matrix& matrix) {
   return reinterpret_cast<const uint16_t*>(matrix.data);
+}
+
+// 16 numbers of memory, each in the lower half of a pair.
+MOE_EXT_INLINE void widen(const uint16_t* from, Pairs& to) {
+  Vector<uint16_t, 32> numbers;
+  load(numbers, from);
+#if defined(MOE_EXT_EMULATES_TILES)
+  to = __builtin_convertvector(numbers, Pairs);
+#else
+  Pairs wide;  // one that has no address stays in its register
+  asm("vpmovzxwd %1, %0" : "=v"(wide) : "v"(numbers));
+  to = wide;
+#endif
+}
+
+// Rounds low's floats, then high's.
+MOE_EXT_INLINE void narrow(const Floats& low, const Floats& high, Numbers& to) {
+#if defined(MOE_EXT_EMULATES_TILES)
+  Pairs bits[2];
+  round_to_upper_half(low, bits[0]);
+  round_to_upper_half(high, bits[1]);
+  for (int64_t i = 0; i < kStep; ++i) to[i] = bits[i / kTile][i % kTile] >> 16;
+#else
+  Numbers rounded;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(rounded) : "v"(low), "v"(high));
+  to = rounded;
+#endif
+}
+
+// Pairs of a number of the first half and one of the second.
+template <int... i>
+MOE_EXT_INLINE void zip(Numbers& numbers, std::integer_sequence<int, i...>) {
+  pick<i / 2 + i % 2 * kTile...>(numbers, numbers, numbers);
 }
 
 // Four of the eight 16 bytes of a and b.
@@ -102,29 +137,38 @@ MOE_EXT_INLINE void pair(const Matrix& matrix, uint16_t* to) {
   const Lines lines = lines_of(matrix, copy);
   for (int64_t p = 0; p < kTile; ++p) {
     const uint16_t* from = lines.numbers + 2 * p * lines.stride;
-    Vector<uint16_t, 32> even, odd;  // GCC does not make vector code of a loop over numbers
-    load(even, from);
-    load(odd, from + lines.stride);
-    store(__builtin_convertvector(even, Pairs) | __builtin_convertvector(odd, Pairs) << 16,
-          to + p * kStep);
+    Pairs even, odd;
+    widen(from, even);
+    widen(from + lines.stride, odd);
+    store(even | odd << 16, to + p * kStep);
   }
 }
 
-// Columns as bands, [bands, steps, 2, 16, 16, 2], whose tiles are filled up with zeros; rows are
-// asked for a step ahead of their use.
+// A step of a band, [2, 16, 16, 2], whose tiles are filled up with zeros. Asks for the numbers so
+// many steps after it.
+MOE_EXT_INLINE void pack_step(const Matrix& columns, int64_t band, int64_t step, int64_t ahead,
+                              uint16_t* to) {
+  const Matrix rows = columns.row_range(step * kStep, std::min((step + 1) * kStep, columns.rows));
+  const Matrix next =
+      columns.row_range((step + ahead) * kStep, rows.rows).column_range(band * kBand, kBand);
+  const bool is_flat = columns.column_stride == 1;
+  const int64_t apart = 2 * (is_flat ? columns.row_stride : columns.column_stride);
+  for (int64_t i = 0; i < kStep; ++i) __builtin_prefetch(next.data + i * apart, 0, 2);
+  for (int64_t c = band * kBand; c < (band + 1) * kBand; c += kTile, to += kTileNumbers) {
+    if (c < columns.columns) pair(rows.column_range(c, columns.columns), to);
+  }
+}
+
+// Columns as bands, [bands, steps, 2, 16, 16, 2], in the order of memory.
 MOE_EXT_INLINE void pack(const Matrix& columns, int64_t bands, int64_t steps, uint16_t* packed) {
-  for (int64_t s = 0; s < steps; ++s) {
-    const int64_t k = s * kStep;
-    const Matrix rows = columns.row_range(k, std::min(k + kStep, columns.rows));
+  const auto place = [&](int64_t b, int64_t s) { return packed + (b * steps + s) * kBandNumbers; };
+  if (columns.column_stride == 1) {
+    for (int64_t s = 0; s < steps; ++s) {
+      for (int64_t b = 0; b < bands; ++b) pack_step(columns, b, s, 1, place(b, s));
+    }
+  } else {
     for (int64_t b = 0; b < bands; ++b) {
-      uint16_t* to = packed + (b * steps + s) * kBandNumbers;
-      const char* next = rows.data + (kStep * rows.row_stride + b * kBand) * 2;
-      for (int64_t i = 0; i < kStep && rows.column_stride == 1; ++i) {
-        __builtin_prefetch(next + i * rows.row_stride * 2, 0, 2);
-      }
-      for (int64_t c = b * kBand; c < (b + 1) * kBand; c += kTile, to += kTileNumbers) {
-        if (c < columns.columns) pair(rows.column_range(c, columns.columns), to);
-      }
+      for (int64_t s = 0; s < steps; ++s) pack_step(columns, b, s, 2, place(b, s));
     }
   }
 }

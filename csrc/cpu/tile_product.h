@@ -17,8 +17,9 @@
 //              └────┘   └────┴────┘
 //
 // If the columns of right are dense in memory, they are the lines, and the result is turned as it
-// is written. So rows times a weight's transposed read the weight in the order of memory, once for
-// each block of rows. Few rows are one block.
+// is written; but not where left has more lines, dense too: fewer are packed. So rows times a
+// weight's transposed read the weight in the order of memory, once for each block of rows. Few rows
+// are one block.
 //
 // The steps of a sum are added in their order, whatever the number of rows and columns.
 
@@ -40,7 +41,8 @@ struct TileProduct {
   template <int bytes>
   MOE_EXT_INLINE void run(Tiles& tiles, Panel& memory) const {
     if constexpr (bytes == 64 || kEmulatesTiles) {
-      if (right.row_stride == 1) {
+      const bool left_has_more = left.column_stride == 1 && left.rows > right.columns;
+      if (right.row_stride == 1 && !left_has_more) {
         multiply(right.transposed(), left.transposed(), true, tiles, memory);
       } else {
         multiply(left, right, false, tiles, memory);
@@ -49,7 +51,7 @@ struct TileProduct {
   }
 
  private:
-  using Floats = Vector<float, 64>;
+  using Floats = layout::Floats;
   using Pairs = layout::Pairs;
   using Lines = layout::Lines;
   static constexpr int64_t kTile = layout::kTile, kStep = layout::kStep;
@@ -242,17 +244,15 @@ struct TileProduct {
       const float* line = room.sums + i / kTile * 2 * kTileSums + i % kTile * kTile;
       for (int64_t b = 0; b < block.bands; ++b, line += kSums) {
         const int64_t column = block.first_column + b * kBand;
-        uint16_t rounded[kBand];
+        Floats halves[2], bias;
         for (int64_t c = 0; c < 2; ++c) {
-          Floats values, bias;
-          load(values, line + c * kTileSums);
+          load(halves[c], line + c * kTileSums);
           load(bias, room.bias + column + c * kTile);
-          values += bias;
-          Pairs bits;
-          round_to_upper_half(values, bits);
-          store(__builtin_convertvector(bits >> 16, Vector<uint16_t, 32>), rounded + c * kTile);
+          halves[c] += bias;
         }
-        write_numbers(rounded, std::min(kBand, block.columns - b * kBand), strip.first + i, column);
+        layout::Numbers numbers;
+        layout::narrow(halves[0], halves[1], numbers);
+        write_numbers(numbers, std::min(kBand, block.columns - b * kBand), strip.first + i, column);
       }
     }
   }
@@ -271,27 +271,25 @@ struct TileProduct {
         load(odd, from + kTile);
         even += bias[2 * p];
         odd += bias[2 * p + 1];
-        Pairs low, high;
-        round_to_upper_half(even, low);
-        round_to_upper_half(odd, high);
-        pairs[p] = (low >> 16) | (high & 0xffff0000u);
+        layout::Numbers numbers;
+        layout::narrow(even, odd, numbers);
+        layout::zip(numbers, places<layout::Numbers>{});
+        pairs[p] = Pairs(numbers);
       }
       layout::turn(pairs);
       for (int64_t j = 0; j < std::min(kTile, rows - c); ++j) {
-        write_numbers(&pairs[j], strip.lines.rows, row + c + j, strip.first);
+        write_numbers(layout::Numbers(pairs[j]), strip.lines.rows, row + c + j, strip.first);
       }
     }
   }
 
-  // 32 numbers, or as many as there are columns.
-  MOE_EXT_INLINE void write_numbers(const void* numbers, int64_t columns, int64_t row,
+  // As many of the numbers as there are columns.
+  MOE_EXT_INLINE void write_numbers(const layout::Numbers& numbers, int64_t columns, int64_t row,
                                     int64_t column) const {
     char* to = out.data + (row * out.row_stride + column) * 2;
-    if (columns == kBand) {
-      std::memcpy(to, numbers, kBand * 2);
-    } else {
-      std::memcpy(to, numbers, columns * 2);
-    }
+    if (columns == kBand) return store(numbers, to);
+    const layout::Numbers copy = numbers;  // with an address, numbers would leave its register
+    std::memcpy(to, &copy, columns * 2);
   }
 };
 

@@ -82,6 +82,7 @@ inline bool has_tiles() {
     constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     __builtin_cpu_init();
     return register_bytes() == 64 && __builtin_cpu_supports("amx-bf16") &&
+           __builtin_cpu_supports("avx512bf16") &&
            syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   }();
   return has;

@@ -226,7 +226,9 @@ MOE_EXT_INLINE void pick(V& out, const V& a, const V& b) {
 #if defined(__clang__)
   out = __builtin_shufflevector(a, b, i...);
 #else
-  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  constexpr int kSize = sizeof(a[0]);
+  using Narrow = std::conditional_t<kSize == 2, int16_t, int32_t>;
+  using Index = std::conditional_t<kSize == 8, int64_t, Narrow>;
   out = __builtin_shuffle(a, b, Vector<Index, sizeof(V)>{i...});
 #endif
 }
