@@ -149,12 +149,12 @@ MOE_EXT_INLINE void pair(const Matrix& matrix, uint16_t* to) {
 MOE_EXT_INLINE void pack_step(const Matrix& columns, int64_t band, int64_t step, int64_t ahead,
                               uint16_t* to) {
   const Matrix rows = columns.row_range(step * kStep, std::min((step + 1) * kStep, columns.rows));
-  const Matrix next =
-      columns.row_range((step + ahead) * kStep, rows.rows).column_range(band * kBand, kBand);
+  const int64_t next_row = (step + ahead) * kStep, first = band * kBand;
+  const char* next = columns.row_range(next_row, next_row).column_range(first, first).data;
   const bool is_flat = columns.column_stride == 1;
   const int64_t apart = 2 * (is_flat ? columns.row_stride : columns.column_stride);
-  for (int64_t i = 0; i < kStep; ++i) __builtin_prefetch(next.data + i * apart, 0, 2);
-  for (int64_t c = band * kBand; c < (band + 1) * kBand; c += kTile, to += kTileNumbers) {
+  for (int64_t i = 0; i < kStep; ++i) __builtin_prefetch(next + i * apart, 0, 2);
+  for (int64_t c = first; c < first + kBand; c += kTile, to += kTileNumbers) {
     if (c < columns.columns) pair(rows.column_range(c, columns.columns), to);
   }
 }

@@ -17,9 +17,9 @@
 //              └────┘   └────┴────┘
 //
 // If the columns of right are dense in memory, they are the lines, and the result is turned as it
-// is written; but not where left has more lines, dense too: fewer are packed. So rows times a
-// weight's transposed read the weight in the order of memory, once for each block of rows. Few rows
-// are one block.
+// is written: rows times a weight's transposed read the weight in the order of memory, once for
+// each block of rows. Few rows are one block. But where left is dense too and has more lines than
+// right has columns, those are packed, which are fewer.
 //
 // The steps of a sum are added in their order, whatever the number of rows and columns.
 
@@ -59,7 +59,8 @@ struct TileProduct {
   static constexpr int64_t kTileSums = kTile * kTile, kSums = 4 * kTileSums;
   static constexpr int64_t kPart = 8, kDeep = 64;  // steps
   // For many strips, a block is many steps of some columns. For few, it is one part of many
-  // columns, which are read in the order of memory. The sums of all strips stay while blocks go by.
+  // columns, read in the order of memory where rows are dense. The sums of all strips stay while
+  // blocks go by.
   static constexpr int64_t kPackedBytes = 1 << 20, kSumsBytes = 1 << 19, kFewStrips = 4;
   // Lines so many numbers apart push each other out of the first cache, where many bands read them.
   static constexpr int64_t kHalfPage = 1024, kManyBands = 8;

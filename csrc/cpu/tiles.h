@@ -5,8 +5,8 @@
 // column. Even and odd numbers have a sum each, in order; their sum is added to the float.
 // Subnormal numbers count as zero.
 //
-// MOE_EXT_EMULATES_TILES makes the same results of plain loops, but for subnormal numbers: for
-// tests on a CPU without.
+// MOE_EXT_EMULATES_TILES makes the same results of plain loops, but for subnormal numbers and the
+// bits of NaN: for tests on a CPU without.
 
 #pragma once
 
@@ -76,7 +76,8 @@ class Tiles {
 #elif defined(MOE_EXT_TILES)
 constexpr bool kEmulatesTiles = false;
 
-// Whether this CPU has them and the system lets this process use them, which has to be asked for.
+// Whether this CPU has them, and AVX512-BF16, which rounds their sums, and the system lets this
+// process use them, which has to be asked for.
 inline bool has_tiles() {
   static const bool has = [] {
     constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -1,8 +1,8 @@
 // Runs the tests of kernels/ in several orders of threads and blocks.
 //
-//   kernel_tests [name ...]: all where none is named
+//   kernel_tests [order ...] [name ...]: all where none is named
 
-#include <set>
+#include <algorithm>
 
 #include "kernels/testing.h"
 
@@ -21,12 +21,20 @@ void check_launches() {
   cusim::launches().clear();
 }
 
-void run_all(const std::set<std::string>& named) {
-  for (const char* order : {"forward", "reverse", "random1", "random2", "random3"}) {
+using Names = std::vector<std::string>;
+
+const Names orders{"forward", "reverse", "random1", "random2", "random3"};
+
+bool has(const Names& names, const std::string& name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+void run(const Names& some, const Names& named) {
+  for (const std::string& order : some) {
     cusim::set_order(order);
     generator.seed(static_cast<unsigned>(cusim::options().seed));
     for (const auto& [name, test] : tests()) {
-      if (named.empty() || named.count(name)) test.run();
+      if (named.empty() || has(named, name)) test.run();
     }
     check_launches();
   }
@@ -37,17 +45,25 @@ void run_all(const std::set<std::string>& named) {
 
 int main(int argc, char** argv) {
   using namespace testing;
-  const std::set<std::string> named(argv + 1, argv + argc);
-  for (const std::string& name : named) {
-    if (tests().count(name)) continue;
-    std::printf("usage: %s [name ...], got %s; names:", argv[0], name.c_str());
-    for (const auto& test : tests()) std::printf(" %s", test.first.c_str());
-    std::printf("\n");
-    return 2;
+  Names some, named;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (has(orders, argument)) {
+      some.push_back(argument);
+    } else if (tests().count(argument)) {
+      named.push_back(argument);
+    } else {
+      std::printf("usage: %s [order ...] [name ...], got %s; orders:", argv[0], argv[i]);
+      for (const std::string& order : orders) std::printf(" %s", order.c_str());
+      std::printf("; names:");
+      for (const auto& test : tests()) std::printf(" %s", test.first.c_str());
+      std::printf("\n");
+      return 2;
+    }
   }
   cusim::options().recording = true;
   try {
-    run_all(named);
+    run(some.empty() ? orders : some, named);
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 2;

@@ -12,6 +12,7 @@ Options& options() {
 void set_order(const std::string& name) {
   if (name == "forward" || name == "reverse") {
     options().order = name == "forward" ? Order::kForward : Order::kReverse;
+    options().seed = 0;
   } else if (name.rfind("random", 0) == 0 && name.size() > 6 &&
              name.find_first_not_of("0123456789", 6) == std::string::npos) {
     options().order = Order::kRandom;

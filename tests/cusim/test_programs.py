@@ -10,6 +10,8 @@ import pytest
 
 ORDERS = ("forward", "reverse", "random1", "random2", "random3")
 BUILDS = ("", "_memory", "_thread")
+# Sanitizers report a planted fault in every order; two orders are also two sets of numbers.
+SANITIZED = ("forward", "random1")
 OPERATORS = sorted(path.stem for path in Path(__file__).parent.glob("kernels/*.cpp"))
 
 RACE = "WARNING: ThreadSanitizer: data race"
@@ -64,7 +66,7 @@ def run(cusim: ModuleType):
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels(run, operator, build):
-    code, output = run(f"kernel_tests{build}", operator)
+    code, output = run(f"kernel_tests{build}", *(SANITIZED if build else ORDERS), operator)
     assert code == 0, output
     assert re.search(r"^\d{6,} checks: 0 failed", output, re.MULTILINE), output
 

@@ -172,7 +172,7 @@ def test_nothing_to_do_is_not_launched(launches_of):
 
 @each_kernel
 def test_the_same_bits_in_every_order(cusim, request, op):
-    """Orders of threads and blocks; test_plan.py compares whole plans in each."""
+    """Orders of threads and blocks; `make cusim` holds the operators' laws in three of them."""
     args, results = samples.arguments(op, T=900, K=5), []
     request.addfinalizer(partial(cusim.set_order, request.config.getoption("--cusim-order")))
     for order in ORDERS:
