@@ -72,8 +72,13 @@ inline bool prefers_own_loops() {
 #endif
 }
 
-// Whether floats are multiplied by block_product.h.
+// Whether own loops multiply any number of rows of floats.
 inline bool multiplies_floats() { return prefers_own_loops() && register_bytes() >= 32; }
+
+// Whether they multiply up to kFewFloats at least: MKL is faster for many, and takes longer to
+// begin.
+constexpr int64_t kFewFloats = 64;
+inline bool multiplies_few_floats() { return multiplies_floats() || register_bytes() == 64; }
 
 // Calls an operator that writes into its last argument.
 template <size_t size>
@@ -106,15 +111,16 @@ class Gemm {
   }
 
   static std::string description(ScalarType dtype) {
-    if (dtype == ScalarType::Float && multiplies_floats()) return "own loops";
+    const bool is_float = dtype == ScalarType::Float;
+    if (is_float && multiplies_floats()) return "own loops";
     if (multiplies_on_tiles(dtype)) return "own loops on AMX tiles";
     std::string text = "torch's GEMM";
-    if (dtype != ScalarType::Float && dtype != ScalarType::Double && !multiplies_natively(dtype)) {
+    if (!is_float && dtype != ScalarType::Double && !multiplies_natively(dtype)) {
       text = "in float32, as this CPU's torch has no " + dtype_name(dtype) + " instructions";
     }
     if (has_lanes(dtype)) {
-      return "own loops up to " + std::to_string(most_rows(dtype, 0)) +
-             " rows of an expert, else " + text;
+      const int64_t most = is_float && multiplies_few_floats() ? kFewFloats : most_rows(dtype, 0);
+      return "own loops up to " + std::to_string(most) + " rows of an expert, else " + text;
     }
     return text;
   }
@@ -186,12 +192,14 @@ class Gemm {
   static constexpr int64_t kFewRows = 16, kFewPairs = 48;
   // Up to so many the loops of few_rows_flat.h are as fast as tiles, and up to four faster.
   static constexpr int64_t kFewFlat = 8;
+  // Numbers of a small gradient of a weight, and of a small weight whose columns are dense.
+  static constexpr int64_t kSmallOuter = 1 << 15, kSmallFlat = 1 << 13;
 
   // The same where the rows of the weight are dense.
   static int64_t most_rows(ScalarType dtype, int64_t columns) {
     // Sums over lanes are dear for short rows.
-    if (dtype == ScalarType::Float && multiplies_floats()) {
-      return std::clamp<int64_t>(columns / 16, 4, 64);
+    if (dtype == ScalarType::Float && multiplies_few_floats()) {
+      return std::clamp<int64_t>(columns / 16, 4, kFewFloats);
     }
     const bool in_pairs = dtype == ScalarType::BFloat16 && multiplies_pairs();
     return in_pairs && prefers_own_loops() ? kFewPairs : kFewRows;
@@ -218,11 +226,22 @@ class Gemm {
     return matrix.row_stride == 1 || matrix.column_stride == 1;
   }
 
+  // Whether floats are multiplied by block_product.h. Where MKL is for many rows, few take it if a
+  // weight's rows are dense, which MKL has to turn, or if the weight is small.
+  static bool takes_blocks(const Matrix& left, const Matrix& right) {
+    if (multiplies_floats()) return true;
+    const bool is_outer = left.column_stride != 1;
+    const int64_t rows = is_outer ? left.columns : left.rows;
+    if (!multiplies_few_floats() || rows > kFewFloats) return false;
+    if (is_outer) return left.rows * right.rows <= kSmallOuter;
+    return right.column_stride == 1 || right.rows * right.columns <= kSmallFlat;
+  }
+
   // out = left @ right^T + first, as of multiply_by_torch.
   void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
                 const std::optional<Matrix>& first) {
     if (out.dtype == ScalarType::Float && out.column_stride == 1 && is_dense(left) &&
-        is_dense(right) && multiplies_floats()) {
+        is_dense(right) && takes_blocks(left, right)) {
       const BlockProduct product{out, left, right.transposed(), first ? &*first : nullptr};
       return on_widest(product, packed_left_, packed_right_);
     }

@@ -89,9 +89,9 @@ def few(dtype, M, is_dense) -> int:
     owned = torch.ops.moe_ext.products(torch.empty(0, dtype=dtype))
     if owned == "own loops on AMX tiles":
         return 1000 if is_dense else 8
-    if owned == "own loops":
-        return max(4, min(64, M // 16)) if is_dense else 1000
     found = re.match(r"own loops up to (\d+) rows", owned)
+    if owned == "own loops" or (found and dtype == torch.float32 and int(found[1]) == 64):
+        return max(4, min(64, M // 16)) if is_dense else 1000 if owned == "own loops" else 16
     return (int(found[1]) if is_dense else 16) if found else 0
 
 
