@@ -124,7 +124,7 @@ cusim: $(VENV)/installed
 $(ORDERS:%=cusim-%): cusim-%:
 	$(PYTEST) $(LAWS) --cusim=$(CUSIM) --cusim-order=$* -k "not test_gradients"
 
-# Check that the kernel tests notice a fault in a kernel: 300 mutants, some seconds each.
+# Check that the kernel tests notice a fault in a kernel: 300 mutants, five to fifteen seconds each.
 mutants: $(VENV)/installed
 	$(BIN)/python tests/cusim/mutants.py
 
