@@ -90,9 +90,11 @@ def few(dtype, M, is_dense) -> int:
     if owned == "own loops on AMX tiles":
         return 1000 if is_dense else 8
     found = re.match(r"own loops up to (\d+) rows", owned)
-    if owned == "own loops" or (found and dtype == torch.float32 and int(found[1]) == 64):
-        return max(4, min(64, M // 16)) if is_dense else 1000 if owned == "own loops" else 16
-    return (int(found[1]) if is_dense else 16) if found else 0
+    most = 1000 if owned == "own loops" else int(found[1]) if found else 0
+    if not is_dense:
+        return most if most == 1000 else min(most, 16)
+    in_blocks = dtype == torch.float32 and most >= 64  # beyond the loops for few rows
+    return max(4, min(64, M // 16)) if in_blocks else most
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
