@@ -1,12 +1,16 @@
 """Build the CUDA kernels and record their registers and instructions in results/ptxas.json.
 
-    python bench/ptxas.py
+    python bench/ptxas.py [--all]
 
 Fails if a kernel spills registers or has a stack, if a kernel that moves 16-byte vectors has no
 16-byte load and store in its PTX, if a product has fewer tensor-core instructions in its main loop
 or fewer blocks than LEAST_HMMA and LEAST_BLOCKS, or if what the same CUDA recorded before is
 different: commit the new file with the change that made it. Needs a CUDA toolkit, NVIDIA's
 disassembler and any torch, no GPU.
+
+The record has a digest of what it was made of: compiler, flags, and sources without comments. Where
+those are the same, only the architecture ALWAYS is built and compared, and what is recorded of the
+others stands: a compiler makes the same of the same. --all builds every architecture.
 
     loop_instructions   of the loop that moves the data; of the whole kernel where it has none. A
                         loop inside counts once, and so does a path that is seldom taken
@@ -15,6 +19,8 @@ disassembler and any torch, no GPU.
     blocks_per_sm       what registers and threads leave room for; shared memory may leave less
 """
 
+import argparse
+import hashlib
 import json
 import os
 import re
@@ -30,6 +36,7 @@ from common import RESULTS, as_json
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"
 RESULT = RESULTS / "ptxas.json"
+ALWAYS = "9.0"
 
 sys.path.insert(0, str(ROOT / "moe_ext"))
 import toolkit  # noqa: E402  the package itself need not be importable
@@ -55,14 +62,36 @@ runpy.run_path("setup.py")
 """
 
 
-def compile_kernels(found: "toolkit.Toolkit") -> str:
+def what_decides(found: "toolkit.Toolkit") -> dict[str, str]:
+    """All that decides the counts, with a name: compiler, flags, sources and this program."""
+    nvcc = [str(found.root / "bin" / "nvcc"), "--version"]
+    parts = {"nvcc": subprocess.run(nvcc, check=True, text=True, capture_output=True).stdout}
+    # One flag is the digest of all headers, also of those that no kernel includes.
+    flags = [flag for flag in toolkit.cuda_flags() if "MOE_EXT_HEADERS" not in flag]
+    parts["flags"] = " ".join([*flags, toolkit.architectures(found)])
+    for pattern in ("csrc/*.h", "csrc/cuda/**/*.*", "bench/ptxas.py", "bench/sass.py"):
+        for path in ROOT.glob(pattern):
+            parts[path.relative_to(ROOT).as_posix()] = path.read_text()
+    return parts
+
+
+def digest(parts: dict[str, str]) -> str:
+    """The digest of these texts, without C++ comments and without how the code is laid out."""
+    hashed = hashlib.sha256()
+    for name, text in sorted(parts.items()):
+        code = text if name.endswith(".py") else re.sub(r"//.*", "", text)
+        hashed.update("\0".join([name, *code.split(), ""]).encode())
+    return hashed.hexdigest()
+
+
+def compile_kernels(found: "toolkit.Toolkit", architectures: str) -> str:
     """Build moe_ext._C_cuda under BUILD, keeping the PTX; return ptxas's output."""
     shutil.rmtree(BUILD, ignore_errors=True)
     (BUILD / "ptx").mkdir(parents=True)
     command = [sys.executable, "-c", CUDA_ALONE, "build_ext"]
     command += ["--build-lib", str(BUILD / "lib"), "--build-temp", str(BUILD / "temp")]
     env = os.environ | {"FORCE_CUDA": "1", "CUDA_HOME": str(found.root)}
-    env |= {"TORCH_CUDA_ARCH_LIST": toolkit.architectures(found)}
+    env |= {"TORCH_CUDA_ARCH_LIST": architectures}
     env |= {"NVCC_APPEND_FLAGS": f"-Xptxas -v --keep --keep-dir {BUILD / 'ptx'}"}
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     run = subprocess.run(command, cwd=ROOT, env=env, text=True, **both)
@@ -219,23 +248,8 @@ def without_vectors(folder: Path) -> list[str]:
     return lacking
 
 
-def main() -> None:
-    found = toolkit.find_toolkit()
-    if found is None:
-        sys.exit("no CUDA toolkit found; set CUDA_HOME")
-    print(f"nvcc of {found.root}, for {toolkit.architectures(found)}", flush=True)
-    kernels = resources(compile_kernels(found))
-    add_instructions(kernels, BUILD / "ptx", found.root)
-    version = ".".join(map(str, found.version))
-    before = committed()
-    RESULT.write_text(as_json({"cuda": version, "kernels": kernels}) + "\n")
-    for arch, of_arch in kernels.items():
-        most = max(of_arch, key=lambda name: of_arch[name]["registers"])
-        print(
-            f"{arch}: {len(of_arch)} kernels, most registers {of_arch[most]['registers']}: {most}"
-        )
-    if not kernels:
-        sys.exit("ptxas reported no kernel; is -Xptxas -v still in NVCC_APPEND_FLAGS?")
+def faults(kernels: dict[str, dict], ptx: Path) -> list[str]:
+    """What must not be: a line that names it, and the kernels."""
     local = [
         f"{arch} {name}: {use['spill_bytes']} bytes of registers, {use['stack_bytes']} of a stack"
         for arch, of_arch in kernels.items()
@@ -245,13 +259,43 @@ def main() -> None:
     for fault, found_in in (
         ("local memory is used by", local),
         ("products below what they must have", poor_products(kernels)),
-        ("no 16-byte load and store in", without_vectors(BUILD / "ptx")),
+        ("no 16-byte load and store in", without_vectors(ptx)),
     ):
         if found_in:
-            sys.exit("\n".join([fault, *found_in]))
+            return [fault, *found_in]
+    return []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the CUDA kernels and record what they use.")
+    parser.add_argument("--all", action="store_true", help="also what has not changed")
+    build_all = parser.parse_args().all
+    found = toolkit.find_toolkit()
+    if found is None:
+        sys.exit("no CUDA toolkit found; set CUDA_HOME")
+    before, sources = committed(), digest(what_decides(found))
+    is_known = before.get("sources") == sources and not build_all
+    architectures = ALWAYS if is_known else toolkit.architectures(found)
+    print(f"nvcc of {found.root}, for {architectures}", flush=True)
+    built = resources(compile_kernels(found, architectures))
+    if not built:
+        sys.exit("ptxas reported no kernel; is -Xptxas -v still in NVCC_APPEND_FLAGS?")
+    add_instructions(built, BUILD / "ptx", found.root)
+    for arch, of_arch in built.items():
+        most = max(of_arch, key=lambda name: of_arch[name]["registers"])
+        print(
+            f"{arch}: {len(of_arch)} kernels, most registers {of_arch[most]['registers']}: {most}"
+        )
+    kernels = (before["kernels"] if is_known else {}) | built
+    version = ".".join(map(str, found.version))
+    RESULT.write_text(as_json({"cuda": version, "sources": sources, "kernels": kernels}) + "\n")
+    if wrong := faults(kernels, BUILD / "ptx"):
+        sys.exit("\n".join(wrong))
     if before["cuda"] != version:
         print(f"{RESULT} was of CUDA {before['cuda']}: not compared")
-    elif changes := differences(before["kernels"], kernels):
+        return
+    changes = differences(before["kernels"], kernels)
+    if changes or before.get("sources") != sources:
         shown = changes[:40] + [f"and {len(changes) - 40} more"] * (len(changes) > 40)
         sys.exit("\n".join([f"{RESULT} is another now; commit it if that is meant", *shown]))
 

@@ -2,7 +2,11 @@
 
 import importlib
 import json
+import os
+import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import bench_gpu
 import bench_ops
@@ -123,6 +127,66 @@ def test_a_changed_count_is_named(ptxas):
     assert ptxas.differences(old, new) == [
         *("sm_100 f: new", "sm_90 f: instructions 7 -> 8", "sm_90 g: gone"),
     ]
+
+
+def test_the_digest_is_of_the_code(ptxas):
+    parts = {"nvcc": "13.0", "a.cu": "int a;  // one\n"}
+    assert ptxas.digest(parts | {"a.cu": "// another\nint\n  a;"}) == ptxas.digest(parts)
+    for other in ({"nvcc": "13.1"}, {"a.cu": "int b;"}, {"b.cu": ""}):
+        assert ptxas.digest(parts | other) != ptxas.digest(parts)
+
+
+EMULATOR = ("cusim.h", "tensor.h")
+
+
+def test_all_that_a_kernel_includes_decides(ptxas, monkeypatch):
+    monkeypatch.setattr(ptxas.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))
+    found = SimpleNamespace(root=Path("cuda"), version=(13, 0))
+    parts = ptxas.what_decides(found)
+    assert {name for name in ptxas.toolkit.cuda_sources() if name.endswith(".cu")} < parts.keys()
+    for name in [name for name in parts if name.startswith("csrc/cuda/")]:
+        for header in re.findall(r'#include "(.*)"', parts[name]):
+            path = os.path.normpath(f"{name}/../{header}")
+            assert path in parts or header in EMULATOR, name
+
+
+@pytest.mark.parametrize(
+    ("sources", "flags", "architectures"),
+    [("same", [], "9.0"), ("other", [], "8.0;9.0"), ("same", ["--all"], "8.0;9.0")],
+)
+def test_unchanged_kernels_are_built_for_one_architecture(
+    ptxas, monkeypatch, tmp_path, sources, flags, architectures
+):
+    record = {arch: {"f": {"registers": 8}} for arch in ("sm_80", "sm_90")}
+    built = []
+
+    def resources(wanted: str) -> dict:
+        built.append(wanted)
+        return {"sm_90": record["sm_90"]} if wanted == ptxas.ALWAYS else record
+
+    found = SimpleNamespace(root=tmp_path, version=(13, 0))
+    for name, value in {
+        "RESULT": tmp_path / "ptxas.json",
+        "committed": lambda: {"cuda": "13.0", "sources": "same", "kernels": record},
+        "what_decides": lambda _: {},
+        "digest": lambda _: sources,
+        "compile_kernels": lambda _, wanted: wanted,
+        "resources": resources,
+        "add_instructions": lambda *_: None,
+        "faults": lambda kernels, _: [] if kernels == record else ["lost"],
+    }.items():
+        monkeypatch.setattr(ptxas, name, value)
+    monkeypatch.setattr(ptxas.toolkit, "find_toolkit", lambda: found)
+    monkeypatch.setattr(ptxas.toolkit, "architectures", lambda _: "8.0;9.0")
+    monkeypatch.setattr(sys, "argv", ["ptxas.py", *flags])
+    if sources == "same":
+        ptxas.main()
+    else:
+        with pytest.raises(SystemExit, match="another now"):
+            ptxas.main()
+    assert built == [architectures]
+    text = (tmp_path / "ptxas.json").read_text()
+    assert json.loads(text) == {"cuda": "13.0", "sources": sources, "kernels": record}
 
 
 def test_pages_say_which_cards_have_results(monkeypatch, tmp_path):
