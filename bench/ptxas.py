@@ -158,8 +158,10 @@ def add_instructions(kernels: dict[str, dict], folder: Path, toolkit_root: Path)
     for path in sorted(folder.glob("*.ptx")):
         text = path.read_text()
         arch = re.search(r"\.target (sm_\w+)", text)[1].removesuffix("a")
-        found = folder.glob(f"{path.stem.rsplit('.', 1)[0]}.*{arch.removeprefix('sm_')}.cubin")
-        bodies = sass.functions(nvdisasm, next(found))
+        name = path.stem.split(".")[0]
+        # nvcc names the architecture in a file's name where there is more than one.
+        of_many = folder.glob(f"{name}.*{arch.removeprefix('sm_')}.cubin")
+        bodies = sass.functions(nvdisasm, next(of_many, folder / f"{name}.cubin"))
         names = plain_names(set(bodies))
         for mangled, bounds, _ in ENTRY.findall(text):
             kernel = kernels[arch][names[mangled]]
