@@ -48,7 +48,9 @@ void widen_word(unsigned word, float* out) {
 // As tensor cores round a sum.
 float towards_zero(double x) {
   const auto nearest = static_cast<float>(x);
-  return std::fabs(double{nearest}) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+  return std::fabs(double{nearest}) > std::fabs(x)
+             ? bits_as<float>(bits_as<std::uint32_t>(nearest) - 1)
+             : nearest;
 }
 
 // The item-th product that all lanes of a warp compute together: fragments as
