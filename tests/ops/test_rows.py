@@ -148,7 +148,7 @@ def test_gradients(device, T, K, E, H, function, sizes):
         leaves = tuple(leaf.requires_grad_() for leaf in leaves)
         of_plan = partial(function, plan)
         assert gradcheck(of_plan, leaves, check_batched_grad=len(plan.sources) > 0)
-        assert gradgradcheck(of_plan, leaves)
+        assert gradgradcheck(of_plan, leaves, fast_mode=True)  # one random direction
 
 
 @pytest.mark.parametrize("function", [moe_ext.dispatch, moe_ext.combine])
