@@ -48,7 +48,7 @@ class Copy:
         update(ROOT / "CMakeLists.txt", self.root / "CMakeLists.txt")
         configure = ["cmake", "-S", str(self.root), "-B", str(self.root / "build"), "-G", "Ninja"]
         configure += ["-DMOE_EXT_CUSIM=ON", f"-DPython3_EXECUTABLE={sys.executable}"]
-        configure += ["-DCMAKE_CXX_FLAGS_RELEASE=-O1"]  # to compile takes longer than to run
+        configure += ["-DCMAKE_CXX_FLAGS_RELEASE=-O1"]  # most time goes into compiling
         subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
 
     def notice(self, build: str, tests: list[str]) -> str | None:

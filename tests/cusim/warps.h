@@ -45,7 +45,7 @@ void widen_word(unsigned word, float* out) {
   }
 }
 
-// As tensor cores round a sum.
+// As tensor cores round a sum. One less in its bits is the next float towards zero.
 float towards_zero(double x) {
   const auto nearest = static_cast<float>(x);
   return std::fabs(double{nearest}) > std::fabs(x)
