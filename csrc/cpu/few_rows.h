@@ -146,6 +146,22 @@ struct FewRowsOf {
     }
   };
 
+  // Of the lines from `first` on: row j's are at j * apart.
+  struct Totals {
+    int64_t first;
+    float* at;
+    int64_t apart;
+  };
+
+  template <typename Lanes>
+  MOE_EXT_INLINE void write_totals(const Totals& to, int64_t row,
+                                   const Lanes (&sums)[kLines]) const {
+    Vector<float, 16> four;
+    sum_lanes(four, sums);
+    source.complete(to.first, four);
+    store(four, to.at + row * to.apart);
+  }
+
   // Some vectors of some lines times the rows of a block.
   template <typename Format>
   struct Part {
@@ -154,6 +170,7 @@ struct FewRowsOf {
     const typename Format::Lanes* packed;  // the rows
     typename Format::Lanes* sums;          // [rows, kLines]
     Stored next;                           // is asked for ahead of its use
+    Totals to;                             // takes the place of the sums where lines are whole
   };
 
   template <typename Format>
@@ -178,20 +195,18 @@ struct FewRowsOf {
                          registers * sizeof(Lanes) <= kStreamedBytes;
     for (int64_t r = 0; r < count; r += count >= kLines ? kLines : 1) {
       const int64_t first = count >= kLines ? std::min(r, count - kLines) : r;
+      const Totals to{first, totals + first, width};
       if (streams) {
         if constexpr (Source::kInMemory) stream(first, packed);
-      } else {
-        multiply_blocks(first, packed);
+      } else if (multiply_blocks(packed, to)) {
+        continue;
       }
       if (full < vectors) add_rest(first, packed);
       for (int64_t j = 0; j < n; ++j) {
         Lanes sums[kLines];
         std::memcpy(sums, packed.sums + j * kLines, sizeof(sums));
         std::memset(static_cast<void*>(packed.sums + j * kLines), 0, sizeof(sums));
-        Vector<float, 16> four;
-        sum_lanes(four, sums);
-        source.complete(first, four);
-        store(four, totals + j * width + first);
+        write_totals(to, j, sums);
       }
     }
     for (int64_t j = 0; j < n; ++j) write_row<Format>(totals + j * width, bias, out, j);
@@ -234,16 +249,19 @@ struct FewRowsOf {
     for (int i = 0; i < kLines; i += kCount, line += kCount * lines.row_stride) {
       const auto* next = reinterpret_cast<const char*>(line);
       next += kCount == 1 ? kAhead : kCount * lines.row_stride * sizeof(scalar_t);
-      const Part<Format> part{line,         lines.row_stride, packed.full,
-                              packed.lanes, packed.sums + i,  {next, 64, kBytes}};
-      with_count<kStreamed<Format>>(
-          rows.rows, [&](auto n) __attribute__((always_inline)) { multiply_part<true, n>(part); });
+      const Part<Format> part{
+          line, lines.row_stride, packed.full, packed.lanes, packed.sums + i, {next, 64, kBytes},
+          {}};
+      with_count<kStreamed<Format>>(rows.rows, [&](auto n) __attribute__((always_inline)) {
+        multiply_part<true, false, n>(part);
+      });
     }
   }
 
-  // Any number of blocks, which take turns with a part of the lines.
+  // Any number of blocks, which take turns with a part of the lines. Where that is all of them the
+  // sums never leave the registers: true, and the totals are written.
   template <typename Format>
-  MOE_EXT_INLINE void multiply_blocks(int64_t first, const Packed<Format>& packed) const {
+  MOE_EXT_INLINE bool multiply_blocks(const Packed<Format>& packed, const Totals& to) const {
     using scalar_t = typename Format::scalar_t;
     constexpr int64_t kElements = Format::kElements;
     constexpr int64_t kStep = std::max<int64_t>(1, Source::kWhole / kElements);
@@ -251,10 +269,11 @@ struct FewRowsOf {
     static_assert(kMost % kStep == 0);
     const int64_t full = packed.full, parts = std::max<int64_t>(1, (full + kMost - 1) / kMost);
     const int64_t deep = ((full + parts - 1) / parts + kStep - 1) / kStep * kStep;
+    const bool is_whole = parts == 1 && full > 0 && full == packed.vectors;
     for (int64_t v = 0; v < full; v += deep) {
       const int64_t end = std::min(v + deep, full);
-      const Matrix lines = lines_of<Format>(first, v, end);
-      Stored next = source.stored(first, kElements);
+      const Matrix lines = lines_of<Format>(to.first, v, end);
+      Stored next = source.stored(to.first, kElements);
       next.first += end < full ? end * next.step : kLines * next.apart;
       // Every block asks for what comes next: the CPU drops what it cannot keep up with. (24 rows
       // took 1.4 times as long on a Zen 5 where the first block alone asked.)
@@ -265,11 +284,14 @@ struct FewRowsOf {
                                 end - v,
                                 packed.at(begin, count, v),
                                 packed.sums + begin * kLines,
-                                next};
-        with_count<kBlock<Format>>(
-            count, [&](auto n) __attribute__((always_inline)) { multiply_part<false, n>(part); });
+                                next,
+                                {to.first, to.at + begin * to.apart, to.apart}};
+        with_count<kBlock<Format>>(count, [&](auto n) __attribute__((always_inline)) {
+          is_whole ? multiply_part<false, true, n>(part) : multiply_part<false, false, n>(part);
+        });
       }
     }
+    return is_whole;
   }
 
   // The last vector of every line, which is not full.
@@ -299,7 +321,7 @@ struct FewRowsOf {
     Format::add(sums, w, row);
   }
 
-  template <bool streams, int64_t count, typename Format>
+  template <bool streams, bool is_whole, int64_t count, typename Format>
   MOE_EXT_INLINE void multiply_part(const Part<Format>& part) const {
     using Lanes = typename Format::Lanes;
     using scalar_t = typename Format::scalar_t;
@@ -309,7 +331,7 @@ struct FewRowsOf {
     const int64_t stride = part.stride;
     Lanes sums[count][lines];
     for (int j = 0; j < count; ++j) {
-      for (int i = 0; i < lines; ++i) sums[j][i] = part.sums[j * kLines + i];
+      for (int i = 0; i < lines; ++i) sums[j][i] = is_whole ? Lanes{} : part.sums[j * kLines + i];
     }
     const Lanes* packed = part.packed;
     const scalar_t* line = part.lines;
@@ -326,7 +348,11 @@ struct FewRowsOf {
       next += part.next.step;
     }
     for (int j = 0; j < count; ++j) {
-      for (int i = 0; i < lines; ++i) part.sums[j * kLines + i] = sums[j][i];
+      if constexpr (is_whole) {
+        write_totals(part.to, j, sums[j]);
+      } else {
+        for (int i = 0; i < lines; ++i) part.sums[j * kLines + i] = sums[j][i];
+      }
     }
   }
 };

@@ -75,10 +75,8 @@ inline bool prefers_own_loops() {
 // Whether own loops multiply any number of rows of floats.
 inline bool multiplies_floats() { return prefers_own_loops() && register_bytes() >= 32; }
 
-// Whether they multiply up to kFewFloats at least: MKL is faster for many, and takes longer to
-// begin.
-constexpr int64_t kFewFloats = 64;
-inline bool multiplies_few_floats() { return multiplies_floats() || register_bytes() == 64; }
+// Whether they multiply some rows of floats: beyond these MKL is faster.
+inline bool multiplies_some_floats() { return multiplies_floats() || register_bytes() == 64; }
 
 // Calls an operator that writes into its last argument.
 template <size_t size>
@@ -119,8 +117,12 @@ class Gemm {
       text = "in float32, as this CPU's torch has no " + dtype_name(dtype) + " instructions";
     }
     if (has_lanes(dtype)) {
-      const int64_t most = is_float && multiplies_few_floats() ? kFewFloats : most_rows(dtype, 0);
-      return "own loops up to " + std::to_string(most) + " rows of an expert, else " + text;
+      const auto up_to = [](int64_t rows) { return "up to " + std::to_string(rows); };
+      const std::string own = is_float && multiplies_some_floats()
+                                  ? up_to(kSomeFloats) + " rows of an expert, " +
+                                        up_to(kFlatFloats) + " where a weight's columns are dense"
+                                  : up_to(most_rows(dtype, 0)) + " rows of an expert";
+      return "own loops " + own + ", else " + text;
     }
     return text;
   }
@@ -163,7 +165,7 @@ class Gemm {
   bool rows_by_lines(const Matrix& out, const Matrix& rows, const std::optional<Matrix>& bias,
                      const Source& source) {
     if (is_tiled() || !has_lanes(rows.dtype) || rows.column_stride != 1 || out.column_stride != 1 ||
-        rows.rows > most_rows(rows.dtype, rows.columns)) {
+        rows.rows > most_lines(rows.dtype, rows.columns)) {
       return false;
     }
     on_widest(FewRowsOf<Source>{out, rows, bias ? &*bias : nullptr, source}, left_);
@@ -180,34 +182,49 @@ class Gemm {
     const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
     if (widens_) return widened_outer(out, left, right);
     if (padded == left.rows) {
-      return multiply(out, left.transposed(), right.transposed(), std::nullopt);
+      return multiply(out, left.transposed(), right.transposed(), std::nullopt, true);
     }
     multiply(out, left_.copy_of(left, left.dtype, padded).transposed(),
-             right_.copy_of(right, right.dtype, padded).transposed(), std::nullopt);
+             right_.copy_of(right, right.dtype, padded).transposed(), std::nullopt, true);
   }
 
  private:
   static constexpr int64_t kRows = 256;
-  // Up to so many rows the loops of few_rows.h are faster than the others.
-  static constexpr int64_t kFewRows = 16, kFewPairs = 48;
+  // Up to so many rows the loops of few_rows.h are faster than the others; of floats, for the
+  // longest sums.
+  static constexpr int64_t kFewRows = 16, kFewPairs = 48, kFewFloats = 64, kFewLong = 12;
   // Up to so many the loops of few_rows_flat.h are as fast as tiles, and up to four faster.
   static constexpr int64_t kFewFlat = 8;
-  // Numbers of a small gradient of a weight, and of a small weight whose columns are dense.
-  static constexpr int64_t kSmallOuter = 1 << 15, kSmallFlat = 1 << 13;
+  // Where MKL multiplies many rows of floats, the loops of block_product.h take up to kSomeFloats;
+  // kFlatFloats if the columns of the weight are dense; kSmallFloats if such a weight has up to
+  // kSmallFlat numbers, or a gradient up to kSmallOuter. Where the rows of an expert are several
+  // tiles, each has more than kSomeFloats: one library multiplies them all.
+  static constexpr int64_t kSomeFloats = 240, kFlatFloats = 24, kSmallFloats = 64;
+  static constexpr int64_t kSmallFlat = 1 << 13, kSmallOuter = 1 << 15;
 
   // The same where the rows of the weight are dense.
   static int64_t most_rows(ScalarType dtype, int64_t columns) {
-    // Sums over lanes are dear for short rows.
-    if (dtype == ScalarType::Float && multiplies_few_floats()) {
-      return std::clamp<int64_t>(columns / 16, 4, kFewFloats);
+    if (dtype == ScalarType::Float && multiplies_some_floats()) {
+      // Sums over lanes are dear for short rows. Packing a weight is dear for few, and for more if
+      // they are long. (On a Zen 5 the first border was measured, on a Sapphire Rapids both.)
+      const int64_t most = std::clamp<int64_t>(columns / 16, 4, kFewFloats);
+      return multiplies_floats() ? most
+                                 : std::max(std::min(most, kFewRows), std::min(columns / 48, most));
     }
     const bool in_pairs = dtype == ScalarType::BFloat16 && multiplies_pairs();
     return in_pairs && prefers_own_loops() ? kFewPairs : kFewRows;
   }
 
-  // The same for the loops of few_outer.h. MKL is faster for sixteen long rows of floats.
+  // The same for lines that have to be made, and would go by way of memory.
+  static int64_t most_lines(ScalarType dtype, int64_t columns) {
+    const bool in_blocks = dtype == ScalarType::Float && multiplies_some_floats();
+    return in_blocks ? std::clamp<int64_t>(columns / 16, 4, kFewFloats) : most_rows(dtype, columns);
+  }
+
+  // The same for the loops of few_outer.h. MKL is faster for more than kFewLong long rows of
+  // floats.
   static int64_t most_outer_rows(ScalarType dtype, int64_t columns) {
-    return dtype == ScalarType::Float && columns > 256 ? kFewRows / 2 : kFewRows;
+    return dtype == ScalarType::Float && columns > 256 ? kFewLong : kFewRows;
   }
 
   // out = left @ right + first; false where tiles do not multiply.
@@ -226,22 +243,22 @@ class Gemm {
     return matrix.row_stride == 1 || matrix.column_stride == 1;
   }
 
-  // Whether floats are multiplied by block_product.h. Where MKL is for many rows, few take it if a
-  // weight's rows are dense, which MKL has to turn, or if the weight is small.
-  static bool takes_blocks(const Matrix& left, const Matrix& right) {
+  // Whether floats are multiplied by block_product.h.
+  static bool takes_blocks(const Matrix& left, const Matrix& right, bool is_gradient) {
     if (multiplies_floats()) return true;
-    const bool is_outer = left.column_stride != 1;
-    const int64_t rows = is_outer ? left.columns : left.rows;
-    if (!multiplies_few_floats() || rows > kFewFloats) return false;
-    if (is_outer) return left.rows * right.rows <= kSmallOuter;
-    return right.column_stride == 1 || right.rows * right.columns <= kSmallFlat;
+    if (!multiplies_some_floats()) return false;
+    const int64_t rows = is_gradient ? left.columns : left.rows;
+    if (is_gradient) return rows <= kSmallFloats && left.rows * right.rows <= kSmallOuter;
+    if (right.column_stride == 1) return rows <= kSomeFloats;
+    const bool is_small = right.rows * right.columns <= kSmallFlat;
+    return rows <= (is_small ? kSmallFloats : kFlatFloats);
   }
 
   // out = left @ right^T + first, as of multiply_by_torch.
   void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
-                const std::optional<Matrix>& first) {
+                const std::optional<Matrix>& first, bool is_gradient = false) {
     if (out.dtype == ScalarType::Float && out.column_stride == 1 && is_dense(left) &&
-        is_dense(right) && takes_blocks(left, right)) {
+        is_dense(right) && takes_blocks(left, right, is_gradient)) {
       const BlockProduct product{out, left, right.transposed(), first ? &*first : nullptr};
       return on_widest(product, packed_left_, packed_right_);
     }
@@ -263,7 +280,7 @@ class Gemm {
       const int64_t end = std::min(begin + kRows, left.rows);
       multiply(sum, left_.copy_of(left.row_range(begin, end), dtype, end - begin).transposed(),
                right_.copy_of(right.row_range(begin, end), dtype, end - begin).transposed(),
-               begin == 0 ? std::nullopt : std::optional(sum));
+               begin == 0 ? std::nullopt : std::optional(sum), true);
     }
     copy(out, sum);
   }

@@ -80,27 +80,35 @@ def test_more_than_a_tile(device, dtype):
 
 
 WIDTHS = [(64, 96), (5, 7), (130, 77), (1, 33), (3, 0), (9, 256), (40, 600), (6, 2100), (3, 70)]
+WIDTHS += [(29, 603), (3, 128)]  # a panel of more than a register, fewer lines than go at once
 WIDTHS += [(64, 1024), (200, 2100), (2048, 40)]  # blocks of a sum, of rows, of columns
 
 
-def few(dtype, M, is_dense) -> int:
-    """So many rows, at most, are multiplied in one order of their sums; more in another, which for
-    weights with dense columns is the same. 0 where a library multiplies more."""
+ANY = 1000  # rows
+
+
+def orders(dtype, M, is_dense) -> tuple[int, int]:
+    """So many rows, at most, are multiplied in one order of their sums, and so many in a second
+    one. A library multiplies more."""
     owned = torch.ops.moe_ext.products(torch.empty(0, dtype=dtype))
     if owned == "own loops on AMX tiles":
-        return 1000 if is_dense else 8
-    found = re.match(r"own loops up to (\d+) rows", owned)
-    most = 1000 if owned == "own loops" else int(found[1]) if found else 0
+        return (ANY, ANY) if is_dense else (8, ANY)
+    most, flat = ANY, ANY
+    if owned != "own loops":
+        found = re.match(r"own loops up to (\d+) rows of an expert(?:, up to (\d+))?", owned)
+        most, flat = (int(found[1]), int(found[2] or 16)) if found else (0, 0)
     if not is_dense:
-        return most if most == 1000 else min(most, 16)
-    in_blocks = dtype == torch.float32 and most >= 64  # beyond the loops for few rows
-    return max(4, min(64, M // 16)) if in_blocks else most
+        return min(most, flat), 0
+    if dtype != torch.float32 or most <= 16:  # without blocks
+        return most, 0
+    few = max(4, min(64, M // 16))
+    return (few if most == ANY else max(min(few, 16), min(few, M // 48))), most
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "M"), WIDTHS)
 def test_rows_have_the_results_that_they_have_beside_others(dtype, N, M, request):
-    numbers, all_rows = (*range(1, 20), 31, 47, 48, 49, 65, 257), 300
+    numbers, all_rows = (*range(1, 20), 24, 25, 31, 47, 48, 49, 65, 240, 257), 300
     if request.config.cusim:  # whose products take long: more rows than a tile of 64, of 128
         numbers, all_rows = (1, 2, 17, 49, 65), 130
     w, strided = values(2, N, M, dtype=dtype), values(2, M, N, dtype=dtype).mT
@@ -111,14 +119,14 @@ def test_rows_have_the_results_that_they_have_beside_others(dtype, N, M, request
         return assert_product(many[:n], weights, b, plan, rounding(dtype, M + 1))
 
     for weights, b in itertools.product((w, strided), (None, bias)):
-        most = few(dtype, M, weights.stride(2) == 1)
-        of_few = product(max(1, min(most, all_rows)), weights, b)
-        of_many = product(all_rows, weights, b)
+        first, second = orders(dtype, M, weights.stride(2) == 1)
+        of_few = product(max(1, min(first, all_rows)), weights, b)
+        of_many = product(max(1, min(second, all_rows)), weights, b)
         for n in numbers:
             out = product(n, weights, b)
-            if n <= most:
+            if n <= first:
                 assert torch.equal(out, of_few[:n])
-            elif torch.ops.moe_ext.products(out) in ("own loops", "own loops on AMX tiles"):
+            elif n <= second:
                 assert torch.equal(out, of_many[:n])
 
 
