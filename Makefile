@@ -113,8 +113,8 @@ abi: wheel
 	PYTHON=$(PYTHON) sh tests/tools/abi.sh
 
 # Run the CUDA kernels on the CPU: every kernel in five orders of threads and under every sanitizer,
-# all tests of operators and layers on them in one order, the operators' laws in two more. Left out
-# is the test that one graph serves every number of tokens: it is the same graph on every device.
+# all tests of operators and layers on them in one order, the operators' laws in two more. The test
+# that one graph serves every number of tokens is left out: the graph is the same on every device.
 cusim: $(VENV)/installed
 	cmake -S . -B build/cusim -G Ninja -DMOE_EXT_CUSIM=ON -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	cmake --build build/cusim

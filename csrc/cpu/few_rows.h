@@ -146,7 +146,7 @@ struct FewRowsOf {
     }
   };
 
-  // Of the lines from `first` on: row j's are at j * apart.
+  // The place of the products with kLines lines from `first` on: row j's begin at + j * apart.
   struct Totals {
     int64_t first;
     float* at;
@@ -170,7 +170,7 @@ struct FewRowsOf {
     const typename Format::Lanes* packed;  // the rows
     typename Format::Lanes* sums;          // [rows, kLines]
     Stored next;                           // is asked for ahead of its use
-    Totals to;                             // takes the place of the sums where lines are whole
+    Totals to;                             // is written in place of the sums where lines are whole
   };
 
   template <typename Format>
@@ -258,8 +258,8 @@ struct FewRowsOf {
     }
   }
 
-  // Any number of blocks, which take turns with a part of the lines. Where that is all of them the
-  // sums never leave the registers: true, and the totals are written.
+  // Multiplies a part of the lines by one block after the other. If the part is the whole lines, it
+  // writes the totals from the registers and returns true.
   template <typename Format>
   MOE_EXT_INLINE bool multiply_blocks(const Packed<Format>& packed, const Totals& to) const {
     using scalar_t = typename Format::scalar_t;

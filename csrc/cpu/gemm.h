@@ -75,7 +75,7 @@ inline bool prefers_own_loops() {
 // Whether own loops multiply any number of rows of floats.
 inline bool multiplies_floats() { return prefers_own_loops() && register_bytes() >= 32; }
 
-// Whether they multiply some rows of floats: beyond these MKL is faster.
+// Whether own loops multiply floats of up to some number of rows. MKL is faster for more.
 inline bool multiplies_some_floats() { return multiplies_floats() || register_bytes() == 64; }
 
 // Calls an operator that writes into its last argument.
@@ -190,35 +190,34 @@ class Gemm {
 
  private:
   static constexpr int64_t kRows = 256;
-  // Up to so many rows the loops of few_rows.h are faster than the others; of floats, for the
-  // longest sums.
+  // Up to so many rows the loops of few_rows.h are faster than the others. kFewFloats is for the
+  // longest rows of floats.
   static constexpr int64_t kFewRows = 16, kFewPairs = 48, kFewFloats = 64, kFewLong = 12;
   // Up to so many the loops of few_rows_flat.h are as fast as tiles, and up to four faster.
   static constexpr int64_t kFewFlat = 8;
   // Where MKL multiplies many rows of floats, the loops of block_product.h take up to kSomeFloats;
   // kFlatFloats if the columns of the weight are dense; kSmallFloats if such a weight has up to
-  // kSmallFlat numbers, or a gradient up to kSmallOuter. Where the rows of an expert are several
-  // tiles, each has more than kSomeFloats: one library multiplies them all.
+  // kSmallFlat numbers, or a gradient up to kSmallOuter. If an expert has several tiles of rows,
+  // each has more than kSomeFloats, so that the same library multiplies all.
   static constexpr int64_t kSomeFloats = 240, kFlatFloats = 24, kSmallFloats = 64;
   static constexpr int64_t kSmallFlat = 1 << 13, kSmallOuter = 1 << 15;
 
-  // The same where the rows of the weight are dense.
-  static int64_t most_rows(ScalarType dtype, int64_t columns) {
+  // The same for lines that a source decodes. Other loops would read them from memory.
+  static int64_t most_lines(ScalarType dtype, int64_t columns) {
+    // Sums over lanes cost too much for short rows.
     if (dtype == ScalarType::Float && multiplies_some_floats()) {
-      // Sums over lanes are dear for short rows. Packing a weight is dear for few, and for more if
-      // they are long. (On a Zen 5 the first border was measured, on a Sapphire Rapids both.)
-      const int64_t most = std::clamp<int64_t>(columns / 16, 4, kFewFloats);
-      return multiplies_floats() ? most
-                                 : std::max(std::min(most, kFewRows), std::min(columns / 48, most));
+      return std::clamp<int64_t>(columns / 16, 4, kFewFloats);
     }
     const bool in_pairs = dtype == ScalarType::BFloat16 && multiplies_pairs();
     return in_pairs && prefers_own_loops() ? kFewPairs : kFewRows;
   }
 
-  // The same for lines that have to be made, and would go by way of memory.
-  static int64_t most_lines(ScalarType dtype, int64_t columns) {
-    const bool in_blocks = dtype == ScalarType::Float && multiplies_some_floats();
-    return in_blocks ? std::clamp<int64_t>(columns / 16, 4, kFewFloats) : most_rows(dtype, columns);
+  // The same where the rows of the weight are dense. On a Sapphire Rapids packed blocks are faster
+  // from kFewRows on unless the rows are long. On a Zen 5 columns / 16 was measured.
+  static int64_t most_rows(ScalarType dtype, int64_t columns) {
+    const int64_t most = most_lines(dtype, columns);
+    if (dtype != ScalarType::Float || prefers_own_loops()) return most;
+    return std::max(std::min(most, kFewRows), std::min(columns / 48, most));
   }
 
   // The same for the loops of few_outer.h. MKL is faster for more than kFewLong long rows of

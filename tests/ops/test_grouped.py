@@ -88,8 +88,8 @@ ANY = 1000  # rows
 
 
 def orders(dtype, M, is_dense) -> tuple[int, int]:
-    """So many rows, at most, are multiplied in one order of their sums, and so many in a second
-    one. A library multiplies more."""
+    """The most rows that own loops multiply in a first order of their sums, and in a second one. A
+    library multiplies more."""
     owned = torch.ops.moe_ext.products(torch.empty(0, dtype=dtype))
     if owned == "own loops on AMX tiles":
         return (ANY, ANY) if is_dense else (8, ANY)
