@@ -269,6 +269,8 @@ def timed(
     if state in ("new", "huge"):
         memory.give_back_large()
         memory.fetch()
+    elif state == "kept":
+        memory.make_room()
     return {
         "backend": registry.backend(case.op, device.type),
         "alone": spreads(alone, budget)["moe_ext"],

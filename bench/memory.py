@@ -21,7 +21,7 @@ _SMALL, _LARGE = 128 << 10, 8 << 20
 def keep_freed() -> None:
     """From now on this process reuses freed memory."""
     _set({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
-    _make_room()
+    make_room()
 
 
 def give_back() -> None:
@@ -35,21 +35,20 @@ def give_back_large() -> None:
     This is glibc's default, except that glibc learns the size. Call `give_back` first, or large
     blocks are served from the holes of earlier ones."""
     _set({_M_MMAP_THRESHOLD: _LARGE, _M_TRIM_THRESHOLD: -1})
-    _make_room()
+    make_room()
 
 
 _between: list[bytes] = []
 
 
-def _make_room(pieces: int = 32) -> None:
-    """Make free pieces of used pages, each too small for a large block. Done once.
+def make_room(pieces: int = 32) -> None:
+    """Make free pieces of used pages, each too small for a large block. What is allocated fills
+    them: call this after the operands of a timing are made.
 
     glibc seldom puts an aligned block where a freed one was. Without these pieces it may take new
     pages at the end of its memory for every block."""
-    if _between:
-        return
     used = [b"\1" * (_LARGE // 2) for _ in range(2 * pieces)]
-    _between.extend(used[1::2])  # in use, so that the free ones are not joined
+    _between[:] = used[1::2]  # in use, so that the free ones are not joined
 
 
 def _set(options: dict[int, int]) -> None:

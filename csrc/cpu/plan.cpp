@@ -122,29 +122,31 @@ std::vector<int32_t> count(const Queue& queue, const int32_t* expert_ids, const 
 }
 
 // Rows offsets[e] to offsets[e + 1] go to the routes of expert e in turn. Writes the sources of
-// these rows alone, and every slot.
+// these rows alone, and every slot. `is_enough`: there is a row for every route with an expert.
+template <bool is_enough>
 void hand_out(const Queue& queue, const int32_t* expert_ids, const std::vector<int32_t>& counts,
               int64_t num_experts, const int32_t* offsets, int32_t* slots, int32_t* sources) {
-  struct Rows {
-    int32_t next, end;  // those that may be left
+  struct Rows {  // Those that may be left. 64 bits spare a conversion for every route.
+    int64_t next, end;
   };
   std::vector<Rows> rows(counts.size());
   std::vector<int64_t> next(offsets, offsets + num_experts);
   queue.for_each_number([&](int64_t e, int64_t i) {
-    const int32_t end = offsets[e + 1];
-    rows[i] = {static_cast<int32_t>(std::min<int64_t>(next[e], end)), end};
+    const int64_t end = offsets[e + 1];
+    rows[i] = {std::min(next[e], end), end};
     next[e] += counts[i];
   });
   queue.for_each_chunk([&](int64_t chunk) {
     Rows* const of_chunk = rows.data() + chunk * queue.chunk_size();
     queue.for_each_route(chunk, [=](int64_t route, int64_t first) __attribute__((always_inline)) {
-      const int32_t e = expert_ids[route];
-      int32_t row = -1;
-      if (e >= 0 && of_chunk[first + e].next < of_chunk[first + e].end) {
-        row = of_chunk[first + e].next++;
+      const int64_t e = expert_ids[route];
+      int64_t row = -1;
+      if (e >= 0 && (is_enough || of_chunk[first + e].next < of_chunk[first + e].end)) {
+        row = of_chunk[first + e].next;
+        of_chunk[first + e].next = row + 1;
         sources[row] = static_cast<int32_t>(route);
       }
-      slots[route] = row;
+      slots[route] = static_cast<int32_t>(row);
     });
   });
 }
@@ -158,7 +160,7 @@ std::vector<int32_t> without_dropped(const Queue& queue, const int32_t* expert_i
   const float* priority = const_data<float>(*a.priority);
   std::vector<int32_t> kept(expert_ids, expert_ids + N), slots(N), routes(N), starts(E + 1);
   for (int64_t e = 0; e < E; ++e) starts[e + 1] = starts[e] + load[e];
-  hand_out(queue, expert_ids, counts, E, starts.data(), slots.data(), routes.data());
+  hand_out<true>(queue, expert_ids, counts, E, starts.data(), slots.data(), routes.data());
 
   parallel_for(0, E, grain(N * 8 / E), [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
@@ -211,7 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(const PlanArgs& a) {
     counts = count(queue, kept.data(), a);
     ids = kept.data();
   }
-  hand_out(queue, ids, counts, E, offset, data<int32_t>(slots), source);
+  const auto give = a.capacity && kept.empty() ? hand_out<false> : hand_out<true>;
+  give(queue, ids, counts, E, offset, data<int32_t>(slots), source);
   return {slots, sources, offsets, load};
 }
 
