@@ -1,5 +1,6 @@
-// One matrix product on one thread, whatever the dtype: bfloat16 on tiles where there are some, few
-// rows by the loops of few_*.h, floats by those of block_product.h, else by torch's GEMM.
+// One matrix product on one thread, whatever the dtype: few rows by the loops of few_*.h, floats by
+// those of block_product.h, bfloat16 by those of tile_product.h where the CPU has instructions for
+// it, else by torch's GEMM.
 //
 // Without instructions for a 16-bit type torch multiplies it ten to a hundred times slower than
 // float32: there operands are widened, a block that fits the cache at a time, and sums stay float32
@@ -44,7 +45,7 @@ inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
 #endif
 }
 
-// Whether bfloat16 is multiplied on tiles (tiles.h). ONEDNN_MAX_CPU_ISA, which limits torch's
+// Whether bfloat16 is multiplied on tiles (tile_loops.h). ONEDNN_MAX_CPU_ISA, which limits torch's
 // library, limits us too.
 inline bool multiplies_on_tiles(ScalarType dtype) {
   static const bool may = [] {
@@ -57,9 +58,20 @@ inline bool multiplies_on_tiles(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 && may;
 }
 
+// Whether bfloat16 is multiplied in registers (pair_loops.h).
+inline bool multiplies_in_registers([[maybe_unused]] ScalarType dtype) {
+#if defined(MOE_EXT_PAIR_LOOPS)
+  static const bool may = multiplies_pairs() && !multiplies_on_tiles(ScalarType::BFloat16) &&
+                          multiplies_natively(ScalarType::BFloat16);
+  return dtype == ScalarType::BFloat16 && may;
+#else
+  return false;
+#endif
+}
+
 // Whether own loops take what torch's library multiplies on Intel's CPUs, for which it is made. On
 // a Zen 5 it is half as fast for floats as the loops of block_product.h with registers of 64 bytes,
-// and as fast as those with 32; for tens of rows of bfloat16 it is slower than those of few_rows.h.
+// and as fast as those with 32.
 // MOE_EXT_OWN_PRODUCTS says yes on every CPU: for tests.
 inline bool prefers_own_loops() {
 #if defined(MOE_EXT_OWN_PRODUCTS)
@@ -105,12 +117,13 @@ class Gemm {
   explicit Gemm(ScalarType dtype) {
     if (dtype == ScalarType::Float || dtype == ScalarType::Double) return;
     if (multiplies_on_tiles(dtype)) tiles_.emplace();
+    in_registers_ = multiplies_in_registers(dtype);
     multiplies_natively(dtype) ? pads_ = true : widens_ = true;
   }
 
   static std::string description(ScalarType dtype) {
     const bool is_float = dtype == ScalarType::Float;
-    if (is_float && multiplies_floats()) return "own loops";
+    if ((is_float && multiplies_floats()) || multiplies_in_registers(dtype)) return "own loops";
     if (multiplies_on_tiles(dtype)) return "own loops on AMX tiles";
     std::string text = "torch's GEMM";
     if (!is_float && dtype != ScalarType::Double && !multiplies_natively(dtype)) {
@@ -121,7 +134,7 @@ class Gemm {
       const std::string own = is_float && multiplies_some_floats()
                                   ? up_to(kSomeFloats) + " rows of an expert, " +
                                         up_to(kFlatFloats) + " where a weight's columns are dense"
-                                  : up_to(most_rows(dtype, 0)) + " rows of an expert";
+                                  : up_to(Gemm(dtype).most_rows(dtype, 0)) + " rows of an expert";
       return "own loops " + own + ", else " + text;
     }
     return text;
@@ -135,10 +148,11 @@ class Gemm {
                       const std::optional<Matrix>& bias) {
     const Matrix* first = bias ? &*bias : nullptr;
     const bool is_flat = weight.row_stride == 1 && weight.column_stride != 1;
-    if (!(is_flat && rows.rows <= kFewFlat) && by_tiles(out, rows, weight.transposed(), first)) {
-      return;
-    }
-    if (has_lanes(rows.dtype) && rows.column_stride == 1 && out.column_stride == 1) {
+    const bool has_loops =
+        has_lanes(rows.dtype) && rows.column_stride == 1 && out.column_stride == 1;
+    const bool is_few = has_loops && rows.rows <= most_before_tiles(is_flat);
+    if (!is_few && by_tiles(out, rows, weight.transposed(), first)) return;
+    if (has_loops) {
       if (weight.column_stride == 1 && rows.rows <= most_rows(rows.dtype, rows.columns)) {
         return on_widest(FewRows{out, rows, first, {weight}}, left_);
       }
@@ -191,9 +205,11 @@ class Gemm {
  private:
   static constexpr int64_t kRows = 256;
   // Up to so many rows the loops of few_rows.h are faster than the others. kFewFloats is for the
-  // longest rows of floats.
-  static constexpr int64_t kFewRows = 16, kFewPairs = 48, kFewFloats = 64, kFewLong = 12;
-  // Up to so many the loops of few_rows_flat.h are as fast as tiles, and up to four faster.
+  // longest rows of floats, kFewPairs beside pair_loops.h, kFewDecoded where each line is decoded.
+  static constexpr int64_t kFewRows = 16, kFewFloats = 64, kFewLong = 12;
+  static constexpr int64_t kFewPairs = 24, kFewDecoded = 48;
+  // Up to so many the loops of few_rows_flat.h are as fast as tile_product.h, and up to four
+  // faster. So are those of few_outer.h in registers.
   static constexpr int64_t kFewFlat = 8;
   // Where MKL multiplies many rows of floats, the loops of block_product.h take up to kSomeFloats;
   // kFlatFloats if the columns of the weight are dense; kSmallFloats if such a weight has up to
@@ -203,18 +219,18 @@ class Gemm {
   static constexpr int64_t kSmallFlat = 1 << 13, kSmallOuter = 1 << 15;
 
   // The same for lines that a source decodes. Other loops would read them from memory.
-  static int64_t most_lines(ScalarType dtype, int64_t columns) {
+  int64_t most_lines(ScalarType dtype, int64_t columns) const {
     // Sums over lanes cost too much for short rows.
     if (dtype == ScalarType::Float && multiplies_some_floats()) {
       return std::clamp<int64_t>(columns / 16, 4, kFewFloats);
     }
-    const bool in_pairs = dtype == ScalarType::BFloat16 && multiplies_pairs();
-    return in_pairs && prefers_own_loops() ? kFewPairs : kFewRows;
+    return in_registers_ ? kFewDecoded : kFewRows;
   }
 
   // The same where the rows of the weight are dense. On a Sapphire Rapids packed blocks are faster
   // from kFewRows on unless the rows are long. On a Zen 5 columns / 16 was measured.
-  static int64_t most_rows(ScalarType dtype, int64_t columns) {
+  int64_t most_rows(ScalarType dtype, int64_t columns) const {
+    if (in_registers_) return kFewPairs;
     const int64_t most = most_lines(dtype, columns);
     if (dtype != ScalarType::Float || prefers_own_loops()) return most;
     return std::max(std::min(most, kFewRows), std::min(columns / 48, most));
@@ -222,20 +238,35 @@ class Gemm {
 
   // The same for the loops of few_outer.h. MKL is faster for more than kFewLong long rows of
   // floats.
-  static int64_t most_outer_rows(ScalarType dtype, int64_t columns) {
+  int64_t most_outer_rows(ScalarType dtype, int64_t columns) const {
+    if (in_registers_) return kFewFlat;
     return dtype == ScalarType::Float && columns > 256 ? kFewLong : kFewRows;
   }
 
-  // out = left @ right + first; false where tiles do not multiply.
+  // The same for rows that tile_product.h would take too.
+  int64_t most_before_tiles(bool is_flat) const {
+    return is_flat ? kFewFlat : in_registers_ ? kFewPairs : 0;
+  }
+
+  // out = left @ right + first; false where tile_product.h does not multiply.
   bool by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const Matrix& left,
                 [[maybe_unused]] const Matrix& right, [[maybe_unused]] const Matrix* first) {
+    if (!is_dense(left) || !is_dense(right)) return false;
 #if defined(MOE_EXT_TILES)
-    if (!tiles_ || !is_dense(left) || !is_dense(right)) return false;
-    on_widest(TileProduct{out, left, right, first}, *tiles_, packed_left_);
-    return true;
-#else
-    return false;
+    const TileProduct product{out, left, right, first};
+    if (tiles_) {
+      on_widest(product, *tiles_, packed_left_);
+      return true;
+    }
 #endif
+#if defined(MOE_EXT_PAIR_LOOPS)
+    if (in_registers_) {
+      PairLoops loops;
+      on_widest(product, loops, packed_left_);
+      return true;
+    }
+#endif
+    return false;
   }
 
   static bool is_dense(const Matrix& matrix) {
@@ -284,8 +315,8 @@ class Gemm {
     copy(out, sum);
   }
 
-  bool widens_ = false, pads_ = false;
-  std::optional<Tiles> tiles_;  // where they multiply bfloat16
+  bool widens_ = false, pads_ = false, in_registers_ = false;
+  std::optional<TileLoops> tiles_;  // where they multiply bfloat16
   Panel left_, right_, out_, bias_, packed_left_, packed_right_;
 };
 

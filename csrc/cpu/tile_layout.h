@@ -61,6 +61,13 @@ MOE_EXT_INLINE void narrow(const Floats& low, const Floats& high, Numbers& to) {
 #endif
 }
 
+// The first `columns` of them.
+MOE_EXT_INLINE void write(const Numbers& numbers, int64_t columns, char* to) {
+  if (columns == kStep) return store(numbers, to);
+  const Numbers copy = numbers;  // with an address, numbers would leave its register
+  std::memcpy(to, &copy, columns * 2);
+}
+
 // Pairs of a number of the first half and one of the second.
 template <int... i>
 MOE_EXT_INLINE void zip(Numbers& numbers, std::integer_sequence<int, i...>) {

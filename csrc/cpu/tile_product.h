@@ -1,4 +1,5 @@
-// A product of bfloat16 matrices on tiles (tiles.h), on one thread:
+// A product of bfloat16 matrices on one thread, on tiles (tile_loops.h) or in registers
+// (pair_loops.h):
 //
 //   out [n, N] = left [n, K] @ right [K, N] + first        first: a row for all, or 0
 //
@@ -19,7 +20,8 @@
 // If the columns of right are dense in memory, they are the lines, and the result is turned as it
 // is written: rows times a weight's transposed read the weight in the order of memory, once for
 // each block of rows. Few rows are one block. But where left is dense too and has more lines than
-// right has columns, those are packed, which are fewer.
+// right has columns, those are packed, which are fewer. (In registers, many lines suffice: turning
+// their results takes longer than packing a weight.)
 //
 // The steps of a sum are added in their order, whatever the number of rows and columns.
 
@@ -28,7 +30,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "tile_layout.h"
+#include "pair_loops.h"
 
 #if defined(MOE_EXT_TILES)
 namespace moe_ext {
@@ -37,15 +39,16 @@ struct TileProduct {
   Matrix out, left, right;  // dense in one dimension; out in that of its rows
   const Matrix* first;      // null: 0
 
-  // tiles, memory: of the thread
-  template <int bytes>
-  MOE_EXT_INLINE void run(Tiles& tiles, Panel& memory) const {
+  // loops, memory: of the thread
+  template <int bytes, typename Loops>
+  MOE_EXT_INLINE void run(Loops& loops, Panel& memory) const {
     if constexpr (bytes == 64 || kEmulatesTiles) {
-      const bool left_has_more = left.column_stride == 1 && left.rows > right.columns;
+      const bool left_has_more =
+          left.column_stride == 1 && left.rows > std::min(right.columns, Loops::kMostTurned);
       if (right.row_stride == 1 && !left_has_more) {
-        multiply(right.transposed(), left.transposed(), true, tiles, memory);
+        multiply(right.transposed(), left.transposed(), true, loops, memory);
       } else {
-        multiply(left, right, false, tiles, memory);
+        multiply(left, right, false, loops, memory);
       }
     }
   }
@@ -57,11 +60,11 @@ struct TileProduct {
   static constexpr int64_t kTile = layout::kTile, kStep = layout::kStep;
   static constexpr int64_t kStrip = layout::kStrip, kBand = layout::kBand;
   static constexpr int64_t kTileSums = kTile * kTile, kSums = 4 * kTileSums;
-  static constexpr int64_t kPart = 8, kDeep = 64;  // steps
+  static constexpr int64_t kDeep = 64;  // steps
   // For many strips, a block is many steps of some columns. For few, it is one part of many
   // columns, read in the order of memory where rows are dense. The sums of all strips stay while
   // blocks go by.
-  static constexpr int64_t kPackedBytes = 1 << 20, kSumsBytes = 1 << 19, kFewStrips = 4;
+  static constexpr int64_t kSumsBytes = 1 << 19, kFewStrips = 4;
   // Lines so many numbers apart push each other out of the first cache, where many bands read them.
   static constexpr int64_t kHalfPage = 1024, kManyBands = 8;
 
@@ -82,24 +85,20 @@ struct TileProduct {
   // The lines of a strip, as far as the steps of a block go.
   struct Strip {
     Matrix lines;
-    int64_t first;  // of all lines
-  };
-
-  // Each step asks for so many cache lines ahead of their use.
-  struct Asked {
-    const char* first;
-    int64_t stride, count;
+    int64_t first;    // of all lines
+    int64_t skipped;  // lines that the strip before has
   };
 
   // turned: lines are columns of out
+  template <typename Loops>
   MOE_EXT_INLINE void multiply(const Matrix& lines, const Matrix& columns, bool turned,
-                               Tiles& tiles, Panel& memory) const {
+                               Loops& loops, Panel& memory) const {
     const int64_t steps = std::max<int64_t>(1, parts(lines.columns, kStep));
     const int64_t strips = parts(lines.rows, kStrip);
     const bool few = strips <= kFewStrips;
     const int64_t all = parts(columns.columns, kBand);
-    const int64_t fit = kPackedBytes / (layout::kBandNumbers * 2);  // bands times steps
-    const int64_t deep = std::min(few ? kPart : kDeep, steps);
+    const int64_t fit = Loops::kPackedBytes / (layout::kBandNumbers * 2);  // bands times steps
+    const int64_t deep = std::min(few ? Loops::kPart : kDeep, steps);
     const int64_t most = few ? kSumsBytes / (strips * kSums * 4) : fit / deep;
     const int64_t bands = std::clamp<int64_t>(most, 1, all);
     const int64_t apart = deep < steps ? bands * kSums : 0;  // sums of a strip and of the next
@@ -109,7 +108,7 @@ struct TileProduct {
       const int64_t first = std::max<int64_t>(0, std::min(i * kStrip, lines.rows - kStrip));
       return Strip{lines.row_range(first, std::min(first + kStrip, lines.rows))
                        .column_range(step * kStep, std::min((step + deep) * kStep, lines.columns)),
-                   first};
+                   first, turned ? 0 : i * kStrip - first};
     };
     for (int64_t c = 0; c < columns.columns; c += bands * kBand) {
       const int64_t width = std::min(bands * kBand, columns.columns - c);
@@ -127,7 +126,7 @@ struct TileProduct {
           if (lines.column_stride == 1 && !(is_last && ends)) {
             next = (is_last ? strip(0, s + deep) : strip(i + 1, s)).lines.data;
           }
-          multiply_strip(tiles, strip(i, s), next, turned, block, own);
+          multiply_strip(loops, strip(i, s), next, turned, block, own);
         }
       }
     }
@@ -153,7 +152,8 @@ struct TileProduct {
   }
 
   // A strip's products with all that is packed. next: the lines that are needed next, or null.
-  MOE_EXT_INLINE void multiply_strip(Tiles& tiles, const Strip& strip, const char* next,
+  template <typename Loops>
+  MOE_EXT_INLINE void multiply_strip(Loops& loops, const Strip& strip, const char* next,
                                      bool turned, const Block& block, const Room& room) const {
     const Matrix& all = strip.lines;
     const bool collide = all.row_stride % kHalfPage == 0 && block.bands >= kManyBands;
@@ -164,7 +164,7 @@ struct TileProduct {
       layout::copy(all.column_range(whole * kStep, all.columns), block.steps - whole, room.copied);
     }
     for (int64_t s = 0, end; s < block.steps; s = end) {
-      end = std::min(s + kPart, s < whole ? whole : block.steps);
+      end = std::min(s + Loops::kPart, s < whole ? whole : block.steps);
       const Lines lines =
           s < whole ? Lines{layout::numbers(all) + s * kStep, all.row_stride, kStep}
                     : Lines{room.copied + (s - whole) * kStrip * kStep, kStep, kStrip * kStep};
@@ -176,22 +176,30 @@ struct TileProduct {
         const uint16_t* packed = room.packed + (b * block.steps + s) * layout::kBandNumbers;
         float* sums = room.sums + b * kSums;
         const int64_t columns = std::min(kBand, block.columns - b * kBand);
-        multiply_some(tiles, lines, packed, end - s, asked, block.starts && s == 0,
-                      all.rows > kTile, columns > kTile, sums);
+        Target target{};
+        if (Loops::kWritesRows && !turned && block.ends && end == block.steps) {
+          const int64_t column = block.first_column + b * kBand;
+          target = {place(strip.first, column), out.row_stride * 2, room.bias + column, all.rows,
+                    columns};
+        }
+        const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
+        const Part part{lines,         packed, end - s, numbers, asked, block.starts && s == 0,
+                        strip.skipped, target};
+        multiply_part(loops, part, all.rows > kTile, columns > kTile, sums);
         if (turned && block.ends && end == block.steps) {
           write_turned(sums, strip, block.first_column + b * kBand, columns, room);
         }
       }
     }
-    if (!turned && block.ends) write(strip, block, room);
+    if (!Loops::kWritesRows && !turned && block.ends) write(strip, block, room);
   }
 
   // tall, wide: whether a strip has lines for its second tile, a band columns
-  static MOE_EXT_INLINE void multiply_some(Tiles& tiles, const Lines& lines, const uint16_t* packed,
-                                           int64_t steps, const Asked& asked, bool starts,
-                                           bool tall, bool wide, float* sums) {
+  template <typename Loops>
+  static MOE_EXT_INLINE void multiply_part(Loops& loops, const Part& part, bool tall, bool wide,
+                                           float* sums) {
     const auto multiply = [&](auto tall, auto wide) __attribute__((always_inline)) {
-      multiply_part<tall.value, wide.value>(tiles, lines, packed, steps, asked, starts, sums);
+      loops.template multiply<tall.value, wide.value>(part, sums);
     };
     using Yes = std::true_type;
     using No = std::false_type;
@@ -199,44 +207,8 @@ struct TileProduct {
     wide ? multiply(No{}, Yes{}) : multiply(No{}, No{});
   }
 
-  template <bool tall, bool wide>
-  static MOE_EXT_INLINE void multiply_part(Tiles& tiles, const Lines& lines, const uint16_t* packed,
-                                           int64_t steps, const Asked& asked, bool starts,
-                                           float* sums) {
-    if (starts) {
-      tiles.zero<0>();
-      if constexpr (wide) tiles.zero<1>();
-      if constexpr (tall) tiles.zero<2>();
-      if constexpr (tall && wide) tiles.zero<3>();
-    } else {
-      tiles.load<0>(sums, kTileBytes);
-      if constexpr (wide) tiles.load<1>(sums + kTileSums, kTileBytes);
-      if constexpr (tall) tiles.load<2>(sums + 2 * kTileSums, kTileBytes);
-      if constexpr (tall && wide) tiles.load<3>(sums + 3 * kTileSums, kTileBytes);
-    }
-    const uint16_t* from = lines.numbers;
-    const int64_t stride = lines.stride * 2;
-    for (int64_t s = 0; s < steps; ++s, from += lines.step, packed += layout::kBandNumbers) {
-      for (int64_t i = 0; i < asked.count; ++i) {
-        __builtin_prefetch(asked.first + i * asked.stride + s * kTileBytes, 0, 2);
-      }
-      tiles.load<4>(from, stride);
-      tiles.load<6>(packed, kTileBytes);
-      tiles.multiply<0, 4, 6>();
-      if constexpr (wide) {
-        tiles.load<7>(packed + layout::kTileNumbers, kTileBytes);
-        tiles.multiply<1, 4, 7>();
-      }
-      if constexpr (tall) {
-        tiles.load<5>(from + kTile * lines.stride, stride);
-        tiles.multiply<2, 5, 6>();
-      }
-      if constexpr (tall && wide) tiles.multiply<3, 5, 7>();
-    }
-    tiles.store<0>(sums);
-    if constexpr (wide) tiles.store<1>(sums + kTileSums);
-    if constexpr (tall) tiles.store<2>(sums + 2 * kTileSums);
-    if constexpr (tall && wide) tiles.store<3>(sums + 3 * kTileSums);
+  MOE_EXT_INLINE char* place(int64_t row, int64_t column) const {
+    return out.data + (row * out.row_stride + column) * 2;
   }
 
   // Rows of out: the sums of a strip.
@@ -253,7 +225,8 @@ struct TileProduct {
         }
         layout::Numbers numbers;
         layout::narrow(halves[0], halves[1], numbers);
-        write_numbers(numbers, std::min(kBand, block.columns - b * kBand), strip.first + i, column);
+        layout::write(numbers, std::min(kBand, block.columns - b * kBand),
+                      place(strip.first + i, column));
       }
     }
   }
@@ -279,18 +252,9 @@ struct TileProduct {
       }
       layout::turn(pairs);
       for (int64_t j = 0; j < std::min(kTile, rows - c); ++j) {
-        write_numbers(layout::Numbers(pairs[j]), strip.lines.rows, row + c + j, strip.first);
+        layout::write(layout::Numbers(pairs[j]), strip.lines.rows, place(row + c + j, strip.first));
       }
     }
-  }
-
-  // As many of the numbers as there are columns.
-  MOE_EXT_INLINE void write_numbers(const layout::Numbers& numbers, int64_t columns, int64_t row,
-                                    int64_t column) const {
-    char* to = out.data + (row * out.row_stride + column) * 2;
-    if (columns == kBand) return store(numbers, to);
-    const layout::Numbers copy = numbers;  // with an address, numbers would leave its register
-    std::memcpy(to, &copy, columns * 2);
   }
 };
 

@@ -141,8 +141,6 @@ class Tiles {
 constexpr bool kEmulatesTiles = false;
 
 inline bool has_tiles() { return false; }
-
-class Tiles {};
 #endif
 
 }  // namespace moe_ext

@@ -1,0 +1,108 @@
+// The innermost products of tile_product.h in registers, by AVX512-BF16:
+//
+//                     a band of 32 columns      for each pair of numbers
+//                      ┌─────────┬────────┐       load the columns' pairs       (2 registers)
+//                      └─────────┴────────┘       for each of 8 lines
+//         8 lines ┌──┐ ┌─────────┬────────┐         broadcast its pair          (1 register)
+//                 │  │ │      sums        │         add products to its sums    (16 registers)
+//                 └──┘ └─────────┴────────┘
+//
+// The last sums leave their registers for rows of the result.
+
+#pragma once
+
+#include "tile_loops.h"
+
+#if defined(MOE_EXT_ASSEMBLES_TILES) && !defined(MOE_EXT_EMULATES_TILES)
+#define MOE_EXT_PAIR_LOOPS
+namespace moe_ext {
+
+class PairLoops {
+ public:
+  // As of TileLoops. These were measured on a Zen 5, where they matter little.
+  static constexpr int64_t kPart = 16, kPackedBytes = 1 << 19, kMostTurned = 128;
+  static constexpr bool kWritesRows = true;
+
+  template <bool tall, bool wide>
+  MOE_EXT_INLINE void multiply(const Part& part, float* sums) {
+    constexpr int64_t kAll = (tall ? 2 : 1) * kTileLines;
+    for (int64_t i = part.skipped / kLines * kLines; i < kAll; i += kLines) {
+      const int64_t tile = i / kTileLines, line = i % kTileLines;
+      multiply_lines<wide>(i, part, sums + (2 * tile * kTileLines + line) * kTileLines);
+    }
+  }
+
+ private:
+  using Floats = layout::Floats;
+  static constexpr int64_t kLines = 8, kTileSums = kTileLines * kTileLines;
+
+  // Eight lines from `first` on. GCC finds out too late that it could unroll these loops: the sums
+  // would be in memory.
+  template <bool wide>
+  static MOE_EXT_INLINE void multiply_lines(int64_t first, const Part& part, float* memory) {
+    constexpr int64_t kColumns = wide ? 2 : 1;  // registers
+    const auto place = [&](int64_t i, int64_t c) __attribute__((always_inline)) {
+      return memory + i * kTileLines + c * kTileSums;
+    };
+    Floats sums[kLines][kColumns];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kLines; ++i) {
+#pragma GCC unroll 2
+      for (int64_t c = 0; c < kColumns; ++c) {
+        sums[i][c] = Floats{};
+        if (!part.starts) load(sums[i][c], place(i, c));
+      }
+    }
+    const int64_t stride = part.lines.stride * 2;
+    const uint16_t *from = part.lines.numbers + first * part.lines.stride, *packed = part.packed;
+    for (int64_t left = part.numbers; left > 0; left -= layout::kStep) {
+      const char* at = reinterpret_cast<const char*>(from);
+      const uint16_t* band = packed;
+      const int64_t pairs = parts(std::min(left, layout::kStep), 2);
+      for (int64_t p = 0; p < pairs; ++p, at += 4, band += layout::kStep) {
+        Floats columns[kColumns];
+#pragma GCC unroll 2
+        for (int64_t c = 0; c < kColumns; ++c) load(columns[c], band + c * layout::kTileNumbers);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kLines; ++i) {
+          uint32_t pair;
+          std::memcpy(&pair, at + i * stride, sizeof(pair));
+          const Floats line = Floats(pair - layout::Pairs{});
+#pragma GCC unroll 2
+          for (int64_t c = 0; c < kColumns; ++c) {
+            Floats sum = sums[i][c];  // one that has no address stays in its register
+            asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(line), "v"(columns[c]));
+            sums[i][c] = sum;
+          }
+        }
+      }
+      from += part.lines.step;
+      packed += layout::kBandNumbers;
+    }
+    if (part.target.data) return write<kColumns>(part.target, first, sums);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kLines; ++i) {
+#pragma GCC unroll 2
+      for (int64_t c = 0; c < kColumns; ++c) store(sums[i][c], place(i, c));
+    }
+  }
+
+  template <int64_t columns>
+  static MOE_EXT_INLINE void write(const Target& to, int64_t first,
+                                   const Floats (&sums)[kLines][columns]) {
+    Floats bias[2];
+    load(bias[0], to.bias);
+    load(bias[1], to.bias + kTileLines);
+    char* row = to.data + first * to.stride;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kLines; ++i, row += to.stride) {
+      if (first + i >= to.rows) return;
+      layout::Numbers numbers;
+      layout::narrow(sums[i][0] + bias[0], sums[i][columns - 1] + bias[1], numbers);
+      layout::write(numbers, to.columns, row);
+    }
+  }
+};
+
+}  // namespace moe_ext
+#endif

@@ -1,0 +1,96 @@
+// The innermost products of tile_product.h on tiles of AMX.
+
+#pragma once
+
+#include "tile_layout.h"
+
+#if defined(MOE_EXT_TILES)
+namespace moe_ext {
+
+// Each step asks for so many cache lines ahead of their use.
+struct Asked {
+  const char* first;
+  int64_t stride, count;
+};
+
+// Rows of out that a strip's sums with a band make, [rows, columns]; null: sums are kept.
+struct Target {
+  char* data;
+  int64_t stride;     // bytes
+  const float* bias;  // of a band
+  int64_t rows, columns;
+};
+
+// The products of a strip's lines with a band, as far as a part of the steps goes.
+struct Part {
+  layout::Lines lines;
+  const uint16_t* packed;
+  int64_t steps, numbers;  // of them so many numbers; zeros follow
+  Asked asked;
+  bool starts;      // with the first step of a sum
+  int64_t skipped;  // lines that the strip before has
+  Target target;
+};
+
+class TileLoops {
+ public:
+  static constexpr int64_t kPart = 8;  // steps, whose lines stay in the first cache
+  static constexpr int64_t kPackedBytes = 1 << 20;
+  // Up to so many rows are columns of products whose lines are those of a weight.
+  static constexpr int64_t kMostTurned = INT64_MAX;
+  static constexpr bool kWritesRows = false;
+
+  // tall, wide: whether a strip has lines for its second tile, a band columns
+  template <bool tall, bool wide>
+  MOE_EXT_INLINE void multiply(const Part& part, float* sums) {
+    constexpr int64_t kSums = kTileLines * kTileLines;
+    if (part.starts) {
+      tiles_.zero<0>();
+      if constexpr (wide) tiles_.zero<1>();
+      if constexpr (tall) tiles_.zero<2>();
+      if constexpr (tall && wide) tiles_.zero<3>();
+    } else {
+      tiles_.load<0>(sums, kTileBytes);
+      if constexpr (wide) tiles_.load<1>(sums + kSums, kTileBytes);
+      if constexpr (tall) tiles_.load<2>(sums + 2 * kSums, kTileBytes);
+      if constexpr (tall && wide) tiles_.load<3>(sums + 3 * kSums, kTileBytes);
+    }
+    const layout::Lines lines = part.lines;
+    const Asked asked = part.asked;
+    const uint16_t *from = lines.numbers, *band = part.packed;
+    const int64_t stride = lines.stride * 2, steps = part.steps;
+    for (int64_t s = 0; s < steps; ++s, from += lines.step, band += layout::kBandNumbers) {
+      for (int64_t i = 0; i < asked.count; ++i) {
+        __builtin_prefetch(asked.first + i * asked.stride + s * kTileBytes, 0, 2);
+      }
+      tiles_.load<4>(from, stride);
+      tiles_.load<6>(band, kTileBytes);
+      tiles_.multiply<0, 4, 6>();
+      if constexpr (wide) {
+        tiles_.load<7>(band + layout::kTileNumbers, kTileBytes);
+        tiles_.multiply<1, 4, 7>();
+      }
+      if constexpr (tall) {
+        tiles_.load<5>(from + kTileLines * lines.stride, stride);
+        tiles_.multiply<2, 5, 6>();
+      }
+      if constexpr (tall && wide) tiles_.multiply<3, 5, 7>();
+    }
+    tiles_.store<0>(sums);
+    if constexpr (wide) tiles_.store<1>(sums + kSums);
+    if constexpr (tall) tiles_.store<2>(sums + 2 * kSums);
+    if constexpr (tall && wide) tiles_.store<3>(sums + 3 * kSums);
+  }
+
+ private:
+  Tiles tiles_;
+};
+
+}  // namespace moe_ext
+#else
+namespace moe_ext {
+
+class TileLoops {};
+
+}  // namespace moe_ext
+#endif
