@@ -42,13 +42,14 @@ _between: list[bytes] = []
 
 
 def make_room(pieces: int = 32) -> None:
-    """Make free pieces of used pages, each too small for a large block. What is allocated fills
-    them: call this after the operands of a timing are made.
+    """Make free pieces of used pages, each too small for a large block. Later allocations fill
+    them, so call this after the operands of a timing are made.
 
     glibc seldom puts an aligned block where a freed one was. Without these pieces it may take new
     pages at the end of its memory for every block."""
+    _between.clear()  # or the old pieces would join those that are free
     used = [b"\1" * (_LARGE // 2) for _ in range(2 * pieces)]
-    _between[:] = used[1::2]  # in use, so that the free ones are not joined
+    _between.extend(used[1::2])  # in use, so that the free ones are not joined
 
 
 def _set(options: dict[int, int]) -> None:

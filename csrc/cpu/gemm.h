@@ -58,27 +58,28 @@ inline bool multiplies_on_tiles(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 && may;
 }
 
-// Whether bfloat16 is multiplied in registers (pair_loops.h).
-inline bool multiplies_in_registers([[maybe_unused]] ScalarType dtype) {
-#if defined(MOE_EXT_PAIR_LOOPS)
-  static const bool may = multiplies_pairs() && !multiplies_on_tiles(ScalarType::BFloat16) &&
-                          multiplies_natively(ScalarType::BFloat16);
-  return dtype == ScalarType::BFloat16 && may;
-#else
-  return false;
-#endif
-}
-
 // Whether own loops take what torch's library multiplies on Intel's CPUs, for which it is made. On
 // a Zen 5 it is half as fast for floats as the loops of block_product.h with registers of 64 bytes,
-// and as fast as those with 32.
-// MOE_EXT_OWN_PRODUCTS says yes on every CPU: for tests.
+// and as fast as those with 32. For bfloat16 it is slower than those of few_rows.h and
+// pair_loops.h. MOE_EXT_OWN_PRODUCTS says yes on every CPU: for tests.
 inline bool prefers_own_loops() {
 #if defined(MOE_EXT_OWN_PRODUCTS)
   return true;
 #elif defined(__x86_64__)
   __builtin_cpu_init();
   return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// Whether bfloat16 is multiplied in registers (pair_loops.h).
+inline bool multiplies_in_registers([[maybe_unused]] ScalarType dtype) {
+#if defined(MOE_EXT_PAIR_LOOPS)
+  static const bool may = multiplies_pairs() && prefers_own_loops() &&
+                          !multiplies_on_tiles(ScalarType::BFloat16) &&
+                          multiplies_natively(ScalarType::BFloat16);
+  return dtype == ScalarType::BFloat16 && may;
 #else
   return false;
 #endif
@@ -205,11 +206,11 @@ class Gemm {
  private:
   static constexpr int64_t kRows = 256;
   // Up to so many rows the loops of few_rows.h are faster than the others. kFewFloats is for the
-  // longest rows of floats, kFewPairs beside pair_loops.h, kFewDecoded where each line is decoded.
-  static constexpr int64_t kFewRows = 16, kFewFloats = 64, kFewLong = 12;
-  static constexpr int64_t kFewPairs = 24, kFewDecoded = 48;
+  // longest rows of floats, kFewBesidePairs where pair_loops.h takes more.
+  static constexpr int64_t kFewRows = 16, kFewPairs = 48, kFewFloats = 64, kFewLong = 12;
+  static constexpr int64_t kFewBesidePairs = 24;
   // Up to so many the loops of few_rows_flat.h are as fast as tile_product.h, and up to four
-  // faster. So are those of few_outer.h in registers.
+  // faster. Where bfloat16 is multiplied in registers, few_outer.h has the same limit.
   static constexpr int64_t kFewFlat = 8;
   // Where MKL multiplies many rows of floats, the loops of block_product.h take up to kSomeFloats;
   // kFlatFloats if the columns of the weight are dense; kSmallFloats if such a weight has up to
@@ -219,18 +220,19 @@ class Gemm {
   static constexpr int64_t kSmallFlat = 1 << 13, kSmallOuter = 1 << 15;
 
   // The same for lines that a source decodes. Other loops would read them from memory.
-  int64_t most_lines(ScalarType dtype, int64_t columns) const {
+  static int64_t most_lines(ScalarType dtype, int64_t columns) {
     // Sums over lanes cost too much for short rows.
     if (dtype == ScalarType::Float && multiplies_some_floats()) {
       return std::clamp<int64_t>(columns / 16, 4, kFewFloats);
     }
-    return in_registers_ ? kFewDecoded : kFewRows;
+    const bool in_pairs = dtype == ScalarType::BFloat16 && multiplies_pairs();
+    return in_pairs && prefers_own_loops() ? kFewPairs : kFewRows;
   }
 
   // The same where the rows of the weight are dense. On a Sapphire Rapids packed blocks are faster
   // from kFewRows on unless the rows are long. On a Zen 5 columns / 16 was measured.
   int64_t most_rows(ScalarType dtype, int64_t columns) const {
-    if (in_registers_) return kFewPairs;
+    if (in_registers_) return kFewBesidePairs;
     const int64_t most = most_lines(dtype, columns);
     if (dtype != ScalarType::Float || prefers_own_loops()) return most;
     return std::max(std::min(most, kFewRows), std::min(columns / 48, most));
@@ -245,7 +247,7 @@ class Gemm {
 
   // The same for rows that tile_product.h would take too.
   int64_t most_before_tiles(bool is_flat) const {
-    return is_flat ? kFewFlat : in_registers_ ? kFewPairs : 0;
+    return is_flat ? kFewFlat : in_registers_ ? kFewBesidePairs : 0;
   }
 
   // out = left @ right + first; false where tile_product.h does not multiply.

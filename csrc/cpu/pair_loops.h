@@ -7,7 +7,7 @@
 //                 │  │ │      sums        │         add products to its sums    (16 registers)
 //                 └──┘ └─────────┴────────┘
 //
-// The last sums leave their registers for rows of the result.
+// The last part writes its sums to rows of the result.
 
 #pragma once
 
@@ -19,14 +19,13 @@ namespace moe_ext {
 
 class PairLoops {
  public:
-  // As of TileLoops. These were measured on a Zen 5, where they matter little.
+  // TileLoops explains these. The first two matter little on a Zen 5.
   static constexpr int64_t kPart = 16, kPackedBytes = 1 << 19, kMostTurned = 128;
   static constexpr bool kWritesRows = true;
 
   template <bool tall, bool wide>
   MOE_EXT_INLINE void multiply(const Part& part, float* sums) {
-    constexpr int64_t kAll = (tall ? 2 : 1) * kTileLines;
-    for (int64_t i = part.skipped / kLines * kLines; i < kAll; i += kLines) {
+    for (int64_t i = part.first_line / kLines * kLines; i < part.end_line; i += kLines) {
       const int64_t tile = i / kTileLines, line = i % kTileLines;
       multiply_lines<wide>(i, part, sums + (2 * tile * kTileLines + line) * kTileLines);
     }

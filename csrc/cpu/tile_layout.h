@@ -61,7 +61,7 @@ MOE_EXT_INLINE void narrow(const Floats& low, const Floats& high, Numbers& to) {
 #endif
 }
 
-// The first `columns` of them.
+// Writes the first `columns` numbers.
 MOE_EXT_INLINE void write(const Numbers& numbers, int64_t columns, char* to) {
   if (columns == kStep) return store(numbers, to);
   const Numbers copy = numbers;  // with an address, numbers would leave its register

@@ -25,10 +25,10 @@ struct Target {
 struct Part {
   layout::Lines lines;
   const uint16_t* packed;
-  int64_t steps, numbers;  // of them so many numbers; zeros follow
+  int64_t steps, numbers;        // numbers: of a line, before zeros
+  int64_t first_line, end_line;  // whose sums are wanted
+  bool starts;                   // with the first step of a sum
   Asked asked;
-  bool starts;      // with the first step of a sum
-  int64_t skipped;  // lines that the strip before has
   Target target;
 };
 
@@ -36,7 +36,7 @@ class TileLoops {
  public:
   static constexpr int64_t kPart = 8;  // steps, whose lines stay in the first cache
   static constexpr int64_t kPackedBytes = 1 << 20;
-  // Up to so many rows are columns of products whose lines are those of a weight.
+  // With at most so many rows, a weight gives the lines and the rows give the columns.
   static constexpr int64_t kMostTurned = INT64_MAX;
   static constexpr bool kWritesRows = false;
 

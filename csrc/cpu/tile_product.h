@@ -20,8 +20,8 @@
 // If the columns of right are dense in memory, they are the lines, and the result is turned as it
 // is written: rows times a weight's transposed read the weight in the order of memory, once for
 // each block of rows. Few rows are one block. But where left is dense too and has more lines than
-// right has columns, those are packed, which are fewer. (In registers, many lines suffice: turning
-// their results takes longer than packing a weight.)
+// right has columns, those are packed, which are fewer. In registers, kMostTurned lines suffice,
+// because turning their results takes longer than packing a weight.
 //
 // The steps of a sum are added in their order, whatever the number of rows and columns.
 
@@ -183,8 +183,9 @@ struct TileProduct {
                     columns};
         }
         const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
-        const Part part{lines,         packed, end - s, numbers, asked, block.starts && s == 0,
-                        strip.skipped, target};
+        const Part part{
+            lines, packed, end - s, numbers, strip.skipped, all.rows, block.starts && s == 0,
+            asked, target};
         multiply_part(loops, part, all.rows > kTile, columns > kTile, sums);
         if (turned && block.ends && end == block.steps) {
           write_turned(sums, strip, block.first_column + b * kBand, columns, room);

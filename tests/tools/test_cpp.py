@@ -128,16 +128,6 @@ def test_operators_obey_their_laws_on_any_cpu(request, tmp_path, by, capability)
         assert any(all(word in line for word in words) for line in passed), words
 
 
-def test_products_in_registers_obey_their_laws_where_there_are_tiles():
-    """bfloat16 as on a CPU with AVX512-BF16 and without AMX."""
-    if "AMX" not in torch.ops.moe_ext.products(torch.empty(0, dtype=torch.bfloat16)):
-        pytest.skip("no tiles: tests/ops has what this CPU has")
-    file = ROOT / "tests" / "ops" / "test_grouped.py"
-    limit = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
-    said = output_of("-m", "pytest", "-q", "-p", "no:cacheprovider", file, cwd=ROOT, **limit)
-    assert re.search(r"^\d+ passed", said, re.MULTILINE)
-
-
 def test_cmake_builds_a_library_for_programs_without_python(built):
     (library,) = built.glob("libmoe_ext.*")
     code = (

@@ -1,6 +1,7 @@
 """explain shows the operators of a call, ranges name them in profiles; both leave no trace."""
 
 import re
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -148,6 +149,15 @@ print(moe_ext.explain(Model(), torch.randn(3, 8).bfloat16()))
 """
     printed = output_of("-c", code, ONEDNN_MAX_CPU_ISA="AVX2")
     assert printed.count("in float32, as this CPU's torch has no bfloat16 instructions") == 1
+
+
+def test_bfloat16_has_own_loops_in_registers():
+    """GCC on Linux builds them."""
+    cpu = Path("/proc/cpuinfo")
+    said = cpu.read_text() if cpu.exists() else ""
+    if "AuthenticAMD" not in said or " avx512_bf16 " not in said:
+        pytest.skip("needs a CPU with AVX512-BF16 that is not Intel's")
+    assert torch.ops.moe_ext.products(torch.empty(0, dtype=torch.bfloat16)) == "own loops"
 
 
 @on_x86
