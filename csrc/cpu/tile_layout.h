@@ -1,4 +1,4 @@
-// Numbers of bfloat16 as tiles want them (tiles.h).
+// Numbers of bfloat16 as tiles want them (tiles.h), and registers too (pair_loops.h).
 //
 // A line of a tile holds 32 numbers of a line, which are a step of a sum; or a pair of numbers of
 // each of 16 columns. Columns that are dense in memory are read as lines of pairs, and turned:
