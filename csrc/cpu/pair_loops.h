@@ -78,7 +78,7 @@ class PairLoops {
       from += part.lines.step;
       packed += layout::kBandNumbers;
     }
-    if (part.target.data) return write<kColumns>(part.target, first, sums);
+    if (part.target.data) return write<kColumns>(part, first, sums);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kLines; ++i) {
 #pragma GCC unroll 2
@@ -87,15 +87,16 @@ class PairLoops {
   }
 
   template <int64_t columns>
-  static MOE_EXT_INLINE void write(const Target& to, int64_t first,
+  static MOE_EXT_INLINE void write(const Part& part, int64_t first,
                                    const Floats (&sums)[kLines][columns]) {
+    const Target& to = part.target;
     Floats bias[2];
     load(bias[0], to.bias);
     load(bias[1], to.bias + kTileLines);
     char* row = to.data + first * to.stride;
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kLines; ++i, row += to.stride) {
-      if (first + i >= to.rows) return;
+      if (first + i >= part.end_line) return;
       layout::Numbers numbers;
       layout::narrow(sums[i][0] + bias[0], sums[i][columns - 1] + bias[1], numbers);
       layout::write(numbers, to.columns, row);

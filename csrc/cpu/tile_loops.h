@@ -13,19 +13,19 @@ struct Asked {
   int64_t stride, count;
 };
 
-// Rows of out that a strip's sums with a band make, [rows, columns]; null: sums are kept.
+// Rows of out that a strip's sums with a band make; null: sums are kept.
 struct Target {
   char* data;
   int64_t stride;     // bytes
   const float* bias;  // of a band
-  int64_t rows, columns;
+  int64_t columns;
 };
 
 // The products of a strip's lines with a band, as far as a part of the steps goes.
 struct Part {
   layout::Lines lines;
   const uint16_t* packed;
-  int64_t steps, numbers;        // numbers: of a line, before zeros
+  int64_t numbers;               // of a line, before zeros fill its last step
   int64_t first_line, end_line;  // whose sums are wanted
   bool starts;                   // with the first step of a sum
   Asked asked;
@@ -58,7 +58,7 @@ class TileLoops {
     const layout::Lines lines = part.lines;
     const Asked asked = part.asked;
     const uint16_t *from = lines.numbers, *band = part.packed;
-    const int64_t stride = lines.stride * 2, steps = part.steps;
+    const int64_t stride = lines.stride * 2, steps = parts(part.numbers, layout::kStep);
     for (int64_t s = 0; s < steps; ++s, from += lines.step, band += layout::kBandNumbers) {
       for (int64_t i = 0; i < asked.count; ++i) {
         __builtin_prefetch(asked.first + i * asked.stride + s * kTileBytes, 0, 2);

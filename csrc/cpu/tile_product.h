@@ -179,13 +179,11 @@ struct TileProduct {
         Target target{};
         if (Loops::kWritesRows && !turned && block.ends && end == block.steps) {
           const int64_t column = block.first_column + b * kBand;
-          target = {place(strip.first, column), out.row_stride * 2, room.bias + column, all.rows,
-                    columns};
+          target = {place(strip.first, column), out.row_stride * 2, room.bias + column, columns};
         }
         const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
-        const Part part{
-            lines, packed, end - s, numbers, strip.skipped, all.rows, block.starts && s == 0,
-            asked, target};
+        const Part part{lines, packed, numbers, strip.skipped, all.rows, block.starts && s == 0,
+                        asked, target};
         multiply_part(loops, part, all.rows > kTile, columns > kTile, sums);
         if (turned && block.ends && end == block.steps) {
           write_turned(sums, strip, block.first_column + b * kBand, columns, room);
