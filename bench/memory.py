@@ -13,6 +13,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+import moe_ext
+
 # Numbers of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _SMALL, _LARGE = 128 << 10, 8 << 20
@@ -86,8 +88,11 @@ def in_new_process(
 
 
 def trim() -> None:
-    """Give all freed memory back to the system."""
+    """Give all freed memory back to the system, moe_ext's too."""
     ctypes.CDLL(None).malloc_trim(0)
+    _, limit = moe_ext.keep_memory()
+    moe_ext.keep_memory(0)
+    moe_ext.keep_memory(limit)
 
 
 def growth(function: Callable[[], object]) -> int:

@@ -16,6 +16,7 @@ from .experts.pages import huge_pages
 from .experts.shared import SharedExperts
 from .formats import QuantizedWeight
 from .layer import Aux, total_l_aux
+from .memory import keep_memory
 from .monitor import profiling, stats
 from .monitor.explain import explain
 from .ops.feed_forward import feed_forward
@@ -75,6 +76,7 @@ __all__ = [
     "gate",
     "grouped_mm",
     "huge_pages",
+    "keep_memory",
     "losses",
     "make_plan",
     "mask_weights",

@@ -7,16 +7,13 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <type_traits>
 
 #include "../expert_args.h"
+#include "kept_memory.h"
 
 namespace moe_ext {
 
@@ -43,36 +40,12 @@ auto visit_sums(ScalarType dtype, const Body& body) {
   return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
-// Memory for a result. Large ones ask for pages of two megabytes, where the system gives them on
-// request: of the usual size, their first use costs more than what most operators do with them.
+// Memory for a result.
 inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
-  const Tensor tensor = empty(like, size, dtype);
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21, kUsual = 1 << 12;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  const uintptr_t end = begin + tensor.numel() * tensor.element_size();
-  const auto down = [](uintptr_t address, uintptr_t page) { return address / page * page; };
-  const auto up = [&](uintptr_t address, uintptr_t page) { return down(address + page - 1, page); };
-  const auto advise = [](uintptr_t from, uintptr_t to, int advice) {
-    // Where advice is refused nothing is lost.
-    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, advice);
-  };
-  if (end - begin < 2 * kHuge) return tensor;
-  // Neighbours on the same pages are only ever better off.
-  advise(down(begin, kHuge), up(end, kHuge), MADV_HUGEPAGE);
-#if defined(MADV_POPULATE_WRITE)
-  // A mapping seldom starts with a whole page of that size: its ends are mapped in one go, unless
-  // this memory has been used before, when that would only cost.
-  const auto map = [&](uintptr_t from, uintptr_t to) {
-    unsigned char is_mapped = 0;
-    mincore(reinterpret_cast<void*>(from), kUsual, &is_mapped);
-    if (!(is_mapped & 1)) advise(from, to, MADV_POPULATE_WRITE);
-  };
-  map(up(begin, kUsual), up(begin, kHuge));
-  map(down(end, kHuge), down(end, kUsual));
-#endif
-#endif
-  return tensor;
+  int64_t bytes = visit_float(dtype, [](auto zero) { return int64_t{sizeof zero}; });
+  for (const int64_t length : size) bytes *= length;
+  const std::optional<Tensor> large = in_kept_memory(bytes, size, dtype);
+  return large ? *large : empty(like, size, dtype);
 }
 
 // How many parts there are of all, the last of which may be smaller.

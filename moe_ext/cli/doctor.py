@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import __version__, toolkit
 from ..experts.pages import why_not_here
+from ..memory import keep_memory
 from ..ops import reference, registry, samples
 
 # A text that csrc/cuda_ops.cpp puts into the library, with the TORCH_CUDA_ARCH_LIST of its kernels.
@@ -156,6 +157,7 @@ def _table(facts: dict) -> dict[str, str]:
         "torch": f"{facts['torch']['version']}, {f'for CUDA {cuda}' if cuda else 'without CUDA'}",
         "CPU": f"{cpu['capability']}, {cpu['cores']} cores, torch uses {threads}",
         "huge pages": facts["huge_pages"],
+        "kept memory": facts["kept_memory"],
         "compiler": "{path}, {version}".format(**compiler) if compiler else "none works",
         "CUDA toolkit": "{cuda}, {path}".format(**found) if found else "none found",
     }
@@ -197,6 +199,7 @@ def _facts() -> dict:
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
         "cpu": _cpu(),
         "huge_pages": why_not_here() or "for weights, by moe_ext.huge_pages(model)",
+        "kept_memory": _kept_memory(),
         "compiler": _compiler(),
         "toolkit": {"cuda": found.name, "path": str(found.root)} if found else None,
         "cards": [
@@ -204,6 +207,11 @@ def _facts() -> dict:
             for i in range(_num_cards())
         ],
     }
+
+
+def _kept_memory() -> str:
+    found = keep_memory()
+    return str(found) if found.limit else "none: it needs Linux and torch 2.11 or later"
 
 
 def _cpu() -> dict:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import toolkit
+from .. import memory, toolkit
 from . import checks, composed, contracts, reference, tensor_cores, torch_grouped_mm
 from .contracts import CONTRACTS
 
@@ -64,10 +64,14 @@ def _composed(name: str) -> Callable:
 
 COMPOSED = {name: _composed(name) for name in composed.OPERATORS}
 _IN_PYTHON = torch_grouped_mm.OPERATORS | COMPOSED
-# Beside the contracts: a question about a dtype, and what torch's products need.
-BESIDE = {
-    "products": "(Tensor rows) -> str",
-    "zero_empty_groups": "(Tensor(a!) sums, Tensor offsets) -> ()",
+# Beside the contracts, with what runs where a device has no kernel.
+BESIDE: dict[str, tuple[str, Callable]] = {
+    "products": ("(Tensor rows) -> str", torch_grouped_mm.products),
+    "zero_empty_groups": (
+        "(Tensor(a!) sums, Tensor offsets) -> ()",
+        torch_grouped_mm.zero_empty_groups,
+    ),
+    "keep_memory": ("(Tensor like, int? limit) -> (int, int)", memory.keep_none),
 }
 
 # Operators of the contracts that a library also has for tensor cores.
@@ -207,8 +211,8 @@ class Libraries:
         for name in (*NAMES, *BESIDE, *_ON_TENSOR_CORES) if self.library is None else ():
             self._python.define(str(_schema(name)).removeprefix("moe_ext::"))
         for name in (*NAMES, *BESIDE):
-            definitions = torch_grouped_mm if name in BESIDE else reference
-            kernel = _IN_PYTHON.get(name) or _loud_on_cuda(getattr(definitions, name))
+            _, beside = BESIDE.get(name, (None, None))
+            kernel = _IN_PYTHON.get(name) or beside or _loud_on_cuda(getattr(reference, name))
             self._python.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
             shapes = fake(name) if name in CONTRACTS else kernel
             torch.library.register_fake(f"moe_ext::{name}", shapes, lib=self._python)
@@ -222,7 +226,8 @@ class Libraries:
 
 
 def _schema(name: str) -> torch.FunctionSchema:
-    schema = BESIDE.get(name) or _ON_TENSOR_CORES.get(name) or contracts.PARSED[name].schema
+    beside, _ = BESIDE.get(name, (None, None))
+    schema = beside or _ON_TENSOR_CORES.get(name) or contracts.PARSED[name].schema
     return torch._C.parse_schema(f"moe_ext::{name}{schema}")
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(moe_ext.__file__).parent
 
 # From the bottom. A module imports from lower floors, and from its own floor.
 FLOORS = [
-    {"options", "toolkit", "formats", "ops"},
+    {"memory", "options", "toolkit", "formats", "ops"},
     {"routing", "experts"},
     {"process_group", "parallel"},
     {"layer"},
