@@ -79,9 +79,9 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, Sca
   if (device.type() != torch::headeronly::DeviceType::CPU) {
     return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
   }
-  const Contiguous of(size, dtype);
+  const Contiguous it(size, dtype);
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(of.rank, of.size, of.strides, of.dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(it.rank, it.size, it.strides, it.dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   const Tensor tensor(handle);
   poison(tensor);

@@ -1,4 +1,4 @@
-"""Memory that is kept for large results on a CPU: csrc/cpu/kept_memory.h."""
+"""Memory that is kept for large results on a CPU: csrc/cpu/memory_pool.h."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class KeptMemory(NamedTuple):
-    """What `keep_memory` found.
+    """The result of `keep_memory`.
 
     Attributes:
         kept: bytes that are kept now for the next results
-        limit: the most that may be kept; 0 where none are
+        limit: the most bytes that may be kept; 0 where none are
     """
 
     kept: int
@@ -22,29 +22,33 @@ class KeptMemory(NamedTuple):
 
 
 def keep_memory(limit: int | None = None) -> KeptMemory:
-    """Tell how much memory of freed results is kept for the next ones, and set the most.
+    """Tell how much memory of freed results this process keeps for the next ones, and set the most.
 
     New memory is slow: the system zeroes it, and a virtual machine may have to get it back from
-    its host. So the results of 4 MiB and more that operators make on a CPU are not given back when
-    they are freed, up to an eighth of the machine's memory. What is kept may be taken by the system
-    when it runs out of memory.
+    its host. So operators keep the memory of their results of 2 MiB and more on a CPU, in whole
+    pages of 2 MiB, up to an eighth of the machine's memory and at most 4 GiB. Once more than an
+    eighth of the limit was freed, the system is offered it, and takes it when it runs out.
 
     Args:
-        limit: the most bytes to keep in this process from now on; what is beyond it is given back.
-            0 keeps none. None changes nothing.
+        limit: the most bytes to keep from now on; the rest is given back. 0 keeps none. None
+            changes nothing.
 
     Returns:
-        bytes that are kept, and the limit. The limit is always 0 elsewhere than on Linux, and with
-        a torch before 2.11: large results then lie in the memory of torch's allocator.
+        bytes that are kept, and the limit. The limit is always 0 without the compiled library,
+        elsewhere than on Linux, and with a torch before 2.11: large results then lie in the memory
+        of torch's allocator.
 
     Raises:
         ValueError: the limit is negative
+        RuntimeError: in compiled code, which would not run it
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("call keep_memory outside of compiled code")
     if limit is not None and limit < 0:
         raise ValueError(f"limit must be at least 0 bytes, got {limit}")
-    return KeptMemory(*torch.ops.moe_ext.keep_memory.default(torch.empty(0), limit))
+    return KeptMemory(*torch.ops.moe_ext.keep_memory.default(torch.empty(0, device="cpu"), limit))
 
 
 def keep_none(like: Tensor, limit: int | None) -> tuple[int, int]:
-    """keep_memory of devices whose results lie in torch's memory."""
+    """The operator for devices whose results lie in torch's memory."""
     return 0, 0

@@ -13,7 +13,7 @@
 #include <type_traits>
 
 #include "../expert_args.h"
-#include "kept_memory.h"
+#include "memory_pool.h"
 
 namespace moe_ext {
 
@@ -40,12 +40,23 @@ auto visit_sums(ScalarType dtype, const Body& body) {
   return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
+// The memory of a dense tensor; the most that there is where the number is too large.
+inline int64_t bytes_of(std::initializer_list<int64_t> size, ScalarType dtype) {
+  int64_t bytes = visit_float(dtype, [](auto zero) { return int64_t{sizeof zero}; });
+  for (const int64_t length : size) {
+    if (length > 0 && bytes > INT64_MAX / length) return INT64_MAX;
+    bytes *= length;
+  }
+  return bytes;
+}
+
 // Memory for a result.
 inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
-  int64_t bytes = visit_float(dtype, [](auto zero) { return int64_t{sizeof zero}; });
-  for (const int64_t length : size) bytes *= length;
-  const std::optional<Tensor> large = in_kept_memory(bytes, size, dtype);
-  return large ? *large : empty(like, size, dtype);
+  const int64_t bytes = bytes_of(size, dtype);
+  if (const auto tensor = in_pool(bytes, size, dtype)) return *tensor;
+  const Tensor tensor = empty(like, size, dtype);
+  ask_for_pages(data<char>(tensor), bytes);
+  return tensor;
 }
 
 // How many parts there are of all, the last of which may be smaller.

@@ -211,7 +211,11 @@ def _facts() -> dict:
 
 def _kept_memory() -> str:
     found = keep_memory()
-    return str(found) if found.limit else "none: it needs Linux and torch 2.11 or later"
+    return (
+        str(found)
+        if found.limit
+        else "none: it needs the compiled library, Linux and torch 2.11 or later"
+    )
 
 
 def _cpu() -> dict:

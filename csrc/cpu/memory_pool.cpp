@@ -1,0 +1,277 @@
+#include "memory_pool.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <tuple>
+
+#include "../args.h"
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+// From torch 2.11 on; null before.
+extern "C" __attribute__((weak, visibility("default"))) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
+    int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* context);
+#endif
+
+namespace moe_ext {
+namespace {
+
+constexpr size_t kPage = MemoryPool::kPage;
+
+// Smaller results are left to torch's allocator.
+constexpr size_t kLeast = kPage;
+
+constexpr size_t kMostByDefault = size_t{4} << 30;
+
+constexpr size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+#if defined(__linux__)
+
+bool is_possible() { return torch_from_blob != nullptr; }
+
+size_t memory_of_machine() {
+  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+}
+
+// Bytes from an address to the next page.
+size_t until_page(const char* p) { return -reinterpret_cast<uintptr_t>(p) % kPage; }
+
+char* map(size_t bytes) {
+  void* begin = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return begin == MAP_FAILED ? nullptr : static_cast<char*>(begin);
+}
+
+void unmap(char* begin, size_t bytes) {
+  if (bytes > 0) munmap(begin, bytes);
+}
+
+// Null where the system gives none.
+char* map_pages(size_t bytes) {
+  char* begin = map(bytes);
+  if (begin && until_page(begin) > 0) {
+    unmap(begin, bytes);
+    begin = map(bytes + kPage);
+    if (!begin) return nullptr;
+    const size_t before = until_page(begin);
+    unmap(begin, before);
+    begin += before;
+    unmap(begin + bytes, kPage - before);
+  }
+  if (begin) ask_for_pages(begin, bytes);
+  return begin;
+}
+
+// The system may take these pages until they are written to.
+void offer(char* begin, size_t bytes) { madvise(begin, bytes, MADV_FREE); }
+
+// glibc keeps freed blocks of the sizes that it has seen freed, up to 32 MiB. It does not see the
+// pool's, and would give the smaller blocks of the same steps back each time.
+void teach_allocator(size_t bytes) {
+  void* volatile block = std::malloc(bytes);
+  std::free(block);
+}
+
+// A thread of the parent may hold the lock, and is not in the child.
+void lock_over_fork(void (*lock)(), void (*unlock)()) { pthread_atfork(lock, unlock, unlock); }
+
+// deleter(begin, context) when nobody has the tensor any more.
+Tensor tensor_of(char* begin, const Contiguous& it, void (*deleter)(void*, void*), void* context) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      begin, it.rank, it.size, it.strides, 0, it.dtype, aoti_torch_device_type_cpu(), -1, &handle,
+      aoti_torch_layout_strided(), nullptr, 0, deleter, context));
+  return Tensor(handle);
+}
+
+#else
+
+bool is_possible() { return false; }
+size_t memory_of_machine() { return 0; }
+char* map_pages(size_t) { return nullptr; }
+void unmap(char*, size_t) {}
+void offer(char*, size_t) {}
+void teach_allocator(size_t) {}
+void lock_over_fork(void (*)(), void (*)()) {}
+Tensor tensor_of(char*, const Contiguous&, void (*)(void*, void*), void*) { return {}; }
+
+#endif
+
+}  // namespace
+
+void Spans::add(Span span) {
+  bytes_ += span.bytes;
+  auto next = spans_.lower_bound(span.begin);
+  if (next != spans_.end() && next->first == span.begin + span.bytes) {
+    span.bytes += next->second;
+    next = spans_.erase(next);
+  }
+  if (next != spans_.begin()) {
+    const auto before = std::prev(next);
+    if (before->first + before->second == span.begin) {
+      before->second += span.bytes;
+      return;
+    }
+  }
+  spans_[span.begin] = span.bytes;
+}
+
+void Spans::remove(Span span) {
+  char* const end = span.begin + span.bytes;
+  auto at = spans_.upper_bound(span.begin);
+  if (at != spans_.begin()) --at;
+  while (at != spans_.end() && at->first < end) {
+    const auto [begin, bytes] = *at;
+    char* const last = begin + bytes;
+    if (last <= span.begin) {
+      ++at;
+      continue;
+    }
+    at = spans_.erase(at);
+    if (begin < span.begin) spans_[begin] = span.begin - begin;
+    if (last > end) spans_[end] = last - end;
+    bytes_ -= std::min(last, end) - std::max(begin, span.begin);
+  }
+}
+
+void Spans::clear() {
+  spans_.clear();
+  bytes_ = 0;
+}
+
+std::optional<Span> Spans::smallest(size_t least) const {
+  std::optional<Span> best;
+  for (const auto& [begin, bytes] : spans_) {
+    if (bytes >= least && (!best || bytes < best->bytes)) best = Span{begin, bytes};
+  }
+  return best;
+}
+
+std::vector<Span> Spans::all() const {
+  std::vector<Span> spans;
+  for (const auto& [begin, bytes] : spans_) spans.push_back({begin, bytes});
+  return spans;
+}
+
+MemoryPool::MemoryPool()
+    : limit_(is_possible() ? std::min(memory_of_machine() / 8, kMostByDefault) : 0) {
+  lock_over_fork([] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); });
+}
+
+MemoryPool& MemoryPool::of_process() {
+  static MemoryPool& pool = *new MemoryPool;
+  return pool;
+}
+
+char* MemoryPool::take(size_t bytes) {
+  bytes = whole_pages(bytes);
+  if (char* begin = take_kept(bytes)) return begin;
+  teach_allocator(bytes);
+  if (char* begin = map_pages(bytes)) return begin;
+  give_back(0);  // a process with a limit may have no addresses left
+  return map_pages(bytes);
+}
+
+// A large span stays whole for a large result as long as there are others.
+char* MemoryPool::take_kept(size_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::optional<Span> span = kept_.smallest(bytes);
+  if (!span) return nullptr;
+  forget({span->begin, bytes});
+  return span->begin;
+}
+
+void MemoryPool::forget(Span span) {
+  kept_.remove(span);
+  unoffered_.remove(span);
+}
+
+void MemoryPool::give(char* begin, size_t bytes) {
+  const Span span{begin, whole_pages(bytes)};
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    kept_.add(span);
+    unoffered_.add(span);
+  }
+  give_back(limit());
+}
+
+// What is kept beyond so many bytes, small spans first: a large one serves small results too.
+void MemoryPool::give_back(size_t most) {
+  std::vector<Span> rest;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (kept_.bytes() > most) {
+      const Span span = *kept_.smallest(0);
+      const size_t bytes = std::min(span.bytes, whole_pages(kept_.bytes() - most));
+      rest.push_back({span.begin + span.bytes - bytes, bytes});
+      forget(rest.back());
+    }
+    if (unoffered_.bytes() > limit_ / 8) {
+      for (const Span& span : unoffered_.all()) offer(span.begin, span.bytes);
+      unoffered_.clear();
+    }
+  }
+  for (const Span& span : rest) unmap(span.begin, span.bytes);
+}
+
+size_t MemoryPool::kept() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return kept_.bytes();
+}
+
+size_t MemoryPool::limit() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return limit_;
+}
+
+void MemoryPool::set_limit(size_t bytes) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    limit_ = bytes;
+  }
+  give_back(bytes);
+}
+
+std::optional<Tensor> in_pool(size_t bytes, std::initializer_list<int64_t> size, ScalarType dtype) {
+  if (bytes < kLeast || !is_possible()) return std::nullopt;
+  char* begin = MemoryPool::of_process().take(bytes);
+  if (!begin) return std::nullopt;
+  const auto give = [](void* data, void* context) {
+    MemoryPool::of_process().give(static_cast<char*>(data), reinterpret_cast<size_t>(context));
+  };
+  const Tensor tensor = tensor_of(begin, {size, dtype}, give, reinterpret_cast<void*>(bytes));
+  poison(tensor);
+  return tensor;
+}
+
+void ask_for_pages(char* begin, size_t bytes) {
+#if defined(__linux__)
+  char* const first = begin + until_page(begin);
+  char* const last = begin + bytes - reinterpret_cast<uintptr_t>(begin + bytes) % kPage;
+  // Where the advice is refused nothing is lost.
+  if (first < last) madvise(first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
+namespace {
+
+std::tuple<int64_t, int64_t> keep_memory(const Tensor&, std::optional<int64_t> limit) {
+  MemoryPool& pool = MemoryPool::of_process();
+  if (limit && *limit < 0) {
+    Check("keep_memory").fail("limit must be at least 0 bytes, got ", *limit);
+  }
+  if (limit && is_possible()) pool.set_limit(static_cast<size_t>(*limit));
+  return {static_cast<int64_t>(pool.kept()), static_cast<int64_t>(pool.limit())};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("keep_memory", TORCH_BOX(&keep_memory)); }
+
+}  // namespace moe_ext
