@@ -23,6 +23,7 @@ _SMALL, _LARGE = 128 << 10, 8 << 20
 def keep_freed() -> None:
     """From now on this process reuses freed memory."""
     _set({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+    moe_ext.keep_memory(1 << 40)
     make_room()
 
 

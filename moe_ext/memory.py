@@ -26,7 +26,7 @@ def keep_memory(limit: int | None = None) -> KeptMemory:
 
     New memory is slow: the system zeroes it, and a virtual machine may have to get it back from
     its host. So operators keep the memory of their results of 2 MiB and more on a CPU, in whole
-    pages of 2 MiB, up to an eighth of the machine's memory and at most 4 GiB. Once more than an
+    pages of 2 MiB, up to a quarter of the machine's memory and at most 16 GiB. Once more than an
     eighth of the limit was freed, the system is offered it, and takes it when it runs out.
 
     Args:

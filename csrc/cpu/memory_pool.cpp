@@ -27,7 +27,7 @@ constexpr size_t kPage = MemoryPool::kPage;
 // Smaller results are left to torch's allocator.
 constexpr size_t kLeast = kPage;
 
-constexpr size_t kMostByDefault = size_t{4} << 30;
+constexpr size_t kMostByDefault = size_t{16} << 30;
 
 constexpr size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
@@ -159,7 +159,7 @@ std::vector<Span> Spans::all() const {
 }
 
 MemoryPool::MemoryPool()
-    : limit_(is_possible() ? std::min(memory_of_machine() / 8, kMostByDefault) : 0) {
+    : limit_(is_possible() ? std::min(memory_of_machine() / 4, kMostByDefault) : 0) {
   lock_over_fork([] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); });
 }
 
