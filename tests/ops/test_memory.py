@@ -28,11 +28,11 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    """Each test begins with nothing kept, and with the limit of the process."""
+    """Each test begins with nothing kept, and with a limit of a gigabyte."""
     gc.collect()  # results of other tests may hang in cycles
     limit = moe_ext.keep_memory().limit
     moe_ext.keep_memory(0)
-    moe_ext.keep_memory(limit)
+    moe_ext.keep_memory(1 << 30)
     yield
     moe_ext.keep_memory(limit)
 

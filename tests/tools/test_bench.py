@@ -98,6 +98,7 @@ def test_the_state_of_memory_is_recorded(ops_report, monkeypatch):
     """Every state has a process of its own; here one process stands for all."""
     monkeypatch.setattr(bench_ops, "measure_in", bench_ops.measure)
     monkeypatch.setattr(memory, "give_back", lambda: None)
+    monkeypatch.setattr(memory, "keep_none", lambda: None)
     states = ["new", "huge", "kept"]
     options = ["--shape", "gshard", "--op", "plan", "--memory", *states, "--threads", "1"]
     shapes = ops_report(*options)["shapes"]
