@@ -51,27 +51,6 @@ inline void poison(const Tensor& tensor) {
   std::memset(tensor.mutable_data_ptr(), is_int ? 0x7f : 0xff, bytes);
 }
 
-// A contiguous tensor as torch's C interface describes it.
-struct Contiguous {
-  static constexpr std::size_t kMostDims = 3;
-
-  Contiguous(std::initializer_list<int64_t> size, ScalarType scalar_type)
-      : rank(static_cast<int64_t>(size.size())),
-        size(size.begin()),
-        dtype(torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type))) {
-    int64_t stride = 1;
-    for (int64_t i = rank; i-- > 0;) {
-      strides[i] = stride;
-      stride *= std::max<int64_t>(1, this->size[i]);
-    }
-  }
-
-  int64_t rank;
-  const int64_t* size;
-  int64_t strides[kMostDims + 1] = {};
-  int32_t dtype;
-};
-
 // On the CPU without the dispatcher, in which the results of operators on a few tokens took most of
 // the time.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
@@ -79,10 +58,17 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, Sca
   if (device.type() != torch::headeronly::DeviceType::CPU) {
     return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
   }
-  const Contiguous it(size, dtype);
+  constexpr std::size_t kMostDims = 3;
+  int64_t strides[kMostDims + 1] = {}, stride = 1;
+  for (std::size_t i = size.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(1, size.begin()[i]);
+  }
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(it.rank, it.size, it.strides, it.dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.begin(),
+                                                  strides, type, aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
   const Tensor tensor(handle);
   poison(tensor);
   return tensor;

@@ -31,6 +31,22 @@ constexpr size_t kMostByDefault = size_t{16} << 30;
 
 constexpr size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
+// The arguments of a contiguous tensor in torch's C interface.
+struct Contiguous {
+  Contiguous(std::initializer_list<int64_t> sizes, ScalarType scalar_type)
+      : rank(static_cast<int64_t>(sizes.size())),
+        size(sizes.begin()),
+        dtype(torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type))) {
+    int64_t stride = 1;
+    for (int64_t i = rank; i-- > 0; stride *= size[i]) strides[i] = stride;
+  }
+
+  int64_t rank;
+  const int64_t* size;
+  int64_t strides[4] = {};
+  int32_t dtype;
+};
+
 #if defined(__linux__)
 
 bool is_possible() { return torch_from_blob != nullptr; }
