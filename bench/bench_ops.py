@@ -237,7 +237,7 @@ def measure(options: argparse.Namespace, label: str, state: str | None = None) -
             continue
         if state in ("new", "huge"):
             memory.give_back()
-            memory.keep_none()
+            moe_ext.keep_memory(0)
         num_bytes = check(case)
         functions, excluded = peers_of(title, case, o, options.longest)
         for result in results:

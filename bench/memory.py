@@ -32,11 +32,6 @@ def give_back() -> None:
     _set({_M_MMAP_THRESHOLD: _SMALL, _M_TRIM_THRESHOLD: _SMALL})
 
 
-def keep_none() -> None:
-    """From now on moe_ext too gives every freed result back."""
-    moe_ext.keep_memory(0)
-
-
 def give_back_large() -> None:
     """From now on freed blocks of 8 MiB or more go back, and smaller ones are reused.
 
