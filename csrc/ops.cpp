@@ -53,6 +53,6 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   m.def("products(Tensor rows) -> str");
   // For sums [E, N, M] that a product of torch's made: dense, and nobody else's.
   m.def("zero_empty_groups(Tensor(a!) sums, Tensor offsets) -> ()");
-  // Bytes that are kept for the next results on this device, and the most that may be.
+  // Returns the bytes that are kept for new results on this device, and the limit; `limit` sets it.
   m.def("keep_memory(Tensor like, int? limit) -> (int, int)");
 }

@@ -22,12 +22,13 @@ class KeptMemory(NamedTuple):
 
 
 def keep_memory(limit: int | None = None) -> KeptMemory:
-    """Tell how much memory of freed results this process keeps for the next ones, and set the most.
+    """Show how much memory of freed results this process keeps for new ones, and set the limit.
 
     New memory is slow: the system zeroes it, and a virtual machine may have to get it back from
     its host. So operators keep the memory of their results of 2 MiB and more on a CPU, in whole
-    pages of 2 MiB, up to a quarter of the machine's memory and at most 16 GiB. Once more than an
-    eighth of the limit was freed, the system is offered it, and takes it when it runs out.
+    pages of 2 MiB, up to a quarter of the machine's memory and at most 16 GiB. When more than an
+    eighth of the limit has been freed, that memory is offered to the system, which takes it when
+    it runs out of memory.
 
     Args:
         limit: the most bytes to keep from now on; the rest is given back. 0 keeps none. None
@@ -50,5 +51,5 @@ def keep_memory(limit: int | None = None) -> KeptMemory:
 
 
 def keep_none(like: Tensor, limit: int | None) -> tuple[int, int]:
-    """The operator for devices whose results lie in torch's memory."""
+    """keep_memory for devices whose results are in torch's memory."""
     return 0, 0

@@ -40,7 +40,7 @@ auto visit_sums(ScalarType dtype, const Body& body) {
   return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
-// The memory of a dense tensor; the most that there is where the number is too large.
+// Bytes of a dense tensor; INT64_MAX if the number overflows, which no allocator grants.
 inline int64_t bytes_of(std::initializer_list<int64_t> size, ScalarType dtype) {
   int64_t bytes = visit_float(dtype, [](auto zero) { return int64_t{sizeof zero}; });
   for (const int64_t length : size) {

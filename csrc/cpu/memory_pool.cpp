@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-// From torch 2.11 on; null before.
+// torch has it from 2.11 on; the address is null before.
 extern "C" __attribute__((weak, visibility("default"))) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
     int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
@@ -24,28 +24,12 @@ namespace {
 
 constexpr size_t kPage = MemoryPool::kPage;
 
-// Smaller results are left to torch's allocator.
+// torch's allocator holds smaller results.
 constexpr size_t kLeast = kPage;
 
 constexpr size_t kMostByDefault = size_t{16} << 30;
 
 constexpr size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
-
-// The arguments of a contiguous tensor in torch's C interface.
-struct Contiguous {
-  Contiguous(std::initializer_list<int64_t> sizes, ScalarType scalar_type)
-      : rank(static_cast<int64_t>(sizes.size())),
-        size(sizes.begin()),
-        dtype(torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type))) {
-    int64_t stride = 1;
-    for (int64_t i = rank; i-- > 0; stride *= size[i]) strides[i] = stride;
-  }
-
-  int64_t rank;
-  const int64_t* size;
-  int64_t strides[4] = {};
-  int32_t dtype;
-};
 
 #if defined(__linux__)
 
@@ -67,7 +51,7 @@ void unmap(char* begin, size_t bytes) {
   if (bytes > 0) munmap(begin, bytes);
 }
 
-// Null where the system gives none.
+// Returns null if the system has no memory.
 char* map_pages(size_t bytes) {
   char* begin = map(bytes);
   if (begin && until_page(begin) > 0) {
@@ -86,22 +70,28 @@ char* map_pages(size_t bytes) {
 // The system may take these pages until they are written to.
 void offer(char* begin, size_t bytes) { madvise(begin, bytes, MADV_FREE); }
 
-// glibc keeps freed blocks of the sizes that it has seen freed, up to 32 MiB. It does not see the
-// pool's, and would give the smaller blocks of the same steps back each time.
+// glibc reuses freed blocks up to the largest size that it has seen freed, at most 32 MiB. It does
+// not see the pool's results, so this shows it a block of their size. Without it, glibc returns the
+// smaller blocks of each step to the system.
 void teach_allocator(size_t bytes) {
   void* volatile block = std::malloc(bytes);
   std::free(block);
 }
 
-// A thread of the parent may hold the lock, and is not in the child.
+// A fork copies a held lock, but not the thread that would release it.
 void lock_over_fork(void (*lock)(), void (*unlock)()) { pthread_atfork(lock, unlock, unlock); }
 
-// deleter(begin, context) when nobody has the tensor any more.
-Tensor tensor_of(char* begin, const Contiguous& it, void (*deleter)(void*, void*), void* context) {
+// A contiguous tensor in this memory. deleter(begin, context) runs when its last reference dies.
+Tensor tensor_of(char* begin, std::initializer_list<int64_t> size, ScalarType dtype,
+                 void (*deleter)(void*, void*), void* context) {
+  int64_t strides[4] = {}, stride = 1;
+  for (size_t i = size.size(); i-- > 0; stride *= size.begin()[i]) strides[i] = stride;
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      begin, it.rank, it.size, it.strides, 0, it.dtype, aoti_torch_device_type_cpu(), -1, &handle,
-      aoti_torch_layout_strided(), nullptr, 0, deleter, context));
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(begin, static_cast<int64_t>(size.size()), size.begin(),
+                                         strides, 0, type, aoti_torch_device_type_cpu(), -1,
+                                         &handle, aoti_torch_layout_strided(), nullptr, 0, deleter,
+                                         context));
   return Tensor(handle);
 }
 
@@ -114,7 +104,9 @@ void unmap(char*, size_t) {}
 void offer(char*, size_t) {}
 void teach_allocator(size_t) {}
 void lock_over_fork(void (*)(), void (*)()) {}
-Tensor tensor_of(char*, const Contiguous&, void (*)(void*, void*), void*) { return {}; }
+Tensor tensor_of(char*, std::initializer_list<int64_t>, ScalarType, void (*)(void*, void*), void*) {
+  return {};
+}
 
 #endif
 
@@ -193,7 +185,7 @@ char* MemoryPool::take(size_t bytes) {
   return map_pages(bytes);
 }
 
-// A large span stays whole for a large result as long as there are others.
+// Takes the smallest span that is large enough, so that large spans serve large results.
 char* MemoryPool::take_kept(size_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::optional<Span> span = kept_.smallest(bytes);
@@ -217,7 +209,8 @@ void MemoryPool::give(char* begin, size_t bytes) {
   give_back(limit());
 }
 
-// What is kept beyond so many bytes, small spans first: a large one serves small results too.
+// Gives kept memory beyond `most` bytes back to the system. Small spans go first, because a large
+// span serves small results too.
 void MemoryPool::give_back(size_t most) {
   std::vector<Span> rest;
   {
@@ -261,7 +254,7 @@ std::optional<Tensor> in_pool(size_t bytes, std::initializer_list<int64_t> size,
   const auto give = [](void* data, void* context) {
     MemoryPool::of_process().give(static_cast<char*>(data), reinterpret_cast<size_t>(context));
   };
-  const Tensor tensor = tensor_of(begin, {size, dtype}, give, reinterpret_cast<void*>(bytes));
+  const Tensor tensor = tensor_of(begin, size, dtype, give, reinterpret_cast<void*>(bytes));
   poison(tensor);
   return tensor;
 }

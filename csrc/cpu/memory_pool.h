@@ -6,8 +6,8 @@
 //   in use   ####      ########    ###
 //   kept          ----          --        at most a limit
 //
-// The system may take kept memory that it was offered when it runs out, without writing it
-// anywhere. To offer pages takes half as long as to write them, so it is done for many at a time.
+// Kept memory is offered to the system, which takes it when it runs out of memory, without writing
+// it to disk. A call that offers memory takes tens of microseconds, so it offers many pages.
 
 #pragma once
 
@@ -34,7 +34,7 @@ class Spans {
   void remove(Span span);
   void clear();
 
-  // The smallest span of so many bytes or more, without a neighbour in the set.
+  // The smallest span of at least so many bytes.
   std::optional<Span> smallest(size_t least) const;
   std::vector<Span> all() const;
   size_t bytes() const { return bytes_; }
@@ -51,7 +51,7 @@ class MemoryPool {
   // The pool of this process. It outlives every tensor.
   static MemoryPool& of_process();
 
-  // Memory of whole pages; null where the system gives none.
+  // Both round up to whole pages. take returns null if the system has no memory.
   char* take(size_t bytes);
   void give(char* begin, size_t bytes);
 
@@ -71,12 +71,12 @@ class MemoryPool {
   size_t limit_;
 };
 
-// A contiguous tensor in memory of the pool; none where it is small, or where torch takes no memory
-// of others.
+// Returns a contiguous tensor in memory of the pool; nothing if the tensor is small, or if torch is
+// older than 2.11 and cannot take memory of others.
 std::optional<torch::stable::Tensor> in_pool(size_t bytes, std::initializer_list<int64_t> size,
                                              torch::headeronly::ScalarType dtype);
 
-// Asks for pages of two megabytes in memory of torch's that was not written yet.
+// Asks the system for pages of two megabytes. Call it before the memory is first written.
 void ask_for_pages(char* begin, size_t bytes);
 
 }  // namespace moe_ext

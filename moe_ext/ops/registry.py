@@ -64,7 +64,7 @@ def _composed(name: str) -> Callable:
 
 COMPOSED = {name: _composed(name) for name in composed.OPERATORS}
 _IN_PYTHON = torch_grouped_mm.OPERATORS | COMPOSED
-# Beside the contracts, with what runs where a device has no kernel.
+# Operators beside the contracts: the schema, and the kernel for devices that have none.
 BESIDE: dict[str, tuple[str, Callable]] = {
     "products": ("(Tensor rows) -> str", torch_grouped_mm.products),
     "zero_empty_groups": (

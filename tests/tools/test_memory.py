@@ -1,4 +1,4 @@
-"""Memory that is kept for large results on a CPU: whose it is, how much, and where it goes."""
+"""Kept memory of large CPU results: its reuse, its limit, and its return to the system."""
 
 import gc
 import os
@@ -18,7 +18,7 @@ from moe_ext import memory
 from moe_ext.cli import doctor
 
 PAGE = 1 << 21
-WIDTH = PAGE // 4  # of a row of a page
+WIDTH = PAGE // 4  # numbers in a row of one page
 
 pytestmark = pytest.mark.skipif(
     moe_ext.keep_memory().limit == 0,
@@ -44,12 +44,12 @@ def result(pages: int, value: float = 0.0, width: int = WIDTH) -> Tensor:
 
 
 def kept() -> float:
-    """In pages."""
+    """The number of kept pages."""
     return moe_ext.keep_memory().kept / PAGE
 
 
 def apart(*results: Tensor) -> None:
-    """Skip where the system put some side by side: what they leave would be one."""
+    """Skip if the system put results side by side: their memory would become one span."""
     ends = {tensor.data_ptr() + tensor.nbytes for tensor in results}
     if ends & {tensor.data_ptr() for tensor in results}:
         pytest.skip("the system put results side by side")
@@ -154,7 +154,7 @@ SMAPS = Path("/proc/self/smaps_rollup")
 
 
 def offered() -> int:
-    """Pages that the system may take without writing them; it counts a few small ones late."""
+    """Count the pages that were offered to the system, which counts a few small ones late."""
     lines = SMAPS.read_text()
     return round(int(re.search(r"LazyFree:\s*(\d+) kB", lines)[1]) * 1024 / PAGE)
 
@@ -251,7 +251,7 @@ def test_other_devices_keep_none():
 
 
 def churn(seed: int) -> None:
-    """Results of many sizes come and go; none is written by another's operator."""
+    """Make and free results of many sizes, and check that each keeps its value."""
     rng, held = random.Random(seed), []
     for step in range(150):
         if held and rng.random() < 0.5:
@@ -272,7 +272,7 @@ def test_results_never_share_memory():
 
 
 def run(program: str) -> str:
-    """What a process says that runs the program, with this module's names."""
+    """Run a program with this module's names in a new process, and return its output."""
     start = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     done = subprocess.run(
         [sys.executable, "-c", f"{start}from test_memory import *\n{program}"],
