@@ -41,7 +41,8 @@ struct FewOuter {
     for (int64_t v = 0; v < vectors; ++v) {
       for (int64_t j = 0; j < n; ++j) {
         scalar_t copy[Format::kElements];
-        Format::widen(vector_of(right, j, v, copy), packed + (v * n + j) * R);
+        Format::widen(vector_of<sizeof(typename Format::Lanes)>(right, j, v, copy),
+                      packed + (v * n + j) * R);
       }
     }
     for (int64_t j = 0; j < n; ++j) {

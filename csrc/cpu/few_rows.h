@@ -166,11 +166,12 @@ struct FewRowsOf {
   template <typename Format>
   struct Part {
     const typename Format::scalar_t* lines;
-    int64_t stride, vectors;               // elements from a line to the next
+    int64_t stride, vectors, rest;         // elements from a line to the next, after the vectors
     const typename Format::Lanes* packed;  // the rows
     typename Format::Lanes* sums;          // [rows, kLines]
     Stored next;                           // is asked for ahead of its use
-    Totals to;                             // is written in place of the sums where lines are whole
+    bool starts, ends;                     // with the lines' first numbers, with their last
+    Totals to;                             // is written in place of the sums where lines end
   };
 
   template <typename Format>
@@ -196,18 +197,13 @@ struct FewRowsOf {
     for (int64_t r = 0; r < count; r += count >= kLines ? kLines : 1) {
       const int64_t first = count >= kLines ? std::min(r, count - kLines) : r;
       const Totals to{first, totals + first, width};
-      if (streams) {
-        if constexpr (Source::kInMemory) stream(first, packed);
-      } else if (multiply_blocks(packed, to)) {
-        continue;
+      if constexpr (Source::kInMemory) {
+        if (streams) {
+          stream(to, packed);
+          continue;
+        }
       }
-      if (full < vectors) add_rest(first, packed);
-      for (int64_t j = 0; j < n; ++j) {
-        Lanes sums[kLines];
-        std::memcpy(sums, packed.sums + j * kLines, sizeof(sums));
-        std::memset(static_cast<void*>(packed.sums + j * kLines), 0, sizeof(sums));
-        write_totals(to, j, sums);
-      }
+      multiply_blocks(to, packed);
     }
     for (int64_t j = 0; j < n; ++j) write_row<Format>(totals + j * width, bias, out, j);
   }
@@ -220,11 +216,10 @@ struct FewRowsOf {
       for (int64_t v = 0; v < packed.vectors; ++v) {
         for (int64_t j = begin; j < end; ++j, to += Format::kRegisters) {
           typename Format::scalar_t copy[Format::kElements];
-          Format::widen(vector_of(rows, j, v, copy), to);
+          Format::widen(vector_of<sizeof(*to)>(rows, j, v, copy), to);
         }
       }
     }
-    std::memset(static_cast<void*>(packed.sums), 0, rows.rows * kLines * sizeof(*packed.sums));
   }
 
   // Vectors of kLines from the first on.
@@ -238,30 +233,40 @@ struct FewRowsOf {
     return lines;
   }
 
-  // One block, kAtOnce lines at a time, in the order of memory.
+  // One block times kLines lines, kAtOnce of them at a time, in the order of memory.
   template <typename Format>
-  MOE_EXT_INLINE void stream(int64_t first, const Packed<Format>& packed) const {
+  MOE_EXT_INLINE void stream(const Totals& to, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
     constexpr int kCount = kAtOnce<Format>;
     constexpr int64_t kBytes = kCount * Format::kElements * sizeof(scalar_t);
-    const Matrix lines = lines_of<Format>(first, 0, packed.vectors);
+    const Matrix lines = lines_of<Format>(to.first, 0, packed.vectors);
     const auto* line = reinterpret_cast<const scalar_t*>(lines.data);
     for (int i = 0; i < kLines; i += kCount, line += kCount * lines.row_stride) {
       const auto* next = reinterpret_cast<const char*>(line);
       next += kCount == 1 ? kAhead : kCount * lines.row_stride * sizeof(scalar_t);
-      const Part<Format> part{
-          line, lines.row_stride, packed.full, packed.lanes, packed.sums + i, {next, 64, kBytes},
-          {}};
-      with_count<kStreamed<Format>>(rows.rows, [&](auto n) __attribute__((always_inline)) {
-        multiply_part<true, false, n>(part);
-      });
+      const Part<Format> part{line,
+                              lines.row_stride,
+                              packed.full,
+                              lines.columns - packed.full * Format::kElements,
+                              packed.lanes,
+                              packed.sums + i,
+                              {next, 64, kBytes},
+                              true,
+                              false,
+                              {}};
+      with_count<kStreamed<Format>>(
+          rows.rows, [&](auto n) __attribute__((always_inline)) { multiply_part<true, n>(part); });
+    }
+    for (int64_t j = 0; j < rows.rows; ++j) {
+      typename Format::Lanes sums[kLines];
+      std::memcpy(sums, packed.sums + j * kLines, sizeof(sums));
+      write_totals(to, j, sums);
     }
   }
 
-  // Multiplies a part of the lines by one block after the other. If the part is the whole lines, it
-  // writes the totals from the registers and returns true.
+  // kLines lines, a part of them after the other, times one block after the other.
   template <typename Format>
-  MOE_EXT_INLINE bool multiply_blocks(const Packed<Format>& packed, const Totals& to) const {
+  MOE_EXT_INLINE void multiply_blocks(const Totals& to, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
     constexpr int64_t kElements = Format::kElements;
     constexpr int64_t kStep = std::max<int64_t>(1, Source::kWhole / kElements);
@@ -269,12 +274,13 @@ struct FewRowsOf {
     static_assert(kMost % kStep == 0);
     const int64_t full = packed.full, parts = std::max<int64_t>(1, (full + kMost - 1) / kMost);
     const int64_t deep = ((full + parts - 1) / parts + kStep - 1) / kStep * kStep;
-    const bool is_whole = parts == 1 && full > 0 && full == packed.vectors;
-    for (int64_t v = 0; v < full; v += deep) {
+    int64_t v = 0;
+    do {  // also for lines without a full vector
       const int64_t end = std::min(v + deep, full);
-      const Matrix lines = lines_of<Format>(to.first, v, end);
+      const bool ends = end == full;
+      const Matrix lines = lines_of<Format>(to.first, v, ends ? packed.vectors : end);
       Stored next = source.stored(to.first, kElements);
-      next.first += end < full ? end * next.step : kLines * next.apart;
+      next.first += ends ? kLines * next.apart : end * next.step;
       // Every block asks for what comes next: the CPU drops what it cannot keep up with. (24 rows
       // took 1.4 times as long on a Zen 5 where the first block alone asked.)
       for (int64_t begin = 0; begin < rows.rows; begin += packed.block) {
@@ -282,33 +288,18 @@ struct FewRowsOf {
         const Part<Format> part{reinterpret_cast<const scalar_t*>(lines.data),
                                 lines.row_stride,
                                 end - v,
+                                lines.columns - (end - v) * kElements,
                                 packed.at(begin, count, v),
                                 packed.sums + begin * kLines,
                                 next,
+                                v == 0,
+                                ends,
                                 {to.first, to.at + begin * to.apart, to.apart}};
-        with_count<kBlock<Format>>(count, [&](auto n) __attribute__((always_inline)) {
-          is_whole ? multiply_part<false, true, n>(part) : multiply_part<false, false, n>(part);
-        });
+        with_count<kBlock<Format>>(
+            count, [&](auto n) __attribute__((always_inline)) { multiply_part<false, n>(part); });
       }
-    }
-    return is_whole;
-  }
-
-  // The last vector of every line, which is not full.
-  template <typename Format>
-  MOE_EXT_INLINE void add_rest(int64_t first, const Packed<Format>& packed) const {
-    const Matrix lines = lines_of<Format>(first, packed.full, packed.vectors);
-    for (int i = 0; i < kLines; ++i) {
-      typename Format::scalar_t copy[Format::kElements];
-      const auto* last = vector_of(lines, i, 0, copy);
-      for (int64_t begin = 0; begin < rows.rows; begin += packed.block) {
-        const int64_t count = std::min(packed.block, rows.rows - begin);
-        const auto* from = packed.at(begin, count, packed.full);
-        for (int64_t j = 0; j < count; ++j, from += Format::kRegisters) {
-          add<Format>(packed.sums[(begin + j) * kLines + i], last, from);
-        }
-      }
-    }
+      v = end;
+    } while (v < full);
   }
 
   // A vector of the weight times one of a row, added to a sum per lane.
@@ -321,7 +312,7 @@ struct FewRowsOf {
     Format::add(sums, w, row);
   }
 
-  template <bool streams, bool is_whole, int64_t count, typename Format>
+  template <bool streams, int64_t count, typename Format>
   MOE_EXT_INLINE void multiply_part(const Part<Format>& part) const {
     using Lanes = typename Format::Lanes;
     using scalar_t = typename Format::scalar_t;
@@ -331,7 +322,10 @@ struct FewRowsOf {
     const int64_t stride = part.stride;
     Lanes sums[count][lines];
     for (int j = 0; j < count; ++j) {
-      for (int i = 0; i < lines; ++i) sums[j][i] = is_whole ? Lanes{} : part.sums[j * kLines + i];
+      for (int i = 0; i < lines; ++i) {
+        sums[j][i] = Lanes{};
+        if (!part.starts) sums[j][i] = part.sums[j * kLines + i];
+      }
     }
     const Lanes* packed = part.packed;
     const scalar_t* line = part.lines;
@@ -347,12 +341,25 @@ struct FewRowsOf {
       line += Format::kElements;
       next += part.next.step;
     }
-    for (int j = 0; j < count; ++j) {
-      if constexpr (is_whole) {
-        write_totals(part.to, j, sums[j]);
-      } else {
-        for (int i = 0; i < lines; ++i) part.sums[j * kLines + i] = sums[j][i];
+    if (part.rest > 0) {
+      scalar_t last[lines][Format::kElements];
+      for (int i = 0; i < lines; ++i) {
+        copy_first<sizeof(Lanes)>(line + i * stride, part.rest, last[i]);
       }
+      for (int j = 0; j < count; ++j) {
+        for (int i = 0; i < lines; ++i) {
+          add<Format>(sums[j][i], last[i], packed + j * Format::kRegisters);
+        }
+      }
+    }
+    for (int j = 0; j < count; ++j) {
+      if constexpr (!streams) {
+        if (part.ends) {
+          write_totals(part.to, j, sums[j]);
+          continue;
+        }
+      }
+      for (int i = 0; i < lines; ++i) part.sums[j * kLines + i] = sums[j][i];
     }
   }
 };

@@ -57,7 +57,7 @@ struct FewRowsFlat {
       typename Format::Lanes first[Format::kRegisters]{};
       if (bias) {
         typename Format::scalar_t copy[Format::kElements];
-        Format::widen(vector_of(*bias, 0, v, copy), first);
+        Format::widen(vector_of<sizeof(typename Format::Lanes)>(*bias, 0, v, copy), first);
       }
       for (int64_t j = 0; j < rows.rows; ++j) {
         for (int p = 0; p < Format::kRegisters; ++p) *sums++ = first[p];
@@ -77,7 +77,7 @@ struct FewRowsFlat {
       for (int i = 0; i < count; ++i) {
         scalar_t copy[Format::kElements];
         __builtin_prefetch(next + i * lines.row_stride + v * Format::kElements, 0, 2);
-        Format::widen(vector_of(lines, m + i, v, copy), terms[i]);
+        Format::widen(vector_of<sizeof(typename Format::Lanes)>(lines, m + i, v, copy), terms[i]);
       }
       for (int64_t j = 0; j < rows.rows; ++j) {
         const float* factor = factors + j * lines.rows + m;

@@ -151,7 +151,7 @@ class Gemm {
     const bool is_flat = weight.row_stride == 1 && weight.column_stride != 1;
     const bool has_loops =
         has_lanes(rows.dtype) && rows.column_stride == 1 && out.column_stride == 1;
-    const bool is_few = has_loops && rows.rows <= most_before_tiles(is_flat);
+    const bool is_few = has_loops && rows.rows <= most_before_tiles(is_flat, rows.columns);
     if (!is_few && by_tiles(out, rows, weight.transposed(), first)) return;
     if (has_loops) {
       if (weight.column_stride == 1 && rows.rows <= most_rows(rows.dtype, rows.columns)) {
@@ -189,8 +189,8 @@ class Gemm {
 
   // out [N, M] = left [n, N]^T @ right [n, M]
   void outer(const Matrix& out, const Matrix& left, const Matrix& right) {
-    if (has_lanes(left.dtype) && left.rows <= most_outer_rows(left.dtype, out.columns) &&
-        left.column_stride == 1 && right.column_stride == 1 && out.column_stride == 1) {
+    if (has_lanes(left.dtype) && left.rows <= most_outer_rows(out) && left.column_stride == 1 &&
+        right.column_stride == 1 && out.column_stride == 1) {
       return on_widest(FewOuter{out, left, right}, left_);
     }
     if (by_tiles(out, left.transposed(), right, nullptr)) return;
@@ -209,9 +209,10 @@ class Gemm {
   // longest rows of floats, kFewBesidePairs where pair_loops.h takes more.
   static constexpr int64_t kFewRows = 16, kFewPairs = 48, kFewFloats = 64, kFewLong = 12;
   static constexpr int64_t kFewBesidePairs = 24;
-  // Up to so many the loops of few_rows_flat.h are as fast as tile_product.h, and up to four
-  // faster. Where bfloat16 is multiplied in registers, few_outer.h has the same limit.
-  static constexpr int64_t kFewFlat = 8;
+  // Up to so many the loops of few_rows_flat.h are faster than tile_product.h; those of few_outer.h
+  // where bfloat16 is multiplied in registers, and where lines of the result are pages apart: to
+  // write 64 bytes of each takes a Zen 5 three times as long.
+  static constexpr int64_t kFewFlat = 6, kFewOuter = 2, kFewOuterPages = 8, kPage = 2048;
   // Where MKL multiplies many rows of floats, the loops of block_product.h take up to kSomeFloats;
   // kFlatFloats if the columns of the weight are dense; kSmallFloats if such a weight has up to
   // kSmallFlat numbers, or a gradient up to kSmallOuter. If an expert has several tiles of rows,
@@ -232,7 +233,7 @@ class Gemm {
   // The same where the rows of the weight are dense. On a Sapphire Rapids packed blocks are faster
   // from kFewRows on unless the rows are long. On a Zen 5 columns / 16 was measured.
   int64_t most_rows(ScalarType dtype, int64_t columns) const {
-    if (in_registers_) return kFewBesidePairs;
+    if (in_registers_) return most_beside_pairs(columns);
     const int64_t most = most_lines(dtype, columns);
     if (dtype != ScalarType::Float || prefers_own_loops()) return most;
     return std::max(std::min(most, kFewRows), std::min(columns / 48, most));
@@ -240,14 +241,19 @@ class Gemm {
 
   // The same for the loops of few_outer.h. MKL is faster for more than kFewLong long rows of
   // floats.
-  int64_t most_outer_rows(ScalarType dtype, int64_t columns) const {
-    if (in_registers_) return kFewFlat;
-    return dtype == ScalarType::Float && columns > 256 ? kFewLong : kFewRows;
+  int64_t most_outer_rows(const Matrix& out) const {
+    if (in_registers_) return out.row_stride % kPage == 0 ? kFewOuterPages : kFewOuter;
+    return out.dtype == ScalarType::Float && out.columns > 256 ? kFewLong : kFewRows;
   }
 
   // The same for rows that tile_product.h would take too.
-  int64_t most_before_tiles(bool is_flat) const {
-    return is_flat ? kFewFlat : in_registers_ ? kFewBesidePairs : 0;
+  int64_t most_before_tiles(bool is_flat, int64_t columns) const {
+    return is_flat ? kFewFlat : in_registers_ ? most_beside_pairs(columns) : 0;
+  }
+
+  // Sums over lanes cost too much for short rows.
+  static int64_t most_beside_pairs(int64_t columns) {
+    return std::clamp<int64_t>(columns / 24, 2, kFewBesidePairs);
   }
 
   // out = left @ right + first; false where tile_product.h does not multiply.

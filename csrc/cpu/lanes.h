@@ -109,15 +109,22 @@ MOE_EXT_INLINE void visit_format(ScalarType dtype, const Body& body) {
   }
 }
 
+// The first `count` numbers, which are not all, and zeros.
+template <int bytes, int size, typename scalar_t>
+MOE_EXT_INLINE void copy_first(const scalar_t* from, int64_t count, scalar_t (&copy)[size]) {
+  Vector<char, sizeof(copy)> numbers;
+  load_first<bytes>(numbers, from, count * sizeof(scalar_t));
+  store(numbers, static_cast<void*>(copy));
+}
+
 // Vector v of row `row`; a copy, filled up with zeros, where the row ends within it.
-template <int size, typename scalar_t>
+template <int bytes, int size, typename scalar_t>
 MOE_EXT_INLINE const scalar_t* vector_of(const Matrix& matrix, int64_t row, int64_t v,
                                          scalar_t (&copy)[size]) {
   const auto* from = reinterpret_cast<const scalar_t*>(matrix.data) + row * matrix.row_stride;
   const int64_t begin = v * size, rest = matrix.columns - begin;
   if (rest >= size) return from + begin;
-  std::memset(static_cast<void*>(copy), 0, sizeof(copy));
-  std::memcpy(static_cast<void*>(copy), from + begin, rest * sizeof(scalar_t));
+  copy_first<bytes>(from + begin, rest, copy);
   return copy;
 }
 
@@ -131,7 +138,9 @@ MOE_EXT_INLINE void write_vector(const typename Format::Lanes* from, const Matri
   if (rest >= Format::kElements) return Format::narrow(from, to);
   scalar_t copy[Format::kElements];
   Format::narrow(from, copy);
-  std::memcpy(static_cast<void*>(to), copy, rest * sizeof(scalar_t));
+  Vector<char, sizeof(copy)> numbers;
+  load(numbers, static_cast<const void*>(copy));
+  store_first<sizeof(typename Format::Lanes)>(numbers, to, rest * sizeof(scalar_t));
 }
 
 // A matrix as floats.

@@ -21,30 +21,41 @@ class PairLoops {
  public:
   // TileLoops explains these. The first two matter little on a Zen 5.
   static constexpr int64_t kPart = 16, kPackedBytes = 1 << 19, kMostTurned = 128;
+  static constexpr int64_t kReads = 2;
   static constexpr bool kWritesRows = true;
 
   template <bool tall, bool wide>
   MOE_EXT_INLINE void multiply(const Part& part, float* sums) {
-    for (int64_t i = part.first_line / kLines * kLines; i < part.end_line; i += kLines) {
-      const int64_t tile = i / kTileLines, line = i % kTileLines;
-      multiply_lines<wide>(i, part, sums + (2 * tile * kTileLines + line) * kTileLines);
-    }
+    // One register of columns needs more lines, or sums would wait for each other. Of lines that
+    // are pages apart, the first cache holds few.
+    if (wide) return multiply_by<8, 2>(part, sums);
+    part.lines.stride % kPage == 0 ? multiply_by<8, 1>(part, sums) : multiply_by<16, 1>(part, sums);
   }
 
  private:
   using Floats = layout::Floats;
-  static constexpr int64_t kLines = 8, kTileSums = kTileLines * kTileLines;
+  static constexpr int64_t kTileSums = kTileLines * kTileLines;
+  static constexpr int64_t kPage = 2048;  // numbers
 
-  // Eight lines from `first` on. GCC finds out too late that it could unroll these loops: the sums
-  // would be in memory.
-  template <bool wide>
+  template <int64_t kLines, int64_t kColumns>
+  static MOE_EXT_INLINE void multiply_by(const Part& part, float* sums) {
+    for (int64_t i = part.first_line / kLines * kLines; i < part.end_line; i += kLines) {
+      const int64_t tile = i / kTileLines, line = i % kTileLines;
+      multiply_lines<kLines, kColumns>(i, part, sums + (2 * tile * kTileLines + line) * kTileLines);
+    }
+  }
+
+  // So many lines from `first` on. GCC finds out too late that it could unroll these loops: the
+  // sums would be in memory.
+  template <int64_t kLines, int64_t kColumns>
   static MOE_EXT_INLINE void multiply_lines(int64_t first, const Part& part, float* memory) {
-    constexpr int64_t kColumns = wide ? 2 : 1;  // registers
     const auto place = [&](int64_t i, int64_t c) __attribute__((always_inline)) {
       return memory + i * kTileLines + c * kTileSums;
     };
+    if (part.target.data)
+      layout::ask<kLines>(part.target.data + first * part.target.stride, part.target.stride);
     Floats sums[kLines][kColumns];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int64_t i = 0; i < kLines; ++i) {
 #pragma GCC unroll 2
       for (int64_t c = 0; c < kColumns; ++c) {
@@ -62,7 +73,7 @@ class PairLoops {
         Floats columns[kColumns];
 #pragma GCC unroll 2
         for (int64_t c = 0; c < kColumns; ++c) load(columns[c], band + c * layout::kTileNumbers);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int64_t i = 0; i < kLines; ++i) {
           uint32_t pair;
           std::memcpy(&pair, at + i * stride, sizeof(pair));
@@ -78,27 +89,27 @@ class PairLoops {
       from += part.lines.step;
       packed += layout::kBandNumbers;
     }
-    if (part.target.data) return write<kColumns>(part, first, sums);
-#pragma GCC unroll 8
+    if (part.target.data) return write(part, first, sums);
+#pragma GCC unroll 16
     for (int64_t i = 0; i < kLines; ++i) {
 #pragma GCC unroll 2
       for (int64_t c = 0; c < kColumns; ++c) store(sums[i][c], place(i, c));
     }
   }
 
-  template <int64_t columns>
+  template <int64_t kLines, int64_t kColumns>
   static MOE_EXT_INLINE void write(const Part& part, int64_t first,
-                                   const Floats (&sums)[kLines][columns]) {
+                                   const Floats (&sums)[kLines][kColumns]) {
     const Target& to = part.target;
     Floats bias[2];
     load(bias[0], to.bias);
     load(bias[1], to.bias + kTileLines);
     char* row = to.data + first * to.stride;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int64_t i = 0; i < kLines; ++i, row += to.stride) {
       if (first + i >= part.end_line) return;
       layout::Numbers numbers;
-      layout::narrow(sums[i][0] + bias[0], sums[i][columns - 1] + bias[1], numbers);
+      layout::narrow(sums[i][0] + bias[0], sums[i][kColumns - 1] + bias[1], numbers);
       layout::write(numbers, to.columns, row);
     }
   }

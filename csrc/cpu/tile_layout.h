@@ -20,6 +20,7 @@ namespace moe_ext::layout {
 using Floats = Vector<float, 64>;
 using Pairs = Vector<uint32_t, 64>;  // of numbers
 using Numbers = Vector<uint16_t, 64>;
+constexpr int kMasks = kEmulatesTiles ? 16 : 64;  // of registers that have them
 constexpr int64_t kTile = kTileLines, kStep = 2 * kTile, kTileNumbers = kTile * kStep;
 // A strip and a band are so many lines and columns, two tiles.
 constexpr int64_t kStrip = 2 * kTile, kBand = 2 * kTile, kBandNumbers = kBand * kStep;
@@ -64,8 +65,16 @@ MOE_EXT_INLINE void narrow(const Floats& low, const Floats& high, Numbers& to) {
 // Writes the first `columns` numbers.
 MOE_EXT_INLINE void write(const Numbers& numbers, int64_t columns, char* to) {
   if (columns == kStep) return store(numbers, to);
-  const Numbers copy = numbers;  // with an address, numbers would leave its register
-  std::memcpy(to, &copy, columns * 2);
+  store_first<kMasks>(numbers, to, columns * 2);
+}
+
+// Asks for lines of memory that will be written.
+template <int64_t count>
+MOE_EXT_INLINE void ask(const char* first, int64_t apart) {
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < count; ++i, first += apart) {
+    asm volatile("prefetchw %0" : : "m"(*first));
+  }
 }
 
 // Pairs of a number of the first half and one of the second.
@@ -125,10 +134,13 @@ MOE_EXT_INLINE Lines lines_of(const Matrix& matrix, uint16_t (&copy)[count][size
   if (matrix.rows >= count && matrix.columns >= size) {
     return {numbers(matrix), matrix.row_stride, size};
   }
-  std::memset(copy, 0, sizeof(copy));
-  for (int64_t i = 0; i < std::min(matrix.rows, count); ++i) {
-    std::memcpy(copy[i], numbers(matrix) + i * matrix.row_stride,
-                std::min(matrix.columns, size) * 2);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t* from = numbers(matrix) + i * matrix.row_stride;
+    Vector<uint16_t, size * 2> line{};
+    if (i < matrix.rows && matrix.columns < size)
+      load_first<kMasks>(line, from, matrix.columns * 2);
+    if (i < matrix.rows && matrix.columns >= size) load(line, from);
+    store(line, copy[i]);
   }
   return {copy[0], size, size};
 }

@@ -38,6 +38,7 @@ class TileLoops {
   static constexpr int64_t kPackedBytes = 1 << 20;
   // With at most so many rows, a weight gives the lines and the rows give the columns.
   static constexpr int64_t kMostTurned = INT64_MAX;
+  static constexpr int64_t kReads = layout::kStep;
   static constexpr bool kWritesRows = false;
 
   // tall, wide: whether a strip has lines for its second tile, a band columns

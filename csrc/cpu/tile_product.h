@@ -99,10 +99,13 @@ struct TileProduct {
     const int64_t all = parts(columns.columns, kBand);
     const int64_t fit = Loops::kPackedBytes / (layout::kBandNumbers * 2);  // bands times steps
     const int64_t deep = std::min(few ? Loops::kPart : kDeep, steps);
-    const int64_t most = few ? kSumsBytes / (strips * kSums * 4) : fit / deep;
-    const int64_t bands = std::clamp<int64_t>(most, 1, all);
-    const int64_t apart = deep < steps ? bands * kSums : 0;  // sums of a strip and of the next
-    const Room room = room_for(bands, deep, apart ? strips : 1, memory);
+    const int64_t sums = kSumsBytes / (strips * kSums * 4);  // bands
+    const int64_t bands = std::clamp<int64_t>(few ? sums : fit / deep, 1, all);
+    const int64_t group = few ? bands : std::clamp<int64_t>(4 * sums, bands, all);
+    const int64_t apart = deep < steps ? group * kSums : 0;  // sums of a strip and of the next
+    const bool collide = lines.row_stride % kHalfPage == 0 && bands >= kManyBands;
+    const bool copies = lines.column_stride != 1 || collide;  // all, in the order of memory
+    const Room room = room_for(group, deep, copies ? strips : 1, apart ? strips : 1, memory);
     // The last lines are multiplied again where there are not enough after them.
     const auto strip = [&](int64_t i, int64_t step) {
       const int64_t first = std::max<int64_t>(0, std::min(i * kStrip, lines.rows - kStrip));
@@ -110,31 +113,44 @@ struct TileProduct {
                        .column_range(step * kStep, std::min((step + deep) * kStep, lines.columns)),
                    first, turned ? 0 : i * kStrip - first};
     };
-    for (int64_t c = 0; c < columns.columns; c += bands * kBand) {
-      const int64_t width = std::min(bands * kBand, columns.columns - c);
+    const auto copied = [&](int64_t i) { return copies ? i * deep * kStrip * kStep : 0; };
+    for (int64_t g = 0; g < columns.columns; g += group * kBand) {
       for (int64_t s = 0; s < steps; s += deep) {
         const bool ends = s + deep >= steps;
-        const Block block{c, width, parts(width, kBand), std::min(deep, steps - s), s == 0, ends};
-        layout::pack(columns.row_range(s * kStep, std::min((s + deep) * kStep, columns.rows))
-                         .column_range(c, c + width),
-                     block.bands, block.steps, room.packed);
-        for (int64_t i = 0; i < strips; ++i) {
-          Room own = room;
-          own.sums += i * apart;
-          const bool is_last = i + 1 == strips;
-          const char* next = nullptr;
-          if (lines.column_stride == 1 && !(is_last && ends)) {
-            next = (is_last ? strip(0, s + deep) : strip(i + 1, s)).lines.data;
+        const int64_t count = std::min(deep, steps - s);
+        for (int64_t k = 0; copies && (g == 0 || deep < steps) && k < count; ++k) {
+          for (int64_t i = 0; i < strips; ++i) {
+            const Matrix all = strip(i, s).lines;
+            layout::copy(all.column_range(k * kStep, all.columns), 1,
+                         room.copied + copied(i) + k * kStrip * kStep);
           }
-          multiply_strip(loops, strip(i, s), next, turned, block, own);
+        }
+        for (int64_t c = g; c < std::min(g + group * kBand, columns.columns); c += bands * kBand) {
+          const int64_t width = std::min(bands * kBand, columns.columns - c);
+          const Block block{c, width, parts(width, kBand), count, s == 0, ends};
+          layout::pack(columns.row_range(s * kStep, std::min((s + deep) * kStep, columns.rows))
+                           .column_range(c, c + width),
+                       block.bands, block.steps, room.packed);
+          for (int64_t i = 0; i < strips; ++i) {
+            Room own = room;
+            own.sums += i * apart + (apart ? (c - g) / kBand * kSums : 0);
+            own.copied += copied(i);
+            const bool is_last = i + 1 == strips;
+            const char* next = nullptr;
+            if (!copies && !(is_last && ends)) {
+              next = (is_last ? strip(0, s + deep) : strip(i + 1, s)).lines.data;
+            }
+            multiply_strip(loops, strip(i, s), next, copies, turned, block, own);
+          }
         }
       }
     }
   }
 
-  MOE_EXT_INLINE Room room_for(int64_t bands, int64_t steps, int64_t strips, Panel& memory) const {
+  MOE_EXT_INLINE Room room_for(int64_t bands, int64_t steps, int64_t copies, int64_t strips,
+                               Panel& memory) const {
     const int64_t packed = bands * steps * layout::kBandNumbers / 2,
-                  copied = steps * kStrip * kStep / 2;
+                  copied = copies * steps * kStrip * kStep / 2;
     const int64_t sums = strips * bands * kSums, bias = parts(out.columns, kBand) * kBand;
     const Matrix panel = memory.get(ScalarType::Float, 1, packed + copied + sums + bias);
     auto* floats = reinterpret_cast<float*>(panel.data);
@@ -154,13 +170,14 @@ struct TileProduct {
   // A strip's products with all that is packed. next: the lines that are needed next, or null.
   template <typename Loops>
   MOE_EXT_INLINE void multiply_strip(Loops& loops, const Strip& strip, const char* next,
-                                     bool turned, const Block& block, const Room& room) const {
+                                     bool copied, bool turned, const Block& block,
+                                     const Room& room) const {
     const Matrix& all = strip.lines;
-    const bool collide = all.row_stride % kHalfPage == 0 && block.bands >= kManyBands;
-    const bool lie = all.column_stride == 1 && all.rows == kStrip && !collide;
-    const int64_t whole = lie ? all.columns / kStep : 0;  // steps where they lie
+    const bool lie = !copied && all.rows == kStrip;
+    const bool fills = all.columns % Loops::kReads == 0;                 // the last step
+    const int64_t whole = lie ? parts(all.columns, kStep) - !fills : 0;  // steps where they lie
     // The others are copied: all, or what is left after the last whole step.
-    if (whole < block.steps) {
+    if (whole < block.steps && !copied) {
       layout::copy(all.column_range(whole * kStep, all.columns), block.steps - whole, room.copied);
     }
     for (int64_t s = 0, end; s < block.steps; s = end) {
@@ -184,6 +201,10 @@ struct TileProduct {
         const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
         const Part part{lines, packed, numbers, strip.skipped, all.rows, block.starts && s == 0,
                         asked, target};
+        if (turned && block.ends && end == block.steps) {
+          const int64_t row = block.first_column + b * kBand;
+          for (int64_t j = 0; j < columns; ++j) layout::ask<1>(place(row + j, strip.first), 0);
+        }
         multiply_part(loops, part, all.rows > kTile, columns > kTile, sums);
         if (turned && block.ends && end == block.steps) {
           write_turned(sums, strip, block.first_column + b * kBand, columns, room);

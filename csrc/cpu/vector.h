@@ -122,6 +122,38 @@ MOE_EXT_INLINE void store(const V& v, T* to) {
   std::memcpy(to, &v, sizeof(V));
 }
 
+// The first numbers of a register, which are so many bytes and not all, from memory, and zeros
+// after them; and to memory. By masks on registers of 64 bytes: a vector that was written in pieces
+// could not be read soon.
+template <int bytes, typename V>
+MOE_EXT_INLINE void load_first(V& v, const void* from, int64_t size) {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+  if constexpr (bytes == 64) {
+    const uint64_t mask = (uint64_t{1} << size) - 1;
+    V first;
+    asm("vmovdqu8 %1, %0%{%2%}%{z%}"
+        : "=v"(first)
+        : "m"(*static_cast<const char (*)[sizeof(V)]>(from)), "Yk"(mask));
+    v = first;
+    return;
+  }
+#endif
+  v = V{};
+  std::memcpy(&v, from, size);
+}
+
+template <int bytes, typename V>
+MOE_EXT_INLINE void store_first(const V& v, void* to, int64_t size) {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+  if constexpr (bytes == 64) {
+    const uint64_t mask = (uint64_t{1} << size) - 1;
+    asm("vmovdqu8 %1, %0%{%2%}" : "+m"(*static_cast<char (*)[sizeof(V)]>(to)) : "v"(v), "Yk"(mask));
+    return;
+  }
+#endif
+  std::memcpy(to, &v, size);
+}
+
 // What V holds, a vector or one number.
 template <typename V, bool = std::is_arithmetic_v<V>>
 struct Element {
