@@ -22,19 +22,20 @@ class PairLoops {
   // TileLoops explains these. The first two matter little on a Zen 5.
   static constexpr int64_t kPart = 16, kPackedBytes = 1 << 19, kMostTurned = 128;
   static constexpr int64_t kReads = 2;
-  static constexpr bool kWritesRows = true;
+  static constexpr bool kWritesRows = true, kJoins = true;
 
   template <bool tall, bool wide>
   MOE_EXT_INLINE void multiply(const Part& part, float* sums) {
     // One register of columns needs more lines, or sums would wait for each other. Of lines that
     // are pages apart, the first cache holds few.
+    if (part.joined) return multiply_by<8, 3>(part, sums);
     if (wide) return multiply_by<8, 2>(part, sums);
     part.lines.stride % kPage == 0 ? multiply_by<8, 1>(part, sums) : multiply_by<16, 1>(part, sums);
   }
 
  private:
   using Floats = layout::Floats;
-  static constexpr int64_t kTileSums = kTileLines * kTileLines;
+  static constexpr int64_t kTileSums = kTileLines * kTileLines, kTilesOfBand = 4;
   static constexpr int64_t kPage = 2048;  // numbers
 
   template <int64_t kLines, int64_t kColumns>
@@ -50,20 +51,20 @@ class PairLoops {
   template <int64_t kLines, int64_t kColumns>
   static MOE_EXT_INLINE void multiply_lines(int64_t first, const Part& part, float* memory) {
     const auto place = [&](int64_t i, int64_t c) __attribute__((always_inline)) {
-      return memory + i * kTileLines + c * kTileSums;
+      return memory + i * kTileLines + (c < 2 ? c : kTilesOfBand) * kTileSums;
     };
     if (part.target.data)
       layout::ask<kLines>(part.target.data + first * part.target.stride, part.target.stride);
     Floats sums[kLines][kColumns];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kLines; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int64_t c = 0; c < kColumns; ++c) {
         sums[i][c] = Floats{};
         if (!part.starts) load(sums[i][c], place(i, c));
       }
     }
-    const int64_t stride = part.lines.stride * 2;
+    const int64_t stride = part.lines.stride * 2, joined = part.joined - part.packed;
     const uint16_t *from = part.lines.numbers + first * part.lines.stride, *packed = part.packed;
     for (int64_t left = part.numbers; left > 0; left -= layout::kStep) {
       const char* at = reinterpret_cast<const char*>(from);
@@ -71,14 +72,16 @@ class PairLoops {
       const int64_t pairs = parts(std::min(left, layout::kStep), 2);
       for (int64_t p = 0; p < pairs; ++p, at += 4, band += layout::kStep) {
         Floats columns[kColumns];
-#pragma GCC unroll 2
-        for (int64_t c = 0; c < kColumns; ++c) load(columns[c], band + c * layout::kTileNumbers);
+#pragma GCC unroll 3
+        for (int64_t c = 0; c < kColumns; ++c) {
+          load(columns[c], band + (c < 2 ? c * layout::kTileNumbers : joined));
+        }
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kLines; ++i) {
           uint32_t pair;
           std::memcpy(&pair, at + i * stride, sizeof(pair));
           const Floats line = Floats(pair - layout::Pairs{});
-#pragma GCC unroll 2
+#pragma GCC unroll 3
           for (int64_t c = 0; c < kColumns; ++c) {
             Floats sum = sums[i][c];  // one that has no address stays in its register
             asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(line), "v"(columns[c]));
@@ -92,7 +95,7 @@ class PairLoops {
     if (part.target.data) return write(part, first, sums);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kLines; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int64_t c = 0; c < kColumns; ++c) store(sums[i][c], place(i, c));
     }
   }
@@ -101,16 +104,21 @@ class PairLoops {
   static MOE_EXT_INLINE void write(const Part& part, int64_t first,
                                    const Floats (&sums)[kLines][kColumns]) {
     const Target& to = part.target;
-    Floats bias[2];
-    load(bias[0], to.bias);
-    load(bias[1], to.bias + kTileLines);
+    Floats bias[3];
+    for (int64_t c = 0; c < kColumns; ++c) load(bias[c], to.bias + c * kTileLines);
     char* row = to.data + first * to.stride;
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kLines; ++i, row += to.stride) {
       if (first + i >= part.end_line) return;
       layout::Numbers numbers;
-      layout::narrow(sums[i][0] + bias[0], sums[i][kColumns - 1] + bias[1], numbers);
-      layout::write(numbers, to.columns, row);
+      const Floats low = sums[i][0] + bias[0];
+      layout::narrow(low, kColumns > 1 ? sums[i][1 % kColumns] + bias[1 % kColumns] : low, numbers);
+      layout::write(numbers, std::min(to.columns, layout::kBand), row);
+      if constexpr (kColumns > 2) {
+        const Floats third = sums[i][2] + bias[2];
+        layout::narrow(third, third, numbers);
+        layout::write(numbers, to.columns - layout::kBand, row + layout::kBand * 2);
+      }
     }
   }
 };

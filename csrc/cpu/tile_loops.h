@@ -25,6 +25,7 @@ struct Target {
 struct Part {
   layout::Lines lines;
   const uint16_t* packed;
+  const uint16_t* joined;        // another band's first tile, or null; its sums are the next band's
   int64_t numbers;               // of a line, before zeros fill its last step
   int64_t first_line, end_line;  // whose sums are wanted
   bool starts;                   // with the first step of a sum
@@ -40,6 +41,7 @@ class TileLoops {
   static constexpr int64_t kMostTurned = INT64_MAX;
   static constexpr int64_t kReads = layout::kStep;
   static constexpr bool kWritesRows = false;
+  static constexpr bool kJoins = false;  // a band and up to 16 columns more
 
   // tall, wide: whether a strip has lines for its second tile, a band columns
   template <bool tall, bool wide>

@@ -61,18 +61,28 @@ struct TileProduct {
   static constexpr int64_t kStrip = layout::kStrip, kBand = layout::kBand;
   static constexpr int64_t kTileSums = kTile * kTile, kSums = 4 * kTileSums;
   static constexpr int64_t kDeep = 64;  // steps
-  // For many strips, a block is many steps of some columns. For few, it is one part of many
-  // columns, read in the order of memory where rows are dense. The sums of all strips stay while
-  // blocks go by.
-  static constexpr int64_t kSumsBytes = 1 << 19, kFewStrips = 4;
+  // For many strips, a block is many steps of some columns; the steps' lines stay in the third
+  // cache while blocks of other columns go by. For few, it is one part of many columns, read in the
+  // order of memory where rows are dense. The sums of all strips stay while steps go by.
+  static constexpr int64_t kSumsBytes = 1 << 21, kFewSumsBytes = 1 << 19, kFewStrips = 4;
   // Lines so many numbers apart push each other out of the first cache, where many bands read them.
   static constexpr int64_t kHalfPage = 1024, kManyBands = 8;
+  static constexpr int64_t kCopiedBytes = 1 << 21;
+
+  // How a product is divided.
+  struct Sizes {
+    int64_t steps, strips;  // of all
+    int64_t bands, deep;    // of a block, which is packed: its bands and steps
+    int64_t group;          // bands whose sums stay while steps go by
+    bool lie;               // lines are read where they lie
+    bool copied;            // or are all copied, as far as a block's steps go, not strip by strip
+  };
 
   // A thread's memory.
   struct Room {
     uint16_t* packed;  // [bands, steps, 2, 16, 16, 2]: tiles of pairs of numbers
-    uint16_t* copied;  // [steps, 32, 32]: lines that do not lie as they are wanted
-    float* sums;       // [bands, 4, 16, 16] of a strip
+    uint16_t* copied;  // [strips, steps, 32, 32], or of one: lines that are not read where they lie
+    float* sums;       // [strips, group, 4, 16, 16], or of one strip's bands
     float* bias;       // [N], filled up with zeros
   };
 
@@ -89,69 +99,82 @@ struct TileProduct {
     int64_t skipped;  // lines that the strip before has
   };
 
+  template <typename Loops>
+  static Sizes sizes_of(const Matrix& lines, const Matrix& columns) {
+    const int64_t strips = parts(lines.rows, kStrip), all = parts(columns.columns, kBand);
+    const int64_t steps = std::max<int64_t>(1, parts(lines.columns, kStep));
+    const bool few = strips <= kFewStrips;
+    const int64_t deep = std::min(few ? Loops::kPart : kDeep, steps);
+    const int64_t sums = (few ? kFewSumsBytes : kSumsBytes) / (strips * kSums * 4);
+    const int64_t fit = Loops::kPackedBytes / (layout::kBandNumbers * 2 * deep);
+    const int64_t bands = std::clamp<int64_t>(few ? sums : fit, 1, all);
+    const bool collide = lines.row_stride % kHalfPage == 0 && bands >= kManyBands;
+    const bool lie = lines.column_stride == 1 && !collide;
+    const bool fits = strips * deep * kStrip * kStep * 2 <= kCopiedBytes;
+    return {steps, strips, bands, deep, std::clamp(sums, bands, all), lie, !lie && fits};
+  }
+
   // turned: lines are columns of out
   template <typename Loops>
   MOE_EXT_INLINE void multiply(const Matrix& lines, const Matrix& columns, bool turned,
                                Loops& loops, Panel& memory) const {
-    const int64_t steps = std::max<int64_t>(1, parts(lines.columns, kStep));
-    const int64_t strips = parts(lines.rows, kStrip);
-    const bool few = strips <= kFewStrips;
-    const int64_t all = parts(columns.columns, kBand);
-    const int64_t fit = Loops::kPackedBytes / (layout::kBandNumbers * 2);  // bands times steps
-    const int64_t deep = std::min(few ? Loops::kPart : kDeep, steps);
-    const int64_t sums = kSumsBytes / (strips * kSums * 4);  // bands
-    const int64_t bands = std::clamp<int64_t>(few ? sums : fit / deep, 1, all);
-    const int64_t group = few ? bands : std::clamp<int64_t>(4 * sums, bands, all);
-    const int64_t apart = deep < steps ? group * kSums : 0;  // sums of a strip and of the next
-    const bool collide = lines.row_stride % kHalfPage == 0 && bands >= kManyBands;
-    const bool copies = lines.column_stride != 1 || collide;  // all, in the order of memory
-    const Room room = room_for(group, deep, copies ? strips : 1, apart ? strips : 1, memory);
+    const Sizes n = sizes_of<Loops>(lines, columns);
+    const Room room = room_for(n, memory);
     // The last lines are multiplied again where there are not enough after them.
     const auto strip = [&](int64_t i, int64_t step) {
       const int64_t first = std::max<int64_t>(0, std::min(i * kStrip, lines.rows - kStrip));
+      const int64_t end = std::min((step + n.deep) * kStep, lines.columns);
       return Strip{lines.row_range(first, std::min(first + kStrip, lines.rows))
-                       .column_range(step * kStep, std::min((step + deep) * kStep, lines.columns)),
+                       .column_range(step * kStep, end),
                    first, turned ? 0 : i * kStrip - first};
     };
-    const auto copied = [&](int64_t i) { return copies ? i * deep * kStrip * kStep : 0; };
-    for (int64_t g = 0; g < columns.columns; g += group * kBand) {
-      for (int64_t s = 0; s < steps; s += deep) {
-        const bool ends = s + deep >= steps;
-        const int64_t count = std::min(deep, steps - s);
-        for (int64_t k = 0; copies && (g == 0 || deep < steps) && k < count; ++k) {
-          for (int64_t i = 0; i < strips; ++i) {
-            const Matrix all = strip(i, s).lines;
-            layout::copy(all.column_range(k * kStep, all.columns), 1,
-                         room.copied + copied(i) + k * kStrip * kStep);
-          }
+    for (int64_t g = 0; g < columns.columns; g += n.group * kBand) {
+      const Matrix group = columns.column_range(g, std::min(g + n.group * kBand, columns.columns));
+      for (int64_t s = 0; s < n.steps; s += n.deep) {
+        const int64_t steps = std::min(n.deep, n.steps - s);
+        const bool ends = s + steps == n.steps;
+        if (n.copied && (g == 0 || n.deep < n.steps)) {
+          copy_all(lines.column_range(s * kStep, lines.columns), n, steps, room);
         }
-        for (int64_t c = g; c < std::min(g + group * kBand, columns.columns); c += bands * kBand) {
-          const int64_t width = std::min(bands * kBand, columns.columns - c);
-          const Block block{c, width, parts(width, kBand), count, s == 0, ends};
-          layout::pack(columns.row_range(s * kStep, std::min((s + deep) * kStep, columns.rows))
-                           .column_range(c, c + width),
-                       block.bands, block.steps, room.packed);
-          for (int64_t i = 0; i < strips; ++i) {
+        const Matrix rows = group.row_range(s * kStep, std::min((s + steps) * kStep, group.rows));
+        for (int64_t c = 0; c < rows.columns; c += n.bands * kBand) {
+          const int64_t width = std::min(n.bands * kBand, rows.columns - c);
+          const Block block{g + c, width, parts(width, kBand), steps, s == 0, ends};
+          layout::pack(rows.column_range(c, c + width), block.bands, steps, room.packed);
+          for (int64_t i = 0; i < n.strips; ++i) {
             Room own = room;
-            own.sums += i * apart + (apart ? (c - g) / kBand * kSums : 0);
-            own.copied += copied(i);
-            const bool is_last = i + 1 == strips;
+            if (n.deep < n.steps) own.sums += (i * n.group + c / kBand) * kSums;
+            if (n.copied) own.copied += i * n.deep * kStrip * kStep;
+            const bool is_last = i + 1 == n.strips;
             const char* next = nullptr;
-            if (!copies && !(is_last && ends)) {
-              next = (is_last ? strip(0, s + deep) : strip(i + 1, s)).lines.data;
+            if (n.lie && !(is_last && ends)) {
+              next = (is_last ? strip(0, s + n.deep) : strip(i + 1, s)).lines.data;
             }
-            multiply_strip(loops, strip(i, s), next, copies, turned, block, own);
+            multiply_strip(loops, n, strip(i, s), next, turned, block, own);
           }
         }
       }
     }
   }
 
-  MOE_EXT_INLINE Room room_for(int64_t bands, int64_t steps, int64_t copies, int64_t strips,
-                               Panel& memory) const {
-    const int64_t packed = bands * steps * layout::kBandNumbers / 2,
-                  copied = copies * steps * kStrip * kStep / 2;
-    const int64_t sums = strips * bands * kSums, bias = parts(out.columns, kBand) * kBand;
+  // The lines of all strips, in the order of memory.
+  MOE_EXT_INLINE void copy_all(const Matrix& lines, const Sizes& n, int64_t steps,
+                               const Room& room) const {
+    for (int64_t s = 0; s < steps; ++s) {
+      for (int64_t i = 0; i < n.strips; ++i) {
+        const int64_t first = std::max<int64_t>(0, std::min(i * kStrip, lines.rows - kStrip));
+        const Matrix some = lines.row_range(first, std::min(first + kStrip, lines.rows));
+        layout::copy(some.column_range(s * kStep, some.columns), 1,
+                     room.copied + (i * n.deep + s) * kStrip * kStep);
+      }
+    }
+  }
+
+  MOE_EXT_INLINE Room room_for(const Sizes& n, Panel& memory) const {
+    const int64_t packed = n.bands * n.deep * layout::kBandNumbers / 2;
+    const int64_t copied = (n.copied ? n.strips : 1) * n.deep * kStrip * kStep / 2;
+    const int64_t sums = (n.deep < n.steps ? n.strips * n.group : n.bands) * kSums;
+    const int64_t bias = parts(out.columns, kBand) * kBand;
     const Matrix panel = memory.get(ScalarType::Float, 1, packed + copied + sums + bias);
     auto* floats = reinterpret_cast<float*>(panel.data);
     const Room room{reinterpret_cast<uint16_t*>(floats),
@@ -169,15 +192,15 @@ struct TileProduct {
 
   // A strip's products with all that is packed. next: the lines that are needed next, or null.
   template <typename Loops>
-  MOE_EXT_INLINE void multiply_strip(Loops& loops, const Strip& strip, const char* next,
-                                     bool copied, bool turned, const Block& block,
+  MOE_EXT_INLINE void multiply_strip(Loops& loops, const Sizes& n, const Strip& strip,
+                                     const char* next, bool turned, const Block& block,
                                      const Room& room) const {
     const Matrix& all = strip.lines;
-    const bool lie = !copied && all.rows == kStrip;
+    const bool lie = n.lie && all.rows == kStrip;
     const bool fills = all.columns % Loops::kReads == 0;                 // the last step
     const int64_t whole = lie ? parts(all.columns, kStep) - !fills : 0;  // steps where they lie
     // The others are copied: all, or what is left after the last whole step.
-    if (whole < block.steps && !copied) {
+    if (whole < block.steps && !n.copied) {
       layout::copy(all.column_range(whole * kStep, all.columns), block.steps - whole, room.copied);
     }
     for (int64_t s = 0, end; s < block.steps; s = end) {
@@ -185,29 +208,36 @@ struct TileProduct {
       const Lines lines =
           s < whole ? Lines{layout::numbers(all) + s * kStep, all.row_stride, kStep}
                     : Lines{room.copied + (s - whole) * kStrip * kStep, kStep, kStrip * kStep};
-      for (int64_t b = 0; b < block.bands; ++b) {
+      for (int64_t b = 0, joined; b < block.bands; b += 1 + joined) {
         // Each band asks for its share of the next lines.
         const int64_t stride = all.row_stride * 2;
         const Asked asked{next + s * kTileBytes + b * stride, block.bands * stride,
                           next && b < kStrip ? parts(kStrip - b, block.bands) : 0};
-        const uint16_t* packed = room.packed + (b * block.steps + s) * layout::kBandNumbers;
+        const auto packed = [&](int64_t band) {
+          return room.packed + (band * block.steps + s) * layout::kBandNumbers;
+        };
         float* sums = room.sums + b * kSums;
-        const int64_t columns = std::min(kBand, block.columns - b * kBand);
+        const int64_t left = block.columns - b * kBand;
+        joined = Loops::kJoins && left > kBand && left <= kBand + kTile;
+        const int64_t columns = joined ? left : std::min(kBand, left);
         Target target{};
         if (Loops::kWritesRows && !turned && block.ends && end == block.steps) {
           const int64_t column = block.first_column + b * kBand;
           target = {place(strip.first, column), out.row_stride * 2, room.bias + column, columns};
         }
         const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
-        const Part part{lines, packed, numbers, strip.skipped, all.rows, block.starts && s == 0,
-                        asked, target};
+        const Part part{lines,         packed(b), joined ? packed(b + 1) : nullptr, numbers,
+                        strip.skipped, all.rows,  block.starts && s == 0,           asked,
+                        target};
         if (turned && block.ends && end == block.steps) {
           const int64_t row = block.first_column + b * kBand;
           for (int64_t j = 0; j < columns; ++j) layout::ask<1>(place(row + j, strip.first), 0);
         }
         multiply_part(loops, part, all.rows > kTile, columns > kTile, sums);
         if (turned && block.ends && end == block.steps) {
-          write_turned(sums, strip, block.first_column + b * kBand, columns, room);
+          const int64_t row = block.first_column + b * kBand;
+          write_turned(sums, strip, row, std::min(kBand, columns), room);
+          if (joined) write_turned(sums + kSums, strip, row + kBand, columns - kBand, room);
         }
       }
     }

@@ -133,6 +133,29 @@ def test_rows_have_the_results_that_they_have_beside_others(dtype, N, M, request
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "M"), [(7, 5), (40, 70), (130, 88), (50, 96), (21, 333)])
+def test_nan_stays_in_its_row_and_column(device, dtype, N, M):
+    """Also where loops read or write beyond the last whole register of a line."""
+    fresh = partial(values, dtype=dtype, device=device)
+    for n in (1, 5, 20, 70):
+        plan = moe_ext.make_plan(torch.zeros(n, 1, dtype=torch.int32, device=device), 1)
+        x, g, w, strided = fresh(n, M), fresh(n, N), fresh(1, N, M), fresh(1, M, N).mT
+        row, line, column = n // 2, N // 2, M // 2
+        x[row], w[0, line], strided[0, line] = torch.nan, torch.nan, torch.nan
+        wanted = torch.zeros(n, N, dtype=torch.bool, device=device)
+        wanted[row], wanted[:, line] = True, True
+        for weights in (w, strided):
+            out = torch.ops.moe_ext.grouped_mm(x, weights, None, *groups(plan))
+            assert torch.equal(out.isnan(), wanted)
+        x, g[:, line] = fresh(n, M), torch.nan
+        x[:, column] = torch.nan
+        wanted = torch.zeros(1, N, M, dtype=torch.bool, device=device)
+        wanted[:, line], wanted[:, :, column] = True, True
+        outer = torch.ops.moe_ext.grouped_outer(g, x, *groups(plan))
+        assert torch.equal(outer.isnan(), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "M"), WIDTHS)
 def test_outer_products_of_few_rows(dtype, N, M):
     for n in range(1, 17):
