@@ -28,6 +28,10 @@ class PairLoops {
   MOE_EXT_INLINE void multiply(const Part& part, float* sums) {
     // One register of columns needs more lines, or sums would wait for each other. Of lines that
     // are pages apart, the first cache holds few.
+    for (int64_t i = 0; i < part.asked.count; ++i) {
+      const char* line = part.asked.first + i * part.asked.stride;
+      for (int64_t k = 0; k < part.numbers * 2; k += 64) __builtin_prefetch(line + k, 0, 2);
+    }
     if (part.joined) return multiply_by<8, 3>(part, sums);
     if (wide) return multiply_by<8, 2>(part, sums);
     part.lines.stride % kPage == 0 ? multiply_by<8, 1>(part, sums) : multiply_by<16, 1>(part, sums);
@@ -67,10 +71,15 @@ class PairLoops {
     const int64_t stride = part.lines.stride * 2, joined = part.joined - part.packed;
     const uint16_t *from = part.lines.numbers + first * part.lines.stride, *packed = part.packed;
     for (int64_t left = part.numbers; left > 0; left -= layout::kStep) {
-      const char* at = reinterpret_cast<const char*>(from);
+      const char*
+          at[kLines / 4];  // of every fourth line: more addresses would not fit into registers
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kLines / 4; ++i) {
+        at[i] = reinterpret_cast<const char*>(from) + 4 * i * stride;
+      }
       const uint16_t* band = packed;
       const int64_t pairs = parts(std::min(left, layout::kStep), 2);
-      for (int64_t p = 0; p < pairs; ++p, at += 4, band += layout::kStep) {
+      for (int64_t p = 0; p < pairs; ++p, band += layout::kStep) {
         Floats columns[kColumns];
 #pragma GCC unroll 3
         for (int64_t c = 0; c < kColumns; ++c) {
@@ -79,7 +88,7 @@ class PairLoops {
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kLines; ++i) {
           uint32_t pair;
-          std::memcpy(&pair, at + i * stride, sizeof(pair));
+          std::memcpy(&pair, at[i / 4] + i % 4 * stride, sizeof(pair));
           const Floats line = Floats(pair - layout::Pairs{});
 #pragma GCC unroll 3
           for (int64_t c = 0; c < kColumns; ++c) {
@@ -88,6 +97,8 @@ class PairLoops {
             sums[i][c] = sum;
           }
         }
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kLines / 4; ++i) at[i] += 4;
       }
       from += part.lines.step;
       packed += layout::kBandNumbers;
