@@ -7,7 +7,8 @@
 //                 │  │ │      sums        │         add products to its sums    (16 registers)
 //                 └──┘ └─────────┴────────┘
 //
-// The last part writes its sums to rows of the result.
+// A third register holds up to 16 columns that are left. The last part writes its sums to rows of
+// the result.
 
 #pragma once
 
@@ -26,12 +27,12 @@ class PairLoops {
 
   template <bool tall, bool wide>
   MOE_EXT_INLINE void multiply(const Part& part, float* sums) {
-    // One register of columns needs more lines, or sums would wait for each other. Of lines that
-    // are pages apart, the first cache holds few.
     for (int64_t i = 0; i < part.asked.count; ++i) {
       const char* line = part.asked.first + i * part.asked.stride;
       for (int64_t k = 0; k < part.numbers * 2; k += 64) __builtin_prefetch(line + k, 0, 2);
     }
+    // One register of columns needs more lines, or sums would wait for each other. Of lines that
+    // are pages apart, the first cache holds few.
     if (part.joined) return multiply_by<8, 3>(part, sums);
     if (wide) return multiply_by<8, 2>(part, sums);
     part.lines.stride % kPage == 0 ? multiply_by<8, 1>(part, sums) : multiply_by<16, 1>(part, sums);
@@ -57,8 +58,9 @@ class PairLoops {
     const auto place = [&](int64_t i, int64_t c) __attribute__((always_inline)) {
       return memory + i * kTileLines + (c < 2 ? c : kTilesOfBand) * kTileSums;
     };
-    if (part.target.data)
+    if (part.target.data) {
       layout::ask<kLines>(part.target.data + first * part.target.stride, part.target.stride);
+    }
     Floats sums[kLines][kColumns];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kLines; ++i) {

@@ -128,9 +128,17 @@ inline void add_outer_tiles(std::vector<Tile>& tiles, int64_t num_experts, int64
 
 // A thread's products and memory.
 struct Worker {
-  explicit Worker(ScalarType dtype) : gemm(dtype) {}
+  explicit Worker(ScalarType dtype) : gemm(dtype), dtype(dtype) {}
+
+  // Room for a product. Its rows are no whole pages apart: a product that writes a piece of each
+  // would be slow.
+  Matrix room(int64_t rows, int64_t columns) {
+    constexpr int64_t kApart = 32;
+    return out.get(dtype, rows, columns + kApart).column_range(0, columns);
+  }
 
   Gemm gemm;
+  ScalarType dtype;
   Panel left, right, out;
 };
 

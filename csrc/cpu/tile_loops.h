@@ -39,7 +39,7 @@ class TileLoops {
   static constexpr int64_t kPackedBytes = 1 << 20;
   // With at most so many rows, a weight gives the lines and the rows give the columns.
   static constexpr int64_t kMostTurned = INT64_MAX;
-  static constexpr int64_t kReads = layout::kStep;
+  static constexpr int64_t kReads = layout::kStep;  // numbers of a line at a time
   static constexpr bool kWritesRows = false;
   static constexpr bool kJoins = false;  // a band and up to 16 columns more
 
