@@ -73,7 +73,11 @@ template <int64_t count>
 MOE_EXT_INLINE void ask(const char* first, int64_t apart) {
 #pragma GCC unroll 8
   for (int64_t i = 0; i < count; ++i, first += apart) {
+#if defined(MOE_EXT_EMULATES_TILES)
+    __builtin_prefetch(first, 1);
+#else
     asm volatile("prefetchw %0" : : "m"(*first));
+#endif
   }
 }
 

@@ -133,6 +133,17 @@ def test_rows_have_the_results_that_they_have_beside_others(dtype, N, M, request
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_outer_products_of_many_rows(device, dtype, request):
+    """More than are summed at a time, to lines and columns of several blocks."""
+    n, N, M = (130, 150, 170) if request.config.cusim else (2100, 150, 800)
+    plan = moe_ext.make_plan(torch.zeros(n, 1, dtype=torch.int32, device=device), 1)
+    x, g = values(n, M, dtype=dtype, device=device), values(n, N, dtype=dtype, device=device)
+    outer = torch.ops.moe_ext.grouped_outer(g, x, *groups(plan))
+    exact = (g.double().T @ x.double()).unsqueeze(0)
+    assert relative_error(outer, exact) < rounding(dtype, n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "M"), [(7, 5), (40, 70), (130, 88), (50, 96), (21, 333)])
 def test_nan_stays_in_its_row_and_column(device, dtype, N, M):
     """Also where loops read or write beyond the last whole register of a line."""
