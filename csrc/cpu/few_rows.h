@@ -166,7 +166,8 @@ struct FewRowsOf {
   template <typename Format>
   struct Part {
     const typename Format::scalar_t* lines;
-    int64_t stride, vectors, rest;         // elements from a line to the next, after the vectors
+    int64_t stride;                        // elements from a line to the next
+    int64_t vectors, rest;                 // full vectors, and elements after them
     const typename Format::Lanes* packed;  // the rows
     typename Format::Lanes* sums;          // [rows, kLines]
     Stored next;                           // is asked for ahead of its use

@@ -209,10 +209,12 @@ class Gemm {
   // longest rows of floats, kFewBesidePairs where pair_loops.h takes more.
   static constexpr int64_t kFewRows = 16, kFewPairs = 48, kFewFloats = 64, kFewLong = 12;
   static constexpr int64_t kFewBesidePairs = 24;
-  // Up to so many the loops of few_rows_flat.h are faster than tile_product.h; those of few_outer.h
-  // where bfloat16 is multiplied in registers, and where lines of the result are pages apart: to
-  // write 64 bytes of each takes a Zen 5 three times as long.
-  static constexpr int64_t kFewFlat = 6, kFewOuter = 1, kFewOuterPages = 8, kPage = 2048;
+  // Up to so many the loops of few_rows_flat.h are faster than tile_product.h: in registers on a
+  // Zen 5; on AMX tiles up to four, and no slower up to eight.
+  static constexpr int64_t kFewFlat = 6;
+  // Beside registers few_outer.h takes one row. Where lines of the result are a multiple of so many
+  // numbers apart, it takes more: to write 64 bytes of each takes a Zen 5 three times as long.
+  static constexpr int64_t kFewOuter = 1, kFewOuterPages = 8, kPage = 2048;
   // Where MKL multiplies many rows of floats, the loops of block_product.h take up to kSomeFloats;
   // kFlatFloats if the columns of the weight are dense; kSmallFloats if such a weight has up to
   // kSmallFlat numbers, or a gradient up to kSmallOuter. If an expert has several tiles of rows,

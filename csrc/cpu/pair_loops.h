@@ -45,7 +45,9 @@ class PairLoops {
 
   template <int64_t kLines, int64_t kColumns>
   static MOE_EXT_INLINE void multiply_by(const Part& part, float* sums) {
-    for (int64_t i = part.first_line / kLines * kLines; i < part.end_line; i += kLines) {
+    // A tile's parts begin with the same line, whatever number of lines each takes at once.
+    constexpr int64_t kFrom = kColumns == 1 ? kTileLines : kLines;
+    for (int64_t i = part.first_line / kFrom * kFrom; i < part.end_line; i += kLines) {
       const int64_t tile = i / kTileLines, line = i % kTileLines;
       multiply_lines<kLines, kColumns>(i, part, sums + (2 * tile * kTileLines + line) * kTileLines);
     }
@@ -70,11 +72,12 @@ class PairLoops {
         if (!part.starts) load(sums[i][c], place(i, c));
       }
     }
-    const int64_t stride = part.lines.stride * 2, joined = part.joined - part.packed;
+    const int64_t stride = part.lines.stride * 2;
+    const int64_t joined = kColumns > 2 ? part.joined - part.packed : 0;
     const uint16_t *from = part.lines.numbers + first * part.lines.stride, *packed = part.packed;
     for (int64_t left = part.numbers; left > 0; left -= layout::kStep) {
-      const char*
-          at[kLines / 4];  // of every fourth line: more addresses would not fit into registers
+      // Of every fourth line: more addresses would not fit into registers.
+      const char* at[kLines / 4];
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kLines / 4; ++i) {
         at[i] = reinterpret_cast<const char*>(from) + 4 * i * stride;

@@ -133,8 +133,10 @@ struct Worker {
   // Room for a product. Its rows are no whole pages apart: a product that writes a piece of each
   // would be slow.
   Matrix room(int64_t rows, int64_t columns) {
-    constexpr int64_t kApart = 32;
-    return out.get(dtype, rows, columns + kApart).column_range(0, columns);
+    constexpr int64_t kPage = 4096, kMore = 32;
+    const Matrix dense = out.get(dtype, rows, columns);
+    if (columns * dense.width() % kPage != 0) return dense;
+    return out.get(dtype, rows, columns + kMore).column_range(0, columns);
   }
 
   Gemm gemm;

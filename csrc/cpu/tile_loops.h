@@ -7,7 +7,8 @@
 #if defined(MOE_EXT_TILES)
 namespace moe_ext {
 
-// Each step asks for so many cache lines ahead of their use.
+// Lines that are needed next, of which so many are asked for: each step asks for 64 bytes of them,
+// or a part at its start for all that it has.
 struct Asked {
   const char* first;
   int64_t stride, count;
@@ -39,7 +40,8 @@ class TileLoops {
   static constexpr int64_t kPackedBytes = 1 << 20;
   // With at most so many rows, a weight gives the lines and the rows give the columns.
   static constexpr int64_t kMostTurned = INT64_MAX;
-  static constexpr int64_t kReads = layout::kStep;  // numbers of a line at a time
+  // A last step is read where it lies if its numbers are a multiple of these.
+  static constexpr int64_t kReads = layout::kStep;
   static constexpr bool kWritesRows = false;
   static constexpr bool kJoins = false;  // a band and up to 16 columns more
 

@@ -64,9 +64,10 @@ struct TileProduct {
   // For many strips, a block is many steps of some columns; the steps' lines stay in the third
   // cache while blocks of other columns go by. For few, it is one part of many columns, read in the
   // order of memory where rows are dense. The sums of all strips stay while steps go by.
-  static constexpr int64_t kSumsBytes = 1 << 21, kFewSumsBytes = 1 << 19, kFewStrips = 4;
+  static constexpr int64_t kSumsBytes = 1 << 19, kFewStrips = 4;
   // Lines so many numbers apart push each other out of the first cache, where many bands read them.
   static constexpr int64_t kHalfPage = 1024, kManyBands = 8;
+  // Lines of more are copied strip by strip.
   static constexpr int64_t kCopiedBytes = 1 << 21;
 
   // How a product is divided.
@@ -100,18 +101,18 @@ struct TileProduct {
   };
 
   template <typename Loops>
-  static Sizes sizes_of(const Matrix& lines, const Matrix& columns) {
+  static MOE_EXT_INLINE Sizes sizes_of(const Matrix& lines, const Matrix& columns) {
     const int64_t strips = parts(lines.rows, kStrip), all = parts(columns.columns, kBand);
     const int64_t steps = std::max<int64_t>(1, parts(lines.columns, kStep));
     const bool few = strips <= kFewStrips;
     const int64_t deep = std::min(few ? Loops::kPart : kDeep, steps);
-    const int64_t sums = (few ? kFewSumsBytes : kSumsBytes) / (strips * kSums * 4);
     const int64_t fit = Loops::kPackedBytes / (layout::kBandNumbers * 2 * deep);
-    const int64_t bands = std::clamp<int64_t>(few ? sums : fit, 1, all);
+    const int64_t most = few ? kSumsBytes / (strips * kSums * 4) : fit;
+    const int64_t bands = std::clamp<int64_t>(most, 1, all);
     const bool collide = lines.row_stride % kHalfPage == 0 && bands >= kManyBands;
     const bool lie = lines.column_stride == 1 && !collide;
     const bool fits = strips * deep * kStrip * kStep * 2 <= kCopiedBytes;
-    return {steps, strips, bands, deep, std::clamp(sums, bands, all), lie, !lie && fits};
+    return {steps, strips, bands, deep, few ? bands : all, lie, !lie && fits};
   }
 
   // turned: lines are columns of out
@@ -147,8 +148,10 @@ struct TileProduct {
             if (n.copied) own.copied += i * n.deep * kStrip * kStep;
             const bool is_last = i + 1 == n.strips;
             const char* next = nullptr;
-            if (n.lie && !(is_last && ends)) {
-              next = (is_last ? strip(0, s + n.deep) : strip(i + 1, s)).lines.data;
+            const bool is_last_block = c + width == rows.columns;
+            if (lines.column_stride == 1 && !n.copied && !(is_last && is_last_block && ends)) {
+              const bool goes_on = is_last && is_last_block;
+              next = strip(is_last ? 0 : i + 1, goes_on ? s + n.deep : s).lines.data;
             }
             multiply_strip(loops, n, strip(i, s), next, turned, block, own);
           }

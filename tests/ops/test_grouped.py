@@ -81,7 +81,8 @@ def test_more_than_a_tile(device, dtype):
 
 WIDTHS = [(64, 96), (5, 7), (130, 77), (1, 33), (3, 0), (9, 256), (40, 600), (6, 2100), (3, 70)]
 WIDTHS += [(29, 603), (3, 128)]  # a panel of more than a register, fewer lines than go at once
-WIDTHS += [(64, 1024), (200, 2100), (2048, 40)]  # blocks of a sum, of rows, of columns
+# Blocks of a sum, of rows, of columns; lines whose addresses collide.
+WIDTHS += [(64, 1024), (200, 2100), (2048, 40), (300, 1024), (300, 2048)]
 
 
 ANY = 1000  # rows
