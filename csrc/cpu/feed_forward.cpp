@@ -35,8 +35,8 @@ void project_up(const Experts<scalar_t>& at, const Tensor& pre_activation, const
     const Matrix rows = tokens.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
     const int64_t step = at.interleaved ? 2 : 1;
     const int64_t first = t.column_begin * step, width = t.columns() * step;
-    const Matrix room =
-        keeps ? kept.row_range(t.row_begin, t.row_end) : worker.room(t.rows(), at.halves * width);
+    const Matrix room = keeps ? kept.row_range(t.row_begin, t.row_end)
+                              : worker.room(at.dtype, t.rows(), at.halves * width);
     const auto half = [&](int64_t h) {
       const int64_t begin = keeps ? h * a.width + first : h * width;
       return room.column_range(begin, begin + width);

@@ -31,7 +31,7 @@ void backward_to_pre_activation(const Experts<scalar_t>& at, const Rows& grads,
   add_row_tiles(tiles, at.owned, a.width);
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
     const Matrix grad = grads.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
-    const Matrix grad_active = worker.room(t.rows(), t.columns());
+    const Matrix grad_active = worker.room(at.dtype, t.rows(), t.columns());
     worker.gemm.rows_by_weight(
         grad_active, grad,
         matrix_of(a.down, t.expert).transposed().row_range(t.column_begin, t.column_end),

@@ -171,8 +171,8 @@ struct FewRowsOf {
     const typename Format::Lanes* packed;  // the rows
     typename Format::Lanes* sums;          // [rows, kLines]
     Stored next;                           // is asked for ahead of its use
-    bool starts, ends;                     // with the lines' first numbers, with their last
-    Totals to;                             // is written in place of the sums where lines end
+    bool starts, ends;                     // whether it has the lines' first numbers, their last
+    Totals to;                             // a part that ends writes these instead of sums
   };
 
   template <typename Format>
@@ -234,7 +234,7 @@ struct FewRowsOf {
     return lines;
   }
 
-  // One block times kLines lines, kAtOnce of them at a time, in the order of memory.
+  // Multiplies kLines lines by one block, kAtOnce lines at a time, in the order of memory.
   template <typename Format>
   MOE_EXT_INLINE void stream(const Totals& to, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
@@ -265,7 +265,7 @@ struct FewRowsOf {
     }
   }
 
-  // kLines lines, a part of them after the other, times one block after the other.
+  // Multiplies kLines lines by all blocks, one part of the lines after the other.
   template <typename Format>
   MOE_EXT_INLINE void multiply_blocks(const Totals& to, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
@@ -276,7 +276,7 @@ struct FewRowsOf {
     const int64_t full = packed.full, parts = std::max<int64_t>(1, (full + kMost - 1) / kMost);
     const int64_t deep = ((full + parts - 1) / parts + kStep - 1) / kStep * kStep;
     int64_t v = 0;
-    do {  // also for lines without a full vector
+    do {  // once if no vector is full
       const int64_t end = std::min(v + deep, full);
       const bool ends = end == full;
       const Matrix lines = lines_of<Format>(to.first, v, ends ? packed.vectors : end);

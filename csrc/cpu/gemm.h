@@ -209,11 +209,11 @@ class Gemm {
   // longest rows of floats, kFewBesidePairs where pair_loops.h takes more.
   static constexpr int64_t kFewRows = 16, kFewPairs = 48, kFewFloats = 64, kFewLong = 12;
   static constexpr int64_t kFewBesidePairs = 24;
-  // Up to so many the loops of few_rows_flat.h are faster than tile_product.h: in registers on a
-  // Zen 5; on AMX tiles up to four, and no slower up to eight.
+  // few_rows_flat.h is faster than tile_product.h for up to so many rows in registers (Zen 5). On
+  // AMX tiles it is faster for up to four rows and equal for up to eight.
   static constexpr int64_t kFewFlat = 6;
-  // Beside registers few_outer.h takes one row. Where lines of the result are a multiple of so many
-  // numbers apart, it takes more: to write 64 bytes of each takes a Zen 5 three times as long.
+  // few_outer.h is faster than registers for one row. It is for more if lines of the result are a
+  // multiple of kPage numbers apart: there a Zen 5 writes 64 bytes of each line three times slower.
   static constexpr int64_t kFewOuter = 1, kFewOuterPages = 8, kPage = 2048;
   // Where MKL multiplies many rows of floats, the loops of block_product.h take up to kSomeFloats;
   // kFlatFloats if the columns of the weight are dense; kSmallFloats if such a weight has up to
@@ -253,7 +253,7 @@ class Gemm {
     return is_flat ? kFewFlat : in_registers_ ? most_beside_pairs(columns) : 0;
   }
 
-  // Sums over lanes cost too much for short rows.
+  // The most rows for few_rows.h beside registers. Sums over lanes cost too much for short rows.
   static int64_t most_beside_pairs(int64_t columns) {
     return std::clamp<int64_t>(columns / 24, 2, kFewBesidePairs);
   }

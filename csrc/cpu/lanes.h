@@ -109,7 +109,7 @@ MOE_EXT_INLINE void visit_format(ScalarType dtype, const Body& body) {
   }
 }
 
-// The first `count` numbers, which are not all, and zeros.
+// Copies the first `count` numbers, fewer than `size`, and fills up with zeros.
 template <int bytes, int size, typename scalar_t>
 MOE_EXT_INLINE void copy_first(const scalar_t* from, int64_t count, scalar_t (&copy)[size]) {
   Vector<char, sizeof(copy)> numbers;

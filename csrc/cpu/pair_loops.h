@@ -7,8 +7,8 @@
 //                 │  │ │      sums        │         add products to its sums    (16 registers)
 //                 └──┘ └─────────┴────────┘
 //
-// A third register holds up to 16 columns that are left. The last part writes its sums to rows of
-// the result.
+// If a band and at most 16 columns are left, a third register holds these. The last part writes its
+// sums to rows of the result.
 
 #pragma once
 
@@ -31,8 +31,8 @@ class PairLoops {
       const char* line = part.asked.first + i * part.asked.stride;
       for (int64_t k = 0; k < part.numbers * 2; k += 64) __builtin_prefetch(line + k, 0, 2);
     }
-    // One register of columns needs more lines, or sums would wait for each other. Of lines that
-    // are pages apart, the first cache holds few.
+    // Eight sums would wait for each other, so one register of columns takes 16 lines. The first
+    // cache cannot hold 16 lines that are pages apart.
     if (part.joined) return multiply_by<8, 3>(part, sums);
     if (wide) return multiply_by<8, 2>(part, sums);
     part.lines.stride % kPage == 0 ? multiply_by<8, 1>(part, sums) : multiply_by<16, 1>(part, sums);
@@ -45,7 +45,7 @@ class PairLoops {
 
   template <int64_t kLines, int64_t kColumns>
   static MOE_EXT_INLINE void multiply_by(const Part& part, float* sums) {
-    // A tile's parts begin with the same line, whatever number of lines each takes at once.
+    // All parts of a tile must begin with the same line, whether they take 8 or 16 at once.
     constexpr int64_t kFrom = kColumns == 1 ? kTileLines : kLines;
     for (int64_t i = part.first_line / kFrom * kFrom; i < part.end_line; i += kLines) {
       const int64_t tile = i / kTileLines, line = i % kTileLines;
@@ -53,15 +53,15 @@ class PairLoops {
     }
   }
 
-  // So many lines from `first` on. GCC finds out too late that it could unroll these loops: the
-  // sums would be in memory.
+  // Multiplies kLines lines from `first` on. Without the pragmas GCC unrolls the loops too late and
+  // keeps the sums in memory.
   template <int64_t kLines, int64_t kColumns>
   static MOE_EXT_INLINE void multiply_lines(int64_t first, const Part& part, float* memory) {
     const auto place = [&](int64_t i, int64_t c) __attribute__((always_inline)) {
       return memory + i * kTileLines + (c < 2 ? c : kTilesOfBand) * kTileSums;
     };
     if (part.target.data) {
-      layout::ask<kLines>(part.target.data + first * part.target.stride, part.target.stride);
+      layout::ask(part.target.data + first * part.target.stride, part.target.stride, kLines);
     }
     Floats sums[kLines][kColumns];
 #pragma GCC unroll 16
@@ -76,7 +76,7 @@ class PairLoops {
     const int64_t joined = kColumns > 2 ? part.joined - part.packed : 0;
     const uint16_t *from = part.lines.numbers + first * part.lines.stride, *packed = part.packed;
     for (int64_t left = part.numbers; left > 0; left -= layout::kStep) {
-      // Of every fourth line: more addresses would not fit into registers.
+      // Every fourth line has an address of its own. Eight addresses would not fit into registers.
       const char* at[kLines / 4];
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kLines / 4; ++i) {
@@ -120,20 +120,18 @@ class PairLoops {
   static MOE_EXT_INLINE void write(const Part& part, int64_t first,
                                    const Floats (&sums)[kLines][kColumns]) {
     const Target& to = part.target;
-    Floats bias[3];
+    Floats bias[kColumns];
     for (int64_t c = 0; c < kColumns; ++c) load(bias[c], to.bias + c * kTileLines);
     char* row = to.data + first * to.stride;
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kLines; ++i, row += to.stride) {
       if (first + i >= part.end_line) return;
-      layout::Numbers numbers;
-      const Floats low = sums[i][0] + bias[0];
-      layout::narrow(low, kColumns > 1 ? sums[i][1 % kColumns] + bias[1 % kColumns] : low, numbers);
-      layout::write(numbers, std::min(to.columns, layout::kBand), row);
-      if constexpr (kColumns > 2) {
-        const Floats third = sums[i][2] + bias[2];
-        layout::narrow(third, third, numbers);
-        layout::write(numbers, to.columns - layout::kBand, row + layout::kBand * 2);
+#pragma GCC unroll 2
+      for (int64_t c = 0; c < kColumns; c += 2) {
+        const int64_t next = std::min(c + 1, kColumns - 1), column = c * kTileLines;
+        layout::Numbers numbers;
+        layout::narrow(sums[i][c] + bias[c], sums[i][next] + bias[next], numbers);
+        layout::write(numbers, std::min(to.columns - column, layout::kBand), row + column * 2);
       }
     }
   }

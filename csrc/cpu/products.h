@@ -128,11 +128,11 @@ inline void add_outer_tiles(std::vector<Tile>& tiles, int64_t num_experts, int64
 
 // A thread's products and memory.
 struct Worker {
-  explicit Worker(ScalarType dtype) : gemm(dtype), dtype(dtype) {}
+  explicit Worker(ScalarType dtype) : gemm(dtype) {}
 
-  // Room for a product. Its rows are no whole pages apart: a product that writes a piece of each
-  // would be slow.
-  Matrix room(int64_t rows, int64_t columns) {
+  // Memory for a product. Rows are not whole pages apart, because loops that write a piece of each
+  // row would be slow.
+  Matrix room(ScalarType dtype, int64_t rows, int64_t columns) {
     constexpr int64_t kPage = 4096, kMore = 32;
     const Matrix dense = out.get(dtype, rows, columns);
     if (columns * dense.width() % kPage != 0) return dense;
@@ -140,7 +140,6 @@ struct Worker {
   }
 
   Gemm gemm;
-  ScalarType dtype;
   Panel left, right, out;
 };
 

@@ -20,7 +20,8 @@ namespace moe_ext::layout {
 using Floats = Vector<float, 64>;
 using Pairs = Vector<uint32_t, 64>;  // of numbers
 using Numbers = Vector<uint16_t, 64>;
-constexpr int kMasks = kEmulatesTiles ? 16 : 64;  // of registers that have them
+// Bytes of a register, for load_first and store_first: emulated tiles need not have masks.
+constexpr int kRegisterBytes = kEmulatesTiles ? 16 : 64;
 constexpr int64_t kTile = kTileLines, kStep = 2 * kTile, kTileNumbers = kTile * kStep;
 // A strip and a band are so many lines and columns, two tiles.
 constexpr int64_t kStrip = 2 * kTile, kBand = 2 * kTile, kBandNumbers = kBand * kStep;
@@ -65,13 +66,11 @@ MOE_EXT_INLINE void narrow(const Floats& low, const Floats& high, Numbers& to) {
 // Writes the first `columns` numbers.
 MOE_EXT_INLINE void write(const Numbers& numbers, int64_t columns, char* to) {
   if (columns == kStep) return store(numbers, to);
-  store_first<kMasks>(numbers, to, columns * 2);
+  store_first<kRegisterBytes>(numbers, to, columns * 2);
 }
 
-// Asks for lines of memory that will be written.
-template <int64_t count>
-MOE_EXT_INLINE void ask(const char* first, int64_t apart) {
-#pragma GCC unroll 8
+// Prefetches lines of memory that will be written.
+MOE_EXT_INLINE void ask(const char* first, int64_t apart, int64_t count) {
   for (int64_t i = 0; i < count; ++i, first += apart) {
 #if defined(MOE_EXT_EMULATES_TILES)
     __builtin_prefetch(first, 1);
@@ -141,9 +140,10 @@ MOE_EXT_INLINE Lines lines_of(const Matrix& matrix, uint16_t (&copy)[count][size
   for (int64_t i = 0; i < count; ++i) {
     const uint16_t* from = numbers(matrix) + i * matrix.row_stride;
     Vector<uint16_t, size * 2> line{};
-    if (i < matrix.rows && matrix.columns < size)
-      load_first<kMasks>(line, from, matrix.columns * 2);
-    if (i < matrix.rows && matrix.columns >= size) load(line, from);
+    if (i < matrix.rows) {
+      matrix.columns < size ? load_first<kRegisterBytes>(line, from, matrix.columns * 2)
+                            : load(line, from);
+    }
     store(line, copy[i]);
   }
   return {copy[0], size, size};

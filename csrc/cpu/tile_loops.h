@@ -7,8 +7,8 @@
 #if defined(MOE_EXT_TILES)
 namespace moe_ext {
 
-// Lines that are needed next, of which so many are asked for: each step asks for 64 bytes of them,
-// or a part at its start for all that it has.
+// The `count` lines that a part prefetches: TileLoops prefetches 64 bytes of each in every step,
+// PairLoops all bytes of the part before its first step.
 struct Asked {
   const char* first;
   int64_t stride, count;
@@ -26,7 +26,7 @@ struct Target {
 struct Part {
   layout::Lines lines;
   const uint16_t* packed;
-  const uint16_t* joined;        // another band's first tile, or null; its sums are the next band's
+  const uint16_t* joined;        // the next band's first tile, multiplied here too; or null
   int64_t numbers;               // of a line, before zeros fill its last step
   int64_t first_line, end_line;  // whose sums are wanted
   bool starts;                   // with the first step of a sum
@@ -40,10 +40,10 @@ class TileLoops {
   static constexpr int64_t kPackedBytes = 1 << 20;
   // With at most so many rows, a weight gives the lines and the rows give the columns.
   static constexpr int64_t kMostTurned = INT64_MAX;
-  // A last step is read where it lies if its numbers are a multiple of these.
+  // A multiple of so many numbers is read from memory without a copy that zeros fill up.
   static constexpr int64_t kReads = layout::kStep;
   static constexpr bool kWritesRows = false;
-  static constexpr bool kJoins = false;  // a band and up to 16 columns more
+  static constexpr bool kJoins = false;  // whether a part multiplies a band and a tile more
 
   // tall, wide: whether a strip has lines for its second tile, a band columns
   template <bool tall, bool wide>

@@ -61,13 +61,14 @@ struct TileProduct {
   static constexpr int64_t kStrip = layout::kStrip, kBand = layout::kBand;
   static constexpr int64_t kTileSums = kTile * kTile, kSums = 4 * kTileSums;
   static constexpr int64_t kDeep = 64;  // steps
-  // For many strips, a block is many steps of some columns; the steps' lines stay in the third
-  // cache while blocks of other columns go by. For few, it is one part of many columns, read in the
-  // order of memory where rows are dense. The sums of all strips stay while steps go by.
+  // With many strips, a block is many steps of some columns. The lines of these steps stay in the
+  // third cache while the blocks of other columns follow. With few strips, a block is one part of
+  // many columns, which is read in the order of memory if rows are dense. The sums of all strips
+  // stay in memory until the last step.
   static constexpr int64_t kSumsBytes = 1 << 19, kFewStrips = 4;
   // Lines so many numbers apart push each other out of the first cache, where many bands read them.
   static constexpr int64_t kHalfPage = 1024, kManyBands = 8;
-  // Lines of more are copied strip by strip.
+  // Lines of more bytes are copied strip by strip.
   static constexpr int64_t kCopiedBytes = 1 << 21;
 
   // How a product is divided.
@@ -75,15 +76,15 @@ struct TileProduct {
     int64_t steps, strips;  // of all
     int64_t bands, deep;    // of a block, which is packed: its bands and steps
     int64_t group;          // bands whose sums stay while steps go by
-    bool lie;               // lines are read where they lie
-    bool copied;            // or are all copied, as far as a block's steps go, not strip by strip
+    bool lie;               // whether lines are read without a copy
+    bool copied;            // whether the lines of all strips are copied before the first block
   };
 
   // A thread's memory.
   struct Room {
     uint16_t* packed;  // [bands, steps, 2, 16, 16, 2]: tiles of pairs of numbers
-    uint16_t* copied;  // [strips, steps, 32, 32], or of one: lines that are not read where they lie
-    float* sums;       // [strips, group, 4, 16, 16], or of one strip's bands
+    uint16_t* copied;  // [strips or 1, steps, 32, 32]: lines that cannot be read without a copy
+    float* sums;       // [strips, group, 4, 16, 16]; [bands, 4, 16, 16] if one block has all steps
     float* bias;       // [N], filled up with zeros
   };
 
@@ -121,12 +122,9 @@ struct TileProduct {
                                Loops& loops, Panel& memory) const {
     const Sizes n = sizes_of<Loops>(lines, columns);
     const Room room = room_for(n, memory);
-    // The last lines are multiplied again where there are not enough after them.
     const auto strip = [&](int64_t i, int64_t step) {
-      const int64_t first = std::max<int64_t>(0, std::min(i * kStrip, lines.rows - kStrip));
-      const int64_t end = std::min((step + n.deep) * kStep, lines.columns);
-      return Strip{lines.row_range(first, std::min(first + kStrip, lines.rows))
-                       .column_range(step * kStep, end),
+      const int64_t first = first_of(i, lines), end = (step + n.deep) * kStep;
+      return Strip{strip_of(i, lines).column_range(step * kStep, std::min(end, lines.columns)),
                    first, turned ? 0 : i * kStrip - first};
     };
     for (int64_t g = 0; g < columns.columns; g += n.group * kBand) {
@@ -147,11 +145,10 @@ struct TileProduct {
             if (n.deep < n.steps) own.sums += (i * n.group + c / kBand) * kSums;
             if (n.copied) own.copied += i * n.deep * kStrip * kStep;
             const bool is_last = i + 1 == n.strips;
+            const int64_t after = is_last && c + width == rows.columns ? s + n.deep : s;
             const char* next = nullptr;
-            const bool is_last_block = c + width == rows.columns;
-            if (lines.column_stride == 1 && !n.copied && !(is_last && is_last_block && ends)) {
-              const bool goes_on = is_last && is_last_block;
-              next = strip(is_last ? 0 : i + 1, goes_on ? s + n.deep : s).lines.data;
+            if (lines.column_stride == 1 && !n.copied && after < n.steps) {
+              next = strip(is_last ? 0 : i + 1, after).lines.data;
             }
             multiply_strip(loops, n, strip(i, s), next, turned, block, own);
           }
@@ -160,14 +157,22 @@ struct TileProduct {
     }
   }
 
-  // The lines of all strips, in the order of memory.
+  // The first line of strip i. The last strip repeats lines of the one before if too few are left.
+  static int64_t first_of(int64_t i, const Matrix& lines) {
+    return std::max<int64_t>(0, std::min(i * kStrip, lines.rows - kStrip));
+  }
+
+  static Matrix strip_of(int64_t i, const Matrix& lines) {
+    const int64_t first = first_of(i, lines);
+    return lines.row_range(first, std::min(first + kStrip, lines.rows));
+  }
+
+  // Copies the lines of all strips in the order of memory.
   MOE_EXT_INLINE void copy_all(const Matrix& lines, const Sizes& n, int64_t steps,
                                const Room& room) const {
     for (int64_t s = 0; s < steps; ++s) {
       for (int64_t i = 0; i < n.strips; ++i) {
-        const int64_t first = std::max<int64_t>(0, std::min(i * kStrip, lines.rows - kStrip));
-        const Matrix some = lines.row_range(first, std::min(first + kStrip, lines.rows));
-        layout::copy(some.column_range(s * kStep, some.columns), 1,
+        layout::copy(strip_of(i, lines).column_range(s * kStep, lines.columns), 1,
                      room.copied + (i * n.deep + s) * kStrip * kStep);
       }
     }
@@ -200,9 +205,9 @@ struct TileProduct {
                                      const Room& room) const {
     const Matrix& all = strip.lines;
     const bool lie = n.lie && all.rows == kStrip;
-    const bool fills = all.columns % Loops::kReads == 0;                 // the last step
-    const int64_t whole = lie ? parts(all.columns, kStep) - !fills : 0;  // steps where they lie
-    // The others are copied: all, or what is left after the last whole step.
+    // Steps that are read without a copy: all, or all but the last one.
+    const bool has_rest = all.columns % Loops::kReads != 0;
+    const int64_t whole = lie ? parts(all.columns, kStep) - has_rest : 0;
     if (whole < block.steps && !n.copied) {
       layout::copy(all.column_range(whole * kStep, all.columns), block.steps - whole, room.copied);
     }
@@ -211,8 +216,10 @@ struct TileProduct {
       const Lines lines =
           s < whole ? Lines{layout::numbers(all) + s * kStep, all.row_stride, kStep}
                     : Lines{room.copied + (s - whole) * kStrip * kStep, kStep, kStrip * kStep};
+      const bool completes = block.ends && end == block.steps;
+      const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
       for (int64_t b = 0, joined; b < block.bands; b += 1 + joined) {
-        // Each band asks for its share of the next lines.
+        // Each band prefetches its share of the next lines.
         const int64_t stride = all.row_stride * 2;
         const Asked asked{next + s * kTileBytes + b * stride, block.bands * stride,
                           next && b < kStrip ? parts(kStrip - b, block.bands) : 0};
@@ -220,27 +227,26 @@ struct TileProduct {
           return room.packed + (band * block.steps + s) * layout::kBandNumbers;
         };
         float* sums = room.sums + b * kSums;
+        const int64_t first_column = block.first_column + b * kBand;
         const int64_t left = block.columns - b * kBand;
         joined = Loops::kJoins && left > kBand && left <= kBand + kTile;
         const int64_t columns = joined ? left : std::min(kBand, left);
         Target target{};
-        if (Loops::kWritesRows && !turned && block.ends && end == block.steps) {
-          const int64_t column = block.first_column + b * kBand;
-          target = {place(strip.first, column), out.row_stride * 2, room.bias + column, columns};
+        if (completes && turned) {
+          layout::ask(place(first_column, strip.first), out.row_stride * 2, columns);
+        } else if (completes && Loops::kWritesRows) {
+          target = {place(strip.first, first_column), out.row_stride * 2, room.bias + first_column,
+                    columns};
         }
-        const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
         const Part part{lines,         packed(b), joined ? packed(b + 1) : nullptr, numbers,
                         strip.skipped, all.rows,  block.starts && s == 0,           asked,
                         target};
-        if (turned && block.ends && end == block.steps) {
-          const int64_t row = block.first_column + b * kBand;
-          for (int64_t j = 0; j < columns; ++j) layout::ask<1>(place(row + j, strip.first), 0);
-        }
         multiply_part(loops, part, all.rows > kTile, columns > kTile, sums);
-        if (turned && block.ends && end == block.steps) {
-          const int64_t row = block.first_column + b * kBand;
-          write_turned(sums, strip, row, std::min(kBand, columns), room);
-          if (joined) write_turned(sums + kSums, strip, row + kBand, columns - kBand, room);
+        if (completes && turned) {
+          write_turned(sums, strip, first_column, std::min(kBand, columns), room);
+          if (joined) {
+            write_turned(sums + kSums, strip, first_column + kBand, columns - kBand, room);
+          }
         }
       }
     }

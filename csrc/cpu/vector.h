@@ -122,9 +122,9 @@ MOE_EXT_INLINE void store(const V& v, T* to) {
   std::memcpy(to, &v, sizeof(V));
 }
 
-// The first numbers of a register, which are so many bytes and not all, from memory, and zeros
-// after them; and to memory. By masks on registers of 64 bytes: a vector that was written in pieces
-// could not be read soon.
+// Loads the first `size` bytes of a register, fewer than it has, and fills it up with zeros.
+// bytes: of the CPU's registers. With 64 a mask does it: a register cannot be loaded soon after its
+// memory was written in pieces.
 template <int bytes, typename V>
 MOE_EXT_INLINE void load_first(V& v, const void* from, int64_t size) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
@@ -142,6 +142,7 @@ MOE_EXT_INLINE void load_first(V& v, const void* from, int64_t size) {
   std::memcpy(&v, from, size);
 }
 
+// Stores the first `size` bytes.
 template <int bytes, typename V>
 MOE_EXT_INLINE void store_first(const V& v, void* to, int64_t size) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
