@@ -14,7 +14,7 @@ struct FewOuter {
 
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& memory) const {
-    visit_format<bytes>(left.dtype, [&](auto format) __attribute__((always_inline)) {
+    visit_lines_format<bytes>(left.dtype, [&](auto format) __attribute__((always_inline)) {
       multiply<decltype(format)>(memory);
     });
   }
@@ -30,25 +30,25 @@ struct FewOuter {
   template <typename Format>
   MOE_EXT_INLINE void multiply(Panel& memory) const {
     using Lanes = typename Format::Lanes;
-    using scalar_t = typename Format::scalar_t;
+    using Factor = typename Format::Factor;
     constexpr int R = Format::kRegisters;
-    const int64_t n = left.rows, N = out.rows;
+    const int64_t steps = steps_of<Format>(), N = out.rows;
     const int64_t vectors = (out.columns + Format::kElements - 1) / Format::kElements;
-    const int64_t floats = vectors * n * R * static_cast<int64_t>(sizeof(Lanes) / sizeof(float));
-    const Matrix panel = memory.get(ScalarType::Float, 1, floats + n * factors_apart());
-    auto* packed = reinterpret_cast<Lanes*>(panel.data);             // [vectors, n, R]
-    float* factors = reinterpret_cast<float*>(panel.data) + floats;  // [n, N]
+    const int64_t registers = vectors * steps * R;
+    const Matrix panel = memory.get(ScalarType::Float, 1,
+                                    registers * static_cast<int64_t>(sizeof(Lanes) / 4) +
+                                        steps * factors_apart<Format>());
+    auto* packed = reinterpret_cast<Lanes*>(panel.data);  // [vectors, steps, R]
+    auto* factors = reinterpret_cast<Factor*>(packed + registers);
     for (int64_t v = 0; v < vectors; ++v) {
-      for (int64_t j = 0; j < n; ++j) {
-        scalar_t copy[Format::kElements];
-        Format::widen(vector_of<sizeof(typename Format::Lanes)>(right, j, v, copy),
-                      packed + (v * n + j) * R);
+      for (int64_t s = 0; s < steps; ++s) {
+        widen_lines<Format>(right, s * Format::kLines, v, packed + (v * steps + s) * R);
       }
     }
-    for (int64_t j = 0; j < n; ++j) {
-      convert<sizeof(Lanes)>(row_of<const scalar_t>(left, j), N, factors + j * factors_apart());
+    for (int64_t s = 0; s < steps; ++s) {
+      factors_of_columns<Format>(left, s * Format::kLines, factors + s * factors_apart<Format>());
     }
-    const int64_t part = std::max<int64_t>(1, kCached / (n * R * sizeof(Lanes)));
+    const int64_t part = std::max<int64_t>(1, kCached / (steps * R * sizeof(Lanes)));
     for (int64_t v = 0; v < vectors; v += part) {
       const int64_t end = std::min(v + part, vectors);
       int64_t r = 0;
@@ -59,13 +59,23 @@ struct FewOuter {
     }
   }
 
-  // From a row of factors to the next. Rows a power of two apart would push each other out of the
-  // first cache.
-  int64_t factors_apart() const { return out.rows + 16; }
+  // Sums are added up in so many steps.
+  template <typename Format>
+  int64_t steps_of() const {
+    return (left.rows + Format::kLines - 1) / Format::kLines;
+  }
+
+  // From a step's factors, one for each line of out, to the next. If they were a power of two apart,
+  // they would push each other out of the first cache.
+  template <typename Format>
+  int64_t factors_apart() const {
+    return (out.rows + Format::kElements - 1) / Format::kElements * Format::kElements + 16;
+  }
 
   // Vectors v to end - 1 of lines r, r + 1, ... of out.
   template <typename Format, int64_t lines>
-  MOE_EXT_INLINE void write_lines(const typename Format::Lanes* packed, const float* factors,
+  MOE_EXT_INLINE void write_lines(const typename Format::Lanes* packed,
+                                  const typename Format::Factor* factors,
                                   int64_t r, int64_t v, int64_t end) const {
     constexpr int64_t kVectors = kSums<Format> / kAtOnce / Format::kRegisters;
     const int64_t full = std::min(end, out.columns / Format::kElements);
@@ -77,13 +87,14 @@ struct FewOuter {
 
   // Vectors v, v + 1, ... of these.
   template <typename Format, int64_t lines, int64_t count>
-  MOE_EXT_INLINE void write(const typename Format::Lanes* packed, const float* factors, int64_t r,
+  MOE_EXT_INLINE void write(const typename Format::Lanes* packed,
+                                  const typename Format::Factor* factors, int64_t r,
                             int64_t v) const {
     using scalar_t = typename Format::scalar_t;
     using Lanes = typename Format::Lanes;
     constexpr int64_t R = Format::kRegisters, kWidth = count * R;
-    const int64_t n = left.rows;
-    packed += v * n * R;
+    const int64_t steps = steps_of<Format>(), apart = factors_apart<Format>();
+    packed += v * steps * R;
     factors += r;
     // GCC finds out too late that it could unroll these loops: the sums would be in memory.
     Lanes sums[lines][kWidth];
@@ -92,15 +103,14 @@ struct FewOuter {
 #pragma GCC unroll 4
       for (int64_t p = 0; p < kWidth; ++p) sums[i][p] = Lanes{};
     }
-    for (int64_t j = 0; j < n; ++j, packed += R, factors += factors_apart()) {
+    for (int64_t s = 0; s < steps; ++s, packed += R, factors += apart) {
       Lanes row[kWidth];
 #pragma GCC unroll 4
-      for (int64_t p = 0; p < kWidth; ++p) row[p] = packed[p / R * n * R + p % R];
+      for (int64_t p = 0; p < kWidth; ++p) row[p] = packed[p / R * steps * R + p % R];
 #pragma GCC unroll 4
       for (int64_t i = 0; i < lines; ++i) {
-        const Lanes factor = factors[i] - Lanes{};  // 0 + it would be computed, for -0
 #pragma GCC unroll 4
-        for (int64_t p = 0; p < kWidth; ++p) add_product(sums[i][p], row[p], factor);
+        for (int64_t p = 0; p < kWidth; ++p) Format::add_lines(sums[i][p], row[p], factors[i]);
       }
     }
 #pragma GCC unroll 4

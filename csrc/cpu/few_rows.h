@@ -46,16 +46,6 @@ MOE_EXT_INLINE void write_row(float* totals, const Matrix* bias, const Matrix& o
   convert<sizeof(typename Format::Lanes)>(totals, out.columns, row);
 }
 
-// Whether products of bfloat16 are made in pairs, by AVX512-BF16.
-inline bool multiplies_pairs() {
-#if defined(MOE_EXT_ASSEMBLES_VECTORS)
-  __builtin_cpu_init();
-  return register_bytes() == 64 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 // Where lines are stored, to ask for them ahead of their use.
 struct Stored {
   const char* first;

@@ -17,7 +17,7 @@ struct FewRowsFlat {
 
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& memory) const {
-    visit_format<bytes>(rows.dtype, [&](auto format) __attribute__((always_inline)) {
+    visit_lines_format<bytes>(rows.dtype, [&](auto format) __attribute__((always_inline)) {
       multiply<decltype(format)>(memory);
     });
   }
@@ -25,65 +25,86 @@ struct FewRowsFlat {
  private:
   static constexpr int kAtOnce = 4;  // lines
   // Bytes of sums that are added to at a time: they stay in the first cache.
-  static constexpr int64_t kCached = 1 << 14;
+  static constexpr int64_t kCached = 1 << 15;
 
   template <typename Format>
   MOE_EXT_INLINE void multiply(Panel& memory) const {
     using Lanes = typename Format::Lanes;
+    using Factor = typename Format::Factor;
     const Matrix lines = weight.transposed();  // [M, N], a line dense in memory
-    const int64_t n = rows.rows, M = lines.rows;
-    constexpr int64_t kBytes = Format::kRegisters * sizeof(Lanes);
+    constexpr int64_t kBytes = Format::kRegisters * sizeof(Lanes), kLines = Format::kLines;
+    const int64_t n = rows.rows, whole = lines.rows / kLines;
+    const int64_t steps = (lines.rows + kLines - 1) / kLines;
+    // Rows of factors a power of two apart would push each other out of the first cache.
+    const int64_t apart = (steps + 15) / 16 * 16 + 16;
     const int64_t vectors = (lines.columns + Format::kElements - 1) / Format::kElements;
     const int64_t chunk = std::max<int64_t>(1, kCached / (n * kBytes));
     const int64_t floats = n * (std::min(chunk, vectors) * kBytes / sizeof(float));
-    const Matrix panel = memory.get(ScalarType::Float, 1, floats + n * M);
+    const Matrix panel = memory.get(ScalarType::Float, 1, floats + n * apart);
     auto* sums = reinterpret_cast<Lanes*>(panel.data);  // [vectors of a chunk, n, kRegisters]
-    float* factors = reinterpret_cast<float*>(panel.data) + floats;  // [n, M]
-    to_floats<Format>(rows, factors);
+    auto* factors =
+        reinterpret_cast<Factor*>(reinterpret_cast<float*>(panel.data) + floats);  // [n, apart]
+    for (int64_t j = 0; j < n; ++j) factors_of_row<Format>(rows, j, factors + j * apart);
     for (int64_t begin = 0; begin < vectors; begin += chunk) {
       const int64_t end = std::min(begin + chunk, vectors);
       start<Format>(sums, begin, end);
-      int64_t m = 0;
-      for (; m + kAtOnce <= M; m += kAtOnce)
-        add<Format, kAtOnce>(sums, begin, end, lines, factors, m);
-      for (; m < M; ++m) add<Format, 1>(sums, begin, end, lines, factors, m);
+      int64_t s = 0;
+      for (; s + kAtOnce <= whole; s += kAtOnce) {
+        add<Format, kAtOnce>(sums, begin, end, lines, factors + s, apart, s * kLines);
+      }
+      for (; s < steps; ++s) {
+        add<Format, 1>(sums, begin, end, lines, factors + s, apart, s * kLines);
+      }
       finish<Format>(sums, begin, end);
     }
+  }
+
+  // Others multiply more rows, and the result shall be theirs: pair_loops.h adds the bias last,
+  // block_product.h first.
+  template <typename Format>
+  static constexpr bool kBiasLast = Format::kLines > 1;
+
+  // A vector of the bias, or zeros if it is not wanted.
+  template <typename Format>
+  MOE_EXT_INLINE void bias_of(bool wanted, int64_t v,
+                              typename Format::Lanes (&to)[Format::kRegisters]) const {
+    for (auto& lanes : to) lanes = typename Format::Lanes{};
+    if (!bias || !wanted) return;
+    typename Format::scalar_t copy[Format::kElements];
+    Format::floats(vector_of<sizeof(typename Format::Lanes)>(*bias, 0, v, copy), to);
   }
 
   template <typename Format>
   MOE_EXT_INLINE void start(typename Format::Lanes* sums, int64_t begin, int64_t end) const {
     for (int64_t v = begin; v < end; ++v) {
-      typename Format::Lanes first[Format::kRegisters]{};
-      if (bias) {
-        typename Format::scalar_t copy[Format::kElements];
-        Format::widen(vector_of<sizeof(typename Format::Lanes)>(*bias, 0, v, copy), first);
-      }
+      typename Format::Lanes first[Format::kRegisters];
+      bias_of<Format>(!kBiasLast<Format>, v, first);
       for (int64_t j = 0; j < rows.rows; ++j) {
         for (int p = 0; p < Format::kRegisters; ++p) *sums++ = first[p];
       }
     }
   }
 
-  // Lines m, m + 1, ... times the rows' numbers m, m + 1, ...
+  // The lines of `count` steps times the rows' factors.
   template <typename Format, int count>
   MOE_EXT_INLINE void add(typename Format::Lanes* sums, int64_t begin, int64_t end,
-                          const Matrix& lines, const float* factors, int64_t m) const {
+                          const Matrix& lines, const typename Format::Factor* factors,
+                          int64_t factors_apart, int64_t first) const {
     using scalar_t = typename Format::scalar_t;
-    const auto* next =
-        reinterpret_cast<const scalar_t*>(lines.data) + (m + count) * lines.row_stride;
+    constexpr int64_t kLines = Format::kLines;
+    const auto* next = reinterpret_cast<const scalar_t*>(lines.data) +
+                       (first + count * kLines) * lines.row_stride;
     for (int64_t v = begin; v < end; ++v) {
       typename Format::Lanes terms[count][Format::kRegisters];
-      for (int i = 0; i < count; ++i) {
-        scalar_t copy[Format::kElements];
+      for (int i = 0; i < count * kLines; ++i) {
         __builtin_prefetch(next + i * lines.row_stride + v * Format::kElements, 0, 2);
-        Format::widen(vector_of<sizeof(typename Format::Lanes)>(lines, m + i, v, copy), terms[i]);
       }
+      for (int i = 0; i < count; ++i) widen_lines<Format>(lines, first + i * kLines, v, terms[i]);
       for (int64_t j = 0; j < rows.rows; ++j) {
-        const float* factor = factors + j * lines.rows + m;
+        const auto* factor = factors + j * factors_apart;
         for (int p = 0; p < Format::kRegisters; ++p, ++sums) {
           auto sum = *sums;
-          for (int i = 0; i < count; ++i) sum += terms[i][p] * factor[i];
+          for (int i = 0; i < count; ++i) Format::add_lines(sum, terms[i][p], factor[i]);
           *sums = sum;
         }
       }
@@ -91,9 +112,14 @@ struct FewRowsFlat {
   }
 
   template <typename Format>
-  MOE_EXT_INLINE void finish(const typename Format::Lanes* sums, int64_t begin, int64_t end) const {
+  MOE_EXT_INLINE void finish(typename Format::Lanes* sums, int64_t begin, int64_t end) const {
     for (int64_t v = begin; v < end; ++v) {
+      typename Format::Lanes last[Format::kRegisters];
+      bias_of<Format>(kBiasLast<Format>, v, last);
       for (int64_t j = 0; j < rows.rows; ++j, sums += Format::kRegisters) {
+        if constexpr (kBiasLast<Format>) {
+          for (int p = 0; p < Format::kRegisters; ++p) sums[p] += last[p];
+        }
         write_vector<Format>(sums, out, j, v);
       }
     }

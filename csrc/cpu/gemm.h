@@ -157,7 +157,7 @@ class Gemm {
       if (weight.column_stride == 1 && rows.rows <= most_rows(rows.dtype, rows.columns)) {
         return on_widest(FewRows{out, rows, first, {weight}}, left_);
       }
-      if (weight.row_stride == 1 && rows.rows <= kFewRows) {
+      if (weight.row_stride == 1 && rows.rows <= most_flat_rows(rows.columns)) {
         return on_widest(FewRowsFlat{out, rows, weight, first}, left_);
       }
     }
@@ -209,12 +209,11 @@ class Gemm {
   // longest rows of floats, kFewBesidePairs where pair_loops.h takes more.
   static constexpr int64_t kFewRows = 16, kFewPairs = 48, kFewFloats = 64, kFewLong = 12;
   static constexpr int64_t kFewBesidePairs = 24;
-  // few_rows_flat.h is faster than tile_product.h for up to so many rows in registers (Zen 5). On
-  // AMX tiles it is faster for up to four rows and equal for up to eight.
-  static constexpr int64_t kFewFlat = 6;
-  // few_outer.h is faster than registers for one row. It is for more if lines of the result are a
-  // multiple of kPage numbers apart: there a Zen 5 writes 64 bytes of each line three times slower.
-  static constexpr int64_t kFewOuter = 1, kFewOuterPages = 8, kPage = 2048;
+  // few_rows_flat.h is faster than pair_loops.h for up to kFewFlat rows, and for up to kMostFlat if
+  // they are long. On AMX tiles it is faster for up to four rows and equal for up to eight
+  // (kFewBesideTiles; measured with floats instead of pairs). few_outer.h is faster than
+  // pair_loops.h for up to kFewOuter rows.
+  static constexpr int64_t kFewFlat = 48, kMostFlat = 96, kFewBesideTiles = 6, kFewOuter = 48;
   // Where MKL multiplies many rows of floats, the loops of block_product.h take up to kSomeFloats;
   // kFlatFloats if the columns of the weight are dense; kSmallFloats if such a weight has up to
   // kSmallFlat numbers, or a gradient up to kSmallOuter. If an expert has several tiles of rows,
@@ -244,13 +243,19 @@ class Gemm {
   // The same for the loops of few_outer.h. MKL is faster for more than kFewLong long rows of
   // floats.
   int64_t most_outer_rows(const Matrix& out) const {
-    if (in_registers_) return out.row_stride % kPage == 0 ? kFewOuterPages : kFewOuter;
+    if (in_registers_) return kFewOuter;
     return out.dtype == ScalarType::Float && out.columns > 256 ? kFewLong : kFewRows;
+  }
+
+  // The same where the columns of the weight are dense.
+  int64_t most_flat_rows(int64_t columns) const {
+    return in_registers_ ? std::clamp(columns / 4, kFewFlat, kMostFlat) : kFewRows;
   }
 
   // The same for rows that tile_product.h would take too.
   int64_t most_before_tiles(bool is_flat, int64_t columns) const {
-    return is_flat ? kFewFlat : in_registers_ ? most_beside_pairs(columns) : 0;
+    if (is_flat) return is_tiled() ? kFewBesideTiles : most_flat_rows(columns);
+    return in_registers_ ? most_beside_pairs(columns) : 0;
   }
 
   // The most rows for few_rows.h beside registers. Sums over lanes cost too much for short rows.

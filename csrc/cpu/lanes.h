@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "matrix.h"
 #include "vector.h"
 
@@ -14,7 +16,8 @@ namespace moe_ext {
 // The formats whose registers are floats.
 template <typename Lanes, int registers>
 struct Widened {
-  static constexpr int kRegisters = registers;
+  static constexpr int kRegisters = registers, kLines = 1;
+  using Factor = float;
 
   static MOE_EXT_INLINE void add(Lanes& sums, const Lanes* a, const Lanes* b) {
     Lanes sum = sums;  // one that has no address stays in its register
@@ -27,6 +30,10 @@ struct Widened {
 #endif
     }
     sums = sum;
+  }
+  static MOE_EXT_INLINE void add_lines(Lanes& sum, const Lanes& lines, Factor factor) {
+    const Lanes all = factor - Lanes{};  // 0 + it would be computed, for -0
+    Widened<Lanes, 1>::add(sum, &lines, &all);
   }
 };
 
@@ -43,6 +50,7 @@ struct DirectFormat : Widened<Vector<float, bytes>, 1> {
   static constexpr int kElements = bytes / 4;
 
   static MOE_EXT_INLINE void widen(const scalar_t* from, Lanes* to) { load_as(to[0], from); }
+  static MOE_EXT_INLINE void floats(const scalar_t* from, Lanes* to) { widen(from, to); }
   static MOE_EXT_INLINE void narrow(const Lanes* from, scalar_t* to) { store_as(from[0], to); }
 };
 
@@ -61,6 +69,7 @@ struct BFloat16Format : Widened<Vector<float, bytes>, 2> {
     std::memcpy(&to[0], &even, bytes);
     std::memcpy(&to[1], &odd, bytes);
   }
+  static MOE_EXT_INLINE void floats(const scalar_t* from, Lanes* to) { widen(from, to); }
   static MOE_EXT_INLINE void narrow(const Lanes* from, scalar_t* to) {
     Bits even, odd;
     round_to_upper_half(from[0], even);
@@ -85,7 +94,58 @@ struct BFloat16Pairs {
     sums = sum;
   }
 };
+
+// The same of two lines: a lane holds a pair of numbers of a column. One register has the first 16
+// columns, the other the rest.
+struct BFloat16LinePairs {
+  using scalar_t = torch::headeronly::BFloat16;
+  using Lanes = Vector<float, 64>;
+  using Numbers = Vector<uint16_t, 64>;
+  using Pairs = Vector<uint32_t, 64>;
+  using Factor = uint32_t;  // a pair
+  static constexpr int kElements = 32, kRegisters = 2, kLines = 2;
+
+  static MOE_EXT_INLINE void widen(const scalar_t* first, const scalar_t* second, Lanes* to) {
+    Numbers a, b;
+    load(a, first);
+    load(b, second);
+    zip<0>(to[0], a, b, places<Numbers>{});
+    zip<kElements / 2>(to[1], a, b, places<Numbers>{});
+  }
+  static MOE_EXT_INLINE void add_lines(Lanes& sum, const Lanes& lines, Factor factor) {
+    const Lanes all = Lanes(factor - Pairs{});
+    BFloat16Pairs::add(sum, &lines, &all);
+  }
+  static MOE_EXT_INLINE void floats(const scalar_t* from, Lanes* to) {
+    load_as(to[0], from);
+    load_as(to[1], from + kElements / 2);
+  }
+  static MOE_EXT_INLINE void narrow(const Lanes* from, scalar_t* to) {
+    Numbers numbers;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(numbers) : "v"(from[0]), "v"(from[1]));
+    store(numbers, static_cast<void*>(to));
+  }
+
+ private:
+  template <int first, int... i>
+  static MOE_EXT_INLINE void zip(Lanes& to, const Numbers& a, const Numbers& b,
+                                 std::integer_sequence<int, i...>) {
+    Numbers pairs;
+    pick<(first + i / 2 + i % 2 * kElements)...>(pairs, a, b);
+    to = Lanes(pairs);
+  }
+};
 #endif
+
+// Whether products of bfloat16 are made in pairs, by AVX512-BF16.
+inline bool multiplies_pairs() {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+  __builtin_cpu_init();
+  return register_bytes() == 64 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
 
 // Whether there are loops for a dtype on this CPU.
 inline bool has_lanes(ScalarType dtype) {
@@ -107,6 +167,17 @@ MOE_EXT_INLINE void visit_format(ScalarType dtype, const Body& body) {
       default: return body(BFloat16Format<bytes>{});
     }
   }
+}
+
+// The same, with one that has add_lines.
+template <int bytes, typename Body>
+MOE_EXT_INLINE void visit_lines_format(ScalarType dtype, const Body& body) {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+  if constexpr (bytes == 64) {
+    if (dtype == ScalarType::BFloat16 && multiplies_pairs()) return body(BFloat16LinePairs{});
+  }
+#endif
+  visit_format<bytes>(dtype, body);
 }
 
 // Copies the first `count` numbers, fewer than `size`, and fills up with zeros.
@@ -143,13 +214,49 @@ MOE_EXT_INLINE void write_vector(const typename Format::Lanes* from, const Matri
   store_first<sizeof(typename Format::Lanes)>(numbers, to, rest * sizeof(scalar_t));
 }
 
-// A matrix as floats.
+// Vector v of Format::kLines lines from `line` on; one that the matrix lacks is zero.
 template <typename Format>
-MOE_EXT_INLINE void to_floats(const Matrix& matrix, float* to) {
-  for (int64_t row = 0; row < matrix.rows; ++row) {
-    const auto* from =
-        reinterpret_cast<const typename Format::scalar_t*>(matrix.data) + row * matrix.row_stride;
-    convert<sizeof(typename Format::Lanes)>(from, matrix.columns, to + row * matrix.columns);
+MOE_EXT_INLINE void widen_lines(const Matrix& matrix, int64_t line, int64_t v,
+                                typename Format::Lanes* to) {
+  using scalar_t = typename Format::scalar_t;
+  constexpr int bytes = sizeof(typename Format::Lanes);
+  scalar_t copy[Format::kElements];
+  const scalar_t* first = vector_of<bytes>(matrix, line, v, copy);
+  if constexpr (Format::kLines == 1) {
+    Format::widen(first, to);
+  } else {
+    static const scalar_t zeros[Format::kElements]{};
+    scalar_t other[Format::kElements];
+    const bool has_second = line + 1 < matrix.rows;
+    Format::widen(first, has_second ? vector_of<bytes>(matrix, line + 1, v, other) : zeros, to);
+  }
+}
+
+// A row's numbers as factors, for Format::kLines lines each.
+template <typename Format>
+MOE_EXT_INLINE void factors_of_row(const Matrix& matrix, int64_t row,
+                                   typename Format::Factor* factors) {
+  const auto* from = row_of<const typename Format::scalar_t>(matrix, row);
+  if constexpr (Format::kLines == 1) {
+    convert<sizeof(typename Format::Lanes)>(from, matrix.columns, factors);
+  } else {
+    if (matrix.columns > 0) factors[(matrix.columns - 1) / Format::kLines] = 0;
+    std::memcpy(factors, from, matrix.columns * sizeof(*from));
+  }
+}
+
+// The numbers of Format::kLines rows from `row` on as factors, one for each column.
+template <typename Format>
+MOE_EXT_INLINE void factors_of_columns(const Matrix& matrix, int64_t row,
+                                       typename Format::Factor* factors) {
+  if constexpr (Format::kLines == 1) {
+    factors_of_row<Format>(matrix, row, factors);
+  } else {
+    for (int64_t v = 0; v * Format::kElements < matrix.columns; ++v) {
+      typename Format::Lanes pairs[Format::kRegisters];
+      widen_lines<Format>(matrix, row, v, pairs);
+      std::memcpy(factors + v * Format::kElements, pairs, sizeof(pairs));
+    }
   }
 }
 

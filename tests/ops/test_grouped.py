@@ -95,7 +95,7 @@ def orders(dtype, M, is_dense) -> tuple[int, int]:
     if owned == "own loops on AMX tiles":
         return (ANY, ANY) if is_dense else (6, ANY)
     if owned == "own loops" and dtype == torch.bfloat16:  # in registers
-        return (max(2, min(24, M // 24)) if is_dense else 6), ANY
+        return (max(2, min(24, M // 24)) if is_dense else ANY), ANY
     most, flat = ANY, ANY
     if owned != "own loops":
         found = re.match(r"own loops up to (\d+) rows of an expert(?:, up to (\d+))?", owned)
