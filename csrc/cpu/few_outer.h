@@ -35,9 +35,9 @@ struct FewOuter {
     const int64_t steps = steps_of<Format>(), N = out.rows;
     const int64_t vectors = (out.columns + Format::kElements - 1) / Format::kElements;
     const int64_t registers = vectors * steps * R;
-    const Matrix panel = memory.get(ScalarType::Float, 1,
-                                    registers * static_cast<int64_t>(sizeof(Lanes) / 4) +
-                                        steps * factors_apart<Format>());
+    const Matrix panel = memory.get(
+        ScalarType::Float, 1,
+        registers * static_cast<int64_t>(sizeof(Lanes) / 4) + steps * factors_apart<Format>());
     auto* packed = reinterpret_cast<Lanes*>(panel.data);  // [vectors, steps, R]
     auto* factors = reinterpret_cast<Factor*>(packed + registers);
     for (int64_t v = 0; v < vectors; ++v) {
@@ -65,8 +65,8 @@ struct FewOuter {
     return (left.rows + Format::kLines - 1) / Format::kLines;
   }
 
-  // From a step's factors, one for each line of out, to the next. If they were a power of two apart,
-  // they would push each other out of the first cache.
+  // From a step's factors, one for each line of out, to the next. If they were a power of two
+  // apart, they would push each other out of the first cache.
   template <typename Format>
   int64_t factors_apart() const {
     return (out.rows + Format::kElements - 1) / Format::kElements * Format::kElements + 16;
@@ -75,8 +75,8 @@ struct FewOuter {
   // Vectors v to end - 1 of lines r, r + 1, ... of out.
   template <typename Format, int64_t lines>
   MOE_EXT_INLINE void write_lines(const typename Format::Lanes* packed,
-                                  const typename Format::Factor* factors,
-                                  int64_t r, int64_t v, int64_t end) const {
+                                  const typename Format::Factor* factors, int64_t r, int64_t v,
+                                  int64_t end) const {
     constexpr int64_t kVectors = kSums<Format> / kAtOnce / Format::kRegisters;
     const int64_t full = std::min(end, out.columns / Format::kElements);
     for (; v + kVectors <= full; v += kVectors) {
@@ -88,8 +88,7 @@ struct FewOuter {
   // Vectors v, v + 1, ... of these.
   template <typename Format, int64_t lines, int64_t count>
   MOE_EXT_INLINE void write(const typename Format::Lanes* packed,
-                                  const typename Format::Factor* factors, int64_t r,
-                            int64_t v) const {
+                            const typename Format::Factor* factors, int64_t r, int64_t v) const {
     using scalar_t = typename Format::scalar_t;
     using Lanes = typename Format::Lanes;
     constexpr int64_t R = Format::kRegisters, kWidth = count * R;

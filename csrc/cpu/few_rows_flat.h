@@ -1,9 +1,9 @@
 // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N] for few rows, where the columns of the
 // weight are dense in memory. One thread of an x86 CPU.
 //
-// The weight is read once: four of its lines are added to the sums of all rows, for as many columns
-// at a time as leave these in the first cache. The order is that of the lines for any number of
-// rows.
+// The weight is read once: four of its lines, or of pairs of them, are added to the sums of all
+// rows, for as many columns at a time as leave these in the first cache. The order is that of the
+// lines for any number of rows.
 
 #pragma once
 
@@ -23,9 +23,9 @@ struct FewRowsFlat {
   }
 
  private:
-  static constexpr int kAtOnce = 4;  // lines
+  static constexpr int kAtOnce = 4;  // Format::kLines lines each
   // Bytes of sums that are added to at a time: they stay in the first cache.
-  static constexpr int64_t kCached = 1 << 15;
+  static constexpr int64_t kCached = 3 << 13;
 
   template <typename Format>
   MOE_EXT_INLINE void multiply(Panel& memory) const {
@@ -92,8 +92,8 @@ struct FewRowsFlat {
                           int64_t factors_apart, int64_t first) const {
     using scalar_t = typename Format::scalar_t;
     constexpr int64_t kLines = Format::kLines;
-    const auto* next = reinterpret_cast<const scalar_t*>(lines.data) +
-                       (first + count * kLines) * lines.row_stride;
+    const auto* next =
+        reinterpret_cast<const scalar_t*>(lines.data) + (first + count * kLines) * lines.row_stride;
     for (int64_t v = begin; v < end; ++v) {
       typename Format::Lanes terms[count][Format::kRegisters];
       for (int i = 0; i < count * kLines; ++i) {
