@@ -3,14 +3,15 @@
 //
 // The limit is the memory of the weight, so it is read once:
 //
-//   a block of rows   its lines in the order of memory, one after the other or a few at a time
+//   a block of rows   its lines one after the other, in the order of memory
 //   more              kLines lines by a block: their sums are in registers. The blocks take turns
 //                     with a part of the lines, which stays in the first cache
 //
 // There is at least one row.
 //
-// A sum is one per lane, to which vectors are added in order, and then the sum of its lanes: the
-// result of a row depends neither on the number of other rows, nor on threads and tiles.
+// A sum is one per lane of a few chains, to which vectors are added in turn, and then the sum of
+// all these: the result of a row depends neither on the number of other rows, nor on threads and
+// tiles.
 
 #pragma once
 
@@ -115,18 +116,18 @@ struct FewRowsOf {
   template <typename Format>
   static constexpr int64_t kStreamed = std::min<int64_t>(4, kBlock<Format>);
   static constexpr uint64_t kStreamedBytes = 1 << 15;  // of these, for the first cache
-  // Then lines are read as many at a time as fill 64 bytes for each step of a sum: one, of
-  // registers of that size. (bench_decode.py, one token, bfloat16 in pairs, on a Zen 5: 91 to 97 %
-  // of the rate of reading, 81 to 85 % with four lines at a time.)
+  // Vector v is added to chain v % kChains. If there were one for less than 64 bytes of a line,
+  // each addition would wait for the one before. (bench_decode.py, one token, bfloat16 on a Zen 5:
+  // 91 to 97 % of the rate of reading, 81 to 85 % with four lines at a time instead.)
   template <typename Format>
-  static constexpr int kAtOnce =
+  static constexpr int kChains =
       64 * Format::kRegisters / (Format::kElements * sizeof(typename Format::scalar_t));
   static constexpr int64_t kAhead = 1 << 13;  // bytes
 
   // The rows, packed a block after the other: for each vector, those of its rows.
   template <typename Format>
   struct Packed {
-    typename Format::Lanes *lanes, *sums;  // sums: [n, kLines] of the lines at hand
+    typename Format::Lanes *lanes, *sums;  // sums: [n, kChains, kLines] of the lines at hand
     int64_t full, vectors;                 // of a row; the last one may not be full
     int64_t block;                         // rows
 
@@ -159,7 +160,7 @@ struct FewRowsOf {
     int64_t stride;                        // elements from a line to the next
     int64_t vectors, rest;                 // full vectors, and elements after them
     const typename Format::Lanes* packed;  // the rows
-    typename Format::Lanes* sums;          // [rows, kLines]
+    typename Format::Lanes* sums;          // [rows, kChains, kLines]
     Stored next;                           // is asked for ahead of its use
     bool starts, ends;                     // whether it has the lines' first numbers, their last
     Totals to;                             // a part that ends writes these instead of sums
@@ -172,10 +173,10 @@ struct FewRowsOf {
     const int64_t n = rows.rows, full = rows.columns / Format::kElements;
     const int64_t vectors = (rows.columns + Format::kElements - 1) / Format::kElements;
     const int64_t registers = n * vectors * Format::kRegisters, width = source.count() + kLines - 1;
-    const Matrix panel =
-        memory.get(ScalarType::Float, 1, (registers + n * kLines) * kFloats + n * width);
+    const int64_t sums = n * kChains<Format> * kLines;
+    const Matrix panel = memory.get(ScalarType::Float, 1, (registers + sums) * kFloats + n * width);
     auto* lanes = reinterpret_cast<Lanes*>(panel.data);
-    auto* totals = reinterpret_cast<float*>(lanes + registers + n * kLines);  // [n, width]
+    auto* totals = reinterpret_cast<float*>(lanes + registers + sums);  // [n, width]
     const int64_t blocks = (n + kBlock<Format> - 1) / kBlock<Format>;
     const Packed<Format> packed{lanes, lanes + registers, full, vectors, (n + blocks - 1) / blocks};
     pack(packed);
@@ -224,34 +225,61 @@ struct FewRowsOf {
     return lines;
   }
 
-  // Multiplies kLines lines by one block, kAtOnce lines at a time, in the order of memory.
+  // Multiplies kLines lines by one block, one line after the other.
   template <typename Format>
   MOE_EXT_INLINE void stream(const Totals& to, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
-    constexpr int kCount = kAtOnce<Format>;
-    constexpr int64_t kBytes = kCount * Format::kElements * sizeof(scalar_t);
     const Matrix lines = lines_of<Format>(to.first, 0, packed.vectors);
-    const auto* line = reinterpret_cast<const scalar_t*>(lines.data);
-    for (int i = 0; i < kLines; i += kCount, line += kCount * lines.row_stride) {
-      const auto* next = reinterpret_cast<const char*>(line);
-      next += kCount == 1 ? kAhead : kCount * lines.row_stride * sizeof(scalar_t);
-      const Part<Format> part{line,
-                              lines.row_stride,
-                              packed.full,
-                              lines.columns - packed.full * Format::kElements,
-                              packed.lanes,
-                              packed.sums + i,
-                              {next, 64, kBytes},
-                              true,
-                              false,
-                              {}};
-      with_count<kStreamed<Format>>(
-          rows.rows, [&](auto n) __attribute__((always_inline)) { multiply_part<true, n>(part); });
+    const int64_t rest = lines.columns - packed.full * Format::kElements;
+    with_count<kStreamed<Format>>(rows.rows, [&](auto n) __attribute__((always_inline)) {
+      typename Format::Lanes sums[n][kLines];
+      for (int i = 0; i < kLines; ++i) {
+        const auto* line = row_of<const scalar_t>(lines, i);
+        typename Format::Lanes of_line[n];
+        stream_line<Format, n>(line, packed.full, rest, packed.lanes, of_line);
+        for (int j = 0; j < n; ++j) sums[j][i] = of_line[j];
+      }
+      for (int j = 0; j < n; ++j) write_totals(to, j, sums[j]);
+    });
+  }
+
+  // The sums of a line, of so many full vectors and a rest, with each row.
+  template <typename Format, int64_t count>
+  MOE_EXT_INLINE void stream_line(const typename Format::scalar_t* line, int64_t vectors,
+                                  int64_t rest, const typename Format::Lanes* packed,
+                                  typename Format::Lanes (&totals)[count]) const {
+    using Lanes = typename Format::Lanes;
+    using scalar_t = typename Format::scalar_t;
+    constexpr int chains = kChains<Format>;
+    constexpr int64_t kElements = Format::kElements;
+    Lanes sums[count][chains];
+    for (auto& of_row : sums) {
+      for (Lanes& sum : of_row) sum = Lanes{};
     }
-    for (int64_t j = 0; j < rows.rows; ++j) {
-      typename Format::Lanes sums[kLines];
-      std::memcpy(sums, packed.sums + j * kLines, sizeof(sums));
-      write_totals(to, j, sums);
+    const auto add_vector = [&](int chain, const scalar_t* numbers) __attribute__((always_inline)) {
+      for (int j = 0; j < count; ++j, packed += Format::kRegisters) {
+        add<Format>(sums[j][chain], numbers, packed);
+      }
+    };
+    int64_t v = 0;
+    for (; v + chains <= vectors; v += chains, line += chains * kElements) {
+      constexpr int64_t kBytes = chains * kElements * sizeof(scalar_t);
+      for (int64_t i = 0; i < kBytes; i += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(line) + kAhead + i, 0, 3);
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < chains; ++c) add_vector(c, line + c * kElements);
+    }
+    scalar_t last[kElements];
+    copy_first<sizeof(Lanes)>(line + (vectors - v) * kElements, rest, last);
+#pragma GCC unroll 4
+    for (int c = 0; c < chains; ++c) {
+      if (v + c < vectors) add_vector(c, line + c * kElements);
+      if (v + c == vectors && rest > 0) add_vector(c, last);
+    }
+    for (int j = 0; j < count; ++j) {
+      totals[j] = sums[j][0];
+      for (int c = 1; c < chains; ++c) totals[j] += sums[j][c];
     }
   }
 
@@ -260,7 +288,7 @@ struct FewRowsOf {
   MOE_EXT_INLINE void multiply_blocks(const Totals& to, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
     constexpr int64_t kElements = Format::kElements;
-    constexpr int64_t kStep = std::max<int64_t>(1, Source::kWhole / kElements);
+    constexpr int64_t kStep = std::max<int64_t>(kChains<Format>, Source::kWhole / kElements);
     constexpr int64_t kMost = Source::kDeep / (kElements * sizeof(scalar_t));
     static_assert(kMost % kStep == 0);
     const int64_t full = packed.full, parts = std::max<int64_t>(1, (full + kMost - 1) / kMost);
@@ -281,13 +309,13 @@ struct FewRowsOf {
                                 end - v,
                                 lines.columns - (end - v) * kElements,
                                 packed.at(begin, count, v),
-                                packed.sums + begin * kLines,
+                                packed.sums + begin * kChains<Format> * kLines,
                                 next,
                                 v == 0,
                                 ends,
                                 {to.first, to.at + begin * to.apart, to.apart}};
         with_count<kBlock<Format>>(
-            count, [&](auto n) __attribute__((always_inline)) { multiply_part<false, n>(part); });
+            count, [&](auto n) __attribute__((always_inline)) { multiply_part<n>(part); });
       }
       v = end;
     } while (v < full);
@@ -303,54 +331,61 @@ struct FewRowsOf {
     Format::add(sums, w, row);
   }
 
-  template <bool streams, int64_t count, typename Format>
+  template <int64_t count, typename Format>
   MOE_EXT_INLINE void multiply_part(const Part<Format>& part) const {
+    for (int64_t chain = 0; chain < kChains<Format>; ++chain) multiply_chain<count>(part, chain);
+  }
+
+  // A part's vectors that belong to a chain.
+  template <int64_t count, typename Format>
+  MOE_EXT_INLINE void multiply_chain(const Part<Format>& part, int64_t chain) const {
     using Lanes = typename Format::Lanes;
     using scalar_t = typename Format::scalar_t;
-    constexpr int lines = streams ? kAtOnce<Format> : kLines;
-    // A step asks for cache lines that follow each other, or for one of each line.
-    constexpr int kAsked = streams ? lines * Format::kElements * sizeof(scalar_t) / 64 : lines;
-    const int64_t stride = part.stride;
-    Lanes sums[count][lines];
+    constexpr int64_t kStep = kChains<Format>, R = Format::kRegisters;
+    const auto place = [&](int64_t j, int64_t c, int64_t i)
+                           __attribute__((always_inline)) -> Lanes& {
+      return part.sums[(j * kStep + c) * kLines + i];
+    };
+    Lanes sums[count][kLines];
     for (int j = 0; j < count; ++j) {
-      for (int i = 0; i < lines; ++i) {
+      for (int i = 0; i < kLines; ++i) {
         sums[j][i] = Lanes{};
-        if (!part.starts) sums[j][i] = part.sums[j * kLines + i];
+        if (!part.starts) sums[j][i] = place(j, chain, i);
       }
     }
-    const Lanes* packed = part.packed;
-    const scalar_t* line = part.lines;
-    const char* next = part.next.first;
-    for (int64_t v = 0; v < part.vectors; ++v) {
-      for (int i = 0; i < kAsked; ++i) __builtin_prefetch(next + i * part.next.apart, 0, 3);
+    const int64_t stride = part.stride;
+    const Lanes* packed = part.packed + chain * count * R;
+    const scalar_t* line = part.lines + chain * Format::kElements;
+    const char* next = part.next.first + chain * part.next.step;
+    for (int64_t v = chain; v < part.vectors; v += kStep) {
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(next + i * part.next.apart, 0, 3);
       for (int j = 0; j < count; ++j) {
-        for (int i = 0; i < lines; ++i) {
-          add<Format>(sums[j][i], line + i * stride, packed + j * Format::kRegisters);
+        for (int i = 0; i < kLines; ++i) {
+          add<Format>(sums[j][i], line + i * stride, packed + j * R);
         }
       }
-      packed += count * Format::kRegisters;
-      line += Format::kElements;
-      next += part.next.step;
+      packed += kStep * count * R;
+      line += kStep * Format::kElements;
+      next += kStep * part.next.step;
     }
-    if (part.rest > 0) {
-      scalar_t last[lines][Format::kElements];
-      for (int i = 0; i < lines; ++i) {
+    if (part.rest > 0 && part.vectors % kStep == chain) {
+      scalar_t last[kLines][Format::kElements];
+      for (int i = 0; i < kLines; ++i) {
         copy_first<sizeof(Lanes)>(line + i * stride, part.rest, last[i]);
       }
       for (int j = 0; j < count; ++j) {
-        for (int i = 0; i < lines; ++i) {
-          add<Format>(sums[j][i], last[i], packed + j * Format::kRegisters);
-        }
+        for (int i = 0; i < kLines; ++i) add<Format>(sums[j][i], last[i], packed + j * R);
       }
     }
+    // The last part's chains are added up in the place of the first one.
+    const int64_t to = part.ends ? 0 : chain;
+    const bool is_total = part.ends && chain == kStep - 1;
     for (int j = 0; j < count; ++j) {
-      if constexpr (!streams) {
-        if (part.ends) {
-          write_totals(part.to, j, sums[j]);
-          continue;
-        }
+      for (int i = 0; i < kLines; ++i) {
+        if (part.ends && chain > 0) sums[j][i] = place(j, 0, i) + sums[j][i];
+        if (!is_total) place(j, to, i) = sums[j][i];
       }
-      for (int i = 0; i < lines; ++i) part.sums[j * kLines + i] = sums[j][i];
+      if (is_total) write_totals(part.to, j, sums[j]);
     }
   }
 };
