@@ -270,12 +270,14 @@ struct FewRowsOf {
 #pragma GCC unroll 4
       for (int c = 0; c < chains; ++c) add_vector(c, line + c * kElements);
     }
-    scalar_t last[kElements];
-    copy_first<sizeof(Lanes)>(line + (vectors - v) * kElements, rest, last);
 #pragma GCC unroll 4
     for (int c = 0; c < chains; ++c) {
       if (v + c < vectors) add_vector(c, line + c * kElements);
-      if (v + c == vectors && rest > 0) add_vector(c, last);
+      if (v + c == vectors && rest > 0) {
+        scalar_t last[kElements];
+        copy_first<sizeof(Lanes)>(line + c * kElements, rest, last);
+        add_vector(c, last);
+      }
     }
     for (int j = 0; j < count; ++j) {
       totals[j] = sums[j][0];
