@@ -2,6 +2,7 @@
 
     python bench/bench_layer.py [--dtype bfloat16] [--point NAME ...] [--threads 1 2]
     python bench/bench_layer.py [--small | --capacity 1.25 | --experts] [--forward] [--memory]
+    python bench/bench_layer.py --shape T H F E K [--load zipf]
 
 Layers route by themselves; with --experts the routing is given, and the peers are transformers'
 implementations of Mixtral's experts. With --capacity tokens are dropped, and outputs alone are
@@ -16,6 +17,7 @@ of all points, writes bench/results/<machine>/layer-, small- or experts-<dtype>.
 import argparse
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import layer_peers
@@ -35,6 +37,15 @@ from tqdm import tqdm
 MOST_BYTES, SPEED = 8 << 30, 2e11
 
 
+# The share of all tokens that each expert draws, by its place. [E]
+LOADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "balanced": torch.ones_like,
+    "zipf": lambda place: 1 / (place + 1),
+    "one hot expert": lambda place: torch.where(place == 0, 1e4, 1.0),
+    "half of the experts empty": lambda place: torch.where(place < len(place) // 2, 1.0, 1e-9),
+}
+
+
 class Point(NamedTuple):
     tokens: int
     hidden: int
@@ -44,15 +55,7 @@ class Point(NamedTuple):
     load: str = "balanced"
 
     def shares(self) -> Tensor:
-        """The share of all tokens that each expert draws. [E]"""
-        place = torch.arange(self.num_experts)
-        shares = {
-            "balanced": torch.ones(self.num_experts),
-            "zipf": 1 / (place + 1),
-            "one hot expert": torch.where(place == 0, 1e4, 1.0),
-            "half of the experts empty": torch.where(place < self.num_experts // 2, 1.0, 1e-9),
-        }
-        return shares[self.load]
+        return LOADS[self.load](torch.arange(self.num_experts, dtype=torch.float32))
 
 
 LAYER_POINTS = {
@@ -285,6 +288,16 @@ def measure_all(
     return results
 
 
+def own_point(parse: argparse.ArgumentParser, options: argparse.Namespace) -> Point:
+    """The point of --shape."""
+    point = Point(*options.shape, options.load)
+    if not point.top_k <= point.num_experts <= point.hidden:
+        parse.error(f"--shape needs K <= E <= H, as H holds a token's logits, got {options.shape}")
+    if point.top_k == 1 and not options.experts:
+        parse.error("--shape with K = 1 needs --experts: layers differ in the weight of one expert")
+    return point
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse = parser(__doc__, seconds=3.0)
     parse.add_argument("--experts", action="store_true", help="experts alone, not whole layers")
@@ -296,6 +309,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse.add_argument(
         "--point", nargs="*", choices=[*LAYER_POINTS, *SMALL_POINTS, *EXPERTS_POINTS]
     )
+    text = "one shape of your own: tokens, widths, experts, experts of a token"
+    parse.add_argument("--shape", nargs=5, type=positive, metavar=tuple("THFEK"), help=text)
+    parse.add_argument("--load", choices=LOADS, default="balanced", help="of --shape")
     parse.add_argument("--threads", nargs="*", type=positive, default=[torch.get_num_threads()])
     text = "leave a peer out if a step takes more seconds (2.0)"
     parse.add_argument("--longest", type=float, default=2.0, help=text)
@@ -306,6 +322,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.points = EXPERTS_POINTS if options.experts else LAYER_POINTS
     if options.small:
         options.points = SMALL_POINTS
+    if options.shape:
+        options.points = {"own": own_point(parse, options)}
+        options.point = options.point or ["own"]
     if unknown := set(options.point or ()) - set(options.points):
         parse.error(f"--point must be one of {', '.join(options.points)}, got {unknown.pop()}")
     return options

@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "lanes.h"
 
 namespace moe_ext {
@@ -33,20 +35,20 @@ struct FewOuter {
     using Factor = typename Format::Factor;
     constexpr int R = Format::kRegisters;
     const int64_t steps = steps_of<Format>(), N = out.rows;
-    const int64_t vectors = (out.columns + Format::kElements - 1) / Format::kElements;
+    const int64_t vectors = parts(out.columns, Format::kElements);
     const int64_t registers = vectors * steps * R;
     const Matrix panel = memory.get(
         ScalarType::Float, 1,
-        registers * static_cast<int64_t>(sizeof(Lanes) / 4) + steps * factors_apart<Format>());
+        registers * static_cast<int64_t>(sizeof(Lanes) / 4) + steps * factors_apart(out.rows));
     auto* packed = reinterpret_cast<Lanes*>(panel.data);  // [vectors, steps, R]
     auto* factors = reinterpret_cast<Factor*>(packed + registers);
     for (int64_t v = 0; v < vectors; ++v) {
       for (int64_t s = 0; s < steps; ++s) {
-        widen_lines<Format>(right, s * Format::kLines, v, packed + (v * steps + s) * R);
+        widen_lines<Format>(right, s * Format::kDepth, v, packed + (v * steps + s) * R);
       }
     }
     for (int64_t s = 0; s < steps; ++s) {
-      factors_of_columns<Format>(left, s * Format::kLines, factors + s * factors_apart<Format>());
+      factors_of_columns<Format>(left, s * Format::kDepth, factors + s * factors_apart(out.rows));
     }
     const int64_t part = std::max<int64_t>(1, kCached / (steps * R * sizeof(Lanes)));
     for (int64_t v = 0; v < vectors; v += part) {
@@ -59,17 +61,10 @@ struct FewOuter {
     }
   }
 
-  // Sums are added up in so many steps.
+  // The steps of a sum.
   template <typename Format>
   int64_t steps_of() const {
-    return (left.rows + Format::kLines - 1) / Format::kLines;
-  }
-
-  // From a step's factors, one for each line of out, to the next. If they were a power of two
-  // apart, they would push each other out of the first cache.
-  template <typename Format>
-  int64_t factors_apart() const {
-    return (out.rows + Format::kElements - 1) / Format::kElements * Format::kElements + 16;
+    return parts(left.rows, Format::kDepth);
   }
 
   // Vectors v to end - 1 of lines r, r + 1, ... of out.
@@ -92,7 +87,7 @@ struct FewOuter {
     using scalar_t = typename Format::scalar_t;
     using Lanes = typename Format::Lanes;
     constexpr int64_t R = Format::kRegisters, kWidth = count * R;
-    const int64_t steps = steps_of<Format>(), apart = factors_apart<Format>();
+    const int64_t steps = steps_of<Format>(), apart = factors_apart(out.rows);
     packed += v * steps * R;
     factors += r;
     // GCC finds out too late that it could unroll these loops: the sums would be in memory.

@@ -9,8 +9,8 @@
 //
 // There is at least one row.
 //
-// A sum is one per lane of a few chains, to which vectors are added in turn, and then the sum of
-// all these: the result of a row depends neither on the number of other rows, nor on threads and
+// A sum is one per lane of one or more chains, to which vectors are added in turn, and then the sum
+// of all these: the result of a row depends neither on the number of other rows, nor on threads and
 // tiles.
 
 #pragma once
@@ -97,14 +97,25 @@ struct FewRowsOf {
     if constexpr (bytes == 64) {
       if constexpr (Source::template kHas<BFloat16Pairs::scalar_t>) {
         if (rows.dtype == ScalarType::BFloat16 && multiplies_pairs()) {
-          return multiply<BFloat16Pairs>(memory);
+          return multiply<BFloat16Pairs, 1>(memory);
         }
       }
     }
 #endif
     visit_format<bytes>(rows.dtype, [&](auto format) __attribute__((always_inline)) {
       using Format = decltype(format);
-      if constexpr (Source::template kHas<typename Format::scalar_t>) multiply<Format>(memory);
+      if constexpr (Source::template kHas<typename Format::scalar_t>) {
+        constexpr int64_t kMost = kChains<Format>;
+        if constexpr (kMost > 1) {
+          if (rows.columns >= kLong * kMost * Format::kElements) {
+            const auto of_long = [&](auto) __attribute__((always_inline)) {
+              multiply<Format, kMost>(memory);
+            };
+            return on_registers<bytes>(of_long);
+          }
+        }
+        multiply<Format, 1>(memory);
+      }
     });
   }
 
@@ -116,18 +127,23 @@ struct FewRowsOf {
   template <typename Format>
   static constexpr int64_t kStreamed = std::min<int64_t>(4, kBlock<Format>);
   static constexpr uint64_t kStreamedBytes = 1 << 15;  // of these, for the first cache
-  // Vector v is added to chain v % kChains. If there were one for less than 64 bytes of a line,
-  // each addition would wait for the one before. (bench_decode.py, one token, bfloat16 on a Zen 5:
-  // 91 to 97 % of the rate of reading, 81 to 85 % with four lines at a time instead.)
+  // A chain's additions wait for each other: as many chains as take 64 bytes of a line for each
+  // wait keep up with memory. (bench_decode.py, one token, bfloat16, on a Zen 5: 91 to 97 % of the
+  // rate of reading, also with registers of 32 bytes. Four lines at a time, of one chain each, came
+  // to 81 to 89 %.) Lines that are not in memory are not streamed and have one, and so have short
+  // lines, of fewer than kLong vectors for each chain.
   template <typename Format>
-  static constexpr int kChains =
-      64 * Format::kRegisters / (Format::kElements * sizeof(typename Format::scalar_t));
+  static constexpr int64_t kChains =
+      Source::kInMemory
+          ? 64 * Format::kRegisters / (Format::kElements * sizeof(typename Format::scalar_t))
+          : 1;
+  static constexpr int64_t kLong = 12;
   static constexpr int64_t kAhead = 1 << 13;  // bytes
 
   // The rows, packed a block after the other: for each vector, those of its rows.
   template <typename Format>
   struct Packed {
-    typename Format::Lanes *lanes, *sums;  // sums: [n, kChains, kLines] of the lines at hand
+    typename Format::Lanes *lanes, *sums;  // sums: [n, chains, kLines] of the lines at hand
     int64_t full, vectors;                 // of a row; the last one may not be full
     int64_t block;                         // rows
 
@@ -160,20 +176,21 @@ struct FewRowsOf {
     int64_t stride;                        // elements from a line to the next
     int64_t vectors, rest;                 // full vectors, and elements after them
     const typename Format::Lanes* packed;  // the rows
-    typename Format::Lanes* sums;          // [rows, kChains, kLines]
+    typename Format::Lanes* sums;          // [rows, chains, kLines]
     Stored next;                           // is asked for ahead of its use
     bool starts, ends;                     // whether it has the lines' first numbers, their last
-    Totals to;                             // a part that ends writes these instead of sums
+    Totals to;                             // are written by the last chain of a part that ends
   };
 
-  template <typename Format>
+  // Vector v is added to chain v % chains.
+  template <typename Format, int64_t chains>
   MOE_EXT_INLINE void multiply(Panel& memory) const {
     using Lanes = typename Format::Lanes;
     constexpr int64_t kFloats = sizeof(Lanes) / sizeof(float);
     const int64_t n = rows.rows, full = rows.columns / Format::kElements;
     const int64_t vectors = (rows.columns + Format::kElements - 1) / Format::kElements;
-    const int64_t registers = n * vectors * Format::kRegisters, width = source.count() + kLines - 1;
-    const int64_t sums = n * kChains<Format> * kLines;
+    const int64_t registers = n * vectors * Format::kRegisters, sums = n * chains * kLines;
+    const int64_t width = source.count() + kLines - 1;
     const Matrix panel = memory.get(ScalarType::Float, 1, (registers + sums) * kFloats + n * width);
     auto* lanes = reinterpret_cast<Lanes*>(panel.data);
     auto* totals = reinterpret_cast<float*>(lanes + registers + sums);  // [n, width]
@@ -184,18 +201,19 @@ struct FewRowsOf {
     // The last lines are multiplied again where there are not enough after them; if there are fewer
     // in all, each takes the place of all.
     const int64_t count = source.count();
-    const bool streams = Source::kInMemory && count >= kLines && n <= kStreamed<Format> &&
+    constexpr bool kStreams = Source::kInMemory && chains == kChains<Format>;
+    const bool streams = kStreams && count >= kLines && n <= kStreamed<Format> &&
                          registers * sizeof(Lanes) <= kStreamedBytes;
     for (int64_t r = 0; r < count; r += count >= kLines ? kLines : 1) {
       const int64_t first = count >= kLines ? std::min(r, count - kLines) : r;
       const Totals to{first, totals + first, width};
-      if constexpr (Source::kInMemory) {
+      if constexpr (kStreams) {
         if (streams) {
           stream(to, packed);
           continue;
         }
       }
-      multiply_blocks(to, packed);
+      multiply_blocks<chains>(to, packed);
     }
     for (int64_t j = 0; j < n; ++j) write_row<Format>(totals + j * width, bias, out, j);
   }
@@ -250,9 +268,9 @@ struct FewRowsOf {
                                   typename Format::Lanes (&totals)[count]) const {
     using Lanes = typename Format::Lanes;
     using scalar_t = typename Format::scalar_t;
-    constexpr int chains = kChains<Format>;
+    constexpr int64_t kCount = kChains<Format>;
     constexpr int64_t kElements = Format::kElements;
-    Lanes sums[count][chains];
+    Lanes sums[count][kCount];
     for (auto& of_row : sums) {
       for (Lanes& sum : of_row) sum = Lanes{};
     }
@@ -262,16 +280,16 @@ struct FewRowsOf {
       }
     };
     int64_t v = 0;
-    for (; v + chains <= vectors; v += chains, line += chains * kElements) {
-      constexpr int64_t kBytes = chains * kElements * sizeof(scalar_t);
+    for (; v + kCount <= vectors; v += kCount, line += kCount * kElements) {
+      constexpr int64_t kBytes = kCount * kElements * sizeof(scalar_t);
       for (int64_t i = 0; i < kBytes; i += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(line) + kAhead + i, 0, 3);
       }
 #pragma GCC unroll 4
-      for (int c = 0; c < chains; ++c) add_vector(c, line + c * kElements);
+      for (int c = 0; c < kCount; ++c) add_vector(c, line + c * kElements);
     }
 #pragma GCC unroll 4
-    for (int c = 0; c < chains; ++c) {
+    for (int c = 0; c < kCount; ++c) {
       if (v + c < vectors) add_vector(c, line + c * kElements);
       if (v + c == vectors && rest > 0) {
         scalar_t last[kElements];
@@ -281,18 +299,18 @@ struct FewRowsOf {
     }
     for (int j = 0; j < count; ++j) {
       totals[j] = sums[j][0];
-      for (int c = 1; c < chains; ++c) totals[j] += sums[j][c];
+      for (int c = 1; c < kCount; ++c) totals[j] += sums[j][c];
     }
   }
 
   // Multiplies kLines lines by all blocks, one part of the lines after the other.
-  template <typename Format>
+  template <int64_t chains, typename Format>
   MOE_EXT_INLINE void multiply_blocks(const Totals& to, const Packed<Format>& packed) const {
     using scalar_t = typename Format::scalar_t;
     constexpr int64_t kElements = Format::kElements;
-    constexpr int64_t kStep = std::max<int64_t>(kChains<Format>, Source::kWhole / kElements);
+    constexpr int64_t kStep = std::max<int64_t>(chains, Source::kWhole / kElements);
     constexpr int64_t kMost = Source::kDeep / (kElements * sizeof(scalar_t));
-    static_assert(kMost % kStep == 0);
+    static_assert(kMost % kStep == 0 && kStep % chains == 0);
     const int64_t full = packed.full, parts = std::max<int64_t>(1, (full + kMost - 1) / kMost);
     const int64_t deep = ((full + parts - 1) / parts + kStep - 1) / kStep * kStep;
     int64_t v = 0;
@@ -311,13 +329,13 @@ struct FewRowsOf {
                                 end - v,
                                 lines.columns - (end - v) * kElements,
                                 packed.at(begin, count, v),
-                                packed.sums + begin * kChains<Format> * kLines,
+                                packed.sums + begin * chains * kLines,
                                 next,
                                 v == 0,
                                 ends,
                                 {to.first, to.at + begin * to.apart, to.apart}};
         with_count<kBlock<Format>>(
-            count, [&](auto n) __attribute__((always_inline)) { multiply_part<n>(part); });
+            count, [&](auto n) __attribute__((always_inline)) { multiply_part<n, chains>(part); });
       }
       v = end;
     } while (v < full);
@@ -333,20 +351,20 @@ struct FewRowsOf {
     Format::add(sums, w, row);
   }
 
-  template <int64_t count, typename Format>
+  template <int64_t count, int64_t chains, typename Format>
   MOE_EXT_INLINE void multiply_part(const Part<Format>& part) const {
-    for (int64_t chain = 0; chain < kChains<Format>; ++chain) multiply_chain<count>(part, chain);
+    for (int64_t chain = 0; chain < chains; ++chain) multiply_chain<count, chains>(part, chain);
   }
 
-  // A part's vectors that belong to a chain.
-  template <int64_t count, typename Format>
+  // Multiplies the vectors of a part that belong to a chain.
+  template <int64_t count, int64_t chains, typename Format>
   MOE_EXT_INLINE void multiply_chain(const Part<Format>& part, int64_t chain) const {
     using Lanes = typename Format::Lanes;
     using scalar_t = typename Format::scalar_t;
-    constexpr int64_t kStep = kChains<Format>, R = Format::kRegisters;
+    constexpr int64_t R = Format::kRegisters;
     const auto place = [&](int64_t j, int64_t c, int64_t i)
                            __attribute__((always_inline)) -> Lanes& {
-      return part.sums[(j * kStep + c) * kLines + i];
+      return part.sums[(j * chains + c) * kLines + i];
     };
     Lanes sums[count][kLines];
     for (int j = 0; j < count; ++j) {
@@ -359,18 +377,18 @@ struct FewRowsOf {
     const Lanes* packed = part.packed + chain * count * R;
     const scalar_t* line = part.lines + chain * Format::kElements;
     const char* next = part.next.first + chain * part.next.step;
-    for (int64_t v = chain; v < part.vectors; v += kStep) {
+    for (int64_t v = chain; v < part.vectors; v += chains) {
       for (int i = 0; i < kLines; ++i) __builtin_prefetch(next + i * part.next.apart, 0, 3);
       for (int j = 0; j < count; ++j) {
         for (int i = 0; i < kLines; ++i) {
           add<Format>(sums[j][i], line + i * stride, packed + j * R);
         }
       }
-      packed += kStep * count * R;
-      line += kStep * Format::kElements;
-      next += kStep * part.next.step;
+      packed += chains * count * R;
+      line += chains * Format::kElements;
+      next += chains * part.next.step;
     }
-    if (part.rest > 0 && part.vectors % kStep == chain) {
+    if (part.rest > 0 && part.vectors % chains == chain) {
       scalar_t last[kLines][Format::kElements];
       for (int i = 0; i < kLines; ++i) {
         copy_first<sizeof(Lanes)>(line + i * stride, part.rest, last[i]);
@@ -379,15 +397,19 @@ struct FewRowsOf {
         for (int i = 0; i < kLines; ++i) add<Format>(sums[j][i], last[i], packed + j * R);
       }
     }
-    // The last part's chains are added up in the place of the first one.
-    const int64_t to = part.ends ? 0 : chain;
-    const bool is_total = part.ends && chain == kStep - 1;
+    // The last part adds all chains up in the place of chain 0.
+    const int64_t kept = part.ends ? 0 : chain;
     for (int j = 0; j < count; ++j) {
-      for (int i = 0; i < kLines; ++i) {
-        if (part.ends && chain > 0) sums[j][i] = place(j, 0, i) + sums[j][i];
-        if (!is_total) place(j, to, i) = sums[j][i];
+      if constexpr (chains > 1) {
+        for (int i = 0; i < kLines; ++i) {
+          if (part.ends && chain > 0) sums[j][i] = place(j, 0, i) + sums[j][i];
+        }
       }
-      if (is_total) write_totals(part.to, j, sums[j]);
+      if (part.ends && chain == chains - 1) {
+        write_totals(part.to, j, sums[j]);
+        continue;
+      }
+      for (int i = 0; i < kLines; ++i) place(j, kept, i) = sums[j][i];
     }
   }
 };

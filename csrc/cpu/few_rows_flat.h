@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "lanes.h"
 
 namespace moe_ext {
@@ -23,7 +25,7 @@ struct FewRowsFlat {
   }
 
  private:
-  static constexpr int kAtOnce = 4;  // Format::kLines lines each
+  static constexpr int kAtOnce = 4;  // steps, of Format::kDepth lines each
   // Bytes of sums that are added to at a time: they stay in the first cache.
   static constexpr int64_t kCached = 3 << 13;
 
@@ -32,44 +34,41 @@ struct FewRowsFlat {
     using Lanes = typename Format::Lanes;
     using Factor = typename Format::Factor;
     const Matrix lines = weight.transposed();  // [M, N], a line dense in memory
-    constexpr int64_t kBytes = Format::kRegisters * sizeof(Lanes), kLines = Format::kLines;
-    const int64_t n = rows.rows, whole = lines.rows / kLines;
-    const int64_t steps = (lines.rows + kLines - 1) / kLines;
-    // Rows of factors a power of two apart would push each other out of the first cache.
-    const int64_t apart = (steps + 15) / 16 * 16 + 16;
-    const int64_t vectors = (lines.columns + Format::kElements - 1) / Format::kElements;
-    const int64_t chunk = std::max<int64_t>(1, kCached / (n * kBytes));
-    const int64_t floats = n * (std::min(chunk, vectors) * kBytes / sizeof(float));
-    const Matrix panel = memory.get(ScalarType::Float, 1, floats + n * apart);
-    auto* sums = reinterpret_cast<Lanes*>(panel.data);  // [vectors of a chunk, n, kRegisters]
-    auto* factors =
-        reinterpret_cast<Factor*>(reinterpret_cast<float*>(panel.data) + floats);  // [n, apart]
+    constexpr int64_t kDepth = Format::kDepth, R = Format::kRegisters;
+    constexpr int64_t kFloats = sizeof(Lanes) / sizeof(float);
+    const int64_t n = rows.rows, whole = lines.rows / kDepth, steps = parts(lines.rows, kDepth);
+    const int64_t vectors = parts(lines.columns, Format::kElements);
+    const int64_t chunk = std::max<int64_t>(1, kCached / (n * R * sizeof(Lanes)));
+    const int64_t registers = std::min(chunk, vectors) * n * R, apart = factors_apart(steps);
+    const Matrix panel = memory.get(ScalarType::Float, 1, registers * kFloats + n * apart);
+    auto* sums = reinterpret_cast<Lanes*>(panel.data);            // [vectors of a chunk, n, R]
+    auto* factors = reinterpret_cast<Factor*>(sums + registers);  // [n, apart]
     for (int64_t j = 0; j < n; ++j) factors_of_row<Format>(rows, j, factors + j * apart);
     for (int64_t begin = 0; begin < vectors; begin += chunk) {
       const int64_t end = std::min(begin + chunk, vectors);
       start<Format>(sums, begin, end);
       int64_t s = 0;
       for (; s + kAtOnce <= whole; s += kAtOnce) {
-        add<Format, kAtOnce>(sums, begin, end, lines, factors + s, apart, s * kLines);
+        add<Format, kAtOnce>(sums, begin, end, lines, factors + s, apart, s * kDepth);
       }
       for (; s < steps; ++s) {
-        add<Format, 1>(sums, begin, end, lines, factors + s, apart, s * kLines);
+        add<Format, 1>(sums, begin, end, lines, factors + s, apart, s * kDepth);
       }
       finish<Format>(sums, begin, end);
     }
   }
 
-  // Others multiply more rows, and the result shall be theirs: pair_loops.h adds the bias last,
-  // block_product.h first.
+  // For more rows pair_loops.h adds the bias last, or zeros without one, and block_product.h adds
+  // it first. A row must get the same result here.
   template <typename Format>
-  static constexpr bool kBiasLast = Format::kLines > 1;
+  static constexpr bool kBiasLast = Format::kDepth > 1;
 
-  // A vector of the bias, or zeros if it is not wanted.
+  // A vector of the bias; zeros without one.
   template <typename Format>
-  MOE_EXT_INLINE void bias_of(bool wanted, int64_t v,
-                              typename Format::Lanes (&to)[Format::kRegisters]) const {
+  MOE_EXT_INLINE void bias_vector(int64_t v,
+                                  typename Format::Lanes (&to)[Format::kRegisters]) const {
     for (auto& lanes : to) lanes = typename Format::Lanes{};
-    if (!bias || !wanted) return;
+    if (!bias) return;
     typename Format::scalar_t copy[Format::kElements];
     Format::floats(vector_of<sizeof(typename Format::Lanes)>(*bias, 0, v, copy), to);
   }
@@ -77,8 +76,8 @@ struct FewRowsFlat {
   template <typename Format>
   MOE_EXT_INLINE void start(typename Format::Lanes* sums, int64_t begin, int64_t end) const {
     for (int64_t v = begin; v < end; ++v) {
-      typename Format::Lanes first[Format::kRegisters];
-      bias_of<Format>(!kBiasLast<Format>, v, first);
+      typename Format::Lanes first[Format::kRegisters]{};
+      if constexpr (!kBiasLast<Format>) bias_vector<Format>(v, first);
       for (int64_t j = 0; j < rows.rows; ++j) {
         for (int p = 0; p < Format::kRegisters; ++p) *sums++ = first[p];
       }
@@ -91,15 +90,15 @@ struct FewRowsFlat {
                           const Matrix& lines, const typename Format::Factor* factors,
                           int64_t factors_apart, int64_t first) const {
     using scalar_t = typename Format::scalar_t;
-    constexpr int64_t kLines = Format::kLines;
+    constexpr int64_t kDepth = Format::kDepth;
     const auto* next =
-        reinterpret_cast<const scalar_t*>(lines.data) + (first + count * kLines) * lines.row_stride;
+        reinterpret_cast<const scalar_t*>(lines.data) + (first + count * kDepth) * lines.row_stride;
     for (int64_t v = begin; v < end; ++v) {
       typename Format::Lanes terms[count][Format::kRegisters];
-      for (int i = 0; i < count * kLines; ++i) {
+      for (int i = 0; i < count * kDepth; ++i) {
         __builtin_prefetch(next + i * lines.row_stride + v * Format::kElements, 0, 2);
       }
-      for (int i = 0; i < count; ++i) widen_lines<Format>(lines, first + i * kLines, v, terms[i]);
+      for (int i = 0; i < count; ++i) widen_lines<Format>(lines, first + i * kDepth, v, terms[i]);
       for (int64_t j = 0; j < rows.rows; ++j) {
         const auto* factor = factors + j * factors_apart;
         for (int p = 0; p < Format::kRegisters; ++p, ++sums) {
@@ -115,7 +114,7 @@ struct FewRowsFlat {
   MOE_EXT_INLINE void finish(typename Format::Lanes* sums, int64_t begin, int64_t end) const {
     for (int64_t v = begin; v < end; ++v) {
       typename Format::Lanes last[Format::kRegisters];
-      bias_of<Format>(kBiasLast<Format>, v, last);
+      if constexpr (kBiasLast<Format>) bias_vector<Format>(v, last);
       for (int64_t j = 0; j < rows.rows; ++j, sums += Format::kRegisters) {
         if constexpr (kBiasLast<Format>) {
           for (int p = 0; p < Format::kRegisters; ++p) sums[p] += last[p];

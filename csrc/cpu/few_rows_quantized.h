@@ -155,7 +155,8 @@ struct FewRowsQuantized {
     const int64_t M = weight.columns;
     for (int64_t j = 0; j < rows.rows; ++j) {
       visit_format<sizeof(Lanes)>(rows.dtype, [&](auto format) __attribute__((always_inline)) {
-        factors_of_row<decltype(format)>(rows, j, p.row);
+        convert<sizeof(Lanes)>(row_of<const typename decltype(format)::scalar_t>(rows, j), M,
+                               p.row);
       });
       std::memset(p.row + M, 0, (p.steps * kStep - M) * sizeof(float));
       p.row_scales[j] = codes.unit * (int8_rows ? round_row<sizeof(Lanes)>(p.row, M) : 1);

@@ -247,7 +247,8 @@ class Gemm {
     return out.dtype == ScalarType::Float && out.columns > 256 ? kFewLong : kFewRows;
   }
 
-  // The same where the columns of the weight are dense.
+  // The same where the columns of the weight are dense. Short rows of which there are many take
+  // longer than in registers, as every chunk of few_rows_flat.h starts and ends their sums.
   int64_t most_flat_rows(int64_t columns) const {
     return in_registers_ ? std::clamp(columns / 4, kFewFlat, kMostFlat) : kFewRows;
   }

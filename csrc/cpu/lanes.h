@@ -2,11 +2,13 @@
 //
 // Format::kElements numbers fill Format::kRegisters registers; Format::add(sums, a, b) adds the
 // products of two of these to a sum per lane. bfloat16 is the upper half of a float: its even and
-// its odd elements are two registers, or the CPU adds up their products itself.
+// its odd elements are two registers, or the CPU adds up the products of pairs itself.
+//
+// Where lines are added up, a lane belongs to a column: Format::add_lines(sum, lines, factor) adds
+// the column's numbers of Format::kDepth lines, each times its part of the factor.
+// Format::floats(from, to) gives numbers the places of these sums.
 
 #pragma once
-
-#include <algorithm>
 
 #include "matrix.h"
 #include "vector.h"
@@ -16,7 +18,7 @@ namespace moe_ext {
 // The formats whose registers are floats.
 template <typename Lanes, int registers>
 struct Widened {
-  static constexpr int kRegisters = registers, kLines = 1;
+  static constexpr int kRegisters = registers, kDepth = 1;
   using Factor = float;
 
   static MOE_EXT_INLINE void add(Lanes& sums, const Lanes* a, const Lanes* b) {
@@ -95,15 +97,15 @@ struct BFloat16Pairs {
   }
 };
 
-// The same of two lines: a lane holds a pair of numbers of a column. One register has the first 16
-// columns, the other the rest.
+// Two lines of bfloat16, for add_lines alone: a lane holds a column's pair of numbers. One register
+// has the first 16 columns, the other the rest.
 struct BFloat16LinePairs {
   using scalar_t = torch::headeronly::BFloat16;
   using Lanes = Vector<float, 64>;
   using Numbers = Vector<uint16_t, 64>;
   using Pairs = Vector<uint32_t, 64>;
   using Factor = uint32_t;  // a pair
-  static constexpr int kElements = 32, kRegisters = 2, kLines = 2;
+  static constexpr int kElements = 32, kRegisters = 2, kDepth = 2;
 
   static MOE_EXT_INLINE void widen(const scalar_t* first, const scalar_t* second, Lanes* to) {
     Numbers a, b;
@@ -169,7 +171,8 @@ MOE_EXT_INLINE void visit_format(ScalarType dtype, const Body& body) {
   }
 }
 
-// The same, with one that has add_lines.
+// Calls body(BFloat16LinePairs{}) where the CPU multiplies pairs of bfloat16, else body as
+// visit_format does.
 template <int bytes, typename Body>
 MOE_EXT_INLINE void visit_lines_format(ScalarType dtype, const Body& body) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
@@ -214,7 +217,7 @@ MOE_EXT_INLINE void write_vector(const typename Format::Lanes* from, const Matri
   store_first<sizeof(typename Format::Lanes)>(numbers, to, rest * sizeof(scalar_t));
 }
 
-// Vector v of Format::kLines lines from `line` on; one that the matrix lacks is zero.
+// Vector v of Format::kDepth lines from `line` on; one that the matrix lacks is zero.
 template <typename Format>
 MOE_EXT_INLINE void widen_lines(const Matrix& matrix, int64_t line, int64_t v,
                                 typename Format::Lanes* to) {
@@ -222,7 +225,7 @@ MOE_EXT_INLINE void widen_lines(const Matrix& matrix, int64_t line, int64_t v,
   constexpr int bytes = sizeof(typename Format::Lanes);
   scalar_t copy[Format::kElements];
   const scalar_t* first = vector_of<bytes>(matrix, line, v, copy);
-  if constexpr (Format::kLines == 1) {
+  if constexpr (Format::kDepth == 1) {
     Format::widen(first, to);
   } else {
     static const scalar_t zeros[Format::kElements]{};
@@ -232,24 +235,28 @@ MOE_EXT_INLINE void widen_lines(const Matrix& matrix, int64_t line, int64_t v,
   }
 }
 
-// A row's numbers as factors, for Format::kLines lines each.
+// From the first of so many factors to the first of the next ones: an odd number of 64 bytes, lest
+// they push each other out of the first cache.
+inline int64_t factors_apart(int64_t count) { return parts(count, 32) * 32 + 16; }
+
+// A row's numbers as factors, for Format::kDepth lines each.
 template <typename Format>
 MOE_EXT_INLINE void factors_of_row(const Matrix& matrix, int64_t row,
                                    typename Format::Factor* factors) {
   const auto* from = row_of<const typename Format::scalar_t>(matrix, row);
-  if constexpr (Format::kLines == 1) {
+  if constexpr (Format::kDepth == 1) {
     convert<sizeof(typename Format::Lanes)>(from, matrix.columns, factors);
-  } else {
-    if (matrix.columns > 0) factors[(matrix.columns - 1) / Format::kLines] = 0;
+  } else if (matrix.columns > 0) {
+    factors[(matrix.columns - 1) / Format::kDepth] = 0;
     std::memcpy(factors, from, matrix.columns * sizeof(*from));
   }
 }
 
-// The numbers of Format::kLines rows from `row` on as factors, one for each column.
+// The numbers of Format::kDepth rows from `row` on as factors, one for each column.
 template <typename Format>
 MOE_EXT_INLINE void factors_of_columns(const Matrix& matrix, int64_t row,
                                        typename Format::Factor* factors) {
-  if constexpr (Format::kLines == 1) {
+  if constexpr (Format::kDepth == 1) {
     factors_of_row<Format>(matrix, row, factors);
   } else {
     for (int64_t v = 0; v * Format::kElements < matrix.columns; ++v) {

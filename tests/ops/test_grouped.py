@@ -111,7 +111,7 @@ def orders(dtype, M, is_dense) -> tuple[int, int]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "M"), WIDTHS)
 def test_rows_have_the_results_that_they_have_beside_others(dtype, N, M, request):
-    numbers, all_rows = (*range(1, 20), 24, 25, 31, 47, 48, 49, 65, 240, 257), 300
+    numbers, all_rows = (*range(1, 20), 24, 25, 31, 47, 48, 49, 65, 96, 97, 240, 257), 300
     if request.config.cusim:  # whose products take long: more rows than a tile of 64, of 128
         numbers, all_rows = (1, 2, 17, 49, 65), 130
     w, strided = values(2, N, M, dtype=dtype), values(2, M, N, dtype=dtype).mT

@@ -190,6 +190,31 @@ def test_layers_are_checked_before_they_are_timed(monkeypatch):
         bench_growth.costs_of("wrong", [1000], 0.0)
 
 
+def test_a_shape_of_ones_own_is_timed(tmp_path, capsys):
+    out = tmp_path / "layer.json"
+    shape = ["--shape", "40", "16", "24", "4", "2", "--load", "zipf"]
+    bench_layer.main([*shape, "--seconds", "0", "--out", str(out)])
+    point = json.loads(out.read_text())["points"][0]
+    assert bench_layer.Point(*(point[name] for name in bench_layer.Point._fields)) == (
+        bench_layer.Point(40, 16, 24, 4, 2, "zipf")
+    )
+    assert "T40 H16 F24 E4 K2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [
+        ("40 16 24 4 5", "needs K <= E <= H, as H holds a token's logits, got"),
+        ("40 16 24 17 2", "needs K <= E <= H"),
+        ("40 16 24 4 1", "with K = 1 needs --experts"),
+    ],
+)
+def test_shapes_that_cannot_be_timed_are_refused(capsys, shape, problem):
+    with pytest.raises(SystemExit):
+        bench_layer.main(["--shape", *shape.split()])
+    assert problem in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("load_of", "is_as_named"),
     [
