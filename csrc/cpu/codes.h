@@ -13,7 +13,7 @@
 
 #pragma once
 
-#include "few_rows.h"
+#include "lines.h"
 #include "quantized.h"
 
 namespace moe_ext {

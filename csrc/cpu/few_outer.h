@@ -33,22 +33,20 @@ struct FewOuter {
   MOE_EXT_INLINE void multiply(Panel& memory) const {
     using Lanes = typename Format::Lanes;
     using Factor = typename Format::Factor;
-    constexpr int R = Format::kRegisters;
+    constexpr int64_t R = Format::kRegisters, kFloats = sizeof(Lanes) / sizeof(float);
     const int64_t steps = steps_of<Format>(), N = out.rows;
     const int64_t vectors = parts(out.columns, Format::kElements);
-    const int64_t registers = vectors * steps * R;
-    const Matrix panel = memory.get(
-        ScalarType::Float, 1,
-        registers * static_cast<int64_t>(sizeof(Lanes) / 4) + steps * factors_apart(out.rows));
-    auto* packed = reinterpret_cast<Lanes*>(panel.data);  // [vectors, steps, R]
-    auto* factors = reinterpret_cast<Factor*>(packed + registers);
+    const int64_t registers = vectors * steps * R, apart = factors_apart(N);
+    const Matrix panel = memory.get(ScalarType::Float, 1, registers * kFloats + steps * apart);
+    auto* packed = reinterpret_cast<Lanes*>(panel.data);            // [vectors, steps, R]
+    auto* factors = reinterpret_cast<Factor*>(packed + registers);  // [steps, apart]
     for (int64_t v = 0; v < vectors; ++v) {
       for (int64_t s = 0; s < steps; ++s) {
         widen_lines<Format>(right, s * Format::kDepth, v, packed + (v * steps + s) * R);
       }
     }
     for (int64_t s = 0; s < steps; ++s) {
-      factors_of_columns<Format>(left, s * Format::kDepth, factors + s * factors_apart(out.rows));
+      factors_of_columns<Format>(left, s * Format::kDepth, factors + s * apart);
     }
     const int64_t part = std::max<int64_t>(1, kCached / (steps * R * sizeof(Lanes)));
     for (int64_t v = 0; v < vectors; v += part) {

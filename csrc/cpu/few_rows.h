@@ -15,74 +15,11 @@
 
 #pragma once
 
-#include "lanes.h"
+#include <algorithm>
+
+#include "lines.h"
 
 namespace moe_ext {
-
-constexpr int kLines = 4;  // as many as sum_lanes adds up
-
-// The sum over the lanes of each of four registers.
-template <typename Lanes>
-MOE_EXT_INLINE void sum_lanes(Vector<float, 16>& sums, const Lanes (&parts)[4]) {
-  Lanes rows[4] = {parts[0], parts[1], parts[2], parts[3]};
-  transpose(rows);
-  rows[0] = (rows[0] + rows[1]) + (rows[2] + rows[3]);
-  Vector<float, 16> fours[sizeof(Lanes) / 16];
-  std::memcpy(fours, rows, sizeof(Lanes));
-  for (int i = sizeof(Lanes) / 32; i > 0; i /= 2) {
-    for (int j = 0; j < i; ++j) fours[j] += fours[j + i];
-  }
-  sums = fours[0];
-}
-
-// Row j of out, from its totals, to which the bias is added.
-template <typename Format>
-MOE_EXT_INLINE void write_row(float* totals, const Matrix* bias, const Matrix& out, int64_t j) {
-  using scalar_t = typename Format::scalar_t;
-  if (bias) {
-    const auto* first = reinterpret_cast<const scalar_t*>(bias->data);
-    for (int64_t r = 0; r < out.columns; ++r) totals[r] += static_cast<float>(first[r]);
-  }
-  auto* row = reinterpret_cast<scalar_t*>(out.data) + j * out.row_stride;
-  convert<sizeof(typename Format::Lanes)>(totals, out.columns, row);
-}
-
-// Where lines are stored, to ask for them ahead of their use.
-struct Stored {
-  const char* first;
-  int64_t apart, step;  // bytes from a line to the next, and of a vector
-};
-
-// A source of lines: those of a weight as it lies.
-struct AllLines {
-  template <typename scalar_t>
-  static constexpr bool kHas = true;
-  static constexpr bool kInMemory = true;  // lines lie one after the other
-  // A part of a line has up to so many bytes, which stay in the first cache while the blocks go by.
-  static constexpr int64_t kDeep = 1 << 11;
-  // All parts but the last have a multiple of so many numbers.
-  static constexpr int64_t kWhole = 1;
-
-  Matrix weight;
-
-  int64_t count() const { return weight.rows; }
-
-  // Columns from `begin` to `end` of some lines: kLines, or one. They are there until the next
-  // call.
-  template <int bytes>
-  MOE_EXT_INLINE Matrix find(int64_t first, int64_t lines, int64_t begin, int64_t end) const {
-    return weight.row_range(first, first + lines).column_range(begin, end);
-  }
-
-  // The lines from the first on. elements: of a vector
-  MOE_EXT_INLINE Stored stored(int64_t first, int64_t elements) const {
-    const int64_t apart = weight.row_stride * weight.width();
-    return {weight.data + first * apart, apart, elements * weight.width()};
-  }
-
-  // Completes the products of a row with kLines from the first on.
-  MOE_EXT_INLINE void complete(int64_t, Vector<float, 16>&) const {}
-};
 
 template <typename Source>
 struct FewRowsOf {
@@ -128,7 +65,7 @@ struct FewRowsOf {
   static constexpr int64_t kStreamed = std::min<int64_t>(4, kBlock<Format>);
   static constexpr uint64_t kStreamedBytes = 1 << 15;  // of these, for the first cache
   // A chain's additions wait for each other: as many chains as take 64 bytes of a line for each
-  // wait keep up with memory. (bench_decode.py, one token, bfloat16, on a Zen 5: 91 to 97 % of the
+  // wait keep up with memory. (bench_decode.py, one token, bfloat16, on a Zen 5: 87 to 97 % of the
   // rate of reading, also with registers of 32 bytes. Four lines at a time, of one chain each, came
   // to 81 to 89 %.) Lines that are not in memory are not streamed and have one, and so have short
   // lines, of fewer than kLong vectors for each chain.
@@ -188,14 +125,14 @@ struct FewRowsOf {
     using Lanes = typename Format::Lanes;
     constexpr int64_t kFloats = sizeof(Lanes) / sizeof(float);
     const int64_t n = rows.rows, full = rows.columns / Format::kElements;
-    const int64_t vectors = (rows.columns + Format::kElements - 1) / Format::kElements;
+    const int64_t vectors = parts(rows.columns, Format::kElements);
     const int64_t registers = n * vectors * Format::kRegisters, sums = n * chains * kLines;
     const int64_t width = source.count() + kLines - 1;
     const Matrix panel = memory.get(ScalarType::Float, 1, (registers + sums) * kFloats + n * width);
     auto* lanes = reinterpret_cast<Lanes*>(panel.data);
     auto* totals = reinterpret_cast<float*>(lanes + registers + sums);  // [n, width]
-    const int64_t blocks = (n + kBlock<Format> - 1) / kBlock<Format>;
-    const Packed<Format> packed{lanes, lanes + registers, full, vectors, (n + blocks - 1) / blocks};
+    const int64_t block = parts(n, parts(n, kBlock<Format>));
+    const Packed<Format> packed{lanes, lanes + registers, full, vectors, block};
     pack(packed);
 
     // The last lines are multiplied again where there are not enough after them; if there are fewer
@@ -311,8 +248,8 @@ struct FewRowsOf {
     constexpr int64_t kStep = std::max<int64_t>(chains, Source::kWhole / kElements);
     constexpr int64_t kMost = Source::kDeep / (kElements * sizeof(scalar_t));
     static_assert(kMost % kStep == 0 && kStep % chains == 0);
-    const int64_t full = packed.full, parts = std::max<int64_t>(1, (full + kMost - 1) / kMost);
-    const int64_t deep = ((full + parts - 1) / parts + kStep - 1) / kStep * kStep;
+    const int64_t full = packed.full, count = std::max<int64_t>(1, parts(full, kMost));
+    const int64_t deep = parts(parts(full, count), kStep) * kStep;
     int64_t v = 0;
     do {  // once if no vector is full
       const int64_t end = std::min(v + deep, full);
@@ -323,19 +260,20 @@ struct FewRowsOf {
       // Every block asks for what comes next: the CPU drops what it cannot keep up with. (24 rows
       // took 1.4 times as long on a Zen 5 where the first block alone asked.)
       for (int64_t begin = 0; begin < rows.rows; begin += packed.block) {
-        const int64_t count = std::min(packed.block, rows.rows - begin);
+        const int64_t of_block = std::min(packed.block, rows.rows - begin);
         const Part<Format> part{reinterpret_cast<const scalar_t*>(lines.data),
                                 lines.row_stride,
                                 end - v,
                                 lines.columns - (end - v) * kElements,
-                                packed.at(begin, count, v),
+                                packed.at(begin, of_block, v),
                                 packed.sums + begin * chains * kLines,
                                 next,
                                 v == 0,
                                 ends,
                                 {to.first, to.at + begin * to.apart, to.apart}};
-        with_count<kBlock<Format>>(
-            count, [&](auto n) __attribute__((always_inline)) { multiply_part<n, chains>(part); });
+        with_count<kBlock<Format>>(of_block, [&](auto n) __attribute__((always_inline)) {
+          for (int64_t chain = 0; chain < chains; ++chain) multiply_chain<n, chains>(part, chain);
+        });
       }
       v = end;
     } while (v < full);
@@ -349,11 +287,6 @@ struct FewRowsOf {
     typename Format::Lanes w[Format::kRegisters];
     Format::widen(weight, w);
     Format::add(sums, w, row);
-  }
-
-  template <int64_t count, int64_t chains, typename Format>
-  MOE_EXT_INLINE void multiply_part(const Part<Format>& part) const {
-    for (int64_t chain = 0; chain < chains; ++chain) multiply_chain<count, chains>(part, chain);
   }
 
   // Multiplies the vectors of a part that belong to a chain.

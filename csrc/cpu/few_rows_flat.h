@@ -88,7 +88,7 @@ struct FewRowsFlat {
   template <typename Format, int count>
   MOE_EXT_INLINE void add(typename Format::Lanes* sums, int64_t begin, int64_t end,
                           const Matrix& lines, const typename Format::Factor* factors,
-                          int64_t factors_apart, int64_t first) const {
+                          int64_t apart, int64_t first) const {
     using scalar_t = typename Format::scalar_t;
     constexpr int64_t kDepth = Format::kDepth;
     const auto* next =
@@ -100,7 +100,7 @@ struct FewRowsFlat {
       }
       for (int i = 0; i < count; ++i) widen_lines<Format>(lines, first + i * kDepth, v, terms[i]);
       for (int64_t j = 0; j < rows.rows; ++j) {
-        const auto* factor = factors + j * factors_apart;
+        const auto* factor = factors + j * apart;
         for (int p = 0; p < Format::kRegisters; ++p, ++sums) {
           auto sum = *sums;
           for (int i = 0; i < count; ++i) Format::add_lines(sum, terms[i][p], factor[i]);

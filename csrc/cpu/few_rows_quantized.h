@@ -12,7 +12,7 @@
 #pragma once
 
 #include "codes.h"
-#include "few_rows.h"
+#include "lines.h"
 
 namespace moe_ext {
 

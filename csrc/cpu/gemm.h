@@ -175,7 +175,7 @@ class Gemm {
     copy(out, result.row_range(0, rows.rows));
   }
 
-  // The same with the lines of a source (few_rows.h); false where other products are faster.
+  // The same with the lines of a source (lines.h); false where other products are faster.
   template <typename Source>
   bool rows_by_lines(const Matrix& out, const Matrix& rows, const std::optional<Matrix>& bias,
                      const Source& source) {

@@ -91,9 +91,7 @@ struct BFloat16Pairs {
 
   static MOE_EXT_INLINE void widen(const scalar_t* from, Lanes* to) { load(to[0], from); }
   static MOE_EXT_INLINE void add(Lanes& sums, const Lanes* a, const Lanes* b) {
-    Lanes sum = sums;  // one that has no address stays in its register
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a[0]), "v"(b[0]));
-    sums = sum;
+    add_pairs(sums, a[0], b[0]);
   }
 };
 
@@ -115,8 +113,7 @@ struct BFloat16LinePairs {
     zip<kElements / 2>(to[1], a, b, places<Numbers>{});
   }
   static MOE_EXT_INLINE void add_lines(Lanes& sum, const Lanes& lines, Factor factor) {
-    const Lanes all = Lanes(factor - Pairs{});
-    BFloat16Pairs::add(sum, &lines, &all);
+    add_pairs(sum, lines, Lanes(factor - Pairs{}));
   }
   static MOE_EXT_INLINE void floats(const scalar_t* from, Lanes* to) {
     load_as(to[0], from);
@@ -124,7 +121,7 @@ struct BFloat16LinePairs {
   }
   static MOE_EXT_INLINE void narrow(const Lanes* from, scalar_t* to) {
     Numbers numbers;
-    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(numbers) : "v"(from[0]), "v"(from[1]));
+    narrow_to_pairs(from[0], from[1], numbers);
     store(numbers, static_cast<void*>(to));
   }
 

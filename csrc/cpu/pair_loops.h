@@ -96,11 +96,7 @@ class PairLoops {
           std::memcpy(&pair, at[i / 4] + i % 4 * stride, sizeof(pair));
           const Floats line = Floats(pair - layout::Pairs{});
 #pragma GCC unroll 3
-          for (int64_t c = 0; c < kColumns; ++c) {
-            Floats sum = sums[i][c];  // one that has no address stays in its register
-            asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(line), "v"(columns[c]));
-            sums[i][c] = sum;
-          }
+          for (int64_t c = 0; c < kColumns; ++c) add_pairs(sums[i][c], line, columns[c]);
         }
 #pragma GCC unroll 4
         for (int64_t i = 0; i < kLines / 4; ++i) at[i] += 4;

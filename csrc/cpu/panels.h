@@ -234,7 +234,7 @@ struct DecodePanel {
 
   static MOE_EXT_INLINE Pairs pair_of(const Floats& low, const Floats& high) {
     Pairs pair;
-    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pair) : "v"(low), "v"(high));
+    narrow_to_pairs(low, high, pair);
     return pair;
   }
 #endif

@@ -22,7 +22,7 @@ constexpr int64_t kPanelBytes = 1 << 21, kPanelLines = 64, kPanelColumns = 128;
 constexpr int64_t kFewOnTiles = 64, kTiledBytes = 1 << 19;
 constexpr int64_t kStep = 128;  // whole steps of registers of any size
 
-// A source of lines (few_rows.h): numbers of a weight, a part at a time.
+// A source of lines (lines.h): numbers of a weight, a part at a time.
 template <typename scalar_t>
 struct DecodedLines {
   template <typename other_t>

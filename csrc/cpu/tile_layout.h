@@ -57,9 +57,7 @@ MOE_EXT_INLINE void narrow(const Floats& low, const Floats& high, Numbers& to) {
   round_to_upper_half(high, bits[1]);
   for (int64_t i = 0; i < kStep; ++i) to[i] = bits[i / kTile][i % kTile] >> 16;
 #else
-  Numbers rounded;
-  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(rounded) : "v"(low), "v"(high));
-  to = rounded;
+  narrow_to_pairs(low, high, to);
 #endif
 }
 

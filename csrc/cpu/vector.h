@@ -175,6 +175,28 @@ MOE_EXT_INLINE void round_to_upper_half(const V& v, Bits& bits) {
   bits = v == v ? bits : Bits{} + 0x7fc00000u;
 }
 
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+// Instructions of AVX512-BF16 (Pairs: pairs of bfloat16). Operands without an address stay in
+// registers.
+
+// Adds the products of both numbers of each pair to a sum.
+template <typename Pairs>
+MOE_EXT_INLINE void add_pairs(Vector<float, 64>& sums, const Pairs& a, const Pairs& b) {
+  Vector<float, 64> sum = sums;
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  sums = sum;
+}
+
+// Rounds low's floats, then high's.
+template <typename Pairs>
+MOE_EXT_INLINE void narrow_to_pairs(const Vector<float, 64>& low, const Vector<float, 64>& high,
+                                    Pairs& to) {
+  Pairs rounded;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(rounded) : "v"(low), "v"(high));
+  to = rounded;
+}
+#endif
+
 template <typename Float>
 constexpr bool is_bfloat16 = std::is_same_v<Float, torch::headeronly::BFloat16>;
 
