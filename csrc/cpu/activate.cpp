@@ -21,11 +21,11 @@ Tensor activate_kernel(const ActivateArgs& a) {
   Tensor out = fresh(a.pre_activation, {routes.num_rows, a.width}, a.pre_activation.scalar_type());
   const auto* pre_activation = const_data<scalar_t>(a.pre_activation);  // [R, inner_width]
   auto* active = data<scalar_t>(out);                                   // [R, width]
-  Fault bad_slot, bad_source;
+  Found found;
   const auto run = [&](int64_t begin, int64_t end) {
     on_widest([&](auto bytes) __attribute__((always_inline)) {
       for (int64_t route = begin; route < end; ++route) {
-        if (!routes.has_row(route, bad_slot)) continue;
+        if (!routes.has_row(route, found)) continue;
         const int64_t row = routes.slots[route];
         activate_row<bytes>(a.activation,
                             inner_row(a.activation, pre_activation + row * a.inner_width, a.width),
@@ -35,8 +35,8 @@ Tensor activate_kernel(const ActivateArgs& a) {
     });
   };
   parallel_for(0, routes.size(), grain((a.inner_width + a.width) * sizeof(scalar_t)), run);
-  routes.zero_empty_rows(active, a.width, bad_source);
-  routes.check("activate", bad_slot, bad_source);
+  routes.zero_empty_rows(active, a.width, found);
+  routes.check("activate", found);
   return out;
 }
 
@@ -54,12 +54,12 @@ std::tuple<Tensor, Tensor, Tensor> activate_backward_kernel(const ActivateBackwa
   auto* grad_inner = data<scalar_t>(grad_pre_activation);         // [R, inner_width]
   auto* active = data<scalar_t>(out);                             // [R, width]
   auto* of_weights = data<accumulate_t<scalar_t>>(grad_weights);  // [T, K]
-  Fault bad_slot, bad_source;
+  Found found;
   const auto run = [&](int64_t begin, int64_t end) {
     on_widest([&](auto bytes) __attribute__((always_inline)) {
       for (int64_t route = begin; route < end; ++route) {
         of_weights[route] = 0;
-        if (!routes.has_row(route, bad_slot)) continue;
+        if (!routes.has_row(route, found)) continue;
         const int64_t row = routes.slots[route];
         const RowBackward<scalar_t> backward{
             grad + row * width, inner_row(a.activation, inner + row * inner_width, width),
@@ -70,9 +70,9 @@ std::tuple<Tensor, Tensor, Tensor> activate_backward_kernel(const ActivateBackwa
     });
   };
   parallel_for(0, routes.size(), grain(2 * (inner_width + width) * sizeof(scalar_t)), run);
-  routes.zero_empty_rows(grad_inner, inner_width, bad_source);
-  routes.zero_empty_rows(active, width, bad_source);
-  routes.check("activate_backward", bad_slot, bad_source);
+  routes.zero_empty_rows(grad_inner, inner_width, found);
+  routes.zero_empty_rows(active, width, found);
+  routes.check("activate_backward", found);
   return {grad_pre_activation, out, grad_weights};
 }
 

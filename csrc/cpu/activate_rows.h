@@ -149,10 +149,9 @@ MOE_EXT_INLINE void activate_some(const Backward<float>& p, int64_t i) {
 
 template <int bytes, typename Function, typename Piece>
 MOE_EXT_INLINE void activate_all(const Piece& p, int64_t size) {
-  constexpr int64_t kWidth = bytes / sizeof(float);
-  int64_t i = 0;
-  for (; i + kWidth <= size; i += kWidth) activate_some<Vector<float, bytes>, Function>(p, i);
-  for (; i < size; ++i) activate_some<float, Function>(p, i);
+  for_registers<bytes, float>(0, size, [&](auto& v, int64_t i) __attribute__((always_inline)) {
+    activate_some<std::decay_t<decltype(v)>, Function>(p, i);
+  });
 }
 
 template <int bytes, typename Piece>

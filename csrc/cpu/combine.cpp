@@ -35,8 +35,9 @@ struct CombineTokens {
       if (h == hidden) continue;
       for (int64_t k = 0; k < routes.top_k; ++k) ahead.fetch();
       for (; h + 4 * kWidth <= hidden; h += 4 * kWidth) sum<V, 4>(t, h);
-      for (; h + kWidth <= hidden; h += kWidth) sum<V, 1>(t, h);
-      for (; h < hidden; ++h) sum<T, 1>(t, h);
+      for_registers<bytes, T>(h, hidden, [&](auto& v, int64_t i) __attribute__((always_inline)) {
+        sum<std::decay_t<decltype(v)>, 1>(t, i);
+      });
     }
   }
 
@@ -72,15 +73,15 @@ Tensor combine_kernel(const MoveArgs& a) {
   Tensor out = fresh(a.from, {routes.num_tokens, H}, a.from.scalar_type());
   const CombineTokens<scalar_t> tokens{const_data<scalar_t>(a.from), routes, data<scalar_t>(out),
                                        H};
-  Fault bad_slot;
+  Found found;
   parallel_for(0, routes.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t route = begin * K; route < end * K; ++route) {
-                   routes.has_row(route, bad_slot);
+                   routes.has_row(route, found);
                  }
-                 if (!bad_slot.found()) on_widest(tokens, begin, end);
+                 if (!found.bad_slot.found()) on_widest(tokens, begin, end);
                });
-  routes.check("combine", bad_slot);
+  routes.check("combine", found);
   return out;
 }
 

@@ -17,12 +17,12 @@ Tensor dispatch_kernel(const MoveArgs& a) {
   Tensor out = fresh(a.from, {routes.num_rows, H}, a.from.scalar_type());
   const auto* tokens = const_data<scalar_t>(a.from);  // [T, H]
   auto* rows = data<scalar_t>(out);                   // [R, H]
-  Fault bad_slot, bad_source;
+  Found found;
   const auto run = [&](int64_t begin, int64_t end) {
     const RowWriter<scalar_t> writer(out.numel());
     on_widest([&](auto bytes) __attribute__((always_inline)) {
       for (int64_t route = begin * K; route < end * K; ++route) {
-        if (!routes.has_row(route, bad_slot)) continue;
+        if (!routes.has_row(route, found)) continue;
         const scalar_t* token = tokens + route / K * H;
         scalar_t* row = rows + routes.slots[route] * H;
         if (routes.weights) {
@@ -34,8 +34,8 @@ Tensor dispatch_kernel(const MoveArgs& a) {
     });
   };
   parallel_for(0, routes.num_tokens, grain(H * (K + 1) * sizeof(scalar_t)), run);
-  routes.zero_empty_rows(rows, H, bad_source);
-  routes.check("dispatch", bad_slot, bad_source);
+  routes.zero_empty_rows(rows, H, found);
+  routes.check("dispatch", found);
   return out;
 }
 

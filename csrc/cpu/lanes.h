@@ -180,14 +180,6 @@ MOE_EXT_INLINE void visit_lines_format(ScalarType dtype, const Body& body) {
   visit_format<bytes>(dtype, body);
 }
 
-// Copies the first `count` numbers, fewer than `size`, and fills up with zeros.
-template <int bytes, int size, typename scalar_t>
-MOE_EXT_INLINE void copy_first(const scalar_t* from, int64_t count, scalar_t (&copy)[size]) {
-  Vector<char, sizeof(copy)> numbers;
-  load_first<bytes>(numbers, from, count * sizeof(scalar_t));
-  store(numbers, static_cast<void*>(copy));
-}
-
 // Vector v of row `row`; a copy, filled up with zeros, where the row ends within it.
 template <int bytes, int size, typename scalar_t>
 MOE_EXT_INLINE const scalar_t* vector_of(const Matrix& matrix, int64_t row, int64_t v,

@@ -21,14 +21,14 @@ Tensor route_dot_kernel(const char* op, const RouteDotArgs& a, const Tensor* dis
   const auto* rows = const_data<scalar_t>(a.rows);      // [R, H]
   auto* all_dots = data<accumulate_t<scalar_t>>(dots);  // [T, K]
   auto* scaled = dispatched ? data<scalar_t>(*dispatched) : nullptr;
-  Fault bad_slot, bad_source;
+  Found found;
   const auto run = [&](int64_t begin, int64_t end) {
     const RowWriter<scalar_t> writer(dispatched ? dispatched->numel() : 0);
     on_widest([&](auto bytes) __attribute__((always_inline)) {
       PiecesAhead<scalar_t> ahead(rows, routes, H, kDotPiece, begin * K, 1);
       for (int64_t route = begin * K; route < end * K; ++route) {
         all_dots[route] = 0;
-        if (!routes.has_row(route, bad_slot)) {
+        if (!routes.has_row(route, found)) {
           for (int64_t h = 0; h < H; h += kDotPiece) ahead.fetch();
           continue;
         }
@@ -42,8 +42,8 @@ Tensor route_dot_kernel(const char* op, const RouteDotArgs& a, const Tensor* dis
     });
   };
   parallel_for(0, routes.num_tokens, grain(H * (K * (scaled ? 2 : 1) + 1) * sizeof(scalar_t)), run);
-  if (scaled) routes.zero_empty_rows(scaled, H, bad_source);
-  routes.check(op, bad_slot, bad_source);
+  if (scaled) routes.zero_empty_rows(scaled, H, found);
+  routes.check(op, found);
   return dots;
 }
 

@@ -104,8 +104,11 @@ MOE_EXT_INLINE void with_count(int64_t count, const Body& body) {
 // Asks for `size` numbers ahead of their use; where they lie need not be memory of ours.
 template <typename T>
 MOE_EXT_INLINE void prefetch(const T* numbers, int64_t size) {
-  constexpr int64_t kLine = 64;
-  for (int64_t i = 0; i < size; i += kLine / sizeof(T)) __builtin_prefetch(numbers + i);
+  constexpr uintptr_t kLine = 64;
+  const auto begin = reinterpret_cast<uintptr_t>(numbers), end = begin + size * sizeof(T);
+  for (uintptr_t line = begin & -kLine; line < end; line += kLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line));
+  }
 }
 
 // One register of T. Passed by reference: by value it would need the CPU's own calling convention.
@@ -261,18 +264,46 @@ MOE_EXT_INLINE void store_as(const V& v, scalar_t* to) {
   }
 }
 
+// Copies the first `count` numbers, fewer than `size`, and fills up with zeros.
+template <int bytes, int size, typename scalar_t>
+MOE_EXT_INLINE void copy_first(const scalar_t* from, int64_t count, scalar_t (&copy)[size]) {
+  Vector<char, sizeof(copy)> numbers;
+  load_first<bytes>(numbers, from, count * sizeof(scalar_t));
+  store(numbers, static_cast<void*>(copy));
+}
+
+// load_as of the first `count` numbers, fewer than V holds; zeros fill it up.
+template <typename V, typename scalar_t>
+MOE_EXT_INLINE void load_first_as(V& v, const scalar_t* from, int64_t count) {
+  scalar_t copy[sizeof(V) / sizeof(element_t<V>)];
+  copy_first<sizeof(V)>(from, count, copy);
+  load_as(v, copy);
+}
+
+// Calls body(v, i) for the numbers of a row of `size` from `begin` on: v is as many from i on as a
+// register holds, or one in a row shorter than that. A last register that would not be whole begins
+// earlier and does some numbers again, so body may not write what it reads.
+template <int bytes, typename T, typename Body>
+MOE_EXT_INLINE void for_registers(int64_t begin, int64_t size, const Body& body) {
+  constexpr int64_t kWidth = bytes / sizeof(T);
+  int64_t i = begin;
+  if (size < kWidth) {
+    for (T v{}; i < size; ++i) body(v, i);
+    return;
+  }
+  Vector<T, bytes> v{};
+  for (; i + kWidth <= size; i += kWidth) body(v, i);
+  if (i < size) body(v, size - kWidth);
+}
+
 // Numbers of one type to numbers of another, of which one is the type that is computed in.
 template <int bytes, typename From, typename To>
 MOE_EXT_INLINE void convert(const From* from, int64_t size, To* to) {
   using T = std::conditional_t<std::is_arithmetic_v<From>, From, To>;
-  constexpr int64_t kWidth = bytes / sizeof(T);
-  int64_t i = 0;
-  for (; i + kWidth <= size; i += kWidth) {
-    Vector<T, bytes> values;
+  for_registers<bytes, T>(0, size, [&](auto& values, int64_t i) __attribute__((always_inline)) {
     load_as(values, from + i);
     store_as(values, to + i);
-  }
-  for (; i < size; ++i) to[i] = static_cast<To>(static_cast<T>(from[i]));
+  });
 }
 
 // The numbers of a and b, one after the other, at `i`.
