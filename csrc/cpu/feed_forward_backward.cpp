@@ -138,8 +138,7 @@ class WeightGrad {
   // A tile of left^T @ right over the owned rows of its expert.
   void fill(Worker& worker, const Tile& t, const Range& owned, const Rows& left,
             const Rows& right) const {
-    outer_tile(worker, t, owned, matrix_of(memory_, t.expert), turns_ ? right : left,
-               turns_ ? left : right);
+    outer_tile(worker, t, owned, memory_, turns_ ? right : left, turns_ ? left : right);
   }
 
   Tensor tensor() const {

@@ -187,11 +187,11 @@ class Gemm {
     return true;
   }
 
-  // out [N, M] = left [n, N]^T @ right [n, M]
-  void outer(const Matrix& out, const Matrix& left, const Matrix& right) {
-    if (has_lanes(left.dtype) && left.rows <= most_outer_rows(out) && left.column_stride == 1 &&
-        right.column_stride == 1 && out.column_stride == 1) {
-      return on_widest(FewOuter{out, left, right}, left_);
+  // out [N, M] = left [n, N]^T @ right [n, M]; around: the caches, where loops can
+  void outer(const Matrix& out, const Matrix& left, const Matrix& right, bool around) {
+    if (has_lanes(left.dtype) && left.rows <= most_outer_rows(out, around) &&
+        left.column_stride == 1 && right.column_stride == 1 && out.column_stride == 1) {
+      return on_widest(FewOuter{out, left, right, around}, left_);
     }
     if (by_tiles(out, left.transposed(), right, nullptr)) return;
     const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
@@ -207,13 +207,17 @@ class Gemm {
   static constexpr int64_t kRows = 256;
   // Up to so many rows the loops of few_rows.h are faster than the others. kFewFloats is for the
   // longest rows of floats, kFewBesidePairs where pair_loops.h takes more.
-  static constexpr int64_t kFewRows = 16, kFewPairs = 48, kFewFloats = 64, kFewLong = 12;
-  static constexpr int64_t kFewBesidePairs = 24;
+  static constexpr int64_t kFewRows = 16, kFewPairs = 48, kFewFloats = 64, kFewBesidePairs = 24;
   // few_rows_flat.h is faster than pair_loops.h for up to kFewFlat rows, and for up to kMostFlat if
   // they are long. On AMX tiles it is faster for up to four rows and equal for up to eight
-  // (kFewBesideTiles; measured with floats instead of pairs). few_outer.h is faster than
-  // pair_loops.h for up to kFewOuter rows.
-  static constexpr int64_t kFewFlat = 48, kMostFlat = 96, kFewBesideTiles = 6, kFewOuter = 48;
+  // (kFewBesideTiles; measured with floats instead of pairs).
+  static constexpr int64_t kFewFlat = 48, kMostFlat = 96, kFewBesideTiles = 6;
+  // few_outer.h is faster for up to kOuterBesidePairs rows than pair_loops.h, for up to
+  // kOuterWidened than the way of a type without instructions, and for up to kOuterFloats than
+  // block_product.h: kOuterTall if the result has few columns, kOuterAround if it goes around the
+  // caches. MKL is faster for more than kFewLong long rows of floats.
+  static constexpr int64_t kOuterBesidePairs = 128, kOuterWidened = 96, kOuterFloats = 20;
+  static constexpr int64_t kOuterTall = 128, kOuterAround = 32, kFewLong = 12;
   // Where MKL multiplies many rows of floats, the loops of block_product.h take up to kSomeFloats;
   // kFlatFloats if the columns of the weight are dense; kSmallFloats if such a weight has up to
   // kSmallFlat numbers, or a gradient up to kSmallOuter. If an expert has several tiles of rows,
@@ -240,11 +244,14 @@ class Gemm {
     return std::max(std::min(most, kFewRows), std::min(columns / 48, most));
   }
 
-  // The same for the loops of few_outer.h. MKL is faster for more than kFewLong long rows of
-  // floats.
-  int64_t most_outer_rows(const Matrix& out) const {
-    if (in_registers_) return kFewOuter;
-    return out.dtype == ScalarType::Float && out.columns > 256 ? kFewLong : kFewRows;
+  // The same for the loops of few_outer.h.
+  int64_t most_outer_rows(const Matrix& out, bool around) const {
+    if (in_registers_) return kOuterBesidePairs;
+    if (widens_) return kOuterWidened;
+    if (out.dtype != ScalarType::Float) return kFewRows;
+    if (!multiplies_floats()) return out.columns > 256 ? kFewLong : kFewRows;
+    if (out.rows >= 3 * out.columns) return kOuterTall;
+    return around ? kOuterAround : kOuterFloats;
   }
 
   // The same where the columns of the weight are dense. Short rows of which there are many take

@@ -34,7 +34,7 @@ Tensor grouped_outer_cpu(const GroupedOuterArgs& a) {
   add_outer_tiles(tiles, a.groups.num_experts, a.left_width, a.right_width);
   const Rows left_rows{matrix_of(a.left)}, right_rows{matrix_of(a.right)};
   run(tiles, a.left.scalar_type(), [&](Worker& worker, const Tile& t) {
-    outer_tile(worker, t, owned[t.expert], matrix_of(out, t.expert), left_rows, right_rows);
+    outer_tile(worker, t, owned[t.expert], out, left_rows, right_rows);
   });
   return out;
 }

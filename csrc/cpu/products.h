@@ -210,19 +210,29 @@ inline void multiply_tile(Worker& worker, const Tile& t, const Matrix& out, cons
       bias_of(bias, t.expert, t.column_begin, t.column_end));
 }
 
-// A tile of out[e] = left^T @ right over the owned rows.
-inline void outer_tile(Worker& worker, const Tile& t, const Range& owned, const Matrix& out,
+// around: the caches
+inline void zero_tile(const Matrix& tile, bool around) {
+  const int64_t bytes = tile.columns * tile.width();
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    char* to = tile.row_range(row, row + 1).data;
+    if (around) {
+      copy_around(nullptr, to, bytes);
+    } else {
+      std::memset(to, 0, bytes);
+    }
+  }
+  if (around) finish_around();
+}
+
+// A tile of out[e] = left^T @ right over the owned rows; out: [E, N, M].
+inline void outer_tile(Worker& worker, const Tile& t, const Range& owned, const Tensor& out,
                        const Rows& left, const Rows& right) {
   const auto [begin, end] = owned;
-  if (begin == end) {
-    const Matrix tile = t.of(out);
-    for (int64_t row = 0; row < tile.rows; ++row) {
-      std::memset(tile.row_range(row, row + 1).data, 0, tile.columns * tile.width());
-    }
-    return;
-  }
-  worker.gemm.outer(t.of(out), left.range(begin, end, t.row_begin, t.row_end, worker.left),
-                    right.range(begin, end, t.column_begin, t.column_end, worker.right));
+  const Matrix tile = t.of(matrix_of(out, t.expert));
+  const bool around = outgrows_caches(out.numel() * tile.width());
+  if (begin == end) return zero_tile(tile, around);
+  worker.gemm.outer(tile, left.range(begin, end, t.row_begin, t.row_end, worker.left),
+                    right.range(begin, end, t.column_begin, t.column_end, worker.right), around);
 }
 
 }  // namespace moe_ext

@@ -2,15 +2,10 @@
 
 #pragma once
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-#include <unistd.h>
-
 #include <cstring>
 
+#include "around_caches.h"
 #include "common.h"
-#include "vector.h"
 
 namespace moe_ext {
 
@@ -113,27 +108,23 @@ struct Routes {
   }
 };
 
-// Writes rows of a result, on one thread. A result that outgrows the caches goes around them: a
-// line that is written whole need not be read first. What fits is better left there, where the
-// system has just zeroed its pages and the next operator reads it.
+// Writes rows of a result, on one thread; around the caches if it outgrows them.
 template <typename scalar_t>
 class RowWriter {
  public:
   // size: numbers of the result
   explicit RowWriter(int64_t size)
-      : streams_(size * static_cast<int64_t>(sizeof(scalar_t)) > cached_bytes()) {}
+      : around_(outgrows_caches(size * static_cast<int64_t>(sizeof(scalar_t)))) {}
   RowWriter(const RowWriter&) = delete;
   RowWriter& operator=(const RowWriter&) = delete;
   ~RowWriter() {
-#if defined(__SSE2__)
-    if (streams_) _mm_sfence();
-#endif
+    if (around_) finish_around();
   }
 
   MOE_EXT_INLINE void copy(const scalar_t* from, scalar_t* row, int64_t size) const {
     const int64_t bytes = size * sizeof(scalar_t);
-    if (streams_) {
-      stream(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(row), bytes);
+    if (around_) {
+      copy_around(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(row), bytes);
     } else {
       std::memcpy(row, from, bytes);
     }
@@ -158,40 +149,7 @@ class RowWriter {
   }
 
  private:
-  // The largest result that is left in the caches: at 17 MB of a last cache of 32 MiB it is as fast
-  // as the other way, the reader's time included, and at 33 MB it takes a third longer.
-  static int64_t cached_bytes() {
-    static const int64_t bytes = [] {
-      constexpr int64_t kMost = int64_t{48} << 20;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-      if (const int64_t last = sysconf(_SC_LEVEL3_CACHE_SIZE); last > 0) {
-        return std::min(kMost, last / 4 * 3);
-      }
-#endif
-      return kMost;
-    }();
-    return bytes;
-  }
-
-  static void stream(const char* from, char* to, int64_t bytes) {
-#if defined(__SSE2__)
-    constexpr int64_t kLine = 64;
-    const int64_t begin = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(to) % kLine);
-    std::memcpy(to, from, begin);
-    int64_t i = begin;
-    for (; i + kLine <= bytes; i += kLine) {
-      for (int64_t j = i; j < i + kLine; j += sizeof(__m128i)) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to + j),
-                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
-      }
-    }
-    std::memcpy(to + i, from + i, bytes - i);
-#else
-    std::memcpy(to, from, bytes);
-#endif
-  }
-
-  bool streams_;
+  bool around_;
 };
 
 // Returns tokens [T, H]; combine.cpp defines it.

@@ -170,13 +170,31 @@ def test_nan_stays_in_its_row_and_column(device, dtype, N, M):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "M"), WIDTHS)
 def test_outer_products_of_few_rows(dtype, N, M):
-    for n in (*range(1, 17), 31, 47, 48, 49):
+    for n in (*range(1, 17), 20, 21, 31, 49, 97, 129):
         plan = moe_ext.make_plan(torch.ones(n, 1, dtype=torch.int32), 2)
         left, right = values(n, N, dtype=dtype), values(n, M, dtype=dtype)
         outer = torch.ops.moe_ext.grouped_outer(left, right, *groups(plan))
         exact = left.double().T @ right.double()
         assert (outer[0] == 0).all()
         assert relative_error(outer[1], exact) < rounding(dtype, n + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "M"), [(1024, 2048), (700, 3001)])
+def test_outer_products_that_outgrow_the_caches(dtype, N, M, request):
+    """Some are written around the caches, where rows begin with a line of these."""
+    if request.config.cusim:
+        N, M = N // 16, M // 16
+    counts = torch.tensor([3, 0, 9, 1, 30])
+    E = 5 if request.config.cusim else 2 + (50 << 20) // (N * M * dtype.itemsize)
+    plan = moe_ext.make_plan(
+        torch.arange(E).repeat_interleave(counts.repeat(E)[:E]).int().view(-1, 1), E
+    )
+    x, g = (values(len(plan.sources), width, dtype=dtype) for width in (M, N))
+    outer = torch.ops.moe_ext.grouped_outer(g, x, *groups(plan))
+    for e, (begin, end) in enumerate(itertools.pairwise(plan.offsets.tolist())):
+        exact = g[begin:end].double().T @ x[begin:end].double()
+        assert relative_error(outer[e], exact) < rounding(dtype, end - begin + 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

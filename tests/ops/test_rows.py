@@ -104,6 +104,30 @@ def test_dispatch_copies_bits(device, dtype):
     assert (rows[~filled].view(torch.uint8) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H", [1024, 1003])
+def test_rows_that_outgrow_the_caches(dtype, H, request):
+    """Some are written around the caches, with the same bits."""
+    K, E = 2, 8
+    T = 90 if request.config.cusim else 1 + (50 << 20) // (K * H * dtype.itemsize)
+    x, w = values(T, H, dtype=dtype), weights_for(dtype, T, K)
+    y = values(T * K, H, dtype=dtype)
+    ids = torch.arange(T * K).int().view(T, K) % E
+    ids[T // 3, 1] = -1
+    plan = moe_ext.make_plan(ids, E)
+    token, empty = plan.sources.long() // K, plan.sources < 0
+    rows = moe_ext.dispatch(x, plan)
+    assert torch.equal(rows[~empty], x[token[~empty]])
+    assert (rows[empty] == 0).all()
+    weighed = moe_ext.dispatch(x, plan, w)
+    of_rows = w.flatten()[plan.sources.long()].unsqueeze(1)
+    assert torch.equal(weighed[~empty], (x[token] * of_rows).to(dtype)[~empty])
+    assert (weighed[empty] == 0).all()
+    dispatched, dots = torch.ops.moe_ext.combine_backward(x, y, plan.slots, plan.sources, w)
+    assert torch.equal(dispatched, weighed)
+    assert torch.equal(dots, moe_ext.route_dot(x, y, plan))
+
+
 def test_a_dropped_route_adds_nothing_whatever_its_weight(device):
     T, E, H = 30, 3, 5
     plan = moe_ext.make_plan(masked_experts(T, 2, E, device), E, 4)
