@@ -32,30 +32,42 @@ inline bool outgrows_caches(int64_t bytes) {
   return bytes > most;
 }
 
-// Copies bytes, or writes zeros if `from` is null.
-inline void copy_around(const char* from, char* to, int64_t bytes) {
-  const auto copy = [&](int64_t begin, int64_t end) {
-    if (from) {
-      std::memcpy(to + begin, from + begin, end - begin);
-    } else {
-      std::memset(to + begin, 0, end - begin);
-    }
-  };
+// Writes bytes: `some(begin, end)` a part of them through the caches, whole lines of what
+// `sixteen(begin)` returns around them.
+template <typename Some, typename Sixteen>
+void write_around(char* to, int64_t bytes, const Some& some,
+                  [[maybe_unused]] const Sixteen& sixteen) {
 #if defined(__SSE2__)
   constexpr int64_t kLine = 64;
   int64_t i = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(to) % kLine);
-  copy(0, i);
+  some(0, i);
   for (; i + kLine <= bytes; i += kLine) {
     for (int64_t j = i; j < i + kLine; j += sizeof(__m128i)) {
-      __m128i numbers = _mm_setzero_si128();
-      if (from) numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j));
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), numbers);
+      const __m128i bits(sixteen(j));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), bits);
     }
   }
-  copy(i, bytes);
+  some(i, bytes);
 #else
-  copy(0, bytes);
+  some(0, bytes);
 #endif
+}
+
+inline void copy_around(const char* from, char* to, int64_t bytes) {
+  write_around(
+      to, bytes,
+      [&](int64_t begin, int64_t end) { std::memcpy(to + begin, from + begin, end - begin); },
+      [&](int64_t begin) {
+        Vector<long long, 16> bits;
+        load(bits, from + begin);
+        return bits;
+      });
+}
+
+inline void zero_around(char* to, int64_t bytes) {
+  write_around(
+      to, bytes, [&](int64_t begin, int64_t end) { std::memset(to + begin, 0, end - begin); },
+      [](int64_t) { return Vector<long long, 16>{}; });
 }
 
 // Writes a register to an address that is a multiple of its size.

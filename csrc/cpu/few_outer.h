@@ -1,8 +1,8 @@
 // out [N, M] = left [n, N]^T @ right [n, M] for few rows. One thread of an x86 CPU.
 //
-// The limit is the memory of the result, which is written once, around the caches if the whole of
-// it outgrows them: four lines at a time, as many of their columns as leave those of right in the
-// first cache.
+// The limit is the memory of the result, which is written once, around the caches if they are too
+// small for it: four lines at a time, or eight where few columns are left. Columns are divided so
+// that those of few rows of right stay in the first cache, and in the second those of many.
 
 #pragma once
 
@@ -15,7 +15,18 @@ namespace moe_ext {
 
 struct FewOuter {
   Matrix out, left, right;
-  bool around;
+  bool around;  // only where goes_around(out)
+
+  // Whether a result can be written around the caches: every row begins with a line of these.
+  static bool goes_around(const Matrix& out) {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    constexpr uintptr_t kLine = 64;
+    const uintptr_t apart = out.row_stride * out.width();
+    return (reinterpret_cast<uintptr_t>(out.data) | apart) % kLine == 0;
+#else
+    return false;
+#endif
+  }
 
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& memory) const {
@@ -26,7 +37,7 @@ struct FewOuter {
   }
 
  private:
-  // Bytes of right that are multiplied at a time: they stay in the first cache.
+  // Bytes of right that are multiplied at a time, but at least kVectors vectors.
   static constexpr int64_t kCached = 1 << 14;
   // Sums that fit into the registers.
   template <typename Format>
@@ -111,8 +122,7 @@ struct FewOuter {
     const int64_t steps = packed.steps, apart = packed.apart;
     const auto* vectors = packed.vectors + v * steps * R;
     const auto* factors = packed.factors + r;
-    const bool is_whole = (v + count) * Format::kElements <= out.columns;
-    const bool goes_around = around && is_whole && starts_lines();
+    const bool writes_around = around && (v + count) * Format::kElements <= out.columns;
     // GCC finds out too late that it could unroll these loops: the sums would be in memory.
     Lanes sums[lines][kWidth];
 #pragma GCC unroll 8
@@ -136,7 +146,7 @@ struct FewOuter {
       for (int64_t c = 0; c < count; ++c) {
         Lanes whole[R];
         for (int64_t p = 0; p < R; ++p) whole[p] = sums[i][c * R + p];
-        if (!goes_around) {
+        if (!writes_around) {
           write_vector<Format>(whole, out, r + i, v + c);
           continue;
         }
@@ -147,13 +157,6 @@ struct FewOuter {
         store_around(numbers, row_of<scalar_t>(out, r + i) + (v + c) * Format::kElements);
       }
     }
-  }
-
-  // Whether every row begins with a cache line.
-  bool starts_lines() const {
-    constexpr uintptr_t kLine = 64;
-    const uintptr_t apart = out.row_stride * out.width();
-    return (reinterpret_cast<uintptr_t>(out.data) | apart) % kLine == 0;
   }
 };
 

@@ -187,8 +187,9 @@ class Gemm {
     return true;
   }
 
-  // out [N, M] = left [n, N]^T @ right [n, M]; around: the caches, where loops can
-  void outer(const Matrix& out, const Matrix& left, const Matrix& right, bool around) {
+  // out [N, M] = left [n, N]^T @ right [n, M]; outgrows: whether all results outgrow the caches
+  void outer(const Matrix& out, const Matrix& left, const Matrix& right, bool outgrows) {
+    const bool around = outgrows && FewOuter::goes_around(out);
     if (has_lanes(left.dtype) && left.rows <= most_outer_rows(out, around) &&
         left.column_stride == 1 && right.column_stride == 1 && out.column_stride == 1) {
       return on_widest(FewOuter{out, left, right, around}, left_);
@@ -214,7 +215,7 @@ class Gemm {
   static constexpr int64_t kFewFlat = 48, kMostFlat = 96, kFewBesideTiles = 6;
   // few_outer.h is faster for up to kOuterBesidePairs rows than pair_loops.h, for up to
   // kOuterWidened than the way of a type without instructions, and for up to kOuterFloats than
-  // block_product.h: kOuterTall if the result has few columns, kOuterAround if it goes around the
+  // block_product.h: kOuterTall if a tile has few columns, kOuterAround if it goes around the
   // caches. MKL is faster for more than kFewLong long rows of floats.
   static constexpr int64_t kOuterBesidePairs = 128, kOuterWidened = 96, kOuterFloats = 20;
   static constexpr int64_t kOuterTall = 128, kOuterAround = 32, kFewLong = 12;
@@ -247,7 +248,7 @@ class Gemm {
   // The same for the loops of few_outer.h.
   int64_t most_outer_rows(const Matrix& out, bool around) const {
     if (in_registers_) return kOuterBesidePairs;
-    if (widens_) return kOuterWidened;
+    if (widens_ && !tiles_ && prefers_own_loops()) return kOuterWidened;
     if (out.dtype != ScalarType::Float) return kFewRows;
     if (!multiplies_floats()) return out.columns > 256 ? kFewLong : kFewRows;
     if (out.rows >= 3 * out.columns) return kOuterTall;

@@ -210,13 +210,13 @@ inline void multiply_tile(Worker& worker, const Tile& t, const Matrix& out, cons
       bias_of(bias, t.expert, t.column_begin, t.column_end));
 }
 
-// around: the caches
+// around: whether its writes go around the caches
 inline void zero_tile(const Matrix& tile, bool around) {
   const int64_t bytes = tile.columns * tile.width();
   for (int64_t row = 0; row < tile.rows; ++row) {
     char* to = tile.row_range(row, row + 1).data;
     if (around) {
-      copy_around(nullptr, to, bytes);
+      zero_around(to, bytes);
     } else {
       std::memset(to, 0, bytes);
     }

@@ -9,7 +9,7 @@
 
 namespace moe_ext {
 
-// The first routes and rows of their kind, of all that were looked at.
+// What was found while routes and rows were looked at. A route without a row is no fault.
 struct Found {
   Fault bad_slot, bad_source, route_without_row;
 };
@@ -225,7 +225,9 @@ MOE_EXT_INLINE accumulate_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, 
       }
     }
   }
-  for (int64_t part = 0; i < size; ++part, i += kWidth) {
+  // The bound that is a constant keeps the sums in registers.
+#pragma GCC unroll 16
+  for (int64_t part = 0; part < kSumLanes / kWidth && i < size; ++part, i += kWidth) {
     if (size - i < kWidth) {
       load_first_as(x, a + i, size - i);
       load_first_as(y, b + i, size - i);

@@ -105,7 +105,7 @@ MOE_EXT_INLINE void with_count(int64_t count, const Body& body) {
 template <typename T>
 MOE_EXT_INLINE void prefetch(const T* numbers, int64_t size) {
   constexpr uintptr_t kLine = 64;
-  const auto begin = reinterpret_cast<uintptr_t>(numbers), end = begin + size * sizeof(T);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(numbers), end = begin + size * sizeof(T);
   for (uintptr_t line = begin & -kLine; line < end; line += kLine) {
     __builtin_prefetch(reinterpret_cast<const void*>(line));
   }
@@ -296,7 +296,8 @@ MOE_EXT_INLINE void for_registers(int64_t begin, int64_t size, const Body& body)
   if (i < size) body(v, size - kWidth);
 }
 
-// Numbers of one type to numbers of another, of which one is the type that is computed in.
+// Numbers of one type to numbers of another, of which one is the type that is computed in; the two
+// do not overlap.
 template <int bytes, typename From, typename To>
 MOE_EXT_INLINE void convert(const From* from, int64_t size, To* to) {
   using T = std::conditional_t<std::is_arithmetic_v<From>, From, To>;
