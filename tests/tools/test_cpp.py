@@ -26,7 +26,7 @@ LAWS = (
     "is_the_definition and 300-4-5-40",
     "more_than_a_tile",
     "outer_products and 130-77",
-    "outgrow_the_caches and 1024 and (dtype0 or dtype1 or dtype2)",
+    "outgrow_the_caches and 1024",
     "products_are_those and size1",
 )
 
