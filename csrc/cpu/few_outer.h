@@ -1,8 +1,7 @@
 // out [N, M] = left [n, N]^T @ right [n, M] for few rows. One thread of an x86 CPU.
 //
-// The limit is the memory of the result, which is written once, around the caches if they are too
-// small for it: four lines at a time, or eight where few columns are left. Columns are divided so
-// that those of few rows of right stay in the first cache, and in the second those of many.
+// Memory bandwidth is the limit, so the result is written once: four lines at a time, or eight
+// where few columns are left. A result that is too large for the caches goes around them.
 
 #pragma once
 
@@ -17,7 +16,7 @@ struct FewOuter {
   Matrix out, left, right;
   bool around;  // only where goes_around(out)
 
-  // Whether a result can be written around the caches: every row begins with a line of these.
+  // Whether a result can be written around the caches: its rows are aligned to cache lines.
   static bool goes_around(const Matrix& out) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
     constexpr uintptr_t kLine = 64;
@@ -37,13 +36,14 @@ struct FewOuter {
   }
 
  private:
-  // Bytes of right that are multiplied at a time, but at least kVectors vectors.
+  // Bytes of right that stay in the first cache while all lines of out go by. Many rows have more:
+  // at least kVectors vectors of each are multiplied.
   static constexpr int64_t kCached = 1 << 14;
   // Sums that fit into the registers.
   template <typename Format>
   static constexpr int64_t kSums = sizeof(typename Format::Lanes) == 64 ? 16 : 8;
-  // Lines of out and vectors of their columns that are written at once; and the lines where fewer
-  // vectors are left.
+  // The block of out that is written at once: kLines lines of kVectors vectors. kLinesOf is for
+  // the last columns, which have fewer vectors.
   static constexpr int64_t kLines = 4;
   template <typename Format>
   static constexpr int64_t kVectors = kSums<Format> / kLines / Format::kRegisters;

@@ -213,10 +213,12 @@ class Gemm {
   // they are long. On AMX tiles it is faster for up to four rows and equal for up to eight
   // (kFewBesideTiles; measured with floats instead of pairs).
   static constexpr int64_t kFewFlat = 48, kMostFlat = 96, kFewBesideTiles = 6;
-  // few_outer.h is faster for up to kOuterBesidePairs rows than pair_loops.h, for up to
-  // kOuterWidened than the way of a type without instructions, and for up to kOuterFloats than
-  // block_product.h: kOuterTall if a tile has few columns, kOuterAround if it goes around the
-  // caches. MKL is faster for more than kFewLong long rows of floats.
+  // few_outer.h is faster than other products up to so many rows:
+  //   kOuterBesidePairs  pair_loops.h
+  //   kOuterWidened      16-bit types without instructions
+  //   kOuterFloats       block_product.h; kOuterTall for tiles of few columns, kOuterAround for
+  //                      results that go around the caches
+  //   kFewLong           MKL, long rows of floats
   static constexpr int64_t kOuterBesidePairs = 128, kOuterWidened = 96, kOuterFloats = 20;
   static constexpr int64_t kOuterTall = 128, kOuterAround = 32, kFewLong = 12;
   // Where MKL multiplies many rows of floats, the loops of block_product.h take up to kSomeFloats;

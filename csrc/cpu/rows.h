@@ -9,16 +9,16 @@
 
 namespace moe_ext {
 
-// What was found while routes and rows were looked at. A route without a row is no fault.
+// Problems in slots and sources, and the first route that was dropped.
 struct Found {
-  Fault bad_slot, bad_source, route_without_row;
+  Fault bad_slot, bad_source, dropped;
 };
 
 // The routes of an operator whose rows are scalar_t.
 //
 // slots and sources must be inverse to each other where they are not -1: then every row is written
 // exactly once, by one thread. Checked route by route and row by row while they are read anyway:
-// what is found at fault is noted, and `check` raises for it.
+// problems are noted, and `check` raises for the first one.
 template <typename scalar_t>
 struct Routes {
   const int32_t* slots;                   // [T, K]
@@ -40,7 +40,7 @@ struct Routes {
   bool has_row(int64_t route, Found& found) const {
     const int64_t slot = slots[route];
     if (in_range(slot, num_rows) && sources[slot] == route) return true;
-    (slot == -1 ? found.route_without_row : found.bad_slot).note(route);
+    (slot == -1 ? found.dropped : found.bad_slot).note(route);
     return false;
   }
 
@@ -52,13 +52,13 @@ struct Routes {
     return true;
   }
 
-  // After all routes were looked at, whether every row is known to have its own: as many routes
-  // have rows as there are rows, and no two have the same.
+  // Whether every row is known to have a route, once has_row was called for all routes: no two
+  // routes share a row, and there are as many routes as rows.
   bool are_all_rows_owned(const Found& found) const {
-    return size() == num_rows && !found.route_without_row.found() && !found.bad_slot.found();
+    return size() == num_rows && !found.dropped.found() && !found.bad_slot.found();
   }
 
-  // After all routes were looked at, zeroes the rows that no route has.
+  // Zeroes the rows that no route has. Call has_row for all routes first.
   void zero_empty_rows(scalar_t* rows, int64_t hidden, Found& found) const {
     if (are_all_rows_owned(found)) return;
     parallel_for(0, num_rows, grain(hidden * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
@@ -225,7 +225,7 @@ MOE_EXT_INLINE accumulate_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, 
       }
     }
   }
-  // The bound that is a constant keeps the sums in registers.
+  // A constant bound lets GCC keep the sums in registers.
 #pragma GCC unroll 16
   for (int64_t part = 0; part < kSumLanes / kWidth && i < size; ++part, i += kWidth) {
     if (size - i < kWidth) {

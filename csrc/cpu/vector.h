@@ -272,7 +272,7 @@ MOE_EXT_INLINE void copy_first(const scalar_t* from, int64_t count, scalar_t (&c
   store(numbers, static_cast<void*>(copy));
 }
 
-// load_as of the first `count` numbers, fewer than V holds; zeros fill it up.
+// Loads the first `count` numbers, fewer than V holds, as load_as does; the rest is zero.
 template <typename V, typename scalar_t>
 MOE_EXT_INLINE void load_first_as(V& v, const scalar_t* from, int64_t count) {
   scalar_t copy[sizeof(V) / sizeof(element_t<V>)];
@@ -280,9 +280,9 @@ MOE_EXT_INLINE void load_first_as(V& v, const scalar_t* from, int64_t count) {
   load_as(v, copy);
 }
 
-// Calls body(v, i) for the numbers of a row of `size` from `begin` on: v is as many from i on as a
-// register holds, or one in a row shorter than that. A last register that would not be whole begins
-// earlier and does some numbers again, so body may not write what it reads.
+// Calls body(v, i) for the numbers of a row of `size` from `begin` on. v has the type of a register
+// that holds the numbers from i on, or of one number if the row is shorter. The last register ends
+// with the row and repeats some numbers, so body must not write what it reads.
 template <int bytes, typename T, typename Body>
 MOE_EXT_INLINE void for_registers(int64_t begin, int64_t size, const Body& body) {
   constexpr int64_t kWidth = bytes / sizeof(T);
@@ -296,8 +296,7 @@ MOE_EXT_INLINE void for_registers(int64_t begin, int64_t size, const Body& body)
   if (i < size) body(v, size - kWidth);
 }
 
-// Numbers of one type to numbers of another, of which one is the type that is computed in; the two
-// do not overlap.
+// Converts numbers to another type; one of both is the type of the arithmetic. They do not overlap.
 template <int bytes, typename From, typename To>
 MOE_EXT_INLINE void convert(const From* from, int64_t size, To* to) {
   using T = std::conditional_t<std::is_arithmetic_v<From>, From, To>;

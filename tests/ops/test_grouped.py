@@ -182,7 +182,7 @@ def test_outer_products_of_few_rows(dtype, N, M):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "M"), [(1024, 2048), (700, 3001)])
 def test_outer_products_that_outgrow_the_caches(dtype, N, M, request):
-    """Some are written around the caches, where rows begin with a line of these."""
+    """Rows that are aligned to cache lines are written around the caches."""
     if request.config.cusim:
         N, M = N // 16, M // 16
     counts = torch.tensor([3, 0, 9, 1, 30])
@@ -194,7 +194,7 @@ def test_outer_products_that_outgrow_the_caches(dtype, N, M, request):
     outer = torch.ops.moe_ext.grouped_outer(g, x, *groups(plan))
     for e, (begin, end) in enumerate(itertools.pairwise(plan.offsets.tolist())):
         left, right = g[begin:end].double().T, x[begin:end].double()
-        # Of each number; four times, as float32 on tensor cores is three products of tf32.
+        # float32 on tensor cores is three products of tf32, whose errors are larger: four times.
         bound = 4 * rounding(dtype, end - begin + 1) * (left.abs() @ right.abs())
         bound += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # subnormal numbers
         assert ((outer[e].double() - left @ right).abs() <= bound).all()

@@ -107,7 +107,7 @@ def test_dispatch_copies_bits(device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("H", [1024, 1003])
 def test_rows_that_outgrow_the_caches(dtype, H, request):
-    """Some are written around the caches, with the same bits."""
+    """Rows are the same bits whether they are written around the caches or not."""
     K, E = 2, 8
     T = 90 if request.config.cusim else 1 + (50 << 20) // (K * H * dtype.itemsize)
     x, w = values(T, H, dtype=dtype), weights_for(dtype, T, K)
