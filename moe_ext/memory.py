@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import options
+
 
 class KeptMemory(NamedTuple):
     """The result of `keep_memory`.
@@ -26,9 +28,9 @@ def keep_memory(limit: int | None = None) -> KeptMemory:
 
     New memory is slow: the system zeroes it, and a virtual machine may have to get it back from
     its host. So operators keep the memory of their results of 2 MiB and more on a CPU, in whole
-    pages of 2 MiB, up to a quarter of the machine's memory and at most 16 GiB. When more than an
-    eighth of the limit has been freed, that memory is offered to the system, which takes it when
-    it runs out of memory.
+    pages of 2 MiB, up to a quarter of the machine's memory, or of its control group's, and at most
+    16 GiB. When more than an eighth of the limit has been freed, that memory is offered to the
+    system, which takes it when it runs out of memory.
 
     Args:
         limit: the most bytes to keep from now on; the rest is given back. 0 keeps none. None
@@ -40,13 +42,13 @@ def keep_memory(limit: int | None = None) -> KeptMemory:
         of torch's allocator.
 
     Raises:
-        ValueError: the limit is negative
+        ValueError: the limit is negative, or no integer
         RuntimeError: in compiled code, which would not run it
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("call keep_memory outside of compiled code")
-    if limit is not None and limit < 0:
-        raise ValueError(f"limit must be at least 0 bytes, got {limit}")
+    if limit is not None:
+        limit = options.integer("keep_memory", "limit", limit, 0)
     return KeptMemory(*torch.ops.moe_ext.keep_memory.default(torch.empty(0, device="cpu"), limit))
 
 

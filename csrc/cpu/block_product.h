@@ -16,7 +16,8 @@
 // other blocks. The innermost loop prefetches the next panel and the next block of out, one cache
 // line of each for every k. (On a Sapphire Rapids several lines for every k were slower.)
 //
-// The terms of a sum are added in the order of k, whatever the number of rows and columns.
+// The terms of a sum are added in the order of k, whatever the number of rows and columns. A sum
+// over the rows of an expert may have a million terms: by_blocks adds up those of each block first.
 
 #pragma once
 
@@ -62,6 +63,7 @@ class Ahead {
 struct BlockProduct {
   Matrix out, left, right;  // out has dense rows; left and right are dense in one dimension
   const Matrix* first;      // null: 0
+  bool by_blocks = false;
 
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& packed_left, Panel& packed_right) const {
@@ -242,7 +244,8 @@ struct BlockProduct {
     const bool is_whole = part.columns == kColumns;
     float* to = is_whole ? floats(part) : piece;
     const int64_t stride = is_whole ? part.row_stride : kColumns;
-    const bool is_zero = starts && !first, adds = !starts || (first && first->data == out.data);
+    const bool adds = !starts || (first && first->data == out.data), later = by_blocks && adds;
+    const bool is_zero = later || (starts && !first);
     if (!is_zero && !(is_whole && adds)) {
       for (int64_t i = 0; i < part.rows; ++i) {
         for (int64_t j = 0; j < part.columns; ++j) {
@@ -252,18 +255,21 @@ struct BlockProduct {
       }
     }
     with_count<kRowsOf<Lanes>>(part.rows, [&](auto n) __attribute__((always_inline)) {
-      multiply<Lanes, n>(a, lines, deep, to, stride, is_zero, after, next);
+      multiply<Lanes, n>(a, lines, deep, to, stride, is_zero, later && is_whole, after, next);
     });
     if (is_whole) return;
     for (int64_t i = 0; i < part.rows; ++i) {
-      std::memcpy(floats(part) + i * part.row_stride, piece + i * kColumns,
-                  part.columns * sizeof(float));
+      float* line = floats(part) + i * part.row_stride;
+      for (int64_t j = 0; j < part.columns; ++j) {
+        const float sum = piece[i * kColumns + j];
+        line[j] = later ? line[j] + sum : sum;
+      }
     }
   }
 
   template <typename Lanes, int64_t count>
   static MOE_EXT_INLINE void multiply(const float* a, const Lines& lines, int64_t deep, float* to,
-                                      int64_t stride, bool is_zero, const Ahead& after,
+                                      int64_t stride, bool is_zero, bool later, const Ahead& after,
                                       Ahead& next) {
     constexpr int64_t kWidth = sizeof(Lanes) / sizeof(float);
     Lanes sums[count][2]{};
@@ -291,7 +297,15 @@ struct BlockProduct {
     }
     next = of_right;
     for (int64_t i = 0; i < count; ++i) {
-      for (int p = 0; p < 2; ++p) store(sums[i][p], to + i * stride + p * kWidth);
+      for (int p = 0; p < 2; ++p) {
+        float* place = to + i * stride + p * kWidth;
+        if (later) {
+          Lanes before;
+          load(before, place);
+          sums[i][p] += before;
+        }
+        store(sums[i][p], place);
+      }
     }
   }
 };

@@ -7,8 +7,10 @@
 //   d down[e]        = sum of grad[t] ⊗ (w * active)
 //   d tokens[t]      = sum over k of up[e]^T @ d pre_activation
 //
-// Rows of grad and of tokens are gathered a tile at a time.
+// Rows of grad and of tokens are gathered a tile at a time, up to kMostOuterRows of it for a
+// weight.
 
+#include <memory>
 #include <tuple>
 
 #include "feed_forward.h"
@@ -81,14 +83,20 @@ Tensor add_sums(const Experts<scalar_t>& at, const accumulate_t<scalar_t>* sums,
   const Tensor out = empty_route_sums(at.a.tokens, at.a.routes);
   T* grad_weights = data<T>(out);
   std::fill_n(grad_weights, at.routes.size(), T{0});
-  for (const auto [begin, end] : at.owned) {
-    for (int64_t r = begin; r < end; ++r) {
-      if (at.routes.sources[r] < 0) continue;
-      T sum = 0;
-      for (int64_t i = 0; i < num_sums; ++i) sum += sums[r * num_sums + i];
-      grad_weights[at.routes.sources[r]] = sum;
+  // Threads share what takes longer than to wake them.
+  constexpr int64_t kSums = 1 << 16;
+  const auto E = static_cast<int64_t>(at.owned.size());
+  const int64_t grain = parts(E * kSums, at.routes.num_rows * num_sums + 1);
+  parallel_for(0, E, grain, [&](int64_t first, int64_t last) {
+    for (int64_t e = first; e < last; ++e) {
+      for (int64_t r = at.owned[e].begin; r < at.owned[e].end; ++r) {
+        if (at.routes.sources[r] < 0) continue;
+        T sum = 0;
+        for (int64_t i = 0; i < num_sums; ++i) sum += sums[r * num_sums + i];
+        grad_weights[at.routes.sources[r]] = sum;
+      }
     }
-  }
+  });
   return out;
 }
 
@@ -96,7 +104,7 @@ Tensor add_sums(const Experts<scalar_t>& at, const accumulate_t<scalar_t>* sums,
 template <typename scalar_t>
 Tensor sum_rows(const Experts<scalar_t>& at, const Rows& rows, bool weighs) {
   using T = accumulate_t<scalar_t>;
-  constexpr int64_t kColumns = 256;
+  constexpr int64_t kColumns = 256, kRows = 256;
   const int64_t E = at.a.groups.num_experts, width = rows.matrix.columns;
   const int64_t count = parts(width, kColumns);
   const Tensor out = empty(at.a.tokens, {E, width}, at.dtype);
@@ -105,12 +113,17 @@ Tensor sum_rows(const Experts<scalar_t>& at, const Rows& rows, bool weighs) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t e = i / count, begin = i % count * kColumns;
       const int64_t columns = std::min(kColumns, width - begin);
+      // Sums of kRows rows each are added up, so that errors of a million rows stay small.
       T sums[kColumns] = {};
-      for (int64_t r = at.owned[e].begin; r < at.owned[e].end; ++r) {
-        if (at.routes.sources[r] < 0) continue;
-        const T factor = weighs ? at.weight_of(r) : T{1};
-        const scalar_t* from = row_of<const scalar_t>(rows.matrix, rows.row(r)) + begin;
-        for (int64_t c = 0; c < columns; ++c) sums[c] += factor * static_cast<T>(from[c]);
+      for (int64_t row = at.owned[e].begin; row < at.owned[e].end; row += kRows) {
+        T part[kColumns] = {};
+        for (int64_t r = row; r < std::min(row + kRows, at.owned[e].end); ++r) {
+          if (at.routes.sources[r] < 0) continue;
+          const T factor = weighs ? at.weight_of(r) : T{1};
+          const scalar_t* from = row_of<const scalar_t>(rows.matrix, rows.row(r)) + begin;
+          for (int64_t c = 0; c < columns; ++c) part[c] += factor * static_cast<T>(from[c]);
+        }
+        for (int64_t c = 0; c < columns; ++c) sums[c] += part[c];
       }
       for (int64_t c = 0; c < columns; ++c) {
         to[e * width + begin + c] = static_cast<scalar_t>(sums[c]);
@@ -162,10 +175,10 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, bool needs_to
   const Rows grads = at.rows_of(b.grad), tokens = at.rows_of(a.tokens);
   const Tensor inner = at.fresh_rows(a.inner_width), active = at.fresh_rows(a.width);
   const int64_t num_sums = parts(a.width, kSumColumns) + (a.down_bias ? 1 : 0);
-  std::vector<T> sums(at.routes.num_rows * num_sums);
+  const std::unique_ptr<T[]> sums(new T[at.routes.num_rows * num_sums]);  // owned rows are filled
   backward_to_pre_activation(at, grads, matrix_of(b.pre_activation), matrix_of(inner),
-                             matrix_of(active), sums.data(), num_sums);
-  if (a.down_bias) multiply_by_bias(at, grads, sums.data(), num_sums);
+                             matrix_of(active), sums.get(), num_sums);
+  if (a.down_bias) multiply_by_bias(at, grads, sums.get(), num_sums);
 
   enum Product { kUp, kDown, kTokens };
   std::vector<Tile> tiles;
@@ -189,7 +202,7 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, bool needs_to
           grad_down.tensor(),
           sums_up ? sum_rows(at, inner_rows, false) : none(a.tokens),
           sums_down ? sum_rows(at, grads, true) : none(a.tokens),
-          add_sums(at, sums.data(), num_sums)};
+          add_sums(at, sums.get(), num_sums)};
 }
 
 SixTensors feed_forward_backward_cpu(const FeedForwardBackwardArgs& b, bool needs_tokens,

@@ -34,12 +34,13 @@ inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
 #else
   if (!is_bfloat16) return false;
 #endif
-  // The library may have been told to leave them alone (ONEDNN_MAX_CPU_ISA).
+  // The library may have been told to leave them alone (ONEDNN_MAX_CPU_ISA), or torch may have been
+  // built without it, and without the operator.
   std::array<StableIValue, 1> stack{};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+  const AOTITorchError error = torch_call_dispatcher(
       is_bfloat16 ? "mkldnn::_is_mkldnn_bf16_supported" : "mkldnn::_is_mkldnn_fp16_supported", "",
-      stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<bool>(stack[0]);
+      stack.data(), TORCH_ABI_VERSION);
+  return error == AOTI_TORCH_SUCCESS && torch::stable::detail::to<bool>(stack[0]);
 #else
   return true;
 #endif
@@ -195,13 +196,34 @@ class Gemm {
       return on_widest(FewOuter{out, left, right, around}, left_);
     }
     if (by_tiles(out, left.transposed(), right, nullptr)) return;
+    if (widens_) {
+      const Matrix sum = out_.get(ScalarType::Float, out.rows, out.columns);
+      add_outer(sum, left, right, true);
+      return copy(out, sum);
+    }
     const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
-    if (widens_) return widened_outer(out, left, right);
     if (padded == left.rows) {
       return multiply(out, left.transposed(), right.transposed(), std::nullopt, true);
     }
     multiply(out, left_.copy_of(left, left.dtype, padded).transposed(),
              right_.copy_of(right, right.dtype, padded).transposed(), std::nullopt, true);
+  }
+
+  // Whether there is add_outer: torch's GEMM rounds what it adds to 16 bits.
+  bool adds_outer() const { return !pads_ || tiles_ || in_registers_; }
+
+  // sum [N, M] += left [n, N]^T @ right [n, M], or = where it starts. sum has floats, or doubles.
+  void add_outer(const Matrix& sum, const Matrix& left, const Matrix& right, bool starts) {
+    const std::optional<Matrix> before = starts ? std::nullopt : std::optional(sum);
+    if (by_tiles(sum, left.transposed(), right, before ? &*before : nullptr)) return;
+    if (!widens_) return multiply(sum, left.transposed(), right.transposed(), before, true);
+    for (int64_t begin = 0; begin < left.rows; begin += kRows) {
+      const int64_t end = std::min(begin + kRows, left.rows);
+      const auto wide = [&](Panel& panel, const Matrix& rows) {
+        return panel.copy_of(rows.row_range(begin, end), sum.dtype, end - begin).transposed();
+      };
+      multiply(sum, wide(left_, left), wide(right_, right), begin == 0 ? before : sum, true);
+    }
   }
 
  private:
@@ -315,7 +337,8 @@ class Gemm {
                 const std::optional<Matrix>& first, bool is_gradient = false) {
     if (out.dtype == ScalarType::Float && out.column_stride == 1 && is_dense(left) &&
         is_dense(right) && takes_blocks(left, right, is_gradient)) {
-      const BlockProduct product{out, left, right.transposed(), first ? &*first : nullptr};
+      const BlockProduct product{out, left, right.transposed(), first ? &*first : nullptr,
+                                 is_gradient};
       return on_widest(product, packed_left_, packed_right_);
     }
     multiply_by_torch(out, left, right, first);
@@ -327,18 +350,6 @@ class Gemm {
     int64_t step = 8;
     while (step * 16 <= n) step *= 2;
     return (n + step - 1) / step * step;
-  }
-
-  void widened_outer(const Matrix& out, const Matrix& left, const Matrix& right) {
-    const ScalarType dtype = ScalarType::Float;
-    const Matrix sum = out_.get(dtype, out.rows, out.columns);
-    for (int64_t begin = 0; begin < left.rows; begin += kRows) {
-      const int64_t end = std::min(begin + kRows, left.rows);
-      multiply(sum, left_.copy_of(left.row_range(begin, end), dtype, end - begin).transposed(),
-               right_.copy_of(right.row_range(begin, end), dtype, end - begin).transposed(),
-               begin == 0 ? std::nullopt : std::optional(sum), true);
-    }
-    copy(out, sum);
   }
 
   bool widens_ = false, pads_ = false, in_registers_ = false;

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
+#include <string>
 #include <tuple>
 
 #include "../args.h"
@@ -35,8 +37,36 @@ constexpr size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage 
 
 bool is_possible() { return torch_from_blob != nullptr; }
 
-size_t memory_of_machine() {
-  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+// The least that a file has, of a control group "/a/b" and of those around it.
+size_t limit_of(const std::string& folder, std::string group, const char* file) {
+  size_t least = SIZE_MAX, limit;
+  while (!group.empty()) {
+    group.resize(group.rfind('/'));
+    // A group without a limit has "max", which is no number.
+    if (std::ifstream(folder + group + file) >> limit) least = std::min(least, limit);
+  }
+  return least;
+}
+
+// The memory that this process may have: of the machine, or of a container.
+size_t memory_of_process() {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  size_t least = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * page;
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {  // number:controllers:group
+    const size_t begin = line.find(':') + 1, end = line.find(':', begin);
+    if (begin == 0 || end == std::string::npos) continue;
+    const std::string controllers = line.substr(begin, end - begin);
+    const std::string group = line.substr(end + 1) + '/';
+    if (group[0] != '/') continue;
+    if (controllers.empty()) {
+      least = std::min(least, limit_of("/sys/fs/cgroup", group, "/memory.max"));
+    } else if (("," + controllers + ",").find(",memory,") != std::string::npos) {
+      const char* file = "/memory.limit_in_bytes";
+      least = std::min(least, limit_of("/sys/fs/cgroup/memory", group, file));
+    }
+  }
+  return least;
 }
 
 // Bytes from an address to the next page.
@@ -74,7 +104,9 @@ void offer(char* begin, size_t bytes) { madvise(begin, bytes, MADV_FREE); }
 // not see the pool's results, so this shows it a block of their size. Without it, glibc returns the
 // smaller blocks of each step to the system.
 void teach_allocator(size_t bytes) {
-  void* volatile block = std::malloc(bytes);
+  constexpr size_t kMost = size_t{31}
+                           << 20;  // with a header in a block that glibc still learns from
+  void* volatile block = std::malloc(std::min(bytes, kMost));
   std::free(block);
 }
 
@@ -98,7 +130,7 @@ Tensor tensor_of(char* begin, std::initializer_list<int64_t> size, ScalarType dt
 #else
 
 bool is_possible() { return false; }
-size_t memory_of_machine() { return 0; }
+size_t memory_of_process() { return 0; }
 char* map_pages(size_t) { return nullptr; }
 void unmap(char*, size_t) {}
 void offer(char*, size_t) {}
@@ -167,7 +199,7 @@ std::vector<Span> Spans::all() const {
 }
 
 MemoryPool::MemoryPool()
-    : limit_(is_possible() ? std::min(memory_of_machine() / 4, kMostByDefault) : 0) {
+    : limit_(is_possible() ? std::min(memory_of_process() / 4, kMostByDefault) : 0) {
   lock_over_fork([] { of_process().mutex_.lock(); }, [] { of_process().mutex_.unlock(); });
 }
 

@@ -116,6 +116,7 @@ class PairLoops {
   static MOE_EXT_INLINE void write(const Part& part, int64_t first,
                                    const Floats (&sums)[kLines][kColumns]) {
     const Target& to = part.target;
+    if (to.is_float) return write_floats(part, first, sums);
     Floats bias[kColumns];
     for (int64_t c = 0; c < kColumns; ++c) load(bias[c], to.bias + c * kTileLines);
     char* row = to.data + first * to.stride;
@@ -128,6 +129,23 @@ class PairLoops {
         layout::Numbers numbers;
         layout::narrow(sums[i][c] + bias[c], sums[i][next] + bias[next], numbers);
         layout::write(numbers, std::min(to.columns - column, layout::kBand), row + column * 2);
+      }
+    }
+  }
+
+  template <int64_t kLines, int64_t kColumns>
+  static MOE_EXT_INLINE void write_floats(const Part& part, int64_t first,
+                                          const Floats (&sums)[kLines][kColumns]) {
+    const Target& to = part.target;
+    char* row = to.data + first * to.stride;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLines; ++i, row += to.stride) {
+      if (first + i >= part.end_line) return;
+      if (first + i < part.first_line) continue;  // the strip before has added it
+#pragma GCC unroll 3
+      for (int64_t c = 0; c < kColumns; ++c) {
+        const int64_t column = c * kTileLines;
+        layout::write_floats(sums[i][c], to.columns - column, to.adds, row + column * 4);
       }
     }
   }

@@ -57,12 +57,15 @@ inline void zero_rows(const Matrix& matrix, int64_t begin, int64_t end) {
 }
 
 inline void zero_unowned(const Matrix& out, const std::vector<Range>& owned) {
-  int64_t done = 0;
-  for (const Range& range : owned) {
-    zero_rows(out, done, range.begin);
-    done = range.end;
-  }
-  zero_rows(out, done, out.rows);
+  const auto E = static_cast<int64_t>(owned.size());
+  // Threads share what takes longer than to wake them.
+  constexpr int64_t kBytes = 1 << 20;
+  const int64_t bytes = out.rows * out.columns * out.width();
+  parallel_for(0, E + 1, parts((E + 1) * kBytes, bytes + 1), [&](int64_t first, int64_t last) {
+    for (int64_t e = first; e < last; ++e) {
+      zero_rows(out, e > 0 ? owned[e - 1].end : 0, e < E ? owned[e].begin : out.rows);
+    }
+  });
 }
 
 // Sizes of tiles: as large as keeps all threads busy.
@@ -224,6 +227,10 @@ inline void zero_tile(const Matrix& tile, bool around) {
   if (around) finish_around();
 }
 
+// The rows of an expert whose outer products are added up at a time. Their gathered copies stay
+// small, and so do the errors of sums over a million rows.
+constexpr int64_t kMostOuterRows = 2048;
+
 // A tile of out[e] = left^T @ right over the owned rows; out: [E, N, M].
 inline void outer_tile(Worker& worker, const Tile& t, const Range& owned, const Tensor& out,
                        const Rows& left, const Rows& right) {
@@ -231,8 +238,24 @@ inline void outer_tile(Worker& worker, const Tile& t, const Range& owned, const 
   const Matrix tile = t.of(matrix_of(out, t.expert));
   const bool around = outgrows_caches(out.numel() * tile.width());
   if (begin == end) return zero_tile(tile, around);
-  worker.gemm.outer(tile, left.range(begin, end, t.row_begin, t.row_end, worker.left),
-                    right.range(begin, end, t.column_begin, t.column_end, worker.right), around);
+  const auto lefts = [&](int64_t first, int64_t last) {
+    return left.range(first, last, t.row_begin, t.row_end, worker.left);
+  };
+  const auto rights = [&](int64_t first, int64_t last) {
+    return right.range(first, last, t.column_begin, t.column_end, worker.right);
+  };
+  const int64_t count = parts(end - begin, kMostOuterRows);
+  if (count == 1 || !worker.gemm.adds_outer()) {
+    return worker.gemm.outer(tile, lefts(begin, end), rights(begin, end), around);
+  }
+  const ScalarType wide = tile.dtype == ScalarType::Double ? tile.dtype : ScalarType::Float;
+  const Matrix sum = tile.dtype == wide ? tile : worker.out.get(wide, tile.rows, tile.columns);
+  const int64_t rows = parts(end - begin, count);
+  for (int64_t row = begin; row < end; row += rows) {
+    const int64_t last = std::min(row + rows, end);
+    worker.gemm.add_outer(sum, lefts(row, last), rights(row, last), row == begin);
+  }
+  if (sum.data != tile.data) copy(tile, sum);
 }
 
 }  // namespace moe_ext

@@ -67,6 +67,18 @@ MOE_EXT_INLINE void write(const Numbers& numbers, int64_t columns, char* to) {
   store_first<kRegisterBytes>(numbers, to, columns * 2);
 }
 
+// Writes up to 16 floats, or adds them to those in memory.
+MOE_EXT_INLINE void write_floats(Floats floats, int64_t columns, bool adds, char* to) {
+  if (columns <= 0) return;
+  const bool is_whole = columns >= kTile;
+  if (adds) {
+    Floats before;
+    is_whole ? load(before, to) : load_first<kRegisterBytes>(before, to, columns * 4);
+    floats += before;
+  }
+  is_whole ? store(floats, to) : store_first<kRegisterBytes>(floats, to, columns * 4);
+}
+
 // Prefetches lines of memory that will be written.
 MOE_EXT_INLINE void ask(const char* first, int64_t apart, int64_t count) {
   for (int64_t i = 0; i < count; ++i, first += apart) {

@@ -20,6 +20,7 @@ struct Target {
   int64_t stride;     // bytes
   const float* bias;  // of a band
   int64_t columns;
+  bool is_float, adds;  // whether out has floats, to which sums are added
 };
 
 // The products of a strip's lines with a band, as far as a part of the steps goes.

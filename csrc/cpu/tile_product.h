@@ -3,6 +3,8 @@
 //
 //   out [n, N] = left [n, K] @ right [K, N] + first        first: a row for all, or 0
 //
+// out may have floats instead, to which the product is added where first is out itself.
+//
 // One operand gives lines of dense numbers, which are read from where they lie if they can be. The
 // other gives columns, which are packed. A block of them stays in the second cache while all lines
 // go by.
@@ -45,7 +47,7 @@ struct TileProduct {
     if constexpr (bytes == 64 || kEmulatesTiles) {
       const bool left_has_more =
           left.column_stride == 1 && left.rows > std::min(right.columns, Loops::kMostTurned);
-      if (right.row_stride == 1 && !left_has_more) {
+      if (right.row_stride == 1 && !left_has_more && !is_float()) {
         multiply(right.transposed(), left.transposed(), true, loops, memory);
       } else {
         multiply(left, right, false, loops, memory);
@@ -189,7 +191,7 @@ struct TileProduct {
                     reinterpret_cast<uint16_t*>(floats + packed), floats + packed + copied,
                     floats + packed + copied + sums};
     std::fill_n(room.bias, bias, 0.0f);
-    if (first) {
+    if (first && !is_float()) {
       const auto* row = reinterpret_cast<const torch::headeronly::BFloat16*>(first->data);
       for (int64_t i = 0; i < out.columns; ++i) {
         room.bias[i] = static_cast<float>(row[i * first->column_stride]);
@@ -221,8 +223,11 @@ struct TileProduct {
       for (int64_t b = 0, joined; b < block.bands; b += 1 + joined) {
         // Each band prefetches its share of the next lines.
         const int64_t stride = all.row_stride * 2;
-        const Asked asked{next + s * kTileBytes + b * stride, block.bands * stride,
-                          next && b < kStrip ? parts(kStrip - b, block.bands) : 0};
+        Asked asked{};
+        if (next && b < kStrip) {
+          asked = {next + s * kTileBytes + b * stride, block.bands * stride,
+                   parts(kStrip - b, block.bands)};
+        }
         const auto packed = [&](int64_t band) {
           return room.packed + (band * block.steps + s) * layout::kBandNumbers;
         };
@@ -235,8 +240,12 @@ struct TileProduct {
         if (completes && turned) {
           layout::ask(place(first_column, strip.first), out.row_stride * 2, columns);
         } else if (completes && Loops::kWritesRows) {
-          target = {place(strip.first, first_column), out.row_stride * 2, room.bias + first_column,
-                    columns};
+          target = {place(strip.first, first_column),
+                    out.row_stride * out.width(),
+                    room.bias + first_column,
+                    columns,
+                    is_float(),
+                    first != nullptr};
         }
         const Part part{lines,         packed(b), joined ? packed(b + 1) : nullptr, numbers,
                         strip.skipped, all.rows,  block.starts && s == 0,           asked,
@@ -266,22 +275,30 @@ struct TileProduct {
     wide ? multiply(No{}, Yes{}) : multiply(No{}, No{});
   }
 
+  bool is_float() const { return out.dtype == ScalarType::Float; }
+
   MOE_EXT_INLINE char* place(int64_t row, int64_t column) const {
-    return out.data + (row * out.row_stride + column) * 2;
+    return out.data + (row * out.row_stride + column) * out.width();
   }
 
   // Rows of out: the sums of a strip.
   MOE_EXT_INLINE void write(const Strip& strip, const Block& block, const Room& room) const {
-    for (int64_t i = 0; i < strip.lines.rows; ++i) {
+    for (int64_t i = strip.skipped; i < strip.lines.rows; ++i) {
       const float* line = room.sums + i / kTile * 2 * kTileSums + i % kTile * kTile;
       for (int64_t b = 0; b < block.bands; ++b, line += kSums) {
         const int64_t column = block.first_column + b * kBand;
         Floats halves[2], bias;
         for (int64_t c = 0; c < 2; ++c) {
           load(halves[c], line + c * kTileSums);
+          if (is_float()) {
+            layout::write_floats(halves[c], block.columns - b * kBand - c * kTile, first != nullptr,
+                                 place(strip.first + i, column + c * kTile));
+            continue;
+          }
           load(bias, room.bias + column + c * kTile);
           halves[c] += bias;
         }
+        if (is_float()) continue;
         layout::Numbers numbers;
         layout::narrow(halves[0], halves[1], numbers);
         layout::write(numbers, std::min(kBand, block.columns - b * kBand),

@@ -9,7 +9,7 @@ import torch
 from cases import DTYPES, SIZES, plans, random_experts, relative_error, values
 
 import moe_ext
-from moe_ext.ops import reference, tensor_cores, torch_grouped_mm
+from moe_ext.ops import checks, reference, tensor_cores, torch_grouped_mm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -134,14 +134,33 @@ def test_rows_have_the_results_that_they_have_beside_others(dtype, N, M, request
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_outer_products_of_many_rows(device, dtype, request):
+@pytest.mark.parametrize(("N", "M"), [(150, 800), (33, 40), (72, 1)])
+def test_outer_products_of_many_rows(device, dtype, N, M, request):
     """More than are summed at a time, to lines and columns of several blocks."""
-    n, N, M = (130, 150, 170) if request.config.cusim else (2100, 150, 800)
+    n, M = (130, min(M, 170)) if request.config.cusim else (4500, M)
     plan = moe_ext.make_plan(torch.zeros(n, 1, dtype=torch.int32, device=device), 1)
     x, g = values(n, M, dtype=dtype, device=device), values(n, N, dtype=dtype, device=device)
     outer = torch.ops.moe_ext.grouped_outer(g, x, *groups(plan))
     exact = (g.double().T @ x.double()).unsqueeze(0)
     assert relative_error(outer, exact) < rounding(dtype, n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_over_very_many_rows(dtype, request):
+    """Equal terms: added one by one, all are rounded in the same direction."""
+    n, H = 130 if request.config.cusim else 1 << 18, 8
+    x, bias = torch.full((n, H), 0.1, dtype=dtype), torch.zeros(1, H, dtype=dtype)
+    w = torch.eye(H, dtype=dtype).unsqueeze(0)
+    up, down, up_bias, down_bias = (t.clone().requires_grad_() for t in (w, w, bias, bias))
+    plan = moe_ext.make_plan(torch.zeros(n, 1, dtype=torch.int32), 1)
+    weights = torch.ones(n, 1, dtype=checks.accumulate_dtype(dtype))
+    moe_ext.feed_forward(x, plan, weights, up, down, "relu", up_bias, down_bias).backward(x)
+    one, bound = x[0, 0].double(), torch.finfo(dtype).eps / 2 + 1e-4
+    for grad in (up_bias.grad, down_bias.grad):
+        assert relative_error(grad, (n * one).expand(1, H)) < bound
+    if dtype.itemsize > 2 or "torch's GEMM" not in torch.ops.moe_ext.products(x):
+        for grad in (up.grad, down.grad):
+            assert relative_error(grad, (n * one * one).expand(1, H, H)) < bound
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -55,6 +55,24 @@ def apart(*results: Tensor) -> None:
         pytest.skip("the system put results side by side")
 
 
+@pytest.mark.parametrize("file", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_the_limit_is_a_quarter_of_the_containers(tmp_path, file):
+    """Both versions of control groups; a folder takes the place of the system's."""
+    groups = Path("/proc/self/cgroup").read_text()
+    if ("0::/" if file == "memory.max" else ":memory:/") not in groups:
+        pytest.skip("the system has no such control group")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(f"{1 << 31}\n")
+    bind = f"mount --bind {tmp_path} /sys/fs/cgroup"
+    if subprocess.run(["unshare", "--mount", "sh", "-c", bind], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    code = "import moe_ext; print(moe_ext.keep_memory().limit)"
+    shown = subprocess.check_output(
+        ["unshare", "--mount", "sh", "-c", f"{bind} && exec {sys.executable} -c '{code}'"]
+    )
+    assert int(shown) == 1 << 29
+
+
 def test_a_freed_result_serves_the_next():
     first = result(4)
     address = first.data_ptr()
@@ -214,7 +232,7 @@ def test_a_limit_of_zero_keeps_none():
 
 
 def test_a_negative_limit_is_refused():
-    with pytest.raises(ValueError, match="limit must be at least 0 bytes, got -1"):
+    with pytest.raises(ValueError, match="keep_memory: limit must be at least 0, got -1"):
         moe_ext.keep_memory(-1)
     with pytest.raises(RuntimeError, match="keep_memory: limit must be at least 0 bytes, got -1"):
         torch.ops.moe_ext.keep_memory(torch.empty(0), -1)
