@@ -274,7 +274,8 @@ def total_l_aux(model: nn.Module) -> Tensor:
 
     `loss + 0.01 * total_l_aux(model)` balances the routers. A layer that was not called yet, or
     whose gate has no loss, adds nothing. A layer used several times counts once, with its last
-    call.
+    call. A layer that a step skips, as LayerDrop does, would add the loss of an earlier step: set
+    its `l_aux` to None first.
 
     Args:
         model: a layer, or a module that contains MOELayers, MoEs or Layers, wrapped or not
@@ -301,7 +302,7 @@ def total_l_aux(model: nn.Module) -> Tensor:
             "forward_with_aux leaves nothing: add the l_aux that it returns"
         )
     device = called[-1].exp_counts.device
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), dtype=torch.float32, device=device)
     for layer in called:
         if (l_aux := layer.l_aux) is not None:
             total = total + torch.as_tensor(l_aux, device=device)

@@ -37,9 +37,15 @@ def _source() -> str:
         text = importlib.metadata.distribution("moe_ext").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         text = None
-    url = urllib.parse.urlsplit(json.loads(text)["url"]) if text else None
-    if url is not None and url.scheme == "file":
+    origin: dict = json.loads(text) if text else {"url": ""}
+    url = urllib.parse.urlsplit(origin["url"])
+    if url.scheme == "file":
         return urllib.request.url2pathname(url.path)
+    if "vcs_info" in origin:
+        vcs = origin["vcs_info"]
+        return f"{vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"
+    if origin["url"] and not url.path.endswith(".whl"):
+        return origin["url"]
     # From source, because a wheel has the CPU library alone.
     return "--no-binary moe_ext moe_ext"
 

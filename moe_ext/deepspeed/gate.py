@@ -227,7 +227,8 @@ class TopKGate(Gate):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in _OPTIONS}
+        arguments = dict(locals())
+        given = {name: value for name, value in arguments.items() if name in _OPTIONS}
         num_experts = options.integer("TopKGate", "num_experts", num_experts, 1)
         rules = rules_of(given, num_experts)
         if ep_group is not None and not isinstance(ep_group, dist.ProcessGroup):

@@ -11,7 +11,7 @@ from .. import options
 from ..formats import QuantizedWeight, replace_parameter
 from ..ops import checks
 from ..ops.feed_forward import feed_forward
-from ..ops.functional import activate, grouped_mm
+from ..ops.functional import activate, grouped_mm, has_autocast
 from ..ops.plan import Plan
 from ..options import Activation, WeightFormat
 from . import convert
@@ -64,6 +64,7 @@ class GroupedExperts(Experts):
         options.names(
             "GroupedExperts",
             activation=(activation, checks.ACTIVATIONS),
+            bias=(bias, (True, False)),
             score_before_experts=(score_before_experts, (True, False)),
         )
         self.hidden_size = options.integer("GroupedExperts", "hidden_size", hidden_size, 0)
@@ -87,6 +88,11 @@ class GroupedExperts(Experts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Raises RuntimeError for quantized weights, which can only be loaded."""
+        if isinstance(self.down_proj, QuantizedWeight):
+            raise RuntimeError(
+                f"{type(self).__name__}: quantized weights cannot be initialised; load them"
+            )
         for name, fan_in in ((self._up_name, self.hidden_size), ("down_proj", self.ffn_size)):
             bound = 1 / math.sqrt(max(fan_in, 1))
             nn.init.uniform_(getattr(self, name), -bound, bound)
@@ -157,7 +163,7 @@ class GroupedExperts(Experts):
         up, up_bias = self._parameters_of(self._up_name)
         down, down_bias = self._parameters_of("down_proj")
         takes = rows.dtype if isinstance(up, QuantizedWeight) else up.dtype
-        if rows.dtype != takes and not torch.is_autocast_enabled(rows.device.type):
+        if rows.dtype != takes and not has_autocast(rows.device):
             autocast = ", or use torch.autocast" if rows.is_floating_point() else ""
             raise RuntimeError(
                 f"GroupedExperts: tokens are {rows.dtype}, the weights {takes}; convert one of "

@@ -10,9 +10,9 @@ from ..ops.plan import Plan, make_plan
 from ..ops.registry import is_exporting
 from .base import Experts, shape_of
 
-# torch.compile(module) and checkpoint_wrapper keep the module under these names, and pass its
-# attributes on.
-_WRAPPED = "_orig_mod", "_checkpoint_wrapped_module"
+# torch.compile(module), checkpoint_wrapper and FSDP1 keep the module under these names, and pass
+# its attributes on.
+_WRAPPED = "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"
 _INSTEAD = {"gate": "wrap the layer", "experts": "wrap the layer, or call layer.experts.compile()"}
 
 

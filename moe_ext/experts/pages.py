@@ -93,7 +93,7 @@ def why_not_here() -> str:
     if sys.platform != "linux":
         return f"needs Linux 6.1 or later, this is {sys.platform}"
     for _ in range(_PROBES):
-        probe = torch.zeros(2 * _HUGE, dtype=torch.uint8)
+        probe = torch.zeros(2 * _HUGE, dtype=torch.uint8, device="cpu")
         ((address, size),) = _parts(_storages([probe]))
         done, error = _collapse(address, size)
         if done:

@@ -160,7 +160,7 @@ def _mxfp4(groups: Tensor) -> tuple[Tensor, Tensor]:
         of_scale = (exponents + more).clamp(-E8M0_BIAS, E8M0_BIAS)
         scaled = torch.ldexp(groups, -of_scale.unsqueeze(-1))
         codes = _nearest_e2m1(scaled)
-        found = torch.tensor(_E2M1, device=groups.device)[codes.long() & 7]
+        found = torch.tensor(_E2M1, dtype=torch.float32, device=groups.device)[codes.long() & 7]
         error = (scaled.abs() - found).square().sum(-1) * 4**more  # in units of the first scale
         tried.append((codes, of_scale, error))
     (codes, of_scale, error), (other_codes, other_scale, other_error) = tried
@@ -172,14 +172,14 @@ def _mxfp4(groups: Tensor) -> tuple[Tensor, Tensor]:
 def _nearest_e2m1(numbers: Tensor) -> Tensor:
     """Ties go to the even code."""
     middles = [(a + b) / 2 for a, b in itertools.pairwise(_E2M1)]
-    bounds = torch.tensor(middles, device=numbers.device)
+    bounds = torch.tensor(middles, dtype=torch.float32, device=numbers.device)
     bounds[1::2] = torch.nextafter(bounds[1::2], torch.zeros(()).to(bounds))
     return torch.bucketize(numbers.abs(), bounds) + 8 * numbers.signbit()
 
 
 def _nf4(groups: Tensor) -> tuple[Tensor, Tensor]:
     scales = _positive(groups.abs().amax(-1))
-    numbers = torch.tensor(_NF4, device=groups.device)
+    numbers = torch.tensor(_NF4, dtype=torch.float32, device=groups.device)
     bounds = (numbers[1:] + numbers[:-1]) / 2
     return torch.bucketize(groups / scales.unsqueeze(-1), bounds), scales
 
@@ -204,7 +204,8 @@ def decode(codes: Codes, format: str) -> Tensor:
         groups = known.float().unflatten(-1, (scales.shape[-1], -1))
         numbers = groups - unpack(zeros)[..., : scales.shape[-1], None].float()
     else:
-        table = torch.tensor(FORMATS[format].numbers, device=values.device)
+        known_numbers = FORMATS[format].numbers
+        table = torch.tensor(known_numbers, dtype=torch.float32, device=values.device)
         numbers = table[known.long()].unflatten(-1, (scales.shape[-1], -1))
     return (numbers * wide.unsqueeze(-1)).flatten(-2)
 

@@ -165,9 +165,9 @@ class _Comparison:
     def __init__(self, path: str, module: nn.Module, config: ExpertsConfig) -> None:
         self.path, self.module, self.config = path, module, config
         self.num_experts = getattr(module, weight_names(module)[0]).shape[0]
-        self.of_experts = torch.zeros(2, self.num_experts)  # squares of errors, and of outputs
-        self.of_layer = torch.zeros(2)
-        self.is_chosen = torch.zeros(self.num_experts, dtype=torch.bool)
+        self.of_experts = _no_squares(self.num_experts)  # of errors, and of outputs
+        self.of_layer = _no_squares()
+        self.is_chosen = torch.zeros(self.num_experts, dtype=torch.bool, device="cpu")
 
     def _packed(self) -> nn.Module:
         packed = copy.copy(self.module)
@@ -196,7 +196,7 @@ class _Comparison:
     def row(self) -> LayerReport:
         module, packed = self.module, self._packed()
         before = after = 0
-        squares = torch.zeros(2, self.num_experts)
+        squares = _no_squares(self.num_experts)
         for name in weight_names(module):
             weight, quantized = getattr(module, name), getattr(packed, name)
             before, after = before + weight.nbytes, after + quantized.nbytes
@@ -210,6 +210,10 @@ class _Comparison:
             row.output_errors = errors.masked_fill(~self.is_chosen, nan).tolist()
             row.output_error = float(_ratio(self.of_layer))
         return row
+
+
+def _no_squares(*shape: int) -> Tensor:
+    return torch.zeros(2, *shape, dtype=torch.float64, device="cpu")
 
 
 def _ratio(squares: Tensor) -> Tensor:

@@ -97,8 +97,8 @@ def _table(calls: list[Call]) -> Iterator[str]:
 def explain(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Explanation:
     """Call `layer(*args, **kwargs)` once, and return which operators it ran.
 
-    The call is eager and without gradients. Random generators and the layers are restored: later
-    calls give the results that they would have given.
+    The call is eager and without gradients. Random generators, buffers and the layers are restored:
+    later calls give the results that they would have given.
 
         print(moe_ext.explain(layer, hidden))
 
@@ -114,6 +114,7 @@ def explain(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Explanation:
         # Compiled code would hide its operators.
         torch.compiler.set_stance("force_eager"),
         _random_state_restored(layer),
+        _buffers_restored(layer),
         replaced(_watched(layers, trace)),
         trace,
     ):
@@ -133,6 +134,20 @@ def _random_state_restored(module: nn.Module) -> AbstractContextManager[None]:
     devices = {p.device.index for p in module.parameters() if p.device.type == kind}
     here = torch.accelerator.current_device_index()
     return torch.random.fork_rng(devices | {here}, device_type=kind)
+
+
+@contextmanager
+def _buffers_restored(module: nn.Module) -> Iterator[None]:
+    """Those of a BatchNorm change in training."""
+    training = (part for part in module.modules() if part.training)
+    own = (buffer for part in training for buffer in part.buffers(recurse=False))
+    before = [(buffer, buffer.clone()) for buffer in own if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        for buffer, old in before:
+            if not torch.equal(buffer, old):
+                buffer.copy_(old)
 
 
 def _watched(layers: list, trace: "_Trace") -> Iterator[tuple[nn.Module, str, object]]:

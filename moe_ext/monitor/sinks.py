@@ -53,8 +53,12 @@ def _is_name(value: Any) -> bool:
     return type(value) is str and value != "" and value.isprintable()
 
 
+def _on_cpu(value: list) -> Tensor:
+    return torch.tensor(value, device="cpu")
+
+
 def _numbers(value: list) -> Tensor:
-    return torch.tensor([*map(float, value)], dtype=torch.float64)
+    return torch.tensor([*map(float, value)], dtype=torch.float64, device="cpu")
 
 
 class _Field(NamedTuple):
@@ -66,7 +70,7 @@ class _Field(NamedTuple):
 
 
 _COUNT = _Field("an integer >= 0", lambda value: _is_integer(value) and value >= 0, int)
-_LOAD = _Field("a list of integers >= 0", _are_counts, torch.tensor)
+_LOAD = _Field("a list of integers >= 0", _are_counts, _on_cpu)
 _NUMBER = _Field('a number, "nan", "inf" or "-inf"', _is_number, float)
 _FIELDS = {
     "step": _Field("an integer of 64 bits", _is_integer, int),
@@ -81,8 +85,11 @@ _FIELDS = {
     "router_entropy": _NUMBER,
     "z_loss": _NUMBER,
     "agreement": _NUMBER,
-    "pairs": _Field("a symmetric matrix of integers >= 0", _are_pairs, torch.tensor),
+    "pairs": _Field("a symmetric matrix of integers >= 0", _are_pairs, _on_cpu),
 }
+
+
+_BEGIN = b'{"step": '  # of every line
 
 
 class JsonLines:
@@ -91,10 +98,11 @@ class JsonLines:
     Every reading is written at once, so an interrupted run keeps its readings.
 
     Args:
-        path: the file; a cut-off last line is replaced
+        path: the file; a cut-off last line of a reading is replaced
 
     Raises:
         FileNotFoundError: the file's folder does not exist
+        ValueError: in a call, the file ends in a part of a line that is no reading's
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -113,7 +121,14 @@ class JsonLines:
                 known = {key: _json(value) for key, value in line.items() if value is not None}
                 lines.append(json.dumps(known, allow_nan=False) + "\n")
         with self.path.open("a+b") as file:
-            file.truncate(_end_of_last_line(file))
+            end = _end_of_last_line(file)
+            file.seek(end)
+            if not _begins_reading(file.read(len(_BEGIN))):
+                raise ValueError(
+                    f"JsonLines: {self.path} is not a file of readings: its last line is not cut "
+                    "off from one; choose another path"
+                )
+            file.truncate(end)
             file.write("".join(lines).encode())
 
 
@@ -124,6 +139,10 @@ def _json(value):
     if isinstance(value, list):
         return [_json(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _begins_reading(text: bytes) -> bool:
+    return text == _BEGIN[: len(text)]
 
 
 def _end_of_last_line(file: BinaryIO) -> int:

@@ -140,7 +140,7 @@ def expert_values(op: str, expert_ids: Tensor, num_experts: int) -> None:
 def route_values(op: str, slots: Tensor, sources: Tensor) -> None:
     """On the CPU every slot must be -1 or the row that sources gives back."""
     R = sources.shape[0]
-    route = torch.arange(slots.numel()).view(slots.shape)
+    route = torch.arange(slots.numel(), device=slots.device).view(slots.shape)
     has_row = (slots >= 0) & (slots < R)
     # A last entry stands for every slot without a row.
     back = torch.cat([sources, sources.new_full((1,), -1)])[torch.where(has_row, slots, R)]
@@ -162,7 +162,7 @@ def source_values(op: str, slots: Tensor, sources: Tensor) -> None:
     has_route = (sources >= 0) & (sources < N)
     back = torch.cat([slots.reshape(-1), slots.new_full((1,), -1)])
     back = back[torch.where(has_route, sources, N)]
-    row = torch.arange(sources.shape[0])
+    row = torch.arange(sources.shape[0], device=sources.device)
     bad = ((sources != -1) & ~(has_route & (back == row))).nonzero()
     if len(bad):
         r = int(bad[0])

@@ -90,6 +90,7 @@ def mask_weights(
     Raises:
         RuntimeError: an argument breaks this contract
     """
+    checks.Check("mask_weights").is_tensor("weights", weights)
     if eps is None:
         eps = torch.finfo(weights.dtype).tiny if weights.is_floating_point() else 0.0
     check_plan("mask_weights", plan)
@@ -188,6 +189,8 @@ def autocast(
 def autocast(*tensors):
     """The operands of a product, cast as torch.mm casts its own under autocast."""
     first = tensors[0]
+    if not isinstance(first, Tensor):
+        return tensors  # the operator says what it must be
     if not has_autocast(first.device) or first.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)

@@ -143,14 +143,14 @@ class Libraries:
         folder = Path(__file__).parents[1]
         built = [p for p in folder.glob("_C.*") if p.suffix in (".so", ".pyd", ".dylib")]
         self.load_error = "no compiled library was built with this package"
-        fix = "with a C++ compiler install it again: pip install --no-cache-dir --force-reinstall"
+        fix = "install it again where there is a C++ compiler; python -m moe_ext doctor says how"
         for path in built:
             try:
                 self._load(path)
                 break
             except OSError as error:
                 self.load_error = f"{path.name} could not be loaded: {error.__cause__ or error}"
-                fix = "remove it and install again"
+                fix = "install it again; python -m moe_ext doctor says how"
         self._register_python()
         if self.library is None:
             warnings.warn(

@@ -56,7 +56,7 @@ def arguments(
 
     if op == "quantized_mm":
         width = 96
-        weight = torch.randn(E * F, width, generator=generator)
+        weight = torch.randn(E * F, width, generator=generator, device="cpu")
         parts = codes.encode(weight, "int4", 32, True)._asdict()
         known |= {name: part.unflatten(0, (E, F)) for name, part in parts.items()}
         sizes |= {"I": width, "O": F}
@@ -72,7 +72,7 @@ def arguments(
             return known[argument.name].to(device)
         shape = [sizes[letter] for letter in argument.dims]
         kind = kinds.get(argument.kind, argument.kind)  # that of another argument, or its own
-        return torch.randn(shape, generator=generator).to(device, dtypes[kind])
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtypes[kind])
 
     kinds = {other.name: other.kind for other in PARSED[op].arguments}
     dtypes = {"floating": dtype, "acc": accumulate, "float32": torch.float32}

@@ -30,7 +30,7 @@ class Groups(NamedTuple):
 
     def world(self) -> DeviceMesh:
         """All ranks in one dimension; all other gradients are reduced over them."""
-        return DeviceMesh(self.mesh.device_type, torch.arange(dist.get_world_size()))
+        return DeviceMesh(self.mesh.device_type, torch.arange(dist.get_world_size(), device="cpu"))
 
 
 def make_groups(
@@ -75,7 +75,7 @@ def make_groups(
         is_gloo = dist.get_backend() == "gloo"
         accelerator = None if is_gloo else torch.accelerator.current_accelerator()
         device_type = "cpu" if accelerator is None else accelerator.type
-    ranks = torch.arange(world)
+    ranks = torch.arange(world, device="cpu")
     by_copy = ranks.view(dp, size).t() if neighbours_share else ranks.view(size, dp)
     names = ("ep",) if len(shape) == 1 else ("node", "local_rank")
     table = by_copy.reshape(*shape, dp)

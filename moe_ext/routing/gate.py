@@ -15,7 +15,7 @@ from ..ops.functional import has_autocast
 from ..ops.registry import is_exporting
 from . import choice_scores
 from .route import Routing, route
-from .routers import Tensors, WideProduct, is_wide_product, logits_of
+from .routers import LinearRouter, Tensors, WideProduct, is_wide_product, logits_of
 from .rule import Rule
 
 
@@ -87,9 +87,7 @@ class Gate(nn.Module):
             )
         self.aux_loss = aux_loss
         if router is None:
-            router = nn.Linear(
-                self.model_dim, self.num_experts, bias=False, device=device, dtype=dtype
-            )
+            router = LinearRouter(self.model_dim, self.num_experts, device=device, dtype=dtype)
         self.wg = router
         bias = None
         if expert_bias:
@@ -118,6 +116,11 @@ class Gate(nn.Module):
         if bias is not None and moved is not None and moved.dtype != torch.float32:
             self.expert_bias = bias.to(moved.device)
         return self
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        if self.expert_bias is not None:  # load_state_dict(assign=True) takes a dict's own tensor
+            self.expert_bias = self.expert_bias.float()
 
     def capacity(self, num_tokens: int) -> int | None:
         """Rows an expert may have in the current mode; None without limit.
@@ -292,4 +295,12 @@ class Gate(nn.Module):
         if self.expert_bias is None and not sums_scores:
             return logits
         scores = reference.scored(logits, rule.scoring)
-        return scores if self.expert_bias is None else scores + self.expert_bias
+        bias = self.expert_bias
+        if bias is None:
+            return scores
+        if bias.device != scores.device:
+            raise RuntimeError(
+                f"{type(self).__name__}: expert_bias must be on {scores.device} like the tokens, "
+                f"got {bias.device}; accelerate must not offload it: offload_buffers=False"
+            )
+        return scores + bias

@@ -1,6 +1,7 @@
 """Route: choose experts from logits, place the routes, weight those that are kept."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -92,7 +93,9 @@ def route(
     check.one_of("normalize", normalize, NORMALIZE)
     check.one_of("drop_policy", drop_policy, DROP_POLICIES)
     check.shape("logits", logits, [("T", None), ("E", None)])
-    if not isinstance(k, int):
+    try:
+        k = operator.index(k)
+    except TypeError:
         check.fail(f"k must be an integer, got {k!r}")
     masks = not (capacity is None and used_token is None and expert_ids is None)
     # The gate divides at once where nothing comes between. Probabilities that another score chose

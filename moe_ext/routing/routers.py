@@ -1,13 +1,14 @@
 """Routers: modules that compute logits [T, E] from tokens [T, H], as an nn.Linear does.
 
-`logits_of` runs a router in the dtype of the tokens, float32 or float64: it casts weights per call,
-and they keep their own dtype.
+`logits_of` runs a router in the dtype of the tokens, float32 or float64: weights are cast per call
+and keep their own dtype. The routers of this file cast them in their `forward`, after the hooks by
+which FSDP and accelerate bring weights. `logits_of` casts those of others before it calls them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,23 @@ from torch.types import Device
 
 from .. import options
 from ..ops.autograd import Operator, keeps
+
+
+class LinearRouter(nn.Linear):
+    """The router that a gate makes: an nn.Linear without bias, in the dtype of the tokens."""
+
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(model_dim, num_experts, bias=False, device=device, dtype=dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(tokens, self.weight.to(tokens.dtype))
 
 
 class CosineRouter(nn.Module):
@@ -52,10 +70,9 @@ class CosineRouter(nn.Module):
         H = options.integer("CosineRouter", "model_dim", model_dim, 0)
         E = options.integer("CosineRouter", "num_experts", num_experts, 1)
         P = options.integer("CosineRouter", "proj_dim", proj_dim, 1)
-        if not temperature >= 0.01:
-            raise ValueError(f"CosineRouter: temperature must be 0.01 or more, got {temperature}")
+        options.numbers("CosineRouter", temperature=(temperature, 0.01, math.inf))
         self.temperature = temperature
-        self.proj = nn.Linear(H, P, bias=False, device=device, dtype=dtype)
+        self.proj = LinearRouter(H, P, device=device, dtype=dtype)
         self.directions = nn.Parameter(torch.empty(E, P, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
@@ -69,8 +86,8 @@ class CosineRouter(nn.Module):
         projected = self.proj(tokens)
         # eps bounds the gradient of a short token: without it, 1 / length.
         projected = F.normalize(projected, dim=-1, eps=1e-4)
-        directions = F.normalize(self.directions, dim=-1)
-        scale = self.log_scale.clamp(max=math.log(100)).exp()
+        directions = F.normalize(self.directions.to(tokens.dtype), dim=-1)
+        scale = self.log_scale.to(tokens.dtype).clamp(max=math.log(100)).exp()
         return F.linear(projected, directions) * scale
 
 
@@ -82,19 +99,30 @@ class Tensors(NamedTuple):
 
     @classmethod
     def of(cls, router: nn.Module) -> Tensors:
-        if router._modules:
-            return cls(dict(router.named_parameters()), dict(router.named_buffers()))
-        # The same of a module without others, as an nn.Linear, in a tenth of the time.
-        return cls(_once(router._parameters), _once(router._buffers))
+        if _casts_itself(router) and not router._modules:  # in a tenth of the time
+            return cls({"weight": router.weight}, {})  # type: ignore[dict-item]
+        parameters: list[tuple[str, object]] = []
+        buffers: list[tuple[str, object]] = []
+        for path, module in router.named_modules():
+            start = f"{path}." if path else ""
+            # In a forward FSDP1 has parameters as plain attributes.
+            named = (*module._parameters.items(), *vars(module).items())
+            parameters += [(start + name, value) for name, value in named]
+            buffers += [(start + name, value) for name, value in module._buffers.items()]
+        return cls(_once(parameters), _once(buffers))
 
 
-def _once(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Each tensor under its first name."""
+def _once(named: Iterable[tuple[str, object]]) -> dict[str, Tensor]:
+    """The tensors, each under its first name."""
     first: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if tensor is not None:
+    for name, tensor in named:
+        if isinstance(tensor, Tensor):
             first.setdefault(id(tensor), (name, tensor))
     return dict(first.values())
+
+
+def _casts_itself(router: nn.Module) -> bool:
+    return type(router).forward in (LinearRouter.forward, CosineRouter.forward)
 
 
 class WideProduct(Operator):
@@ -124,7 +152,7 @@ def is_wide_product(router: nn.Module, tokens: Tensor) -> bool:
     return (
         tokens.is_cuda
         and tokens.dtype in (torch.bfloat16, torch.float16)
-        and type(router) is nn.Linear
+        and type(router) in (nn.Linear, LinearRouter)
         and router.bias is None
         and type(router.weight) is nn.Parameter
         and (router.weight.dtype, router.weight.device) == (tokens.dtype, tokens.device)
@@ -152,7 +180,12 @@ def _has_wide_product(tokens: Tensor) -> bool:
 
 
 def logits_of(router: nn.Module, tensors: Tensors, tokens: Tensor) -> Tensor:
-    """Run a router with its weights in the dtype of the tokens."""
+    """Run a router with its weights in the dtype of the tokens.
+
+    Raises RuntimeError where weights that must be cast before the call come with the call.
+    """
+    if _casts_itself(router):
+        return router(tokens)
     parameters, buffers = tensors
     other = {
         name: value.to(tokens.dtype)
@@ -161,6 +194,12 @@ def logits_of(router: nn.Module, tensors: Tensors, tokens: Tensor) -> Tensor:
     }
     if not other:
         return router(tokens)
+    away = [name for name, value in other.items() if value.is_meta and not tokens.is_meta]
+    if away:
+        raise RuntimeError(
+            f"{type(router).__name__}: {away[0]} is offloaded, and not {tokens.dtype} as the "
+            "tokens of a router are; keep the router in memory, or give it this dtype"
+        )
     logits = functional_call(router, other, (tokens,))
     if router.training:  # buffers such as a BatchNorm's change
         with torch.no_grad():

@@ -53,6 +53,23 @@ def test_equal_groups_go_to_the_lower_one():
     assert torch.equal(mask, torch.arange(256).expand(3, 256) < 20)
 
 
+def test_expert_bias_stays_float32():
+    """A step of 0.001 is lost in 16 bits."""
+    gate = TopKGate(H, E, 2, expert_bias=True)
+    state = {name: value.bfloat16() for name, value in gate.state_dict().items()}
+    with torch.device("meta"):
+        gate = TopKGate(H, E, 2, expert_bias=True)
+    gate.load_state_dict(state, assign=True)
+    assert gate.expert_bias.dtype == gate.bfloat16().expert_bias.dtype == torch.float32
+    gate.expert_bias.fill_(0.5)
+    gate.update_bias(torch.arange(E))
+    assert (gate.expert_bias != 0.5).any()
+    gate.expert_bias = gate.expert_bias.to("meta")
+    message = "expert_bias must be on cpu like the tokens, got meta; .* offload_buffers=False"
+    with pytest.raises(RuntimeError, match=message):
+        gate.route(torch.randn(4, H))
+
+
 def test_expert_bias_changes_the_choice_not_the_weights():
     gate = gate_for(2, scoring="sigmoid", expert_bias=True)
     x = tokens()

@@ -306,3 +306,16 @@ def test_checkpoints_of_gpt_oss_need_its_activation():
     for name, tensor in state.items():
         loaded = getattr(experts, name)
         assert torch.equal(loaded, tensor if name.endswith("bias") else tensor.mT)
+
+
+def test_packed_weights_are_loaded_not_initialised():
+    experts = GroupedExperts(E, 32, 32).quantize("mxfp4")
+    with pytest.raises(RuntimeError, match="quantized weights cannot be initialised; load them"):
+        experts.reset_parameters()
+
+
+def test_the_dtype_of_meta_tokens_is_checked():
+    experts = GroupedExperts(E, H, FFN, device="meta", dtype=torch.bfloat16)
+    x, plan, weights = small_case()
+    with pytest.raises(RuntimeError, match=r"tokens are torch.float32, the weights torch.bfloat16"):
+        experts(x.to("meta"), plan, weights)

@@ -104,7 +104,7 @@ def test_layer_constructor():
         (lambda: MoE(H, nn.Identity(), E, ep_size=3), "must be a multiple of ep_size = 3"),
         (lambda: MoE(H, nn.Identity(), 0), "MoE: num_experts must be at least 1, got 0"),
         (lambda: CosineRouter(H, E, 0), "CosineRouter: proj_dim must be at least 1, got 0"),
-        (lambda: CosineRouter(H, E, temperature=0.0), "temperature must be 0.01 or more, got 0.0"),
+        (lambda: CosineRouter(H, E, temperature=0.0), "temperature must be in 0.01..inf, got 0.0"),
         (lambda: GroupedExperts(E, H, 4, activation="tanh"), "activation must be one of"),
         (lambda: GroupedExperts(0, H, 4), "GroupedExperts: num_experts must be at least 1"),
         (lambda: ModuleExperts(nn.Identity(), 0), "ModuleExperts: num_experts must be"),

@@ -69,6 +69,21 @@ def test_routers_of_other_dtypes_compute_in_float32(options):
     assert relative_error(logits, exact) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "router", [None, nn.Linear(H, E), nn.Sequential(nn.Linear(H, E)), CosineRouter(H, E)]
+)
+def test_weights_may_be_plain_attributes(router):
+    """As FSDP1 has them in a forward."""
+    gate = TopKGate(H, E, 2, router=router).bfloat16()
+    x = torch.randn(T, H).bfloat16()
+    expected = gate.route(x).logits
+    for module in gate.wg.modules():
+        for name, weight in [*module._parameters.items()]:
+            del module._parameters[name]
+            setattr(module, name, None if weight is None else weight.detach().requires_grad_())
+    assert torch.equal(gate.route(x).logits, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_router_of_16_bit_is_one_product(monkeypatch, dtype):
     """As on CUDA, where torch.mm takes the dtype of the result."""

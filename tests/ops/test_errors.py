@@ -229,3 +229,10 @@ def test_something_else_in_the_place_of_a_plan_is_named(name):
     args = dict.fromkeys(PARAMETERS[name], x) | {"plan": moe_ext.gate(x, 2)}
     with pytest.raises(RuntimeError, match=f"{name}: plan must be a moe_ext.Plan.* got Choice"):
         getattr(moe_ext, name)(**args)
+
+
+def test_something_else_in_the_place_of_a_tensor_is_named():
+    with pytest.raises(RuntimeError, match="mask_weights: weights must be a tensor, got list"):
+        moe_ext.mask_weights([[0.5]], PLAN)
+    with pytest.raises(RuntimeError, match="tokens"):
+        moe_ext.feed_forward([1.0], PLAN, torch.rand(T, K), STACK, STACK.mT, "relu")

@@ -26,6 +26,21 @@ def test_numbers_of_a_format_are_kept(kind):
     assert relative_error(again.dequantize(), numbers) < bound
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_default_dtype_changes_no_code(kind, default):
+    weight = values(2, 16, 256, dtype=torch.float32)
+    before = QuantizedWeight.quantize(weight, **kind)
+    numbers = before.dequantize()
+    torch.set_default_dtype(default)
+    try:
+        after = QuantizedWeight.quantize(weight, **kind)
+        assert torch.equal(before.dequantize(), numbers)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(after.dequantize(), numbers)
+
+
 LARGEST_ERRORS = [0.01, 0.1, 0.1, 0.12, 0.11, 0.09, 0.12, 0.1]
 
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_ext import ExpertParallel, MoE, MOELayer, TopKGate, parallel
+from moe_ext import ExpertParallel, GroupedExperts, MoE, MOELayer, TopKGate, parallel
 from moe_ext.parallel import make_groups
 
 
@@ -135,6 +135,29 @@ def test_fully_sharded_data_parallel_is_refused(rank, kind, strategy, use_orig_p
         error = error_of(lambda: model(batch(rank, 0)))
     assert "ExpertParallel: FullyShardedDataParallel treats" in error
     assert "wrap it by moe_ext.parallel.fully_shard(model, groups)" in error
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@on_ranks(2)
+def test_fully_sharded_data_parallel_in_mixed_precision(rank, use_orig_params):
+    """Whole layers; parts that it wraps alone are refused."""
+    wrap = partial(
+        fsdp.FullyShardedDataParallel,
+        use_orig_params=use_orig_params,
+        mixed_precision=fsdp.MixedPrecision(param_dtype=torch.bfloat16),
+        device_id=torch.device("cpu"),
+    )
+    layer = MOELayer(TopKGate(H, E, 2, drop_tokens=False), GroupedExperts(E, H, 8))
+    model = wrap(layer)
+    out = model(batch(rank, 0).bfloat16())
+    out.square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.numel())
+    for part in ("gate", "experts"):
+        layer = MOELayer(TopKGate(H, E, 2, drop_tokens=False), GroupedExperts(E, H, 8))
+        layer._modules[part] = wrap(getattr(layer, part))
+        error = error_of(partial(layer, batch(rank, 0).bfloat16()))
+        assert f"{part} must not be wrapped alone, got FullyShardedDataParallel" in error
 
 
 @on_ranks(2)

@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -195,3 +196,25 @@ def test_inference_mode_gives_the_same():
     expected = module(x, experts, weights)
     with torch.inference_mode():
         assert torch.equal(module(x, experts, weights), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_may_be_offloaded(bias, dtype):
+    """Its weights come with the call of each module."""
+    gate = moe_ext.TopKGate(16, 4, k=2, drop_tokens=False, expert_bias=bias)
+    layer = moe_ext.MOELayer(gate, moe_ext.GroupedExperts(4, 16, 8)).to(dtype).eval()
+    x = torch.randn(6, 16, dtype=dtype)
+    with torch.no_grad():
+        expected = layer(x)
+        accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
+        assert layer.gate.wg.weight.is_meta
+        assert torch.equal(layer(x), expected)
+
+
+def test_an_offloaded_router_of_others_is_named():
+    router = nn.Linear(16, 4, dtype=torch.bfloat16)
+    gate = moe_ext.TopKGate(16, 4, router=router).eval()
+    accelerate.cpu_offload(gate, execution_device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"Linear: weight is offloaded, and not torch.float32"):
+        gate.route(torch.randn(3, 16))

@@ -158,7 +158,12 @@ def test_the_loaders_error_is_reported_verbatim(tree):
     ("direct_url", "source"),
     [
         ('{"url": "file:///some/where%20else", "dir_info": {}}', "/some/where else"),
-        ('{"url": "https://some.where/moe_ext.zip"}', "--no-binary moe_ext moe_ext"),
+        ('{"url": "https://some.where/moe_ext.zip"}', "https://some.where/moe_ext.zip"),
+        ('{"url": "https://some.where/moe_ext-1-py3.whl"}', "--no-binary moe_ext moe_ext"),
+        (
+            '{"url": "https://some.where/moe", "vcs_info": {"vcs": "git", "commit_id": "ab12"}}',
+            "git+https://some.where/moe@ab12",
+        ),
         (None, "--no-binary moe_ext moe_ext"),
     ],
 )

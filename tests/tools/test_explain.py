@@ -204,6 +204,14 @@ def test_explain_restores_the_layer_and_random_state():
     assert torch.equal(torch.random.get_rng_state(), drawn)
 
 
+def test_explain_restores_buffers():
+    norm = torch.nn.BatchNorm1d(H)
+    layer = torch.nn.Sequential(norm, layer_of(GroupedExperts(E, H, 8)))
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    moe_ext.explain(layer, torch.randn(5, H))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+
+
 def test_explain_counts_synchronisations(monkeypatch):
     """The CPU plays the part of another device."""
     layer = moe_ext.MoE(H, nn.Linear(H, H), E, k=2, drop_tokens=False)

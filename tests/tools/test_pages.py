@@ -85,3 +85,10 @@ def test_tensors_without_memory_are_left_alone():
         model = moe_ext.GroupedExperts(2, 1024, 1024)
     assert moe_ext.huge_pages(model)[:2] == (0, 0)
     assert moe_ext.huge_pages(nn.ReLU())[:2] == (0, 0)
+
+
+def test_the_default_device_does_not_matter():
+    module = nn.Linear(4, 4)
+    with torch.device("meta"):
+        found = moe_ext.huge_pages(module)
+    assert found == moe_ext.huge_pages(module)
