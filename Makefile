@@ -10,7 +10,7 @@ TORCH ?= "torch>=2.10"
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh \
-	csrc/*/*/*.cu csrc/*/*/*.cuh \
+	csrc/*/*/*.h csrc/*/*/*.cpp csrc/*/*/*.cu csrc/*/*/*.cuh \
 	tests/cusim/*.h tests/cusim/*.cpp tests/cusim/*.cu tests/cusim/*/*.h tests/cusim/*/*.cpp)
 PUBLIC := $(wildcard moe_ext/include/*.h examples/cpp/*.cpp)
 

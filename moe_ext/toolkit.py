@@ -167,7 +167,7 @@ def _found(root: Path, pattern: str) -> list[str]:
 
 def sources(root: Path = ROOT) -> list[str]:
     """List the C++ sources of the CPU library, relative to `root`."""
-    return ["csrc/ops.cpp", *_found(root, "csrc/cpu/*.cpp")]
+    return ["csrc/ops.cpp", *_found(root, "csrc/cpu/**/*.cpp")]
 
 
 def cuda_sources(root: Path = ROOT) -> list[str]:

@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "../weight_format.h"
-#include "lanes.h"
+#include "../../weight_format.h"
+#include "../products/lanes.h"
 
 namespace moe_ext {
 

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "around_caches.h"
+#include "../around_caches.h"
 #include "lanes.h"
 
 namespace moe_ext {

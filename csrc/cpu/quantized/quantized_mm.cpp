@@ -6,9 +6,9 @@
 // weight become numbers of the rows' dtype: four at a time in the first cache where own loops
 // multiply them, else a panel for another product.
 
+#include "../products/products.h"
 #include "few_rows_quantized.h"
 #include "panels.h"
-#include "products.h"
 
 namespace moe_ext {
 namespace {

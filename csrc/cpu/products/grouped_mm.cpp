@@ -39,7 +39,7 @@ Tensor grouped_outer_cpu(const GroupedOuterArgs& a) {
   return out;
 }
 
-std::string products_cpu(const Tensor& rows) { return Gemm::description(rows.scalar_type()); }
+std::string products_cpu(const Tensor& rows) { return Borders(rows.scalar_type()).text(); }
 
 }  // namespace
 

@@ -7,7 +7,7 @@
 #include <memory>
 #include <new>
 
-#include "common.h"
+#include "../common.h"
 
 namespace moe_ext {
 

@@ -13,7 +13,7 @@
 
 #pragma once
 
-#include "lines.h"
+#include "../products/lines.h"
 #include "quantized.h"
 
 namespace moe_ext {

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "activate_rows.h"
+#include "../activate_rows.h"
 #include "products.h"
 
 namespace moe_ext {

@@ -11,8 +11,8 @@
 
 #pragma once
 
+#include "../products/lines.h"
 #include "codes.h"
-#include "lines.h"
 
 namespace moe_ext {
 

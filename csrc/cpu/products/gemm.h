@@ -1,0 +1,192 @@
+// One matrix product on one thread, whatever the dtype: few rows by the loops of few_*.h, floats by
+// those of block_product.h, bfloat16 by those of tile_product.h where the CPU has instructions for
+// it, else by torch's GEMM.
+//
+// Without instructions for a 16-bit type torch multiplies it ten to a hundred times slower than
+// float32: there operands are widened, a block that fits the cache at a time, and sums stay float32
+// to the last. With them, torch's library compiles code for every size it meets, milliseconds each:
+// the number of rows, which changes with every routing, is padded to one of few.
+
+#pragma once
+
+#include <array>
+#include <optional>
+
+#include "block_product.h"
+#include "few_outer.h"
+#include "few_rows.h"
+#include "few_rows_flat.h"
+#include "paths.h"
+#include "tile_product.h"
+
+namespace moe_ext {
+
+// Calls an operator that writes into its last argument.
+template <size_t size>
+void call_out(const char* name, std::array<StableIValue, size> stack) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// out = left @ right^T + first; `first` is one row for all of out's, or out itself, or nothing.
+inline void multiply_by_torch(const Matrix& out, const Matrix& left, const Matrix& right,
+                              const std::optional<Matrix>& first) {
+  using torch::stable::detail::from;
+  const Tensor target = out.tensor();
+  if (!first) {  // linear would get there by several operators
+    const Tensor columns = right.transposed().tensor();
+    return call_out("aten::mm", std::array{from(left.tensor()), from(columns), from(target)});
+  }
+  const OptionalTensor added = first->data == out.data ? target : first->tensor();
+  call_out("aten::linear",
+           std::array{from(left.tensor()), from(right.tensor()), from(added), from(target)});
+}
+
+// The products of one thread.
+class Gemm {
+ public:
+  explicit Gemm(ScalarType dtype) : path_(path_of(dtype)), borders_(dtype) {
+    if (path_ == Path::kTiles) tiles_.emplace();
+    if (dtype == ScalarType::Float || dtype == ScalarType::Double) return;
+    widens_ = path_ == Path::kWidened || (kEmulatesTiles && !multiplies_natively(dtype));
+    pads_ = !widens_;
+  }
+
+  // Whether it multiplies on tiles, any number of rows.
+  bool is_tiled() const { return tiles_.has_value(); }
+
+  // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N]
+  void rows_by_weight(const Matrix& out, const Matrix& rows, const Matrix& weight,
+                      const std::optional<Matrix>& bias) {
+    const Matrix* first = bias ? &*bias : nullptr;
+    const bool is_flat = weight.row_stride == 1 && weight.column_stride != 1;
+    const bool has_loops = has_lanes(rows.dtype) && rows.column_stride == 1 &&
+                           out.column_stride == 1 && is_dense(weight);
+    if (has_loops && rows.rows <= borders_.rows(is_flat, rows.columns)) {
+      if (is_flat) return on_widest(FewRowsFlat{out, rows, weight, first}, left_);
+      return on_widest(FewRows{out, rows, first, {weight}}, left_);
+    }
+    if (by_tiles(out, rows, weight.transposed(), first)) return;
+    const int64_t padded = pads_ ? padded_size(rows.rows) : rows.rows;
+    if (!widens_ && padded == rows.rows) return multiply(out, rows, weight, bias);
+    const ScalarType dtype = widens_ ? ScalarType::Float : rows.dtype;
+    const Matrix result = out_.get(dtype, padded, out.columns);
+    const Matrix left = left_.copy_of(rows, dtype, padded);
+    if (widens_) {
+      multiply(result, left, right_.copy_as_it_lies(weight, dtype),
+               bias ? std::optional(bias_.copy_of(*bias, dtype, 1)) : std::nullopt);
+    } else {
+      multiply(result, left, weight, bias);
+    }
+    copy(out, result.row_range(0, rows.rows));
+  }
+
+  // The same with the lines of a source (lines.h); false where other products are faster.
+  template <typename Source>
+  bool rows_by_lines(const Matrix& out, const Matrix& rows, const std::optional<Matrix>& bias,
+                     const Source& source) {
+    if (!has_lanes(rows.dtype) || rows.column_stride != 1 || out.column_stride != 1 ||
+        rows.rows > borders_.lines(rows.columns)) {
+      return false;
+    }
+    on_widest(FewRowsOf<Source>{out, rows, bias ? &*bias : nullptr, source}, left_);
+    return true;
+  }
+
+  // out [N, M] = left [n, N]^T @ right [n, M]; outgrows: whether all results outgrow the caches
+  void outer(const Matrix& out, const Matrix& left, const Matrix& right, bool outgrows) {
+    const bool around = outgrows && FewOuter::goes_around(out);
+    if (has_lanes(left.dtype) && left.rows <= borders_.outer(out, around) &&
+        left.column_stride == 1 && right.column_stride == 1 && out.column_stride == 1) {
+      return on_widest(FewOuter{out, left, right, around}, left_);
+    }
+    if (by_tiles(out, left.transposed(), right, nullptr)) return;
+    if (widens_) {
+      const Matrix sum = out_.get(ScalarType::Float, out.rows, out.columns);
+      add_outer(sum, left, right, true);
+      return copy(out, sum);
+    }
+    const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
+    if (padded == left.rows) {
+      return multiply(out, left.transposed(), right.transposed(), std::nullopt, true);
+    }
+    multiply(out, left_.copy_of(left, left.dtype, padded).transposed(),
+             right_.copy_of(right, right.dtype, padded).transposed(), std::nullopt, true);
+  }
+
+  // Whether there is add_outer: torch's GEMM rounds what it adds to 16 bits.
+  bool adds_outer() const { return !pads_ || has_pairs(); }
+
+  // sum [N, M] += left [n, N]^T @ right [n, M], or = where it starts. sum has floats, or doubles.
+  void add_outer(const Matrix& sum, const Matrix& left, const Matrix& right, bool starts) {
+    const std::optional<Matrix> before = starts ? std::nullopt : std::optional(sum);
+    if (by_tiles(sum, left.transposed(), right, before ? &*before : nullptr)) return;
+    if (!widens_) return multiply(sum, left.transposed(), right.transposed(), before, true);
+    for (int64_t begin = 0; begin < left.rows; begin += kRows) {
+      const int64_t end = std::min(begin + kRows, left.rows);
+      const auto wide = [&](Panel& panel, const Matrix& rows) {
+        return panel.copy_of(rows.row_range(begin, end), sum.dtype, end - begin).transposed();
+      };
+      multiply(sum, wide(left_, left), wide(right_, right), begin == 0 ? before : sum, true);
+    }
+  }
+
+ private:
+  static constexpr int64_t kRows = 256;
+
+  // Whether tile_product.h multiplies.
+  bool has_pairs() const { return path_ == Path::kTiles || path_ == Path::kRegisters; }
+
+  // out = left @ right + first; false where tile_product.h does not multiply.
+  bool by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const Matrix& left,
+                [[maybe_unused]] const Matrix& right, [[maybe_unused]] const Matrix* first) {
+    if (!is_dense(left) || !is_dense(right)) return false;
+#if defined(MOE_EXT_TILES)
+    const TileProduct product{out, left, right, first};
+    if (tiles_) {
+      on_widest(product, *tiles_, packed_left_);
+      return true;
+    }
+#endif
+#if defined(MOE_EXT_PAIR_LOOPS)
+    if (path_ == Path::kRegisters) {
+      PairLoops loops;
+      on_widest(product, loops, packed_left_);
+      return true;
+    }
+#endif
+    return false;
+  }
+
+  static bool is_dense(const Matrix& matrix) {
+    return matrix.row_stride == 1 || matrix.column_stride == 1;
+  }
+
+  // out = left @ right^T + first, as of multiply_by_torch.
+  void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
+                const std::optional<Matrix>& first, bool is_gradient = false) {
+    if (out.dtype == ScalarType::Float && out.column_stride == 1 && is_dense(left) &&
+        is_dense(right) && Borders(out.dtype).blocks(left, right, is_gradient)) {
+      const BlockProduct product{out, left, right.transposed(), first ? &*first : nullptr,
+                                 is_gradient};
+      return on_widest(product, packed_left_, packed_right_);
+    }
+    multiply_by_torch(out, left, right, first);
+    if (tiles_) tiles_.emplace();  // the library may have released them
+  }
+
+  // The next of eight sizes for every doubling; a multiple of eight.
+  static int64_t padded_size(int64_t n) {
+    int64_t step = 8;
+    while (step * 16 <= n) step *= 2;
+    return (n + step - 1) / step * step;
+  }
+
+  Path path_;
+  Borders borders_;
+  bool widens_ = false, pads_ = false;
+  std::optional<TileLoops> tiles_;  // where they multiply bfloat16
+  Panel left_, right_, out_, bias_, packed_left_, packed_right_;
+};
+
+}  // namespace moe_ext

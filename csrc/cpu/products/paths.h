@@ -1,0 +1,195 @@
+// Which loops multiply a dtype on this CPU, and up to how many rows those for few rows do.
+//
+// Borders were measured on one thread of a Zen 5, and on a Sapphire Rapids where a comment says so.
+
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "lanes.h"
+#include "matrix.h"
+#include "tiles.h"
+
+namespace moe_ext {
+
+enum class Path {
+  kTiles,       // bfloat16 on AMX tiles: tile_loops.h
+  kRegisters,   // bfloat16 by AVX512-BF16 on a CPU that is not Intel's: pair_loops.h
+  kBlocks,      // float32 on a CPU that is not Intel's: block_product.h
+  kSomeBlocks,  // the same on Intel's with AVX-512, for some sizes; else MKL, which is torch's GEMM
+  kWidened,     // 16 bit without instructions, as float32
+  kLibrary,     // torch's GEMM
+};
+
+// MOE_EXT_WIDEN_16BIT says no always: for tests on a CPU that has the instructions.
+inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
+#if defined(MOE_EXT_WIDEN_16BIT)
+  return false;
+#elif defined(__x86_64__) && defined(__GNUC__)
+  const bool is_bfloat16 = dtype == ScalarType::BFloat16;
+  __builtin_cpu_init();
+  if (is_bfloat16 && !__builtin_cpu_supports("avx512bf16")) return false;
+#if !defined(__clang__) && __GNUC__ >= 12
+  if (!is_bfloat16 && !__builtin_cpu_supports("avx512fp16")) return false;
+#else
+  if (!is_bfloat16) return false;
+#endif
+  // The library may have been told to leave them alone (ONEDNN_MAX_CPU_ISA), or torch may have been
+  // built without it, and without the operator.
+  std::array<StableIValue, 1> stack{};
+  const AOTITorchError error = torch_call_dispatcher(
+      is_bfloat16 ? "mkldnn::_is_mkldnn_bf16_supported" : "mkldnn::_is_mkldnn_fp16_supported", "",
+      stack.data(), TORCH_ABI_VERSION);
+  return error == AOTI_TORCH_SUCCESS && torch::stable::detail::to<bool>(stack[0]);
+#else
+  return true;
+#endif
+}
+
+// Whether own loops take what torch's library multiplies on Intel's CPUs, for which it is made. On
+// a Zen 5 it is half as fast for floats as the loops of block_product.h with registers of 64 bytes,
+// and as fast as those with 32. For bfloat16 it is slower than those of few_rows.h and
+// pair_loops.h. MOE_EXT_OWN_PRODUCTS says yes on every CPU: for tests.
+inline bool prefers_own_loops() {
+#if defined(MOE_EXT_OWN_PRODUCTS)
+  return true;
+#elif defined(__x86_64__)
+  __builtin_cpu_init();
+  return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// ONEDNN_MAX_CPU_ISA, which limits torch's library, limits tiles too.
+inline bool multiplies_on_tiles() {
+  const char* most = std::getenv("ONEDNN_MAX_CPU_ISA");
+  const bool is_held = most && *most && !std::strstr(most, "AMX") && !std::strstr(most, "DEFAULT");
+  return has_tiles() && (kEmulatesTiles || (!is_held && multiplies_natively(ScalarType::BFloat16)));
+}
+
+inline bool multiplies_in_registers() {
+#if defined(MOE_EXT_ASSEMBLES_TILES) && !defined(MOE_EXT_EMULATES_TILES)
+  return multiplies_pairs() && prefers_own_loops() && multiplies_natively(ScalarType::BFloat16);
+#else
+  return false;
+#endif
+}
+
+inline Path find_path(ScalarType dtype) {
+  if (dtype == ScalarType::Double) return Path::kLibrary;
+  if (dtype == ScalarType::Float) {
+    if (prefers_own_loops() && register_bytes() >= 32) return Path::kBlocks;
+    return register_bytes() == 64 ? Path::kSomeBlocks : Path::kLibrary;
+  }
+  if (dtype == ScalarType::BFloat16) {
+    if (multiplies_on_tiles()) return Path::kTiles;
+    if (multiplies_in_registers()) return Path::kRegisters;
+  }
+  return multiplies_natively(dtype) ? Path::kLibrary : Path::kWidened;
+}
+
+inline Path path_of(ScalarType dtype) {
+  static const Path of_float = find_path(ScalarType::Float);
+  static const Path of_bfloat16 = find_path(ScalarType::BFloat16);
+  static const Path of_half = find_path(ScalarType::Half);
+  switch (dtype) {
+    case ScalarType::Float: return of_float;
+    case ScalarType::BFloat16: return of_bfloat16;
+    case ScalarType::Half: return of_half;
+    default: return Path::kLibrary;
+  }
+}
+
+// The borders of a dtype that has_lanes.
+class Borders {
+ public:
+  explicit Borders(ScalarType dtype) : dtype_(dtype), path_(path_of(dtype)) {}
+
+  // The most rows that few_rows.h multiplies by a weight [N, columns]; where the columns of the
+  // weight are dense (is_flat), few_rows_flat.h.
+  int64_t rows(bool is_flat, int64_t columns) const {
+    switch (path_) {
+      // For flat weights equal for up to eight rows, faster for up to four (Sapphire Rapids).
+      case Path::kTiles: return is_flat ? 6 : 0;
+      // Sums over lanes cost too much for short rows. Flat, short rows of which there are many take
+      // longer than in registers: every chunk of few_rows_flat.h starts and ends their sums.
+      case Path::kRegisters:
+        return is_flat ? std::clamp<int64_t>(columns / 4, 48, 96)
+                       : std::clamp<int64_t>(columns / 24, 2, 24);
+      // On a Sapphire Rapids blocks are faster from kFew on unless the rows are long.
+      case Path::kSomeBlocks:
+        return is_flat ? kFew
+                       : std::max(std::min(lines(columns), kFew),
+                                  std::min(columns / 48, lines(columns)));
+      default: return is_flat ? kFew : lines(columns);
+    }
+  }
+
+  // The same of few_rows.h for lines that a source decodes. Other loops would read them from
+  // memory, except tiles.
+  int64_t lines(int64_t columns) const {
+    if (path_ == Path::kTiles) return 0;
+    // Sums over lanes cost too much for short rows.
+    if (has_blocks()) return std::clamp<int64_t>(columns / 16, 4, 64);
+    const bool in_pairs = dtype_ == ScalarType::BFloat16 && multiplies_pairs();
+    return in_pairs && prefers_own_loops() ? 48 : kFew;
+  }
+
+  // The most rows that few_outer.h multiplies to a tile of a gradient; around: whether it is
+  // written around the caches.
+  int64_t outer(const Matrix& tile, bool around) const {
+    switch (path_) {
+      case Path::kRegisters: return 128;
+      case Path::kWidened: return prefers_own_loops() ? 96 : kFew;
+      case Path::kBlocks:
+        if (tile.rows >= 3 * tile.columns) return 128;
+        return around ? 32 : 20;
+      default: return dtype_ == ScalarType::Float && tile.columns > 256 ? 12 : kFew;
+    }
+  }
+
+  // Whether block_product.h multiplies left [n, K] by right [N, K]^T, both of floats, or makes the
+  // tile of a gradient. If an expert has several tiles of rows, each has more than kSome, so that
+  // the same library multiplies all.
+  bool blocks(const Matrix& left, const Matrix& right, bool is_gradient) const {
+    if (path_ != Path::kSomeBlocks) return path_ == Path::kBlocks;
+    if (is_gradient) return left.columns <= kSmall && left.rows * right.rows <= 1 << 15;
+    if (right.column_stride == 1) return left.rows <= kSome;
+    return left.rows <= (right.rows * right.columns <= 1 << 13 ? kSmall : kSomeFlat);
+  }
+
+  std::string text() const {
+    const auto up_to = [](int64_t rows) { return "up to " + std::to_string(rows); };
+    switch (path_) {
+      case Path::kBlocks:
+      case Path::kRegisters: return "own loops";
+      case Path::kTiles: return "own loops on AMX tiles";
+      case Path::kSomeBlocks:
+        return "own loops " + up_to(kSome) + " rows of an expert, " + up_to(kSomeFlat) +
+               " where a weight's columns are dense, else torch's GEMM";
+      default: break;
+    }
+    const std::string others = path_ == Path::kWidened ? "in float32, as this CPU's torch has no " +
+                                                             dtype_name(dtype_) + " instructions"
+                                                       : "torch's GEMM";
+    if (!has_lanes(dtype_)) return others;
+    return "own loops " + up_to(rows(false, 0)) + " rows of an expert, else " + others;
+  }
+
+ private:
+  static constexpr int64_t kFew = 16;
+  // Of kSomeBlocks: rows, rows where columns are dense, and rows of small tiles.
+  static constexpr int64_t kSome = 240, kSomeFlat = 24, kSmall = 64;
+
+  bool has_blocks() const { return path_ == Path::kBlocks || path_ == Path::kSomeBlocks; }
+
+  ScalarType dtype_;
+  Path path_;
+};
+
+}  // namespace moe_ext
