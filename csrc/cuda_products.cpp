@@ -33,7 +33,11 @@ struct Weights {
 };
 
 cuda::Groups groups_of(const Groups& groups, int64_t num_rows) {
-  if (groups.num_experts > INT32_MAX) Check("products").fail("there are too many experts");
+  const Check check("products");
+  if (groups.num_experts == 0) check.fail("tensor cores take one expert at least");
+  if (groups.num_experts > INT32_MAX) check.fail("there are too many experts");
+  // A kernel counts up to a tile more, in 32 bits.
+  if (num_rows > INT32_MAX - 128) check.fail("there are too many rows");
   return {const_data<int32_t>(groups.offsets), const_data<int32_t>(groups.load),
           static_cast<int>(groups.num_experts), num_rows};
 }

@@ -7,7 +7,9 @@ on the device: a call never waits for it. They multiply as `mma.sync` does, on c
     bfloat16, float16   products exact, summed in float32
     float32             as TF32 where torch allows that for its own products
                         (torch.backends.cuda.matmul), else as three products of TF32, with an
-                        error of 2e-6 of the terms' sizes at most; an infinity gives NaN
+                        error below 2e-6 of the terms' sizes in the emulator, whose sums round as
+                        documented (no card has run them). An infinity gives NaN, and so does a
+                        number that is rounded to one, within 2^-12 of the largest
 
 Weights in 8 and 4 bits become numbers of the rows' dtype, of 16 bits, a slice at a time.
 """

@@ -119,15 +119,14 @@ class Gemm {
 
   // sum [N, M] += left [n, N]^T @ right [n, M], or = where it starts. sum has floats, or doubles.
   void add_outer(const Matrix& sum, const Matrix& left, const Matrix& right, bool starts) {
-    const std::optional<Matrix> before = starts ? std::nullopt : std::optional(sum);
-    if (by_tiles(sum, left.transposed(), right, before ? &*before : nullptr)) return;
-    if (!widens_) return multiply(sum, left.transposed(), right.transposed(), before, true);
+    if (by_tiles(sum, left.transposed(), right, starts ? nullptr : &sum)) return;
+    if (!widens_) return add_product(sum, left.transposed(), right.transposed(), starts);
     for (int64_t begin = 0; begin < left.rows; begin += kRows) {
       const int64_t end = std::min(begin + kRows, left.rows);
       const auto wide = [&](Panel& panel, const Matrix& rows) {
         return panel.copy_of(rows.row_range(begin, end), sum.dtype, end - begin).transposed();
       };
-      multiply(sum, wide(left_, left), wide(right_, right), begin == 0 ? before : sum, true);
+      add_product(sum, wide(left_, left), wide(right_, right), starts && begin == 0);
     }
   }
 
@@ -162,6 +161,23 @@ class Gemm {
     return matrix.row_stride == 1 || matrix.column_stride == 1;
   }
 
+  // sum += left @ right^T, or = where it starts. MKL would add the terms of small products to what
+  // is there one by one.
+  void add_product(const Matrix& sum, const Matrix& left, const Matrix& right, bool starts) {
+    if (starts) return multiply(sum, left, right, std::nullopt, true);
+    if (Borders(sum.dtype).blocks(left, right, true)) return multiply(sum, left, right, sum, true);
+    const Matrix part = part_.get(sum.dtype, sum.rows, sum.columns);
+    multiply(part, left, right, std::nullopt, true);
+    visit_sums(sum.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      for (int64_t i = 0; i < sum.rows; ++i) {
+        T* to = row_of<T>(sum, i);
+        const T* from = row_of<const T>(part, i);
+        for (int64_t j = 0; j < sum.columns; ++j) to[j] += from[j];
+      }
+    });
+  }
+
   // out = left @ right^T + first, as of multiply_by_torch.
   void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
                 const std::optional<Matrix>& first, bool is_gradient = false) {
@@ -186,7 +202,7 @@ class Gemm {
   Borders borders_;
   bool widens_ = false, pads_ = false;
   std::optional<TileLoops> tiles_;  // where they multiply bfloat16
-  Panel left_, right_, out_, bias_, packed_left_, packed_right_;
+  Panel left_, right_, out_, part_, bias_, packed_left_, packed_right_;
 };
 
 }  // namespace moe_ext

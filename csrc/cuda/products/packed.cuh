@@ -36,7 +36,10 @@ class Scale {
   __device__ float factor() const {
     switch (weights_.format) {
       case WeightFormat::kInt4: return __uint_as_float(bits_ << 16);
-      case WeightFormat::kMxfp4: return __uint_as_float(bits_ ? bits_ << 23 : 1u << 22);
+      case WeightFormat::kMxfp4: {  // 255 is NaN
+        const uint32_t nonzero = bits_ == 255 ? 0x7fc00000u : bits_ << 23;
+        return __uint_as_float(bits_ ? nonzero : 1u << 22);
+      }
       default: return __uint_as_float(bits_);
     }
   }
