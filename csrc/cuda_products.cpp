@@ -34,10 +34,14 @@ struct Weights {
 
 cuda::Groups groups_of(const Groups& groups, int64_t num_rows) {
   const Check check("products");
-  if (groups.num_experts == 0) check.fail("tensor cores take one expert at least");
-  if (groups.num_experts > INT32_MAX) check.fail("there are too many experts");
-  // A kernel counts up to a tile more, in 32 bits.
-  if (num_rows > INT32_MAX - 128) check.fail("there are too many rows");
+  if (groups.num_experts == 0) check.fail("tensor cores take at least one expert, got 0");
+  if (groups.num_experts > INT32_MAX) {
+    check.fail("tensor cores take up to ", INT32_MAX, " experts, got ", groups.num_experts);
+  }
+  constexpr int64_t kMostRows = INT32_MAX - 128;  // a kernel counts up to a tile more, in 32 bits
+  if (num_rows > kMostRows) {
+    check.fail("tensor cores take up to ", kMostRows, " rows, got ", num_rows);
+  }
   return {const_data<int32_t>(groups.offsets), const_data<int32_t>(groups.load),
           static_cast<int>(groups.num_experts), num_rows};
 }

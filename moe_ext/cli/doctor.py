@@ -39,15 +39,16 @@ def _source() -> str:
         text = None
     origin: dict = json.loads(text) if text else {"url": ""}
     url = urllib.parse.urlsplit(origin["url"])
-    if url.scheme == "file":
+    # A wheel has the CPU library alone.
+    if not origin["url"] or url.path.endswith(".whl"):
+        return "--no-binary moe_ext moe_ext"
+    if url.scheme == "file" and "subdirectory" not in origin:
         return urllib.request.url2pathname(url.path)
+    source = origin["url"]
     if "vcs_info" in origin:
-        vcs = origin["vcs_info"]
-        return f"{vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"
-    if origin["url"] and not url.path.endswith(".whl"):
-        return origin["url"]
-    # From source, because a wheel has the CPU library alone.
-    return "--no-binary moe_ext moe_ext"
+        source = f"{origin['vcs_info']['vcs']}+{source}@{origin['vcs_info']['commit_id']}"
+    folder = origin.get("subdirectory")
+    return f"'{source}#subdirectory={folder}'" if folder else source
 
 
 AGAIN = f"pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps {_source()}"

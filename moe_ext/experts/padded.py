@@ -18,7 +18,12 @@ _INSTEAD = {"gate": "wrap the layer", "experts": "wrap the layer, or call layer.
 
 def refuse_wrapped(part: str, module: nn.Module) -> None:
     """Raises RuntimeError for a part that is wrapped alone: the layer would bypass the wrapper."""
-    if any(name in module._modules for name in _WRAPPED):
+    wrapped = next((name for name in _WRAPPED if name in module._modules), None)
+    if wrapped == "_fsdp_wrapped_module":
+        inner = module._modules[wrapped]
+        if not isinstance(inner, Experts) and not hasattr(inner, "route"):
+            return  # the layer calls it through the wrapper
+    if wrapped is not None:
         raise RuntimeError(
             f"moe_ext: {part} must not be wrapped alone, got {type(module).__name__}; "
             f"{_INSTEAD[part]}"

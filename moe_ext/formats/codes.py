@@ -173,7 +173,7 @@ def _nearest_e2m1(numbers: Tensor) -> Tensor:
     """Ties go to the even code."""
     middles = [(a + b) / 2 for a, b in itertools.pairwise(_E2M1)]
     bounds = torch.tensor(middles, dtype=torch.float32, device=numbers.device)
-    bounds[1::2] = torch.nextafter(bounds[1::2], torch.zeros(()).to(bounds))
+    bounds[1::2] = torch.nextafter(bounds[1::2], bounds.new_zeros(()))
     return torch.bucketize(numbers.abs(), bounds) + 8 * numbers.signbit()
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layer import Layer
@@ -139,13 +140,17 @@ def _random_state_restored(module: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _buffers_restored(module: nn.Module) -> Iterator[None]:
     """Those of a BatchNorm change in training."""
-    training = (part for part in module.modules() if part.training)
-    own = (buffer for part in training for buffer in part.buffers(recurse=False))
-    before = [(buffer, buffer.clone()) for buffer in own if not buffer.is_meta]
+    before = [
+        (part, name, buffer, buffer.clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if part.training and buffer is not None and not (is_lazy(buffer) or buffer.is_meta)
+    ]
     try:
         yield
     finally:
-        for buffer, old in before:
+        for part, name, buffer, old in before:
+            part._buffers[name] = buffer
             if not torch.equal(buffer, old):
                 buffer.copy_(old)
 

@@ -98,11 +98,11 @@ class JsonLines:
     Every reading is written at once, so an interrupted run keeps its readings.
 
     Args:
-        path: the file; a cut-off last line of a reading is replaced
+        path: the file; a cut-off last line is replaced
 
     Raises:
         FileNotFoundError: the file's folder does not exist
-        ValueError: in a call, the file ends in a part of a line that is no reading's
+        ValueError: in a call, the file begins with something else than a reading
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -121,14 +121,14 @@ class JsonLines:
                 known = {key: _json(value) for key, value in line.items() if value is not None}
                 lines.append(json.dumps(known, allow_nan=False) + "\n")
         with self.path.open("a+b") as file:
-            end = _end_of_last_line(file)
-            file.seek(end)
-            if not _begins_reading(file.read(len(_BEGIN))):
+            file.seek(0)
+            begin = file.read(len(_BEGIN))
+            if begin != _BEGIN[: len(begin)]:
                 raise ValueError(
-                    f"JsonLines: {self.path} is not a file of readings: its last line is not cut "
-                    "off from one; choose another path"
+                    f"JsonLines: {self.path} must be a file of readings, or new, but begins with "
+                    f"{begin!r}; choose another path"
                 )
-            file.truncate(end)
+            file.truncate(_end_of_last_line(file))
             file.write("".join(lines).encode())
 
 
@@ -139,10 +139,6 @@ def _json(value):
     if isinstance(value, list):
         return [_json(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _begins_reading(text: bytes) -> bool:
-    return text == _BEGIN[: len(text)]
 
 
 def _end_of_last_line(file: BinaryIO) -> int:

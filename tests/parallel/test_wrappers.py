@@ -19,7 +19,16 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_ext import ExpertParallel, GroupedExperts, MoE, MOELayer, TopKGate, parallel
+from moe_ext import (
+    CosineRouter,
+    ExpertParallel,
+    GroupedExperts,
+    MoE,
+    MOELayer,
+    TopKGate,
+    parallel,
+    total_l_aux,
+)
 from moe_ext.parallel import make_groups
 
 
@@ -137,22 +146,30 @@ def test_fully_sharded_data_parallel_is_refused(rank, kind, strategy, use_orig_p
     assert "wrap it by moe_ext.parallel.fully_shard(model, groups)" in error
 
 
+class Padded(nn.Linear):
+    """Experts on [ep, E, C, H]."""
+
+    num_experts = E
+
+
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @on_ranks(2)
 def test_fully_sharded_data_parallel_in_mixed_precision(rank, use_orig_params):
-    """Whole layers; parts that it wraps alone are refused."""
+    """Whole layers, and experts that a layer calls; parts that it would bypass are refused."""
     wrap = partial(
         fsdp.FullyShardedDataParallel,
         use_orig_params=use_orig_params,
         mixed_precision=fsdp.MixedPrecision(param_dtype=torch.bfloat16),
         device_id=torch.device("cpu"),
     )
-    layer = MOELayer(TopKGate(H, E, 2, drop_tokens=False), GroupedExperts(E, H, 8))
-    model = wrap(layer)
-    out = model(batch(rank, 0).bfloat16())
-    out.square().sum().backward()
-    assert out.dtype == torch.bfloat16
-    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.numel())
+    for router in (None, CosineRouter(H, E)):
+        experts = GroupedExperts(E, H, 8) if router is None else wrap(Padded(H, H))
+        gate = TopKGate(H, E, 2, drop_tokens=False, router=router)
+        model = wrap(MOELayer(gate, experts, num_local_experts=E))
+        out = model(batch(rank, 0).bfloat16())
+        (out.square().sum() + total_l_aux(model)).backward()
+        assert out.dtype == torch.bfloat16
+        assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.numel())
     for part in ("gate", "experts"):
         layer = MOELayer(TopKGate(H, E, 2, drop_tokens=False), GroupedExperts(E, H, 8))
         layer._modules[part] = wrap(getattr(layer, part))

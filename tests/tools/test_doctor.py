@@ -164,6 +164,11 @@ def test_the_loaders_error_is_reported_verbatim(tree):
             '{"url": "https://some.where/moe", "vcs_info": {"vcs": "git", "commit_id": "ab12"}}',
             "git+https://some.where/moe@ab12",
         ),
+        (
+            '{"url": "https://some.where/moe.zip", "subdirectory": "of/it"}',
+            "'https://some.where/moe.zip#subdirectory=of/it'",
+        ),
+        ('{"url": "file:///some/moe_ext-1-py3.whl"}', "--no-binary moe_ext moe_ext"),
         (None, "--no-binary moe_ext moe_ext"),
     ],
 )

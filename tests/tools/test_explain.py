@@ -205,11 +205,22 @@ def test_explain_restores_the_layer_and_random_state():
 
 
 def test_explain_restores_buffers():
-    norm = torch.nn.BatchNorm1d(H)
-    layer = torch.nn.Sequential(norm, layer_of(GroupedExperts(E, H, 8)))
-    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.mean()
+            return x - self.mean
+
+    first = torch.nn.Sequential(torch.nn.BatchNorm1d(H), Mean())
+    layer = torch.nn.Sequential(first, layer_of(GroupedExperts(E, H, 8)))
+    kept = dict(first.named_buffers())
+    before = {name: buffer.clone() for name, buffer in kept.items()}
     moe_ext.explain(layer, torch.randn(5, H))
-    assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+    assert all(buffer is kept[name] for name, buffer in first.named_buffers())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in first.named_buffers())
 
 
 def test_explain_counts_synchronisations(monkeypatch):

@@ -79,11 +79,13 @@ def test_a_new_reading_replaces_a_cut_off_last_line(run, tmp_path, left):
     assert [step for step, _ in read_json_lines(sink.path)] == [60]
 
 
-@pytest.mark.parametrize("text", ["{}", '{"a": 1}\n{"b"', '{"step"}'])
+@pytest.mark.parametrize("text", ["{}", "{}\n", '{"a": 1}\n{"b"', '{"step"}'])
 def test_a_file_of_others_is_left_alone(run, tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"config.json is not a file of readings: .* another path"):
+    with pytest.raises(
+        ValueError, match=r"config.json must be a file of readings, or new, .*other path"
+    ):
         JsonLines(path)(run[0][0][1], 0)
     assert path.read_text() == text
 

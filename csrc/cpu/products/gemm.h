@@ -161,11 +161,14 @@ class Gemm {
     return matrix.row_stride == 1 || matrix.column_stride == 1;
   }
 
-  // sum += left @ right^T, or = where it starts. MKL would add the terms of small products to what
-  // is there one by one.
+  // sum += left @ right^T, or = where it starts. MKL adds the terms of small products one by one to
+  // what is there.
   void add_product(const Matrix& sum, const Matrix& left, const Matrix& right, bool starts) {
+    constexpr int64_t kSmall = 1 << 14;
     if (starts) return multiply(sum, left, right, std::nullopt, true);
-    if (Borders(sum.dtype).blocks(left, right, true)) return multiply(sum, left, right, sum, true);
+    if (sum.rows * sum.columns > kSmall || Borders(sum.dtype).blocks(left, right, true)) {
+      return multiply(sum, left, right, sum, true);
+    }
     const Matrix part = part_.get(sum.dtype, sum.rows, sum.columns);
     multiply(part, left, right, std::nullopt, true);
     visit_sums(sum.dtype, [&](auto zero) {

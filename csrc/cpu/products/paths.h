@@ -183,7 +183,7 @@ class Borders {
 
  private:
   static constexpr int64_t kFew = 16;
-  // Of kSomeBlocks: rows, rows where columns are dense, and rows of small tiles.
+  // kSomeBlocks takes so many rows, so many where columns are dense, and so many of small tiles.
   static constexpr int64_t kSome = 240, kSomeFlat = 24, kSmall = 64;
 
   bool has_blocks() const { return path_ == Path::kBlocks || path_ == Path::kSomeBlocks; }

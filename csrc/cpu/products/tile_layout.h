@@ -68,15 +68,16 @@ MOE_EXT_INLINE void write(const Numbers& numbers, int64_t columns, char* to) {
 }
 
 // Writes up to 16 floats, or adds them to those in memory.
-MOE_EXT_INLINE void write_floats(Floats floats, int64_t columns, bool adds, char* to) {
+MOE_EXT_INLINE void write_floats(const Floats& floats, int64_t columns, bool adds, char* to) {
   if (columns <= 0) return;
   const bool is_whole = columns >= kTile;
+  Floats sums = floats;
   if (adds) {
     Floats before;
     is_whole ? load(before, to) : load_first<kRegisterBytes>(before, to, columns * 4);
-    floats += before;
+    sums += before;
   }
-  is_whole ? store(floats, to) : store_first<kRegisterBytes>(floats, to, columns * 4);
+  is_whole ? store(sums, to) : store_first<kRegisterBytes>(sums, to, columns * 4);
 }
 
 // Prefetches lines of memory that will be written.

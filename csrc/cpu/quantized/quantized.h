@@ -66,11 +66,14 @@ MOE_EXT_INLINE T round_row(T* row, int64_t size) {
     std::fill_n(row, size, T{0});
     return std::numeric_limits<T>::quiet_NaN();
   }
-  // The quotients by a subnormal scale would leave the range of 8 bits.
-  const T scale = most / 127 >= std::numeric_limits<T>::min() ? most / 127 : 1;
+  const T scale = most / 127 > 0 ? most / 127 : 1;
   // 3 * 2^22, or 3 * 2^51, has no bits behind the point: to nearest, ties to even.
   constexpr T kRound = sizeof(T) == 4 ? T{12582912} : T{6755399441055744};
-  for (int64_t m = 0; m < size; ++m) row[m] = (row[m] / scale + kRound) - kRound;
+  for (int64_t m = 0; m < size; ++m) {
+    // Quotients by a subnormal scale may be larger than 127.
+    const T whole = (row[m] / scale + kRound) - kRound;
+    row[m] = std::min(std::max(whole, T{-127}), T{127});
+  }
   return scale;
 }
 
