@@ -104,8 +104,7 @@ void offer(char* begin, size_t bytes) { madvise(begin, bytes, MADV_FREE); }
 // not see the pool's results, so this shows it a block of their size. Without it, glibc returns the
 // smaller blocks of each step to the system.
 void teach_allocator(size_t bytes) {
-  constexpr size_t kMost = size_t{31}
-                           << 20;  // with a header in a block that glibc still learns from
+  constexpr size_t kMost = size_t{31} << 20;  // 32 MiB would be more with the block's header
   void* volatile block = std::malloc(std::min(bytes, kMost));
   std::free(block);
 }

@@ -83,11 +83,9 @@ Tensor add_sums(const Experts<scalar_t>& at, const accumulate_t<scalar_t>* sums,
   const Tensor out = empty_route_sums(at.a.tokens, at.a.routes);
   T* grad_weights = data<T>(out);
   std::fill_n(grad_weights, at.routes.size(), T{0});
-  // Threads share what takes longer than to wake them.
-  constexpr int64_t kSums = 1 << 16;
   const auto E = static_cast<int64_t>(at.owned.size());
-  const int64_t grain = parts(E * kSums, at.routes.num_rows * num_sums + 1);
-  parallel_for(0, E, grain, [&](int64_t first, int64_t last) {
+  const int64_t bytes = at.routes.num_rows * num_sums * static_cast<int64_t>(sizeof(T));
+  parallel_for(0, E, grain(bytes / std::max<int64_t>(E, 1)), [&](int64_t first, int64_t last) {
     for (int64_t e = first; e < last; ++e) {
       for (int64_t r = at.owned[e].begin; r < at.owned[e].end; ++r) {
         if (at.routes.sources[r] < 0) continue;

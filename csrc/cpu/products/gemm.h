@@ -45,10 +45,10 @@ inline void multiply_by_torch(const Matrix& out, const Matrix& left, const Matri
 // The products of one thread.
 class Gemm {
  public:
-  explicit Gemm(ScalarType dtype) : path_(path_of(dtype)), borders_(dtype) {
-    if (path_ == Path::kTiles) tiles_.emplace();
+  explicit Gemm(ScalarType dtype) : borders_(dtype) {
+    if (borders_.path() == Path::kTiles) tiles_.emplace();
     if (dtype == ScalarType::Float || dtype == ScalarType::Double) return;
-    widens_ = path_ == Path::kWidened || (kEmulatesTiles && !multiplies_natively(dtype));
+    widens_ = borders_.path() == Path::kWidened || (kEmulatesTiles && !multiplies_natively(dtype));
     pads_ = !widens_;
   }
 
@@ -134,7 +134,7 @@ class Gemm {
   static constexpr int64_t kRows = 256;
 
   // Whether tile_product.h multiplies.
-  bool has_pairs() const { return path_ == Path::kTiles || path_ == Path::kRegisters; }
+  bool has_pairs() const { return is_tiled() || borders_.path() == Path::kRegisters; }
 
   // out = left @ right + first; false where tile_product.h does not multiply.
   bool by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const Matrix& left,
@@ -148,7 +148,7 @@ class Gemm {
     }
 #endif
 #if defined(MOE_EXT_PAIR_LOOPS)
-    if (path_ == Path::kRegisters) {
+    if (borders_.path() == Path::kRegisters) {
       PairLoops loops;
       on_widest(product, loops, packed_left_);
       return true;
@@ -201,7 +201,6 @@ class Gemm {
     return (n + step - 1) / step * step;
   }
 
-  Path path_;
   Borders borders_;
   bool widens_ = false, pads_ = false;
   std::optional<TileLoops> tiles_;  // where they multiply bfloat16

@@ -110,6 +110,8 @@ class Borders {
  public:
   explicit Borders(ScalarType dtype) : dtype_(dtype), path_(path_of(dtype)) {}
 
+  Path path() const { return path_; }
+
   // The most rows that few_rows.h multiplies by a weight [N, columns]; where the columns of the
   // weight are dense (is_flat), few_rows_flat.h.
   int64_t rows(bool is_flat, int64_t columns) const {

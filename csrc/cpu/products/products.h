@@ -58,10 +58,10 @@ inline void zero_rows(const Matrix& matrix, int64_t begin, int64_t end) {
 
 inline void zero_unowned(const Matrix& out, const std::vector<Range>& owned) {
   const auto E = static_cast<int64_t>(owned.size());
-  // Threads share what takes longer than to wake them.
-  constexpr int64_t kBytes = 1 << 20;
-  const int64_t bytes = out.rows * out.columns * out.width();
-  parallel_for(0, E + 1, parts((E + 1) * kBytes, bytes + 1), [&](int64_t first, int64_t last) {
+  int64_t rows = out.rows;
+  for (const auto [begin, end] : owned) rows -= end - begin;
+  const int64_t bytes = rows * out.columns * out.width();
+  parallel_for(0, E + 1, grain(bytes / (E + 1)), [&](int64_t first, int64_t last) {
     for (int64_t e = first; e < last; ++e) {
       zero_rows(out, e > 0 ? owned[e - 1].end : 0, e < E ? owned[e].begin : out.rows);
     }
