@@ -8,7 +8,17 @@
 //                 └──┘ └─────────┴────────┘
 //
 // If a band and at most 16 columns are left, a third register holds these. The last part writes its
-// sums to rows of the result.
+// sums to rows of the result, unless they are turned. If at most four columns are left of those, a
+// register holds their sums with four lines:
+//
+//     line a   a0 .. a3 | a4 .. a7 | ..          a0 .. a3 | b0 .. b3 | c0 .. c3 | d0 .. d3
+//     line b   b0 .. b3 | b4 .. b7 | ..    ->    a4 .. a7 | b4 .. b7 | c4 .. c7 | d4 .. d7
+//     line c   ..                                ..
+//
+// Each register of the right has four pairs of each line, and is multiplied four times: by the
+// first pairs of the columns, with a0 in all numbers of a, b0 in those of b, ..
+//
+// Sums are added in the same order everywhere.
 
 #pragma once
 
@@ -23,34 +33,62 @@ class PairLoops {
   // TileLoops explains these. The first two matter little on a Zen 5.
   static constexpr int64_t kPart = 16, kPackedBytes = 1 << 19, kMostTurned = 128;
   static constexpr int64_t kReads = 2;
-  static constexpr bool kWritesRows = true, kJoins = true;
+  static constexpr bool kWritesRows = true;
+
+  static bool joins(int64_t columns, bool turned) {
+    return columns > layout::kBand && columns <= 3 * kTileLines + (turned ? kFour : 0);
+  }
 
   template <bool tall, bool wide>
-  MOE_EXT_INLINE void multiply(const Part& part, float* sums) {
-    for (int64_t i = 0; i < part.asked.count; ++i) {
-      const char* line = part.asked.first + i * part.asked.stride;
-      for (int64_t k = 0; k < part.numbers * 2; k += 64) __builtin_prefetch(line + k, 0, 2);
+  void multiply(const Part& part, float* sums) {
+    const int64_t registers = parts(part.columns, kTileLines);
+    const int64_t last = part.columns - (registers - 1) * kTileLines;
+    const bool has_fours = last <= kFour && !part.target.data;
+    switch (registers - has_fours) {
+      case 3: multiply_by<8, 3>(part, sums); break;
+      case 2: multiply_by<8, 2>(part, sums); break;
+      // Eight sums would wait for each other, so one register of columns takes 16 lines. The first
+      // cache cannot hold 16 lines that are pages apart.
+      case 1:
+        part.lines.stride % kPage == 0 ? multiply_by<8, 1>(part, sums)
+                                       : multiply_by<16, 1>(part, sums);
+        break;
+      default: break;
     }
-    // Eight sums would wait for each other, so one register of columns takes 16 lines. The first
-    // cache cannot hold 16 lines that are pages apart.
-    if (part.joined) return multiply_by<8, 3>(part, sums);
-    if (wide) return multiply_by<8, 2>(part, sums);
-    part.lines.stride % kPage == 0 ? multiply_by<8, 1>(part, sums) : multiply_by<16, 1>(part, sums);
+    if (has_fours) multiply_fours<(tall ? 2 : 1) * kTileLines>(part, registers - 1, sums);
   }
 
  private:
   using Floats = layout::Floats;
   static constexpr int64_t kTileSums = kTileLines * kTileLines, kTilesOfBand = 4;
   static constexpr int64_t kPage = 2048;  // numbers
+  static constexpr int64_t kFour = 4;
+
+  // The tile of sums of a band, and of the band that is joined to it, for a register of columns.
+  static constexpr int64_t tile_of(int64_t column) {
+    return column / 2 * kTilesOfBand + column % 2;
+  }
+
+  // Asks for numbers of every so many of the lines that are needed next.
+  static MOE_EXT_INLINE void ask_next(const Part& part, int64_t number, int64_t first,
+                                      int64_t every) {
+    const char* next = part.asked.first + number * 2;
+    for (int64_t i = first; i < part.asked.count; i += every) {
+      __builtin_prefetch(next + i * part.asked.stride, 0, 2);
+    }
+  }
 
   template <int64_t kLines, int64_t kColumns>
-  static MOE_EXT_INLINE void multiply_by(const Part& part, float* sums) {
-    // All parts of a tile must begin with the same line, whether they take 8 or 16 at once.
-    constexpr int64_t kFrom = kColumns == 1 ? kTileLines : kLines;
-    for (int64_t i = part.first_line / kFrom * kFrom; i < part.end_line; i += kLines) {
-      const int64_t tile = i / kTileLines, line = i % kTileLines;
-      multiply_lines<kLines, kColumns>(i, part, sums + (2 * tile * kTileLines + line) * kTileLines);
-    }
+  static void multiply_by(const Part& part, float* sums) {
+    layout::apart([&](auto) __attribute__((always_inline)) {
+      // All parts of a tile must begin with the same line, whether they take 8 or 16 at once.
+      constexpr int64_t kFrom = kColumns == 1 ? kTileLines : kLines;
+      for (int64_t i = part.first_line / kFrom * kFrom; i < part.end_line; i += kLines) {
+        const int64_t tile = i / kTileLines, line = i % kTileLines;
+        multiply_lines<kLines, kColumns>(i, part,
+                                         sums + (2 * tile * kTileLines + line) * kTileLines);
+      }
+    });
   }
 
   // Multiplies kLines lines from `first` on. Without the pragmas GCC unrolls the loops too late and
@@ -58,7 +96,7 @@ class PairLoops {
   template <int64_t kLines, int64_t kColumns>
   static MOE_EXT_INLINE void multiply_lines(int64_t first, const Part& part, float* memory) {
     const auto place = [&](int64_t i, int64_t c) __attribute__((always_inline)) {
-      return memory + i * kTileLines + (c < 2 ? c : kTilesOfBand) * kTileSums;
+      return memory + i * kTileLines + tile_of(c) * kTileSums;
     };
     if (part.target.data) {
       layout::ask(part.target.data + first * part.target.stride, part.target.stride, kLines);
@@ -82,6 +120,7 @@ class PairLoops {
       for (int64_t i = 0; i < kLines / 4; ++i) {
         at[i] = reinterpret_cast<const char*>(from) + 4 * i * stride;
       }
+      ask_next(part, part.numbers - left, first / kLines, layout::kStrip / kLines);
       const uint16_t* band = packed;
       const int64_t pairs = parts(std::min(left, layout::kStep), 2);
       for (int64_t p = 0; p < pairs; ++p, band += layout::kStep) {
@@ -112,6 +151,88 @@ class PairLoops {
     }
   }
 
+  // The products of kLines lines with a register's columns, of which there are at most four.
+  template <int64_t kLines>
+  static void multiply_fours(const Part& part, int64_t column, float* sums) {
+    layout::apart([&](auto) __attribute__((always_inline)) {
+      const uint16_t* band = column < 2 ? part.packed : part.joined;
+      multiply_groups<kLines / kFour>(part, band + column % 2 * layout::kTileNumbers,
+                                      sums + tile_of(column) * kTileSums, column == 0);
+    });
+  }
+
+  // is_alone: whether the part has no other columns
+  template <int64_t kGroups>
+  static MOE_EXT_INLINE void multiply_groups(const Part& part, const uint16_t* packed,
+                                             float* memory, bool is_alone) {
+    const auto place = [&](int64_t i) __attribute__((always_inline)) {
+      return memory + (i / kTileLines * 2 * kTileLines + i % kTileLines) * kTileLines;
+    };
+    Floats sums[kGroups];
+#pragma GCC unroll 8
+    for (int64_t g = 0; g < kGroups; ++g) {
+      sums[g] = Floats{};
+      if (part.starts) continue;
+      Floats lines[kFour];
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kFour; ++i) load(lines[i], place(g * kFour + i));
+      layout::turn_lanes(lines);
+      sums[g] = lines[0];
+    }
+    const uint16_t* from = part.lines.numbers;
+    for (int64_t left = part.numbers; left > 0; left -= layout::kStep) {
+      if (is_alone) ask_next(part, part.numbers - left, 0, 1);
+#pragma GCC unroll 2
+      for (int64_t tile = 0; tile < kGroups; tile += kFour) {
+        layout::Pairs lines[kFour][kFour];
+#pragma GCC unroll 4
+        for (int64_t g = 0; g < kFour; ++g) {
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < kFour; ++i) {
+            const uint16_t* line = from + ((tile + g) * kFour + i) * part.lines.stride;
+            left < layout::kStep ? load_first<64>(lines[g][i], line, left * 2)
+                                 : load(lines[g][i], line);
+          }
+          layout::turn_lanes(lines[g]);
+        }
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kFour; ++i) {
+          const uint16_t* columns = packed + i * kFour * layout::kStep;
+          add_fours<0>(sums + tile, lines, i, columns);
+          add_fours<1>(sums + tile, lines, i, columns);
+          add_fours<2>(sums + tile, lines, i, columns);
+          add_fours<3>(sums + tile, lines, i, columns);
+        }
+      }
+      from += part.lines.step;
+      packed += layout::kBandNumbers;
+    }
+#pragma GCC unroll 8
+    for (int64_t g = 0; g < kGroups; ++g) {
+      Floats lines[kFour] = {sums[g], sums[g], sums[g], sums[g]};
+      layout::turn_lanes(lines);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kFour; ++i) store(lines[i], place(g * kFour + i));
+    }
+  }
+
+  // The products of the i-th four pairs of the lines of four groups, the p-th of them.
+  template <int p>
+  static MOE_EXT_INLINE void add_fours(Floats* sums, const layout::Pairs (&lines)[kFour][kFour],
+                                       int64_t i, const uint16_t* packed) {
+    layout::Pairs columns;
+    const uint16_t* four = packed + p * layout::kStep;
+    asm("vbroadcasti32x4 %1, %0"
+        : "=v"(columns)
+        : "m"(*reinterpret_cast<const uint16_t (*)[2 * kFour]>(four)));
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < kFour; ++g) {
+      layout::Pairs line;
+      shuffle<p, p, p, p>(line, lines[g][i], lines[g][i]);
+      add_pairs(sums[g], line, columns);
+    }
+  }
+
   template <int64_t kLines, int64_t kColumns>
   static MOE_EXT_INLINE void write(const Part& part, int64_t first,
                                    const Floats (&sums)[kLines][kColumns]) {
@@ -128,7 +249,7 @@ class PairLoops {
         const int64_t next = std::min(c + 1, kColumns - 1), column = c * kTileLines;
         layout::Numbers numbers;
         layout::narrow(sums[i][c] + bias[c], sums[i][next] + bias[next], numbers);
-        layout::write(numbers, std::min(to.columns - column, layout::kBand), row + column * 2);
+        layout::write(numbers, std::min(part.columns - column, layout::kBand), row + column * 2);
       }
     }
   }
@@ -145,7 +266,7 @@ class PairLoops {
 #pragma GCC unroll 3
       for (int64_t c = 0; c < kColumns; ++c) {
         const int64_t column = c * kTileLines;
-        layout::write_floats(sums[i][c], to.columns - column, to.adds, row + column * 4);
+        layout::write_floats(sums[i][c], part.columns - column, to.adds, row + column * 4);
       }
     }
   }

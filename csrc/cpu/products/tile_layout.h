@@ -32,6 +32,16 @@ struct Lines {
   int64_t stride, step;  // to the next line, to the next step
 };
 
+// Calls a function of its own: in one with all others GCC keeps in memory what loops need most.
+template <typename Kernel>
+MOE_EXT_INLINE void apart(const Kernel& kernel) {
+#if defined(MOE_EXT_EMULATES_TILES)
+  kernel(0);
+#else
+  on_64_bytes(kernel);
+#endif
+}
+
 inline const uint16_t* numbers(const Matrix& matrix) {
   return reinterpret_cast<const uint16_t*>(matrix.data);
 }
@@ -98,13 +108,28 @@ MOE_EXT_INLINE void zip(Numbers& numbers, std::integer_sequence<int, i...>) {
 }
 
 // Four of the eight 16 bytes of a and b.
-template <int w, int x, int y, int z>
-MOE_EXT_INLINE void shuffle_lanes(Pairs& to, const Pairs& a, const Pairs& b) {
+template <int w, int x, int y, int z, typename V>
+MOE_EXT_INLINE void shuffle_lanes(V& to, const V& a, const V& b) {
   using Long = Vector<int64_t, 64>;
   Long out;
   pick<2 * w, 2 * w + 1, 2 * x, 2 * x + 1, 2 * y, 2 * y + 1, 2 * z, 2 * z + 1>(out, Long(a),
                                                                                Long(b));
-  to = Pairs(out);
+  to = V(out);
+}
+
+// Turns the 16 bytes of four registers.
+template <typename V>
+MOE_EXT_INLINE void turn_lanes(V (&lines)[4]) {
+  V low[2], high[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    shuffle_lanes<0, 1, 4, 5>(low[i], lines[2 * i], lines[2 * i + 1]);
+    shuffle_lanes<2, 3, 6, 7>(high[i], lines[2 * i], lines[2 * i + 1]);
+  }
+  shuffle_lanes<0, 2, 4, 6>(lines[0], low[0], low[1]);
+  shuffle_lanes<1, 3, 5, 7>(lines[1], low[0], low[1]);
+  shuffle_lanes<0, 2, 4, 6>(lines[2], high[0], high[1]);
+  shuffle_lanes<1, 3, 5, 7>(lines[3], high[0], high[1]);
 }
 
 // Turns 16 lines of 16 pairs.
@@ -118,16 +143,12 @@ MOE_EXT_INLINE void turn(Pairs (&lines)[kTile]) {
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    Pairs low[2], high[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      shuffle_lanes<0, 1, 4, 5>(low[i], fours[2 * i][j], fours[2 * i + 1][j]);
-      shuffle_lanes<2, 3, 6, 7>(high[i], fours[2 * i][j], fours[2 * i + 1][j]);
-    }
-    shuffle_lanes<0, 2, 4, 6>(lines[j], low[0], low[1]);
-    shuffle_lanes<1, 3, 5, 7>(lines[4 + j], low[0], low[1]);
-    shuffle_lanes<0, 2, 4, 6>(lines[8 + j], high[0], high[1]);
-    shuffle_lanes<1, 3, 5, 7>(lines[12 + j], high[0], high[1]);
+    Pairs column[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) column[i] = fours[i][j];
+    turn_lanes(column);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) lines[4 * i + j] = column[i];
   }
 }
 
@@ -169,8 +190,8 @@ MOE_EXT_INLINE void pair(const Matrix& matrix, uint16_t* to) {
   }
   uint16_t copy[kStep][kTile];
   const Lines lines = lines_of(matrix, copy);
-  for (int64_t p = 0; p < kTile; ++p) {
-    const uint16_t* from = lines.numbers + 2 * p * lines.stride;
+  const uint16_t* from = lines.numbers;
+  for (int64_t p = 0; p < kTile; ++p, from += 2 * lines.stride) {
     Pairs even, odd;
     widen(from, even);
     widen(from + lines.stride, odd);
@@ -194,17 +215,21 @@ MOE_EXT_INLINE void pack_step(const Matrix& columns, int64_t band, int64_t step,
 }
 
 // Columns as bands, [bands, steps, 2, 16, 16, 2], in the order of memory.
-MOE_EXT_INLINE void pack(const Matrix& columns, int64_t bands, int64_t steps, uint16_t* packed) {
-  const auto place = [&](int64_t b, int64_t s) { return packed + (b * steps + s) * kBandNumbers; };
-  if (columns.column_stride == 1) {
-    for (int64_t s = 0; s < steps; ++s) {
-      for (int64_t b = 0; b < bands; ++b) pack_step(columns, b, s, 1, place(b, s));
+inline void pack(const Matrix& columns, int64_t bands, int64_t steps, uint16_t* packed) {
+  apart([&](auto) __attribute__((always_inline)) {
+    const auto place = [&](int64_t b, int64_t s) __attribute__((always_inline)) {
+      return packed + (b * steps + s) * kBandNumbers;
+    };
+    if (columns.column_stride == 1) {
+      for (int64_t s = 0; s < steps; ++s) {
+        for (int64_t b = 0; b < bands; ++b) pack_step(columns, b, s, 1, place(b, s));
+      }
+    } else {
+      for (int64_t b = 0; b < bands; ++b) {
+        for (int64_t s = 0; s < steps; ++s) pack_step(columns, b, s, 2, place(b, s));
+      }
     }
-  } else {
-    for (int64_t b = 0; b < bands; ++b) {
-      for (int64_t s = 0; s < steps; ++s) pack_step(columns, b, s, 2, place(b, s));
-    }
-  }
+  });
 }
 
 // Lines of a strip as tiles, [steps, 2, 16, 32], which are filled up with zeros.

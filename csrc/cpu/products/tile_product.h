@@ -220,13 +220,15 @@ struct TileProduct {
                     : Lines{room.copied + (s - whole) * kStrip * kStep, kStep, kStrip * kStep};
       const bool completes = block.ends && end == block.steps;
       const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
+      // The last two bands may take one turn.
+      const int64_t last = block.columns - (block.bands - 2) * kBand;
+      const int64_t turns = block.bands - (block.bands > 1 && Loops::joins(last, turned));
       for (int64_t b = 0, joined; b < block.bands; b += 1 + joined) {
         // Each band prefetches its share of the next lines.
         const int64_t stride = all.row_stride * 2;
         Asked asked{};
         if (next && b < kStrip) {
-          asked = {next + s * kTileBytes + b * stride, block.bands * stride,
-                   parts(kStrip - b, block.bands)};
+          asked = {next + s * kTileBytes + b * stride, turns * stride, parts(kStrip - b, turns)};
         }
         const auto packed = [&](int64_t band) {
           return room.packed + (band * block.steps + s) * layout::kBandNumbers;
@@ -234,22 +236,18 @@ struct TileProduct {
         float* sums = room.sums + b * kSums;
         const int64_t first_column = block.first_column + b * kBand;
         const int64_t left = block.columns - b * kBand;
-        joined = Loops::kJoins && left > kBand && left <= kBand + kTile;
+        joined = Loops::joins(left, turned);
         const int64_t columns = joined ? left : std::min(kBand, left);
         Target target{};
         if (completes && turned) {
           layout::ask(place(first_column, strip.first), out.row_stride * 2, columns);
         } else if (completes && Loops::kWritesRows) {
-          target = {place(strip.first, first_column),
-                    out.row_stride * out.width(),
-                    room.bias + first_column,
-                    columns,
-                    is_float(),
-                    first != nullptr};
+          target = {place(strip.first, first_column), out.row_stride * out.width(),
+                    room.bias + first_column, is_float(), first != nullptr};
         }
-        const Part part{lines,         packed(b), joined ? packed(b + 1) : nullptr, numbers,
-                        strip.skipped, all.rows,  block.starts && s == 0,           asked,
-                        target};
+        const Part part{
+            lines,         packed(b), joined ? packed(b + 1) : nullptr, numbers, columns,
+            strip.skipped, all.rows,  block.starts && s == 0,           asked,   target};
         multiply_part(loops, part, all.rows > kTile, columns > kTile, sums);
         if (completes && turned) {
           write_turned(sums, strip, first_column, std::min(kBand, columns), room);
