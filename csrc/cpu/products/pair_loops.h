@@ -32,7 +32,7 @@ class PairLoops {
  public:
   // TileLoops explains these. The first two matter little on a Zen 5.
   static constexpr int64_t kPart = 16, kPackedBytes = 1 << 19, kMostTurned = 128;
-  static constexpr int64_t kReads = 2;
+  static constexpr int64_t kReads = 1;
   static constexpr bool kWritesRows = true;
 
   static bool joins(int64_t columns, bool turned) {
@@ -122,8 +122,8 @@ class PairLoops {
       }
       ask_next(part, part.numbers - left, first / kLines, layout::kStrip / kLines);
       const uint16_t* band = packed;
-      const int64_t pairs = parts(std::min(left, layout::kStep), 2);
-      for (int64_t p = 0; p < pairs; ++p, band += layout::kStep) {
+      // A pair, or a number: the numbers after an odd one are not its line's.
+      const auto add = [&](auto numbers) __attribute__((always_inline)) {
         Floats columns[kColumns];
 #pragma GCC unroll 3
         for (int64_t c = 0; c < kColumns; ++c) {
@@ -131,15 +131,18 @@ class PairLoops {
         }
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kLines; ++i) {
-          uint32_t pair;
-          std::memcpy(&pair, at[i / 4] + i % 4 * stride, sizeof(pair));
-          const Floats line = Floats(pair - layout::Pairs{});
+          std::memcpy(&numbers, at[i / 4] + i % 4 * stride, sizeof(numbers));
+          const Floats line = Floats(uint32_t{numbers} - layout::Pairs{});
 #pragma GCC unroll 3
           for (int64_t c = 0; c < kColumns; ++c) add_pairs(sums[i][c], line, columns[c]);
         }
 #pragma GCC unroll 4
         for (int64_t i = 0; i < kLines / 4; ++i) at[i] += 4;
-      }
+        band += layout::kStep;
+      };
+      const int64_t numbers = std::min(left, layout::kStep);
+      for (int64_t p = 0; p < numbers / 2; ++p) add(uint32_t{});
+      if (numbers % 2 != 0) add(uint16_t{});
       from += part.lines.step;
       packed += layout::kBandNumbers;
     }
