@@ -31,7 +31,7 @@ namespace moe_ext {
 class PairLoops {
  public:
   // TileLoops explains these. The first two matter little on a Zen 5.
-  static constexpr int64_t kPart = 16, kPackedBytes = 1 << 19, kMostTurned = 128;
+  static constexpr int64_t kPart = 16, kPackedBytes = 1 << 19, kMostTurned = 256;
   static constexpr int64_t kReads = 1;
   static constexpr bool kWritesRows = true;
 
