@@ -60,9 +60,11 @@ struct FewRowsOf {
   // The rows of a block: their sums with kLines rows of the weight fit into the registers.
   template <typename Format>
   static constexpr int64_t kBlock = sizeof(typename Format::Lanes) == 64 ? 6 : 3;
-  // Up to so many rows memory is the limit.
+  // Up to so many rows memory is the limit: 6 of bfloat16 took 1.25 times as long by blocks, which
+  // read four lines at once. (6 of float32 are as fast.)
   template <typename Format>
-  static constexpr int64_t kStreamed = std::min<int64_t>(4, kBlock<Format>);
+  static constexpr int64_t kStreamed =
+      std::min<int64_t>(kBlock<Format>, sizeof(typename Format::scalar_t) == 2 ? 6 : 5);
   static constexpr uint64_t kStreamedBytes = 1 << 15;  // of these, for the first cache
   // A chain's additions wait for each other: as many chains as take 64 bytes of a line for each
   // wait keep up with memory. (bench_decode.py, one token, bfloat16, on a Zen 5: 87 to 97 % of the
