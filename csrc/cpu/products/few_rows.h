@@ -60,11 +60,14 @@ struct FewRowsOf {
   // The rows of a block: their sums with kLines rows of the weight fit into the registers.
   template <typename Format>
   static constexpr int64_t kBlock = sizeof(typename Format::Lanes) == 64 ? 6 : 3;
-  // Up to so many rows memory is the limit: 6 of bfloat16 took 1.25 times as long by blocks, which
-  // read four lines at once. (6 of float32 are as fast.)
+  // Up to so many rows memory is the limit. By blocks, which read four lines at once, 6 and 12 rows
+  // of bfloat16 took 1.25 times as long on a Zen 5, and 6 of float16 1.15 times.
   template <typename Format>
-  static constexpr int64_t kStreamed =
-      std::min<int64_t>(kBlock<Format>, sizeof(typename Format::scalar_t) == 2 ? 6 : 5);
+  static constexpr int64_t kStreamed = [] {
+    if (sizeof(typename Format::Lanes) < 64) return 3;
+    if (sizeof(typename Format::scalar_t) == 4) return 4;
+    return Format::kElements == 32 ? 12 : 6;
+  }();
   static constexpr uint64_t kStreamedBytes = 1 << 15;  // of these, for the first cache
   // A chain's additions wait for each other: as many chains as take 64 bytes of a line for each
   // wait keep up with memory. (bench_decode.py, one token, bfloat16, on a Zen 5: 87 to 97 % of the
@@ -133,16 +136,16 @@ struct FewRowsOf {
     const Matrix panel = memory.get(ScalarType::Float, 1, (registers + sums) * kFloats + n * width);
     auto* lanes = reinterpret_cast<Lanes*>(panel.data);
     auto* totals = reinterpret_cast<float*>(lanes + registers + sums);  // [n, width]
-    const int64_t block = parts(n, parts(n, kBlock<Format>));
+    const int64_t count = source.count();
+    constexpr bool kStreams = Source::kInMemory && chains == kChains<Format>;
+    const bool streams = kStreams && count >= kLines && n <= kStreamed<Format> &&
+                         registers * sizeof(Lanes) <= kStreamedBytes;
+    const int64_t block = streams ? n : parts(n, parts(n, kBlock<Format>));
     const Packed<Format> packed{lanes, lanes + registers, full, vectors, block};
     pack(packed);
 
     // The last lines are multiplied again where there are not enough after them; if there are fewer
     // in all, each takes the place of all.
-    const int64_t count = source.count();
-    constexpr bool kStreams = Source::kInMemory && chains == kChains<Format>;
-    const bool streams = kStreams && count >= kLines && n <= kStreamed<Format> &&
-                         registers * sizeof(Lanes) <= kStreamedBytes;
     for (int64_t r = 0; r < count; r += count >= kLines ? kLines : 1) {
       const int64_t first = count >= kLines ? std::min(r, count - kLines) : r;
       const Totals to{first, totals + first, width};
@@ -182,63 +185,80 @@ struct FewRowsOf {
     return lines;
   }
 
-  // Multiplies kLines lines by one block, one line after the other.
+  // Multiplies kLines lines by one block, one line after the other. Two share the loads of many
+  // rows.
   template <typename Format>
   MOE_EXT_INLINE void stream(const Totals& to, const Packed<Format>& packed) const {
-    using scalar_t = typename Format::scalar_t;
     const Matrix lines = lines_of<Format>(to.first, 0, packed.vectors);
     const int64_t rest = lines.columns - packed.full * Format::kElements;
     with_count<kStreamed<Format>>(rows.rows, [&](auto n) __attribute__((always_inline)) {
+      constexpr int64_t kWidth = n > kBlock<Format> ? 2 : 1;
       typename Format::Lanes sums[n][kLines];
-      for (int i = 0; i < kLines; ++i) {
-        const auto* line = row_of<const scalar_t>(lines, i);
-        typename Format::Lanes of_line[n];
-        stream_line<Format, n>(line, packed.full, rest, packed.lanes, of_line);
-        for (int j = 0; j < n; ++j) sums[j][i] = of_line[j];
+      for (int i = 0; i < kLines; i += kWidth) {
+        typename Format::Lanes of_lines[n][kWidth];
+        stream_lines<Format, n, kWidth>(lines.row_range(i, kLines), packed.full, rest, packed.lanes,
+                                        of_lines);
+        for (int j = 0; j < n; ++j) {
+          for (int w = 0; w < kWidth; ++w) sums[j][i + w] = of_lines[j][w];
+        }
       }
       for (int j = 0; j < n; ++j) write_totals(to, j, sums[j]);
     });
   }
 
-  // The sums of a line, of so many full vectors and a rest, with each row.
-  template <typename Format, int64_t count>
-  MOE_EXT_INLINE void stream_line(const typename Format::scalar_t* line, int64_t vectors,
-                                  int64_t rest, const typename Format::Lanes* packed,
-                                  typename Format::Lanes (&totals)[count]) const {
+  // The sums of `width` lines, of so many full vectors and a rest, with each row.
+  template <typename Format, int64_t count, int64_t width>
+  MOE_EXT_INLINE void stream_lines(const Matrix& lines, int64_t vectors, int64_t rest,
+                                   const typename Format::Lanes* packed,
+                                   typename Format::Lanes (&totals)[count][width]) const {
     using Lanes = typename Format::Lanes;
     using scalar_t = typename Format::scalar_t;
     constexpr int64_t kCount = kChains<Format>;
     constexpr int64_t kElements = Format::kElements;
-    Lanes sums[count][kCount];
+    Lanes sums[count][width][kCount];
     for (auto& of_row : sums) {
-      for (Lanes& sum : of_row) sum = Lanes{};
-    }
-    const auto add_vector = [&](int chain, const scalar_t* numbers) __attribute__((always_inline)) {
-      for (int j = 0; j < count; ++j, packed += Format::kRegisters) {
-        add<Format>(sums[j][chain], numbers, packed);
+      for (auto& of_line : of_row) {
+        for (Lanes& sum : of_line) sum = Lanes{};
       }
-    };
+    }
+    const auto* line = row_of<const scalar_t>(lines, 0);
+    const int64_t stride = lines.row_stride;
+    const auto add_vector = [&](int chain, const scalar_t* numbers, int64_t apart)
+                                __attribute__((always_inline)) {
+                                  for (int j = 0; j < count; ++j, packed += Format::kRegisters) {
+                                    for (int w = 0; w < width; ++w) {
+                                      add<Format>(sums[j][w][chain], numbers + w * apart, packed);
+                                    }
+                                  }
+                                };
     int64_t v = 0;
     for (; v + kCount <= vectors; v += kCount, line += kCount * kElements) {
       constexpr int64_t kBytes = kCount * kElements * sizeof(scalar_t);
       for (int64_t i = 0; i < kBytes; i += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(line) + kAhead + i, 0, 3);
+        for (int w = 0; w < width; ++w) {
+          const auto* ahead = reinterpret_cast<const char*>(line + w * stride) + kAhead;
+          __builtin_prefetch(ahead + i, 0, 3);
+        }
       }
 #pragma GCC unroll 4
-      for (int c = 0; c < kCount; ++c) add_vector(c, line + c * kElements);
+      for (int c = 0; c < kCount; ++c) add_vector(c, line + c * kElements, stride);
     }
 #pragma GCC unroll 4
     for (int c = 0; c < kCount; ++c) {
-      if (v + c < vectors) add_vector(c, line + c * kElements);
+      if (v + c < vectors) add_vector(c, line + c * kElements, stride);
       if (v + c == vectors && rest > 0) {
-        scalar_t last[kElements];
-        copy_first<sizeof(Lanes)>(line + c * kElements, rest, last);
-        add_vector(c, last);
+        scalar_t last[width][kElements];
+        for (int w = 0; w < width; ++w) {
+          copy_first<sizeof(Lanes)>(line + w * stride + c * kElements, rest, last[w]);
+        }
+        add_vector(c, last[0], kElements);
       }
     }
     for (int j = 0; j < count; ++j) {
-      totals[j] = sums[j][0];
-      for (int c = 1; c < kCount; ++c) totals[j] += sums[j][c];
+      for (int w = 0; w < width; ++w) {
+        totals[j][w] = sums[j][w][0];
+        for (int c = 1; c < kCount; ++c) totals[j][w] += sums[j][w][c];
+      }
     }
   }
 
