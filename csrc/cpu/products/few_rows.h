@@ -3,7 +3,7 @@
 //
 // The limit is the memory of the weight, so it is read once:
 //
-//   a block of rows   its lines one after the other, in the order of memory
+//   kStreamed rows    its lines one after the other, in the order of memory, or two at once
 //   more              kLines lines by a block: their sums are in registers. The blocks take turns
 //                     with a part of the lines, which stays in the first cache
 //
@@ -57,17 +57,21 @@ struct FewRowsOf {
   }
 
  private:
+  template <typename Format>
+  static constexpr bool kIsHalf = sizeof(typename Format::scalar_t) == 2;
+  template <typename Format>
+  static constexpr bool kIsPairs =
+      kIsHalf<Format> && Format::kRegisters == 1 && Format::kElements == 32;
   // The rows of a block: their sums with kLines rows of the weight fit into the registers.
   template <typename Format>
   static constexpr int64_t kBlock = sizeof(typename Format::Lanes) == 64 ? 6 : 3;
   // Up to so many rows memory is the limit. By blocks, which read four lines at once, 6 and 12 rows
-  // of bfloat16 took 1.25 times as long on a Zen 5, and 6 of float16 1.15 times.
+  // of pairs took 1.25 times as long on a Zen 5, and 6 of float16 1.15 times.
   template <typename Format>
-  static constexpr int64_t kStreamed = [] {
-    if (sizeof(typename Format::Lanes) < 64) return 3;
-    if (sizeof(typename Format::scalar_t) == 4) return 4;
-    return Format::kElements == 32 ? 12 : 6;
-  }();
+  static constexpr int64_t kStreamed = sizeof(typename Format::Lanes) < 64 ? 3
+                                       : kIsPairs<Format>                  ? 12
+                                       : kIsHalf<Format>                   ? 6
+                                                                           : 4;
   static constexpr uint64_t kStreamedBytes = 1 << 15;  // of these, for the first cache
   // A chain's additions wait for each other: as many chains as take 64 bytes of a line for each
   // wait keep up with memory. (bench_decode.py, one token, bfloat16, on a Zen 5: 87 to 97 % of the
@@ -251,7 +255,7 @@ struct FewRowsOf {
         for (int w = 0; w < width; ++w) {
           copy_first<sizeof(Lanes)>(line + w * stride + c * kElements, rest, last[w]);
         }
-        add_vector(c, last[0], kElements);
+        add_vector(c, &last[0][0], kElements);
       }
     }
     for (int j = 0; j < count; ++j) {

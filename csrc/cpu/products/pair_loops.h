@@ -8,8 +8,8 @@
 //                 └──┘ └─────────┴────────┘
 //
 // If a band and at most 16 columns are left, a third register holds these. The last part writes its
-// sums to rows of the result, unless they are turned. If at most four columns are left of those, a
-// register holds their sums with four lines:
+// sums to rows of the result, unless they are turned. Other parts take at most four columns in the
+// last register together with four lines:
 //
 //     line a   a0 .. a3 | a4 .. a7 | ..          a0 .. a3 | b0 .. b3 | c0 .. c3 | d0 .. d3
 //     line b   b0 .. b3 | b4 .. b7 | ..    ->    a4 .. a7 | b4 .. b7 | c4 .. c7 | d4 .. d7
@@ -69,12 +69,14 @@ class PairLoops {
     return column / 2 * kTilesOfBand + column % 2;
   }
 
-  // Asks for numbers of every so many of the lines that are needed next.
-  static MOE_EXT_INLINE void ask_next(const Part& part, int64_t number, int64_t first,
-                                      int64_t every) {
-    const char* next = part.asked.first + number * 2;
-    for (int64_t i = first; i < part.asked.count; i += every) {
-      __builtin_prefetch(next + i * part.asked.stride, 0, 2);
+  // Lines of a part take turns, and each asks for its share of the lines that are needed next.
+  struct Turn {
+    int64_t index, count;
+  };
+
+  static MOE_EXT_INLINE void ask_next(const Part& part, int64_t number, Turn turn) {
+    for (int64_t i = turn.index; i < part.asked.count; i += turn.count) {
+      __builtin_prefetch(part.asked.first + number * 2 + i * part.asked.stride, 0, 2);
     }
   }
 
@@ -83,9 +85,11 @@ class PairLoops {
     layout::apart([&](auto) __attribute__((always_inline)) {
       // All parts of a tile must begin with the same line, whether they take 8 or 16 at once.
       constexpr int64_t kFrom = kColumns == 1 ? kTileLines : kLines;
-      for (int64_t i = part.first_line / kFrom * kFrom; i < part.end_line; i += kLines) {
+      const int64_t begin = part.first_line / kFrom * kFrom;
+      Turn turn{0, parts(part.end_line - begin, kLines)};
+      for (int64_t i = begin; i < part.end_line; i += kLines, ++turn.index) {
         const int64_t tile = i / kTileLines, line = i % kTileLines;
-        multiply_lines<kLines, kColumns>(i, part,
+        multiply_lines<kLines, kColumns>(i, part, turn,
                                          sums + (2 * tile * kTileLines + line) * kTileLines);
       }
     });
@@ -94,7 +98,8 @@ class PairLoops {
   // Multiplies kLines lines from `first` on. Without the pragmas GCC unrolls the loops too late and
   // keeps the sums in memory.
   template <int64_t kLines, int64_t kColumns>
-  static MOE_EXT_INLINE void multiply_lines(int64_t first, const Part& part, float* memory) {
+  static MOE_EXT_INLINE void multiply_lines(int64_t first, const Part& part, Turn turn,
+                                            float* memory) {
     const auto place = [&](int64_t i, int64_t c) __attribute__((always_inline)) {
       return memory + i * kTileLines + tile_of(c) * kTileSums;
     };
@@ -120,7 +125,7 @@ class PairLoops {
       for (int64_t i = 0; i < kLines / 4; ++i) {
         at[i] = reinterpret_cast<const char*>(from) + 4 * i * stride;
       }
-      ask_next(part, part.numbers - left, first / kLines, layout::kStrip / kLines);
+      ask_next(part, part.numbers - left, turn);
       const uint16_t* band = packed;
       // A pair, or a number: the numbers after an odd one are not its line's.
       const auto add = [&](auto numbers) __attribute__((always_inline)) {
@@ -184,7 +189,7 @@ class PairLoops {
     }
     const uint16_t* from = part.lines.numbers;
     for (int64_t left = part.numbers; left > 0; left -= layout::kStep) {
-      if (is_alone) ask_next(part, part.numbers - left, 0, 1);
+      if (is_alone) ask_next(part, part.numbers - left, {0, 1});
 #pragma GCC unroll 2
       for (int64_t tile = 0; tile < kGroups; tile += kFour) {
         layout::Pairs lines[kFour][kFour];

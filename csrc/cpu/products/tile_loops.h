@@ -18,7 +18,7 @@ struct Asked {
 struct Target {
   char* data;
   int64_t stride;       // bytes
-  const float* bias;    // of a band
+  const float* bias;    // of its columns
   bool is_float, adds;  // whether out has floats, to which sums are added
 };
 
@@ -45,7 +45,7 @@ class TileLoops {
   static constexpr int64_t kReads = layout::kStep;
   static constexpr bool kWritesRows = false;
 
-  // Whether a part multiplies so many columns, which are more than a band.
+  // Whether a part multiplies two bands, where so many columns are left.
   static bool joins(int64_t, bool) { return false; }
 
   // tall, wide: whether a strip has lines for its second tile, a band columns

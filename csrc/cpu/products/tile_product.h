@@ -112,8 +112,8 @@ struct TileProduct {
     const int64_t fit = Loops::kPackedBytes / (layout::kBandNumbers * 2 * deep);
     const int64_t most = few ? kSumsBytes / (strips * kSums * 4) : fit;
     const int64_t blocks = parts(all, std::max<int64_t>(1, most));
-    const int64_t bands = parts(all, std::max<int64_t>(1, blocks));  // of equal blocks
-    const bool collide = lines.row_stride % kHalfPage == 0 && bands >= kManyBands;
+    const int64_t bands = parts(all, std::max<int64_t>(1, blocks));  // of nearly equal blocks
+    const bool collide = lines.row_stride % kHalfPage == 0 && std::min(most, all) >= kManyBands;
     const bool lie = lines.column_stride == 1 && !collide;
     const bool fits = strips * deep * kStrip * kStep * 2 <= kCopiedBytes;
     return {steps, strips, bands, deep, few ? bands : all, lie, !lie && fits};
