@@ -57,21 +57,17 @@ struct FewRowsOf {
   }
 
  private:
-  template <typename Format>
-  static constexpr bool kIsHalf = sizeof(typename Format::scalar_t) == 2;
-  template <typename Format>
-  static constexpr bool kIsPairs =
-      kIsHalf<Format> && Format::kRegisters == 1 && Format::kElements == 32;
   // The rows of a block: their sums with kLines rows of the weight fit into the registers.
   template <typename Format>
   static constexpr int64_t kBlock = sizeof(typename Format::Lanes) == 64 ? 6 : 3;
-  // Up to so many rows memory is the limit. By blocks, which read four lines at once, 6 and 12 rows
-  // of pairs took 1.25 times as long on a Zen 5, and 6 of float16 1.15 times.
+  // Up to so many rows memory is the limit: 12 of pairs, 6 of other 16 bits. By blocks, which read
+  // four lines at once, 6 rows of pairs took 1.25 times as long on a Zen 5, 12 rows 1.13 to 1.28
+  // times, and 6 of float16 1.15 times.
   template <typename Format>
-  static constexpr int64_t kStreamed = sizeof(typename Format::Lanes) < 64 ? 3
-                                       : kIsPairs<Format>                  ? 12
-                                       : kIsHalf<Format>                   ? 6
-                                                                           : 4;
+  static constexpr int64_t kStreamed = sizeof(typename Format::Lanes) < 64                  ? 3
+                                       : sizeof(typename Format::scalar_t) == 4             ? 4
+                                       : Format::kElements == 32 && Format::kRegisters == 1 ? 12
+                                                                                            : 6;
   static constexpr uint64_t kStreamedBytes = 1 << 15;  // of these, for the first cache
   // A chain's additions wait for each other: as many chains as take 64 bytes of a line for each
   // wait keep up with memory. (bench_decode.py, one token, bfloat16, on a Zen 5: 87 to 97 % of the
@@ -227,14 +223,11 @@ struct FewRowsOf {
     }
     const auto* line = row_of<const scalar_t>(lines, 0);
     const int64_t stride = lines.row_stride;
-    const auto add_vector = [&](int chain, const scalar_t* numbers, int64_t apart)
-                                __attribute__((always_inline)) {
-                                  for (int j = 0; j < count; ++j, packed += Format::kRegisters) {
-                                    for (int w = 0; w < width; ++w) {
-                                      add<Format>(sums[j][w][chain], numbers + w * apart, packed);
-                                    }
-                                  }
-                                };
+    const auto add_all = [&](int c, auto* from, int64_t apart) __attribute__((always_inline)) {
+      for (int j = 0; j < count; ++j, packed += Format::kRegisters) {
+        for (int w = 0; w < width; ++w) add<Format>(sums[j][w][c], from + w * apart, packed);
+      }
+    };
     int64_t v = 0;
     for (; v + kCount <= vectors; v += kCount, line += kCount * kElements) {
       constexpr int64_t kBytes = kCount * kElements * sizeof(scalar_t);
@@ -245,17 +238,17 @@ struct FewRowsOf {
         }
       }
 #pragma GCC unroll 4
-      for (int c = 0; c < kCount; ++c) add_vector(c, line + c * kElements, stride);
+      for (int c = 0; c < kCount; ++c) add_all(c, line + c * kElements, stride);
     }
 #pragma GCC unroll 4
     for (int c = 0; c < kCount; ++c) {
-      if (v + c < vectors) add_vector(c, line + c * kElements, stride);
+      if (v + c < vectors) add_all(c, line + c * kElements, stride);
       if (v + c == vectors && rest > 0) {
         scalar_t last[width][kElements];
         for (int w = 0; w < width; ++w) {
           copy_first<sizeof(Lanes)>(line + w * stride + c * kElements, rest, last[w]);
         }
-        add_vector(c, &last[0][0], kElements);
+        add_all(c, &last[0][0], kElements);
       }
     }
     for (int j = 0; j < count; ++j) {

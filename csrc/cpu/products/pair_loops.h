@@ -8,8 +8,8 @@
 //                 └──┘ └─────────┴────────┘
 //
 // If a band and at most 16 columns are left, a third register holds these. The last part writes its
-// sums to rows of the result, unless they are turned. Other parts take at most four columns in the
-// last register together with four lines:
+// sums to rows of the result, unless they are turned. If a part does not write, and has at most
+// four columns for its last register, a register holds their sums with four lines:
 //
 //     line a   a0 .. a3 | a4 .. a7 | ..          a0 .. a3 | b0 .. b3 | c0 .. c3 | d0 .. d3
 //     line b   b0 .. b3 | b4 .. b7 | ..    ->    a4 .. a7 | b4 .. b7 | c4 .. c7 | d4 .. d7

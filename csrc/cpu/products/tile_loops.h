@@ -8,7 +8,7 @@
 namespace moe_ext {
 
 // The `count` lines of which a part prefetches 64 bytes in every step. (All at once would wait for
-// memory: products of 28 rows took 1.3 times as long on a Zen 5.)
+// memory: products of 28 rows took 1.25 times as long on a Zen 5.)
 struct Asked {
   const char* first;
   int64_t stride, count;

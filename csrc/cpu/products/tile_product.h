@@ -214,6 +214,9 @@ struct TileProduct {
     if (whole < block.steps && !n.copied) {
       layout::copy(all.column_range(whole * kStep, all.columns), block.steps - whole, room.copied);
     }
+    // The last two bands may take one turn.
+    const int64_t last = block.columns - (block.bands - 2) * kBand;
+    const int64_t turns = block.bands - (block.bands > 1 && Loops::joins(last, turned));
     for (int64_t s = 0, end; s < block.steps; s = end) {
       end = std::min(s + Loops::kPart, s < whole ? whole : block.steps);
       const Lines lines =
@@ -221,9 +224,6 @@ struct TileProduct {
                     : Lines{room.copied + (s - whole) * kStrip * kStep, kStep, kStrip * kStep};
       const bool completes = block.ends && end == block.steps;
       const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
-      // The last two bands may take one turn.
-      const int64_t last = block.columns - (block.bands - 2) * kBand;
-      const int64_t turns = block.bands - (block.bands > 1 && Loops::joins(last, turned));
       for (int64_t b = 0, joined; b < block.bands; b += 1 + joined) {
         // Each band prefetches its share of the next lines.
         const int64_t stride = all.row_stride * 2;
