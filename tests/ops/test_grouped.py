@@ -97,7 +97,7 @@ def orders(dtype, M, is_dense) -> tuple[int, int]:
     if owned == "own loops on AMX tiles":
         return (ANY, ANY) if is_dense else (6, ANY)
     if owned == "own loops" and dtype == torch.bfloat16:  # in registers
-        return (max(2, min(24, M // 24)) if is_dense else ANY), ANY
+        return (max(2, min(27, M // (18 if M < 256 else 14))) if is_dense else ANY), ANY
     most, flat = ANY, ANY
     if owned != "own loops":
         found = re.match(r"own loops up to (\d+) rows of an expert(?:, up to (\d+))?", owned)
@@ -107,7 +107,9 @@ def orders(dtype, M, is_dense) -> tuple[int, int]:
     if dtype != torch.float32 or most <= 16:  # without blocks
         return most, 0
     few = max(4, min(64, M // 16))
-    return (few if most == ANY else max(min(few, 16), min(few, M // 48))), most
+    if most == ANY:
+        return min(few, 22 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 10), most
+    return max(min(few, 16), min(few, M // 48)), most
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,7 +5,8 @@
 //
 //   kStreamed rows    its lines one after the other, in the order of memory, or two at once
 //   more              kLines lines by a block: their sums are in registers. The blocks take turns
-//                     with a part of the lines, which stays in the first cache
+//                     with a part of the lines, which stays in the first cache, and the lines of a
+//                     group with a part of the rows, which does too
 //
 // There is at least one row.
 //
@@ -17,7 +18,7 @@
 
 #include <algorithm>
 
-#include "lines.h"
+#include "line_loops.h"
 
 namespace moe_ext {
 
@@ -61,14 +62,13 @@ struct FewRowsOf {
   template <typename Format>
   static constexpr int64_t kBlock = sizeof(typename Format::Lanes) == 64 ? 6 : 3;
   // Up to so many rows memory is the limit: 12 of pairs, 6 of other 16 bits. By blocks, which read
-  // four lines at once, 6 rows of pairs took 1.25 times as long on a Zen 5, 12 rows 1.13 to 1.28
-  // times, and 6 of float16 1.15 times.
+  // four lines at once, 8 to 12 rows of pairs took 1.05 to 1.2 times as long on a Zen 5 where the
+  // weight lay in small pages.
   template <typename Format>
   static constexpr int64_t kStreamed = sizeof(typename Format::Lanes) < 64                  ? 3
                                        : sizeof(typename Format::scalar_t) == 4             ? 4
                                        : Format::kElements == 32 && Format::kRegisters == 1 ? 12
                                                                                             : 6;
-  static constexpr uint64_t kStreamedBytes = 1 << 15;  // of these, for the first cache
   // A chain's additions wait for each other: as many chains as take 64 bytes of a line for each
   // wait keep up with memory. (bench_decode.py, one token, bfloat16, on a Zen 5: 87 to 97 % of the
   // rate of reading, also with registers of 32 bytes. Four lines at a time, of one chain each, came
@@ -80,12 +80,15 @@ struct FewRowsOf {
           ? 64 * Format::kRegisters / (Format::kElements * sizeof(typename Format::scalar_t))
           : 1;
   static constexpr int64_t kLong = 12;
-  static constexpr int64_t kAhead = 1 << 13;  // bytes
+  // Bytes of the first cache that streamed rows have, with the lines that are asked for.
+  static constexpr int64_t kCached = 5 << 13;
+  // A group has so many lines, and a part of its rows about so many bytes.
+  static constexpr int64_t kGroup = 16, kPartBytes = 1 << 14;
 
   // The rows, packed a block after the other: for each vector, those of its rows.
   template <typename Format>
   struct Packed {
-    typename Format::Lanes *lanes, *sums;  // sums: [n, chains, kLines] of the lines at hand
+    typename Format::Lanes *lanes, *sums;  // sums: [kGroup / kLines, n, chains, kLines] of a group
     int64_t full, vectors;                 // of a row; the last one may not be full
     int64_t block;                         // rows
 
@@ -95,69 +98,54 @@ struct FewRowsOf {
     }
   };
 
-  // The place of the products with kLines lines from `first` on: row j's begin at + j * apart.
+  // The products of all lines, [n, apart].
   struct Totals {
-    int64_t first;
     float* at;
     int64_t apart;
   };
 
+  // Lines that share the parts of the rows.
+  struct Group {
+    int64_t begin, end;
+  };
+
   template <typename Lanes>
-  MOE_EXT_INLINE void write_totals(const Totals& to, int64_t row,
+  MOE_EXT_INLINE void write_totals(const Totals& to, int64_t row, int64_t first,
                                    const Lanes (&sums)[kLines]) const {
     Vector<float, 16> four;
     sum_lanes(four, sums);
-    source.complete(to.first, four);
-    store(four, to.at + row * to.apart);
+    source.complete(first, four);
+    store(four, to.at + row * to.apart + first);
   }
 
-  // Some vectors of some lines times the rows of a block.
-  template <typename Format>
-  struct Part {
-    const typename Format::scalar_t* lines;
-    int64_t stride;                        // elements from a line to the next
-    int64_t vectors, rest;                 // full vectors, and elements after them
-    const typename Format::Lanes* packed;  // the rows
-    typename Format::Lanes* sums;          // [rows, chains, kLines]
-    Stored next;                           // is asked for ahead of its use
-    bool starts, ends;                     // whether it has the lines' first numbers, their last
-    Totals to;                             // are written by the last chain of a part that ends
-  };
-
-  // Vector v is added to chain v % chains.
   template <typename Format, int64_t chains>
   MOE_EXT_INLINE void multiply(Panel& memory) const {
     using Lanes = typename Format::Lanes;
     constexpr int64_t kFloats = sizeof(Lanes) / sizeof(float);
     const int64_t n = rows.rows, full = rows.columns / Format::kElements;
     const int64_t vectors = parts(rows.columns, Format::kElements);
-    const int64_t registers = n * vectors * Format::kRegisters, sums = n * chains * kLines;
+    const int64_t registers = n * vectors * Format::kRegisters, sums = n * chains * kGroup;
     const int64_t width = source.count() + kLines - 1;
     const Matrix panel = memory.get(ScalarType::Float, 1, (registers + sums) * kFloats + n * width);
     auto* lanes = reinterpret_cast<Lanes*>(panel.data);
-    auto* totals = reinterpret_cast<float*>(lanes + registers + sums);  // [n, width]
+    const Totals totals{reinterpret_cast<float*>(lanes + registers + sums), width};
     const int64_t count = source.count();
     constexpr bool kStreams = Source::kInMemory && chains == kChains<Format>;
-    const bool streams = kStreams && count >= kLines && n <= kStreamed<Format> &&
-                         registers * sizeof(Lanes) <= kStreamedBytes;
+    const bool streams =
+        kStreams && count >= kLines && n <= kStreamed<Format> &&
+        registers * int64_t{sizeof(Lanes)} + lines_at_once<Format>(n) * LineLoops<Format>::kAhead <=
+            kCached;
     const int64_t block = streams ? n : parts(n, parts(n, kBlock<Format>));
     const Packed<Format> packed{lanes, lanes + registers, full, vectors, block};
     pack(packed);
 
-    // The last lines are multiplied again where there are not enough after them; if there are fewer
-    // in all, each takes the place of all.
-    for (int64_t r = 0; r < count; r += count >= kLines ? kLines : 1) {
-      const int64_t first = count >= kLines ? std::min(r, count - kLines) : r;
-      const Totals to{first, totals + first, width};
-      if constexpr (kStreams) {
-        if (streams) {
-          stream(to, packed);
-          continue;
-        }
-      }
-      multiply_blocks<chains>(to, packed);
+    if constexpr (kStreams) {
+      if (streams) stream(totals, packed);
     }
-    for (int64_t j = 0; j < n; ++j) write_row<Format>(totals + j * width, bias, out, j);
+    for (int64_t r = 0; r < count && !streams; r += kGroup) {
+      multiply_group<chains>({r, std::min(r + kGroup, count)}, totals, packed);
+    }
+    for (int64_t j = 0; j < n; ++j) write_row<Format>(totals.at + j * width, bias, out, j);
   }
 
   template <typename Format>
@@ -174,6 +162,12 @@ struct FewRowsOf {
     }
   }
 
+  // Where kLines lines begin: the last ones are multiplied again where there are not enough after
+  // them; if there are fewer in all, each takes the place of all.
+  MOE_EXT_INLINE int64_t first_line(int64_t line) const {
+    return source.count() < kLines ? line : std::min(line, source.count() - kLines);
+  }
+
   // Vectors of kLines from the first on.
   template <typename Format>
   MOE_EXT_INLINE Matrix lines_of(int64_t first, int64_t begin, int64_t end) const {
@@ -185,184 +179,105 @@ struct FewRowsOf {
     return lines;
   }
 
-  // Multiplies kLines lines by one block, one line after the other. Two share the loads of many
-  // rows.
+  template <typename Format>
+  static constexpr int64_t lines_at_once(int64_t n) {
+    return n > kBlock<Format> ? 2 : 1;
+  }
+
+  // Multiplies one line after the other by all rows. Two share the loads of many rows.
   template <typename Format>
   MOE_EXT_INLINE void stream(const Totals& to, const Packed<Format>& packed) const {
-    const Matrix lines = lines_of<Format>(to.first, 0, packed.vectors);
-    const int64_t rest = lines.columns - packed.full * Format::kElements;
     with_count<kStreamed<Format>>(rows.rows, [&](auto n) __attribute__((always_inline)) {
-      constexpr int64_t kWidth = n > kBlock<Format> ? 2 : 1;
-      typename Format::Lanes sums[n][kLines];
-      for (int i = 0; i < kLines; i += kWidth) {
-        typename Format::Lanes of_lines[n][kWidth];
-        stream_lines<Format, n, kWidth>(lines.row_range(i, kLines), packed.full, rest, packed.lanes,
-                                        of_lines);
-        for (int j = 0; j < n; ++j) {
-          for (int w = 0; w < kWidth; ++w) sums[j][i + w] = of_lines[j][w];
+      constexpr int64_t kWidth = lines_at_once<Format>(n);
+      for (int64_t r = 0; r < source.count(); r += kLines) {
+        const int64_t first = first_line(r);
+        const Matrix lines = lines_of<Format>(first, 0, packed.vectors);
+        const int64_t rest = lines.columns - packed.full * Format::kElements;
+        typename Format::Lanes sums[n][kLines];
+        for (int i = 0; i < kLines; i += kWidth) {
+          typename Format::Lanes of_lines[n][kWidth];
+          LineLoops<Format>::template stream<n, kWidth, kChains<Format>>(
+              lines.row_range(i, kLines), packed.full, rest, packed.lanes, of_lines);
+          for (int j = 0; j < n; ++j) {
+            for (int w = 0; w < kWidth; ++w) sums[j][i + w] = of_lines[j][w];
+          }
         }
+        for (int j = 0; j < n; ++j) write_totals(to, j, first, sums[j]);
       }
-      for (int j = 0; j < n; ++j) write_totals(to, j, sums[j]);
     });
   }
 
-  // The sums of `width` lines, of so many full vectors and a rest, with each row.
-  template <typename Format, int64_t count, int64_t width>
-  MOE_EXT_INLINE void stream_lines(const Matrix& lines, int64_t vectors, int64_t rest,
-                                   const typename Format::Lanes* packed,
-                                   typename Format::Lanes (&totals)[count][width]) const {
-    using Lanes = typename Format::Lanes;
-    using scalar_t = typename Format::scalar_t;
-    constexpr int64_t kCount = kChains<Format>;
-    constexpr int64_t kElements = Format::kElements;
-    Lanes sums[count][width][kCount];
-    for (auto& of_row : sums) {
-      for (auto& of_line : of_row) {
-        for (Lanes& sum : of_line) sum = Lanes{};
-      }
-    }
-    const auto* line = row_of<const scalar_t>(lines, 0);
-    const int64_t stride = lines.row_stride;
-    const auto add_all = [&](int c, auto* from, int64_t apart) __attribute__((always_inline)) {
-      for (int j = 0; j < count; ++j, packed += Format::kRegisters) {
-        for (int w = 0; w < width; ++w) add<Format>(sums[j][w][c], from + w * apart, packed);
-      }
-    };
-    int64_t v = 0;
-    for (; v + kCount <= vectors; v += kCount, line += kCount * kElements) {
-      constexpr int64_t kBytes = kCount * kElements * sizeof(scalar_t);
-      for (int64_t i = 0; i < kBytes; i += 64) {
-        for (int w = 0; w < width; ++w) {
-          const auto* ahead = reinterpret_cast<const char*>(line + w * stride) + kAhead;
-          __builtin_prefetch(ahead + i, 0, 3);
-        }
-      }
-#pragma GCC unroll 4
-      for (int c = 0; c < kCount; ++c) add_all(c, line + c * kElements, stride);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < kCount; ++c) {
-      if (v + c < vectors) add_all(c, line + c * kElements, stride);
-      if (v + c == vectors && rest > 0) {
-        scalar_t last[width][kElements];
-        for (int w = 0; w < width; ++w) {
-          copy_first<sizeof(Lanes)>(line + w * stride + c * kElements, rest, last[w]);
-        }
-        add_all(c, &last[0][0], kElements);
-      }
-    }
-    for (int j = 0; j < count; ++j) {
-      for (int w = 0; w < width; ++w) {
-        totals[j][w] = sums[j][w][0];
-        for (int c = 1; c < kCount; ++c) totals[j][w] += sums[j][w][c];
-      }
-    }
-  }
-
-  // Multiplies kLines lines by all blocks, one part of the lines after the other.
+  // Full vectors of a part: all that a line has, or about kPartBytes of all rows.
   template <int64_t chains, typename Format>
-  MOE_EXT_INLINE void multiply_blocks(const Totals& to, const Packed<Format>& packed) const {
-    using scalar_t = typename Format::scalar_t;
+  MOE_EXT_INLINE int64_t depth(const Packed<Format>& packed) const {
     constexpr int64_t kElements = Format::kElements;
     constexpr int64_t kStep = std::max<int64_t>(chains, Source::kWhole / kElements);
-    constexpr int64_t kMost = Source::kDeep / (kElements * sizeof(scalar_t));
+    constexpr int64_t kMost = Source::kDeep / (kElements * sizeof(typename Format::scalar_t));
     static_assert(kMost % kStep == 0 && kStep % chains == 0);
-    const int64_t full = packed.full, count = std::max<int64_t>(1, parts(full, kMost));
-    const int64_t deep = parts(parts(full, count), kStep) * kStep;
+    if (packed.full <= kMost) return packed.full;
+    const int64_t bytes = rows.rows * Format::kRegisters * sizeof(typename Format::Lanes);
+    // Narrow registers are the limit themselves.
+    constexpr int64_t kLeast = sizeof(typename Format::Lanes) < 64 ? kMost : kMost / 2;
+    const int64_t most = std::clamp(kPartBytes / bytes, kLeast, kMost);
+    return parts(parts(packed.full, parts(packed.full, most)), kStep) * kStep;
+  }
+
+  // Vector v of a group's lines from `line` on. After its last lines those of the next part come,
+  // which begins with vector `then`, or those of the next group.
+  MOE_EXT_INLINE Stored stored(Group group, int64_t line, int64_t v, int64_t then,
+                               int64_t elements) const {
+    const bool is_over = line >= group.end;
+    const int64_t back = is_over && then > 0 ? group.end - group.begin : 0;
+    Stored lines = source.stored(line - back, elements);
+    lines.first += (is_over ? then : v) * lines.step;
+    return lines;
+  }
+
+  // Multiplies the lines of a group by all blocks, one part after the other.
+  template <int64_t chains, typename Format>
+  MOE_EXT_INLINE void multiply_group(Group group, const Totals& to,
+                                     const Packed<Format>& packed) const {
+    using Loops = LineLoops<Format>;
+    using scalar_t = typename Format::scalar_t;
+    constexpr int64_t kElements = Format::kElements;
+    const int64_t n = rows.rows, full = packed.full, deep = depth<chains>(packed);
+    const int64_t at_once = source.count() < kLines ? 1 : kLines;
+    const int64_t bytes = std::max<int64_t>(deep, 1) * kElements * sizeof(scalar_t) * at_once;
+    const int64_t ahead = std::max<int64_t>(1, Loops::kAhead / bytes) * at_once;  // lines
     int64_t v = 0;
     do {  // once if no vector is full
       const int64_t end = std::min(v + deep, full);
       const bool ends = end == full;
-      const Matrix lines = lines_of<Format>(to.first, v, ends ? packed.vectors : end);
-      Stored next = source.stored(to.first, kElements);
-      next.first += ends ? kLines * next.apart : end * next.step;
-      // Every block asks for what comes next: the CPU drops what it cannot keep up with. (24 rows
-      // took 1.4 times as long on a Zen 5 where the first block alone asked.)
-      for (int64_t begin = 0; begin < rows.rows; begin += packed.block) {
-        const int64_t of_block = std::min(packed.block, rows.rows - begin);
-        const Part<Format> part{reinterpret_cast<const scalar_t*>(lines.data),
-                                lines.row_stride,
-                                end - v,
-                                lines.columns - (end - v) * kElements,
-                                packed.at(begin, of_block, v),
-                                packed.sums + begin * chains * kLines,
-                                next,
-                                v == 0,
-                                ends,
-                                {to.first, to.at + begin * to.apart, to.apart}};
-        with_count<kBlock<Format>>(of_block, [&](auto n) __attribute__((always_inline)) {
-          for (int64_t chain = 0; chain < chains; ++chain) multiply_chain<n, chains>(part, chain);
-        });
+      auto* sums = packed.sums;
+      for (int64_t r = group.begin; r < group.end; r += at_once, sums += n * chains * kLines) {
+        const int64_t first = first_line(r);
+        const Matrix lines = lines_of<Format>(first, v, ends ? packed.vectors : end);
+        const Stored next = stored(group, r + ahead, v, ends ? 0 : end, kElements);
+        // Every block asks for what comes next: the CPU drops what it cannot keep up with. (24 rows
+        // took 1.4 times as long on a Zen 5 where the first block alone asked.)
+        for (int64_t row = 0; row < n; row += packed.block) {
+          const int64_t of_block = std::min(packed.block, n - row);
+          const typename Loops::Part part{reinterpret_cast<const scalar_t*>(lines.data),
+                                          lines.row_stride,
+                                          end - v,
+                                          lines.columns - (end - v) * kElements,
+                                          packed.at(row, of_block, v),
+                                          sums + row * chains * kLines,
+                                          next,
+                                          v == 0,
+                                          ends};
+          const auto write = [&](int64_t j, const auto& of_row) __attribute__((always_inline)) {
+            write_totals(to, row + j, first, of_row);
+          };
+          with_count<kBlock<Format>>(of_block, [&](auto count) __attribute__((always_inline)) {
+            for (int64_t c = 0; c < chains; ++c) {
+              Loops::template multiply<count, chains>(part, c, write);
+            }
+          });
+        }
       }
       v = end;
     } while (v < full);
-  }
-
-  // A vector of the weight times one of a row, added to a sum per lane.
-  template <typename Format>
-  static MOE_EXT_INLINE void add(typename Format::Lanes& sums,
-                                 const typename Format::scalar_t* weight,
-                                 const typename Format::Lanes* row) {
-    typename Format::Lanes w[Format::kRegisters];
-    Format::widen(weight, w);
-    Format::add(sums, w, row);
-  }
-
-  // Multiplies the vectors of a part that belong to a chain.
-  template <int64_t count, int64_t chains, typename Format>
-  MOE_EXT_INLINE void multiply_chain(const Part<Format>& part, int64_t chain) const {
-    using Lanes = typename Format::Lanes;
-    using scalar_t = typename Format::scalar_t;
-    constexpr int64_t R = Format::kRegisters;
-    const auto place = [&](int64_t j, int64_t c, int64_t i)
-                           __attribute__((always_inline)) -> Lanes& {
-      return part.sums[(j * chains + c) * kLines + i];
-    };
-    Lanes sums[count][kLines];
-    for (int j = 0; j < count; ++j) {
-      for (int i = 0; i < kLines; ++i) {
-        sums[j][i] = Lanes{};
-        if (!part.starts) sums[j][i] = place(j, chain, i);
-      }
-    }
-    const int64_t stride = part.stride;
-    const Lanes* packed = part.packed + chain * count * R;
-    const scalar_t* line = part.lines + chain * Format::kElements;
-    const char* next = part.next.first + chain * part.next.step;
-    for (int64_t v = chain; v < part.vectors; v += chains) {
-      for (int i = 0; i < kLines; ++i) __builtin_prefetch(next + i * part.next.apart, 0, 3);
-      for (int j = 0; j < count; ++j) {
-        for (int i = 0; i < kLines; ++i) {
-          add<Format>(sums[j][i], line + i * stride, packed + j * R);
-        }
-      }
-      packed += chains * count * R;
-      line += chains * Format::kElements;
-      next += chains * part.next.step;
-    }
-    if (part.rest > 0 && part.vectors % chains == chain) {
-      scalar_t last[kLines][Format::kElements];
-      for (int i = 0; i < kLines; ++i) {
-        copy_first<sizeof(Lanes)>(line + i * stride, part.rest, last[i]);
-      }
-      for (int j = 0; j < count; ++j) {
-        for (int i = 0; i < kLines; ++i) add<Format>(sums[j][i], last[i], packed + j * R);
-      }
-    }
-    // The last part adds all chains up in the place of chain 0.
-    const int64_t kept = part.ends ? 0 : chain;
-    for (int j = 0; j < count; ++j) {
-      if constexpr (chains > 1) {
-        for (int i = 0; i < kLines; ++i) {
-          if (part.ends && chain > 0) sums[j][i] = place(j, 0, i) + sums[j][i];
-        }
-      }
-      if (part.ends && chain == chains - 1) {
-        write_totals(part.to, j, sums[j]);
-        continue;
-      }
-      for (int i = 0; i < kLines; ++i) place(j, kept, i) = sums[j][i];
-    }
   }
 };
 using FewRows = FewRowsOf<AllLines>;

@@ -118,16 +118,19 @@ class Borders {
     switch (path_) {
       // For flat weights equal for up to eight rows, faster for up to four (Sapphire Rapids).
       case Path::kTiles: return is_flat ? 6 : 0;
-      // Sums over lanes cost too much for short rows. Flat, short rows of which there are many take
-      // longer than in registers: every chunk of few_rows_flat.h starts and ends their sums.
+      // Sums over lanes cost too much for short rows; from 17 rows on the others take a second
+      // register. Flat, short rows of which there are many take longer than in registers: every
+      // chunk of few_rows_flat.h starts and ends their sums.
       case Path::kRegisters:
         return is_flat ? std::clamp<int64_t>(columns / 4, 48, 96)
-                       : std::clamp<int64_t>(columns / 24, 2, 24);
+                       : std::clamp<int64_t>(columns / (columns < 256 ? 18 : 14), 2, 27);
       // On a Sapphire Rapids blocks are faster from kFew on unless the rows are long.
       case Path::kSomeBlocks:
         return is_flat ? kFew
                        : std::max(std::min(lines(columns), kFew),
                                   std::min(columns / 48, lines(columns)));
+      case Path::kBlocks:
+        return is_flat ? kFew : std::min<int64_t>(lines(columns), register_bytes() == 64 ? 22 : 10);
       default: return is_flat ? kFew : lines(columns);
     }
   }
@@ -138,8 +141,9 @@ class Borders {
     if (path_ == Path::kTiles) return 0;
     // Sums over lanes cost too much for short rows.
     if (has_blocks()) return std::clamp<int64_t>(columns / 16, 4, 64);
-    const bool in_pairs = dtype_ == ScalarType::BFloat16 && multiplies_pairs();
-    return in_pairs && prefers_own_loops() ? 48 : kFew;
+    if (!prefers_own_loops()) return kFew;
+    if (dtype_ == ScalarType::BFloat16 && multiplies_pairs()) return 48;
+    return register_bytes() == 64 ? 64 : 24;
   }
 
   // The most rows that few_outer.h multiplies to a tile of a gradient; around: whether it is

@@ -1,0 +1,150 @@
+// Products of lines of a weight with rows, a sum per lane of a register: the loops of few_rows.h.
+//
+// Vector v of a line is added to chain v % chains.
+
+#pragma once
+
+#include "lines.h"
+
+namespace moe_ext {
+
+template <typename Format>
+struct LineLoops {
+  using Lanes = typename Format::Lanes;
+  using scalar_t = typename Format::scalar_t;
+  static constexpr int64_t kElements = Format::kElements;
+  static constexpr int64_t kAhead = 1 << 13;  // bytes that are asked for ahead of their use
+
+  // Some vectors of kLines lines, and of some rows.
+  struct Part {
+    const scalar_t* lines;
+    int64_t stride;         // elements from a line to the next
+    int64_t vectors, rest;  // full vectors, and elements after them
+    const Lanes* packed;    // [vectors, rows, registers]
+    Lanes* sums;            // [rows, chains, kLines]
+    Stored next;            // is asked for
+    bool starts, ends;      // whether it has the lines' first numbers, their last
+  };
+
+  // The sums of `width` lines, of so many full vectors and a rest, with each row.
+  template <int64_t count, int64_t width, int64_t chains>
+  static MOE_EXT_INLINE void stream(const Matrix& lines, int64_t vectors, int64_t rest,
+                                    const Lanes* packed, Lanes (&totals)[count][width]) {
+    Lanes sums[count][width][chains];
+    for (auto& of_row : sums) {
+      for (auto& of_line : of_row) {
+        for (Lanes& sum : of_line) sum = Lanes{};
+      }
+    }
+    const auto* line = row_of<const scalar_t>(lines, 0);
+    const int64_t stride = lines.row_stride;
+    const auto add_all = [&](int c, auto* from, int64_t apart) __attribute__((always_inline)) {
+      for (int j = 0; j < count; ++j, packed += Format::kRegisters) {
+        for (int w = 0; w < width; ++w) add(sums[j][w][c], from + w * apart, packed);
+      }
+    };
+    int64_t v = 0;
+    for (; v + chains <= vectors; v += chains, line += chains * kElements) {
+      constexpr int64_t kBytes = chains * kElements * sizeof(scalar_t);
+      for (int64_t i = 0; i < kBytes; i += 64) {
+        for (int w = 0; w < width; ++w) {
+          const auto* ahead = reinterpret_cast<const char*>(line + w * stride) + kAhead;
+          __builtin_prefetch(ahead + i, 0, 3);
+        }
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < chains; ++c) add_all(c, line + c * kElements, stride);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < chains; ++c) {
+      if (v + c < vectors) add_all(c, line + c * kElements, stride);
+      if (v + c == vectors && rest > 0) {
+        scalar_t last[width][kElements];
+        for (int w = 0; w < width; ++w) {
+          copy_first<sizeof(Lanes)>(line + w * stride + c * kElements, rest, last[w]);
+        }
+        add_all(c, &last[0][0], kElements);
+      }
+    }
+    for (int j = 0; j < count; ++j) {
+      for (int w = 0; w < width; ++w) {
+        totals[j][w] = sums[j][w][0];
+        for (int c = 1; c < chains; ++c) totals[j][w] += sums[j][w][c];
+      }
+    }
+  }
+
+  // Multiplies the vectors of a part that belong to a chain. The last chain of a part that ends
+  // calls write(row, its sums). Without the pragmas GCC keeps a copy of the sums in memory.
+  template <int64_t count, int64_t chains, typename Write>
+  static MOE_EXT_INLINE void multiply(const Part& part, int64_t chain, const Write& write) {
+    constexpr int64_t R = Format::kRegisters;
+    const auto place = [&](int64_t j, int64_t c, int64_t i)
+                           __attribute__((always_inline)) -> Lanes& {
+      return part.sums[(j * chains + c) * kLines + i];
+    };
+    Lanes sums[count][kLines];
+#pragma GCC unroll 6
+    for (int j = 0; j < count; ++j) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kLines; ++i) {
+        sums[j][i] = Lanes{};
+        if (!part.starts) sums[j][i] = place(j, chain, i);
+      }
+    }
+    const int64_t stride = part.stride;
+    const Lanes* packed = part.packed + chain * count * R;
+    const scalar_t* line = part.lines + chain * kElements;
+    const char* next = part.next.first + chain * part.next.step;
+    for (int64_t v = chain; v < part.vectors; v += chains) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(next + i * part.next.apart, 0, 3);
+#pragma GCC unroll 6
+      for (int j = 0; j < count; ++j) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kLines; ++i) add(sums[j][i], line + i * stride, packed + j * R);
+      }
+      packed += chains * count * R;
+      line += chains * kElements;
+      next += chains * part.next.step;
+    }
+    if (part.rest > 0 && part.vectors % chains == chain) {
+      scalar_t last[kLines][kElements];
+      for (int i = 0; i < kLines; ++i) {
+        copy_first<sizeof(Lanes)>(line + i * stride, part.rest, last[i]);
+      }
+#pragma GCC unroll 6
+      for (int j = 0; j < count; ++j) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kLines; ++i) add(sums[j][i], last[i], packed + j * R);
+      }
+    }
+    // The last part adds all chains up in the place of chain 0.
+    const int64_t kept = part.ends ? 0 : chain;
+#pragma GCC unroll 6
+    for (int j = 0; j < count; ++j) {
+      if constexpr (chains > 1) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kLines; ++i) {
+          if (part.ends && chain > 0) sums[j][i] = place(j, 0, i) + sums[j][i];
+        }
+      }
+      if (part.ends && chain == chains - 1) {
+        write(j, sums[j]);
+        continue;
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kLines; ++i) place(j, kept, i) = sums[j][i];
+    }
+  }
+
+ private:
+  // A vector of the weight times one of a row, added to a sum per lane.
+  static MOE_EXT_INLINE void add(Lanes& sums, const scalar_t* weight, const Lanes* row) {
+    Lanes w[Format::kRegisters];
+    Format::widen(weight, w);
+    Format::add(sums, w, row);
+  }
+};
+
+}  // namespace moe_ext
