@@ -75,6 +75,17 @@ def test_long_lines_are_multiplied_in_parts(kind, dtype, device):
     assert_product(weight, rows, one_expert(rows))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_rows_of_long_lines_do_not_depend_on_the_others(kind, dtype):
+    """Lines go by parts of the rows in groups, whose parts depend on how many rows there are."""
+    weight = quantized(kind, 1, 41, 4480)
+    rows = values(16, 4480, dtype=dtype)
+    most = assert_product(weight, rows, one_expert(rows))
+    for n in (5, 9):
+        assert torch.equal(assert_product(weight, rows[:n], one_expert(rows[:n])), most[:n])
+
+
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_the_least_number_of_8_bits(dtype, device):
     """quantize does not make a -128, but a checkpoint may have it."""

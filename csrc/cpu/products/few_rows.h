@@ -6,7 +6,7 @@
 //   kStreamed rows    its lines one after the other, in the order of memory, or two at once
 //   more              kLines lines by a block: their sums are in registers. The blocks take turns
 //                     with a part of the lines, which stays in the first cache, and the lines of a
-//                     group with a part of the rows, which does too
+//                     group with a part of the rows, fewer of which come from the second one
 //
 // There is at least one row.
 //
@@ -82,7 +82,7 @@ struct FewRowsOf {
   static constexpr int64_t kLong = 12;
   // Bytes of the first cache that streamed rows have, with the lines that are asked for.
   static constexpr int64_t kCached = 5 << 13;
-  // A group has so many lines, and a part of its rows about so many bytes.
+  // A group has so many lines, and a part of its rows so many bytes if the lines are long.
   static constexpr int64_t kGroup = 16, kPartBytes = 1 << 14;
 
   // The rows, packed a block after the other: for each vector, those of its rows.
@@ -207,7 +207,7 @@ struct FewRowsOf {
     });
   }
 
-  // Full vectors of a part: all that a line has, or about kPartBytes of all rows.
+  // Full vectors of a part: all that a line has, or kPartBytes of all rows within bounds.
   template <int64_t chains, typename Format>
   MOE_EXT_INLINE int64_t depth(const Packed<Format>& packed) const {
     constexpr int64_t kElements = Format::kElements;
@@ -216,8 +216,9 @@ struct FewRowsOf {
     static_assert(kMost % kStep == 0 && kStep % chains == 0);
     if (packed.full <= kMost) return packed.full;
     const int64_t bytes = rows.rows * Format::kRegisters * sizeof(typename Format::Lanes);
-    // Narrow registers are the limit themselves.
-    constexpr int64_t kLeast = sizeof(typename Format::Lanes) < 64 ? kMost : kMost / 2;
+    // Where memory is not the limit, less of a line takes longer.
+    constexpr bool kWaits = Source::kInMemory && sizeof(typename Format::Lanes) == 64;
+    constexpr int64_t kLeast = kWaits ? kMost / 2 : kMost;
     const int64_t most = std::clamp(kPartBytes / bytes, kLeast, kMost);
     return parts(parts(packed.full, parts(packed.full, most)), kStep) * kStep;
   }
@@ -227,8 +228,10 @@ struct FewRowsOf {
   MOE_EXT_INLINE Stored stored(Group group, int64_t line, int64_t v, int64_t then,
                                int64_t elements) const {
     const bool is_over = line >= group.end;
-    const int64_t back = is_over && then > 0 ? group.end - group.begin : 0;
-    Stored lines = source.stored(line - back, elements);
+    if (is_over && then > 0) {
+      line = group.begin + (line - group.begin) % (parts(group.end - group.begin, kLines) * kLines);
+    }
+    Stored lines = source.stored(line, elements);
     lines.first += (is_over ? then : v) * lines.step;
     return lines;
   }
