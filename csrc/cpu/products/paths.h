@@ -143,6 +143,7 @@ class Borders {
     if (has_blocks()) return std::clamp<int64_t>(columns / 16, 4, 64);
     if (!prefers_own_loops()) return kFew;
     if (dtype_ == ScalarType::BFloat16 && multiplies_pairs()) return 48;
+    if (path_ != Path::kWidened) return kFew;
     return register_bytes() == 64 ? 64 : 24;
   }
 
@@ -170,21 +171,25 @@ class Borders {
   }
 
   std::string text() const {
-    const auto up_to = [](int64_t rows) { return "up to " + std::to_string(rows); };
+    const auto up_to = [](int64_t dense, int64_t flat, const std::string& others) {
+      std::string text = "own loops up to " + std::to_string(dense) + " rows of an expert, ";
+      if (flat != dense) {
+        text += "up to " + std::to_string(flat) + " where a weight's columns are dense, ";
+      }
+      return text + "else " + others;
+    };
+    const std::string library = "torch's GEMM";
     switch (path_) {
       case Path::kBlocks:
       case Path::kRegisters: return "own loops";
       case Path::kTiles: return "own loops on AMX tiles";
-      case Path::kSomeBlocks:
-        return "own loops " + up_to(kSome) + " rows of an expert, " + up_to(kSomeFlat) +
-               " where a weight's columns are dense, else torch's GEMM";
+      case Path::kSomeBlocks: return up_to(kSome, kSomeFlat, library);
       default: break;
     }
     const std::string others = path_ == Path::kWidened ? "in float32, as this CPU's torch has no " +
                                                              dtype_name(dtype_) + " instructions"
-                                                       : "torch's GEMM";
-    if (!has_lanes(dtype_)) return others;
-    return "own loops " + up_to(rows(false, 0)) + " rows of an expert, else " + others;
+                                                       : library;
+    return has_lanes(dtype_) ? up_to(rows(false, 0), rows(true, 0), others) : others;
   }
 
  private:
