@@ -12,9 +12,11 @@
 //        └┘└──────────┘
 //
 // A panel of right stays in the first cache while all rows of left go by, from the second cache.
-// If right's rows are dense, the first block of left reads them in place and packs them for the
-// other blocks. The innermost loop prefetches the next panel and the next block of out, one cache
-// line of each for every k. (On a Sapphire Rapids several lines for every k were slower.)
+// The first panel packs a block of left before it is multiplied. If right's rows are dense, the
+// first block reads them in place and packs them for the other blocks. The innermost loop
+// prefetches what comes next, of out and of an operand: the next panel, or the next block of left
+// while that is not packed. It asks for one cache line of each for every k. (On a Sapphire Rapids
+// several lines for every k were slower.)
 //
 // The terms of a sum are added in the order of k, whatever the number of rows and columns. A sum
 // over the rows of an expert may have a million terms: by_blocks adds up those of each block first.
@@ -73,15 +75,15 @@ struct BlockProduct {
     const int64_t blocks = (left.rows + kRows - 1) / kRows;
     const int64_t block = blocks ? (left.rows + blocks - 1) / blocks : 1;
     const int64_t deepest = std::min(kDeep, left.columns);
-    float* a = floats(packed_left.get(ScalarType::Float, blocks * kLanes, deepest));
+    // Registers of left are written kRows numbers apart: the last one goes past its block.
+    const int64_t numbers = blocks * kRows * deepest + kLanes - kRows;
+    float* a = floats(packed_left.get(ScalarType::Float, 1, numbers));
     float* b = floats(packed_right.get(ScalarType::Float, kColumns, deepest));
     if (left.columns == 0) return start();
     for (int64_t k = 0; k < left.columns; k += kDeep) {
       const int64_t deep = std::min(kDeep, left.columns - k);
       const Matrix lefts = left.column_range(k, k + deep);
-      for (int64_t n = 0; n < blocks; ++n) {
-        pack<Lanes>(rows_of(lefts, n * block, block), a + n * kLanes * deep, kLanes);
-      }
+      const auto left_of = [&](int64_t n) { return rows_of(lefts, n * block, block); };
       for (int64_t j = 0; j < out.columns; j += kColumns) {
         const Matrix panel = panel_of(k, j, kColumns);
         const bool is_whole = panel.columns == kColumns;
@@ -103,9 +105,12 @@ struct BlockProduct {
         Ahead next(j + kColumns < out.columns ? panel_of(k, j + kColumns, kColumns)
                                               : panel_of(k + kDeep, 0, kColumns));
         for (int64_t n = 0; n < blocks; ++n) {
+          float* packed = a + n * kRows * deep;
+          if (j == 0) pack<Lanes>(left_of(n), packed, kRows);
+          Ahead next_left(left_of(n + 1));
           const Block at{block_of(n), n * block, j, k == 0};
-          multiply_block<Lanes>(a + n * kLanes * deep, lines, deep, at, Ahead(block_of(n + 1)),
-                                next);
+          multiply_block<Lanes>(packed, lines, deep, at, Ahead(block_of(n + 1)),
+                                j == 0 && n + 1 < blocks ? next_left : next);
           lines = {b, kColumns, nullptr};
         }
       }
@@ -163,47 +168,53 @@ struct BlockProduct {
     return floats(*first)[of_row * first->row_stride + column * first->column_stride];
   }
 
-  // to[k * apart + i] = matrix[i, k] for all rows i, up to the number of lanes. The other places
-  // hold the last row or old numbers, whose sums nobody reads.
+  // to[k * apart + i] = matrix[i, k] for all rows i, up to the number of lanes. What is written to
+  // the other lanes nobody reads.
   template <typename Lanes>
   static MOE_EXT_INLINE void pack(const Matrix& matrix, float* to, int64_t apart) {
     constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
-    const int64_t rows = matrix.rows, deep = matrix.columns, stride = matrix.row_stride;
-    const float* from = floats(matrix);
-    if (stride == 1) {
-      const int64_t line = matrix.column_stride;
-      return with_count<kLanes>(rows, [&](auto n) __attribute__((always_inline)) {
-        for (int64_t k = 0; k < deep; ++k) {
-          std::memcpy(to + k * apart, from + k * line, n * sizeof(float));
-        }
-      });
+    if (matrix.row_stride != 1) {
+      return with_count<kLanes / 4>(parts(matrix.rows, 4),
+                                    [&](auto fours) __attribute__((always_inline)) {
+                                      pack_lines<Lanes, fours>(matrix, to, apart);
+                                    });
     }
-    const float* lines[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) lines[i] = from + std::min(i, rows - 1) * stride;
-    const auto pack_by = [&](const auto& line) __attribute__((always_inline)) {
-      int64_t k = 0;
-      for (; k + 4 <= deep; k += 4) {
-        Lanes four[4];
-        for (int64_t r = 0; r < 4; ++r) {
-          load_fours(four[r],
-                     [&](int64_t i) __attribute__((always_inline)) { return line(4 * i + r) + k; });
-        }
-        transpose(four);
-        for (int64_t r = 0; r < 4; ++r) store(four[r], to + (k + r) * apart);
+    with_count<kLanes>(matrix.rows, [&](auto n) __attribute__((always_inline)) {
+      for (int64_t k = 0; k < matrix.columns; ++k) {
+        std::memcpy(to + k * apart, floats(matrix) + k * matrix.column_stride, n * sizeof(float));
       }
-      for (; k < deep; ++k) {
-        for (int64_t i = 0; i < rows; ++i) to[k * apart + i] = from[i * stride + k];
+    });
+  }
+
+  // The same of rows that are dense, four columns of all at a time.
+  template <typename Lanes, int64_t fours>
+  static MOE_EXT_INLINE void pack_lines(const Matrix& matrix, float* to, int64_t apart) {
+    const int64_t rows = matrix.rows, deep = matrix.columns, stride = matrix.row_stride;
+    // Where each four lines begin, and how far from there those of the last four are, which may be
+    // fewer: strides need fewer registers than an address for every line.
+    const float* lines[fours];
+    for (int64_t i = 0; i < fours; ++i) lines[i] = floats(matrix) + 4 * i * stride;
+    int64_t last[4];
+    for (int64_t r = 0; r < 4; ++r) last[r] = std::min(r, rows - 4 * (fours - 1) - 1) * stride;
+    int64_t k = 0;
+    for (; k + 4 <= deep; k += 4) {
+      Lanes four[4];
+      for (int64_t r = 0; r < 4; ++r) {
+        load_fours<fours>(four[r], [&](int64_t i) __attribute__((always_inline)) {
+          return lines[i] + (i + 1 < fours ? r * stride : last[r]);
+        });
       }
-    };
-    if (rows == kLanes) {  // a stride needs fewer registers than a table of addresses
-      pack_by([&](int64_t i) __attribute__((always_inline)) { return from + i * stride; });
-    } else {
-      pack_by([&](int64_t i) __attribute__((always_inline)) { return lines[i]; });
+      transpose(four);
+      for (int64_t r = 0; r < 4; ++r) store(four[r], to + (k + r) * apart);
+      for (int64_t i = 0; i < fours; ++i) lines[i] += 4;
+    }
+    for (; k < deep; ++k) {
+      for (int64_t i = 0; i < rows; ++i) to[k * apart + i] = floats(matrix)[i * stride + k];
     }
   }
 
-  // Four numbers from each of at(0), at(1), ...
-  template <typename V, typename At>
+  // Four numbers from each of at(0), at(1), ..., and zeros.
+  template <int64_t count, typename V, typename At>
   static MOE_EXT_INLINE void load_fours(V& v, const At& at) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
     // GCC would build the register in memory, and its load would wait for the stores.
@@ -215,21 +226,20 @@ struct BlockProduct {
     };
     V whole;
     if constexpr (sizeof(V) == 64) {
-      asm("vmovups %1, %x0\n\tvinsertf32x4 $1, %2, %0, %0\n\t"
-          "vinsertf32x4 $2, %3, %0, %0\n\tvinsertf32x4 $3, %4, %0, %0"
-          : "=v"(whole)
-          : "m"(*four(0)), "m"(*four(1)), "m"(*four(2)), "m"(*four(3)));
+      asm("vmovups %1, %x0" : "=v"(whole) : "m"(*four(0)));
+      if constexpr (count > 1) asm("vinsertf32x4 $1, %1, %0, %0" : "+v"(whole) : "m"(*four(1)));
+      if constexpr (count > 2) asm("vinsertf32x4 $2, %1, %0, %0" : "+v"(whole) : "m"(*four(2)));
+      if constexpr (count > 3) asm("vinsertf32x4 $3, %1, %0, %0" : "+v"(whole) : "m"(*four(3)));
     } else if constexpr (sizeof(V) == 32) {
-      asm("vmovups %1, %x0\n\tvinsertf128 $1, %2, %0, %0"
-          : "=x"(whole)
-          : "m"(*four(0)), "m"(*four(1)));
+      asm("vmovups %1, %x0" : "=x"(whole) : "m"(*four(0)));
+      if constexpr (count > 1) asm("vinsertf128 $1, %1, %0, %0" : "+x"(whole) : "m"(*four(1)));
     } else {
       load(whole, at(0));
     }
     v = whole;
 #else
-    float fours[sizeof(V) / sizeof(float)];
-    for (size_t i = 0; i < std::size(fours); i += 4) std::memcpy(fours + i, at(i / 4), 16);
+    float fours[sizeof(V) / sizeof(float)] = {};
+    for (int64_t i = 0; i < count; ++i) std::memcpy(fours + 4 * i, at(i), 16);
     load(v, fours);
 #endif
   }
@@ -281,7 +291,7 @@ struct BlockProduct {
     Ahead of_out = after, of_right = next;  // copies, which stay in registers
     const float* b = lines.at;
     float* copy = lines.copy;
-    for (int64_t k = 0; k < deep; ++k, a += kWidth, b += lines.apart) {
+    for (int64_t k = 0; k < deep; ++k, a += kRowsOf<Lanes>, b += lines.apart) {
       of_out.ask();
       of_right.ask();
       Lanes right[2];

@@ -124,9 +124,10 @@ class Borders {
       case Path::kRegisters:
         return is_flat ? std::clamp<int64_t>(columns / 4, 48, 96)
                        : std::clamp<int64_t>(columns / (columns < 256 ? 18 : 14), 2, 27);
-      // On a Sapphire Rapids blocks are faster from kFew on unless the rows are long.
+      // On a Sapphire Rapids blocks are faster from kFew on unless the rows are long; where columns
+      // are dense, earlier if they are short (Emerald Rapids).
       case Path::kSomeBlocks:
-        return is_flat ? kFew
+        return is_flat ? std::clamp<int64_t>(columns / 16, 8, kFew)
                        : std::max(std::min(lines(columns), kFew),
                                   std::min(columns / 48, lines(columns)));
       case Path::kBlocks:
