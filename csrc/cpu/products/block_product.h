@@ -75,7 +75,8 @@ struct BlockProduct {
     const int64_t blocks = (left.rows + kRows - 1) / kRows;
     const int64_t block = blocks ? (left.rows + blocks - 1) / blocks : 1;
     const int64_t deepest = std::min(kDeep, left.columns);
-    // Registers of left are written kRows numbers apart: the last one goes past its block.
+    // Registers of left are written kRows numbers apart, so the last one goes past its block, into
+    // the next one, which is packed after it.
     const int64_t numbers = blocks * kRows * deepest + kLanes - kRows;
     float* a = floats(packed_left.get(ScalarType::Float, 1, numbers));
     float* b = floats(packed_right.get(ScalarType::Float, kColumns, deepest));
@@ -168,8 +169,8 @@ struct BlockProduct {
     return floats(*first)[of_row * first->row_stride + column * first->column_stride];
   }
 
-  // to[k * apart + i] = matrix[i, k] for all rows i, up to the number of lanes. What is written to
-  // the other lanes nobody reads.
+  // to[k * apart + i] = matrix[i, k] for all rows i, up to the number of lanes. The other lanes are
+  // written over by the next k, or have sums that nobody reads.
   template <typename Lanes>
   static MOE_EXT_INLINE void pack(const Matrix& matrix, float* to, int64_t apart) {
     constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
@@ -190,8 +191,8 @@ struct BlockProduct {
   template <typename Lanes, int64_t fours>
   static MOE_EXT_INLINE void pack_lines(const Matrix& matrix, float* to, int64_t apart) {
     const int64_t rows = matrix.rows, deep = matrix.columns, stride = matrix.row_stride;
-    // Where each four lines begin, and how far from there those of the last four are, which may be
-    // fewer: strides need fewer registers than an address for every line.
+    // lines: the first row of every four. last: from there to the rows of the last four, which may
+    // be fewer. A stride needs fewer registers than an address for every row.
     const float* lines[fours];
     for (int64_t i = 0; i < fours; ++i) lines[i] = floats(matrix) + 4 * i * stride;
     int64_t last[4];
@@ -244,7 +245,7 @@ struct BlockProduct {
 #endif
   }
 
-  // Adds to a block of out, and prefetches the block after it and the next panel.
+  // Adds to a block of out, and prefetches the block after it and what comes next of an operand.
   template <typename Lanes>
   MOE_EXT_INLINE void multiply_block(const float* a, const Lines& lines, int64_t deep,
                                      const Block& block, const Ahead& after, Ahead& next) const {
@@ -262,6 +263,8 @@ struct BlockProduct {
           to[i * stride + j] =
               adds ? floats(part)[i * part.row_stride + j] : first_of(row + i, column + j);
         }
+        // Not old numbers: subnormal ones would slow the sums down.
+        for (int64_t j = part.columns; j < kColumns; ++j) to[i * stride + j] = 0;
       }
     }
     with_count<kRowsOf<Lanes>>(part.rows, [&](auto n) __attribute__((always_inline)) {
@@ -288,12 +291,12 @@ struct BlockProduct {
         for (int p = 0; p < 2; ++p) load(sums[i][p], to + i * stride + p * kWidth);
       }
     }
-    Ahead of_out = after, of_right = next;  // copies, which stay in registers
+    Ahead of_out = after, of_operand = next;  // copies, which stay in registers
     const float* b = lines.at;
     float* copy = lines.copy;
     for (int64_t k = 0; k < deep; ++k, a += kRowsOf<Lanes>, b += lines.apart) {
       of_out.ask();
-      of_right.ask();
+      of_operand.ask();
       Lanes right[2];
       for (int p = 0; p < 2; ++p) load(right[p], b + p * kWidth);
       if (copy) {
@@ -305,7 +308,7 @@ struct BlockProduct {
         for (int p = 0; p < 2; ++p) sums[i][p] += left * right[p];
       }
     }
-    next = of_right;
+    next = of_operand;
     for (int64_t i = 0; i < count; ++i) {
       for (int p = 0; p < 2; ++p) {
         float* place = to + i * stride + p * kWidth;

@@ -1,6 +1,6 @@
 // Which loops multiply a dtype on this CPU, and up to how many rows those for few rows do.
 //
-// Borders were measured on one thread of a Zen 5, and on a Sapphire Rapids where a comment says so.
+// Borders were measured on one thread of a Zen 5, and on Intel's CPUs that comments name.
 
 #pragma once
 
@@ -124,8 +124,8 @@ class Borders {
       case Path::kRegisters:
         return is_flat ? std::clamp<int64_t>(columns / 4, 48, 96)
                        : std::clamp<int64_t>(columns / (columns < 256 ? 18 : 14), 2, 27);
-      // On a Sapphire Rapids blocks are faster from kFew on unless the rows are long; where columns
-      // are dense, earlier if they are short (Emerald Rapids).
+      // On a Sapphire Rapids blocks are faster from kFew on unless the rows are long. On an Emerald
+      // Rapids they are from fewer on where columns are dense and the rows short.
       case Path::kSomeBlocks:
         return is_flat ? std::clamp<int64_t>(columns / 16, 8, kFew)
                        : std::max(std::min(lines(columns), kFew),
