@@ -12,19 +12,18 @@
 //        └┘└──────────┘
 //
 // A panel of right stays in the first cache while all rows of left go by, from the second cache.
-// The first panel packs a block of left before it is multiplied. If right's rows are dense, the
-// first block reads them in place and packs them for the other blocks. The innermost loop
-// prefetches what comes next, of out and of an operand: the next panel, or the next block of left
-// while that is not packed. It asks for one cache line of each for every k. (On a Sapphire Rapids
-// several lines for every k were slower.)
+// The first panel packs a block of left before it is multiplied. If right's rows are dense, two
+// blocks read them in place; of more the first one does, and packs them for the others. The
+// innermost loop prefetches what comes next, of out and of an operand: the next panel, or the next
+// block of left while that is not packed. It asks for at most one cache line of each for every k.
+// (On a Sapphire Rapids several lines for every k were slower.)
 //
 // The terms of a sum are added in the order of k, whatever the number of rows and columns. A sum
 // over the rows of an expert may have a million terms: by_blocks adds up those of each block first.
 
 #pragma once
 
-#include "../vector.h"
-#include "matrix.h"
+#include "lanes.h"
 
 namespace moe_ext {
 
@@ -45,10 +44,13 @@ class Ahead {
     if (rows_ == 0) return;
     __builtin_prefetch(reinterpret_cast<const void*>(line_));
     line_ += kLine;
-    if (line_ < row_ + bytes_) return;
-    begin_row(row_ + apart_);
+    if (line_ < end_) return;
     --rows_;
+    begin_row(row_ + apart_);
   }
+
+  // At most so many calls of ask() ask for a line.
+  int64_t asks() const { return rows_ * (bytes_ / kLine + 2); }
 
  private:
   static constexpr uintptr_t kLine = 64;
@@ -56,9 +58,10 @@ class Ahead {
   MOE_EXT_INLINE void begin_row(uintptr_t row) {
     row_ = row;
     line_ = row - row % kLine;
+    end_ = row + bytes_;
   }
 
-  uintptr_t row_, line_;
+  uintptr_t row_, line_, end_;
   int64_t bytes_, apart_, rows_;
 };
 
@@ -90,7 +93,7 @@ struct BlockProduct {
         const bool is_whole = panel.columns == kColumns;
         Lines lines{b, kColumns, nullptr};
         if (is_whole && panel.column_stride == 1) {
-          lines = {floats(panel), panel.row_stride, blocks > 1 ? b : nullptr};
+          lines = {floats(panel), panel.row_stride, blocks > 2 ? b : nullptr};
         } else {
           // Zeros replace old numbers: subnormal ones would slow the products down.
           if (!is_whole) std::memset(b, 0, kColumns * deep * sizeof(float));
@@ -112,7 +115,7 @@ struct BlockProduct {
           const Block at{block_of(n), n * block, j, k == 0};
           multiply_block<Lanes>(packed, lines, deep, at, Ahead(block_of(n + 1)),
                                 j == 0 && n + 1 < blocks ? next_left : next);
-          lines = {b, kColumns, nullptr};
+          if (lines.copy) lines = {b, kColumns, nullptr};
         }
       }
     }
@@ -280,6 +283,11 @@ struct BlockProduct {
     }
   }
 
+  // A core that runs a second thread has half of its instructions for each. (On such an Emerald
+  // Rapids 24 products kept their rate beside 12 instructions, and lost a quarter beside 28.) So
+  // steps have few: only the first ones ask for lines of out, the last ones for none, and every
+  // third row is broadcast as it is multiplied; all rows would be too many loads. Without the
+  // pragmas the sums would be in memory.
   template <typename Lanes, int64_t count>
   static MOE_EXT_INLINE void multiply(const float* a, const Lines& lines, int64_t deep, float* to,
                                       int64_t stride, bool is_zero, bool later, const Ahead& after,
@@ -287,29 +295,51 @@ struct BlockProduct {
     constexpr int64_t kWidth = sizeof(Lanes) / sizeof(float);
     Lanes sums[count][2]{};
     if (!is_zero) {
+#pragma GCC unroll 12
       for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 2
         for (int p = 0; p < 2; ++p) load(sums[i][p], to + i * stride + p * kWidth);
       }
     }
     Ahead of_out = after, of_operand = next;  // copies, which stay in registers
     const float* b = lines.at;
     float* copy = lines.copy;
-    for (int64_t k = 0; k < deep; ++k, a += kRowsOf<Lanes>, b += lines.apart) {
-      of_out.ask();
-      of_operand.ask();
+    const auto step = [&](bool copies) __attribute__((always_inline)) {
       Lanes right[2];
+#pragma GCC unroll 2
       for (int p = 0; p < 2; ++p) load(right[p], b + p * kWidth);
-      if (copy) {
+      if (copies) {
+#pragma GCC unroll 2
         for (int p = 0; p < 2; ++p) store(right[p], copy + p * kWidth);
         copy += 2 * kWidth;
       }
-      for (int64_t i = 0; i < count; ++i) {
-        const Lanes left = a[i] - Lanes{};  // 0 + a[i] would be computed, since it differs for -0
-        for (int p = 0; p < 2; ++p) sums[i][p] += left * right[p];
+#pragma GCC unroll 12
+      for (int64_t i = 0; i < count; ++i) add_row(sums[i], right, a + i, i % 3 == 1);
+      a += kRowsOf<Lanes>;
+      b += lines.apart;
+    };
+    int64_t k = 0;
+    for (const int64_t end = std::min(deep, of_out.asks()); k < end; ++k) {
+      of_out.ask();
+      of_operand.ask();
+      step(copy != nullptr);
+    }
+    if (copy) {
+      for (; k < deep; ++k) {
+        of_operand.ask();
+        step(true);
       }
     }
+    for (const int64_t end = std::min(deep, k + of_operand.asks()); k < end; ++k) {
+      of_operand.ask();
+      step(false);
+    }
+#pragma GCC unroll 2
+    for (; k < deep; ++k) step(false);
     next = of_operand;
+#pragma GCC unroll 12
     for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 2
       for (int p = 0; p < 2; ++p) {
         float* place = to + i * stride + p * kWidth;
         if (later) {
@@ -318,6 +348,19 @@ struct BlockProduct {
           sums[i][p] += before;
         }
         store(sums[i][p], place);
+      }
+    }
+  }
+
+  // Adds a number of left times two registers of right; once: it is broadcast for each product.
+  template <typename Lanes>
+  static MOE_EXT_INLINE void add_row(Lanes (&sums)[2], const Lanes (&right)[2], const float* left,
+                                     bool once) {
+    for (int p = 0; p < 2; ++p) {
+      if (once) {
+        Widened<Lanes, 1>::add_lines_once(sums[p], right[p], *left);
+      } else {
+        Widened<Lanes, 1>::add_lines(sums[p], right[p], *left);
       }
     }
   }

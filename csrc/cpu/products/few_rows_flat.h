@@ -1,7 +1,7 @@
 // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N] for few rows, where the columns of the
 // weight are dense in memory. One thread of an x86 CPU.
 //
-// The weight is read once: four of its lines, or of pairs of them, are added to the sums of all
+// The weight is read once: some of its lines, or of pairs of them, are added to the sums of all
 // rows, for as many columns at a time as leave these in the first cache. The order is that of the
 // lines for any number of rows.
 
@@ -25,7 +25,10 @@ struct FewRowsFlat {
   }
 
  private:
-  static constexpr int kAtOnce = 4;  // steps, of Format::kDepth lines each
+  // Steps, of Format::kDepth lines each. Eight share the load and the store of a sum.
+  template <typename Format>
+  static constexpr int kAtOnce =
+      sizeof(typename Format::Lanes) == 64 && Format::kRegisters == 1 ? 8 : 4;
   // Bytes of sums that are added to at a time: they stay in the first cache.
   static constexpr int64_t kCached = 3 << 13;
 
@@ -48,8 +51,8 @@ struct FewRowsFlat {
       const int64_t end = std::min(begin + chunk, vectors);
       start<Format>(sums, begin, end);
       int64_t s = 0;
-      for (; s + kAtOnce <= whole; s += kAtOnce) {
-        add<Format, kAtOnce>(sums, begin, end, lines, factors + s, apart, s * kDepth);
+      for (; s + kAtOnce<Format> <= whole; s += kAtOnce<Format>) {
+        add<Format, kAtOnce<Format>>(sums, begin, end, lines, factors + s, apart, s * kDepth);
       }
       for (; s < steps; ++s) {
         add<Format, 1>(sums, begin, end, lines, factors + s, apart, s * kDepth);
@@ -103,7 +106,7 @@ struct FewRowsFlat {
         const auto* factor = factors + j * apart;
         for (int p = 0; p < Format::kRegisters; ++p, ++sums) {
           auto sum = *sums;
-          for (int i = 0; i < count; ++i) Format::add_lines(sum, terms[i][p], factor[i]);
+          for (int i = 0; i < count; ++i) Format::add_lines_once(sum, terms[i][p], factor[i]);
           *sums = sum;
         }
       }

@@ -6,7 +6,9 @@
 //
 // Where lines are added up, a lane belongs to a column: Format::add_lines(sum, lines, factor) adds
 // the column's numbers of Format::kDepth lines, each times its part of the factor.
-// Format::floats(from, to) gives numbers the places of these sums.
+// add_lines_once is the same of a factor in memory that is needed once: with AVX-512 one
+// instruction broadcasts and multiplies. Format::floats(from, to) gives numbers the places of these
+// sums.
 
 #pragma once
 
@@ -36,6 +38,17 @@ struct Widened {
   static MOE_EXT_INLINE void add_lines(Lanes& sum, const Lanes& lines, Factor factor) {
     const Lanes all = factor - Lanes{};  // 0 + it would be computed, for -0
     Widened<Lanes, 1>::add(sum, &lines, &all);
+  }
+  static MOE_EXT_INLINE void add_lines_once(Lanes& sum, const Lanes& lines, const Factor& factor) {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    if constexpr (sizeof(Lanes) == 64) {
+      Lanes changed = sum;
+      asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(changed) : "v"(lines), "m"(factor));
+      sum = changed;
+      return;
+    }
+#endif
+    add_lines(sum, lines, factor);
   }
 };
 
@@ -114,6 +127,11 @@ struct BFloat16LinePairs {
   }
   static MOE_EXT_INLINE void add_lines(Lanes& sum, const Lanes& lines, Factor factor) {
     add_pairs(sum, lines, Lanes(factor - Pairs{}));
+  }
+  static MOE_EXT_INLINE void add_lines_once(Lanes& sum, const Lanes& lines, const Factor& factor) {
+    Lanes changed = sum;
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(changed) : "v"(lines), "m"(factor));
+    sum = changed;
   }
   static MOE_EXT_INLINE void floats(const scalar_t* from, Lanes* to) {
     load_as(to[0], from);

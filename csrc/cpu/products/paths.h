@@ -127,7 +127,7 @@ class Borders {
       // On a Sapphire Rapids blocks are faster from kFew on unless the rows are long. On an Emerald
       // Rapids they are from fewer on where columns are dense and the rows short.
       case Path::kSomeBlocks:
-        return is_flat ? std::clamp<int64_t>(columns / 16, 8, kFew)
+        return is_flat ? std::clamp<int64_t>(columns / 16, 12, kFew)
                        : std::max(std::min(lines(columns), kFew),
                                   std::min(columns / 48, lines(columns)));
       case Path::kBlocks:
