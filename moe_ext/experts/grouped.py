@@ -171,7 +171,7 @@ class GroupedExperts(Experts):
             )
         if weights is not None:
             # Data-parallel wrappers may cast their inputs.
-            weights = weights.to(checks.accumulate_dtype(rows.dtype))
+            weights = checks.as_dtype(weights, checks.accumulate_dtype(rows.dtype))
             return feed_forward(
                 *(rows, plan, weights, up, down, self.activation, up_bias, down_bias),
                 score_before_experts=self.score_before_experts,

@@ -124,7 +124,7 @@ class Gate(Operator):
     def backward(ctx, grad_weights, _, grad_probs, grad_importance):
         grads = grad_weights, grad_probs, grad_importance
         grad = GateBackward.call(*grads, *ctx.saved_tensors, *ctx.rest)
-        return grad.to(ctx.dtype), None, None, None, None, None
+        return checks.as_dtype(grad, ctx.dtype), None, None, None, None, None
 
 
 class GateBackward(Operator):

@@ -29,6 +29,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), which takes longer than to see that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def is_transposed(weights: Tensor) -> bool:
     """Whether weights [E, N, M] are a view of [E, M, N]."""
     return weights.stride(1) < weights.stride(2)

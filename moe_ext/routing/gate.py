@@ -246,7 +246,7 @@ class Gate(nn.Module):
             tensors = Tensors.of(self.wg)
             dtypes = {tokens.dtype, *(p.dtype for p in tensors.parameters.values())}
             dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-            tokens = tokens.to(dtype)
+            tokens = checks.as_dtype(tokens, dtype)
             if rule.noise == "Jitter":
                 size = rule.noise_scale
                 tokens = tokens * choice_scores.uniform(tokens, 1 - size, 1 + size)
@@ -261,7 +261,7 @@ class Gate(nn.Module):
                 f"{type(self).__name__}: router must return [T, E] = {list(shape)}, "
                 f"got {checks.shape_of(logits)}"
             )
-        logits = logits.to(dtype)
+        logits = checks.as_dtype(logits, dtype)
         if rule.noise == "Gaussian":
             logits = logits + rule.noise_scale * torch.randn_like(logits)
         return logits

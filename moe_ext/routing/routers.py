@@ -19,6 +19,7 @@ from torch.types import Device
 
 from .. import options
 from ..ops.autograd import Operator, keeps
+from ..ops.checks import as_dtype
 
 
 class LinearRouter(nn.Linear):
@@ -37,7 +38,7 @@ class LinearRouter(nn.Linear):
     def forward(self, tokens: Tensor) -> Tensor:
         bias: Tensor | None = self.bias  # which may be set later
         bias = None if bias is None else bias.to(tokens.dtype)
-        return F.linear(tokens, self.weight.to(tokens.dtype), bias)
+        return F.linear(tokens, as_dtype(self.weight, tokens.dtype), bias)
 
 
 class CosineRouter(nn.Module):
