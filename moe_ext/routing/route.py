@@ -1,6 +1,5 @@
 """Route: choose experts from logits, place the routes, weight those that are kept."""
 
-import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
