@@ -25,10 +25,12 @@ struct FewRowsFlat {
   }
 
  private:
-  // Steps, of Format::kDepth lines each. Eight share the load and the store of a sum.
+  // So many steps, of Format::kDepth lines each, share the load and the store of a sum. With few
+  // rows more lines at once take longer.
+  static constexpr int64_t kAtOnce = 4, kMany = 6;
   template <typename Format>
-  static constexpr int kAtOnce =
-      sizeof(typename Format::Lanes) == 64 && Format::kRegisters == 1 ? 8 : 4;
+  static constexpr int64_t kAtOnceOfMany =
+      sizeof(typename Format::Lanes) == 64 && Format::kRegisters == 1 ? 8 : kAtOnce;
   // Bytes of sums that are added to at a time: they stay in the first cache.
   static constexpr int64_t kCached = 3 << 13;
 
@@ -51,8 +53,11 @@ struct FewRowsFlat {
       const int64_t end = std::min(begin + chunk, vectors);
       start<Format>(sums, begin, end);
       int64_t s = 0;
-      for (; s + kAtOnce<Format> <= whole; s += kAtOnce<Format>) {
-        add<Format, kAtOnce<Format>>(sums, begin, end, lines, factors + s, apart, s * kDepth);
+      for (; n >= kMany && s + kAtOnceOfMany<Format> <= whole; s += kAtOnceOfMany<Format>) {
+        add<Format, kAtOnceOfMany<Format>>(sums, begin, end, lines, factors + s, apart, s * kDepth);
+      }
+      for (; s + kAtOnce <= whole; s += kAtOnce) {
+        add<Format, kAtOnce>(sums, begin, end, lines, factors + s, apart, s * kDepth);
       }
       for (; s < steps; ++s) {
         add<Format, 1>(sums, begin, end, lines, factors + s, apart, s * kDepth);
@@ -106,7 +111,13 @@ struct FewRowsFlat {
         const auto* factor = factors + j * apart;
         for (int p = 0; p < Format::kRegisters; ++p, ++sums) {
           auto sum = *sums;
-          for (int i = 0; i < count; ++i) Format::add_lines_once(sum, terms[i][p], factor[i]);
+          for (int i = 0; i < count; ++i) {
+            if constexpr (Format::kRegisters == 1) {
+              Format::add_lines_once(sum, terms[i][p], factor[i]);
+            } else {
+              Format::add_lines(sum, terms[i][p], factor[i]);
+            }
+          }
           *sums = sum;
         }
       }

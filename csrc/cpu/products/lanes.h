@@ -6,9 +6,9 @@
 //
 // Where lines are added up, a lane belongs to a column: Format::add_lines(sum, lines, factor) adds
 // the column's numbers of Format::kDepth lines, each times its part of the factor.
-// add_lines_once is the same of a factor in memory that is needed once: with AVX-512 one
-// instruction broadcasts and multiplies. Format::floats(from, to) gives numbers the places of these
-// sums.
+// Format::floats(from, to) gives numbers the places of these sums. If registers are floats,
+// add_lines_once is add_lines for a factor in memory that is needed once: with AVX-512 one
+// instruction broadcasts and multiplies.
 
 #pragma once
 
@@ -127,11 +127,6 @@ struct BFloat16LinePairs {
   }
   static MOE_EXT_INLINE void add_lines(Lanes& sum, const Lanes& lines, Factor factor) {
     add_pairs(sum, lines, Lanes(factor - Pairs{}));
-  }
-  static MOE_EXT_INLINE void add_lines_once(Lanes& sum, const Lanes& lines, const Factor& factor) {
-    Lanes changed = sum;
-    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(changed) : "v"(lines), "m"(factor));
-    sum = changed;
   }
   static MOE_EXT_INLINE void floats(const scalar_t* from, Lanes* to) {
     load_as(to[0], from);
