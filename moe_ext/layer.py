@@ -53,29 +53,26 @@ class Outcome(NamedTuple):
         l_aux = balance_of(routing) if has_none else routing.l_aux
         return cls(l_aux, routing.plan.load, routing.plan.expert_ids)
 
-    def read(self) -> tuple[Tensor | Any, Outcome]:
-        """l_aux, and what the next one reads: with a gradient the same tensor, else it is computed
-        again, since the tensors of a CUDA graph change with each replay."""
-        l_aux = self.l_aux
-        if isinstance(l_aux, Tensor) or not callable(l_aux):
-            return l_aux, self
-        l_aux = l_aux()
-        return l_aux, self._replace(l_aux=l_aux) if l_aux.requires_grad else self
-
     def aux(self) -> Aux:
-        return Aux(self.read()[0], self.load.to(torch.int64), self.expert_ids)
+        return Aux(_computed(self.l_aux), self.load.to(torch.int64), self.expert_ids)
 
 
 def route_of(gate: nn.Module) -> tuple[Callable[..., Routing], bool]:
-    """Return how a layer calls a gate, and whether what nobody may read is left out: where the
-    gate's own `route` can."""
+    """Return how a layer calls a gate, and whether what nobody may read is left out: in evaluation
+    without gradients, where the gate's own `route` can."""
     route: Any = gate.route
-    # In training without gradients the loss is needed to warn of the one that is lost.
-    if (gate.training and not torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if gate.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return route, False
     if not getattr(route, "takes_with_loss", False):
         return route, False
     return functools.partial(route, with_loss=False), True
+
+
+def _computed(l_aux: Tensor | Callable[[], Tensor] | Any) -> Tensor | Any:
+    if isinstance(l_aux, Tensor) or not callable(l_aux):
+        return l_aux
+    with torch.no_grad():
+        return l_aux()
 
 
 # (plan, aux, routing, used_token) of a call; None where the layer does not know it.
@@ -153,15 +150,12 @@ class Layer(nn.Module):
         self.experts = experts
         self.observer: Observer | None = None
 
-    # Typed Any, so that readers need no check for None.
+    # Typed Any, so that readers need no check for None. In evaluation without gradients every read
+    # computes from the last call's tensors: those of a CUDA graph change with each replay.
     @property
     def l_aux(self) -> Tensor | Any:
         """The auxiliary loss of the last call; None before the first."""
-        if self.outcome is None:
-            return None
-        l_aux, outcome = self.outcome.read()
-        object.__setattr__(self, "outcome", outcome)
-        return l_aux
+        return None if self.outcome is None else _computed(self.outcome.l_aux)
 
     @l_aux.setter
     def l_aux(self, l_aux: Tensor | None) -> None:
@@ -240,11 +234,9 @@ class Layer(nn.Module):
                 f"got {plan.num_experts}"
             )
         if self.observer is not None:
-            l_aux, outcome = outcome.read()
-            self.observer(plan, outcome._replace(l_aux=l_aux).aux(), routing, used_token)
+            self.observer(plan, outcome.aux(), routing, used_token)
         out = self._routed(tokens, plan, weights)
-        out = as_dtype(out, hidden.dtype)
-        return out if out.shape == hidden.shape else out.view_as(hidden), outcome
+        return as_dtype(out, hidden.dtype).view_as(hidden), outcome
 
     def _route(
         self, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None

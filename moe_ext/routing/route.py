@@ -1,5 +1,6 @@
 """Route: choose experts from logits, place the routes, weight those that are kept."""
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
@@ -140,17 +141,9 @@ def route(
 
 
 def balance_of(routing: Routing) -> Callable[[], Tensor]:
-    """Return a function that computes the load-balance loss, with a gradient if the gate had one.
-
-    It keeps nothing of [T, E].
-    """
-    importance, load, expert_ids = routing.importance, routing.plan.load, routing.plan.expert_ids
-
-    def balance() -> Tensor:
-        with torch.set_grad_enabled(importance.requires_grad):
-            return _balance(importance, load, expert_ids)
-
-    return balance
+    """Return a function that computes the load-balance loss; it keeps nothing of [T, E]."""
+    plan = routing.plan
+    return functools.partial(_balance, routing.importance, plan.load, plan.expert_ids)
 
 
 def _recorded(

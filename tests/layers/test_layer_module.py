@@ -91,36 +91,6 @@ def test_evaluation_computes_the_loss_where_it_is_read(monkeypatch, k):
         assert torch.equal(layer.gate(x)[0], expected)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_training_computes_the_loss_once_where_it_is_read(monkeypatch, k):
-    import moe_ext.routing.route as routing
-
-    computed, balance = [], routing._balance
-    monkeypatch.setattr(routing, "_balance", lambda *args: computed.append(k) or balance(*args))
-    layer, x = layer_for(k), torch.randn(40, H, dtype=torch.float64)
-    torch.manual_seed(0)
-    layer(x).sum().backward()
-    assert computed == []
-    torch.manual_seed(0)
-    layer(x)
-    with torch.no_grad():  # as for a log
-        l_aux = layer.l_aux
-    assert layer.l_aux is l_aux
-    assert computed == [k]
-    torch.manual_seed(0)
-    _, aux = layer.forward_with_aux(x)
-    assert torch.equal(l_aux, aux.l_aux)
-    weight = layer.gate.wg.weight
-    grads = [torch.autograd.grad(loss, weight)[0] for loss in (l_aux, aux.l_aux)]
-    assert grads[0].any()
-    assert torch.equal(*grads)
-
-    seen = []
-    layer.observer = lambda plan, aux, *others: seen.append(aux.l_aux)
-    layer(x)
-    assert layer.l_aux is seen[0]
-
-
 def test_a_loss_of_ones_own_is_computed_in_every_call():
     class MoreLoss(TopKGate):
         def route(self, tokens, used_token=None, expert_ids=None):

@@ -12,8 +12,8 @@
 //        └┘└──────────┘
 //
 // A panel of right stays in the first cache while all rows of left go by, from the second cache.
-// The first panel packs a block of left before it is multiplied. If right's rows are dense, two
-// blocks read them in place; of more the first one does, and packs them for the others. The
+// The first panel packs a block of left before it is multiplied. If right's rows are dense, one
+// or two blocks read them in place; of more the first one does, and packs them for the others. The
 // innermost loop prefetches what comes next, of out and of an operand: the next panel, or the next
 // block of left while that is not packed. It asks for at most one cache line of each for every k.
 // (On a Sapphire Rapids several lines for every k were slower.)
@@ -301,7 +301,7 @@ struct BlockProduct {
         for (int p = 0; p < 2; ++p) load(sums[i][p], to + i * stride + p * kWidth);
       }
     }
-    Ahead of_out = after, of_operand = next;  // copies, which stay in registers
+    Ahead of_out = after, of_operand = next;  // copies, which may stay in registers
     const float* b = lines.at;
     float* copy = lines.copy;
     const auto step = [&](bool copies) __attribute__((always_inline)) {
@@ -352,13 +352,15 @@ struct BlockProduct {
     }
   }
 
-  // Adds a number of left times two registers of right; once: it is broadcast for each product.
+  // Adds a number of left times two registers of right. from_memory: it is broadcast for each of
+  // both products, by the instructions that multiply.
   template <typename Lanes>
   static MOE_EXT_INLINE void add_row(Lanes (&sums)[2], const Lanes (&right)[2], const float* left,
-                                     bool once) {
+                                     bool from_memory) {
+#pragma GCC unroll 2
     for (int p = 0; p < 2; ++p) {
-      if (once) {
-        Widened<Lanes, 1>::add_lines_once(sums[p], right[p], *left);
+      if (from_memory) {
+        Widened<Lanes, 1>::add_lines_from(sums[p], right[p], *left);
       } else {
         Widened<Lanes, 1>::add_lines(sums[p], right[p], *left);
       }

@@ -25,11 +25,11 @@ struct FewRowsFlat {
   }
 
  private:
-  // So many steps, of Format::kDepth lines each, share the load and the store of a sum. With few
-  // rows more lines at once take longer.
+  // So many steps, of Format::kDepth lines each, share the load and the store of a sum: kMore with
+  // kMany rows or more. (With fewer they take longer on an Emerald Rapids.)
   static constexpr int64_t kAtOnce = 4, kMany = 6;
   template <typename Format>
-  static constexpr int64_t kAtOnceOfMany =
+  static constexpr int64_t kMore =
       sizeof(typename Format::Lanes) == 64 && Format::kRegisters == 1 ? 8 : kAtOnce;
   // Bytes of sums that are added to at a time: they stay in the first cache.
   static constexpr int64_t kCached = 3 << 13;
@@ -53,8 +53,10 @@ struct FewRowsFlat {
       const int64_t end = std::min(begin + chunk, vectors);
       start<Format>(sums, begin, end);
       int64_t s = 0;
-      for (; n >= kMany && s + kAtOnceOfMany<Format> <= whole; s += kAtOnceOfMany<Format>) {
-        add<Format, kAtOnceOfMany<Format>>(sums, begin, end, lines, factors + s, apart, s * kDepth);
+      if constexpr (kMore<Format> > kAtOnce) {
+        for (; n >= kMany && s + kMore<Format> <= whole; s += kMore<Format>) {
+          add<Format, kMore<Format>>(sums, begin, end, lines, factors + s, apart, s * kDepth);
+        }
       }
       for (; s + kAtOnce <= whole; s += kAtOnce) {
         add<Format, kAtOnce>(sums, begin, end, lines, factors + s, apart, s * kDepth);
@@ -113,7 +115,7 @@ struct FewRowsFlat {
           auto sum = *sums;
           for (int i = 0; i < count; ++i) {
             if constexpr (Format::kRegisters == 1) {
-              Format::add_lines_once(sum, terms[i][p], factor[i]);
+              Format::add_lines_from(sum, terms[i][p], factor[i]);
             } else {
               Format::add_lines(sum, terms[i][p], factor[i]);
             }

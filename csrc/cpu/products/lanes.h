@@ -7,8 +7,8 @@
 // Where lines are added up, a lane belongs to a column: Format::add_lines(sum, lines, factor) adds
 // the column's numbers of Format::kDepth lines, each times its part of the factor.
 // Format::floats(from, to) gives numbers the places of these sums. If registers are floats,
-// add_lines_once is add_lines for a factor in memory that is needed once: with AVX-512 one
-// instruction broadcasts and multiplies.
+// add_lines_from is add_lines for a factor in memory: with AVX-512 one instruction broadcasts it
+// and multiplies, and loads it again for every product.
 
 #pragma once
 
@@ -39,7 +39,7 @@ struct Widened {
     const Lanes all = factor - Lanes{};  // 0 + it would be computed, for -0
     Widened<Lanes, 1>::add(sum, &lines, &all);
   }
-  static MOE_EXT_INLINE void add_lines_once(Lanes& sum, const Lanes& lines, const Factor& factor) {
+  static MOE_EXT_INLINE void add_lines_from(Lanes& sum, const Lanes& lines, const Factor& factor) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
     if constexpr (sizeof(Lanes) == 64) {
       Lanes changed = sum;
