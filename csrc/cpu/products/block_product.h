@@ -284,7 +284,7 @@ struct BlockProduct {
   }
 
   // A core that runs a second thread has half of its instructions for each. (On such an Emerald
-  // Rapids 24 products kept their rate beside 12 instructions, and lost a quarter beside 28.) So
+  // Rapids 24 products kept their rate beside 12 instructions, and lost a fifth beside 28.) So
   // steps have few: only the first ones ask for lines of out, the last ones for none, and every
   // third row is broadcast as it is multiplied; all rows would be too many loads. Without the
   // pragmas the sums would be in memory.

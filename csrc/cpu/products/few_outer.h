@@ -130,6 +130,7 @@ struct FewOuter {
 #pragma GCC unroll 4
       for (int64_t p = 0; p < kWidth; ++p) sums[i][p] = Lanes{};
     }
+    // Two steps share the instructions of the loop.
 #pragma GCC unroll 2
     for (int64_t s = 0; s < steps; ++s, vectors += R, factors += apart) {
       Lanes row[kWidth];
