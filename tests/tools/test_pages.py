@@ -1,5 +1,6 @@
 """Huge pages: what lies where afterwards, and what is said where there are none."""
 
+import mmap
 import re
 import sys
 from pathlib import Path
@@ -41,6 +42,19 @@ def test_weights_stay_where_they_are_in_other_pages():
     assert weight.data_ptr() == address
     assert torch.equal(weight, before)
     assert re.fullmatch(r"1\d of 16 MiB in huge pages", str(found))
+
+
+@needs_huge_pages
+def test_memory_of_several_mappings_becomes_one():
+    memory = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    model = nn.ParameterList([torch.frombuffer(memory, dtype=torch.float32).fill_(1)])
+    ((address, size),) = pages._parts(pages._storages(model))
+    # A mapping of its own around the border of two huge pages, as a heap leaves it.
+    assert pages._madvise(address + (3 << 21) - 4096, 8192, pages._MADV_HUGEPAGE) == 0
+    assert len(of_mappings(model[0], "Rss")) == 3
+    found = moe_ext.huge_pages(model)
+    assert found.huge == size
+    assert not found.why_not
 
 
 @needs_huge_pages
