@@ -15,60 +15,36 @@
 // The first panel packs a block of left before it is multiplied. If right's rows are dense, one
 // or two blocks read them in place; of more the first one does, and packs them for the others. The
 // innermost loop prefetches what comes next, of out and of an operand: the next panel, or the next
-// block of left while that is not packed. It asks for at most one cache line of each for every k.
-// (On a Sapphire Rapids several lines for every k were slower.)
+// block of left while that is not packed. It asks for at most one cache line of each for every k;
+// where many blocks share a panel, the next one is asked for by one of two or of four k. (A core
+// waits for a dozen or two of lines at once. On an Emerald Rapids 64 rows and more are up to a
+// tenth faster so, where operands come from the last cache.)
 //
 // The terms of a sum are added in the order of k, whatever the number of rows and columns. A sum
 // over the rows of an expert may have a million terms: by_blocks adds up those of each block first.
 
 #pragma once
 
+#include "../around_caches.h"
+#include "ahead.h"
 #include "lanes.h"
+#include "pack.h"
 
 namespace moe_ext {
-
-// Prefetches the memory of a matrix, one cache line a call. The addresses need not be valid.
-class Ahead {
- public:
-  explicit Ahead(const Matrix& matrix) {
-    const Matrix dense = matrix.column_stride == 1 ? matrix : matrix.transposed();
-    bytes_ = dense.columns * dense.width();
-    apart_ = dense.row_stride * dense.width();
-    rows_ = bytes_ > 0 ? dense.rows : 0;
-    begin_row(reinterpret_cast<uintptr_t>(dense.data));
-  }
-
-  // Prefetches into the first cache. On a Sapphire Rapids the second cache alone makes 16 and 24
-  // rows 3 to 6 % slower, and 64 rows no faster.
-  MOE_EXT_INLINE void ask() {
-    if (rows_ == 0) return;
-    __builtin_prefetch(reinterpret_cast<const void*>(line_));
-    line_ += kLine;
-    if (line_ < end_) return;
-    --rows_;
-    begin_row(row_ + apart_);
-  }
-
-  // At most so many calls of ask() ask for a line.
-  int64_t asks() const { return rows_ * (bytes_ / kLine + 2); }
-
- private:
-  static constexpr uintptr_t kLine = 64;
-
-  MOE_EXT_INLINE void begin_row(uintptr_t row) {
-    row_ = row;
-    line_ = row - row % kLine;
-    end_ = row + bytes_;
-  }
-
-  uintptr_t row_, line_, end_;
-  int64_t bytes_, apart_, rows_;
-};
 
 struct BlockProduct {
   Matrix out, left, right;  // out has dense rows; left and right are dense in one dimension
   const Matrix* first;      // null: 0
   bool by_blocks = false;
+  bool around = false;  // out's rows are aligned to cache lines, and written around the caches
+
+  bool is_possible() const {
+    const auto is_dense = [](const Matrix& matrix) {
+      return matrix.row_stride == 1 || matrix.column_stride == 1;
+    };
+    return out.dtype == ScalarType::Float && out.column_stride == 1 && is_dense(left) &&
+           is_dense(right);
+  }
 
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& packed_left, Panel& packed_right) const {
@@ -84,6 +60,8 @@ struct BlockProduct {
     float* a = floats(packed_left.get(ScalarType::Float, 1, numbers));
     float* b = floats(packed_right.get(ScalarType::Float, kColumns, deepest));
     if (left.columns == 0) return start();
+    const bool goes_around = around && left.columns <= kDeep;  // not what is read again
+    const int64_t apart = blocks > 8 ? 4 : blocks > 4 ? 2 : 1;
     for (int64_t k = 0; k < left.columns; k += kDeep) {
       const int64_t deep = std::min(kDeep, left.columns - k);
       const Matrix lefts = left.column_range(k, k + deep);
@@ -111,14 +89,17 @@ struct BlockProduct {
         for (int64_t n = 0; n < blocks; ++n) {
           float* packed = a + n * kRows * deep;
           if (j == 0) pack<Lanes>(left_of(n), packed, kRows);
+          const bool packs_next = j == 0 && n + 1 < blocks;
           Ahead next_left(left_of(n + 1));
-          const Block at{block_of(n), n * block, j, k == 0};
-          multiply_block<Lanes>(packed, lines, deep, at, Ahead(block_of(n + 1)),
-                                j == 0 && n + 1 < blocks ? next_left : next);
+          const Block at{block_of(n), n * block, j, k == 0, goes_around};
+          multiply_block<Lanes>(packed, lines, deep, at,
+                                Ahead(goes_around ? Matrix{} : block_of(n + 1)),
+                                packs_next ? next_left : next, packs_next ? 1 : apart);
           if (lines.copy) lines = {b, kColumns, nullptr};
         }
       }
     }
+    if (goes_around) finish_around();
   }
 
  private:
@@ -140,7 +121,7 @@ struct BlockProduct {
   struct Block {
     Matrix out;
     int64_t row, column;
-    bool starts;
+    bool starts, goes_around;
   };
 
   static float* floats(const Matrix& matrix) { return reinterpret_cast<float*>(matrix.data); }
@@ -172,88 +153,13 @@ struct BlockProduct {
     return floats(*first)[of_row * first->row_stride + column * first->column_stride];
   }
 
-  // to[k * apart + i] = matrix[i, k] for all rows i, up to the number of lanes. The other lanes are
-  // written over by the next k, or have sums that nobody reads.
-  template <typename Lanes>
-  static MOE_EXT_INLINE void pack(const Matrix& matrix, float* to, int64_t apart) {
-    constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
-    if (matrix.row_stride != 1) {
-      return with_count<kLanes / 4>(parts(matrix.rows, 4),
-                                    [&](auto fours) __attribute__((always_inline)) {
-                                      pack_lines<Lanes, fours>(matrix, to, apart);
-                                    });
-    }
-    with_count<kLanes>(matrix.rows, [&](auto n) __attribute__((always_inline)) {
-      for (int64_t k = 0; k < matrix.columns; ++k) {
-        std::memcpy(to + k * apart, floats(matrix) + k * matrix.column_stride, n * sizeof(float));
-      }
-    });
-  }
-
-  // The same of rows that are dense, four columns of all at a time.
-  template <typename Lanes, int64_t fours>
-  static MOE_EXT_INLINE void pack_lines(const Matrix& matrix, float* to, int64_t apart) {
-    const int64_t rows = matrix.rows, deep = matrix.columns, stride = matrix.row_stride;
-    // lines: the first row of every four. last: from there to the rows of the last four, which may
-    // be fewer. A stride needs fewer registers than an address for every row.
-    const float* lines[fours];
-    for (int64_t i = 0; i < fours; ++i) lines[i] = floats(matrix) + 4 * i * stride;
-    int64_t last[4];
-    for (int64_t r = 0; r < 4; ++r) last[r] = std::min(r, rows - 4 * (fours - 1) - 1) * stride;
-    int64_t k = 0;
-    for (; k + 4 <= deep; k += 4) {
-      Lanes four[4];
-      for (int64_t r = 0; r < 4; ++r) {
-        load_fours<fours>(four[r], [&](int64_t i) __attribute__((always_inline)) {
-          return lines[i] + (i + 1 < fours ? r * stride : last[r]);
-        });
-      }
-      transpose(four);
-      for (int64_t r = 0; r < 4; ++r) store(four[r], to + (k + r) * apart);
-      for (int64_t i = 0; i < fours; ++i) lines[i] += 4;
-    }
-    for (; k < deep; ++k) {
-      for (int64_t i = 0; i < rows; ++i) to[k * apart + i] = floats(matrix)[i * stride + k];
-    }
-  }
-
-  // Four numbers from each of at(0), at(1), ..., and zeros.
-  template <int64_t count, typename V, typename At>
-  static MOE_EXT_INLINE void load_fours(V& v, const At& at) {
-#if defined(MOE_EXT_ASSEMBLES_VECTORS)
-    // GCC would build the register in memory, and its load would wait for the stores.
-    struct Four {
-      float numbers[4];
-    };
-    const auto four = [&](int64_t i) __attribute__((always_inline)) {
-      return reinterpret_cast<const Four*>(at(i));
-    };
-    V whole;
-    if constexpr (sizeof(V) == 64) {
-      asm("vmovups %1, %x0" : "=v"(whole) : "m"(*four(0)));
-      if constexpr (count > 1) asm("vinsertf32x4 $1, %1, %0, %0" : "+v"(whole) : "m"(*four(1)));
-      if constexpr (count > 2) asm("vinsertf32x4 $2, %1, %0, %0" : "+v"(whole) : "m"(*four(2)));
-      if constexpr (count > 3) asm("vinsertf32x4 $3, %1, %0, %0" : "+v"(whole) : "m"(*four(3)));
-    } else if constexpr (sizeof(V) == 32) {
-      asm("vmovups %1, %x0" : "=x"(whole) : "m"(*four(0)));
-      if constexpr (count > 1) asm("vinsertf128 $1, %1, %0, %0" : "+x"(whole) : "m"(*four(1)));
-    } else {
-      load(whole, at(0));
-    }
-    v = whole;
-#else
-    float fours[sizeof(V) / sizeof(float)] = {};
-    for (int64_t i = 0; i < count; ++i) std::memcpy(fours + 4 * i, at(i), 16);
-    load(v, fours);
-#endif
-  }
-
   // Adds to a block of out, and prefetches the block after it and what comes next of an operand.
   template <typename Lanes>
   MOE_EXT_INLINE void multiply_block(const float* a, const Lines& lines, int64_t deep,
-                                     const Block& block, const Ahead& after, Ahead& next) const {
+                                     const Block& block, const Ahead& after, Ahead& next,
+                                     int64_t apart) const {
     constexpr int64_t kColumns = 2 * sizeof(Lanes) / sizeof(float);
-    const auto [part, row, column, starts] = block;
+    const auto [part, row, column, starts, goes_around] = block;
     float piece[kRowsOf<Lanes> * kColumns];
     const bool is_whole = part.columns == kColumns;
     float* to = is_whole ? floats(part) : piece;
@@ -271,7 +177,8 @@ struct BlockProduct {
       }
     }
     with_count<kRowsOf<Lanes>>(part.rows, [&](auto n) __attribute__((always_inline)) {
-      multiply<Lanes, n>(a, lines, deep, to, stride, is_zero, later && is_whole, after, next);
+      multiply<Lanes, n>(a, lines, deep, to, stride, is_zero, later && is_whole,
+                         goes_around && is_whole, after, next, apart);
     });
     if (is_whole) return;
     for (int64_t i = 0; i < part.rows; ++i) {
@@ -290,8 +197,8 @@ struct BlockProduct {
   // pragmas the sums would be in memory.
   template <typename Lanes, int64_t count>
   static MOE_EXT_INLINE void multiply(const float* a, const Lines& lines, int64_t deep, float* to,
-                                      int64_t stride, bool is_zero, bool later, const Ahead& after,
-                                      Ahead& next) {
+                                      int64_t stride, bool is_zero, bool later, bool goes_around,
+                                      const Ahead& after, Ahead& next, int64_t apart) {
     constexpr int64_t kWidth = sizeof(Lanes) / sizeof(float);
     Lanes sums[count][2]{};
     if (!is_zero) {
@@ -321,18 +228,28 @@ struct BlockProduct {
     int64_t k = 0;
     for (const int64_t end = std::min(deep, of_out.asks()); k < end; ++k) {
       of_out.ask();
-      of_operand.ask();
+      if (apart == 1) of_operand.ask();
       step(copy != nullptr);
     }
     if (copy) {
       for (; k < deep; ++k) {
-        of_operand.ask();
+        if (apart == 1) of_operand.ask();
         step(true);
       }
     }
-    for (const int64_t end = std::min(deep, k + of_operand.asks()); k < end; ++k) {
-      of_operand.ask();
-      step(false);
+    const auto ask_every = [&](auto n) __attribute__((always_inline)) {
+      for (const int64_t end = std::min(deep, k + n * of_operand.asks()); k + n <= end; k += n) {
+        of_operand.ask();
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < n; ++i) step(false);
+      }
+    };
+    if (apart == 1) {
+      ask_every(std::integral_constant<int64_t, 1>{});
+    } else if (apart == 2) {
+      ask_every(std::integral_constant<int64_t, 2>{});
+    } else {
+      ask_every(std::integral_constant<int64_t, 4>{});
     }
 #pragma GCC unroll 2
     for (; k < deep; ++k) step(false);
@@ -347,7 +264,11 @@ struct BlockProduct {
           load(before, place);
           sums[i][p] += before;
         }
-        store(sums[i][p], place);
+        if (goes_around) {
+          store_around(sums[i][p], place);
+        } else {
+          store(sums[i][p], place);
+        }
       }
     }
   }

@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "block_product.h"
+#include "direct_product.h"
 #include "few_outer.h"
 #include "few_rows.h"
 #include "few_rows_flat.h"
@@ -30,7 +31,7 @@ void call_out(const char* name, std::array<StableIValue, size> stack) {
 
 // out = left @ right^T + first; `first` is one row for all of out's, or out itself, or nothing.
 inline void multiply_by_torch(const Matrix& out, const Matrix& left, const Matrix& right,
-                              const std::optional<Matrix>& first) {
+                              const Matrix* first) {
   using torch::stable::detail::from;
   const Tensor target = out.tensor();
   if (!first) {  // linear would get there by several operators
@@ -62,21 +63,26 @@ class Gemm {
     const bool is_flat = weight.row_stride == 1 && weight.column_stride != 1;
     const bool has_loops = has_lanes(rows.dtype) && rows.column_stride == 1 &&
                            out.column_stride == 1 && is_dense(weight);
-    if (has_loops && rows.rows <= borders_.rows(is_flat, rows.columns)) {
+    if (has_loops && borders_.direct(is_flat, rows.rows, weight)) {
+      if (is_flat) return on_widest(DirectProduct{out, rows, weight.transposed(), first});
+      return on_widest(TurnedProduct{out, rows, weight, first}, left_);
+    }
+    if (has_loops &&
+        rows.rows <= borders_.rows(is_flat, rows.columns, weight.rows * weight.columns)) {
       if (is_flat) return on_widest(FewRowsFlat{out, rows, weight, first}, left_);
       return on_widest(FewRows{out, rows, first, {weight}}, left_);
     }
     if (by_tiles(out, rows, weight.transposed(), first)) return;
     const int64_t padded = pads_ ? padded_size(rows.rows) : rows.rows;
-    if (!widens_ && padded == rows.rows) return multiply(out, rows, weight, bias);
+    if (!widens_ && padded == rows.rows) return multiply(out, rows, weight, first);
     const ScalarType dtype = widens_ ? ScalarType::Float : rows.dtype;
     const Matrix result = out_.get(dtype, padded, out.columns);
     const Matrix left = left_.copy_of(rows, dtype, padded);
     if (widens_) {
-      multiply(result, left, right_.copy_as_it_lies(weight, dtype),
-               bias ? std::optional(bias_.copy_of(*bias, dtype, 1)) : std::nullopt);
+      const auto wide = bias ? std::optional(bias_.copy_of(*bias, dtype, 1)) : std::nullopt;
+      multiply(result, left, right_.copy_as_it_lies(weight, dtype), wide ? &*wide : nullptr);
     } else {
-      multiply(result, left, weight, bias);
+      multiply(result, left, weight, first);
     }
     copy(out, result.row_range(0, rows.rows));
   }
@@ -100,6 +106,10 @@ class Gemm {
         left.column_stride == 1 && right.column_stride == 1 && out.column_stride == 1) {
       return on_widest(FewOuter{out, left, right, around}, left_);
     }
+    if (borders_.direct_outer(left.rows, out, around) && right.column_stride == 1 &&
+        out.column_stride == 1) {
+      return on_widest(DirectProduct{out, left.transposed(), right, nullptr});
+    }
     if (by_tiles(out, left.transposed(), right, nullptr)) return;
     if (widens_) {
       const Matrix sum = out_.get(ScalarType::Float, out.rows, out.columns);
@@ -107,11 +117,9 @@ class Gemm {
       return copy(out, sum);
     }
     const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
-    if (padded == left.rows) {
-      return multiply(out, left.transposed(), right.transposed(), std::nullopt, true);
-    }
-    multiply(out, left_.copy_of(left, left.dtype, padded).transposed(),
-             right_.copy_of(right, right.dtype, padded).transposed(), std::nullopt, true);
+    const bool is_whole = padded == left.rows;
+    multiply_outer(out, is_whole ? left : left_.copy_of(left, left.dtype, padded),
+                   is_whole ? right : right_.copy_of(right, right.dtype, padded), nullptr, around);
   }
 
   // Whether there is add_outer: torch's GEMM rounds what it adds to 16 bits.
@@ -120,11 +128,11 @@ class Gemm {
   // sum [N, M] += left [n, N]^T @ right [n, M], or = where it starts. sum has floats, or doubles.
   void add_outer(const Matrix& sum, const Matrix& left, const Matrix& right, bool starts) {
     if (by_tiles(sum, left.transposed(), right, starts ? nullptr : &sum)) return;
-    if (!widens_) return add_product(sum, left.transposed(), right.transposed(), starts);
+    if (!widens_) return add_product(sum, left, right, starts);
     for (int64_t begin = 0; begin < left.rows; begin += kRows) {
       const int64_t end = std::min(begin + kRows, left.rows);
       const auto wide = [&](Panel& panel, const Matrix& rows) {
-        return panel.copy_of(rows.row_range(begin, end), sum.dtype, end - begin).transposed();
+        return panel.copy_of(rows.row_range(begin, end), sum.dtype, end - begin);
       };
       add_product(sum, wide(left_, left), wide(right_, right), starts && begin == 0);
     }
@@ -161,16 +169,16 @@ class Gemm {
     return matrix.row_stride == 1 || matrix.column_stride == 1;
   }
 
-  // sum += left @ right^T, or = where it starts. MKL adds the terms of small products one by one to
+  // sum += left^T @ right, or = where it starts. MKL adds the terms of small products one by one to
   // what is there.
   void add_product(const Matrix& sum, const Matrix& left, const Matrix& right, bool starts) {
     constexpr int64_t kSmall = 1 << 14;
-    if (starts) return multiply(sum, left, right, std::nullopt, true);
-    if (sum.rows * sum.columns > kSmall || Borders(sum.dtype).blocks(left, right, true)) {
-      return multiply(sum, left, right, sum, true);
+    if (starts) return multiply_outer(sum, left, right, nullptr);
+    if (sum.rows * sum.columns > kSmall || Borders(sum.dtype).blocks_outer(left.rows, sum, false)) {
+      return multiply_outer(sum, left, right, &sum);
     }
     const Matrix part = part_.get(sum.dtype, sum.rows, sum.columns);
-    multiply(part, left, right, std::nullopt, true);
+    multiply_outer(part, left, right, nullptr);
     visit_sums(sum.dtype, [&](auto zero) {
       using T = decltype(zero);
       for (int64_t i = 0; i < sum.rows; ++i) {
@@ -182,14 +190,25 @@ class Gemm {
   }
 
   // out = left @ right^T + first, as of multiply_by_torch.
-  void multiply(const Matrix& out, const Matrix& left, const Matrix& right,
-                const std::optional<Matrix>& first, bool is_gradient = false) {
-    if (out.dtype == ScalarType::Float && out.column_stride == 1 && is_dense(left) &&
-        is_dense(right) && Borders(out.dtype).blocks(left, right, is_gradient)) {
-      const BlockProduct product{out, left, right.transposed(), first ? &*first : nullptr,
-                                 is_gradient};
+  void multiply(const Matrix& out, const Matrix& left, const Matrix& right, const Matrix* first) {
+    const BlockProduct product{out, left, right.transposed(), first};
+    if (product.is_possible() && Borders(out.dtype).blocks(left, right)) {
       return on_widest(product, packed_left_, packed_right_);
     }
+    by_torch(out, left, right, first);
+  }
+
+  // out = left^T @ right + first, where `first` is out or nothing.
+  void multiply_outer(const Matrix& out, const Matrix& left, const Matrix& right,
+                      const Matrix* first, bool around = false) {
+    const BlockProduct product{out, left.transposed(), right, first, true, around};
+    if (product.is_possible() && Borders(out.dtype).blocks_outer(left.rows, out, around)) {
+      return on_widest(product, packed_left_, packed_right_);
+    }
+    by_torch(out, left.transposed(), right.transposed(), first);
+  }
+
+  void by_torch(const Matrix& out, const Matrix& left, const Matrix& right, const Matrix* first) {
     multiply_by_torch(out, left, right, first);
     if (tiles_) tiles_.emplace();  // the library may have released them
   }

@@ -20,7 +20,7 @@ enum class Path {
   kTiles,       // bfloat16 on AMX tiles: tile_loops.h
   kRegisters,   // bfloat16 by AVX512-BF16 on a CPU that is not Intel's: pair_loops.h
   kBlocks,      // float32 on a CPU that is not Intel's: block_product.h
-  kSomeBlocks,  // the same on Intel's with AVX-512, for some sizes; else MKL, which is torch's GEMM
+  kSomeBlocks,  // the same on Intel's with AVX-512, for most sizes; else MKL, which is torch's GEMM
   kWidened,     // 16 bit without instructions, as float32
   kLibrary,     // torch's GEMM
 };
@@ -112,9 +112,9 @@ class Borders {
 
   Path path() const { return path_; }
 
-  // The most rows that few_rows.h multiplies by a weight [N, columns]; where the columns of the
-  // weight are dense (is_flat), few_rows_flat.h.
-  int64_t rows(bool is_flat, int64_t columns) const {
+  // The most rows that few_rows.h multiplies by a weight [N, columns] of so many numbers; where the
+  // columns of the weight are dense (is_flat), few_rows_flat.h.
+  int64_t rows(bool is_flat, int64_t columns, int64_t numbers) const {
     switch (path_) {
       // For flat weights equal for up to eight rows, faster for up to four (Sapphire Rapids).
       case Path::kTiles: return is_flat ? 6 : 0;
@@ -124,12 +124,13 @@ class Borders {
       case Path::kRegisters:
         return is_flat ? std::clamp<int64_t>(columns / 4, 48, 96)
                        : std::clamp<int64_t>(columns / (columns < 256 ? 18 : 14), 2, 27);
-      // On a Sapphire Rapids blocks are faster from kFew on unless the rows are long. On an Emerald
-      // Rapids they are from fewer on where columns are dense and the rows short.
+      // Seen on an Emerald Rapids. Flat weights that come from the last cache have more few rows.
+      // Where rows are dense direct_product.h is faster from 14 rows on, but for long ones.
       case Path::kSomeBlocks:
-        return is_flat ? std::clamp<int64_t>(columns / 16, 12, kFew)
-                       : std::max(std::min(lines(columns), kFew),
-                                  std::min(columns / 48, lines(columns)));
+        if (is_flat && numbers >= kLarge) return 2 * kFew;
+        if (is_flat) return std::clamp<int64_t>(columns / 16, 12, kFew);
+        return columns <= kShort ? std::min<int64_t>(lines(columns), 13)
+                                 : std::clamp<int64_t>(columns / 48, kFew, 24);
       case Path::kBlocks:
         return is_flat ? kFew : std::min<int64_t>(lines(columns), register_bytes() == 64 ? 22 : 10);
       default: return is_flat ? kFew : lines(columns);
@@ -148,6 +149,22 @@ class Borders {
     return register_bytes() == 64 ? 64 : 24;
   }
 
+  // Whether direct_product.h multiplies so many rows by a weight [N, M]. (Seen on an Emerald
+  // Rapids; so are the borders of gradients on Intel's CPUs.)
+  bool direct(bool is_flat, int64_t rows, const Matrix& weight) const {
+    if (path_ != Path::kSomeBlocks || weight.rows % kLanes != 0) return false;
+    if (is_flat) return rows >= 4 && rows <= 64 && weight.rows * weight.columns <= kSmallTile;
+    // A register has a number of each row.
+    const int64_t lanes = parts(rows, kLanes) * kLanes;
+    return rows > this->rows(false, weight.columns, 0) && rows <= 3 * kLanes &&
+           6 * rows >= 5 * lanes;
+  }
+
+  // Whether it makes a tile of a gradient from so many rows.
+  bool direct_outer(int64_t rows, const Matrix& tile, bool around) const {
+    return path_ == Path::kSomeBlocks && !around && tile.columns % kLanes == 0 && rows <= 48;
+  }
+
   // The most rows that few_outer.h multiplies to a tile of a gradient; around: whether it is
   // written around the caches.
   int64_t outer(const Matrix& tile, bool around) const {
@@ -157,18 +174,23 @@ class Borders {
       case Path::kBlocks:
         if (tile.rows >= 3 * tile.columns) return 128;
         return around ? 32 : 20;
+      case Path::kSomeBlocks: return around ? 96 : tile.columns % kLanes == 0 ? 8 : kFew;
       default: return dtype_ == ScalarType::Float && tile.columns > 256 ? 12 : kFew;
     }
   }
 
-  // Whether block_product.h multiplies left [n, K] by right [N, K]^T, both of floats, or makes the
-  // tile of a gradient. If an expert has several tiles of rows, each has more than kSome, so that
-  // the same library multiplies all.
-  bool blocks(const Matrix& left, const Matrix& right, bool is_gradient) const {
+  // Whether block_product.h multiplies left [n, K] by right [N, K]^T, both of floats. Where columns
+  // are dense MKL is up to a tenth faster for some numbers of rows. If an expert has several tiles
+  // of rows, each has more than kMany, so the same loops multiply all.
+  bool blocks(const Matrix& left, const Matrix& right) const {
     if (path_ != Path::kSomeBlocks) return path_ == Path::kBlocks;
-    if (is_gradient) return left.columns <= kSmall && left.rows * right.rows <= 1 << 15;
-    if (right.column_stride == 1) return left.rows <= kSome;
-    return left.rows <= (right.rows * right.columns <= 1 << 13 ? kSmall : kSomeFlat);
+    return right.column_stride == 1 || left.rows <= kSomeFlat || left.rows > kMany;
+  }
+
+  // Whether it makes a tile of a gradient from so many rows.
+  bool blocks_outer(int64_t rows, const Matrix& tile, bool around) const {
+    if (path_ != Path::kSomeBlocks) return path_ == Path::kBlocks;
+    return rows <= kMostOuter && (around || tile.rows * tile.columns > kSmallTile);
   }
 
   std::string text() const {
@@ -184,19 +206,23 @@ class Borders {
       case Path::kBlocks:
       case Path::kRegisters: return "own loops";
       case Path::kTiles: return "own loops on AMX tiles";
-      case Path::kSomeBlocks: return up_to(kSome, kSomeFlat, library);
+      case Path::kSomeBlocks:
+        return "own loops, up to " + std::to_string(kSomeFlat) +
+               " rows of an expert where a weight's columns are dense, else " + library;
       default: break;
     }
     const std::string others = path_ == Path::kWidened ? "in float32, as this CPU's torch has no " +
                                                              dtype_name(dtype_) + " instructions"
                                                        : library;
-    return has_lanes(dtype_) ? up_to(rows(false, 0), rows(true, 0), others) : others;
+    return has_lanes(dtype_) ? up_to(rows(false, 0, 0), rows(true, 0, 0), others) : others;
   }
 
  private:
-  static constexpr int64_t kFew = 16;
-  // kSomeBlocks takes so many rows, so many where columns are dense, and so many of small tiles.
-  static constexpr int64_t kSome = 240, kSomeFlat = 24, kSmall = 64;
+  static constexpr int64_t kFew = 16, kLanes = 16;
+  // Where columns are dense blocks take so many rows, and more than kMany. Rows of a weight are
+  // short; a weight or a tile has few numbers, a weight many; a gradient is made of so many rows.
+  static constexpr int64_t kSomeFlat = 24, kMany = 176, kShort = 512, kSmallTile = 1 << 15,
+                           kLarge = 1 << 18, kMostOuter = 768;
 
   bool has_blocks() const { return path_ == Path::kBlocks || path_ == Path::kSomeBlocks; }
 

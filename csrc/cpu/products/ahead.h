@@ -1,0 +1,50 @@
+// What comes next of a matrix, asked for ahead of its use.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../vector.h"
+#include "matrix.h"
+
+namespace moe_ext {
+
+// Prefetches the memory of a matrix, one cache line a call. The addresses need not be valid.
+class Ahead {
+ public:
+  explicit Ahead(const Matrix& matrix) {
+    const Matrix dense = matrix.column_stride == 1 ? matrix : matrix.transposed();
+    bytes_ = dense.columns * dense.width();
+    apart_ = dense.row_stride * dense.width();
+    rows_ = bytes_ > 0 ? dense.rows : 0;
+    begin_row(reinterpret_cast<uintptr_t>(dense.data));
+  }
+
+  // Prefetches into the first cache. On a Sapphire Rapids the second cache alone makes 16 and 24
+  // rows 3 to 6 % slower, and 64 rows no faster.
+  MOE_EXT_INLINE void ask() {
+    if (rows_ == 0) return;
+    __builtin_prefetch(reinterpret_cast<const void*>(line_));
+    line_ += kLine;
+    if (line_ < end_) return;
+    --rows_;
+    begin_row(row_ + apart_);
+  }
+
+  // At most so many calls of ask() ask for a line.
+  int64_t asks() const { return rows_ * (bytes_ / kLine + 2); }
+
+ private:
+  static constexpr uintptr_t kLine = 64;
+
+  MOE_EXT_INLINE void begin_row(uintptr_t row) {
+    row_ = row;
+    line_ = row - row % kLine;
+    end_ = row + bytes_;
+  }
+
+  uintptr_t row_, line_, end_;
+  int64_t bytes_, apart_, rows_;
+};
+
+}  // namespace moe_ext

@@ -1,0 +1,175 @@
+// Products of floats where packing an operand, as block_product.h does, would take longer than it
+// saves: of few rows, or of few terms. On one thread of an x86 CPU.
+
+#pragma once
+
+#include <algorithm>
+
+#include "ahead.h"
+#include "lanes.h"
+#include "pack.h"
+
+namespace moe_ext {
+
+// out [n, N] = left [n, K] @ right [K, N] + first, both read where they lie:
+//
+//               3 registers
+//             ┌─────────────┐ right            for each k load them,
+//             └─────────────┘                  and for each of kRows rows
+//    left ┌─┐ ┌─────────────┐                    broadcast a number of left
+//   kRows │ │ │    sums     │                    sums += it * right
+//         └─┘ └─────────────┘
+//
+// The terms of a sum are added in the order of k, whatever the number of rows and columns.
+struct DirectProduct {
+  Matrix out, left, right;  // out and right: dense rows of whole registers; left: any strides
+  const Matrix* first;      // one row for all of out's, or out itself; null: 0
+  Ahead* ahead = nullptr;   // what to ask for, instead of the next columns of right
+
+  template <int bytes>
+  MOE_EXT_INLINE void run() const {
+    using Lanes = Vector<float, bytes>;
+    constexpr int64_t kLanes = bytes / sizeof(float);
+    const int64_t registers = out.columns / kLanes;
+    const int64_t twos = registers == 1 ? 0 : (kMost - registers % kMost) % kMost;
+    const int64_t threes = (registers - 2 * twos) / kMost;
+    // So many columns of right as the first cache holds go by all rows.
+    const int64_t line = std::max<int64_t>(1, left.columns * kMost * bytes);
+    const int64_t at_once = std::max<int64_t>(1, kCached / line);
+    int64_t column = 0;
+    for (int64_t i = 0; i < threes; i += at_once) {
+      const int64_t count = std::min(at_once, threes - i);
+      add_columns<Lanes, kMost>(column, count);
+      column += count * kMost * kLanes;
+    }
+    if (twos > 0) add_columns<Lanes, 2>(column, twos);
+    if (registers == 1) add_columns<Lanes, 1>(0, 1);
+  }
+
+ private:
+  static constexpr int64_t kMost = 3, kCached = 24 << 10;
+
+  // As many sums as fit into the registers.
+  template <typename Lanes, int64_t width>
+  static constexpr int64_t kRows = (sizeof(Lanes) == 64 ? 8 : 4) * (width == 1 ? 2 : 1);
+
+  static float* floats(const Matrix& matrix) { return row_of<float>(matrix, 0); }
+
+  // `count` times `width` registers of all rows.
+  template <typename Lanes, int64_t width>
+  MOE_EXT_INLINE void add_columns(int64_t column, int64_t count) const {
+    constexpr int64_t kMostRows = kRows<Lanes, width>, kColumns = width * sizeof(Lanes) / 4;
+    const int64_t block = parts(left.rows, parts(left.rows, kMostRows));
+    for (int64_t row = 0; row < left.rows; row += block) {
+      const auto add_rows = [&](auto n) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < count; ++i) add<Lanes, n, width>(row, column + i * kColumns);
+      };
+      with_count<kMostRows>(std::min(block, left.rows - row), add_rows);
+    }
+  }
+
+  // Without the pragmas the sums would be in memory.
+  template <typename Lanes, int64_t count, int64_t width>
+  MOE_EXT_INLINE void add(int64_t row, int64_t column) const {
+    constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
+    Lanes sums[count][width]{};
+    float* to = floats(out) + row * out.row_stride + column;
+    if (first) {
+      const bool is_out = first->data == out.data;
+      const float* from = is_out ? to : floats(*first) + column;
+      const int64_t apart = is_out ? out.row_stride : 0;
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 3
+        for (int64_t p = 0; p < width; ++p) load(sums[i][p], from + i * apart + p * kLanes);
+      }
+    }
+    const int64_t apart = left.row_stride, next_a = left.column_stride, next_b = right.row_stride;
+    const float* a = floats(left) + row * apart;
+    const float* more = count > 8 ? a + 8 * apart : a;
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    // Two addresses need fewer registers than strides of up to 15 rows.
+    if (count > 8) asm("" : "+r"(more));
+#endif
+    const float* b = floats(right) + column;
+    const auto step = [&](bool asks) __attribute__((always_inline)) {
+      Lanes line[width];
+#pragma GCC unroll 3
+      for (int64_t p = 0; p < width; ++p) {
+        load(line[p], b + p * kLanes);
+        if (asks) __builtin_prefetch(b + (width + p) * kLanes);
+      }
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < count; ++i) {
+        const float* number = i < 8 ? a + i * apart : more + (i - 8) * apart;
+#pragma GCC unroll 3
+        for (int64_t p = 0; p < width; ++p) {
+          if constexpr (width == 1) {
+            Widened<Lanes, 1>::add_lines_from(sums[i][p], line[p], *number);
+          } else {
+            Widened<Lanes, 1>::add_lines(sums[i][p], line[p], *number);
+          }
+        }
+      }
+      a += next_a;
+      if (count > 8) more += next_a;
+      b += next_b;
+    };
+    int64_t k = 0;
+    if (ahead) {
+      Ahead next = *ahead;  // a copy, which may stay in registers
+      for (constexpr int64_t kAtOnce = 16 / count; k + kAtOnce <= left.columns; k += kAtOnce) {
+        next.ask();
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < kAtOnce; ++i) step(false);
+      }
+      *ahead = next;
+    }
+    for (; k < left.columns; ++k) step(true);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 3
+      for (int64_t p = 0; p < width; ++p) store(sums[i][p], to + i * out.row_stride + p * kLanes);
+    }
+  }
+};
+
+// out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N], for few rows, by its transpose: the
+// weight is read where it lies, and a register has a number of every row. In the order of M too.
+struct TurnedProduct {
+  Matrix out, rows, weight;  // out: dense rows of whole registers; rows: dense
+  const Matrix* bias;        // null: 0
+
+  template <int bytes>
+  MOE_EXT_INLINE void run(Panel& memory) const {
+    using Lanes = Vector<float, bytes>;
+    constexpr int64_t kLanes = bytes / sizeof(float);
+    const int64_t width = parts(rows.rows, kLanes) * kLanes, depth = rows.columns;
+    const Matrix panel = memory.get(ScalarType::Float, depth + kLanes, width);
+    const Matrix turned = panel.row_range(0, depth), sums = panel.row_range(depth, panel.rows);
+    // Zeros, not old numbers: subnormal ones would slow the products down.
+    if (depth % 4 != 0) std::memset(turned.data, 0, depth * width * sizeof(float));
+    for (int64_t i = 0; i < rows.rows; i += kLanes) {
+      const Matrix some = rows.row_range(i, std::min(i + kLanes, rows.rows));
+      pack<Lanes>(some, row_of<float>(turned, 0) + i, width);
+    }
+    Ahead next(weight.row_range(std::min(kLanes, weight.rows), weight.rows));
+    for (int64_t j = 0; j < weight.rows; j += kLanes) {
+      if (bias) start(sums, j);
+      const Matrix* first = bias ? &sums : nullptr;
+      const Matrix lines = weight.row_range(j, j + kLanes);
+      DirectProduct{sums, lines, turned, first, &next}.template run<bytes>();
+      pack<Lanes>(sums.column_range(0, rows.rows), row_of<float>(out, 0) + j, out.row_stride);
+    }
+  }
+
+ private:
+  MOE_EXT_INLINE void start(const Matrix& sums, int64_t j) const {
+    for (int64_t i = 0; i < sums.rows; ++i) {
+      const float number = row_of<const float>(*bias, 0)[(j + i) * bias->column_stride];
+      std::fill_n(row_of<float>(sums, i), sums.columns, number);
+    }
+  }
+};
+
+}  // namespace moe_ext
