@@ -70,11 +70,11 @@ def huge_pages(module: nn.Module) -> HugePages:
 def _collapse(address: int, size: int) -> tuple[int, int]:
     """Bytes that lie in huge pages now, and the last error or 0; page by page where all at once is
     refused, each twice: the system refuses one that it works on just then."""
-    # A heap that shrank and grew again may be several mappings, and a huge page lies in one: the
-    # same advice for all makes them one.
-    _madvise(address, size, _MADV_HUGEPAGE)
     if _madvise(address, size, _MADV_COLLAPSE) == 0:
         return size, 0
+    # A heap that shrank and grew again may be several mappings, and a huge page lies in one: the
+    # same advice for all of them lets the system join them.
+    _madvise(address, size, _MADV_HUGEPAGE)
     pages = range(address, address + size, _HUGE)
     errors = [
         _madvise(page, _HUGE, _MADV_COLLAPSE) and _madvise(page, _HUGE, _MADV_COLLAPSE)

@@ -86,7 +86,7 @@ WIDTHS += [(64, 1024), (200, 2100), (2048, 40), (300, 1024), (300, 2048)]
 # Columns that share a register, in a part of a sum and in its last one; long odd lines.
 WIDTHS += [(33, 801), (36, 1061)]
 # Whole registers of columns, and rows of which one is not.
-WIDTHS += [(48, 130)]
+WIDTHS += [(48, 130), (16, 0)]
 
 
 ANY = 1000  # rows
@@ -100,7 +100,8 @@ def orders(dtype, M, is_dense) -> tuple[int, int]:
         return (ANY, ANY) if is_dense else (6, ANY)
     if owned == "own loops" and dtype == torch.bfloat16:  # in registers
         return (max(2, min(27, M // (18 if M < 256 else 14))) if is_dense else ANY), ANY
-    if found := re.match(r"own loops, up to (\d+) rows", owned):  # an Intel CPU with AVX-512
+    # An Intel CPU with AVX-512.
+    if found := re.match(r"own loops; where .* for up to (\d+) and", owned):
         few = max(4, min(13, M // 16)) if M <= 512 else max(16, min(24, M // 48))
         return (few, ANY) if is_dense else (int(found[1]), 0)
     most, flat = ANY, ANY
@@ -171,11 +172,11 @@ def test_sums_over_very_many_rows(dtype, request):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "M"), [(7, 5), (40, 70), (130, 88), (50, 96), (21, 333)])
+@pytest.mark.parametrize(("N", "M"), [(7, 5), (40, 70), (130, 88), (50, 96), (21, 333), (48, 130)])
 def test_nan_stays_in_its_row_and_column(device, dtype, N, M):
     """Also where loops read or write beyond the last whole register of a line."""
     fresh = partial(values, dtype=dtype, device=device)
-    for n in (1, 5, 20, 70):
+    for n in (1, 5, 15, 20, 30, 70):
         plan = moe_ext.make_plan(torch.zeros(n, 1, dtype=torch.int32, device=device), 1)
         x, g, w, strided = fresh(n, M), fresh(n, N), fresh(1, N, M), fresh(1, M, N).mT
         row, line, column = n // 2, N // 2, M // 2
@@ -206,7 +207,7 @@ def test_outer_products_of_few_rows(dtype, N, M):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "M"), [(1024, 2048), (700, 3001)])
+@pytest.mark.parametrize(("N", "M"), [(1024, 2048), (700, 3001), (700, 3024)])
 def test_outer_products_that_outgrow_the_caches(dtype, N, M, request):
     """Rows that are aligned to cache lines are written around the caches."""
     if request.config.cusim:

@@ -39,11 +39,8 @@ struct BlockProduct {
   bool around = false;  // out's rows are aligned to cache lines, and written around the caches
 
   bool is_possible() const {
-    const auto is_dense = [](const Matrix& matrix) {
-      return matrix.row_stride == 1 || matrix.column_stride == 1;
-    };
-    return out.dtype == ScalarType::Float && out.column_stride == 1 && is_dense(left) &&
-           is_dense(right);
+    return out.dtype == ScalarType::Float && out.column_stride == 1 && left.is_dense() &&
+           right.is_dense();
   }
 
   template <int bytes>
@@ -61,7 +58,7 @@ struct BlockProduct {
     float* b = floats(packed_right.get(ScalarType::Float, kColumns, deepest));
     if (left.columns == 0) return start();
     const bool goes_around = around && left.columns <= kDeep;  // not what is read again
-    const int64_t apart = blocks > 8 ? 4 : blocks > 4 ? 2 : 1;
+    const int64_t steps = blocks > 8 ? 4 : blocks > 4 ? 2 : 1;
     for (int64_t k = 0; k < left.columns; k += kDeep) {
       const int64_t deep = std::min(kDeep, left.columns - k);
       const Matrix lefts = left.column_range(k, k + deep);
@@ -94,7 +91,7 @@ struct BlockProduct {
           const Block at{block_of(n), n * block, j, k == 0, goes_around};
           multiply_block<Lanes>(packed, lines, deep, at,
                                 Ahead(goes_around ? Matrix{} : block_of(n + 1)),
-                                packs_next ? next_left : next, packs_next ? 1 : apart);
+                                packs_next ? next_left : next, packs_next ? 1 : steps);
           if (lines.copy) lines = {b, kColumns, nullptr};
         }
       }
@@ -153,11 +150,12 @@ struct BlockProduct {
     return floats(*first)[of_row * first->row_stride + column * first->column_stride];
   }
 
-  // Adds to a block of out, and prefetches the block after it and what comes next of an operand.
+  // Adds to a block of out, and prefetches the block after it and, a line for so many steps, what
+  // comes next of an operand.
   template <typename Lanes>
   MOE_EXT_INLINE void multiply_block(const float* a, const Lines& lines, int64_t deep,
                                      const Block& block, const Ahead& after, Ahead& next,
-                                     int64_t apart) const {
+                                     int64_t steps) const {
     constexpr int64_t kColumns = 2 * sizeof(Lanes) / sizeof(float);
     const auto [part, row, column, starts, goes_around] = block;
     float piece[kRowsOf<Lanes> * kColumns];
@@ -178,7 +176,7 @@ struct BlockProduct {
     }
     with_count<kRowsOf<Lanes>>(part.rows, [&](auto n) __attribute__((always_inline)) {
       multiply<Lanes, n>(a, lines, deep, to, stride, is_zero, later && is_whole,
-                         goes_around && is_whole, after, next, apart);
+                         goes_around && is_whole, after, next, steps);
     });
     if (is_whole) return;
     for (int64_t i = 0; i < part.rows; ++i) {
@@ -198,7 +196,7 @@ struct BlockProduct {
   template <typename Lanes, int64_t count>
   static MOE_EXT_INLINE void multiply(const float* a, const Lines& lines, int64_t deep, float* to,
                                       int64_t stride, bool is_zero, bool later, bool goes_around,
-                                      const Ahead& after, Ahead& next, int64_t apart) {
+                                      const Ahead& after, Ahead& next, int64_t steps) {
     constexpr int64_t kWidth = sizeof(Lanes) / sizeof(float);
     Lanes sums[count][2]{};
     if (!is_zero) {
@@ -228,12 +226,12 @@ struct BlockProduct {
     int64_t k = 0;
     for (const int64_t end = std::min(deep, of_out.asks()); k < end; ++k) {
       of_out.ask();
-      if (apart == 1) of_operand.ask();
+      if (steps == 1) of_operand.ask();
       step(copy != nullptr);
     }
     if (copy) {
       for (; k < deep; ++k) {
-        if (apart == 1) of_operand.ask();
+        if (steps == 1) of_operand.ask();
         step(true);
       }
     }
@@ -244,9 +242,9 @@ struct BlockProduct {
         for (int64_t i = 0; i < n; ++i) step(false);
       }
     };
-    if (apart == 1) {
+    if (steps == 1) {
       ask_every(std::integral_constant<int64_t, 1>{});
-    } else if (apart == 2) {
+    } else if (steps == 2) {
       ask_every(std::integral_constant<int64_t, 2>{});
     } else {
       ask_every(std::integral_constant<int64_t, 4>{});

@@ -1,5 +1,5 @@
 // Products of floats where packing an operand, as block_product.h does, would take longer than it
-// saves: of few rows, or of few terms. On one thread of an x86 CPU.
+// saves: of few rows, or of few terms. On one thread of an x86 CPU with AVX-512.
 
 #pragma once
 
@@ -49,16 +49,16 @@ struct DirectProduct {
  private:
   static constexpr int64_t kMost = 3, kCached = 24 << 10;
 
-  // As many sums as fit into the registers.
-  template <typename Lanes, int64_t width>
-  static constexpr int64_t kRows = (sizeof(Lanes) == 64 ? 8 : 4) * (width == 1 ? 2 : 1);
+  // So many rows have their sums in registers.
+  template <int64_t width>
+  static constexpr int64_t kRows = width == 1 ? 16 : 8;
 
   static float* floats(const Matrix& matrix) { return row_of<float>(matrix, 0); }
 
   // `count` times `width` registers of all rows.
   template <typename Lanes, int64_t width>
   MOE_EXT_INLINE void add_columns(int64_t column, int64_t count) const {
-    constexpr int64_t kMostRows = kRows<Lanes, width>, kColumns = width * sizeof(Lanes) / 4;
+    constexpr int64_t kMostRows = kRows<width>, kColumns = width * sizeof(Lanes) / 4;
     const int64_t block = parts(left.rows, parts(left.rows, kMostRows));
     for (int64_t row = 0; row < left.rows; row += block) {
       const auto add_rows = [&](auto n) __attribute__((always_inline)) {
@@ -135,7 +135,8 @@ struct DirectProduct {
 };
 
 // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N], for few rows, by its transpose: the
-// weight is read where it lies, and a register has a number of every row. In the order of M too.
+// weight is read where it lies, and a register has a number of every row. Terms are added in the
+// order of M.
 struct TurnedProduct {
   Matrix out, rows, weight;  // out: dense rows of whole registers; rows: dense
   const Matrix* bias;        // null: 0
@@ -148,7 +149,8 @@ struct TurnedProduct {
     const Matrix panel = memory.get(ScalarType::Float, depth + kLanes, width);
     const Matrix turned = panel.row_range(0, depth), sums = panel.row_range(depth, panel.rows);
     // Zeros, not old numbers: subnormal ones would slow the products down.
-    if (depth % 4 != 0) std::memset(turned.data, 0, depth * width * sizeof(float));
+    const Matrix rest = turned.row_range(depth / 4 * 4, depth);  // not packed as whole registers
+    std::memset(rest.data, 0, rest.rows * width * sizeof(float));
     for (int64_t i = 0; i < rows.rows; i += kLanes) {
       const Matrix some = rows.row_range(i, std::min(i + kLanes, rows.rows));
       pack<Lanes>(some, row_of<float>(turned, 0) + i, width);

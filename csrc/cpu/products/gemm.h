@@ -1,6 +1,6 @@
 // One matrix product on one thread, whatever the dtype: few rows by the loops of few_*.h, floats by
-// those of block_product.h, bfloat16 by those of tile_product.h where the CPU has instructions for
-// it, else by torch's GEMM.
+// those of direct_product.h and block_product.h, bfloat16 by those of tile_product.h where the CPU
+// has instructions for it, else by torch's GEMM.
 //
 // Without instructions for a 16-bit type torch multiplies it ten to a hundred times slower than
 // float32: there operands are widened, a block that fits the cache at a time, and sums stay float32
@@ -62,10 +62,10 @@ class Gemm {
     const Matrix* first = bias ? &*bias : nullptr;
     const bool is_flat = weight.row_stride == 1 && weight.column_stride != 1;
     const bool has_loops = has_lanes(rows.dtype) && rows.column_stride == 1 &&
-                           out.column_stride == 1 && is_dense(weight);
+                           out.column_stride == 1 && weight.is_dense();
     if (has_loops && borders_.direct(is_flat, rows.rows, weight)) {
-      if (is_flat) return on_widest(DirectProduct{out, rows, weight.transposed(), first});
-      return on_widest(TurnedProduct{out, rows, weight, first}, left_);
+      if (is_flat) return on_registers<64>(DirectProduct{out, rows, weight.transposed(), first});
+      return on_registers<64>(TurnedProduct{out, rows, weight, first}, left_);
     }
     if (has_loops &&
         rows.rows <= borders_.rows(is_flat, rows.columns, weight.rows * weight.columns)) {
@@ -108,7 +108,7 @@ class Gemm {
     }
     if (borders_.direct_outer(left.rows, out, around) && right.column_stride == 1 &&
         out.column_stride == 1) {
-      return on_widest(DirectProduct{out, left.transposed(), right, nullptr});
+      return on_registers<64>(DirectProduct{out, left.transposed(), right, nullptr});
     }
     if (by_tiles(out, left.transposed(), right, nullptr)) return;
     if (widens_) {
@@ -147,7 +147,7 @@ class Gemm {
   // out = left @ right + first; false where tile_product.h does not multiply.
   bool by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const Matrix& left,
                 [[maybe_unused]] const Matrix& right, [[maybe_unused]] const Matrix* first) {
-    if (!is_dense(left) || !is_dense(right)) return false;
+    if (!left.is_dense() || !right.is_dense()) return false;
 #if defined(MOE_EXT_TILES)
     const TileProduct product{out, left, right, first};
     if (tiles_) {
@@ -163,10 +163,6 @@ class Gemm {
     }
 #endif
     return false;
-  }
-
-  static bool is_dense(const Matrix& matrix) {
-    return matrix.row_stride == 1 || matrix.column_stride == 1;
   }
 
   // sum += left^T @ right, or = where it starts. MKL adds the terms of small products one by one to
@@ -201,7 +197,8 @@ class Gemm {
   // out = left^T @ right + first, where `first` is out or nothing.
   void multiply_outer(const Matrix& out, const Matrix& left, const Matrix& right,
                       const Matrix* first, bool around = false) {
-    const BlockProduct product{out, left.transposed(), right, first, true, around};
+    const bool goes_around = around && borders_.blocks_go_around();
+    const BlockProduct product{out, left.transposed(), right, first, true, goes_around};
     if (product.is_possible() && Borders(out.dtype).blocks_outer(left.rows, out, around)) {
       return on_widest(product, packed_left_, packed_right_);
     }

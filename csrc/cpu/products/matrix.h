@@ -20,6 +20,8 @@ struct Matrix {
 
   int64_t width() const { return dtype == ScalarType::Double ? 8 : is_16bit() ? 2 : 4; }
   bool is_16bit() const { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
+  // Whether its rows or its columns are dense.
+  bool is_dense() const { return row_stride == 1 || column_stride == 1; }
   Matrix transposed() const { return {data, dtype, columns, rows, column_stride, row_stride}; }
   Matrix row_range(int64_t begin, int64_t end) const {
     return {data + begin * row_stride * width(),

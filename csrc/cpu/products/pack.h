@@ -69,8 +69,9 @@ MOE_EXT_INLINE void pack_lines(const Matrix& matrix, float* to, int64_t apart) {
   }
 }
 
-// to[k * apart + i] = matrix[i, k] for all rows i, up to the number of lanes. The other lanes are
-// written over by the next k, or have sums that nobody reads.
+// to[k * apart + i] = matrix[i, k] for all rows i, at least one and up to the number of lanes; rows
+// or columns are dense. It writes whole registers: the other lanes of one are written over by the
+// next k, or have sums that nobody reads.
 template <typename Lanes>
 MOE_EXT_INLINE void pack(const Matrix& matrix, float* to, int64_t apart) {
   constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);

@@ -154,7 +154,7 @@ class Borders {
   bool direct(bool is_flat, int64_t rows, const Matrix& weight) const {
     if (path_ != Path::kSomeBlocks || weight.rows % kLanes != 0) return false;
     if (is_flat) return rows >= 4 && rows <= 64 && weight.rows * weight.columns <= kSmallTile;
-    // A register has a number of each row.
+    // A register has a number of each row: at least five of six lanes are used.
     const int64_t lanes = parts(rows, kLanes) * kLanes;
     return rows > this->rows(false, weight.columns, 0) && rows <= 3 * kLanes &&
            6 * rows >= 5 * lanes;
@@ -187,6 +187,9 @@ class Borders {
     return right.column_stride == 1 || left.rows <= kSomeFlat || left.rows > kMany;
   }
 
+  // Whether it writes a gradient that outgrows the caches around them. (It may gain elsewhere too.)
+  bool blocks_go_around() const { return path_ == Path::kSomeBlocks; }
+
   // Whether it makes a tile of a gradient from so many rows.
   bool blocks_outer(int64_t rows, const Matrix& tile, bool around) const {
     if (path_ != Path::kSomeBlocks) return path_ == Path::kBlocks;
@@ -207,8 +210,9 @@ class Borders {
       case Path::kRegisters: return "own loops";
       case Path::kTiles: return "own loops on AMX tiles";
       case Path::kSomeBlocks:
-        return "own loops, up to " + std::to_string(kSomeFlat) +
-               " rows of an expert where a weight's columns are dense, else " + library;
+        return "own loops; where a weight's columns are dense, for up to " +
+               std::to_string(kSomeFlat) + " and more than " + std::to_string(kMany) +
+               " rows of an expert, else " + library;
       default: break;
     }
     const std::string others = path_ == Path::kWidened ? "in float32, as this CPU's torch has no " +
@@ -219,8 +223,9 @@ class Borders {
 
  private:
   static constexpr int64_t kFew = 16, kLanes = 16;
-  // Where columns are dense blocks take so many rows, and more than kMany. Rows of a weight are
-  // short; a weight or a tile has few numbers, a weight many; a gradient is made of so many rows.
+  // kSomeBlocks: rows up to which, and beyond which, blocks take weights whose columns are dense;
+  // the most columns of a weight whose rows are short; the most numbers of a small tile, and the
+  // fewest of a large one; the most rows of which blocks make a gradient.
   static constexpr int64_t kSomeFlat = 24, kMany = 176, kShort = 512, kSmallTile = 1 << 15,
                            kLarge = 1 << 18, kMostOuter = 768;
 

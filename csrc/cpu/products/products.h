@@ -105,10 +105,12 @@ inline void add_tiles(std::vector<Tile>& tiles, const std::vector<Range>& ranges
     const auto [begin, end] = ranges[e];
     // Rows are divided evenly: a rest of few rows would be multiplied by other loops.
     const int64_t count = std::max<int64_t>(1, parts(end - begin, size.rows));
-    const int64_t rows = parts(end - begin, count);
+    const auto border = [&, begin = begin, end = end](int64_t i) {
+      return begin + (end - begin) * i / count;
+    };
     for (int64_t column = 0; column < columns; column += size.columns) {
-      for (int64_t row = begin; row < end; row += rows) {
-        tiles.push_back({static_cast<int64_t>(e), row, std::min(row + rows, end), column,
+      for (int64_t i = 0; i < (begin < end ? count : 0); ++i) {
+        tiles.push_back({static_cast<int64_t>(e), border(i), border(i + 1), column,
                          std::min(column + size.columns, columns), product});
       }
     }
