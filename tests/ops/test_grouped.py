@@ -83,11 +83,8 @@ WIDTHS = [(64, 96), (5, 7), (130, 77), (1, 33), (3, 0), (9, 256), (40, 600), (6,
 WIDTHS += [(29, 603), (3, 128)]  # a panel of more than a register, fewer lines than go at once
 # Blocks of a sum, of rows, of columns; lines whose addresses collide.
 WIDTHS += [(64, 1024), (200, 2100), (2048, 40), (300, 1024), (300, 2048)]
-# Columns that share a register, in a part of a sum and in its last one; long odd lines.
-WIDTHS += [(33, 801), (36, 1061)]
-# Whole registers of columns, and rows of which one is not.
-WIDTHS += [(48, 130), (16, 0)]
-
+# Columns that share a register, in a part of a sum and in its last one, or none; long odd lines.
+WIDTHS += [(33, 801), (36, 1061), (48, 130), (16, 0)]
 
 ANY = 1000  # rows
 

@@ -1,4 +1,4 @@
-// What comes next of a matrix, asked for ahead of its use.
+// Loops ask for the memory of a matrix before they use it.
 
 #pragma once
 

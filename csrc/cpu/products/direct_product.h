@@ -1,5 +1,5 @@
-// Products of floats where packing an operand, as block_product.h does, would take longer than it
-// saves: of few rows, or of few terms. On one thread of an x86 CPU with AVX-512.
+// Loops that multiply floats without packing an operand: for few rows, or few terms, packing takes
+// longer than it saves. They run on one thread of an x86 CPU with AVX-512.
 
 #pragma once
 

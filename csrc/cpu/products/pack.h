@@ -1,4 +1,4 @@
-// Rows of floats become columns: what a loop over k reads in order.
+// Packed rows of floats become columns, so that a loop over k reads memory in order.
 
 #pragma once
 

@@ -180,14 +180,15 @@ class Borders {
   }
 
   // Whether block_product.h multiplies left [n, K] by right [N, K]^T, both of floats. Where columns
-  // are dense MKL is up to a tenth faster for some numbers of rows. If an expert has several tiles
-  // of rows, each has more than kMany, so the same loops multiply all.
+  // are dense MKL is up to a quarter faster for some numbers of rows. If an expert has several
+  // tiles of rows, each has more than kMany, so the same loops multiply all.
   bool blocks(const Matrix& left, const Matrix& right) const {
     if (path_ != Path::kSomeBlocks) return path_ == Path::kBlocks;
     return right.column_stride == 1 || left.rows <= kSomeFlat || left.rows > kMany;
   }
 
-  // Whether it writes a gradient that outgrows the caches around them. (It may gain elsewhere too.)
+  // Whether it writes a gradient that outgrows the caches around them: other CPUs were not
+  // measured.
   bool blocks_go_around() const { return path_ == Path::kSomeBlocks; }
 
   // Whether it makes a tile of a gradient from so many rows.

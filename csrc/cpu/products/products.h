@@ -104,12 +104,12 @@ inline void add_tiles(std::vector<Tile>& tiles, const std::vector<Range>& ranges
   for (size_t e = 0; e < ranges.size(); ++e) {
     const auto [begin, end] = ranges[e];
     // Rows are divided evenly: a rest of few rows would be multiplied by other loops.
-    const int64_t count = std::max<int64_t>(1, parts(end - begin, size.rows));
+    const int64_t count = parts(end - begin, size.rows);
     const auto border = [&, begin = begin, end = end](int64_t i) {
       return begin + (end - begin) * i / count;
     };
     for (int64_t column = 0; column < columns; column += size.columns) {
-      for (int64_t i = 0; i < (begin < end ? count : 0); ++i) {
+      for (int64_t i = 0; i < count; ++i) {
         tiles.push_back({static_cast<int64_t>(e), border(i), border(i + 1), column,
                          std::min(column + size.columns, columns), product});
       }
