@@ -236,7 +236,8 @@ class Layer(nn.Module):
         if self.observer is not None:
             self.observer(plan, outcome.aux(), routing, used_token)
         out = self._routed(tokens, plan, weights)
-        return as_dtype(out, hidden.dtype).view_as(hidden), outcome
+        out = as_dtype(out, hidden.dtype)
+        return out if hidden.dim() == 2 else out.view_as(hidden), outcome
 
     def _route(
         self, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None

@@ -39,23 +39,33 @@ class FeedForward(Operator):
         rule = ctx.activation, ctx.score_before_experts, ctx.capacity
         needs = ctx.needs_input_grad
         needs_tokens, needs_up, needs_down = needs[0], needs[6] or needs[8], needs[7] or needs[9]
-        grads: dict[int, Any] = dict.fromkeys(range(10))
+        by_operand = [None] * 6
         if grad is not None:
             if not ctx.keeps:
                 pre_activation = composed.project_up(run, tokens, up, up_bias, routes, groups)
-            found = FeedForwardBackward.call(
+            by_operand = FeedForwardBackward.call(
                 *(grad, tokens, pre_activation, *tensors[1:]),
                 *(*rule, needs_tokens, needs_up, needs_down),
             )
-            grads |= zip((0, 6, 7, 8, 9, 5), found, strict=True)
         if grad_pre_activation is not None and ctx.keeps:
             found = composed.project_up_backward(
                 *(run, grad_pre_activation, tokens, up, up_bias, routes, groups),
                 *(needs_tokens, needs_up),
             )
-            for i, more in zip((0, 6, 8), found, strict=True):
-                grads[i] = more if grads[i] is None else grads[i] + more
-        return *(grads[i] if needs[i] else None for i in range(10)), None, None, None, None
+            by_operand = list(by_operand)
+            for i, more in zip((0, 1, 3), found, strict=True):
+                by_operand[i] = more if by_operand[i] is None else by_operand[i] + more
+        of_tokens, of_up, of_down, of_up_bias, of_down_bias, of_weights = by_operand
+        return (
+            of_tokens if needs[0] else None,
+            *(None, None, None, None),
+            of_weights if needs[5] else None,
+            of_up if needs[6] else None,
+            of_down if needs[7] else None,
+            of_up_bias if needs[8] else None,
+            of_down_bias if needs[9] else None,
+            *(None, None, None, None),
+        )
 
 
 class FeedForwardBackward(Operator):

@@ -64,7 +64,7 @@ def make_plan(
     Raises:
         RuntimeError: an argument breaks this contract
     """
-    slots, sources, offsets, load = torch.ops.moe_ext.plan(
+    slots, sources, offsets, load = torch.ops.moe_ext.plan.default(
         expert_ids, priority, num_experts, capacity, order, align
     )
     return Plan(slots, sources, offsets, load, expert_ids, num_experts, capacity)

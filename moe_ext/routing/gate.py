@@ -15,7 +15,7 @@ from ..ops.functional import has_autocast
 from ..ops.registry import is_exporting
 from . import choice_scores
 from .route import Routing, route
-from .routers import LinearRouter, Tensors, WideProduct, is_wide_product, logits_of
+from .routers import LinearRouter, WideProduct, dtype_of_logits, is_wide_product, logits_of
 from .rule import Rule
 
 
@@ -243,18 +243,16 @@ class Gate(nn.Module):
         if rule.noise != "Jitter" and is_wide_product(self.wg, tokens):
             logits, dtype = WideProduct.call(tokens, self.wg.weight), torch.float32
         else:
-            tensors = Tensors.of(self.wg)
-            dtypes = {tokens.dtype, *(p.dtype for p in tensors.parameters.values())}
-            dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+            dtype = dtype_of_logits(self.wg, tokens)
             tokens = checks.as_dtype(tokens, dtype)
             if rule.noise == "Jitter":
                 size = rule.noise_scale
                 tokens = tokens * choice_scores.uniform(tokens, 1 - size, 1 + size)
             if has_autocast(tokens.device):
                 with torch.autocast(tokens.device.type, enabled=False):
-                    logits = logits_of(self.wg, tensors, tokens)
+                    logits = logits_of(self.wg, tokens)
             else:
-                logits = logits_of(self.wg, tensors, tokens)
+                logits = logits_of(self.wg, tokens)
         shape = (num_tokens, self.num_experts)
         if not isinstance(logits, Tensor) or logits.shape != shape:
             raise RuntimeError(

@@ -18,6 +18,8 @@ from . import losses
 
 DROP_POLICIES = get_args(DropPolicy)
 NORMALIZE = get_args(Normalize)
+_CHECK = checks.Check("route")
+_LOGITS = ("T", None), ("E", None)
 
 
 class Routing(NamedTuple):
@@ -89,10 +91,10 @@ def route(
     Raises:
         RuntimeError: an argument breaks this contract
     """
-    check = checks.Check("route")
+    check = _CHECK
     check.one_of("normalize", normalize, NORMALIZE)
     check.one_of("drop_policy", drop_policy, DROP_POLICIES)
-    check.shape("logits", logits, [("T", None), ("E", None)])
+    check.shape("logits", logits, _LOGITS)
     try:
         k = operator.index(k)
     except TypeError:

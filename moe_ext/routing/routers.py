@@ -117,9 +117,16 @@ def _once(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return dict(first.values())
 
 
-def _casts_itself(router: nn.Module) -> bool:
-    own = LinearRouter, CosineRouter
-    return isinstance(router, own) and type(router).forward in [kind.forward for kind in own]
+_CAST_THEMSELVES = LinearRouter.forward, CosineRouter.forward
+
+
+def dtype_of_logits(router: nn.Module, tokens: Tensor) -> torch.dtype:
+    """float64 where the tokens or a parameter are, else float32."""
+    parameters = router.parameters() if router._modules else router._parameters.values()
+    for tensor in (tokens, *parameters):
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 class WideProduct(Operator):
@@ -176,14 +183,14 @@ def _has_wide_product(tokens: Tensor) -> bool:
     return tokens.dtype != torch.float16 or not matmul.allow_fp16_accumulation
 
 
-def logits_of(router: nn.Module, tensors: Tensors, tokens: Tensor) -> Tensor:
+def logits_of(router: nn.Module, tokens: Tensor) -> Tensor:
     """Run a router with its weights in the dtype of the tokens.
 
     Raises RuntimeError where weights that must be cast before the call come with the call.
     """
-    if _casts_itself(router):
+    if type(router).forward in _CAST_THEMSELVES:
         return router(tokens)
-    parameters, buffers = tensors
+    parameters, buffers = Tensors.of(router)
     other = {
         name: value.to(tokens.dtype)
         for name, value in (*parameters.items(), *buffers.items())

@@ -1,17 +1,8 @@
-// Loops that multiply floats without packing an operand: for few rows, or few terms, packing takes
-// longer than it saves. They run on one thread of an x86 CPU with AVX-512.
-
-#pragma once
-
-#include <algorithm>
-
-#include "ahead.h"
-#include "lanes.h"
-#include "pack.h"
-
-namespace moe_ext {
-
-// out [n, N] = left [n, K] @ right [K, N] + first, both read where they lie:
+// out [n, N] = left [n, K] @ right [K, N] + first [1, N] of floats, without packing an operand: for
+// few rows, or few terms, packing takes longer than it saves. One thread of an x86 CPU with
+// AVX-512.
+//
+// Both are read where they lie:
 //
 //               3 registers
 //             ┌─────────────┐ right            for each k load them,
@@ -21,10 +12,18 @@ namespace moe_ext {
 //         └─┘ └─────────────┘
 //
 // The terms of a sum are added in the order of k, whatever the number of rows and columns.
+
+#pragma once
+
+#include <algorithm>
+
+#include "lanes.h"
+
+namespace moe_ext {
+
 struct DirectProduct {
   Matrix out, left, right;  // out and right: dense rows of whole registers; left: any strides
-  const Matrix* first;      // one row for all of out's, or out itself; null: 0
-  Ahead* ahead = nullptr;   // what to ask for, instead of the next columns of right
+  const Matrix* first;      // one row for all of out's; null: 0
 
   template <int bytes>
   MOE_EXT_INLINE void run() const {
@@ -75,13 +74,11 @@ struct DirectProduct {
     Lanes sums[count][width]{};
     float* to = floats(out) + row * out.row_stride + column;
     if (first) {
-      const bool is_out = first->data == out.data;
-      const float* from = is_out ? to : floats(*first) + column;
-      const int64_t apart = is_out ? out.row_stride : 0;
+      const float* from = floats(*first) + column;
 #pragma GCC unroll 16
       for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 3
-        for (int64_t p = 0; p < width; ++p) load(sums[i][p], from + i * apart + p * kLanes);
+        for (int64_t p = 0; p < width; ++p) load(sums[i][p], from + p * kLanes);
       }
     }
     const int64_t apart = left.row_stride, next_a = left.column_stride, next_b = right.row_stride;
@@ -92,12 +89,12 @@ struct DirectProduct {
     if (count > 8) asm("" : "+r"(more));
 #endif
     const float* b = floats(right) + column;
-    const auto step = [&](bool asks) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < left.columns; ++k) {
       Lanes line[width];
 #pragma GCC unroll 3
       for (int64_t p = 0; p < width; ++p) {
         load(line[p], b + p * kLanes);
-        if (asks) __builtin_prefetch(b + (width + p) * kLanes);
+        __builtin_prefetch(b + (width + p) * kLanes);
       }
 #pragma GCC unroll 16
       for (int64_t i = 0; i < count; ++i) {
@@ -114,62 +111,11 @@ struct DirectProduct {
       a += next_a;
       if (count > 8) more += next_a;
       b += next_b;
-    };
-    int64_t k = 0;
-    if (ahead) {
-      Ahead next = *ahead;  // a copy, which may stay in registers
-      for (constexpr int64_t kAtOnce = 16 / count; k + kAtOnce <= left.columns; k += kAtOnce) {
-        next.ask();
-#pragma GCC unroll 2
-        for (int64_t i = 0; i < kAtOnce; ++i) step(false);
-      }
-      *ahead = next;
     }
-    for (; k < left.columns; ++k) step(true);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 3
       for (int64_t p = 0; p < width; ++p) store(sums[i][p], to + i * out.row_stride + p * kLanes);
-    }
-  }
-};
-
-// out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N], for few rows, by its transpose: the
-// weight is read where it lies, and a register has a number of every row. Terms are added in the
-// order of M.
-struct TurnedProduct {
-  Matrix out, rows, weight;  // out: dense rows of whole registers; rows: dense
-  const Matrix* bias;        // null: 0
-
-  template <int bytes>
-  MOE_EXT_INLINE void run(Panel& memory) const {
-    using Lanes = Vector<float, bytes>;
-    constexpr int64_t kLanes = bytes / sizeof(float);
-    const int64_t width = parts(rows.rows, kLanes) * kLanes, depth = rows.columns;
-    const Matrix panel = memory.get(ScalarType::Float, depth + kLanes, width);
-    const Matrix turned = panel.row_range(0, depth), sums = panel.row_range(depth, panel.rows);
-    // Zeros, not old numbers: subnormal ones would slow the products down.
-    const Matrix rest = turned.row_range(depth / 4 * 4, depth);  // not packed as whole registers
-    std::memset(rest.data, 0, rest.rows * width * sizeof(float));
-    for (int64_t i = 0; i < rows.rows; i += kLanes) {
-      const Matrix some = rows.row_range(i, std::min(i + kLanes, rows.rows));
-      pack<Lanes>(some, row_of<float>(turned, 0) + i, width);
-    }
-    Ahead next(weight.row_range(std::min(kLanes, weight.rows), weight.rows));
-    for (int64_t j = 0; j < weight.rows; j += kLanes) {
-      if (bias) start(sums, j);
-      const Matrix* first = bias ? &sums : nullptr;
-      const Matrix lines = weight.row_range(j, j + kLanes);
-      DirectProduct{sums, lines, turned, first, &next}.template run<bytes>();
-      pack<Lanes>(sums.column_range(0, rows.rows), row_of<float>(out, 0) + j, out.row_stride);
-    }
-  }
-
- private:
-  MOE_EXT_INLINE void start(const Matrix& sums, int64_t j) const {
-    for (int64_t i = 0; i < sums.rows; ++i) {
-      const float number = row_of<const float>(*bias, 0)[(j + i) * bias->column_stride];
-      std::fill_n(row_of<float>(sums, i), sums.columns, number);
     }
   }
 };

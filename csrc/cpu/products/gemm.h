@@ -1,6 +1,6 @@
 // One matrix product on one thread, whatever the dtype: few rows by the loops of few_*.h, floats by
-// those of direct_product.h and block_product.h, bfloat16 by those of tile_product.h where the CPU
-// has instructions for it, else by torch's GEMM.
+// those of direct_product.h, quad_product.h and block_product.h, bfloat16 by those of
+// tile_product.h where the CPU has instructions for it, else by torch's GEMM.
 //
 // Without instructions for a 16-bit type torch multiplies it ten to a hundred times slower than
 // float32: there operands are widened, a block that fits the cache at a time, and sums stay float32
@@ -18,6 +18,7 @@
 #include "few_rows.h"
 #include "few_rows_flat.h"
 #include "paths.h"
+#include "quad_product.h"
 #include "tile_product.h"
 
 namespace moe_ext {
@@ -63,9 +64,11 @@ class Gemm {
     const bool is_flat = weight.row_stride == 1 && weight.column_stride != 1;
     const bool has_loops = has_lanes(rows.dtype) && rows.column_stride == 1 &&
                            out.column_stride == 1 && weight.is_dense();
-    if (has_loops && borders_.direct(is_flat, rows.rows, weight)) {
-      if (is_flat) return on_registers<64>(DirectProduct{out, rows, weight.transposed(), first});
-      return on_registers<64>(TurnedProduct{out, rows, weight, first}, left_);
+    if (has_loops && is_flat && borders_.direct(rows.rows, weight)) {
+      return on_registers<64>(DirectProduct{out, rows, weight.transposed(), first});
+    }
+    if (has_loops && !is_flat && borders_.quad(rows.rows, weight)) {
+      return by_fours(out, rows, weight, first);
     }
     if (has_loops &&
         rows.rows <= borders_.rows(is_flat, rows.columns, weight.rows * weight.columns)) {
@@ -143,6 +146,20 @@ class Gemm {
 
   // Whether tile_product.h multiplies.
   bool has_pairs() const { return is_tiled() || borders_.path() == Path::kRegisters; }
+
+  // QuadProduct, also of fewer columns than it takes.
+  void by_fours(const Matrix& out, const Matrix& rows, const Matrix& weight, const Matrix* bias) {
+    constexpr int64_t kLeast = QuadProduct::kLeastColumns;
+    if (weight.rows >= kLeast) {
+      return on_registers<64>(QuadProduct{out, rows, weight, bias}, left_);
+    }
+    const Matrix result = out_.get(out.dtype, rows.rows, kLeast);
+    const Matrix lines = right_.copy_of(weight, weight.dtype, kLeast);
+    std::optional<Matrix> more;
+    if (bias) more = bias_.copy_of(bias->transposed(), bias->dtype, kLeast).transposed();
+    on_registers<64>(QuadProduct{result, rows, lines, more ? &*more : nullptr}, left_);
+    copy(out, result.column_range(0, out.columns));
+  }
 
   // out = left @ right + first; false where tile_product.h does not multiply.
   bool by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const Matrix& left,

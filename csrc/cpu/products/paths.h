@@ -125,12 +125,11 @@ class Borders {
         return is_flat ? std::clamp<int64_t>(columns / 4, 48, 96)
                        : std::clamp<int64_t>(columns / (columns < 256 ? 18 : 14), 2, 27);
       // Seen on an Emerald Rapids. Flat weights that come from the last cache have more few rows.
-      // Where rows are dense direct_product.h is faster from 14 rows on, but for long ones.
+      // Where rows are dense quad_product.h is faster, but for few of them that are long.
       case Path::kSomeBlocks:
         if (is_flat && numbers >= kLarge) return 2 * kFew;
         if (is_flat) return std::clamp<int64_t>(columns / 16, 12, kFew);
-        return columns <= kShort ? std::min<int64_t>(lines(columns), 13)
-                                 : std::clamp<int64_t>(columns / 48, kFew, 24);
+        return std::min(std::max(std::min<int64_t>(columns / 64, 6), columns / 128), kFew);
       case Path::kBlocks:
         return is_flat ? kFew : std::min<int64_t>(lines(columns), register_bytes() == 64 ? 22 : 10);
       default: return is_flat ? kFew : lines(columns);
@@ -149,18 +148,21 @@ class Borders {
     return register_bytes() == 64 ? 64 : 24;
   }
 
-  // Whether direct_product.h multiplies so many rows by a weight [N, M]. (Seen on an Emerald
+  // Whether direct_product.h multiplies so many rows by a flat weight [N, M]. (Seen on an Emerald
   // Rapids; so are the borders of gradients on Intel's CPUs.)
-  bool direct(bool is_flat, int64_t rows, const Matrix& weight) const {
-    if (path_ != Path::kSomeBlocks || weight.rows % kLanes != 0) return false;
-    if (is_flat) return rows >= 4 && rows <= 64 && weight.rows * weight.columns <= kSmallTile;
-    // A register has a number of each row: at least five of six lanes are used.
-    const int64_t lanes = parts(rows, kLanes) * kLanes;
-    return rows > this->rows(false, weight.columns, 0) && rows <= 3 * kLanes &&
-           6 * rows >= 5 * lanes;
+  bool direct(int64_t rows, const Matrix& weight) const {
+    return path_ == Path::kSomeBlocks && weight.rows % kLanes == 0 && rows >= 4 && rows <= 64 &&
+           weight.rows * weight.columns <= kSmallTile;
   }
 
-  // Whether it makes a tile of a gradient from so many rows.
+  // Whether quad_product.h multiplies so many rows by a weight [N, M] whose rows are dense.
+  bool quad(int64_t rows, const Matrix& weight) const {
+    const int64_t columns = weight.columns;
+    return path_ == Path::kSomeBlocks && rows > this->rows(false, columns, 0) &&
+           rows <= std::min(columns, kMostQuad) && rows * columns < kLarge / 2;
+  }
+
+  // Whether direct_product.h makes a tile of a gradient from so many rows.
   bool direct_outer(int64_t rows, const Matrix& tile, bool around) const {
     return path_ == Path::kSomeBlocks && !around && tile.columns % kLanes == 0 && rows <= 48;
   }
@@ -227,8 +229,8 @@ class Borders {
   // kSomeBlocks: rows up to which, and beyond which, blocks take weights whose columns are dense;
   // the most columns of a weight whose rows are short; the most numbers of a small tile, and the
   // fewest of a large one; the most rows of which blocks make a gradient.
-  static constexpr int64_t kSomeFlat = 24, kMany = 176, kShort = 512, kSmallTile = 1 << 15,
-                           kLarge = 1 << 18, kMostOuter = 768;
+  static constexpr int64_t kSomeFlat = 24, kMany = 176, kSmallTile = 1 << 15, kLarge = 1 << 18,
+                           kMostQuad = 64, kMostOuter = 768;
 
   bool has_blocks() const { return path_ == Path::kBlocks || path_ == Path::kSomeBlocks; }
 
