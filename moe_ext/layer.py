@@ -225,8 +225,11 @@ class Layer(nn.Module):
         if not isinstance(hidden, Tensor) or hidden.dim() == 0:
             got = "[]" if isinstance(hidden, Tensor) else type(hidden).__name__
             raise RuntimeError(f"{type(self).__name__}: hidden must be [..., H], got {got}")
-        # Also of [T, H]: the gradients of gate and experts meet here, before others of hidden join.
-        tokens = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
+        is_flat = hidden.dim() == 2
+        if is_flat:  # a view: the gradients of gate and experts meet before others of hidden join
+            tokens = hidden.view_as(hidden)
+        else:
+            tokens = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
         plan, weights, outcome, routing = self._route(tokens, used_token, expert_ids)
         if plan.num_experts != self.num_experts:
             raise RuntimeError(
@@ -237,7 +240,7 @@ class Layer(nn.Module):
             self.observer(plan, outcome.aux(), routing, used_token)
         out = self._routed(tokens, plan, weights)
         out = as_dtype(out, hidden.dtype)
-        return out if hidden.dim() == 2 else out.view_as(hidden), outcome
+        return out if is_flat else out.view_as(hidden), outcome
 
     def _route(
         self, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None

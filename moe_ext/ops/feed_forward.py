@@ -39,7 +39,7 @@ class FeedForward(Operator):
         rule = ctx.activation, ctx.score_before_experts, ctx.capacity
         needs = ctx.needs_input_grad
         needs_tokens, needs_up, needs_down = needs[0], needs[6] or needs[8], needs[7] or needs[9]
-        by_operand = [None] * 6
+        by_operand: Any = (None,) * 6
         if grad is not None:
             if not ctx.keeps:
                 pre_activation = composed.project_up(run, tokens, up, up_bias, routes, groups)
