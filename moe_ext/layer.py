@@ -225,8 +225,8 @@ class Layer(nn.Module):
         if not isinstance(hidden, Tensor) or hidden.dim() == 0:
             got = "[]" if isinstance(hidden, Tensor) else type(hidden).__name__
             raise RuntimeError(f"{type(self).__name__}: hidden must be [..., H], got {got}")
-        is_flat = hidden.dim() == 2
-        if is_flat:  # a view: the gradients of gate and experts meet before others of hidden join
+        if hidden.dim() == 2:
+            # A view: the gradients of gate and experts meet here, before others of hidden join.
             tokens = hidden.view_as(hidden)
         else:
             tokens = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
@@ -240,7 +240,7 @@ class Layer(nn.Module):
             self.observer(plan, outcome.aux(), routing, used_token)
         out = self._routed(tokens, plan, weights)
         out = as_dtype(out, hidden.dtype)
-        return out if is_flat else out.view_as(hidden), outcome
+        return out if out.shape == hidden.shape else out.view_as(hidden), outcome
 
     def _route(
         self, tokens: Tensor, used_token: Tensor | None, expert_ids: Tensor | None

@@ -12,17 +12,19 @@ from .base import Experts, shape_of
 
 # torch.compile(module), checkpoint_wrapper and FSDP1 keep the module under these names, and pass
 # its attributes on.
-_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_WRAPPED = "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"
 _INSTEAD = {"gate": "wrap the layer", "experts": "wrap the layer, or call layer.experts.compile()"}
 
 
 def refuse_wrapped(part: str, module: nn.Module) -> None:
     """Raises RuntimeError for a part that is wrapped alone: the layer would bypass the wrapper."""
-    if _WRAPPED.isdisjoint(module._modules):
+    wrapped = [name for name in _WRAPPED if name in module._modules]
+    if not wrapped:
         return
-    inner = module._modules.get("_fsdp_wrapped_module")
-    if inner is not None and not isinstance(inner, Experts) and not hasattr(inner, "route"):
-        return  # the layer calls it through the wrapper
+    if wrapped[0] == "_fsdp_wrapped_module":
+        inner = module._modules[wrapped[0]]
+        if not isinstance(inner, Experts) and not hasattr(inner, "route"):
+            return  # the layer calls it through the wrapper
     raise RuntimeError(
         f"moe_ext: {part} must not be wrapped alone, got {type(module).__name__}; {_INSTEAD[part]}"
     )

@@ -287,16 +287,12 @@ def _differentiable(name: str, function: type[torch.autograd.Function]) -> Calla
 
 def run(name: str, *args):
     """Call an operator from its autograd.Function."""
+    operator = getattr(torch.ops.moe_ext, name).default
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.moe_ext, name).default(*args)
+        return operator(*args)
     # Not by way of the Function again.
     with torch._C._AutoDispatchBelowAutograd():
-        return _overload(name)(*args)
-
-
-@functools.cache
-def _overload(name: str) -> Callable:
-    return getattr(torch.ops.moe_ext, name).default
+        return operator(*args)
 
 
 def backend(name: str, device: torch.device | str) -> str:

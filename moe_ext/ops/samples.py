@@ -25,7 +25,8 @@ def arguments(
 ) -> tuple:
     """Arguments that keep the contract of an operator, as one layer with a capacity would give it.
 
-    Integers are of one plan, and equal on every device; other tensors are normal numbers.
+    Integers are of one plan, and equal on every device; other tensors are normal numbers, those of
+    a weight [E, N, M] divided by the root of M.
     """
     generator = torch.Generator().manual_seed(seed)
     accumulate = checks.accumulate_dtype(dtype)
@@ -72,7 +73,10 @@ def arguments(
             return known[argument.name].to(device)
         shape = [sizes[letter] for letter in argument.dims]
         kind = kinds.get(argument.kind, argument.kind)  # that of another argument, or its own
-        return torch.randn(shape, generator=generator, device="cpu").to(device, dtypes[kind])
+        numbers = torch.randn(shape, generator=generator, device="cpu")
+        if len(shape) == 3:  # a weight: its products are as large as what it multiplies
+            numbers /= shape[-1] ** 0.5
+        return numbers.to(device, dtypes[kind])
 
     kinds = {other.name: other.kind for other in PARSED[op].arguments}
     dtypes = {"floating": dtype, "acc": accumulate, "float32": torch.float32}

@@ -117,7 +117,8 @@ def _once(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return dict(first.values())
 
 
-_CAST_THEMSELVES = LinearRouter.forward, CosineRouter.forward
+_OWN = LinearRouter, CosineRouter
+_FORWARDS = tuple(router.forward for router in _OWN)
 
 
 def dtype_of_logits(router: nn.Module, tokens: Tensor) -> torch.dtype:
@@ -188,8 +189,8 @@ def logits_of(router: nn.Module, tokens: Tensor) -> Tensor:
 
     Raises RuntimeError where weights that must be cast before the call come with the call.
     """
-    if type(router).forward in _CAST_THEMSELVES:
-        return router(tokens)
+    if isinstance(router, _OWN) and type(router).forward in _FORWARDS:
+        return router(tokens)  # which casts them itself
     parameters, buffers = Tensors.of(router)
     other = {
         name: value.to(tokens.dtype)

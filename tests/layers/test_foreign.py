@@ -253,6 +253,13 @@ def test_an_expert_that_returns_another_shape_is_an_error(function, got):
         MoE(H, Apply(function), E)(torch.randn(S, H))
 
 
+def test_padded_experts_may_be_scripted():
+    gate, experts, x = TopKGate(H, E).eval(), nn.Linear(H, H), torch.randn(30, H)
+    expected = MOELayer(gate, experts, num_local_experts=E)(x)
+    scripted = torch.jit.script(experts)
+    assert torch.equal(MOELayer(gate, scripted, num_local_experts=E)(x), expected)
+
+
 @pytest.mark.parametrize("function", [lambda x: x.transpose(1, 2), lambda x: x[:, :1]])
 def test_padded_experts_that_return_another_shape_are_an_error(function):
     layer = MOELayer(TopKGate(H, E), Apply(function), num_local_experts=E)

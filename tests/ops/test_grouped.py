@@ -88,7 +88,7 @@ WIDTHS += [(29, 603), (3, 128)]  # a panel of more than a register, fewer lines 
 # Blocks of a sum, of rows, of columns; lines whose addresses collide.
 WIDTHS += [(64, 1024), (200, 2100), (2048, 40), (300, 1024), (300, 2048)]
 # Columns that share a register, in a part of a sum and in its last one, or none; long odd lines.
-WIDTHS += [(33, 801), (36, 1061), (48, 130), (16, 0)]
+WIDTHS += [(33, 801), (36, 1061), (48, 130), (16, 0), (20, 3)]
 
 ANY = 1000  # rows
 
@@ -122,13 +122,14 @@ def test_rows_have_the_results_that_they_have_beside_others(dtype, N, M, request
     if request.config.cusim:  # whose products take long: more rows than a tile of 64, of 128
         numbers, all_rows = (1, 2, 17, 49, 65), 130
     w, strided = values(2, N, M, dtype=dtype), values(2, M, N, dtype=dtype).mT
+    apart = values(2, N, M + 3, dtype=dtype)[..., :M]
     bias, many = values(2, N, dtype=dtype), values(all_rows, M, dtype=dtype)
 
     def product(n, weights, b):
         plan = moe_ext.make_plan(torch.ones(n, 1, dtype=torch.int32), 2)
         return assert_product(many[:n], weights, b, plan, rounding(dtype, M + 1))
 
-    for weights, b in itertools.product((w, strided), (None, bias)):
+    for weights, b in [*itertools.product((w, strided), (None, bias)), (apart, bias)]:
         borders = orders(dtype, M, weights.stride(2) == 1)
         of_most = [product(max(1, min(most, all_rows)), weights, b) for most in borders]
         for n in numbers:

@@ -2,8 +2,6 @@
 // few rows, or few terms, packing takes longer than it saves. One thread of an x86 CPU with
 // AVX-512.
 //
-// Both are read where they lie:
-//
 //               3 registers
 //             ┌─────────────┐ right            for each k load them,
 //             └─────────────┘                  and for each of kRows rows

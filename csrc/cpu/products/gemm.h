@@ -147,7 +147,8 @@ class Gemm {
   // Whether tile_product.h multiplies.
   bool has_pairs() const { return is_tiled() || borders_.path() == Path::kRegisters; }
 
-  // QuadProduct, also of fewer columns than it takes.
+  // QuadProduct takes no fewer than kLeastColumns: a smaller weight gets lines of zeros, lest its
+  // sums have another order.
   void by_fours(const Matrix& out, const Matrix& rows, const Matrix& weight, const Matrix* bias) {
     constexpr int64_t kLeast = QuadProduct::kLeastColumns;
     if (weight.rows >= kLeast) {

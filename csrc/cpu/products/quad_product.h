@@ -1,8 +1,8 @@
 // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N] of floats, for up to some dozens of
 // rows, where the rows of the weight are dense. One thread of an x86 CPU with AVX-512.
 //
-// The weight is read where it lies, four numbers of a line at a time, which are spread over a
-// register. The rows are packed four at a time, so that a register has four numbers of each:
+// Four numbers of a line of the weight at a time are spread over a register, from the weight's own
+// memory. The rows are packed four at a time, so that a register has four numbers of each:
 //
 //    row 0 │ a b c d ┐                            w x y z │ a line of the weight
 //    row 1 │ e f g h │  a b c d e f g h i j k l m n o p
@@ -95,7 +95,9 @@ struct QuadProduct {
     Lanes sums[width][count]{};
     const float* line = row_of<const float>(weight, column);
     const int64_t stride = weight.row_stride;
-    const char* next = reinterpret_cast<const char*>(line + width * stride);
+    // The loop asks for as many lines as it reads, those that follow in memory: beyond the weight's
+    // last ones these need not be memory of ours.
+    auto next = reinterpret_cast<uintptr_t>(line) + width * stride * sizeof(float);
     const auto add_fours = [&](const float* fours, int64_t apart) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int64_t c = 0; c < width; ++c) {
@@ -108,10 +110,10 @@ struct QuadProduct {
     };
     for (int64_t v = 0; v < rows.columns / kFour; ++v, line += kFour) {
       add_fours(line, stride);
-      // As much of the lines that follow in memory.
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < width / kFour; ++i) __builtin_prefetch(next + i * kLine);
-      next += width / kFour * kLine;
+      for (int64_t i = 0; i < width / kFour; ++i, next += kLine) {
+        __builtin_prefetch(reinterpret_cast<const void*>(next));
+      }
     }
     if (const int64_t rest = rows.columns % kFour) {
       float last[width][kFour]{};
@@ -138,11 +140,11 @@ struct QuadProduct {
   static MOE_EXT_INLINE void spread(Lanes& all, const float* four) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)
     if constexpr (sizeof(Lanes) == 64) {
-      Lanes spread;
+      Lanes whole;
       asm("vbroadcastf32x4 %1, %0"
-          : "=v"(spread)
+          : "=v"(whole)
           : "m"(*reinterpret_cast<const float (*)[kFour]>(four)));
-      all = spread;
+      all = whole;
       return;
     }
 #endif
