@@ -18,16 +18,16 @@ _INSTEAD = {"gate": "wrap the layer", "experts": "wrap the layer, or call layer.
 
 def refuse_wrapped(part: str, module: nn.Module) -> None:
     """Raises RuntimeError for a part that is wrapped alone: the layer would bypass the wrapper."""
-    wrapped = [name for name in _WRAPPED if name in module._modules]
-    if not wrapped:
-        return
-    if wrapped[0] == "_fsdp_wrapped_module":
-        inner = module._modules[wrapped[0]]
+    wrapped = next((name for name in _WRAPPED if name in module._modules), None)
+    if wrapped == "_fsdp_wrapped_module":
+        inner = module._modules[wrapped]
         if not isinstance(inner, Experts) and not hasattr(inner, "route"):
             return  # the layer calls it through the wrapper
-    raise RuntimeError(
-        f"moe_ext: {part} must not be wrapped alone, got {type(module).__name__}; {_INSTEAD[part]}"
-    )
+    if wrapped is not None:
+        raise RuntimeError(
+            f"moe_ext: {part} must not be wrapped alone, got {type(module).__name__}; "
+            f"{_INSTEAD[part]}"
+        )
 
 
 def routed(experts: nn.Module, tokens: Tensor, plan: Plan, weights: Tensor) -> Tensor:

@@ -91,14 +91,13 @@ def route(
     Raises:
         RuntimeError: an argument breaks this contract
     """
-    check = _CHECK
-    check.one_of("normalize", normalize, NORMALIZE)
-    check.one_of("drop_policy", drop_policy, DROP_POLICIES)
-    check.shape("logits", logits, _LOGITS)
+    _CHECK.one_of("normalize", normalize, NORMALIZE)
+    _CHECK.one_of("drop_policy", drop_policy, DROP_POLICIES)
+    _CHECK.shape("logits", logits, _LOGITS)
     try:
         k = operator.index(k)
     except TypeError:
-        check.fail(f"k must be an integer, got {k!r}")
+        _CHECK.fail(f"k must be an integer, got {k!r}")
     masks = not (capacity is None and used_token is None and expert_ids is None)
     # The gate divides at once where nothing comes between. Probabilities that another score chose
     # may vanish: mask_weights treats those, below.
@@ -131,7 +130,7 @@ def route(
     if aux_loss is not None:
         l_aux = aux_loss(routing)
         if not isinstance(l_aux, Tensor) or l_aux.dim() != 0:
-            check.fail(f"aux_loss must return a tensor [], got {checks.shape_of(l_aux)}")
+            _CHECK.fail(f"aux_loss must return a tensor [], got {checks.shape_of(l_aux)}")
     elif scoring != "softmax":
         importance = losses.shares(choice.probs).sum(dim=0)
         l_aux = _balance(importance, plan.load, plan.expert_ids)
@@ -153,9 +152,8 @@ def _recorded(
 ) -> Choice:
     """`gate` for a given choice."""
     T, E = logits.shape
-    check = checks.Check("route")
-    check.shape("expert_ids", expert_ids, [("T", T), ("K", k)])
-    check.dtype("expert_ids", expert_ids, torch.int32)
+    _CHECK.shape("expert_ids", expert_ids, [("T", T), ("K", k)])
+    _CHECK.dtype("expert_ids", expert_ids, torch.int32)
     if expert_ids.device.type != "cpu":
         # As in a plan, which raises on the CPU.
         expert_ids = torch.where(expert_ids < E, expert_ids, -1)

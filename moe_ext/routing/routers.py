@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,18 +93,12 @@ class CosineRouter(nn.Module):
         return F.linear(projected, directions) * scale
 
 
-class Tensors(NamedTuple):
-    """The tensors of a router, by name."""
-
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, router: nn.Module) -> Tensors:
-        if router._modules:
-            return cls(dict(router.named_parameters()), dict(router.named_buffers()))
-        # The same of a module without others, as an nn.Linear, in a tenth of the time.
-        return cls(_once(router._parameters), _once(router._buffers))
+def _tensors_of(router: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and buffers, by name."""
+    if router._modules:
+        return dict(router.named_parameters()), dict(router.named_buffers())
+    # The same of a module without others, as an nn.Linear, in a tenth of the time.
+    return _once(router._parameters), _once(router._buffers)
 
 
 def _once(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -123,6 +116,7 @@ _FORWARDS = tuple(router.forward for router in _OWN)
 
 def dtype_of_logits(router: nn.Module, tokens: Tensor) -> torch.dtype:
     """float64 where the tokens or a parameter are, else float32."""
+    # To look for modules in a module without any takes longer than the rest.
     parameters = router.parameters() if router._modules else router._parameters.values()
     for tensor in (tokens, *parameters):
         if tensor is not None and tensor.dtype == torch.float64:
@@ -191,7 +185,7 @@ def logits_of(router: nn.Module, tokens: Tensor) -> Tensor:
     """
     if isinstance(router, _OWN) and type(router).forward in _FORWARDS:
         return router(tokens)  # which casts them itself
-    parameters, buffers = Tensors.of(router)
+    parameters, buffers = _tensors_of(router)
     other = {
         name: value.to(tokens.dtype)
         for name, value in (*parameters.items(), *buffers.items())

@@ -156,7 +156,7 @@ class Borders {
   }
 
   // Whether quad_product.h multiplies so many rows by a weight [N, M] whose rows are dense. Blocks
-  // are up to 6 % faster for 56 and 64 rows of 1,024 numbers. (Emerald Rapids.)
+  // are up to 7 % faster for 56 and 64 rows of 1,024 numbers. (Emerald Rapids.)
   bool quad(int64_t rows, const Matrix& weight) const {
     const int64_t columns = weight.columns;
     return path_ == Path::kSomeBlocks && rows > this->rows(false, columns, 0) &&

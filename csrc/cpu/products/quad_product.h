@@ -82,8 +82,9 @@ struct QuadProduct {
       }
       if (rest == 0) continue;
       float last[kRows<Lanes>][kFour]{};
-      for (int64_t i = 0; i < kRows<Lanes>; ++i)
+      for (int64_t i = 0; i < kRows<Lanes>; ++i) {
         std::copy_n(lines[i] + full * kFour, rest, last[i]);
+      }
       pack_fours(full, [&](int64_t i) __attribute__((always_inline)) { return last[i]; });
     }
   }
