@@ -23,7 +23,7 @@ import layer_peers
 import torch
 from common import keep, parser, positive, relative_error, require, setting
 from report import decode_table
-from timing import clock
+from timing import clock, read
 from tqdm import tqdm
 
 import moe_ext
@@ -87,9 +87,9 @@ class Experts:
         return list(itertools.islice(timer, count))[count // 2 :]
 
     def read(self, chosen: list[int]) -> None:
-        """Add up the weights of experts, as float32 numbers whatever they are."""
+        """Read the weights of experts once, as float32 numbers whatever they are."""
         for stack, e in itertools.product(self.stacks, chosen):
-            stack[e].sum()
+            read(stack[e])
 
 
 def _start(*args) -> None:

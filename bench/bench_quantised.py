@@ -21,7 +21,7 @@ from bench_decode import SHAPES, Shape
 from common import keep, parser, positive, relative_error, require, setting
 from layer_peers import our_experts
 from report import quantised_table
-from timing import clock, compare_with
+from timing import clock, compare_with, read
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -198,14 +198,16 @@ def measure(shape: Shape, tokens: list[int], seconds: float, peers: bool = False
         quantised_peers.huge_pages()
     stack = made[OURS].gate_up_proj.view(torch.float32)
 
-    def read(_tokens: Tensor, plan: moe_ext.Plan, _weights: Tensor) -> float:
-        """Add up the chosen experts' weights once."""
-        return sum(float(stack[e].sum()) for e in plan.expert_ids.unique().tolist())
+    def read_chosen(_tokens: Tensor, plan: moe_ext.Plan, _weights: Tensor) -> float:
+        """Read the chosen experts' weights once."""
+        return sum(float(read(stack[e])) for e in plan.expert_ids.unique().tolist())
 
     results = []
     for count in tokens:
         sets = calls(shape, count)
-        timers = {name: clock(module, sets) for name, module in (made | {"reading": read}).items()}
+        timers = {
+            name: clock(module, sets) for name, module in (made | {"reading": read_chosen}).items()
+        }
         found = compare_with(OURS, timers, seconds)
         chosen = sum(len(call.plan.expert_ids.unique()) for call in sets) / len(sets)
         size = {n: bytes_of(module) / shape.num_experts for n, module in made.items()}

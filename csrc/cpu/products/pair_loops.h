@@ -33,6 +33,7 @@ class PairLoops {
   // TileLoops explains these. The first two matter little on a Zen 5.
   static constexpr int64_t kPart = 16, kPackedBytes = 1 << 19, kMostTurned = 256;
   static constexpr int64_t kReads = 1;
+  static constexpr bool kStreams = false;
   static constexpr bool kWritesRows = true;
 
   static bool joins(int64_t columns, bool turned) {

@@ -26,6 +26,18 @@ constexpr int64_t kTile = kTileLines, kStep = 2 * kTile, kTileNumbers = kTile * 
 // A strip and a band are so many lines and columns, two tiles.
 constexpr int64_t kStrip = 2 * kTile, kBand = 2 * kTile, kBandNumbers = kBand * kStep;
 
+// Numbers from a line of a packed tile to the next, and from a step to the next.
+struct Packing {
+  int64_t line, step;
+};
+
+// Bands of two tiles. If `narrow`, the only band of columns that one tile holds is not filled up: a
+// line has their pairs, and then those of the next line, whose products nobody reads.
+inline Packing packing_of(int64_t columns, bool narrow) {
+  if (narrow && columns <= kTile) return {2 * columns, 2 * columns * kTile};
+  return {kStep, kBandNumbers};
+}
+
 // Some numbers of some lines.
 struct Lines {
   const uint16_t* numbers;
@@ -152,14 +164,14 @@ MOE_EXT_INLINE void turn(Pairs (&lines)[kTile]) {
   }
 }
 
-// The same from memory to a tile.
-MOE_EXT_INLINE void turn(const uint16_t* from, int64_t stride, uint16_t* to) {
+// The same from memory to a tile with so many numbers in a line.
+MOE_EXT_INLINE void turn(const uint16_t* from, int64_t stride, int64_t line, uint16_t* to) {
   Pairs lines[kTile];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kTile; ++i) load(lines[i], from + i * stride);
   turn(lines);
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < kTile; ++i) store(lines[i], to + i * kStep);
+  for (int64_t i = 0; i < kTile; ++i) store(lines[i], to + i * line);
 }
 
 // `count` lines of `size` numbers of a matrix; a copy, filled up with zeros, where there are
@@ -181,12 +193,13 @@ MOE_EXT_INLINE Lines lines_of(const Matrix& matrix, uint16_t (&copy)[count][size
   return {copy[0], size, size};
 }
 
-// A tile: pairs of numbers of 16 columns, from the first 32 rows of a matrix.
-MOE_EXT_INLINE void pair(const Matrix& matrix, uint16_t* to) {
+// A tile with so many numbers in a line: pairs of numbers of up to 16 columns, from the first 32
+// rows of a matrix. A whole register is stored for each line, the last one after all others.
+MOE_EXT_INLINE void pair(const Matrix& matrix, int64_t line, uint16_t* to) {
   if (matrix.column_stride != 1) {
     uint16_t copy[kTile][kStep];
     const Lines lines = lines_of(matrix.transposed(), copy);
-    return turn(lines.numbers, lines.stride, to);
+    return turn(lines.numbers, lines.stride, line, to);
   }
   uint16_t copy[kStep][kTile];
   const Lines lines = lines_of(matrix, copy);
@@ -195,14 +208,14 @@ MOE_EXT_INLINE void pair(const Matrix& matrix, uint16_t* to) {
     Pairs even, odd;
     widen(from, even);
     widen(from + lines.stride, odd);
-    store(even | odd << 16, to + p * kStep);
+    store(even | odd << 16, to + p * line);
   }
 }
 
-// A step of a band, [2, 16, 16, 2], whose tiles are filled up with zeros. Asks for the numbers so
-// many steps after it.
+// A step of a band, [2, 16, 16, 2], whose tiles are filled up with zeros if lines are not narrow.
+// Asks for the numbers so many steps after it.
 MOE_EXT_INLINE void pack_step(const Matrix& columns, int64_t band, int64_t step, int64_t ahead,
-                              uint16_t* to) {
+                              int64_t line, uint16_t* to) {
   const Matrix rows = columns.row_range(step * kStep, std::min((step + 1) * kStep, columns.rows));
   const int64_t next_row = (step + ahead) * kStep, first = band * kBand;
   const char* next = columns.row_range(next_row, next_row).column_range(first, first).data;
@@ -210,23 +223,24 @@ MOE_EXT_INLINE void pack_step(const Matrix& columns, int64_t band, int64_t step,
   const int64_t apart = 2 * (is_flat ? columns.row_stride : columns.column_stride);
   for (int64_t i = 0; i < kStep; ++i) __builtin_prefetch(next + i * apart, 0, 2);
   for (int64_t c = first; c < first + kBand; c += kTile, to += kTileNumbers) {
-    if (c < columns.columns) pair(rows.column_range(c, columns.columns), to);
+    if (c < columns.columns) pair(rows.column_range(c, columns.columns), line, to);
   }
 }
 
 // Columns as bands, [bands, steps, 2, 16, 16, 2], in the order of memory.
-inline void pack(const Matrix& columns, int64_t bands, int64_t steps, uint16_t* packed) {
+inline void pack(const Matrix& columns, int64_t bands, int64_t steps, Packing packing,
+                 uint16_t* packed) {
   apart([&](auto) __attribute__((always_inline)) {
     const auto place = [&](int64_t b, int64_t s) __attribute__((always_inline)) {
-      return packed + (b * steps + s) * kBandNumbers;
+      return packed + (b * steps + s) * packing.step;
     };
     if (columns.column_stride == 1) {
       for (int64_t s = 0; s < steps; ++s) {
-        for (int64_t b = 0; b < bands; ++b) pack_step(columns, b, s, 1, place(b, s));
+        for (int64_t b = 0; b < bands; ++b) pack_step(columns, b, s, 1, packing.line, place(b, s));
       }
     } else {
       for (int64_t b = 0; b < bands; ++b) {
-        for (int64_t s = 0; s < steps; ++s) pack_step(columns, b, s, 2, place(b, s));
+        for (int64_t s = 0; s < steps; ++s) pack_step(columns, b, s, 2, packing.line, place(b, s));
       }
     }
   });
@@ -245,8 +259,8 @@ MOE_EXT_INLINE void copy(const Matrix& lines, int64_t steps, uint16_t* to) {
           std::memcpy(to + j * kStep, from.numbers + j * from.stride, sizeof(room[j]));
         }
       } else {
-        pair(some.transposed(), room[0]);
-        turn(room[0], kStep, to);
+        pair(some.transposed(), kStep, room[0]);
+        turn(room[0], kStep, kStep, to);
       }
     }
   }

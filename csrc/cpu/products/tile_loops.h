@@ -8,10 +8,12 @@
 namespace moe_ext {
 
 // The `count` lines of which a part prefetches 64 bytes in every step. (All at once would wait for
-// memory: products of 28 rows took 1.25 times as long on a Zen 5.)
+// memory: products of 28 rows took 1.25 times as long on a Zen 5.) In order, it prefetches the same
+// bytes of one line after the other, into the first cache.
 struct Asked {
   const char* first;
   int64_t stride, count;
+  bool in_order;
 };
 
 // Rows of out that a strip's sums with a band make; null: sums are kept.
@@ -26,7 +28,8 @@ struct Target {
 struct Part {
   layout::Lines lines;
   const uint16_t* packed;
-  const uint16_t* joined;        // the next band, multiplied here too; or null
+  const uint16_t* joined;  // the next band, multiplied here too; or null
+  layout::Packing packing;
   int64_t numbers;               // of a line, before zeros fill its last step
   int64_t columns;               // of the band and what is joined
   int64_t first_line, end_line;  // whose sums are wanted
@@ -43,6 +46,9 @@ class TileLoops {
   static constexpr int64_t kMostTurned = INT64_MAX;
   // A multiple of so many numbers is read from memory without a copy that zeros fill up.
   static constexpr int64_t kReads = layout::kStep;
+  // Whether the limit of one band is the memory of the lines: few columns are packed narrow, and
+  // the next lines asked for in order. (Emerald Rapids: 3 to 7 % less time for 1 to 16 rows.)
+  static constexpr bool kStreams = true;
   static constexpr bool kWritesRows = false;
 
   // Whether a part multiplies two bands, where so many columns are left.
@@ -67,12 +73,11 @@ class TileLoops {
     const Asked asked = part.asked;
     const uint16_t *from = lines.numbers, *band = part.packed;
     const int64_t stride = lines.stride * 2, steps = parts(part.numbers, layout::kStep);
-    for (int64_t s = 0; s < steps; ++s, from += lines.step, band += layout::kBandNumbers) {
-      for (int64_t i = 0; i < asked.count; ++i) {
-        __builtin_prefetch(asked.first + i * asked.stride + s * kTileBytes, 0, 2);
-      }
+    const int64_t line = part.packing.line * 2;
+    for (int64_t s = 0; s < steps; ++s, from += lines.step, band += part.packing.step) {
+      ask(asked, s, steps);
       tiles_.load<4>(from, stride);
-      tiles_.load<6>(band, kTileBytes);
+      tiles_.load<6>(band, line);
       tiles_.multiply<0, 4, 6>();
       if constexpr (wide) {
         tiles_.load<7>(band + layout::kTileNumbers, kTileBytes);
@@ -91,6 +96,20 @@ class TileLoops {
   }
 
  private:
+  static MOE_EXT_INLINE void ask(const Asked& asked, int64_t step, int64_t steps) {
+    if (!asked.in_order) {
+      for (int64_t i = 0; i < asked.count; ++i) {
+        __builtin_prefetch(asked.first + i * asked.stride + step * kTileBytes, 0, 2);
+      }
+      return;
+    }
+    const int64_t lines = parts(asked.count, steps);
+    const char* line = asked.first + step * lines * asked.stride;
+    for (int64_t i = 0; i < lines; ++i, line += asked.stride) {
+      for (int64_t j = 0; j < steps; ++j) __builtin_prefetch(line + j * kTileBytes, 0, 3);
+    }
+  }
+
   Tiles tiles_;
 };
 

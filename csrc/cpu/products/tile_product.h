@@ -84,7 +84,7 @@ struct TileProduct {
 
   // A thread's memory.
   struct Room {
-    uint16_t* packed;  // [bands, steps, 2, 16, 16, 2]: tiles of pairs of numbers
+    uint16_t* packed;  // [bands, steps, 2, 16, 16, 2]: tiles of pairs of numbers, or a narrow band
     uint16_t* copied;  // [strips or 1, steps, 32, 32]: lines that cannot be read without a copy
     float* sums;       // [strips, group, 4, 16, 16]; [bands, 4, 16, 16] if one block has all steps
     float* bias;       // [N], filled up with zeros
@@ -93,6 +93,7 @@ struct TileProduct {
   // The columns and steps that are packed at a time.
   struct Block {
     int64_t first_column, columns, bands, steps;
+    layout::Packing packing;
     bool starts, ends;  // with the first step of all, with the last
   };
 
@@ -141,8 +142,9 @@ struct TileProduct {
         const Matrix rows = group.row_range(s * kStep, std::min((s + steps) * kStep, group.rows));
         for (int64_t c = 0; c < rows.columns; c += n.bands * kBand) {
           const int64_t width = std::min(n.bands * kBand, rows.columns - c);
-          const Block block{g + c, width, parts(width, kBand), steps, s == 0, ends};
-          layout::pack(rows.column_range(c, c + width), block.bands, steps, room.packed);
+          const layout::Packing packing = layout::packing_of(rows.columns, Loops::kStreams);
+          const Block block{g + c, width, parts(width, kBand), steps, packing, s == 0, ends};
+          layout::pack(rows.column_range(c, c + width), block.bands, steps, packing, room.packed);
           for (int64_t i = 0; i < n.strips; ++i) {
             Room own = room;
             if (n.deep < n.steps) own.sums += (i * n.group + c / kBand) * kSums;
@@ -225,14 +227,18 @@ struct TileProduct {
       const bool completes = block.ends && end == block.steps;
       const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
       for (int64_t b = 0, joined; b < block.bands; b += 1 + joined) {
-        // Each band prefetches its share of the next lines.
+        // Each band asks for its share of the next strip's lines; one alone for the next part's.
         const int64_t stride = all.row_stride * 2;
         Asked asked{};
-        if (next && b < kStrip) {
-          asked = {next + s * kTileBytes + b * stride, turns * stride, parts(kStrip - b, turns)};
+        if (Loops::kStreams && block.bands == 1 && lie) {
+          const char* soon = end < block.steps ? all.data + end * kTileBytes : next;
+          asked = {soon, stride, soon ? kStrip : 0, true};
+        } else if (next && b < kStrip) {
+          asked = {next + s * kTileBytes + b * stride, turns * stride, parts(kStrip - b, turns),
+                   false};
         }
         const auto packed = [&](int64_t band) {
-          return room.packed + (band * block.steps + s) * layout::kBandNumbers;
+          return room.packed + (band * block.steps + s) * block.packing.step;
         };
         float* sums = room.sums + b * kSums;
         const int64_t first_column = block.first_column + b * kBand;
@@ -246,9 +252,10 @@ struct TileProduct {
           target = {place(strip.first, first_column), out.row_stride * out.width(),
                     room.bias + first_column, is_float(), first != nullptr};
         }
-        const Part part{
-            lines,         packed(b), joined ? packed(b + 1) : nullptr, numbers, columns,
-            strip.skipped, all.rows,  block.starts && s == 0,           asked,   target};
+        const Part part{lines,         packed(b), joined ? packed(b + 1) : nullptr,
+                        block.packing, numbers,   columns,
+                        strip.skipped, all.rows,  block.starts && s == 0,
+                        asked,         target};
         multiply_part(loops, part, all.rows > kTile, columns > kTile, sums);
         if (completes && turned) {
           write_turned(sums, strip, first_column, std::min(kBand, columns), room);
