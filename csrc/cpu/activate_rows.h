@@ -14,19 +14,20 @@ namespace moe_ext {
 constexpr int64_t kPiece = 512;
 
 // A piece of a row, whose gate is activated and multiplied by `up`.
-template <typename T>
+template <typename scalar_t>
 struct Forward {
-  const T* gate;
-  const T* up;  // null without a gate
-  T* out;
-  T weight;
+  const scalar_t* gate;
+  const scalar_t* up;  // null without a gate
+  scalar_t* out;
+  accumulate_t<scalar_t> weight;
 };
 
-template <typename T>
+template <typename scalar_t>
 struct Backward {
-  const T *grad, *gate, *up;
-  T *grad_gate, *grad_up, *active;  // active: fn(gate) * up, not weighed
-  T weight;
+  const scalar_t *grad, *gate, *up;
+  scalar_t *grad_gate, *grad_up;
+  accumulate_t<scalar_t>* active;  // fn(gate) * up, not weighed
+  accumulate_t<scalar_t> weight;
 };
 
 // fn(x) and fn'(x) of as many floats as V holds, and the factor of a gate, by the formulas of
@@ -114,8 +115,8 @@ struct Gelu : PlainFactor {
   }
 };
 
-template <typename V, typename Function>
-MOE_EXT_INLINE void activate_some(const Forward<float>& p, int64_t i) {
+template <typename V, typename Function, typename scalar_t>
+MOE_EXT_INLINE void activate_some(const Forward<scalar_t>& p, int64_t i) {
   V gate, value, slope;
   load_as(gate, p.gate + i);
   Function::run(gate, value, slope);
@@ -125,11 +126,11 @@ MOE_EXT_INLINE void activate_some(const Forward<float>& p, int64_t i) {
     Function::factor(up, up_slope);
     value *= up;
   }
-  store_as(p.weight * value, p.out + i);
+  store_as<V>(p.weight * value, p.out + i);
 }
 
-template <typename V, typename Function>
-MOE_EXT_INLINE void activate_some(const Backward<float>& p, int64_t i) {
+template <typename V, typename Function, typename scalar_t>
+MOE_EXT_INLINE void activate_some(const Backward<scalar_t>& p, int64_t i) {
   V grad, gate, value, slope;
   load_as(grad, p.grad + i);
   load_as(gate, p.gate + i);
@@ -139,12 +140,12 @@ MOE_EXT_INLINE void activate_some(const Backward<float>& p, int64_t i) {
     V up, up_slope;
     load_as(up, p.up + i);
     Function::factor(up, up_slope);
-    store_as(weighed * value * up_slope, p.grad_up + i);
+    store_as<V>(weighed * value * up_slope, p.grad_up + i);
     value *= up;
     slope *= up;
   }
   store_as(value, p.active + i);
-  store_as(weighed * slope, p.grad_gate + i);
+  store_as<V>(weighed * slope, p.grad_gate + i);
 }
 
 template <int bytes, typename Function, typename Piece>
@@ -155,7 +156,7 @@ MOE_EXT_INLINE void activate_all(const Piece& p, int64_t size) {
 }
 
 template <int bytes, typename Piece>
-MOE_EXT_INLINE void activate_floats(Activation activation, const Piece& p, int64_t size) {
+MOE_EXT_INLINE void activate_piece(Activation activation, const Piece& p, int64_t size) {
   switch (activation) {
     case Activation::kSwiglu: return activate_all<bytes, Silu>(p, size);
     case Activation::kSwigluOai: return activate_all<bytes, SwigluOai>(p, size);
@@ -166,67 +167,46 @@ MOE_EXT_INLINE void activate_floats(Activation activation, const Piece& p, int64
   }
 }
 
-template <int bytes, typename T>
-MOE_EXT_INLINE void activate_piece(Activation activation, const Forward<T>& p, int64_t size) {
-  if constexpr (std::is_same_v<T, float>) return activate_floats<bytes>(activation, p, size);
+template <int bytes>
+MOE_EXT_INLINE void activate_piece(Activation activation, const Forward<double>& p, int64_t size) {
   for (int64_t i = 0; i < size; ++i) {
-    const T value = activated(activation, p.gate[i]).value;
+    const double value = activated(activation, p.gate[i]).value;
     p.out[i] = p.weight * (p.up ? value * factor(activation, p.up[i]).value : value);
   }
 }
 
-template <int bytes, typename T>
-MOE_EXT_INLINE void activate_piece(Activation activation, const Backward<T>& p, int64_t size) {
-  if constexpr (std::is_same_v<T, float>) return activate_floats<bytes>(activation, p, size);
+template <int bytes>
+MOE_EXT_INLINE void activate_piece(Activation activation, const Backward<double>& p, int64_t size) {
   for (int64_t i = 0; i < size; ++i) {
     const auto [value, slope] = activated(activation, p.gate[i]);
-    const auto [up, up_slope] = p.up ? factor(activation, p.up[i]) : ValueAndSlope<T>{1, 0};
-    const T weighed = p.weight * p.grad[i];
+    const auto [up, up_slope] = p.up ? factor(activation, p.up[i]) : ValueAndSlope<double>{1, 0};
+    const double weighed = p.weight * p.grad[i];
     p.active[i] = value * up;
     p.grad_gate[i] = weighed * slope * up;
     if (p.up) p.grad_up[i] = weighed * value * up_slope;
   }
 }
 
-// Pieces of rows in the type that is computed in: the rows themselves, or copies of those of 16
-// bits and of every second column (`step` 2).
+// Pieces of rows: the rows themselves, or copies of every second column (`step` 2).
 template <typename scalar_t>
 class Piece {
  public:
-  using T = accumulate_t<scalar_t>;
+  MOE_EXT_INLINE explicit Piece(int64_t step) : step_(step) {}
 
-  MOE_EXT_INLINE explicit Piece(int64_t step = 1) : step_(step) {}
-
-  template <int bytes>
-  MOE_EXT_INLINE const T* read(const scalar_t* from, int64_t size) {
-    if (step_ > 1) {
-      for (int64_t i = 0; i < size; ++i) values_[i] = static_cast<T>(from[2 * i]);
-    } else if constexpr (kCopies) {
-      convert<bytes>(from, size, values_);
-    } else {
-      return from;
-    }
+  MOE_EXT_INLINE const scalar_t* read(const scalar_t* from, int64_t size) {
+    if (step_ == 1) return from;
+    for (int64_t i = 0; i < size; ++i) values_[i] = from[2 * i];
     return values_;
   }
-  MOE_EXT_INLINE T* target(scalar_t* to) {
-    if constexpr (!kCopies) {
-      if (step_ == 1) return to;
-    }
-    return values_;
-  }
-  template <int bytes>
+  MOE_EXT_INLINE scalar_t* target(scalar_t* to) { return step_ == 1 ? to : values_; }
   MOE_EXT_INLINE void write(scalar_t* to, int64_t size) const {
-    if (step_ > 1) {
-      for (int64_t i = 0; i < size; ++i) to[2 * i] = static_cast<scalar_t>(values_[i]);
-    } else if constexpr (kCopies) {
-      convert<bytes>(values_, size, to);
-    }
+    if (step_ == 1) return;
+    for (int64_t i = 0; i < size; ++i) to[2 * i] = values_[i];
   }
 
  private:
-  static constexpr bool kCopies = !std::is_same_v<T, scalar_t>;
   int64_t step_;
-  T values_[kPiece];
+  scalar_t values_[kPiece];
 };
 
 // A row of pre-activations from a column of its activations on.
@@ -249,15 +229,13 @@ Inner<scalar_t> inner_row(Activation activation, scalar_t* row, int64_t width) {
 template <int bytes, typename scalar_t>
 MOE_EXT_INLINE void activate_row(Activation activation, const Inner<const scalar_t>& inner,
                                  accumulate_t<scalar_t> weight, scalar_t* active, int64_t width) {
-  Piece<scalar_t> gates(inner.step), ups(inner.step), result;
+  Piece<scalar_t> gates(inner.step), ups(inner.step);
   for (int64_t f = 0; f < width; f += kPiece) {
     const int64_t size = std::min(kPiece, width - f);
     const auto [gate, up, step] = inner.from(f);
-    const Forward<accumulate_t<scalar_t>> piece{gates.template read<bytes>(gate, size),
-                                                up ? ups.template read<bytes>(up, size) : nullptr,
-                                                result.target(active + f), weight};
+    const Forward<scalar_t> piece{gates.read(gate, size), up ? ups.read(up, size) : nullptr,
+                                  active + f, weight};
     activate_piece<bytes>(activation, piece, size);
-    result.template write<bytes>(active + f, size);
   }
 }
 
@@ -275,26 +253,28 @@ struct RowBackward {
   template <int bytes>
   MOE_EXT_INLINE T run(Activation activation, int64_t width) const {
     const int64_t step = inner.step;
-    Piece<scalar_t> upstream, gates(step), ups(step), grad_gates(step), grad_ups(step), result;
+    Piece<scalar_t> gates(step), ups(step), grad_gates(step), grad_ups(step);
     T unweighed[kPiece], grad_weight = 0;
     for (int64_t f = 0; f < width; f += kPiece) {
       const int64_t size = std::min(kPiece, width - f);
       const Inner<const scalar_t> in = inner.from(f);
       const Inner<scalar_t> out = grad_inner.from(f);
-      const Backward<T> piece{upstream.template read<bytes>(grad + f, size),
-                              gates.template read<bytes>(in.gate, size),
-                              in.up ? ups.template read<bytes>(in.up, size) : nullptr,
-                              grad_gates.target(out.gate),
-                              out.up ? grad_ups.target(out.up) : nullptr,
-                              unweighed,
-                              weight};
+      const Backward<scalar_t> piece{grad + f,
+                                     gates.read(in.gate, size),
+                                     in.up ? ups.read(in.up, size) : nullptr,
+                                     grad_gates.target(out.gate),
+                                     out.up ? grad_ups.target(out.up) : nullptr,
+                                     unweighed,
+                                     weight};
       activate_piece<bytes>(activation, piece, size);
-      grad_gates.template write<bytes>(out.gate, size);
-      if (out.up) grad_ups.template write<bytes>(out.up, size);
+      grad_gates.write(out.gate, size);
+      if (out.up) grad_ups.write(out.up, size);
       grad_weight += dot<bytes>(piece.grad, unweighed, size);
-      T* weighed = result.target(active + f);
-      for (int64_t i = 0; i < size; ++i) weighed[i] = weight * unweighed[i];
-      result.template write<bytes>(active + f, size);
+      for_registers<bytes, T>(0, size, [&](auto& v, int64_t i) __attribute__((always_inline)) {
+        load_as(v, unweighed + i);
+        v *= weight;
+        store_as(v, active + f + i);
+      });
     }
     return grad_weight;
   }

@@ -207,10 +207,10 @@ struct Nothing {
 // halves. `meanwhile` is called once for every kDotPiece numbers that are begun.
 constexpr int64_t kSumLanes = 32, kDotPiece = 256;
 
-template <int bytes, typename scalar_t, typename Meanwhile = Nothing>
-MOE_EXT_INLINE accumulate_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t size,
-                                          const Meanwhile& meanwhile = {}) {
-  using T = accumulate_t<scalar_t>;
+template <int bytes, typename A, typename B, typename Meanwhile = Nothing>
+MOE_EXT_INLINE accumulate_t<A> dot(const A* a, const B* b, int64_t size,
+                                   const Meanwhile& meanwhile = {}) {
+  using T = accumulate_t<A>;
   constexpr int64_t kWidth = bytes / sizeof(T);
   Vector<T, bytes> sums[kSumLanes / kWidth]{}, x, y;
   int64_t i = 0;
