@@ -2,6 +2,8 @@
 // cache.
 //
 //   active[f] = w * fn(gate[f]) * factor(up[f])        up: null, and no factor, without a gate
+//
+// What is written does not overlap what is read.
 
 #pragma once
 

@@ -227,15 +227,16 @@ struct TileProduct {
       const bool completes = block.ends && end == block.steps;
       const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
       for (int64_t b = 0, joined; b < block.bands; b += 1 + joined) {
-        // Each band asks for its share of the next strip's lines; one alone for the next part's.
-        const int64_t stride = all.row_stride * 2;
+        // Each band asks for its share of the next strip's lines. Few columns ask for those of the
+        // next part.
+        const int64_t stride = all.row_stride * 2, left_steps = block.steps - end;
         Asked asked{};
-        if (Loops::kStreams && block.bands == 1 && lie) {
-          const char* soon = end < block.steps ? all.data + end * kTileBytes : next;
-          asked = {soon, stride, soon ? kStrip : 0, true};
+        if (Loops::kStreams && block.columns <= kTile && lie && (left_steps > 0 || next)) {
+          const char* soon = left_steps > 0 ? all.data + end * kTileBytes : next;
+          const int64_t of_part = left_steps > 0 ? left_steps : block.steps;
+          asked = {soon, stride, kStrip, std::min(Loops::kPart, of_part)};
         } else if (next && b < kStrip) {
-          asked = {next + s * kTileBytes + b * stride, turns * stride, parts(kStrip - b, turns),
-                   false};
+          asked = {next + s * kTileBytes + b * stride, turns * stride, parts(kStrip - b, turns), 0};
         }
         const auto packed = [&](int64_t band) {
           return room.packed + (band * block.steps + s) * block.packing.step;
