@@ -5,8 +5,8 @@
 Times SwiGLU experts for choices that change from call to call, so that no cache holds the weights,
 which are in huge pages. torch's products of packed weights run expert after expert. Every result is
 compared first with the product of its own dequantized numbers. "GB/s" counts the chosen experts'
-bytes once, and "of reading" is their share of the rate of reading such weights. --peers
-times ggml, ONNX Runtime and KTransformers instead of torch's, where they are installed
+bytes once, and "of reading" is their share of the rate at which a dot product reads weights.
+--peers times ggml, ONNX Runtime and KTransformers instead of torch's, where they are installed
 (quantised_peers.py). After a run of all shapes it writes quantised-bfloat16.json, or
 quantised-peers.json, to bench/results/<machine>.
 """

@@ -18,7 +18,7 @@ import torch
 def read(numbers: torch.Tensor) -> torch.Tensor:
     """Read an even count of floats once. A dot product of two halves is faster than a sum: 14.3
     instead of 12.7 GB/s on an Emerald Rapids, where a loop of loads came to 14.7."""
-    return torch.dot(*numbers.reshape(2, -1))
+    return torch.dot(*numbers.view(2, -1))
 
 
 class Spread(NamedTuple):

@@ -3,7 +3,7 @@
 //
 //   active[f] = w * fn(gate[f]) * factor(up[f])        up: null, and no factor, without a gate
 //
-// What is written does not overlap what is read.
+// Outputs must not overlap inputs: the last register of a row repeats numbers of the one before.
 
 #pragma once
 

@@ -116,7 +116,7 @@ _FORWARDS = tuple(router.forward for router in _OWN)
 
 def dtype_of_logits(router: nn.Module, tokens: Tensor) -> torch.dtype:
     """float64 where the tokens or a parameter are, else float32."""
-    # To look for modules in a module without any takes longer than the rest.
+    # router.parameters() searches for submodules, which takes longer than the rest.
     parameters = router.parameters() if router._modules else router._parameters.values()
     for tensor in (tokens, *parameters):
         if tensor is not None and tensor.dtype == torch.float64:

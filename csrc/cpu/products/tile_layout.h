@@ -26,13 +26,14 @@ constexpr int64_t kTile = kTileLines, kStep = 2 * kTile, kTileNumbers = kTile * 
 // A strip and a band are so many lines and columns, two tiles.
 constexpr int64_t kStrip = 2 * kTile, kBand = 2 * kTile, kBandNumbers = kBand * kStep;
 
-// Numbers from a line of a packed tile to the next, and from a step to the next.
+// The distances between lines of a packed tile and between steps, in numbers.
 struct Packing {
   int64_t line, step;
 };
 
-// Bands of two tiles. If `narrow`, the only band of columns that one tile holds is not filled up: a
-// line has their pairs, and then those of the next line, whose products nobody reads.
+// A line of a packed tile holds the pairs of 16 columns. If `narrow` and there are at most 16
+// columns, lines are only as long as these and overlap: a tile of 16 reads the next line's pairs
+// too, and their products are never read.
 inline Packing packing_of(int64_t columns, bool narrow) {
   if (narrow && columns <= kTile) return {2 * columns, 2 * columns * kTile};
   return {kStep, kBandNumbers};
@@ -194,7 +195,8 @@ MOE_EXT_INLINE Lines lines_of(const Matrix& matrix, uint16_t (&copy)[count][size
 }
 
 // A tile with so many numbers in a line: pairs of numbers of up to 16 columns, from the first 32
-// rows of a matrix. A whole register is stored for each line, the last one after all others.
+// rows of a matrix. Each line stores a whole register, so a narrow one is followed by zeros until
+// the next line is stored over them.
 MOE_EXT_INLINE void pair(const Matrix& matrix, int64_t line, uint16_t* to) {
   if (matrix.column_stride != 1) {
     uint16_t copy[kTile][kStep];

@@ -7,12 +7,14 @@
 #if defined(MOE_EXT_TILES)
 namespace moe_ext {
 
-// The `count` lines of which a part prefetches 64 bytes in every step. (All at once would wait for
-// memory: products of 28 rows took 1.25 times as long on a Zen 5.) With `steps` it prefetches those
-// of one line after the other, into the first cache.
+// The lines that a part prefetches.
 struct Asked {
   const char* first;
-  int64_t stride, count, steps;
+  int64_t stride, count;
+  // 0: each step prefetches 64 bytes of all lines into the second cache. (All lines at once would
+  // wait for memory: products of 28 rows took 1.25 times as long on a Zen 5.) Else the part
+  // prefetches so many steps of one line after the other, into the first cache.
+  int64_t steps;
 };
 
 // Rows of out that a strip's sums with a band make; null: sums are kept.
@@ -45,9 +47,9 @@ class TileLoops {
   static constexpr int64_t kMostTurned = INT64_MAX;
   // A multiple of so many numbers is read from memory without a copy that zeros fill up.
   static constexpr int64_t kReads = layout::kStep;
-  // Whether the columns of one tile, for which memory is the limit, are packed narrow and ask for
-  // the next lines in order. (Emerald Rapids: 3 to 7 % less time for 1 to 16 rows; with two tiles
-  // 2 to 3 % more.)
+  // Whether columns that fit into one tile are packed narrow and prefetch the next lines in order:
+  // they wait for memory. (Emerald Rapids: 3 to 7 % less time for 1 to 16 rows. Prefetches in order
+  // made 20 and 24 rows 2 to 3 % slower.)
   static constexpr bool kStreams = true;
   static constexpr bool kWritesRows = false;
 

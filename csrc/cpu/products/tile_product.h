@@ -227,8 +227,8 @@ struct TileProduct {
       const bool completes = block.ends && end == block.steps;
       const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
       for (int64_t b = 0, joined; b < block.bands; b += 1 + joined) {
-        // Each band asks for its share of the next strip's lines. Few columns ask for those of the
-        // next part.
+        // Each band prefetches its share of the next strip's lines; columns that fit into one tile
+        // prefetch the next part's.
         const int64_t stride = all.row_stride * 2, left_steps = block.steps - end;
         Asked asked{};
         if (Loops::kStreams && block.columns <= kTile && lie && (left_steps > 0 || next)) {
