@@ -12,12 +12,14 @@ namespace moe_ext {
 // Prefetches the memory of a matrix, one cache line a call. The addresses need not be valid.
 class Ahead {
  public:
-  explicit Ahead(const Matrix& matrix) {
-    const Matrix dense = matrix.column_stride == 1 ? matrix : matrix.transposed();
+  explicit Ahead(const Indexed& matrix) {
+    const Indexed dense = matrix.has_dense_rows() ? matrix : matrix.transposed();
     bytes_ = dense.columns * dense.width();
     apart_ = dense.row_stride * dense.width();
     rows_ = bytes_ > 0 ? dense.rows : 0;
-    begin_row(reinterpret_cast<uintptr_t>(dense.data));
+    first_ = reinterpret_cast<uintptr_t>(dense.data);
+    index_ = dense.row_index;
+    begin_row(index_ && rows_ > 0 ? first_ + *index_ * apart_ : first_);
   }
 
   // Prefetches into the first cache. On a Sapphire Rapids the second cache alone makes 16 and 24
@@ -27,8 +29,8 @@ class Ahead {
     __builtin_prefetch(reinterpret_cast<const void*>(line_));
     line_ += kLine;
     if (line_ < end_) return;
-    --rows_;
-    begin_row(row_ + apart_);
+    if (--rows_ == 0) return;
+    begin_row(index_ ? first_ + *++index_ * apart_ : row_ + apart_);
   }
 
   // At most so many calls of ask() ask for a line.
@@ -43,8 +45,9 @@ class Ahead {
     end_ = row + bytes_;
   }
 
-  uintptr_t row_, line_, end_;
+  uintptr_t first_, row_, line_, end_;
   int64_t bytes_, apart_, rows_;
+  const int32_t* index_;
 };
 
 }  // namespace moe_ext

@@ -33,8 +33,9 @@
 namespace moe_ext {
 
 struct BlockProduct {
-  Matrix out, left, right;  // out has dense rows; left and right are dense in one dimension
-  const Matrix* first;      // null: 0
+  Matrix out;           // dense rows
+  Indexed left, right;  // dense in the dimension that has no index, or in one
+  const Matrix* first;  // null: 0
   bool by_blocks = false;
   bool around = false;  // out's rows are aligned to cache lines, and written around the caches
 
@@ -54,21 +55,27 @@ struct BlockProduct {
     // Registers of left are written kRows numbers apart, so the last one goes past its block, into
     // the next one, which is packed after it.
     const int64_t numbers = blocks * kRows * deepest + kLanes - kRows;
-    float* a = floats(packed_left.get(ScalarType::Float, 1, numbers));
+    // An index's rows are gathered before they are packed: these are in the first cache by then.
+    const int64_t gathered = left.row_index ? kRows * deepest : 0;
+    float* a = floats(packed_left.get(ScalarType::Float, 1, numbers + gathered));
+    const auto dense = [&](const Indexed& rows) -> Indexed {
+      if (!rows.row_index) return rows;
+      return gather(rows, reinterpret_cast<char*>(a + numbers));
+    };
     float* b = floats(packed_right.get(ScalarType::Float, kColumns, deepest));
     if (left.columns == 0) return start();
     const bool goes_around = around && left.columns <= kDeep;  // not what is read again
     const int64_t steps = blocks > 8 ? 4 : blocks > 4 ? 2 : 1;
     for (int64_t k = 0; k < left.columns; k += kDeep) {
       const int64_t deep = std::min(kDeep, left.columns - k);
-      const Matrix lefts = left.column_range(k, k + deep);
+      const Indexed lefts = left.column_range(k, k + deep);
       const auto left_of = [&](int64_t n) { return rows_of(lefts, n * block, block); };
       for (int64_t j = 0; j < out.columns; j += kColumns) {
-        const Matrix panel = panel_of(k, j, kColumns);
+        const Indexed panel = panel_of(k, j, kColumns);
         const bool is_whole = panel.columns == kColumns;
         Lines lines{b, kColumns, nullptr};
-        if (is_whole && panel.column_stride == 1) {
-          lines = {floats(panel), panel.row_stride, blocks > 2 ? b : nullptr};
+        if (is_whole && panel.column_stride == 1 && !panel.row_index) {
+          lines = {floats(panel.matrix()), panel.row_stride, blocks > 2 ? b : nullptr};
         } else {
           // Zeros replace old numbers: subnormal ones would slow the products down.
           if (!is_whole) std::memset(b, 0, kColumns * deep * sizeof(float));
@@ -85,7 +92,7 @@ struct BlockProduct {
                                               : panel_of(k + kDeep, 0, kColumns));
         for (int64_t n = 0; n < blocks; ++n) {
           float* packed = a + n * kRows * deep;
-          if (j == 0) pack<Lanes>(left_of(n), packed, kRows);
+          if (j == 0) pack<Lanes>(dense(left_of(n)), packed, kRows);
           const bool packs_next = j == 0 && n + 1 < blocks;
           Ahead next_left(left_of(n + 1));
           const Block at{block_of(n), n * block, j, k == 0, goes_around};
@@ -124,14 +131,15 @@ struct BlockProduct {
   static float* floats(const Matrix& matrix) { return reinterpret_cast<float*>(matrix.data); }
 
   // Up to `count` rows from `begin` on.
-  static Matrix rows_of(const Matrix& matrix, int64_t begin, int64_t count) {
+  template <typename M>
+  static M rows_of(const M& matrix, int64_t begin, int64_t count) {
     begin = std::min(begin, matrix.rows);
     return matrix.row_range(begin, std::min(begin + count, matrix.rows));
   }
 
   // Up to kDeep rows and `columns` columns of right.
-  Matrix panel_of(int64_t k, int64_t column, int64_t columns) const {
-    const Matrix rows = rows_of(right, k, kDeep);
+  Indexed panel_of(int64_t k, int64_t column, int64_t columns) const {
+    const Indexed rows = rows_of(right, k, kDeep);
     return rows_of(rows.transposed(), column, columns).transposed();
   }
 

@@ -5,9 +5,9 @@
 //   rows[r]           = down[e] @ active[r] + down_bias[e]
 //   out[t]            = sum over k of weights[t, k] * rows[slots[t, k]]
 //
-// Tokens are gathered a tile at a time, and activated while their tile is in cache. `active` and
-// `rows` are whole, since the columns of a product are divided among threads. A weight that is
-// applied before is a factor of active[r], and of the bias.
+// An index finds the tokens of a tile where they are multiplied. A tile is activated while it is in
+// cache. `active` and `rows` are whole, since the columns of a product are divided among threads. A
+// weight that is applied before is a factor of active[r], and of the bias.
 //
 // Rows that no route owns are not read. Those of the pre-activation, which is a result, are zero.
 
@@ -26,13 +26,14 @@ void project_up(const Experts<scalar_t>& at, const Tensor& pre_activation, const
   const bool keeps = pre_activation.dim() == 2;
   const Matrix kept = keeps ? matrix_of(pre_activation) : Matrix{};
   if (keeps) zero_unowned(kept, at.owned);
-  const Rows tokens = at.rows_of(a.tokens);
+  const Tensor indexed = at.indexed(a.tokens);
+  const Indexed tokens = at.rows_of(indexed);
   std::vector<Tile> tiles;
   add_row_tiles(tiles, at.owned, a.width,
                 is_gated(a.activation) ? kGateColumns : TileSize::kColumns);
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
     const Matrix weight = matrix_of(a.up, t.expert);
-    const Matrix rows = tokens.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
+    const Indexed rows = tokens.row_range(t.row_begin, t.row_end);
     const int64_t step = at.interleaved ? 2 : 1;
     const int64_t first = t.column_begin * step, width = t.columns() * step;
     const Matrix room = keeps ? kept.row_range(t.row_begin, t.row_end)
@@ -70,7 +71,7 @@ void project_down(const Experts<scalar_t>& at, const Matrix& active, const Matri
   std::vector<Tile> tiles;
   add_row_tiles(tiles, at.owned, a.hidden);
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
-    multiply_tile(worker, t, rows, Rows{active}, matrix_of(a.down, t.expert),
+    multiply_tile(worker, t, rows, active, matrix_of(a.down, t.expert),
                   weighs_bias ? std::nullopt : a.down_bias);
     if (!weighs_bias) return;
     const auto* bias = const_data<scalar_t>(*a.down_bias) + t.expert * a.hidden;

@@ -19,6 +19,8 @@ struct Experts {
   const FeedForwardArgs& a;
   Routes<scalar_t> routes;
   std::vector<Range> owned;
+  std::vector<int32_t> tokens_of;  // the token of every row
+  bool lacks_tokens = false;       // whether a row that is owned has none
   ScalarType dtype;
   bool interleaved;
   int64_t halves;  // of a row of pre-activations: 2 where gates are before what they multiply
@@ -31,10 +33,32 @@ struct Experts {
         interleaved(is_interleaved(args.activation)),
         halves(is_gated(args.activation) && !interleaved ? 2 : 1) {
     routes.check_all(op);
+    tokens_of.resize(routes.num_rows);
+    for (const auto [begin, end] : owned) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int32_t source = routes.sources[r];
+        lacks_tokens |= source < 0;
+        tokens_of[r] = source < 0 ? routes.num_tokens : source / routes.top_k;
+      }
+    }
   }
 
-  Rows rows_of(const Tensor& tokens) const {
-    return {matrix_of(tokens), routes.sources, routes.top_k};
+  // Tokens that an index of rows finds: with zeros after them, if a row needs these.
+  Tensor indexed(const Tensor& tokens) const {
+    if (!lacks_tokens) return tokens;
+    const Tensor more = empty(tokens, {routes.num_tokens + 1, tokens.size(1)}, dtype);
+    const Matrix all = matrix_of(more);
+    copy(all.row_range(0, routes.num_tokens), matrix_of(tokens));
+    zero_rows(all, routes.num_tokens, routes.num_tokens + 1);
+    return more;
+  }
+
+  // Rows [R, M] of indexed tokens.
+  Indexed rows_of(const Tensor& tokens) const {
+    Indexed rows = matrix_of(tokens);
+    rows.rows = routes.num_rows;
+    rows.row_index = tokens_of.data();
+    return rows;
   }
 
   Tensor fresh_rows(int64_t width) const {

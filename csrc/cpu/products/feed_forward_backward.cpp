@@ -7,8 +7,7 @@
 //   d down[e]        = sum of grad[t] ⊗ (w * active)
 //   d tokens[t]      = sum over k of up[e]^T @ d pre_activation
 //
-// Rows of grad and of tokens are gathered a tile at a time, up to kMostOuterRows of it for a
-// weight.
+// An index finds the rows of grad and of tokens, as in the forward.
 
 #include <memory>
 #include <tuple>
@@ -24,7 +23,7 @@ constexpr int64_t kSumColumns = TileSize::kLeast;
 // Fills [R, G] and [R, F], and sums of [R, num_sums] numbers that add up to the gradients of the
 // routes' weights; the last is that of the bias.
 template <typename scalar_t>
-void backward_to_pre_activation(const Experts<scalar_t>& at, const Rows& grads,
+void backward_to_pre_activation(const Experts<scalar_t>& at, const Indexed& grads,
                                 const Matrix& pre_activation, const Matrix& grad_pre_activation,
                                 const Matrix& active, accumulate_t<scalar_t>* sums,
                                 int64_t num_sums) {
@@ -32,10 +31,9 @@ void backward_to_pre_activation(const Experts<scalar_t>& at, const Rows& grads,
   std::vector<Tile> tiles;
   add_row_tiles(tiles, at.owned, a.width);
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
-    const Matrix grad = grads.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
     const Matrix grad_active = worker.room(at.dtype, t.rows(), t.columns());
     worker.gemm.rows_by_weight(
-        grad_active, grad,
+        grad_active, grads.row_range(t.row_begin, t.row_end),
         matrix_of(a.down, t.expert).transposed().row_range(t.column_begin, t.column_end),
         std::nullopt);
     on_widest([&](auto bytes) __attribute__((always_inline)) {
@@ -49,8 +47,11 @@ void backward_to_pre_activation(const Experts<scalar_t>& at, const Rows& grads,
           const RowBackward<scalar_t> row{
               row_of<const scalar_t>(grad_active, j) + f - t.column_begin, inner.from(f),
               at.weight_of(r), grad_inner.from(f), row_of<scalar_t>(active, r) + f};
-          sums[r * num_sums + f / kSumColumns] =
-              row.template run<bytes>(a.activation, std::min(kSumColumns, t.column_end - f));
+          const int64_t columns = std::min(kSumColumns, t.column_end - f);
+          row.inner.ask_next(pre_activation.row_stride, columns);
+          row.grad_inner.ask_next(grad_pre_activation.row_stride, columns);
+          prefetch(row.active + active.row_stride, columns);
+          sums[r * num_sums + f / kSumColumns] = row.template run<bytes>(a.activation, columns);
         }
       }
     });
@@ -59,18 +60,16 @@ void backward_to_pre_activation(const Experts<scalar_t>& at, const Rows& grads,
 
 // Fills the last sum of every row.
 template <typename scalar_t>
-void multiply_by_bias(const Experts<scalar_t>& at, const Rows& grads, accumulate_t<scalar_t>* sums,
-                      int64_t num_sums) {
+void multiply_by_bias(const Experts<scalar_t>& at, const Indexed& grads,
+                      accumulate_t<scalar_t>* sums, int64_t num_sums) {
   const FeedForwardArgs& a = at.a;
   std::vector<Tile> tiles;
   add_row_tiles(tiles, at.owned, 1);
-  run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
-    const Matrix grad = grads.range(t.row_begin, t.row_end, 0, a.hidden, worker.left);
+  run(tiles, at.dtype, [&](Worker&, const Tile& t) {
     const auto* bias = const_data<scalar_t>(*a.down_bias) + t.expert * a.hidden;
     on_widest([&](auto bytes) __attribute__((always_inline)) {
-      for (int64_t j = 0; j < t.rows(); ++j) {
-        sums[(t.row_begin + j + 1) * num_sums - 1] =
-            dot<bytes>(row_of<const scalar_t>(grad, j), bias, a.hidden);
+      for (int64_t r = t.row_begin; r < t.row_end; ++r) {
+        sums[(r + 1) * num_sums - 1] = dot<bytes>(row_of<const scalar_t>(grads, r), bias, a.hidden);
       }
     });
   });
@@ -100,10 +99,10 @@ Tensor add_sums(const Experts<scalar_t>& at, const accumulate_t<scalar_t>* sums,
 
 // The sums over each expert's rows, weighed or not: the gradient of a bias, [E, width].
 template <typename scalar_t>
-Tensor sum_rows(const Experts<scalar_t>& at, const Rows& rows, bool weighs) {
+Tensor sum_rows(const Experts<scalar_t>& at, const Indexed& rows, bool weighs) {
   using T = accumulate_t<scalar_t>;
   constexpr int64_t kColumns = 256, kRows = 256;
-  const int64_t E = at.a.groups.num_experts, width = rows.matrix.columns;
+  const int64_t E = at.a.groups.num_experts, width = rows.columns;
   const int64_t count = parts(width, kColumns);
   const Tensor out = empty(at.a.tokens, {E, width}, at.dtype);
   scalar_t* to = data<scalar_t>(out);
@@ -118,7 +117,7 @@ Tensor sum_rows(const Experts<scalar_t>& at, const Rows& rows, bool weighs) {
         for (int64_t r = row; r < std::min(row + kRows, at.owned[e].end); ++r) {
           if (at.routes.sources[r] < 0) continue;
           const T factor = weighs ? at.weight_of(r) : T{1};
-          const scalar_t* from = row_of<const scalar_t>(rows.matrix, rows.row(r)) + begin;
+          const scalar_t* from = row_of<const scalar_t>(rows, r) + begin;
           for (int64_t c = 0; c < columns; ++c) part[c] += factor * static_cast<T>(from[c]);
         }
         for (int64_t c = 0; c < columns; ++c) sums[c] += part[c];
@@ -147,8 +146,8 @@ class WeightGrad {
   }
 
   // A tile of left^T @ right over the owned rows of its expert.
-  void fill(Worker& worker, const Tile& t, const Range& owned, const Rows& left,
-            const Rows& right) const {
+  void fill(Worker& worker, const Tile& t, const Range& owned, const Indexed& left,
+            const Indexed& right) const {
     outer_tile(worker, t, owned, memory_, turns_ ? right : left, turns_ ? left : right);
   }
 
@@ -170,12 +169,14 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, bool needs_to
   using T = accumulate_t<scalar_t>;
   const FeedForwardArgs& a = b.forward;
   const Experts<scalar_t> at("feed_forward_backward", a);
-  const Rows grads = at.rows_of(b.grad), tokens = at.rows_of(a.tokens);
+  const Tensor indexed_grad = at.indexed(b.grad), indexed_tokens = at.indexed(a.tokens);
+  const Indexed grads = at.rows_of(indexed_grad), tokens = at.rows_of(indexed_tokens);
   const Tensor inner = at.fresh_rows(a.inner_width), active = at.fresh_rows(a.width);
   const int64_t num_sums = parts(a.width, kSumColumns) + (a.down_bias ? 1 : 0);
   const std::unique_ptr<T[]> sums(new T[at.routes.num_rows * num_sums]);  // owned rows are filled
-  backward_to_pre_activation(at, grads, matrix_of(b.pre_activation), matrix_of(inner),
-                             matrix_of(active), sums.get(), num_sums);
+  const Matrix inner_rows = matrix_of(inner), active_rows = matrix_of(active);
+  backward_to_pre_activation(at, grads, matrix_of(b.pre_activation), inner_rows, active_rows,
+                             sums.get(), num_sums);
   if (a.down_bias) multiply_by_bias(at, grads, sums.get(), num_sums);
 
   enum Product { kUp, kDown, kTokens };
@@ -185,7 +186,6 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, bool needs_to
   grad_down.add_tiles_to(tiles, kDown);
   const Tensor rows = needs_tokens ? at.fresh_rows(a.hidden) : none(a.tokens);
   if (needs_tokens) add_row_tiles(tiles, at.owned, a.hidden, TileSize::kColumns, kTokens);
-  const Rows inner_rows{matrix_of(inner)}, active_rows{matrix_of(active)};
   run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
     const Range& owned = at.owned[t.expert];
     if (t.product == kUp) return grad_up.fill(worker, t, owned, inner_rows, tokens);

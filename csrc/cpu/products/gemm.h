@@ -58,29 +58,31 @@ class Gemm {
   bool is_tiled() const { return tiles_.has_value(); }
 
   // out [n, N] = rows [n, M] @ weight [N, M]^T + bias [1, N]
-  void rows_by_weight(const Matrix& out, const Matrix& rows, const Matrix& weight,
+  void rows_by_weight(const Matrix& out, const Indexed& rows, const Matrix& weight,
                       const std::optional<Matrix>& bias) {
     const Matrix* first = bias ? &*bias : nullptr;
     const bool is_flat = weight.row_stride == 1 && weight.column_stride != 1;
     const bool has_loops = has_lanes(rows.dtype) && rows.column_stride == 1 &&
                            out.column_stride == 1 && weight.is_dense();
     if (has_loops && is_flat && borders_.direct(rows.rows, weight)) {
-      return on_registers<64>(DirectProduct{out, rows, weight.transposed(), first});
+      return on_registers<64>(
+          DirectProduct{out, gathered(rows, gathered_left_), weight.transposed(), first});
     }
     if (has_loops && !is_flat && borders_.quad(rows.rows, weight)) {
-      return by_fours(out, rows, weight, first);
+      return by_fours(out, gathered(rows, gathered_left_), weight, first);
     }
     if (has_loops &&
         rows.rows <= borders_.rows(is_flat, rows.columns, weight.rows * weight.columns)) {
-      if (is_flat) return on_widest(FewRowsFlat{out, rows, weight, first}, left_);
-      return on_widest(FewRows{out, rows, first, {weight}}, left_);
+      const Matrix few = gathered(rows, gathered_left_);
+      if (is_flat) return on_widest(FewRowsFlat{out, few, weight, first}, left_);
+      return on_widest(FewRows{out, few, first, {weight}}, left_);
     }
     if (by_tiles(out, rows, weight.transposed(), first)) return;
     const int64_t padded = pads_ ? padded_size(rows.rows) : rows.rows;
     if (!widens_ && padded == rows.rows) return multiply(out, rows, weight, first);
     const ScalarType dtype = widens_ ? ScalarType::Float : rows.dtype;
     const Matrix result = out_.get(dtype, padded, out.columns);
-    const Matrix left = left_.copy_of(rows, dtype, padded);
+    const Matrix left = left_.copy_of(gathered(rows, gathered_left_), dtype, padded);
     if (widens_) {
       const auto wide = bias ? std::optional(bias_.copy_of(*bias, dtype, 1)) : std::nullopt;
       multiply(result, left, right_.copy_as_it_lies(weight, dtype), wide ? &*wide : nullptr);
@@ -103,15 +105,18 @@ class Gemm {
   }
 
   // out [N, M] = left [n, N]^T @ right [n, M]; outgrows: whether all results outgrow the caches
-  void outer(const Matrix& out, const Matrix& left, const Matrix& right, bool outgrows) {
+  void outer(const Matrix& out, const Indexed& left, const Indexed& right, bool outgrows) {
     const bool around = outgrows && FewOuter::goes_around(out);
     if (has_lanes(left.dtype) && left.rows <= borders_.outer(out, around) &&
         left.column_stride == 1 && right.column_stride == 1 && out.column_stride == 1) {
-      return on_widest(FewOuter{out, left, right, around}, left_);
+      return on_widest(
+          FewOuter{out, gathered(left, gathered_left_), gathered(right, gathered_right_), around},
+          left_);
     }
     if (borders_.direct_outer(left.rows, out, around) && right.column_stride == 1 &&
         out.column_stride == 1) {
-      return on_registers<64>(DirectProduct{out, left.transposed(), right, nullptr});
+      return on_registers<64>(DirectProduct{out, gathered(left, gathered_left_).transposed(),
+                                            gathered(right, gathered_right_), nullptr});
     }
     if (by_tiles(out, left.transposed(), right, nullptr)) return;
     if (widens_) {
@@ -121,21 +126,24 @@ class Gemm {
     }
     const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
     const bool is_whole = padded == left.rows;
-    multiply_outer(out, is_whole ? left : left_.copy_of(left, left.dtype, padded),
-                   is_whole ? right : right_.copy_of(right, right.dtype, padded), nullptr, around);
+    if (is_whole) return multiply_outer(out, left, right, nullptr, around);
+    multiply_outer(out, left_.copy_of(gathered(left, gathered_left_), left.dtype, padded),
+                   right_.copy_of(gathered(right, gathered_right_), right.dtype, padded), nullptr,
+                   around);
   }
 
   // Whether there is add_outer: torch's GEMM rounds what it adds to 16 bits.
   bool adds_outer() const { return !pads_ || has_pairs(); }
 
   // sum [N, M] += left [n, N]^T @ right [n, M], or = where it starts. sum has floats, or doubles.
-  void add_outer(const Matrix& sum, const Matrix& left, const Matrix& right, bool starts) {
+  void add_outer(const Matrix& sum, const Indexed& left, const Indexed& right, bool starts) {
     if (by_tiles(sum, left.transposed(), right, starts ? nullptr : &sum)) return;
     if (!widens_) return add_product(sum, left, right, starts);
     for (int64_t begin = 0; begin < left.rows; begin += kRows) {
       const int64_t end = std::min(begin + kRows, left.rows);
-      const auto wide = [&](Panel& panel, const Matrix& rows) {
-        return panel.copy_of(rows.row_range(begin, end), sum.dtype, end - begin);
+      const auto wide = [&](Panel& panel, const Indexed& rows) {
+        return panel.copy_of(gathered(rows.row_range(begin, end), gathered_left_), sum.dtype,
+                             end - begin);
       };
       add_product(sum, wide(left_, left), wide(right_, right), starts && begin == 0);
     }
@@ -143,6 +151,12 @@ class Gemm {
 
  private:
   static constexpr int64_t kRows = 256;
+
+  // For loops that find no rows by an index: all but those of block_product.h and tile_product.h.
+  static Matrix gathered(const Indexed& rows, Panel& memory) {
+    if (!rows.row_index) return rows.matrix();
+    return gather(rows, memory.get(rows.dtype, rows.rows, rows.columns).data);
+  }
 
   // Whether tile_product.h multiplies.
   bool has_pairs() const { return is_tiled() || borders_.path() == Path::kRegisters; }
@@ -163,8 +177,8 @@ class Gemm {
   }
 
   // out = left @ right + first; false where tile_product.h does not multiply.
-  bool by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const Matrix& left,
-                [[maybe_unused]] const Matrix& right, [[maybe_unused]] const Matrix* first) {
+  bool by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const Indexed& left,
+                [[maybe_unused]] const Indexed& right, [[maybe_unused]] const Matrix* first) {
     if (!left.is_dense() || !right.is_dense()) return false;
 #if defined(MOE_EXT_TILES)
     const TileProduct product{out, left, right, first};
@@ -185,7 +199,7 @@ class Gemm {
 
   // sum += left^T @ right, or = where it starts. MKL adds the terms of small products one by one to
   // what is there.
-  void add_product(const Matrix& sum, const Matrix& left, const Matrix& right, bool starts) {
+  void add_product(const Matrix& sum, const Indexed& left, const Indexed& right, bool starts) {
     constexpr int64_t kSmall = 1 << 14;
     if (starts) return multiply_outer(sum, left, right, nullptr);
     if (sum.rows * sum.columns > kSmall || Borders(sum.dtype).blocks_outer(left.rows, sum, false)) {
@@ -204,23 +218,24 @@ class Gemm {
   }
 
   // out = left @ right^T + first, as of multiply_by_torch.
-  void multiply(const Matrix& out, const Matrix& left, const Matrix& right, const Matrix* first) {
+  void multiply(const Matrix& out, const Indexed& left, const Matrix& right, const Matrix* first) {
     const BlockProduct product{out, left, right.transposed(), first};
-    if (product.is_possible() && Borders(out.dtype).blocks(left, right)) {
+    if (product.is_possible() && Borders(out.dtype).blocks(left.rows, right)) {
       return on_widest(product, packed_left_, packed_right_);
     }
-    by_torch(out, left, right, first);
+    by_torch(out, gathered(left, gathered_left_), right, first);
   }
 
   // out = left^T @ right + first, where `first` is out or nothing.
-  void multiply_outer(const Matrix& out, const Matrix& left, const Matrix& right,
+  void multiply_outer(const Matrix& out, const Indexed& left, const Indexed& right,
                       const Matrix* first, bool around = false) {
     const bool goes_around = around && borders_.blocks_go_around();
     const BlockProduct product{out, left.transposed(), right, first, true, goes_around};
     if (product.is_possible() && Borders(out.dtype).blocks_outer(left.rows, out, around)) {
       return on_widest(product, packed_left_, packed_right_);
     }
-    by_torch(out, left.transposed(), right.transposed(), first);
+    by_torch(out, gathered(left, gathered_left_).transposed(),
+             gathered(right, gathered_right_).transposed(), first);
   }
 
   void by_torch(const Matrix& out, const Matrix& left, const Matrix& right, const Matrix* first) {
@@ -238,7 +253,8 @@ class Gemm {
   Borders borders_;
   bool widens_ = false, pads_ = false;
   std::optional<TileLoops> tiles_;  // where they multiply bfloat16
-  Panel left_, right_, out_, part_, bias_, packed_left_, packed_right_;
+  Panel left_, right_, out_, part_, bias_, packed_left_, packed_right_, gathered_left_,
+      gathered_right_;
 };
 
 }  // namespace moe_ext

@@ -14,7 +14,7 @@ Tensor grouped_mm_cpu(const GroupedMMArgs& a) {
   const std::vector<Range> owned = owned_rows(Check("grouped_mm"), a.groups, a.num_rows);
   const Tensor out = fresh(a.rows, {a.num_rows, a.out_width}, a.rows.scalar_type());
   const Matrix all_out = matrix_of(out);
-  const Rows all_rows{matrix_of(a.rows)};
+  const Matrix all_rows = matrix_of(a.rows);
   zero_unowned(all_out, owned);
 
   std::vector<Tile> tiles;
@@ -32,7 +32,7 @@ Tensor grouped_outer_cpu(const GroupedOuterArgs& a) {
 
   std::vector<Tile> tiles;
   add_outer_tiles(tiles, a.groups.num_experts, a.left_width, a.right_width);
-  const Rows left_rows{matrix_of(a.left)}, right_rows{matrix_of(a.right)};
+  const Matrix left_rows = matrix_of(a.left), right_rows = matrix_of(a.right);
   run(tiles, a.left.scalar_type(), [&](Worker& worker, const Tile& t) {
     outer_tile(worker, t, owned[t.expert], out, left_rows, right_rows);
   });

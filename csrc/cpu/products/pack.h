@@ -70,21 +70,21 @@ MOE_EXT_INLINE void pack_lines(const Matrix& matrix, float* to, int64_t apart) {
 }
 
 // to[k * apart + i] = matrix[i, k] for all rows i, at least one and up to the number of lanes; rows
-// or columns are dense. It writes whole registers: the other lanes of one are written over by the
-// next k, or have sums that nobody reads.
+// that have no index, or columns, are dense. It writes whole registers: the other lanes of one are
+// written over by the next k, or have sums that nobody reads.
 template <typename Lanes>
-MOE_EXT_INLINE void pack(const Matrix& matrix, float* to, int64_t apart) {
+MOE_EXT_INLINE void pack(const Indexed& matrix, float* to, int64_t apart) {
   constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
   if (matrix.row_stride != 1) {
     return with_count<kLanes / 4>(parts(matrix.rows, 4),
                                   [&](auto fours) __attribute__((always_inline)) {
-                                    pack_lines<Lanes, fours>(matrix, to, apart);
+                                    pack_lines<Lanes, fours>(matrix.matrix(), to, apart);
                                   });
   }
   with_count<kLanes>(matrix.rows, [&](auto n) __attribute__((always_inline)) {
-    const float* from = row_of<const float>(matrix, 0);
+    const Indexed columns = matrix.transposed();
     for (int64_t k = 0; k < matrix.columns; ++k) {
-      std::memcpy(to + k * apart, from + k * matrix.column_stride, n * sizeof(float));
+      std::memcpy(to + k * apart, columns.row(k), n * sizeof(float));
     }
   });
 }

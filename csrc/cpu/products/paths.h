@@ -182,12 +182,12 @@ class Borders {
     }
   }
 
-  // Whether block_product.h multiplies left [n, K] by right [N, K]^T, both of floats. Where columns
-  // are dense MKL is up to a quarter faster for some numbers of rows. If an expert has several
-  // tiles of rows, each has more than kMany, so the same loops multiply all.
-  bool blocks(const Matrix& left, const Matrix& right) const {
+  // Whether block_product.h multiplies so many rows [n, K] by right [N, K]^T, both of floats. Where
+  // columns are dense MKL is up to a quarter faster for some numbers of rows. If an expert has
+  // several tiles of rows, each has more than kMany, so the same loops multiply all.
+  bool blocks(int64_t rows, const Matrix& right) const {
     if (path_ != Path::kSomeBlocks) return path_ == Path::kBlocks;
-    return right.column_stride == 1 || left.rows <= kSomeFlat || left.rows > kMany;
+    return right.column_stride == 1 || rows <= kSomeFlat || rows > kMany;
   }
 
   // Whether it writes a gradient that outgrows the caches around them: other CPUs were not

@@ -171,34 +171,6 @@ void run(const std::vector<Tile>& tiles, ScalarType dtype, const Body& body) {
   if (failure) std::rethrow_exception(failure);
 }
 
-// The rows of a product: as they lie, or those of tokens, by the routes of the rows.
-struct Rows {
-  Matrix matrix;  // [R, M], or [T, M] with sources
-  const int32_t* sources = nullptr;
-  int64_t top_k = 1;
-
-  // The matrix's row for row r, which a route must have: sources[r] >= 0.
-  int64_t row(int64_t r) const { return sources ? sources[r] / top_k : r; }
-
-  // Some rows and columns; tokens are gathered into `memory`.
-  Matrix range(int64_t begin, int64_t end, int64_t column_begin, int64_t column_end,
-               Panel& memory) const {
-    const Matrix columns = matrix.column_range(column_begin, column_end);
-    if (!sources) return columns.row_range(begin, end);
-    const Matrix panel = memory.get(matrix.dtype, end - begin, columns.columns);
-    const int64_t bytes = columns.columns * columns.width();
-    for (int64_t r = begin; r < end; ++r) {
-      char* to = panel.data + (r - begin) * bytes;
-      if (sources[r] < 0) {
-        std::memset(to, 0, bytes);
-      } else {
-        std::memcpy(to, columns.row_range(row(r), 0).data, bytes);
-      }
-    }
-    return panel;
-  }
-};
-
 // One row of a bias, as far as a tile goes.
 inline std::optional<Matrix> bias_of(const OptionalTensor& bias, int64_t expert,
                                      int64_t column_begin, int64_t column_end) {
@@ -207,12 +179,11 @@ inline std::optional<Matrix> bias_of(const OptionalTensor& bias, int64_t expert,
 }
 
 // A tile of out = rows @ weights[e]^T + bias[e].
-inline void multiply_tile(Worker& worker, const Tile& t, const Matrix& out, const Rows& rows,
+inline void multiply_tile(Worker& worker, const Tile& t, const Matrix& out, const Indexed& rows,
                           const Matrix& weight, const OptionalTensor& bias) {
-  worker.gemm.rows_by_weight(
-      t.of(out), rows.range(t.row_begin, t.row_end, 0, rows.matrix.columns, worker.left),
-      weight.row_range(t.column_begin, t.column_end),
-      bias_of(bias, t.expert, t.column_begin, t.column_end));
+  worker.gemm.rows_by_weight(t.of(out), rows.row_range(t.row_begin, t.row_end),
+                             weight.row_range(t.column_begin, t.column_end),
+                             bias_of(bias, t.expert, t.column_begin, t.column_end));
 }
 
 // around: whether its writes go around the caches
@@ -229,22 +200,22 @@ inline void zero_tile(const Matrix& tile, bool around) {
   if (around) finish_around();
 }
 
-// The rows of an expert whose outer products are added up at a time. Their gathered copies stay
-// small, and so do the errors of sums over a million rows.
+// The rows of an expert whose outer products are added up at a time. Copies of them stay small, and
+// so do the errors of sums over a million rows.
 constexpr int64_t kMostOuterRows = 2048;
 
 // A tile of out[e] = left^T @ right over the owned rows; out: [E, N, M].
 inline void outer_tile(Worker& worker, const Tile& t, const Range& owned, const Tensor& out,
-                       const Rows& left, const Rows& right) {
+                       const Indexed& left, const Indexed& right) {
   const auto [begin, end] = owned;
   const Matrix tile = t.of(matrix_of(out, t.expert));
   const bool around = outgrows_caches(out.numel() * tile.width());
   if (begin == end) return zero_tile(tile, around);
   const auto lefts = [&](int64_t first, int64_t last) {
-    return left.range(first, last, t.row_begin, t.row_end, worker.left);
+    return left.row_range(first, last).column_range(t.row_begin, t.row_end);
   };
   const auto rights = [&](int64_t first, int64_t last) {
-    return right.range(first, last, t.column_begin, t.column_end, worker.right);
+    return right.row_range(first, last).column_range(t.column_begin, t.column_end);
   };
   const int64_t count = parts(end - begin, kMostOuterRows);
   if (count == 1 || !worker.gemm.adds_outer()) {

@@ -55,8 +55,8 @@ MOE_EXT_INLINE void apart(const Kernel& kernel) {
 #endif
 }
 
-inline const uint16_t* numbers(const Matrix& matrix) {
-  return reinterpret_cast<const uint16_t*>(matrix.data);
+inline const uint16_t* numbers(const Indexed& matrix, int64_t row = 0) {
+  return reinterpret_cast<const uint16_t*>(matrix.row(row));
 }
 
 // 16 numbers of memory, each in the lower half of a pair.
@@ -175,17 +175,17 @@ MOE_EXT_INLINE void turn(const uint16_t* from, int64_t stride, int64_t line, uin
   for (int64_t i = 0; i < kTile; ++i) store(lines[i], to + i * line);
 }
 
-// `count` lines of `size` numbers of a matrix; a copy, filled up with zeros, where there are
-// fewer.
+// `count` lines of `size` numbers of a matrix; a copy, filled up with zeros, where there are fewer
+// or they have an index.
 template <int64_t count, int64_t size>
-MOE_EXT_INLINE Lines lines_of(const Matrix& matrix, uint16_t (&copy)[count][size]) {
-  if (matrix.rows >= count && matrix.columns >= size) {
+MOE_EXT_INLINE Lines lines_of(const Indexed& matrix, uint16_t (&copy)[count][size]) {
+  if (!matrix.row_index && matrix.rows >= count && matrix.columns >= size) {
     return {numbers(matrix), matrix.row_stride, size};
   }
   for (int64_t i = 0; i < count; ++i) {
-    const uint16_t* from = numbers(matrix) + i * matrix.row_stride;
     Vector<uint16_t, size * 2> line{};
     if (i < matrix.rows) {
+      const uint16_t* from = numbers(matrix, i);
       matrix.columns < size ? load_first<kRegisterBytes>(line, from, matrix.columns * 2)
                             : load(line, from);
     }
@@ -197,13 +197,13 @@ MOE_EXT_INLINE Lines lines_of(const Matrix& matrix, uint16_t (&copy)[count][size
 // A tile with so many numbers in a line: pairs of numbers of up to 16 columns, from the first 32
 // rows of a matrix. Each line stores a whole register, so a narrow one is followed by zeros until
 // the next line is stored over them.
-MOE_EXT_INLINE void pair(const Matrix& matrix, int64_t line, uint16_t* to) {
-  if (matrix.column_stride != 1) {
-    uint16_t copy[kTile][kStep];
+MOE_EXT_INLINE void pair(const Indexed& matrix, int64_t line, uint16_t* to) {
+  if (!matrix.has_dense_rows()) {
+    alignas(64) uint16_t copy[kTile][kStep];
     const Lines lines = lines_of(matrix.transposed(), copy);
     return turn(lines.numbers, lines.stride, line, to);
   }
-  uint16_t copy[kStep][kTile];
+  alignas(64) uint16_t copy[kStep][kTile];
   const Lines lines = lines_of(matrix, copy);
   const uint16_t* from = lines.numbers;
   for (int64_t p = 0; p < kTile; ++p, from += 2 * lines.stride) {
@@ -216,27 +216,29 @@ MOE_EXT_INLINE void pair(const Matrix& matrix, int64_t line, uint16_t* to) {
 
 // A step of a band, [2, 16, 16, 2], whose tiles are filled up with zeros if lines are not narrow.
 // Asks for the numbers so many steps after it.
-MOE_EXT_INLINE void pack_step(const Matrix& columns, int64_t band, int64_t step, int64_t ahead,
+MOE_EXT_INLINE void pack_step(const Indexed& columns, int64_t band, int64_t step, int64_t ahead,
                               int64_t line, uint16_t* to) {
-  const Matrix rows = columns.row_range(step * kStep, std::min((step + 1) * kStep, columns.rows));
+  const Indexed rows = columns.row_range(step * kStep, std::min((step + 1) * kStep, columns.rows));
   const int64_t next_row = (step + ahead) * kStep, first = band * kBand;
-  const char* next = columns.row_range(next_row, next_row).column_range(first, first).data;
-  const bool is_flat = columns.column_stride == 1;
-  const int64_t apart = 2 * (is_flat ? columns.row_stride : columns.column_stride);
-  for (int64_t i = 0; i < kStep; ++i) __builtin_prefetch(next + i * apart, 0, 2);
+  const Indexed next =
+      columns.row_range(next_row, columns.rows).column_range(first, columns.columns);
+  const Indexed lines = columns.has_dense_rows() ? next : next.transposed();
+  for (int64_t i = 0; i < std::min(kStep, lines.rows); ++i) {
+    __builtin_prefetch(lines.row(i), 0, 2);
+  }
   for (int64_t c = first; c < first + kBand; c += kTile, to += kTileNumbers) {
     if (c < columns.columns) pair(rows.column_range(c, columns.columns), line, to);
   }
 }
 
 // Columns as bands, [bands, steps, 2, 16, 16, 2], in the order of memory.
-inline void pack(const Matrix& columns, int64_t bands, int64_t steps, Packing packing,
+inline void pack(const Indexed& columns, int64_t bands, int64_t steps, Packing packing,
                  uint16_t* packed) {
   apart([&](auto) __attribute__((always_inline)) {
     const auto place = [&](int64_t b, int64_t s) __attribute__((always_inline)) {
       return packed + (b * steps + s) * packing.step;
     };
-    if (columns.column_stride == 1) {
+    if (columns.has_dense_rows()) {
       for (int64_t s = 0; s < steps; ++s) {
         for (int64_t b = 0; b < bands; ++b) pack_step(columns, b, s, 1, packing.line, place(b, s));
       }
@@ -249,13 +251,13 @@ inline void pack(const Matrix& columns, int64_t bands, int64_t steps, Packing pa
 }
 
 // Lines of a strip as tiles, [steps, 2, 16, 32], which are filled up with zeros.
-MOE_EXT_INLINE void copy(const Matrix& lines, int64_t steps, uint16_t* to) {
+MOE_EXT_INLINE void copy(const Indexed& lines, int64_t steps, uint16_t* to) {
   for (int64_t k = 0; k < steps * kStep; k += kStep) {
     for (int64_t i = 0; i < kStrip; i += kTile, to += kTileNumbers) {
       if (i >= lines.rows) continue;
-      const Matrix some = lines.row_range(i, lines.rows).column_range(k, lines.columns);
-      uint16_t room[kTile][kStep];
-      if (lines.column_stride == 1) {
+      const Indexed some = lines.row_range(i, lines.rows).column_range(k, lines.columns);
+      alignas(64) uint16_t room[kTile][kStep];
+      if (lines.has_dense_rows()) {
         const Lines from = lines_of(some, room);
         for (int64_t j = 0; j < kTile; ++j) {
           std::memcpy(to + j * kStep, from.numbers + j * from.stride, sizeof(room[j]));

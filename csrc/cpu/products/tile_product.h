@@ -38,8 +38,9 @@
 namespace moe_ext {
 
 struct TileProduct {
-  Matrix out, left, right;  // dense in one dimension; out in that of its rows
-  const Matrix* first;      // null: 0
+  Matrix out;           // dense rows
+  Indexed left, right;  // dense in the dimension that has no index, or in one
+  const Matrix* first;  // null: 0
 
   // loops, memory: of the thread
   template <int bytes, typename Loops>
@@ -99,13 +100,13 @@ struct TileProduct {
 
   // The lines of a strip, as far as the steps of a block go.
   struct Strip {
-    Matrix lines;
+    Indexed lines;
     int64_t first;    // of all lines
     int64_t skipped;  // lines that the strip before has
   };
 
   template <typename Loops>
-  static MOE_EXT_INLINE Sizes sizes_of(const Matrix& lines, const Matrix& columns) {
+  static MOE_EXT_INLINE Sizes sizes_of(const Indexed& lines, const Indexed& columns) {
     const int64_t strips = parts(lines.rows, kStrip), all = parts(columns.columns, kBand);
     const int64_t steps = std::max<int64_t>(1, parts(lines.columns, kStep));
     const bool few = strips <= kFewStrips;
@@ -115,14 +116,14 @@ struct TileProduct {
     const int64_t blocks = parts(all, std::max<int64_t>(1, most));
     const int64_t bands = parts(all, std::max<int64_t>(1, blocks));  // of nearly equal blocks
     const bool collide = lines.row_stride % kHalfPage == 0 && std::min(most, all) >= kManyBands;
-    const bool lie = lines.column_stride == 1 && !collide;
+    const bool lie = lines.has_dense_rows() && !lines.row_index && !collide;
     const bool fits = strips * deep * kStrip * kStep * 2 <= kCopiedBytes;
     return {steps, strips, bands, deep, few ? bands : all, lie, !lie && fits};
   }
 
   // turned: lines are columns of out
   template <typename Loops>
-  MOE_EXT_INLINE void multiply(const Matrix& lines, const Matrix& columns, bool turned,
+  MOE_EXT_INLINE void multiply(const Indexed& lines, const Indexed& columns, bool turned,
                                Loops& loops, Panel& memory) const {
     const Sizes n = sizes_of<Loops>(lines, columns);
     const Room room = room_for(n, memory);
@@ -132,14 +133,14 @@ struct TileProduct {
                    first, turned ? 0 : i * kStrip - first};
     };
     for (int64_t g = 0; g < columns.columns; g += n.group * kBand) {
-      const Matrix group = columns.column_range(g, std::min(g + n.group * kBand, columns.columns));
+      const Indexed group = columns.column_range(g, std::min(g + n.group * kBand, columns.columns));
       for (int64_t s = 0; s < n.steps; s += n.deep) {
         const int64_t steps = std::min(n.deep, n.steps - s);
         const bool ends = s + steps == n.steps;
         if (n.copied && (g == 0 || n.deep < n.steps)) {
           copy_all(lines.column_range(s * kStep, lines.columns), n, steps, room);
         }
-        const Matrix rows = group.row_range(s * kStep, std::min((s + steps) * kStep, group.rows));
+        const Indexed rows = group.row_range(s * kStep, std::min((s + steps) * kStep, group.rows));
         for (int64_t c = 0; c < rows.columns; c += n.bands * kBand) {
           const int64_t width = std::min(n.bands * kBand, rows.columns - c);
           const layout::Packing packing = layout::packing_of(rows.columns, Loops::kStreams);
@@ -152,7 +153,7 @@ struct TileProduct {
             const bool is_last = i + 1 == n.strips;
             const int64_t after = is_last && c + width == rows.columns ? s + n.deep : s;
             const char* next = nullptr;
-            if (lines.column_stride == 1 && !n.copied && after < n.steps) {
+            if (lines.has_dense_rows() && !lines.row_index && !n.copied && after < n.steps) {
               next = strip(is_last ? 0 : i + 1, after).lines.data;
             }
             multiply_strip(loops, n, strip(i, s), next, turned, block, own);
@@ -163,18 +164,24 @@ struct TileProduct {
   }
 
   // The first line of strip i. The last strip repeats lines of the one before if too few are left.
-  static int64_t first_of(int64_t i, const Matrix& lines) {
+  static int64_t first_of(int64_t i, const Indexed& lines) {
     return std::max<int64_t>(0, std::min(i * kStrip, lines.rows - kStrip));
   }
 
-  static Matrix strip_of(int64_t i, const Matrix& lines) {
+  static Indexed strip_of(int64_t i, const Indexed& lines) {
     const int64_t first = first_of(i, lines);
     return lines.row_range(first, std::min(first + kStrip, lines.rows));
   }
 
-  // Copies the lines of all strips in the order of memory.
-  MOE_EXT_INLINE void copy_all(const Matrix& lines, const Sizes& n, int64_t steps,
+  // Copies the lines of all strips: dense ones strip by strip, others in the order of memory.
+  MOE_EXT_INLINE void copy_all(const Indexed& lines, const Sizes& n, int64_t steps,
                                const Room& room) const {
+    if (lines.has_dense_rows()) {
+      for (int64_t i = 0; i < n.strips; ++i) {
+        layout::copy(strip_of(i, lines), steps, room.copied + i * n.deep * kStrip * kStep);
+      }
+      return;
+    }
     for (int64_t s = 0; s < steps; ++s) {
       for (int64_t i = 0; i < n.strips; ++i) {
         layout::copy(strip_of(i, lines).column_range(s * kStep, lines.columns), 1,
@@ -208,7 +215,7 @@ struct TileProduct {
   MOE_EXT_INLINE void multiply_strip(Loops& loops, const Sizes& n, const Strip& strip,
                                      const char* next, bool turned, const Block& block,
                                      const Room& room) const {
-    const Matrix& all = strip.lines;
+    const Indexed& all = strip.lines;
     const bool lie = n.lie && all.rows == kStrip;
     // Steps that are read without a copy: all, or all but the last one.
     const bool has_rest = all.columns % Loops::kReads != 0;
