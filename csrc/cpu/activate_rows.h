@@ -219,7 +219,7 @@ struct Inner {
 
   Inner from(int64_t f) const { return {gate + f * step, up ? up + f * step : nullptr, step}; }
 
-  // Prefetches the same of the next row, which is so many numbers away.
+  // Prefetches the same columns of the next row; apart: numbers from row to row.
   MOE_EXT_INLINE void ask_next(int64_t apart, int64_t width) const {
     prefetch(gate + apart, width * step);
     if (up && step == 1) prefetch(up + apart, width);

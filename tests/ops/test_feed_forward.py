@@ -12,7 +12,7 @@ import moe_ext
 from moe_ext.ops import checks, registry, torch_grouped_mm
 
 # T, K, E, H, F: nothing, one token and expert, sizes that end within registers, more rows and
-# columns than a tile, and few rows of an expert beside many.
+# columns than a tile, few rows of an expert beside many, one column, and sums of several blocks.
 SIZES = [
     (0, 2, 3, 8, 4),
     (1, 1, 1, 6, 5),
@@ -21,6 +21,7 @@ SIZES = [
     (700, 2, 3, 70, 600),
     (9, 8, 8, 64, 48),
     (70, 2, 3, 1, 40),
+    (300, 1, 1, 2100, 16),
 ]
 
 
@@ -122,6 +123,22 @@ def test_torchs_products_inside_need_no_copies(monkeypatch, device, poisoned, pa
         back = (*back[:2], right, *back[3:])
         assert_near(found, call_operator("feed_forward_backward", back, "reference"), bound)
     assert calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [5, 300])
+def test_a_row_that_lacks_its_token_counts_as_zero(T, dtype):
+    """No plan of ours has one, but it must not take another row's token."""
+    plan = plans(T, 2, 3, "cpu")[0]
+    for turned in False, True:
+        tensors = operands(T, 2, 3, 40, 24, dtype, "cpu", turned=turned)
+        args = list(arguments(plan, tensors))
+        row = int(plan.offsets[1]) - 1
+        args[1], args[2] = plan.slots.masked_fill(plan.slots == row, -1), plan.sources.clone()
+        args[2][row] = -1
+        assert int((args[1] < 0).sum()) == 1
+        _, pre_activation = assert_close("feed_forward", (*args, True))
+        assert_close("feed_forward_backward", of_backward(args, pre_activation))
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)))

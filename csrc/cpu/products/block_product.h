@@ -12,13 +12,13 @@
 //        └┘└──────────┘
 //
 // A panel of right stays in the first cache while all rows of left go by, from the second cache.
-// The first panel packs a block of left before it is multiplied. If right's rows are dense, one
-// or two blocks read them in place; of more the first one does, and packs them for the others. The
-// innermost loop prefetches what comes next, of out and of an operand: the next panel, or the next
-// block of left while that is not packed. It asks for at most one cache line of each for every k;
-// where many blocks share a panel, the next one is asked for by one of two or of four k. (A core
-// waits for a dozen or two of lines at once. On an Emerald Rapids 64 rows and more are up to a
-// tenth faster so, where operands come from the last cache.)
+// The first panel packs a block of left before it is multiplied. If right's rows are dense and no
+// index picks them, one or two blocks read them in place; of more the first one does, and packs
+// them for the others. The innermost loop prefetches what comes next, of out and of an operand: the
+// next panel, or the next block of left while that is not packed. It asks for at most one cache
+// line of each for every k; where many blocks share a panel, the next one is asked for by one of
+// two or of four k. (A core waits for a dozen or two of lines at once. On an Emerald Rapids 64 rows
+// and more are up to a tenth faster so, where operands come from the last cache.)
 //
 // The terms of a sum are added in the order of k, whatever the number of rows and columns. A sum
 // over the rows of an expert may have a million terms: by_blocks adds up those of each block first.
@@ -34,7 +34,7 @@ namespace moe_ext {
 
 struct BlockProduct {
   Matrix out;           // dense rows
-  Indexed left, right;  // dense in the dimension that has no index, or in one
+  Indexed left, right;  // rows or columns are dense; those that an index picks, each by itself
   const Matrix* first;  // null: 0
   bool by_blocks = false;
   bool around = false;  // out's rows are aligned to cache lines, and written around the caches
@@ -55,7 +55,7 @@ struct BlockProduct {
     // Registers of left are written kRows numbers apart, so the last one goes past its block, into
     // the next one, which is packed after it.
     const int64_t numbers = blocks * kRows * deepest + kLanes - kRows;
-    // An index's rows are gathered before they are packed: these are in the first cache by then.
+    // Rows that an index picks are copied before a block is packed.
     const int64_t gathered = left.row_index ? kRows * deepest : 0;
     float* a = floats(packed_left.get(ScalarType::Float, 1, numbers + gathered));
     const auto dense = [&](const Indexed& rows) -> Indexed {

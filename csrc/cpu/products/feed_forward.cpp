@@ -5,8 +5,8 @@
 //   rows[r]           = down[e] @ active[r] + down_bias[e]
 //   out[t]            = sum over k of weights[t, k] * rows[slots[t, k]]
 //
-// An index finds the tokens of a tile where they are multiplied. A tile is activated while it is in
-// cache. `active` and `rows` are whole, since the columns of a product are divided among threads. A
+// An index finds the tokens when they are multiplied, and a tile is activated while it is in cache.
+// `active` and `rows` are whole, since the columns of a product are divided among threads. A
 // weight that is applied before is a factor of active[r], and of the bias.
 //
 // Rows that no route owns are not read. Those of the pre-activation, which is a result, are zero.

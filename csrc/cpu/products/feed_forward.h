@@ -34,16 +34,17 @@ struct Experts {
         halves(is_gated(args.activation) && !interleaved ? 2 : 1) {
     routes.check_all(op);
     tokens_of.resize(routes.num_rows);
+    const auto top_k = static_cast<int32_t>(routes.top_k);
     for (const auto [begin, end] : owned) {
       for (int64_t r = begin; r < end; ++r) {
         const int32_t source = routes.sources[r];
         lacks_tokens |= source < 0;
-        tokens_of[r] = source < 0 ? routes.num_tokens : source / routes.top_k;
+        tokens_of[r] = source < 0 ? static_cast<int32_t>(routes.num_tokens) : source / top_k;
       }
     }
   }
 
-  // Tokens that an index of rows finds: with zeros after them, if a row needs these.
+  // The tokens; in an inconsistent plan, where a row that is owned has none, with zeros after them.
   Tensor indexed(const Tensor& tokens) const {
     if (!lacks_tokens) return tokens;
     const Tensor more = empty(tokens, {routes.num_tokens + 1, tokens.size(1)}, dtype);
@@ -53,7 +54,7 @@ struct Experts {
     return more;
   }
 
-  // Rows [R, M] of indexed tokens.
+  // The token of every row, [R, M], of a result of `indexed`.
   Indexed rows_of(const Tensor& tokens) const {
     Indexed rows = matrix_of(tokens);
     rows.rows = routes.num_rows;

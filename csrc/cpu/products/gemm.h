@@ -44,6 +44,28 @@ inline void multiply_by_torch(const Matrix& out, const Matrix& left, const Matri
            std::array{from(left.tensor()), from(right.tensor()), from(added), from(target)});
 }
 
+// Rows for loops that find none by an index: all but those of block_product.h and tile_product.h.
+class Gathered {
+ public:
+  // Memory that the index picks from does not change: rows that were asked for last are there.
+  Matrix of(const Indexed& rows) {
+    if (!rows.row_index) return rows.matrix();
+    if (rows.row_index != index_ || rows.data != data_ || rows.rows != copy_.rows ||
+        rows.columns != copy_.columns) {
+      index_ = rows.row_index;
+      data_ = rows.data;
+      copy_ = gather(rows, memory_.get(rows.dtype, rows.rows, rows.columns).data);
+    }
+    return copy_;
+  }
+
+ private:
+  const int32_t* index_ = nullptr;
+  const char* data_ = nullptr;
+  Matrix copy_{};
+  Panel memory_;
+};
+
 // The products of one thread.
 class Gemm {
  public:
@@ -66,14 +88,14 @@ class Gemm {
                            out.column_stride == 1 && weight.is_dense();
     if (has_loops && is_flat && borders_.direct(rows.rows, weight)) {
       return on_registers<64>(
-          DirectProduct{out, gathered(rows, gathered_left_), weight.transposed(), first});
+          DirectProduct{out, gathered_left_.of(rows), weight.transposed(), first});
     }
     if (has_loops && !is_flat && borders_.quad(rows.rows, weight)) {
-      return by_fours(out, gathered(rows, gathered_left_), weight, first);
+      return by_fours(out, gathered_left_.of(rows), weight, first);
     }
     if (has_loops &&
         rows.rows <= borders_.rows(is_flat, rows.columns, weight.rows * weight.columns)) {
-      const Matrix few = gathered(rows, gathered_left_);
+      const Matrix few = gathered_left_.of(rows);
       if (is_flat) return on_widest(FewRowsFlat{out, few, weight, first}, left_);
       return on_widest(FewRows{out, few, first, {weight}}, left_);
     }
@@ -82,7 +104,7 @@ class Gemm {
     if (!widens_ && padded == rows.rows) return multiply(out, rows, weight, first);
     const ScalarType dtype = widens_ ? ScalarType::Float : rows.dtype;
     const Matrix result = out_.get(dtype, padded, out.columns);
-    const Matrix left = left_.copy_of(gathered(rows, gathered_left_), dtype, padded);
+    const Matrix left = left_.copy_of(gathered_left_.of(rows), dtype, padded);
     if (widens_) {
       const auto wide = bias ? std::optional(bias_.copy_of(*bias, dtype, 1)) : std::nullopt;
       multiply(result, left, right_.copy_as_it_lies(weight, dtype), wide ? &*wide : nullptr);
@@ -109,14 +131,13 @@ class Gemm {
     const bool around = outgrows && FewOuter::goes_around(out);
     if (has_lanes(left.dtype) && left.rows <= borders_.outer(out, around) &&
         left.column_stride == 1 && right.column_stride == 1 && out.column_stride == 1) {
-      return on_widest(
-          FewOuter{out, gathered(left, gathered_left_), gathered(right, gathered_right_), around},
-          left_);
+      return on_widest(FewOuter{out, gathered_left_.of(left), gathered_right_.of(right), around},
+                       left_);
     }
     if (borders_.direct_outer(left.rows, out, around) && right.column_stride == 1 &&
         out.column_stride == 1) {
-      return on_registers<64>(DirectProduct{out, gathered(left, gathered_left_).transposed(),
-                                            gathered(right, gathered_right_), nullptr});
+      return on_registers<64>(DirectProduct{out, gathered_left_.of(left).transposed(),
+                                            gathered_right_.of(right), nullptr});
     }
     if (by_tiles(out, left.transposed(), right, nullptr)) return;
     if (widens_) {
@@ -127,9 +148,8 @@ class Gemm {
     const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
     const bool is_whole = padded == left.rows;
     if (is_whole) return multiply_outer(out, left, right, nullptr, around);
-    multiply_outer(out, left_.copy_of(gathered(left, gathered_left_), left.dtype, padded),
-                   right_.copy_of(gathered(right, gathered_right_), right.dtype, padded), nullptr,
-                   around);
+    multiply_outer(out, left_.copy_of(gathered_left_.of(left), left.dtype, padded),
+                   right_.copy_of(gathered_right_.of(right), right.dtype, padded), nullptr, around);
   }
 
   // Whether there is add_outer: torch's GEMM rounds what it adds to 16 bits.
@@ -142,8 +162,7 @@ class Gemm {
     for (int64_t begin = 0; begin < left.rows; begin += kRows) {
       const int64_t end = std::min(begin + kRows, left.rows);
       const auto wide = [&](Panel& panel, const Indexed& rows) {
-        return panel.copy_of(gathered(rows.row_range(begin, end), gathered_left_), sum.dtype,
-                             end - begin);
+        return panel.copy_of(gathered_left_.of(rows.row_range(begin, end)), sum.dtype, end - begin);
       };
       add_product(sum, wide(left_, left), wide(right_, right), starts && begin == 0);
     }
@@ -151,12 +170,6 @@ class Gemm {
 
  private:
   static constexpr int64_t kRows = 256;
-
-  // For loops that find no rows by an index: all but those of block_product.h and tile_product.h.
-  static Matrix gathered(const Indexed& rows, Panel& memory) {
-    if (!rows.row_index) return rows.matrix();
-    return gather(rows, memory.get(rows.dtype, rows.rows, rows.columns).data);
-  }
 
   // Whether tile_product.h multiplies.
   bool has_pairs() const { return is_tiled() || borders_.path() == Path::kRegisters; }
@@ -223,7 +236,7 @@ class Gemm {
     if (product.is_possible() && Borders(out.dtype).blocks(left.rows, right)) {
       return on_widest(product, packed_left_, packed_right_);
     }
-    by_torch(out, gathered(left, gathered_left_), right, first);
+    by_torch(out, gathered_left_.of(left), right, first);
   }
 
   // out = left^T @ right + first, where `first` is out or nothing.
@@ -234,8 +247,8 @@ class Gemm {
     if (product.is_possible() && Borders(out.dtype).blocks_outer(left.rows, out, around)) {
       return on_widest(product, packed_left_, packed_right_);
     }
-    by_torch(out, gathered(left, gathered_left_).transposed(),
-             gathered(right, gathered_right_).transposed(), first);
+    by_torch(out, gathered_left_.of(left).transposed(), gathered_right_.of(right).transposed(),
+             first);
   }
 
   void by_torch(const Matrix& out, const Matrix& left, const Matrix& right, const Matrix* first) {
@@ -253,8 +266,8 @@ class Gemm {
   Borders borders_;
   bool widens_ = false, pads_ = false;
   std::optional<TileLoops> tiles_;  // where they multiply bfloat16
-  Panel left_, right_, out_, part_, bias_, packed_left_, packed_right_, gathered_left_,
-      gathered_right_;
+  Panel left_, right_, out_, part_, bias_, packed_left_, packed_right_;
+  Gathered gathered_left_, gathered_right_;
 };
 
 }  // namespace moe_ext

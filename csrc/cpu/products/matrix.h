@@ -58,9 +58,9 @@ struct Indexed : private Matrix {
 
   Indexed(const Matrix& matrix) : Matrix(matrix) {}  // NOLINT(google-explicit-constructor)
 
-  // If it has no index.
+  // Only where there is no index.
   const Matrix& matrix() const { return *this; }
-  // Picked columns are not, even if they are of one number each.
+  // Picked columns are not side by side, even if column_stride is 1.
   bool has_dense_rows() const { return column_stride == 1 && !column_index; }
 
   char* row(int64_t i) const {

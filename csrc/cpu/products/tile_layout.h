@@ -223,9 +223,8 @@ MOE_EXT_INLINE void pack_step(const Indexed& columns, int64_t band, int64_t step
   const Indexed next =
       columns.row_range(next_row, columns.rows).column_range(first, columns.columns);
   const Indexed lines = columns.has_dense_rows() ? next : next.transposed();
-  for (int64_t i = 0; i < std::min(kStep, lines.rows); ++i) {
-    __builtin_prefetch(lines.row(i), 0, 2);
-  }
+  const int64_t count = lines.row_index ? std::min(kStep, lines.rows) : kStep;
+  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(lines.row(i), 0, 2);
   for (int64_t c = first; c < first + kBand; c += kTile, to += kTileNumbers) {
     if (c < columns.columns) pair(rows.column_range(c, columns.columns), line, to);
   }

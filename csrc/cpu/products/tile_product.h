@@ -39,7 +39,7 @@ namespace moe_ext {
 
 struct TileProduct {
   Matrix out;           // dense rows
-  Indexed left, right;  // dense in the dimension that has no index, or in one
+  Indexed left, right;  // rows or columns are dense; those that an index picks, each by itself
   const Matrix* first;  // null: 0
 
   // loops, memory: of the thread
