@@ -127,8 +127,10 @@ def test_torchs_products_inside_need_no_copies(monkeypatch, device, poisoned, pa
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [5, 300])
-def test_a_row_that_lacks_its_token_counts_as_zero(T, dtype):
+def test_a_row_that_lacks_its_token_counts_as_zero(T, dtype, request):
     """No plan of ours has one, but it must not take another row's token."""
+    if request.config.cusim:
+        pytest.skip("the CPU's operators alone promise it")
     plan = plans(T, 2, 3, "cpu")[0]
     for turned in False, True:
         tensors = operands(T, 2, 3, 40, 24, dtype, "cpu", turned=turned)
