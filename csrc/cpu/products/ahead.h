@@ -9,8 +9,8 @@
 
 namespace moe_ext {
 
-// Prefetches the memory of a matrix, one cache line a call. Its addresses need not be
-// valid, but its index is read.
+// Prefetches the memory of a matrix, one cache line a call. Its addresses need not be valid; its
+// index is read.
 class Ahead {
  public:
   explicit Ahead(const Indexed& matrix) {

@@ -74,7 +74,7 @@ struct BlockProduct {
         const Indexed panel = panel_of(k, j, kColumns);
         const bool is_whole = panel.columns == kColumns;
         Lines lines{b, kColumns, nullptr};
-        if (is_whole && panel.column_stride == 1 && !panel.row_index) {
+        if (is_whole && panel.has_rows_in_place()) {
           lines = {floats(panel.matrix()), panel.row_stride, blocks > 2 ? b : nullptr};
         } else {
           // Zeros replace old numbers: subnormal ones would slow the products down.

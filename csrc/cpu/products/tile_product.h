@@ -116,7 +116,7 @@ struct TileProduct {
     const int64_t blocks = parts(all, std::max<int64_t>(1, most));
     const int64_t bands = parts(all, std::max<int64_t>(1, blocks));  // of nearly equal blocks
     const bool collide = lines.row_stride % kHalfPage == 0 && std::min(most, all) >= kManyBands;
-    const bool lie = lines.has_dense_rows() && !lines.row_index && !collide;
+    const bool lie = lines.has_rows_in_place() && !collide;
     const bool fits = strips * deep * kStrip * kStep * 2 <= kCopiedBytes;
     return {steps, strips, bands, deep, few ? bands : all, lie, !lie && fits};
   }
@@ -153,7 +153,7 @@ struct TileProduct {
             const bool is_last = i + 1 == n.strips;
             const int64_t after = is_last && c + width == rows.columns ? s + n.deep : s;
             const char* next = nullptr;
-            if (lines.has_dense_rows() && !lines.row_index && !n.copied && after < n.steps) {
+            if (lines.has_rows_in_place() && !n.copied && after < n.steps) {
               next = strip(is_last ? 0 : i + 1, after).lines.data;
             }
             multiply_strip(loops, n, strip(i, s), next, turned, block, own);
