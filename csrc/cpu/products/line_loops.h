@@ -43,13 +43,14 @@ struct LineLoops {
         for (int w = 0; w < width; ++w) add(sums[j][w][c], from + w * apart, packed);
       }
     };
+    const bool on_intel = is_intel();
     int64_t v = 0;
     for (; v + chains <= vectors; v += chains, line += chains * kElements) {
       constexpr int64_t kBytes = chains * kElements * sizeof(scalar_t);
       for (int64_t i = 0; i < kBytes; i += 64) {
         for (int w = 0; w < width; ++w) {
           const auto* ahead = reinterpret_cast<const char*>(line + w * stride) + kAhead;
-          __builtin_prefetch(ahead + i, 0, 3);
+          ask_once(ahead + i, on_intel);
         }
       }
 #pragma GCC unroll 4
@@ -96,9 +97,10 @@ struct LineLoops {
     const Lanes* packed = part.packed + chain * count * R;
     const scalar_t* line = part.lines + chain * kElements;
     const char* next = part.next.first + chain * part.next.step;
+    const bool on_intel = is_intel();
     for (int64_t v = chain; v < part.vectors; v += chains) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kLines; ++i) __builtin_prefetch(next + i * part.next.apart, 0, 3);
+      for (int i = 0; i < kLines; ++i) ask_once(next + i * part.next.apart, on_intel);
 #pragma GCC unroll 6
       for (int j = 0; j < count; ++j) {
 #pragma GCC unroll 4

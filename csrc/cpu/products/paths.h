@@ -58,8 +58,7 @@ inline bool prefers_own_loops() {
 #if defined(MOE_EXT_OWN_PRODUCTS)
   return true;
 #elif defined(__x86_64__)
-  __builtin_cpu_init();
-  return !__builtin_cpu_is("intel");
+  return !is_intel();
 #else
   return false;
 #endif

@@ -96,8 +96,8 @@ struct QuadProduct {
     Lanes sums[width][count]{};
     const float* line = row_of<const float>(weight, column);
     const int64_t stride = weight.row_stride;
-    // The loop asks for as many lines as it reads, those that follow in memory: beyond the weight's
-    // last ones these need not be memory of ours.
+    // The loop asks for as many lines as it reads, those that follow in memory, into the second
+    // cache, as ask_once does: beyond the weight's last ones these need not be memory of ours.
     auto next = reinterpret_cast<uintptr_t>(line) + width * stride * sizeof(float);
     const auto add_fours = [&](const float* fours, int64_t apart) __attribute__((always_inline)) {
 #pragma GCC unroll 16
@@ -113,7 +113,7 @@ struct QuadProduct {
       add_fours(line, stride);
 #pragma GCC unroll 4
       for (int64_t i = 0; i < width / kFour; ++i, next += kLine) {
-        __builtin_prefetch(reinterpret_cast<const void*>(next));
+        __builtin_prefetch(reinterpret_cast<const void*>(next), 0, 2);
       }
     }
     if (const int64_t rest = rows.columns % kFour) {

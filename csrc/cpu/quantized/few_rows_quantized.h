@@ -247,9 +247,10 @@ struct FewRowsQuantized {
         of_lanes.find(scales + i * lines.stride * weight.groups, v, out);
       }
     };
+    const bool on_intel = is_intel();
     for (int64_t v = 0; v < p.full; ++v, words += Codes::kWords, from += kBytes) {
       for (int i = 0; i < at_once; ++i) {
-        __builtin_prefetch(from + i * apart + kAhead, 0, 3);
+        ask_once(from + i * apart + kAhead, on_intel);
         Lanes of_step{};
         find_scales(i, v, of_step);
         codes.template add<count>(from + i * apart, words, stride, of_step, totals[i]);
