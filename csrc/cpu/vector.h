@@ -111,25 +111,6 @@ MOE_EXT_INLINE void prefetch(const T* numbers, int64_t size) {
   }
 }
 
-inline bool is_intel() {
-#if defined(__x86_64__)
-  static const bool is = [] {
-    __builtin_cpu_init();
-    return static_cast<bool>(__builtin_cpu_is("intel"));
-  }();
-  return is;
-#else
-  return false;
-#endif
-}
-
-// Asks for a line of memory that is read once: into the second cache of Intel's CPUs, which wait
-// for more lines there than in the first. (Experts of one to 256 tokens take up to 9 % less time on
-// an Emerald Rapids. AMD's CPUs were measured with the first cache alone.)
-MOE_EXT_INLINE void ask_once(const void* line, bool on_intel) {
-  on_intel ? __builtin_prefetch(line, 0, 2) : __builtin_prefetch(line, 0, 3);
-}
-
 // One register of T. Passed by reference: by value it would need the CPU's own calling convention.
 template <typename T, int bytes>
 using Vector __attribute__((vector_size(bytes))) = T;

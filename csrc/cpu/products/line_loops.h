@@ -50,7 +50,7 @@ struct LineLoops {
       for (int64_t i = 0; i < kBytes; i += 64) {
         for (int w = 0; w < width; ++w) {
           const auto* ahead = reinterpret_cast<const char*>(line + w * stride) + kAhead;
-          ask_once(ahead + i, on_intel);
+          ask_ahead(ahead + i, on_intel);
         }
       }
 #pragma GCC unroll 4
@@ -100,7 +100,7 @@ struct LineLoops {
     const bool on_intel = is_intel();
     for (int64_t v = chain; v < part.vectors; v += chains) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kLines; ++i) ask_once(next + i * part.next.apart, on_intel);
+      for (int i = 0; i < kLines; ++i) ask_ahead(next + i * part.next.apart, on_intel);
 #pragma GCC unroll 6
       for (int j = 0; j < count; ++j) {
 #pragma GCC unroll 4

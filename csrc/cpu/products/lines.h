@@ -40,6 +40,13 @@ struct Stored {
   int64_t apart, step;  // bytes from a line to the next, and of a vector
 };
 
+// Asks for 64 bytes of a line: into the second cache of Intel's CPUs, which wait for more memory
+// there than in the first. (Experts of one to 64 tokens take up to 8 % less time on an Emerald
+// Rapids. AMD's CPUs were measured with the first cache alone.)
+MOE_EXT_INLINE void ask_ahead(const void* memory, bool on_intel) {
+  on_intel ? __builtin_prefetch(memory, 0, 2) : __builtin_prefetch(memory, 0, 3);
+}
+
 // A source of lines: those of a weight as it lies.
 struct AllLines {
   template <typename scalar_t>

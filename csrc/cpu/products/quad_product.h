@@ -96,8 +96,9 @@ struct QuadProduct {
     Lanes sums[width][count]{};
     const float* line = row_of<const float>(weight, column);
     const int64_t stride = weight.row_stride;
-    // The loop asks for as many lines as it reads, those that follow in memory, into the second
-    // cache, as ask_once does: beyond the weight's last ones these need not be memory of ours.
+    // The loop asks for as many lines as it reads, those that follow in memory: beyond the weight's
+    // last ones these need not be memory of ours. It asks for the second cache, as on Intel's CPUs
+    // lines.h does.
     auto next = reinterpret_cast<uintptr_t>(line) + width * stride * sizeof(float);
     const auto add_fours = [&](const float* fours, int64_t apart) __attribute__((always_inline)) {
 #pragma GCC unroll 16

@@ -250,7 +250,7 @@ struct FewRowsQuantized {
     const bool on_intel = is_intel();
     for (int64_t v = 0; v < p.full; ++v, words += Codes::kWords, from += kBytes) {
       for (int i = 0; i < at_once; ++i) {
-        ask_once(from + i * apart + kAhead, on_intel);
+        ask_ahead(from + i * apart + kAhead, on_intel);
         Lanes of_step{};
         find_scales(i, v, of_step);
         codes.template add<count>(from + i * apart, words, stride, of_step, totals[i]);
