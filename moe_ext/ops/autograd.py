@@ -124,7 +124,7 @@ class Gate(Operator):
     def backward(ctx, grad_weights, _, grad_probs, grad_importance):
         grads = grad_weights, grad_probs, grad_importance
         grad = GateBackward.call(*grads, *ctx.saved_tensors, *ctx.rest)
-        return checks.as_dtype(grad, ctx.dtype), None, None, None, None, None
+        return checks.as_dtype(grad, ctx.dtype), *(None,) * 5
 
 
 class GateBackward(Operator):
@@ -145,6 +145,49 @@ class Balance(Operator):
     def backward(ctx, grad, _):
         (slope,) = ctx.saved_tensors
         return None if grad is None else grad * slope, None, None, None
+
+
+class GatePlanBalance(Operator):
+    """Three operators with one graph node: for few tokens a node takes longer than each of them.
+
+    (logits, choice_scores, k, scoring, normalize, scale, capacity, order, choices) -> the results
+    of gate, of plan, and of balance
+    """
+
+    @staticmethod
+    def forward(logits, choice_scores, k, scoring, normalize, scale, capacity, order, choices):
+        with registry.below_autograd():
+            choice = torch.ops.moe_ext.gate.default(
+                logits, choice_scores, k, scoring, normalize, scale
+            )
+            _, expert_ids, _, importance = choice
+            plan = torch.ops.moe_ext.plan.default(
+                expert_ids, None, logits.shape[1], capacity, order, 1
+            )
+            *_, load = plan
+            loss = torch.ops.moe_ext.balance.default(importance, load, expert_ids, choices)
+        return *choice, *plan, *loss
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, expert_ids, probs, _, *plan, _, slope = output
+        ctx.dtype, ctx.rest = inputs[0].dtype, inputs[3:6]
+        ctx.mark_non_differentiable(expert_ids, *plan, slope)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(probs, expert_ids, slope)
+
+    @staticmethod
+    def backward(ctx, grad_weights, _, grad_probs, grad_importance, *grads):
+        *_, grad_l_aux, _ = grads
+        probs, expert_ids, slope = ctx.saved_tensors
+        if grad_l_aux is not None:
+            through_loss = grad_l_aux * slope
+            grad_importance = (
+                through_loss if grad_importance is None else grad_importance + through_loss
+            )
+        grads = grad_weights, grad_probs, grad_importance
+        grad = GateBackward.call(*grads, probs, expert_ids, *ctx.rest)
+        return checks.as_dtype(grad, ctx.dtype), *(None,) * 8
 
 
 class MaskWeights(Operator):

@@ -62,9 +62,12 @@ def shape_of(value: object) -> list[int] | str:
 
 
 def fits(tensor: Tensor, dims: Dims) -> bool:
-    return tensor.dim() == len(dims) and all(
-        size is None or actual == size for actual, (_, size) in zip(tensor.shape, dims, strict=True)
-    )
+    if tensor.dim() != len(dims):
+        return False
+    for actual, (_, size) in zip(tensor.shape, dims, strict=True):
+        if size is not None and actual != size:
+            return False
+    return True
 
 
 class Check:

@@ -10,6 +10,7 @@ autograd.Functions (autograd.py), which also stand behind the raw operators: a p
 torch.export, which calls those, can be trained. torch.func does not reach through them.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -285,14 +286,18 @@ def _differentiable(name: str, function: type[torch.autograd.Function]) -> Calla
     return kernel
 
 
+def below_autograd() -> contextlib.AbstractContextManager:
+    """For the forward of an autograd.Function: its operators skip the Functions behind them. What
+    is traced does without, as a forward has no gradients."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def run(name: str, *args):
     """Call an operator from its autograd.Function."""
-    operator = getattr(torch.ops.moe_ext, name).default
-    if torch.compiler.is_compiling():
-        return operator(*args)
-    # Not by way of the Function again.
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+    with below_autograd():
+        return getattr(torch.ops.moe_ext, name).default(*args)
 
 
 def backend(name: str, device: torch.device | str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import options
 from ..ops import checks
-from ..ops.autograd import Balance, MaskWeights
+from ..ops.autograd import Balance, GatePlanBalance, MaskWeights
 from ..ops.functional import Choice, gate, mask_weights
 from ..ops.plan import Plan, make_plan
 from ..options import DropPolicy, Normalize, Order, Scoring
@@ -30,7 +30,8 @@ class Routing(NamedTuple):
         plan: the row of every route
         probs: [T, E] scores of all experts
         importance: [E] column sums of probs
-        l_aux: [] auxiliary loss, not scaled; None where it is not computed
+        l_aux: [] auxiliary loss, not scaled; None where it is not computed. Its gradient may reach
+            the logits without passing through `importance`
         logits: [T, E] the scores come from
     """
 
@@ -107,17 +108,28 @@ def route(
         "normalize": normalize != "never" and not divides_later,
         "scale": 1.0 if divides_later else scale,
     }
-    if expert_ids is None:
-        choice = gate(logits, k, choice_scores=choice_scores, **in_gate)
+    l_aux = None
+    has_priority = _has_priority(drop_policy, capacity)
+    balances = with_loss and aux_loss is None and scoring == "softmax"
+    if balances and not has_priority and expert_ids is None and used_token is None:
+        # Nothing comes between gate, plan and balance.
+        rule = *in_gate.values(), capacity, order, _counted(k)
+        results = GatePlanBalance.call(logits, choice_scores, k, *rule)
+        *parts, slots, sources, offsets, load, l_aux, _ = results
+        choice = Choice(*parts)
+        plan = Plan(slots, sources, offsets, load, choice.expert_ids, logits.shape[1], capacity)
     else:
-        choice = _recorded(logits, k, expert_ids, **in_gate)
-    expert_ids = choice.expert_ids
-    if used_token is not None:
-        options.used_token("route", used_token, logits.shape[0])
-        expert_ids = torch.where(used_token.reshape(-1, 1) != 0, expert_ids, -1)
-    are_scores = not in_gate["normalize"] and in_gate["scale"] == 1
-    priority = _priority(choice, drop_policy, capacity, are_scores)
-    plan = make_plan(expert_ids, logits.shape[1], capacity, priority=priority, order=order)
+        if expert_ids is None:
+            choice = gate(logits, k, choice_scores=choice_scores, **in_gate)
+        else:
+            choice = _recorded(logits, k, expert_ids, **in_gate)
+        expert_ids = choice.expert_ids
+        if used_token is not None:
+            options.used_token("route", used_token, logits.shape[0])
+            expert_ids = torch.where(used_token.reshape(-1, 1) != 0, expert_ids, -1)
+        are_scores = not in_gate["normalize"] and in_gate["scale"] == 1
+        priority = _priority(choice, drop_policy, are_scores) if has_priority else None
+        plan = make_plan(expert_ids, logits.shape[1], capacity, priority=priority, order=order)
     weights = choice.weights
     if masks or divides_later:
         info = torch.finfo(weights.dtype)
@@ -126,7 +138,9 @@ def route(
         eps = info.eps if scoring == "softmax" else info.tiny
         later_scale = scale if divides_later else 1.0
         weights = mask_weights(weights, plan, normalize=divides_later, eps=eps, scale=later_scale)
-    routing = Routing(weights, plan, choice.probs, choice.importance, None, logits)
+    routing = Routing(weights, plan, choice.probs, choice.importance, l_aux, logits)
+    if l_aux is not None:
+        return routing
     if aux_loss is not None:
         l_aux = aux_loss(routing)
         if not isinstance(l_aux, Tensor) or l_aux.dim() != 0:
@@ -136,9 +150,7 @@ def route(
         l_aux = _balance(importance, plan.load, plan.expert_ids)
     elif with_loss:
         l_aux = balance_of(routing)()
-    else:
-        return routing
-    return Routing(weights, plan, choice.probs, choice.importance, l_aux, logits)
+    return routing._replace(l_aux=l_aux)
 
 
 def balance_of(routing: Routing) -> Callable[[], Tensor]:
@@ -165,16 +177,17 @@ def _recorded(
     return choice._replace(weights=weights, expert_ids=expert_ids)
 
 
-def _priority(
-    choice: Choice, drop_policy: str, capacity: int | None, are_scores: bool
-) -> Tensor | None:
-    """The routes' priority [T, K] float32; None keeps the order of the queue.
+def _has_priority(drop_policy: str, capacity: int | None) -> bool:
+    """Whether routes are kept by a priority, not by the order of the queue. "random" draws one
+    where nothing is dropped too: later draws with the same seed stay the same."""
+    return drop_policy == "random" or (drop_policy == "probs" and capacity is not None)
+
+
+def _priority(choice: Choice, drop_policy: str, are_scores: bool) -> Tensor:
+    """The routes' priority [T, K] float32, where there is one.
 
     are_scores: the weights are the unchanged scores
-    "random" draws where nothing is dropped too: later draws with the same seed stay the same.
     """
-    if drop_policy == "position" or (drop_policy == "probs" and capacity is None):
-        return None
     if drop_policy == "probs" and are_scores:
         return choice.weights.detach().to(torch.float32)
     scores = choice.probs.detach()
@@ -189,5 +202,9 @@ def _indices(expert_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def _balance(importance: Tensor, load: Tensor, expert_ids: Tensor) -> Tensor:
-    K = expert_ids.shape[1]
-    return Balance.call(importance, load, expert_ids, 1 if K <= 2 else K)[0]
+    return Balance.call(importance, load, expert_ids, _counted(expert_ids.shape[1]))[0]
+
+
+def _counted(k: int) -> int:
+    """How many choices of a token the load-balance loss counts."""
+    return 1 if k <= 2 else k

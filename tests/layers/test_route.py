@@ -63,6 +63,43 @@ def test_random_token_selection_replays_one_uniform_draw(k, options):
         assert kept.sum() == min(gate.capacity(T), asked.sum())
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("normalize", ["never", "before", "after"])
+@pytest.mark.parametrize("capacity", [None, T // E - 1])
+@pytest.mark.parametrize(
+    ("order", "own_scores", "dtype"),
+    [("choice", False, torch.float64), ("token", True, torch.float64), ("token", False, None)],
+)
+def test_one_node_has_the_values_and_gradients_of_three(
+    k, normalize, capacity, order, own_scores, dtype
+):
+    """A mask in which all tokens are used has gate, plan and balance one by one."""
+    logits = torch.randn(T, E, dtype=dtype or torch.bfloat16, requires_grad=True)
+    options = {"normalize": normalize, "capacity": capacity, "scale": 1.5, "order": order}
+    options["choice_scores"] = torch.randn_like(logits).detach() if own_scores else None
+    one, three = (route(logits, k, **options, used_token=it) for it in (None, torch.ones(T)))
+    assert one.l_aux.grad_fn.name() == "GatePlanBalanceBackward"
+    assert three.l_aux.grad_fn.name() == "BalanceBackward"
+    assert all_equal(one.plan[:5], three.plan[:5])
+    assert one.plan[5:] == three.plan[5:]
+    assert (one.plan.slots < 0).any() == (capacity is not None)
+    upstream = [torch.randn_like(y) for y in results_of(one)]
+    for wanted in (slice(None), slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)):
+        found = []
+        for routing in (one, three):
+            results = results_of(routing)[wanted]
+            grad = partial(torch.autograd.grad, inputs=logits, create_graph=True)
+            (first,) = grad(results, grad_outputs=upstream[wanted])
+            assert first.dtype == logits.dtype
+            found.append((*results, first, *grad(first.square().sum())))
+        assert_near(*found, 1e-13 if dtype else 2e-2)
+
+
+def results_of(routing):
+    """What has a gradient."""
+    return routing.weights, routing.probs, routing.importance, routing.l_aux
+
+
 @pytest.mark.parametrize("normalize", ["never", "before", "after"])
 def test_the_least_probable_are_dropped_by_their_score(normalize):
     gate = gate_for(3, capacity_factor=0.5, normalize=normalize)

@@ -73,8 +73,12 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS + RULES, ids=lambda options: " ".join(options))
-def test_one_graph_serves_five_values_of_t(compiled, options):
+@pytest.mark.parametrize(
+    ("options", "has_mask"),
+    [(options, False) for options in OPTIONS] + [(options, True) for options in RULES],
+    ids=lambda value: value if isinstance(value, bool) else " ".join(value),
+)
+def test_one_graph_serves_five_values_of_t(compiled, options, has_mask):
     if make_router := options.get("router"):
         options = options | {"router": make_router()}
     layer = layer_for(**options)
@@ -82,7 +86,8 @@ def test_one_graph_serves_five_values_of_t(compiled, options):
     used = torch.rand(max(TOKENS)) < 0.8
     for T in TOKENS:
         x = torch.randn(T, H, requires_grad=True)
-        found, expected = (loss_and_gradients(layer, step, x, used[:T]) for step in steps)
+        rest = (used[:T],) if has_mask else ()
+        found, expected = (loss_and_gradients(layer, step, x, *rest) for step in steps)
         assert all_equal(found, expected)
     assert compiled() == 1
 
