@@ -164,7 +164,8 @@ class Borders {
 
   // Whether direct_product.h makes a tile of a gradient from so many rows.
   bool direct_outer(int64_t rows, const Matrix& tile, bool around) const {
-    return path_ == Path::kSomeBlocks && !around && tile.columns % kLanes == 0 && rows <= 48;
+    return path_ == Path::kSomeBlocks && !around && tile.columns % kLanes == 0 &&
+           rows <= kMostDirect;
   }
 
   // The most rows that few_outer.h multiplies to a tile of a gradient; around: whether it is
@@ -176,7 +177,13 @@ class Borders {
       case Path::kBlocks:
         if (tile.rows >= 3 * tile.columns) return 128;
         return around ? 32 : 20;
-      case Path::kSomeBlocks: return around ? 96 : tile.columns % kLanes == 0 ? 8 : kFew;
+      // direct_product.h, which takes the others, does not pack the lines of right. Those of a wide
+      // tile are far apart, and it is slower there, unless few rows of the tile share a pack.
+      case Path::kSomeBlocks:
+        if (around) return 96;
+        if (tile.columns % kLanes != 0) return kFew;
+        if (tile.rows >= kManyLines && tile.columns >= kWide) return kMostDirect;
+        return tile.rows * tile.columns > kSmallTile ? 12 : 8;
       default: return dtype_ == ScalarType::Float && tile.columns > 256 ? 12 : kFew;
     }
   }
@@ -229,9 +236,11 @@ class Borders {
   // kSomeBlocks: rows up to which, and beyond which, blocks take weights whose columns are dense;
   // the most numbers of a small tile, and the fewest of a large one; rows of quad_product.h, up to
   // which it multiplies them, and numbers of theirs that are too many; the most rows of which
-  // blocks make a gradient.
+  // direct_product.h and blocks make a gradient; the rows and columns of a tile of one that is made
+  // of packed lines.
   static constexpr int64_t kSomeFlat = 24, kMany = 176, kSmallTile = 1 << 15, kLarge = 1 << 18,
-                           kMostQuad = 64, kMostNumbers = 1 << 17, kMostOuter = 768;
+                           kMostQuad = 64, kMostNumbers = 1 << 17, kMostDirect = 48,
+                           kMostOuter = 768, kManyLines = 64, kWide = 256;
 
   bool has_blocks() const { return path_ == Path::kBlocks || path_ == Path::kSomeBlocks; }
 
