@@ -113,7 +113,7 @@ def route(
     balances = with_loss and aux_loss is None and scoring == "softmax"
     if balances and not has_priority and expert_ids is None and used_token is None:
         # Nothing comes between gate, plan and balance.
-        rule = *in_gate.values(), capacity, order, _counted(k)
+        rule = scoring, in_gate["normalize"], in_gate["scale"], capacity, order, _counted(k)
         results = GatePlanBalance.call(logits, choice_scores, k, *rule)
         *parts, slots, sources, offsets, load, l_aux, _ = results
         choice = Choice(*parts)

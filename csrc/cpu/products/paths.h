@@ -236,8 +236,8 @@ class Borders {
   // kSomeBlocks: rows up to which, and beyond which, blocks take weights whose columns are dense;
   // the most numbers of a small tile, and the fewest of a large one; rows of quad_product.h, up to
   // which it multiplies them, and numbers of theirs that are too many; the most rows of which
-  // direct_product.h and blocks make a gradient; the rows and columns of a tile of one that is made
-  // of packed lines.
+  // direct_product.h and blocks make a gradient; the fewest rows and columns of a gradient's tile
+  // for which packing pays.
   static constexpr int64_t kSomeFlat = 24, kMany = 176, kSmallTile = 1 << 15, kLarge = 1 << 18,
                            kMostQuad = 64, kMostNumbers = 1 << 17, kMostDirect = 48,
                            kMostOuter = 768, kManyLines = 64, kWide = 256;
