@@ -88,6 +88,20 @@ def test_the_reference(size, dtype, device, poisoned, request):
         assert_close("feed_forward_backward", of_backward(args, pre_activation))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [(700, 2, 3, 70, 600), (2100, 2, 32, 24, 40), (2500, 1, 1, 8, 6)])
+def test_the_reference_on_threads(size, threads, dtype, poisoned, request):
+    """They share an expert's products, or take whole experts where no thread has much more."""
+    if request.config.cusim:
+        pytest.skip("the CPU's operators alone have threads")
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
+    for _, args in plans_and_arguments(size, dtype, "cpu"):
+        _, pre_activation = assert_close("feed_forward", (*args, True))
+        assert_close("feed_forward_backward", of_backward(args, pre_activation))
+
+
 def leaves_what_is_not_its_own(grouped_mm, rows, weights, *, offs):
     """torch's grouped_mm; it may leave as they are rows beyond the last group, and sums of none."""
     out = grouped_mm(rows, weights, offs=offs)

@@ -6,8 +6,9 @@
 //   out[t]            = sum over k of weights[t, k] * rows[slots[t, k]]
 //
 // An index finds the tokens when they are multiplied, and a tile is activated while it is in cache.
-// `active` and `rows` are whole, since the columns of a product are divided among threads. A
-// weight that is applied before is a factor of active[r], and of the bias.
+// `rows` are whole, since a token adds up rows of several experts. `active` is whole where threads
+// share the columns of an expert; elsewhere a thread has that of one expert. A weight that is
+// applied before is a factor of active[r], and of the bias.
 //
 // Rows that no route owns are not read. Those of the pre-activation, which is a result, are zero.
 
@@ -19,83 +20,94 @@ namespace {
 // Columns of a gate in a tile; as many of its `up` go with them.
 constexpr int64_t kGateColumns = TileSize::kColumns / 2;
 
+// A tile of active, and of pre_activation if that is kept; its rows are those of the tile.
 template <typename scalar_t>
-void project_up(const Experts<scalar_t>& at, const Tensor& pre_activation, const Matrix& active) {
+void project_up(const Experts<scalar_t>& at, Worker& worker, const Tile& t, const Indexed& tokens,
+                const std::optional<Matrix>& pre_activation, const Matrix& active) {
   using T = accumulate_t<scalar_t>;
   const FeedForwardArgs& a = at.a;
-  const bool keeps = pre_activation.dim() == 2;
-  const Matrix kept = keeps ? matrix_of(pre_activation) : Matrix{};
-  if (keeps) zero_unowned(kept, at.owned);
-  const Tensor indexed = at.indexed(a.tokens);
-  const Indexed tokens = at.rows_of(indexed);
-  std::vector<Tile> tiles;
-  add_row_tiles(tiles, at.owned, a.width,
-                is_gated(a.activation) ? kGateColumns : TileSize::kColumns);
-  run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
-    const Matrix weight = matrix_of(a.up, t.expert);
-    const Indexed rows = tokens.row_range(t.row_begin, t.row_end);
-    const int64_t step = at.interleaved ? 2 : 1;
-    const int64_t first = t.column_begin * step, width = t.columns() * step;
-    const Matrix room = keeps ? kept.row_range(t.row_begin, t.row_end)
-                              : worker.room(at.dtype, t.rows(), at.halves * width);
-    const auto half = [&](int64_t h) {
-      const int64_t begin = keeps ? h * a.width + first : h * width;
-      return room.column_range(begin, begin + width);
-    };
-    const auto multiply = [&](const Matrix& out, int64_t begin) {
-      worker.gemm.rows_by_weight(out, rows, weight.row_range(begin, begin + out.columns),
-                                 bias_of(a.up_bias, t.expert, begin, begin + out.columns));
-    };
-    if (t.columns() == a.width) {
-      multiply(room, 0);
-    } else {
-      for (int64_t h = 0; h < at.halves; ++h) multiply(half(h), h * a.width + first);
+  const Matrix weight = matrix_of(a.up, t.expert);
+  const Indexed rows = tokens.row_range(t.row_begin, t.row_end);
+  const bool keeps = pre_activation.has_value();
+  const int64_t step = at.interleaved ? 2 : 1;
+  const int64_t first = t.column_begin * step, width = t.columns() * step;
+  const Matrix room = keeps ? pre_activation->row_range(t.row_begin, t.row_end)
+                            : worker.room(at.dtype, t.rows(), at.halves * width);
+  const auto half = [&](int64_t h) {
+    const int64_t begin = keeps ? h * a.width + first : h * width;
+    return room.column_range(begin, begin + width);
+  };
+  const auto multiply = [&](const Matrix& out, int64_t begin) {
+    worker.gemm.rows_by_weight(out, rows, weight.row_range(begin, begin + out.columns),
+                               bias_of(a.up_bias, t.expert, begin, begin + out.columns));
+  };
+  if (t.columns() == a.width) {
+    multiply(room, 0);
+  } else {
+    for (int64_t h = 0; h < at.halves; ++h) multiply(half(h), h * a.width + first);
+  }
+  const Matrix inner = half(0), result = active.column_range(t.column_begin, t.column_end);
+  const int64_t inner_columns = keeps ? a.width : t.columns();  // of a gate in a row of inner
+  on_widest([&](auto bytes) __attribute__((always_inline)) {
+    for (int64_t j = 0; j < t.rows(); ++j) {
+      const auto row = inner_row(a.activation, row_of<const scalar_t>(inner, j), inner_columns);
+      const T scale = a.score_before_experts ? at.weight_of(t.row_begin + j) : T{1};
+      activate_row<bytes>(a.activation, row, scale, row_of<scalar_t>(result, j), t.columns());
     }
-    const Matrix inner = half(0), result = t.of(active);
-    const int64_t inner_columns = keeps ? a.width : t.columns();  // of a gate in a row of inner
-    on_widest([&](auto bytes) __attribute__((always_inline)) {
-      for (int64_t j = 0; j < t.rows(); ++j) {
-        const auto row = inner_row(a.activation, row_of<const scalar_t>(inner, j), inner_columns);
-        const T scale = a.score_before_experts ? at.weight_of(t.row_begin + j) : T{1};
-        activate_row<bytes>(a.activation, row, scale, row_of<scalar_t>(result, j), t.columns());
-      }
-    });
   });
 }
 
+// A tile of rows; active: those of the tile.
 template <typename scalar_t>
-void project_down(const Experts<scalar_t>& at, const Matrix& active, const Matrix& rows) {
+void project_down(const Experts<scalar_t>& at, Worker& worker, const Tile& t, const Matrix& active,
+                  const Matrix& rows) {
   using T = accumulate_t<scalar_t>;
   const FeedForwardArgs& a = at.a;
   const bool weighs_bias = a.score_before_experts && a.down_bias;
-  std::vector<Tile> tiles;
-  add_row_tiles(tiles, at.owned, a.hidden);
-  run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
-    multiply_tile(worker, t, rows, active, matrix_of(a.down, t.expert),
-                  weighs_bias ? std::nullopt : a.down_bias);
-    if (!weighs_bias) return;
-    const auto* bias = const_data<scalar_t>(*a.down_bias) + t.expert * a.hidden;
-    for (int64_t r = t.row_begin; r < t.row_end; ++r) {
-      const T weight = at.weight_of(r);
-      auto* row = row_of<scalar_t>(rows, r);
-      for (int64_t h = t.column_begin; h < t.column_end; ++h) {
-        row[h] = static_cast<scalar_t>(static_cast<T>(row[h]) + weight * static_cast<T>(bias[h]));
-      }
+  multiply_tile(worker, t, rows, active, matrix_of(a.down, t.expert),
+                weighs_bias ? std::nullopt : a.down_bias);
+  if (!weighs_bias) return;
+  const auto* bias = const_data<scalar_t>(*a.down_bias) + t.expert * a.hidden;
+  for (int64_t r = t.row_begin; r < t.row_end; ++r) {
+    const T weight = at.weight_of(r);
+    auto* row = row_of<scalar_t>(rows, r);
+    for (int64_t h = t.column_begin; h < t.column_end; ++h) {
+      row[h] = static_cast<scalar_t>(static_cast<T>(row[h]) + weight * static_cast<T>(bias[h]));
     }
-  });
+  }
+}
+
+template <typename scalar_t>
+std::tuple<Tensor, Tensor> feed_forward(const FeedForwardArgs& a, bool keeps) {
+  const Experts<scalar_t> at("feed_forward", a);
+  const Tensor pre_activation = keeps ? at.fresh_rows(a.inner_width) : none(a.tokens);
+  const Tensor rows = at.fresh_rows(a.hidden);
+  std::optional<Matrix> kept;
+  if (keeps) kept = matrix_of(pre_activation);
+  if (keeps) zero_unowned(*kept, at.owned);
+  const Tensor indexed = at.indexed(a.tokens);
+  const Indexed tokens = at.rows_of(indexed);
+
+  enum Product { kUp, kDown };
+  std::vector<Tile> up, down;
+  add_row_tiles(up, at.owned, a.width, is_gated(a.activation) ? kGateColumns : TileSize::kColumns,
+                kUp);
+  add_row_tiles(down, at.owned, a.hidden, TileSize::kColumns, kDown);
+  const Stages stages(at.owned, at.dtype, {std::move(up), std::move(down)});
+  {
+    const RowsBetween active(stages, a.width, a.tokens);
+    stages.run([&](Worker& worker, const Tile& t) {
+      const Matrix active_rows = active.of(worker, t);
+      if (t.product == kUp) return project_up(at, worker, t, tokens, kept, active_rows);
+      project_down(at, worker, t, active_rows, matrix_of(rows));
+    });
+  }
+  return {at.combined(rows, !a.score_before_experts), pre_activation};
 }
 
 std::tuple<Tensor, Tensor> feed_forward_cpu(const FeedForwardArgs& a, bool keeps) {
   return visit_float(a.tokens.scalar_type(), [&](auto zero) -> std::tuple<Tensor, Tensor> {
-    const Experts<decltype(zero)> at("feed_forward", a);
-    const Tensor pre_activation = keeps ? at.fresh_rows(a.inner_width) : none(a.tokens);
-    const Tensor rows = at.fresh_rows(a.hidden);
-    {
-      const Tensor active = at.fresh_rows(a.width);
-      project_up(at, pre_activation, matrix_of(active));
-      project_down(at, matrix_of(active), matrix_of(rows));
-    }
-    return {at.combined(rows, !a.score_before_experts), pre_activation};
+    return feed_forward<decltype(zero)>(a, keeps);
   });
 }
 

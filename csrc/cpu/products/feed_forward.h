@@ -3,6 +3,10 @@
 
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <utility>
+
 #include "../activate_rows.h"
 #include "products.h"
 
@@ -94,6 +98,105 @@ struct Experts {
     }
     zero_until(rows.rows);
   }
+};
+
+// Products of experts in two stages: tiles of the second one read rows that the first one left of
+// the same expert.
+//
+//   together  threads share the tiles of all experts, one stage after the other
+//   alone     a thread takes both stages of an expert, and then those of another one. Rows between
+//             them take less memory, and may stay in its caches; but in the end threads wait for
+//             the last expert. (On one and two threads of Intel's CPUs steps of most layers are 1
+//             to 5 % shorter with 128 rows of an expert and more, and 3 % longer with 64.)
+class Stages {
+ public:
+  Stages(const std::vector<Range>& owned, ScalarType dtype, std::array<std::vector<Tile>, 2> stages)
+      : owned_(owned),
+        dtype_(dtype),
+        stages_(std::move(stages)),
+        threads_(torch::stable::get_num_threads()) {
+    for (size_t e = 0; e < owned.size(); ++e) largest_first_.push_back(e);
+    std::stable_sort(largest_first_.begin(), largest_first_.end(),
+                     [&](size_t a, size_t b) { return rows(a) > rows(b); });
+    experts_are_alone_ = are_many_and_even();
+    if (experts_are_alone_) {
+      // Rows of every thread start at a cache line.
+      rows_of_thread_ = parts(rows(largest_first_[0]), kLine) * kLine;
+      num_rows_ = threads_ * rows_of_thread_;
+    } else if (!owned.empty()) {
+      num_rows_ = owned.back().end;
+    }
+  }
+
+  // body(worker, tile) for all tiles.
+  template <typename Body>
+  void run(const Body& body) const {
+    if (!experts_are_alone_) {
+      for (const auto& tiles : stages_) moe_ext::run(tiles, dtype_, body);
+      return;
+    }
+    std::vector<std::vector<Tile>> tiles_of(owned_.size());
+    for (const auto& tiles : stages_) {
+      for (const Tile& t : tiles) tiles_of[t.expert].push_back(t);
+    }
+    run_each(static_cast<int64_t>(owned_.size()), threads_, dtype_, [&](Worker& worker, int64_t i) {
+      for (const Tile& t : tiles_of[largest_first_[i]]) body(worker, t);
+    });
+  }
+
+ private:
+  friend class RowsBetween;
+  static constexpr int64_t kMany = 128, kLine = 64;
+
+  int64_t rows(size_t expert) const { return owned_[expert].end - owned_[expert].begin; }
+
+  // Whether experts have many rows, and no thread would have much more than its share of them.
+  bool are_many_and_even() const {
+    int64_t all = 0, experts = 0;
+    std::vector<int64_t> of_thread(threads_);
+    for (const size_t e : largest_first_) {
+      all += rows(e);
+      experts += rows(e) > 0;
+      *std::min_element(of_thread.begin(), of_thread.end()) += rows(e);
+    }
+    const int64_t most = *std::max_element(of_thread.begin(), of_thread.end());
+    return experts > 0 && all >= kMany * experts && most * threads_ - all <= all / 32;
+  }
+
+  const std::vector<Range>& owned_;
+  ScalarType dtype_;
+  std::array<std::vector<Tile>, 2> stages_;
+  int64_t threads_;
+  std::vector<size_t> largest_first_;
+  bool experts_are_alone_;
+  int64_t num_rows_ = 0, rows_of_thread_ = 0;  // of memory between the stages
+};
+
+// Rows [n, width] between two stages: of every expert, or of one for each thread where experts are
+// alone.
+class RowsBetween {
+ public:
+  RowsBetween(const Stages& stages, int64_t width, const Tensor& like)
+      : stages_(stages), memory_(fresh(like, {stages.num_rows_, width}, like.scalar_type())) {}
+
+  Matrix of(const Worker& worker, int64_t expert) const {
+    const auto [begin, end] = stages_.owned_[expert];
+    return rows(worker, begin, begin, end);
+  }
+
+  Matrix of(const Worker& worker, const Tile& t) const {
+    return rows(worker, stages_.owned_[t.expert].begin, t.row_begin, t.row_end);
+  }
+
+ private:
+  Matrix rows(const Worker& worker, int64_t expert_begin, int64_t begin, int64_t end) const {
+    const int64_t place =
+        stages_.experts_are_alone_ ? worker.index * stages_.rows_of_thread_ : expert_begin;
+    return matrix_of(memory_).row_range(place + begin - expert_begin, place + end - expert_begin);
+  }
+
+  const Stages& stages_;
+  Tensor memory_;
 };
 
 }  // namespace moe_ext

@@ -20,58 +20,51 @@ namespace {
 // A route's weight has its gradient in sums over so many columns, which are added in order.
 constexpr int64_t kSumColumns = TileSize::kLeast;
 
-// Fills [R, G] and [R, F], and sums of [R, num_sums] numbers that add up to the gradients of the
-// routes' weights; the last is that of the bias.
+// Fills a tile of grad_pre_activation and of active, which have the tile's rows, and its part of
+// sums [R, num_sums], which add up to the gradients of the routes' weights. The other operands have
+// all rows.
 template <typename scalar_t>
-void backward_to_pre_activation(const Experts<scalar_t>& at, const Indexed& grads,
-                                const Matrix& pre_activation, const Matrix& grad_pre_activation,
-                                const Matrix& active, accumulate_t<scalar_t>* sums,
-                                int64_t num_sums) {
+void backward_to_pre_activation(const Experts<scalar_t>& at, Worker& worker, const Tile& t,
+                                const Indexed& grads, const Matrix& pre_activation,
+                                const Matrix& grad_pre_activation, const Matrix& active,
+                                accumulate_t<scalar_t>* sums, int64_t num_sums) {
   const FeedForwardArgs& a = at.a;
-  std::vector<Tile> tiles;
-  add_row_tiles(tiles, at.owned, a.width);
-  run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
-    const Matrix grad_active = worker.room(at.dtype, t.rows(), t.columns());
-    worker.gemm.rows_by_weight(
-        grad_active, grads.row_range(t.row_begin, t.row_end),
-        matrix_of(a.down, t.expert).transposed().row_range(t.column_begin, t.column_end),
-        std::nullopt);
-    on_widest([&](auto bytes) __attribute__((always_inline)) {
-      for (int64_t j = 0; j < t.rows(); ++j) {
-        const int64_t r = t.row_begin + j;
-        const auto inner =
-            inner_row(a.activation, row_of<const scalar_t>(pre_activation, r), a.width);
-        const auto grad_inner =
-            inner_row(a.activation, row_of<scalar_t>(grad_pre_activation, r), a.width);
-        for (int64_t f = t.column_begin; f < t.column_end; f += kSumColumns) {
-          const RowBackward<scalar_t> row{
-              row_of<const scalar_t>(grad_active, j) + f - t.column_begin, inner.from(f),
-              at.weight_of(r), grad_inner.from(f), row_of<scalar_t>(active, r) + f};
-          const int64_t columns = std::min(kSumColumns, t.column_end - f);
-          row.inner.ask_next(pre_activation.row_stride, columns);
-          row.grad_inner.ask_next(grad_pre_activation.row_stride, columns);
-          prefetch(row.active + active.row_stride, columns);
-          sums[r * num_sums + f / kSumColumns] = row.template run<bytes>(a.activation, columns);
-        }
+  const Matrix grad_active = worker.room(at.dtype, t.rows(), t.columns());
+  worker.gemm.rows_by_weight(
+      grad_active, grads.row_range(t.row_begin, t.row_end),
+      matrix_of(a.down, t.expert).transposed().row_range(t.column_begin, t.column_end),
+      std::nullopt);
+  on_widest([&](auto bytes) __attribute__((always_inline)) {
+    for (int64_t j = 0; j < t.rows(); ++j) {
+      const int64_t r = t.row_begin + j;
+      const auto inner =
+          inner_row(a.activation, row_of<const scalar_t>(pre_activation, r), a.width);
+      const auto grad_inner =
+          inner_row(a.activation, row_of<scalar_t>(grad_pre_activation, j), a.width);
+      for (int64_t f = t.column_begin; f < t.column_end; f += kSumColumns) {
+        const RowBackward<scalar_t> row{row_of<const scalar_t>(grad_active, j) + f - t.column_begin,
+                                        inner.from(f), at.weight_of(r), grad_inner.from(f),
+                                        row_of<scalar_t>(active, j) + f};
+        const int64_t columns = std::min(kSumColumns, t.column_end - f);
+        row.inner.ask_next(pre_activation.row_stride, columns);
+        row.grad_inner.ask_next(grad_pre_activation.row_stride, columns);
+        prefetch(row.active + active.row_stride, columns);
+        sums[r * num_sums + f / kSumColumns] = row.template run<bytes>(a.activation, columns);
       }
-    });
+    }
   });
 }
 
-// Fills the last sum of every row.
+// Fills the last sum of each of a tile's rows, which is the bias's.
 template <typename scalar_t>
-void multiply_by_bias(const Experts<scalar_t>& at, const Indexed& grads,
+void multiply_by_bias(const Experts<scalar_t>& at, const Tile& t, const Indexed& grads,
                       accumulate_t<scalar_t>* sums, int64_t num_sums) {
-  const FeedForwardArgs& a = at.a;
-  std::vector<Tile> tiles;
-  add_row_tiles(tiles, at.owned, 1);
-  run(tiles, at.dtype, [&](Worker&, const Tile& t) {
-    const auto* bias = const_data<scalar_t>(*a.down_bias) + t.expert * a.hidden;
-    on_widest([&](auto bytes) __attribute__((always_inline)) {
-      for (int64_t r = t.row_begin; r < t.row_end; ++r) {
-        sums[(r + 1) * num_sums - 1] = dot<bytes>(row_of<const scalar_t>(grads, r), bias, a.hidden);
-      }
-    });
+  const auto* bias = const_data<scalar_t>(*at.a.down_bias) + t.expert * at.a.hidden;
+  on_widest([&](auto bytes) __attribute__((always_inline)) {
+    for (int64_t r = t.row_begin; r < t.row_end; ++r) {
+      sums[(r + 1) * num_sums - 1] =
+          dot<bytes>(row_of<const scalar_t>(grads, r), bias, at.a.hidden);
+    }
   });
 }
 
@@ -97,38 +90,53 @@ Tensor add_sums(const Experts<scalar_t>& at, const accumulate_t<scalar_t>* sums,
   return out;
 }
 
-// The sums over each expert's rows, weighed or not: the gradient of a bias, [E, width].
+// The gradient of a bias [E, width]: the sums over each expert's rows, weighed or not.
 template <typename scalar_t>
-Tensor sum_rows(const Experts<scalar_t>& at, const Indexed& rows, bool weighs) {
-  using T = accumulate_t<scalar_t>;
-  constexpr int64_t kColumns = 256, kRows = 256;
-  const int64_t E = at.a.groups.num_experts, width = rows.columns;
-  const int64_t count = parts(width, kColumns);
-  const Tensor out = empty(at.a.tokens, {E, width}, at.dtype);
-  scalar_t* to = data<scalar_t>(out);
-  parallel_for(0, E * count, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t e = i / count, begin = i % count * kColumns;
-      const int64_t columns = std::min(kColumns, width - begin);
-      // Sums of kRows rows each are added up, so that errors of a million rows stay small.
-      T sums[kColumns] = {};
-      for (int64_t row = at.owned[e].begin; row < at.owned[e].end; row += kRows) {
-        T part[kColumns] = {};
-        for (int64_t r = row; r < std::min(row + kRows, at.owned[e].end); ++r) {
-          if (at.routes.sources[r] < 0) continue;
-          const T factor = weighs ? at.weight_of(r) : T{1};
-          const scalar_t* from = row_of<const scalar_t>(rows, r) + begin;
-          for (int64_t c = 0; c < columns; ++c) part[c] += factor * static_cast<T>(from[c]);
-        }
-        for (int64_t c = 0; c < columns; ++c) sums[c] += part[c];
+class BiasGrad {
+ public:
+  BiasGrad(const Experts<scalar_t>& at, bool is_needed, int64_t width, bool weighs)
+      : at_(at),
+        is_needed_(is_needed),
+        weighs_(weighs),
+        width_(width),
+        memory_(is_needed ? empty(at.a.tokens, {at.a.groups.num_experts, width}, at.dtype)
+                          : none(at.a.tokens)) {}
+
+  void add_tiles_to(std::vector<Tile>& tiles, int product) const {
+    const std::vector<Range> all(at_.owned.size(), {0, 1});
+    if (is_needed_) add_tiles(tiles, all, width_, {1, kColumns}, product);
+  }
+
+  // rows: those that the expert owns
+  void fill(const Tile& t, const Indexed& rows) const {
+    const int64_t begin = at_.owned[t.expert].begin, columns = t.columns();
+    // Sums of kRows rows each are added up, so that errors of a million rows stay small.
+    T sums[kColumns] = {};
+    for (int64_t row = 0; row < rows.rows; row += kRows) {
+      T part[kColumns] = {};
+      for (int64_t r = row; r < std::min(row + kRows, rows.rows); ++r) {
+        if (at_.routes.sources[begin + r] < 0) continue;
+        const T factor = weighs_ ? at_.weight_of(begin + r) : T{1};
+        const scalar_t* from = row_of<const scalar_t>(rows, r) + t.column_begin;
+        for (int64_t c = 0; c < columns; ++c) part[c] += factor * static_cast<T>(from[c]);
       }
-      for (int64_t c = 0; c < columns; ++c) {
-        to[e * width + begin + c] = static_cast<scalar_t>(sums[c]);
-      }
+      for (int64_t c = 0; c < columns; ++c) sums[c] += part[c];
     }
-  });
-  return out;
-}
+    scalar_t* to = data<scalar_t>(memory_) + t.expert * width_ + t.column_begin;
+    for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<scalar_t>(sums[c]);
+  }
+
+  Tensor tensor() const { return memory_; }
+
+ private:
+  using T = accumulate_t<scalar_t>;
+  static constexpr int64_t kColumns = 256, kRows = 256;
+
+  const Experts<scalar_t>& at_;
+  bool is_needed_, weighs_;
+  int64_t width_;
+  Tensor memory_;
+};
 
 // The gradient of a weight [E, N, M], laid out as it is: of [E, M, N] where that is transposed.
 class WeightGrad {
@@ -145,10 +153,9 @@ class WeightGrad {
     if (is_needed_) add_outer_tiles(tiles, memory_.size(0), rows_, columns_, product);
   }
 
-  // A tile of left^T @ right over the owned rows of its expert.
-  void fill(Worker& worker, const Tile& t, const Range& owned, const Indexed& left,
-            const Indexed& right) const {
-    outer_tile(worker, t, owned, memory_, turns_ ? right : left, turns_ ? left : right);
+  // A tile of left^T @ right; both: the rows that the expert owns.
+  void fill(Worker& worker, const Tile& t, const Indexed& left, const Indexed& right) const {
+    outer_tile(worker, t, memory_, turns_ ? right : left, turns_ ? left : right);
   }
 
   Tensor tensor() const {
@@ -170,36 +177,50 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, bool needs_to
   const FeedForwardArgs& a = b.forward;
   const Experts<scalar_t> at("feed_forward_backward", a);
   const Tensor indexed_grad = at.indexed(b.grad), indexed_tokens = at.indexed(a.tokens);
-  const Indexed grads = at.rows_of(indexed_grad), tokens = at.rows_of(indexed_tokens);
-  const Tensor inner = at.fresh_rows(a.inner_width), active = at.fresh_rows(a.width);
+  const Indexed all_grads = at.rows_of(indexed_grad), all_tokens = at.rows_of(indexed_tokens);
+  const Matrix pre_activation = matrix_of(b.pre_activation);
   const int64_t num_sums = parts(a.width, kSumColumns) + (a.down_bias ? 1 : 0);
   const std::unique_ptr<T[]> sums(new T[at.routes.num_rows * num_sums]);  // owned rows are filled
-  const Matrix inner_rows = matrix_of(inner), active_rows = matrix_of(active);
-  backward_to_pre_activation(at, grads, matrix_of(b.pre_activation), inner_rows, active_rows,
-                             sums.get(), num_sums);
-  if (a.down_bias) multiply_by_bias(at, grads, sums.get(), num_sums);
-
-  enum Product { kUp, kDown, kTokens };
-  std::vector<Tile> tiles;
   const WeightGrad grad_up(a.up, needs_up), grad_down(a.down, needs_down);
-  grad_up.add_tiles_to(tiles, kUp);
-  grad_down.add_tiles_to(tiles, kDown);
+  const BiasGrad<scalar_t> grad_up_bias(at, needs_up && a.up_bias, a.inner_width, false);
+  const BiasGrad<scalar_t> grad_down_bias(at, needs_down && a.down_bias, a.hidden, true);
   const Tensor rows = needs_tokens ? at.fresh_rows(a.hidden) : none(a.tokens);
-  if (needs_tokens) add_row_tiles(tiles, at.owned, a.hidden, TileSize::kColumns, kTokens);
-  run(tiles, at.dtype, [&](Worker& worker, const Tile& t) {
-    const Range& owned = at.owned[t.expert];
-    if (t.product == kUp) return grad_up.fill(worker, t, owned, inner_rows, tokens);
-    if (t.product == kDown) return grad_down.fill(worker, t, owned, grads, active_rows);
-    multiply_tile(worker, t, matrix_of(rows), inner_rows, matrix_of(a.up, t.expert).transposed(),
-                  std::nullopt);
-  });
 
-  const bool sums_up = needs_up && a.up_bias, sums_down = needs_down && a.down_bias;
+  enum Product { kInner, kBiasSums, kUp, kDown, kTokens, kUpBias, kDownBias };
+  std::vector<Tile> first, second;
+  add_row_tiles(first, at.owned, a.width, TileSize::kColumns, kInner);
+  if (a.down_bias) add_row_tiles(first, at.owned, 1, TileSize::kColumns, kBiasSums);
+  grad_up.add_tiles_to(second, kUp);
+  grad_down.add_tiles_to(second, kDown);
+  if (needs_tokens) add_row_tiles(second, at.owned, a.hidden, TileSize::kColumns, kTokens);
+  grad_up_bias.add_tiles_to(second, kUpBias);
+  grad_down_bias.add_tiles_to(second, kDownBias);
+  const Stages stages(at.owned, at.dtype, {std::move(first), std::move(second)});
+  const RowsBetween inner(stages, a.inner_width, a.tokens), active(stages, a.width, a.tokens);
+  stages.run([&](Worker& worker, const Tile& t) {
+    const auto [begin, end] = at.owned[t.expert];
+    const Indexed grads = all_grads.row_range(begin, end);
+    const Indexed tokens = all_tokens.row_range(begin, end);
+    switch (t.product) {
+      case kInner:
+        return backward_to_pre_activation(at, worker, t, all_grads, pre_activation,
+                                          inner.of(worker, t), active.of(worker, t), sums.get(),
+                                          num_sums);
+      case kBiasSums: return multiply_by_bias(at, t, all_grads, sums.get(), num_sums);
+      case kUp: return grad_up.fill(worker, t, inner.of(worker, t.expert), tokens);
+      case kDown: return grad_down.fill(worker, t, grads, active.of(worker, t.expert));
+      case kTokens:
+        return multiply_tile(worker, t, matrix_of(rows), inner.of(worker, t),
+                             matrix_of(a.up, t.expert).transposed(), std::nullopt);
+      case kUpBias: return grad_up_bias.fill(t, inner.of(worker, t.expert));
+      default: return grad_down_bias.fill(t, grads);
+    }
+  });
   return {needs_tokens ? at.combined(rows, false) : none(a.tokens),
           grad_up.tensor(),
           grad_down.tensor(),
-          sums_up ? sum_rows(at, inner_rows, false) : none(a.tokens),
-          sums_down ? sum_rows(at, grads, true) : none(a.tokens),
+          grad_up_bias.tensor(),
+          grad_down_bias.tensor(),
           add_sums(at, sums.get(), num_sums)};
 }
 

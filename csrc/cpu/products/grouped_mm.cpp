@@ -20,7 +20,8 @@ Tensor grouped_mm_cpu(const GroupedMMArgs& a) {
   std::vector<Tile> tiles;
   add_row_tiles(tiles, owned, a.out_width);
   run(tiles, a.rows.scalar_type(), [&](Worker& worker, const Tile& t) {
-    multiply_tile(worker, t, all_out, all_rows, matrix_of(a.weights, t.expert), a.bias);
+    multiply_tile(worker, t, all_out, all_rows.row_range(t.row_begin, t.row_end),
+                  matrix_of(a.weights, t.expert), a.bias);
   });
   return out;
 }
@@ -34,7 +35,8 @@ Tensor grouped_outer_cpu(const GroupedOuterArgs& a) {
   add_outer_tiles(tiles, a.groups.num_experts, a.left_width, a.right_width);
   const Matrix left_rows = matrix_of(a.left), right_rows = matrix_of(a.right);
   run(tiles, a.left.scalar_type(), [&](Worker& worker, const Tile& t) {
-    outer_tile(worker, t, owned[t.expert], out, left_rows, right_rows);
+    const auto [begin, end] = owned[t.expert];
+    outer_tile(worker, t, out, left_rows.row_range(begin, end), right_rows.row_range(begin, end));
   });
   return out;
 }

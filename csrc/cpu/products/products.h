@@ -2,7 +2,8 @@
 //
 // The rows of expert e that routes own are offsets[e] and the min(load[e], offsets[e+1] -
 // offsets[e]) after it. A thread takes whole tiles of their products: many small experts keep all
-// threads busy, and so does one that has all rows.
+// threads busy, and so does one that has all rows. (Stages, in feed_forward.h, also has it take
+// whole experts.)
 
 #pragma once
 
@@ -133,7 +134,7 @@ inline void add_outer_tiles(std::vector<Tile>& tiles, int64_t num_experts, int64
 
 // A thread's products and memory.
 struct Worker {
-  explicit Worker(ScalarType dtype) : gemm(dtype) {}
+  Worker(ScalarType dtype, int64_t index) : gemm(dtype), index(index) {}
 
   // Memory for a product. Rows are not whole pages apart, because loops that write a piece of each
   // row would be slow.
@@ -145,23 +146,24 @@ struct Worker {
   }
 
   Gemm gemm;
+  int64_t index;  // below the number of threads; no other worker has it at the same time
   Panel left, right, out;
 };
 
-// body(worker, tile) for all. A thread that is done takes the next one: products of few rows are
-// slower than their size says. `run` rethrows an exception of a body.
+// body(worker, i) for all i below count, on at most so many threads. One that is done takes the
+// next i: products of few rows are slower than their size says. Rethrows an exception of a body.
 template <typename Body>
-void run(const std::vector<Tile>& tiles, ScalarType dtype, const Body& body) {
-  // One tile alone is left to the threads of torch's GEMM, where that multiplies.
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles.size());
-  std::atomic<size_t> next{0};
+void run_each(int64_t count, int64_t threads, ScalarType dtype, const Body& body) {
+  // A single body is left to the threads of torch's GEMM, where that multiplies.
+  threads = std::min(threads, count);
+  std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::exception_ptr failure;
-  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel_for(0, threads, 1, [&](int64_t index, int64_t) {
     try {
-      Worker worker(dtype);
-      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tiles.size();) {
-        body(worker, tiles[i]);
+      Worker worker(dtype, index);
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+        body(worker, i);
       }
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex);
@@ -171,6 +173,13 @@ void run(const std::vector<Tile>& tiles, ScalarType dtype, const Body& body) {
   if (failure) std::rethrow_exception(failure);
 }
 
+// body(worker, tile) for all.
+template <typename Body>
+void run(const std::vector<Tile>& tiles, ScalarType dtype, const Body& body) {
+  run_each(static_cast<int64_t>(tiles.size()), torch::stable::get_num_threads(), dtype,
+           [&](Worker& worker, int64_t i) { body(worker, tiles[i]); });
+}
+
 // One row of a bias, as far as a tile goes.
 inline std::optional<Matrix> bias_of(const OptionalTensor& bias, int64_t expert,
                                      int64_t column_begin, int64_t column_end) {
@@ -178,11 +187,10 @@ inline std::optional<Matrix> bias_of(const OptionalTensor& bias, int64_t expert,
   return matrix_of(*bias).row_range(expert, expert + 1).column_range(column_begin, column_end);
 }
 
-// A tile of out = rows @ weights[e]^T + bias[e].
+// A tile of out = rows @ weights[e]^T + bias[e]; rows: those of the tile.
 inline void multiply_tile(Worker& worker, const Tile& t, const Matrix& out, const Indexed& rows,
                           const Matrix& weight, const OptionalTensor& bias) {
-  worker.gemm.rows_by_weight(t.of(out), rows.row_range(t.row_begin, t.row_end),
-                             weight.row_range(t.column_begin, t.column_end),
+  worker.gemm.rows_by_weight(t.of(out), rows, weight.row_range(t.column_begin, t.column_end),
                              bias_of(bias, t.expert, t.column_begin, t.column_end));
 }
 
@@ -204,29 +212,24 @@ inline void zero_tile(const Matrix& tile, bool around) {
 // so do the errors of sums over a million rows.
 constexpr int64_t kMostOuterRows = 2048;
 
-// A tile of out[e] = left^T @ right over the owned rows; out: [E, N, M].
-inline void outer_tile(Worker& worker, const Tile& t, const Range& owned, const Tensor& out,
-                       const Indexed& left, const Indexed& right) {
-  const auto [begin, end] = owned;
+// A tile of out[e] = left^T @ right; both: the rows that the expert owns. out: [E, N, M].
+inline void outer_tile(Worker& worker, const Tile& t, const Tensor& out, const Indexed& left,
+                       const Indexed& right) {
   const Matrix tile = t.of(matrix_of(out, t.expert));
   const bool around = outgrows_caches(out.numel() * tile.width());
-  if (begin == end) return zero_tile(tile, around);
-  const auto lefts = [&](int64_t first, int64_t last) {
-    return left.row_range(first, last).column_range(t.row_begin, t.row_end);
-  };
-  const auto rights = [&](int64_t first, int64_t last) {
-    return right.row_range(first, last).column_range(t.column_begin, t.column_end);
-  };
-  const int64_t count = parts(end - begin, kMostOuterRows);
+  if (left.rows == 0) return zero_tile(tile, around);
+  const Indexed lefts = left.column_range(t.row_begin, t.row_end);
+  const Indexed rights = right.column_range(t.column_begin, t.column_end);
+  const int64_t count = parts(left.rows, kMostOuterRows);
   if (count == 1 || !worker.gemm.adds_outer()) {
-    return worker.gemm.outer(tile, lefts(begin, end), rights(begin, end), around);
+    return worker.gemm.outer(tile, lefts, rights, around);
   }
   const ScalarType wide = tile.dtype == ScalarType::Double ? tile.dtype : ScalarType::Float;
   const Matrix sum = tile.dtype == wide ? tile : worker.out.get(wide, tile.rows, tile.columns);
-  const int64_t rows = parts(end - begin, count);
-  for (int64_t row = begin; row < end; row += rows) {
-    const int64_t last = std::min(row + rows, end);
-    worker.gemm.add_outer(sum, lefts(row, last), rights(row, last), row == begin);
+  const int64_t rows = parts(left.rows, count);
+  for (int64_t row = 0; row < left.rows; row += rows) {
+    const int64_t last = std::min(row + rows, left.rows);
+    worker.gemm.add_outer(sum, lefts.row_range(row, last), rights.row_range(row, last), row == 0);
   }
   if (sum.data != tile.data) copy(tile, sum);
 }
