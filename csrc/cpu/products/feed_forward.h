@@ -115,10 +115,7 @@ class Stages {
         dtype_(dtype),
         stages_(std::move(stages)),
         threads_(torch::stable::get_num_threads()) {
-    for (size_t e = 0; e < owned.size(); ++e) largest_first_.push_back(e);
-    std::stable_sort(largest_first_.begin(), largest_first_.end(),
-                     [&](size_t a, size_t b) { return rows(a) > rows(b); });
-    experts_are_alone_ = are_many_and_even();
+    experts_are_alone_ = have_many_rows() && are_even();
     if (experts_are_alone_) {
       // Rows of every thread start at a cache line.
       rows_of_thread_ = parts(rows(largest_first_[0]), kLine) * kLine;
@@ -150,17 +147,28 @@ class Stages {
 
   int64_t rows(size_t expert) const { return owned_[expert].end - owned_[expert].begin; }
 
-  // Whether experts have many rows, and no thread would have much more than its share of them.
-  bool are_many_and_even() const {
+  bool have_many_rows() const {
     int64_t all = 0, experts = 0;
+    for (const auto [begin, end] : owned_) {
+      all += end - begin;
+      experts += end > begin;
+    }
+    return experts > 0 && all >= kMany * experts;
+  }
+
+  // Whether no thread would have much more than its share of the rows.
+  bool are_even() {
+    for (size_t e = 0; e < owned_.size(); ++e) largest_first_.push_back(e);
+    std::stable_sort(largest_first_.begin(), largest_first_.end(),
+                     [&](size_t a, size_t b) { return rows(a) > rows(b); });
+    int64_t all = 0;
     std::vector<int64_t> of_thread(threads_);
     for (const size_t e : largest_first_) {
       all += rows(e);
-      experts += rows(e) > 0;
       *std::min_element(of_thread.begin(), of_thread.end()) += rows(e);
     }
     const int64_t most = *std::max_element(of_thread.begin(), of_thread.end());
-    return experts > 0 && all >= kMany * experts && most * threads_ - all <= all / 32;
+    return most * threads_ - all <= all / 32;
   }
 
   const std::vector<Range>& owned_;

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <vector>
 
+#include "../around_caches.h"
 #include "gemm.h"
 
 namespace moe_ext {
