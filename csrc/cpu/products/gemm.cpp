@@ -1,7 +1,8 @@
-// The loops of gemm.h are chosen, and compiled, here.
+// Chooses the loops of a product (gemm.h), and compiles them.
 
 #include "gemm.h"
 
+#include <algorithm>
 #include <array>
 
 #include "block_product.h"

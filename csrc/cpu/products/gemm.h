@@ -7,7 +7,8 @@
 // to the last. With them, torch's library compiles code for every size it meets, milliseconds each:
 // the number of rows, which changes with every routing, is padded to one of few.
 //
-// gemm.cpp alone compiles the loops, but for those of sources (lines.h).
+// gemm.cpp compiles these loops, once for all callers. rows_by_lines alone is compiled where it is
+// called, for the caller's source of lines (lines.h).
 
 #pragma once
 

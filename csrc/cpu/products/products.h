@@ -188,7 +188,7 @@ inline std::optional<Matrix> bias_of(const OptionalTensor& bias, int64_t expert,
   return matrix_of(*bias).row_range(expert, expert + 1).column_range(column_begin, column_end);
 }
 
-// A tile of out = rows @ weights[e]^T + bias[e]; rows: those of the tile.
+// A tile of out = rows @ weights[e]^T + bias[e]; rows has the tile's rows, out all.
 inline void multiply_tile(Worker& worker, const Tile& t, const Matrix& out, const Indexed& rows,
                           const Matrix& weight, const OptionalTensor& bias) {
   worker.gemm.rows_by_weight(t.of(out), rows, weight.row_range(t.column_begin, t.column_end),
