@@ -90,9 +90,10 @@ def test_the_reference(size, dtype, device, poisoned, request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("size", [(700, 2, 3, 70, 600), (2100, 2, 32, 24, 40), (2500, 1, 1, 8, 6)])
+# Few experts and many, whose rows threads can share evenly; one whose rows are added up in blocks.
+@pytest.mark.parametrize("size", [(700, 2, 3, 70, 600), (3200, 2, 32, 24, 40), (2500, 1, 1, 8, 6)])
 def test_the_reference_on_threads(size, threads, dtype, poisoned, request):
-    """They share an expert's products, or take whole experts where no thread has much more."""
+    """Threads share an expert's products, or take whole experts that have many rows."""
     if request.config.cusim:
         pytest.skip("the CPU's operators alone have threads")
     request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))

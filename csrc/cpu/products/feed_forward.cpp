@@ -20,7 +20,8 @@ namespace {
 // Columns of a gate in a tile; as many of its `up` go with them.
 constexpr int64_t kGateColumns = TileSize::kColumns / 2;
 
-// A tile of active, and of pre_activation if that is kept; its rows are those of the tile.
+// Fills a tile of active, which has the tile's rows, and of pre_activation, which has all rows, if
+// that is kept.
 template <typename scalar_t>
 void project_up(const Experts<scalar_t>& at, Worker& worker, const Tile& t, const Indexed& tokens,
                 const std::optional<Matrix>& pre_activation, const Matrix& active) {
@@ -57,7 +58,7 @@ void project_up(const Experts<scalar_t>& at, Worker& worker, const Tile& t, cons
   });
 }
 
-// A tile of rows; active: those of the tile.
+// Fills a tile of rows, which are all; active has the tile's rows.
 template <typename scalar_t>
 void project_down(const Experts<scalar_t>& at, Worker& worker, const Tile& t, const Matrix& active,
                   const Matrix& rows) {
@@ -83,8 +84,10 @@ std::tuple<Tensor, Tensor> feed_forward(const FeedForwardArgs& a, bool keeps) {
   const Tensor pre_activation = keeps ? at.fresh_rows(a.inner_width) : none(a.tokens);
   const Tensor rows = at.fresh_rows(a.hidden);
   std::optional<Matrix> kept;
-  if (keeps) kept = matrix_of(pre_activation);
-  if (keeps) zero_unowned(*kept, at.owned);
+  if (keeps) {
+    kept = matrix_of(pre_activation);
+    zero_unowned(*kept, at.owned);
+  }
   const Tensor indexed = at.indexed(a.tokens);
   const Indexed tokens = at.rows_of(indexed);
 
@@ -97,7 +100,7 @@ std::tuple<Tensor, Tensor> feed_forward(const FeedForwardArgs& a, bool keeps) {
   {
     const RowsBetween active(stages, a.width, a.tokens);
     stages.run([&](Worker& worker, const Tile& t) {
-      const Matrix active_rows = active.of(worker, t);
+      const Matrix active_rows = active.of_tile(worker, t);
       if (t.product == kUp) return project_up(at, worker, t, tokens, kept, active_rows);
       project_down(at, worker, t, active_rows, matrix_of(rows));
     });

@@ -1,5 +1,5 @@
-// The forward and the backward of the experts share their arguments, checked, and the rows of
-// these.
+// What the forward and the backward of the experts share: their arguments, checked, the order of
+// their products, and the rows between these.
 
 #pragma once
 
@@ -105,9 +105,10 @@ struct Experts {
 //
 //   together  threads share the tiles of all experts, one stage after the other
 //   alone     a thread takes both stages of an expert, and then those of another one. Rows between
-//             them take less memory, and may stay in its caches; but in the end threads wait for
-//             the last expert. (On one and two threads of Intel's CPUs steps of most layers are 1
-//             to 5 % shorter with 128 rows of an expert and more, and 3 % longer with 64.)
+//             them may stay in its caches, and take less memory if a thread has several experts;
+//             but in the end threads wait for the last expert. (On one and two threads of Intel's
+//             CPUs steps of most layers are 1 to 5 % shorter with 128 rows of an expert and more,
+//             and 3 % longer with 64. Other CPUs and more threads were not measured.)
 class Stages {
  public:
   Stages(const std::vector<Range>& owned, ScalarType dtype, std::array<std::vector<Tile>, 2> stages)
@@ -115,10 +116,15 @@ class Stages {
         dtype_(dtype),
         stages_(std::move(stages)),
         threads_(torch::stable::get_num_threads()) {
-    experts_are_alone_ = have_many_rows() && are_even();
+    if (have_many_rows()) {
+      sort_experts();
+      experts_are_alone_ = are_even();
+    }
     if (experts_are_alone_) {
-      // Rows of every thread start at a cache line.
-      rows_of_thread_ = parts(rows(largest_first_[0]), kLine) * kLine;
+      // 64 rows of any width are whole cache lines: the rows of all threads are aligned alike, on
+      // which sums of torch's GEMM may depend.
+      constexpr int64_t kAligned = 64;
+      rows_of_thread_ = parts(rows(largest_first_[0]), kAligned) * kAligned;
       num_rows_ = threads_ * rows_of_thread_;
     } else if (!owned.empty()) {
       num_rows_ = owned.back().end;
@@ -143,11 +149,12 @@ class Stages {
 
  private:
   friend class RowsBetween;
-  static constexpr int64_t kMany = 128, kLine = 64;
 
   int64_t rows(size_t expert) const { return owned_[expert].end - owned_[expert].begin; }
 
+  // Whether experts that have rows have many on average.
   bool have_many_rows() const {
+    constexpr int64_t kMany = 128;
     int64_t all = 0, experts = 0;
     for (const auto [begin, end] : owned_) {
       all += end - begin;
@@ -156,11 +163,14 @@ class Stages {
     return experts > 0 && all >= kMany * experts;
   }
 
-  // Whether no thread would have much more than its share of the rows.
-  bool are_even() {
+  void sort_experts() {
     for (size_t e = 0; e < owned_.size(); ++e) largest_first_.push_back(e);
     std::stable_sort(largest_first_.begin(), largest_first_.end(),
                      [&](size_t a, size_t b) { return rows(a) > rows(b); });
+  }
+
+  // Whether no thread would have more than 1/32 above its share of the rows.
+  bool are_even() const {
     int64_t all = 0;
     std::vector<int64_t> of_thread(threads_);
     for (const size_t e : largest_first_) {
@@ -176,7 +186,7 @@ class Stages {
   std::array<std::vector<Tile>, 2> stages_;
   int64_t threads_;
   std::vector<size_t> largest_first_;
-  bool experts_are_alone_;
+  bool experts_are_alone_ = false;
   int64_t num_rows_ = 0, rows_of_thread_ = 0;  // of memory between the stages
 };
 
@@ -187,12 +197,12 @@ class RowsBetween {
   RowsBetween(const Stages& stages, int64_t width, const Tensor& like)
       : stages_(stages), memory_(fresh(like, {stages.num_rows_, width}, like.scalar_type())) {}
 
-  Matrix of(const Worker& worker, int64_t expert) const {
+  Matrix of_expert(const Worker& worker, int64_t expert) const {
     const auto [begin, end] = stages_.owned_[expert];
     return rows(worker, begin, begin, end);
   }
 
-  Matrix of(const Worker& worker, const Tile& t) const {
+  Matrix of_tile(const Worker& worker, const Tile& t) const {
     return rows(worker, stages_.owned_[t.expert].begin, t.row_begin, t.row_end);
   }
 

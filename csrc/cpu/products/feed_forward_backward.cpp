@@ -204,15 +204,15 @@ SixTensors feed_forward_backward(const FeedForwardBackwardArgs& b, bool needs_to
     switch (t.product) {
       case kInner:
         return backward_to_pre_activation(at, worker, t, all_grads, pre_activation,
-                                          inner.of(worker, t), active.of(worker, t), sums.get(),
-                                          num_sums);
+                                          inner.of_tile(worker, t), active.of_tile(worker, t),
+                                          sums.get(), num_sums);
       case kBiasSums: return multiply_by_bias(at, t, all_grads, sums.get(), num_sums);
-      case kUp: return grad_up.fill(worker, t, inner.of(worker, t.expert), tokens);
-      case kDown: return grad_down.fill(worker, t, grads, active.of(worker, t.expert));
+      case kUp: return grad_up.fill(worker, t, inner.of_expert(worker, t.expert), tokens);
+      case kDown: return grad_down.fill(worker, t, grads, active.of_expert(worker, t.expert));
       case kTokens:
-        return multiply_tile(worker, t, matrix_of(rows), inner.of(worker, t),
+        return multiply_tile(worker, t, matrix_of(rows), inner.of_tile(worker, t),
                              matrix_of(a.up, t.expert).transposed(), std::nullopt);
-      case kUpBias: return grad_up_bias.fill(t, inner.of(worker, t.expert));
+      case kUpBias: return grad_up_bias.fill(t, inner.of_expert(worker, t.expert));
       default: return grad_down_bias.fill(t, grads);
     }
   });
