@@ -89,6 +89,8 @@ WIDTHS += [(29, 603), (3, 128)]  # a panel of more than a register, fewer lines 
 WIDTHS += [(64, 1024), (200, 2100), (2048, 40), (300, 1024), (300, 2048)]
 # Columns that share a register, in a part of a sum and in its last one, or none; long odd lines.
 WIDTHS += [(33, 801), (36, 1061), (48, 130), (16, 0), (20, 3)]
+# Several blocks of the longest sums.
+LONG = [(70, 8300), (70, 8320), (30, 8300)]
 
 ANY = 1000  # rows
 
@@ -116,9 +118,11 @@ def orders(dtype, M, is_dense) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "M"), WIDTHS)
+@pytest.mark.parametrize(("N", "M"), [*WIDTHS, *LONG])
 def test_rows_have_the_results_that_they_have_beside_others(dtype, N, M, request):
     numbers, all_rows = (*range(1, 20), 24, 25, 31, 47, 48, 49, 65, 96, 97, 240, 257), 300
+    if (N, M) in LONG:
+        numbers, all_rows = (1, 2, 15, 16, 17, 31, 32, 33), 65
     if request.config.cusim:  # whose products take long: more rows than a tile of 64, of 128
         numbers, all_rows = (1, 2, 17, 49, 65), 130
     w, strided = values(2, N, M, dtype=dtype), values(2, M, N, dtype=dtype).mT

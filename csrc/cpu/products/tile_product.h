@@ -19,6 +19,9 @@
 //              │    │   │ 2  │ 3  │ sums
 //              └────┘   └────┴────┘
 //
+// A single band, of few rows, waits for the memory of a weight. On tiles it streams: its sums stay
+// in tiles for a longer part, and lines are asked for in the order of memory.
+//
 // If the columns of right are dense in memory, they are the lines, and the result is turned as it
 // is written: rows times a weight's transposed read the weight in the order of memory, once for
 // each block of rows. Few rows are one block. But where left is dense too and has more lines than
@@ -64,6 +67,9 @@ struct TileProduct {
   static constexpr int64_t kStrip = layout::kStrip, kBand = layout::kBand;
   static constexpr int64_t kTileSums = kTile * kTile, kSums = 4 * kTileSums;
   static constexpr int64_t kDeep = 64;  // steps
+  // A band that streams has parts of up to so many steps, as a tile cannot be loaded before it has
+  // been stored, and blocks of which the lines of two strips fit into the second cache.
+  static constexpr int64_t kStreamedPart = 64, kStreamedBlock = 256;
   // With many strips, a block is many steps of some columns. The lines of these steps stay in the
   // third cache while the blocks of other columns follow. With few strips, a block is one part of
   // many columns, which is read in the order of memory if rows are dense. The sums of all strips
@@ -79,6 +85,8 @@ struct TileProduct {
     int64_t steps, strips;  // of all
     int64_t bands, deep;    // of a block, which is packed: its bands and steps
     int64_t group;          // bands whose sums stay while steps go by
+    int64_t part;           // steps between loads of sums and their stores
+    bool streams;           // whether lines are asked for in the order of memory
     bool lie;               // whether lines are read without a copy
     bool copied;            // whether the lines of all strips are copied before the first block
   };
@@ -109,8 +117,15 @@ struct TileProduct {
   static MOE_EXT_INLINE Sizes sizes_of(const Indexed& lines, const Indexed& columns) {
     const int64_t strips = parts(lines.rows, kStrip), all = parts(columns.columns, kBand);
     const int64_t steps = std::max<int64_t>(1, parts(lines.columns, kStep));
-    const bool few = strips <= kFewStrips;
-    const int64_t deep = std::min(few ? Loops::kPart : kDeep, steps);
+    const bool streams =
+        Loops::kStreams && all == 1 && lines.rows >= kStrip && lines.has_rows_in_place();
+    const bool few = strips <= kFewStrips && !streams;
+    int64_t deep = std::min(few ? Loops::kPart : kDeep, steps), part = Loops::kPart;
+    if (streams) {
+      // Evenly: a short part would have to ask for all lines of a long one.
+      deep = parts(steps, parts(steps, kStreamedBlock));
+      part = parts(deep, parts(deep, kStreamedPart));
+    }
     const int64_t fit = Loops::kPackedBytes / (layout::kBandNumbers * 2 * deep);
     const int64_t most = few ? kSumsBytes / (strips * kSums * 4) : fit;
     const int64_t blocks = parts(all, std::max<int64_t>(1, most));
@@ -118,7 +133,7 @@ struct TileProduct {
     const bool collide = lines.row_stride % kHalfPage == 0 && std::min(most, all) >= kManyBands;
     const bool lie = lines.has_rows_in_place() && !collide;
     const bool fits = strips * deep * kStrip * kStep * 2 <= kCopiedBytes;
-    return {steps, strips, bands, deep, few ? bands : all, lie, !lie && fits};
+    return {steps, strips, bands, deep, few ? bands : all, part, streams, lie, !lie && fits};
   }
 
   // turned: lines are columns of out
@@ -227,21 +242,21 @@ struct TileProduct {
     const int64_t last = block.columns - (block.bands - 2) * kBand;
     const int64_t turns = block.bands - (block.bands > 1 && Loops::joins(last, turned));
     for (int64_t s = 0, end; s < block.steps; s = end) {
-      end = std::min(s + Loops::kPart, s < whole ? whole : block.steps);
+      end = std::min(s + n.part, s < whole ? whole : block.steps);
       const Lines lines =
           s < whole ? Lines{layout::numbers(all) + s * kStep, all.row_stride, kStep}
                     : Lines{room.copied + (s - whole) * kStrip * kStep, kStep, kStrip * kStep};
       const bool completes = block.ends && end == block.steps;
       const int64_t numbers = std::min(end * kStep, all.columns) - s * kStep;
       for (int64_t b = 0, joined; b < block.bands; b += 1 + joined) {
-        // Each band prefetches its share of the next strip's lines; columns that fit into one tile
-        // prefetch the next part's.
-        const int64_t stride = all.row_stride * 2, left_steps = block.steps - end;
+        // Each band prefetches its share of the next strip's lines; one that streams prefetches all
+        // of the next part's.
+        const int64_t stride = all.row_stride * 2, left_steps = whole - end;
         Asked asked{};
-        if (Loops::kStreams && block.columns <= kTile && lie && (left_steps > 0 || next)) {
+        if (n.streams && s < whole && (left_steps > 0 || next)) {
           const char* soon = left_steps > 0 ? all.data + end * kTileBytes : next;
           const int64_t of_part = left_steps > 0 ? left_steps : block.steps;
-          asked = {soon, stride, kStrip, std::min(Loops::kPart, of_part)};
+          asked = {soon, stride, kStrip, std::min(n.part, of_part)};
         } else if (next && b < kStrip) {
           asked = {next + s * kTileBytes + b * stride, turns * stride, parts(kStrip - b, turns), 0};
         }
