@@ -67,8 +67,8 @@ struct TileProduct {
   static constexpr int64_t kStrip = layout::kStrip, kBand = layout::kBand;
   static constexpr int64_t kTileSums = kTile * kTile, kSums = 4 * kTileSums;
   static constexpr int64_t kDeep = 64;  // steps
-  // A band that streams has parts of up to so many steps, as a tile cannot be loaded before it has
-  // been stored, and blocks of which the lines of two strips fit into the second cache.
+  // A band that streams has parts of up to so many steps, so that few tiles of sums are stored and
+  // loaded again, and blocks of which the lines of two strips fit into the second cache.
   static constexpr int64_t kStreamedPart = 64, kStreamedBlock = 256;
   // With many strips, a block is many steps of some columns. The lines of these steps stay in the
   // third cache while the blocks of other columns follow. With few strips, a block is one part of
