@@ -12,8 +12,8 @@ struct Asked {
   const char* first;
   int64_t stride, count;
   // 0: each step prefetches 64 bytes of all lines. (All lines at once would wait for memory:
-  // products of 28 rows took 1.25 times as long on a Zen 5.) Else so many steps of one line after
-  // the other are divided evenly among the steps of the part.
+  // products of 28 rows took 1.25 times as long on a Zen 5.) Else so many steps of a strip's lines,
+  // one after the other, are divided evenly among the steps of the part.
   int64_t steps;
 };
 
@@ -132,21 +132,27 @@ class TileLoops {
     at.band += at.band_step;
   }
 
-  // Prefetches lines in the order of memory, as many each of so many times.
+  // Prefetches lines in the order of memory, as many each of so many times. Four sequences of lines
+  // take turns, so that the CPU finds the addresses of four pages at once. (In small pages experts
+  // of one to 64 tokens took up to 11 % less time on an Intel CPU.)
   class InOrder {
    public:
     MOE_EXT_INLINE InOrder(const Asked& asked, int64_t times)
         : line_(asked.first),
           stride_(asked.stride),
+          apart_(kStrip / kAtOnce * asked.stride),
           bytes_(asked.steps * kTileBytes),
-          left_(asked.count * asked.steps),
+          left_(kStrip / kAtOnce * asked.steps),
           share_(parts(left_, times)) {}
 
     MOE_EXT_INLINE void ask() {
       const int64_t count = std::min(share_, left_);
       left_ -= count;
       for (int64_t i = 0; i < count; ++i) {
-        __builtin_prefetch(line_ + place_, 0, 2);
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kAtOnce; ++j) {
+          __builtin_prefetch(line_ + place_ + j * apart_, 0, 2);
+        }
         place_ += kTileBytes;
         if (place_ == bytes_) {
           place_ = 0;
@@ -156,8 +162,10 @@ class TileLoops {
     }
 
    private:
+    static constexpr int64_t kStrip = layout::kStrip, kAtOnce = 4;
+
     const char* line_;
-    int64_t stride_, bytes_, left_, share_, place_ = 0;
+    int64_t stride_, apart_, bytes_, left_, share_, place_ = 0;
   };
 
   Tiles tiles_;
