@@ -42,7 +42,9 @@ class Ahead {
 
   MOE_EXT_INLINE void begin_row(uintptr_t row) {
     row_ = row;
-    line_ = row - row % kLine;
+    // The line that a narrow row begins in was asked for with the columns before.
+    line_ = bytes_ < static_cast<int64_t>(kLine) ? row + bytes_ - 1 : row;
+    line_ -= line_ % kLine;
     end_ = row + bytes_;
   }
 

@@ -43,42 +43,38 @@ MOE_EXT_INLINE void load_fours(V& v, const At& at) {
 
 // `pack` of rows that are dense, four columns of all at a time.
 template <typename Lanes, int64_t fours>
-MOE_EXT_INLINE void pack_lines(const Matrix& matrix, float* to, int64_t apart) {
-  const int64_t rows = matrix.rows, deep = matrix.columns, stride = matrix.row_stride;
-  const float* from = row_of<const float>(matrix, 0);
-  // lines: the first row of every four. last: from there to the rows of the last four, which may
-  // be fewer. A stride needs fewer registers than an address for every row.
-  const float* lines[fours];
-  for (int64_t i = 0; i < fours; ++i) lines[i] = from + 4 * i * stride;
-  int64_t last[4];
-  for (int64_t r = 0; r < 4; ++r) last[r] = std::min(r, rows - 4 * (fours - 1) - 1) * stride;
+MOE_EXT_INLINE void pack_lines(const Indexed& matrix, float* to, int64_t apart) {
+  // Rows that the last four lack repeat the last one.
+  const float* lines[4 * fours];
+  for (int64_t i = 0; i < 4 * fours; ++i) {
+    lines[i] = row_of<const float>(matrix, std::min(i, matrix.rows - 1));
+  }
   int64_t k = 0;
-  for (; k + 4 <= deep; k += 4) {
+  for (; k + 4 <= matrix.columns; k += 4) {
     Lanes four[4];
+#pragma GCC unroll 4
     for (int64_t r = 0; r < 4; ++r) {
-      load_fours<fours>(four[r], [&](int64_t i) __attribute__((always_inline)) {
-        return lines[i] + (i + 1 < fours ? r * stride : last[r]);
-      });
+      load_fours<fours>(
+          four[r], [&](int64_t i) __attribute__((always_inline)) { return lines[4 * i + r] + k; });
     }
     transpose(four);
     for (int64_t r = 0; r < 4; ++r) store(four[r], to + (k + r) * apart);
-    for (int64_t i = 0; i < fours; ++i) lines[i] += 4;
   }
-  for (; k < deep; ++k) {
-    for (int64_t i = 0; i < rows; ++i) to[k * apart + i] = from[i * stride + k];
+  for (; k < matrix.columns; ++k) {
+    for (int64_t i = 0; i < matrix.rows; ++i) to[k * apart + i] = lines[i][k];
   }
 }
 
 // to[k * apart + i] = matrix[i, k] for all rows i, at least one and up to the number of lanes; rows
-// that have no index, or columns, are dense. It writes whole registers: the other lanes of one are
-// written over by the next k, or have sums that nobody reads.
+// or columns are dense. It writes whole registers: the other lanes of one are written over by the
+// next k, or have sums that nobody reads.
 template <typename Lanes>
 MOE_EXT_INLINE void pack(const Indexed& matrix, float* to, int64_t apart) {
   constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
-  if (matrix.row_stride != 1) {
+  if (matrix.has_dense_rows()) {
     return with_count<kLanes / 4>(parts(matrix.rows, 4),
                                   [&](auto fours) __attribute__((always_inline)) {
-                                    pack_lines<Lanes, fours>(matrix.matrix(), to, apart);
+                                    pack_lines<Lanes, fours>(matrix, to, apart);
                                   });
   }
   with_count<kLanes>(matrix.rows, [&](auto n) __attribute__((always_inline)) {
