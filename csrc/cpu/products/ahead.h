@@ -35,15 +35,17 @@ class Ahead {
   }
 
   // At most so many calls of ask() ask for a line.
-  int64_t asks() const { return rows_ * (bytes_ / kLine + 2); }
+  int64_t asks() const { return is_narrow() ? rows_ : rows_ * ((bytes_ + 2 * kLine - 2) / kLine); }
 
  private:
   static constexpr uintptr_t kLine = 64;
 
+  bool is_narrow() const { return bytes_ < static_cast<int64_t>(kLine); }
+
   MOE_EXT_INLINE void begin_row(uintptr_t row) {
     row_ = row;
-    // The line that a narrow row begins in was asked for with the columns before.
-    line_ = bytes_ < static_cast<int64_t>(kLine) ? row + bytes_ - 1 : row;
+    // Mostly the line that a narrow row begins in was asked for with the columns before.
+    line_ = is_narrow() ? row + bytes_ - 1 : row;
     line_ -= line_ % kLine;
     end_ = row + bytes_;
   }

@@ -62,7 +62,7 @@ struct Indexed : private Matrix {
   const Matrix& matrix() const { return *this; }
   // Picked columns are not side by side, even if column_stride is 1.
   bool has_dense_rows() const { return column_stride == 1 && !column_index; }
-  // Whether loops can read them without a copy.
+  // Whether rows are dense, and a stride apart.
   bool has_rows_in_place() const { return has_dense_rows() && !row_index; }
 
   char* row(int64_t i) const {

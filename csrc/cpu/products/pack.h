@@ -44,7 +44,8 @@ MOE_EXT_INLINE void load_fours(V& v, const At& at) {
 // `pack` of rows that are dense, four columns of all at a time.
 template <typename Lanes, int64_t fours>
 MOE_EXT_INLINE void pack_lines(const Indexed& matrix, float* to, int64_t apart) {
-  // Rows that the last four lack repeat the last one.
+  // Rows that the last four lack repeat the last one. (Registers do not hold all addresses; to load
+  // them costs nothing beside the rest.)
   const float* lines[4 * fours];
   for (int64_t i = 0; i < 4 * fours; ++i) {
     lines[i] = row_of<const float>(matrix, std::min(i, matrix.rows - 1));
@@ -58,6 +59,7 @@ MOE_EXT_INLINE void pack_lines(const Indexed& matrix, float* to, int64_t apart) 
           four[r], [&](int64_t i) __attribute__((always_inline)) { return lines[4 * i + r] + k; });
     }
     transpose(four);
+#pragma GCC unroll 4
     for (int64_t r = 0; r < 4; ++r) store(four[r], to + (k + r) * apart);
   }
   for (; k < matrix.columns; ++k) {

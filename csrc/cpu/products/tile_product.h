@@ -20,7 +20,7 @@
 //              └────┘   └────┴────┘
 //
 // A single band, of few rows, waits for the memory of a weight. On tiles it streams: its sums stay
-// in tiles for a longer part, and lines are asked for in the order of memory.
+// in tiles for a longer part, and each quarter of a strip is asked for in the order of memory.
 //
 // If the columns of right are dense in memory, they are the lines, and the result is turned as it
 // is written: rows times a weight's transposed read the weight in the order of memory, once for
@@ -86,7 +86,7 @@ struct TileProduct {
     int64_t bands, deep;    // of a block, which is packed: its bands and steps
     int64_t group;          // bands whose sums stay while steps go by
     int64_t part;           // steps between loads of sums and their stores
-    bool streams;           // whether lines are asked for in the order of memory
+    bool streams;           // whether a single band waits for memory
     bool lie;               // whether lines are read without a copy
     bool copied;            // whether the lines of all strips are copied before the first block
   };
@@ -255,7 +255,7 @@ struct TileProduct {
         Asked asked{};
         if (n.streams && s < whole && (left_steps > 0 || next)) {
           const char* soon = left_steps > 0 ? all.data + end * kTileBytes : next;
-          const int64_t of_part = left_steps > 0 ? left_steps : block.steps;
+          const int64_t of_part = left_steps > 0 ? left_steps : whole;
           asked = {soon, stride, kStrip, std::min(n.part, of_part)};
         } else if (next && b < kStrip) {
           asked = {next + s * kTileBytes + b * stride, turns * stride, parts(kStrip - b, turns), 0};
