@@ -17,16 +17,18 @@ namespace moe_ext {
 
 // Whether a result is too large for the caches. A smaller one stays in them for the next operator.
 // On a Zen 5 with a last cache of 32 MiB, a write and a read of 17 MB take equally long both ways;
-// 33 MB take a third longer through the caches.
+// 33 MB take a third longer through the caches. On a Granite Rapids the last cache has 480 MiB, but
+// 8 MiB take from 15 % less to a quarter more around the caches, and 16 MiB up to 28 % less; if
+// they are not read soon, 2 MiB take less already.
 inline bool outgrows_caches(int64_t bytes) {
   static const int64_t most = [] {
-    constexpr int64_t kMost = int64_t{48} << 20;
+    const int64_t limit = int64_t{is_intel() ? 8 : 48} << 20;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     if (const int64_t last = sysconf(_SC_LEVEL3_CACHE_SIZE); last > 0) {
-      return std::min(kMost, last / 4 * 3);
+      return std::min(limit, last / 4 * 3);
     }
 #endif
-    return kMost;
+    return limit;
   }();
   return bytes > most;
 }

@@ -13,10 +13,11 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #include <utility>
+
+#include "cpu_features.h"
 
 #if !defined(__GNUC__)
 #error "moe_ext's CPU operators need GCC or clang"
@@ -53,26 +54,6 @@ __attribute__((noinline, target("avx2,fma"))) void on_32_bytes(const Kernel& ker
   call_kernel<32>(kernel, args...);
 }
 #endif
-
-// How many bytes the widest registers have that this CPU has and these libraries use.
-// ATEN_CPU_CAPABILITY, which limits torch's kernels to avx2 or default, limits us too.
-inline int register_bytes() {
-#if defined(__x86_64__)
-  static const int bytes = [] {
-    const char* most = std::getenv("ATEN_CPU_CAPABILITY");
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl");
-    if (!avx2 || (most && !std::strcmp(most, "default"))) return 16;
-    return avx512 && !(most && !std::strcmp(most, "avx2")) ? 64 : 32;
-  }();
-  return bytes;
-#else
-  return 16;
-#endif
-}
 
 // The kernel as a function of its own: GCC allocates registers badly in very large ones.
 template <int bytes, typename Kernel, typename... Args>

@@ -98,7 +98,7 @@ void Gemm::outer(const Matrix& out, const Indexed& left, const Indexed& right, b
     return on_registers<64>(DirectProduct{out, gathered_left_.of(left).transposed(),
                                           gathered_right_.of(right), nullptr});
   }
-  if (by_tiles(out, left.transposed(), right, nullptr)) return;
+  if (by_tiles(out, left.transposed(), right, nullptr, around)) return;
   if (widens_) {
     const Matrix sum = out_.get(ScalarType::Float, out.rows, out.columns);
     add_outer(sum, left, right, true);
@@ -142,10 +142,11 @@ void Gemm::by_fours(const Matrix& out, const Matrix& rows, const Matrix& weight,
 
 // out = left @ right + first; false where tile_product.h does not multiply.
 bool Gemm::by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const Indexed& left,
-                    [[maybe_unused]] const Indexed& right, [[maybe_unused]] const Matrix* first) {
+                    [[maybe_unused]] const Indexed& right, [[maybe_unused]] const Matrix* first,
+                    [[maybe_unused]] bool around) {
   if (!left.is_dense() || !right.is_dense()) return false;
 #if defined(MOE_EXT_TILES)
-  const TileProduct product{out, left, right, first};
+  const TileProduct product{out, left, right, first, around};
   if (tiles_) {
     on_widest(product, *tiles_, packed_left_);
     return true;

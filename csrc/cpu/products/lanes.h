@@ -159,18 +159,6 @@ inline bool multiplies_pairs() {
 #endif
 }
 
-inline bool is_intel() {
-#if defined(__x86_64__)
-  static const bool is = [] {
-    __builtin_cpu_init();
-    return static_cast<bool>(__builtin_cpu_is("intel"));
-  }();
-  return is;
-#else
-  return false;
-#endif
-}
-
 // Whether there are loops for a dtype on this CPU.
 inline bool has_lanes(ScalarType dtype) {
 #if defined(MOE_EXT_ASSEMBLES_VECTORS)

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "../around_caches.h"
 #include "matrix.h"
 #include "tiles.h"
 
@@ -84,10 +85,13 @@ MOE_EXT_INLINE void narrow(const Floats& low, const Floats& high, Numbers& to) {
 #endif
 }
 
-// Writes the first `columns` numbers.
-MOE_EXT_INLINE void write(const Numbers& numbers, int64_t columns, char* to) {
-  if (columns == kStep) return store(numbers, to);
-  store_first<kRegisterBytes>(numbers, to, columns * 2);
+// Writes the first `columns` numbers; all of them around the caches, if a cache line begins there.
+MOE_EXT_INLINE void write(const Numbers& numbers, int64_t columns, char* to, bool around = false) {
+  if (columns < kStep) return store_first<kRegisterBytes>(numbers, to, columns * 2);
+#if !defined(MOE_EXT_EMULATES_TILES)
+  if (around) return store_around(numbers, to);
+#endif
+  store(numbers, to);
 }
 
 // Writes up to 16 floats, or adds them to those in memory.

@@ -44,6 +44,9 @@ struct TileProduct {
   Matrix out;           // dense rows
   Indexed left, right;  // rows or columns are dense; those that an index picks, each by itself
   const Matrix* first;  // null: 0
+  // out's rows are aligned to cache lines. Its rows that tiles make are written around the caches;
+  // those that are turned, and those that registers make, are not.
+  bool around = false;
 
   // loops, memory: of the thread
   template <int bytes, typename Loops>
@@ -55,6 +58,7 @@ struct TileProduct {
         multiply(right.transposed(), left.transposed(), true, loops, memory);
       } else {
         multiply(left, right, false, loops, memory);
+        if (around) finish_around();
       }
     }
   }
@@ -331,7 +335,7 @@ struct TileProduct {
         layout::Numbers numbers;
         layout::narrow(halves[0], halves[1], numbers);
         layout::write(numbers, std::min(kBand, block.columns - b * kBand),
-                      place(strip.first + i, column));
+                      place(strip.first + i, column), around);
       }
     }
   }

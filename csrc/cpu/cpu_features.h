@@ -1,0 +1,42 @@
+// What this CPU is and has.
+
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+namespace moe_ext {
+
+// How many bytes the widest registers have that this CPU has and these libraries use.
+// ATEN_CPU_CAPABILITY, which limits torch's kernels to avx2 or default, limits us too.
+inline int register_bytes() {
+#if defined(__x86_64__)
+  static const int bytes = [] {
+    const char* most = std::getenv("ATEN_CPU_CAPABILITY");
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    if (!avx2 || (most && !std::strcmp(most, "default"))) return 16;
+    return avx512 && !(most && !std::strcmp(most, "avx2")) ? 64 : 32;
+  }();
+  return bytes;
+#else
+  return 16;
+#endif
+}
+
+inline bool is_intel() {
+#if defined(__x86_64__)
+  static const bool is = [] {
+    __builtin_cpu_init();
+    return static_cast<bool>(__builtin_cpu_is("intel"));
+  }();
+  return is;
+#else
+  return false;
+#endif
+}
+
+}  // namespace moe_ext
