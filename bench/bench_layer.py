@@ -17,6 +17,7 @@ of all points, writes bench/results/<machine>/layer-, small- or experts-<dtype>.
 import argparse
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 # A peer with masks is left out if its products would take longer than --longest at this speed.
 MOST_BYTES, SPEED = 8 << 30, 2e11
+ALL_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 4 // 5
 
 
 # The share of all tokens that each expert draws, by its place. [E]
@@ -187,9 +189,15 @@ class Case:
 
 
 def why_not(
-    peer: Peer, point: Point, dtype: torch.dtype, largest_load: int, longest: float
+    peer: Peer,
+    point: Point,
+    dtype: torch.dtype,
+    largest_load: int,
+    longest: float,
+    drops: bool = False,
 ) -> str | None:
-    """Why a peer is left out at this point, or None."""
+    """Why a peer is left out at this point, or None. drops: whether it has a capacity, and shows
+    what it kept by masks."""
     rows = point.tokens * point.top_k
     if peer.name == "fairscale" and (point.top_k != 2 or point.tokens % point.num_experts):
         return "needs K = 2 and T a multiple of E"
@@ -198,8 +206,10 @@ def why_not(
     needs = 0
     if peer.name.endswith("batched_mm"):  # a weight for every row, and its gradient
         needs = 2 * 3 * rows * point.hidden * point.ffn * dtype.itemsize
-    if peer.name == "DeepSpeed dense":  # masks [T, E, C] and their products
-        mask = point.tokens * point.num_experts * largest_load
+    mask = point.tokens * point.num_experts * largest_load  # [T, E, C]
+    if peer.name == "DeepSpeed" and drops:
+        needs = 4 * mask * 4
+    if peer.name == "DeepSpeed dense":  # masks and their products
         products = 3 * 2 * 2 * mask * point.hidden
         if products > longest * SPEED:
             return f"would take {products / 1e12:.1f} TFLOP"
@@ -207,6 +217,13 @@ def why_not(
     if needs > MOST_BYTES:
         return f"needs {needs / 2**30:.0f} GiB"
     return peer.missing(torch.device("cpu"))
+
+
+def bytes_of_weights(point: Point, dtype: torch.dtype, layers: int) -> int:
+    """Those of weights with so many layers' copies and their gradients, and in float64 the
+    solution's, two gradients and what compares them."""
+    numbers = 3 * point.num_experts * point.hidden * point.ffn
+    return numbers * ((1 + 2 * layers) * dtype.itemsize + 4 * 8)
 
 
 def peers_of(of_experts: bool, capacity_factor: float | None = None) -> list[Peer]:
@@ -231,8 +248,13 @@ def measure(
     load = case.solution.load
     timers, errors, excluded = {}, {}, {}
     ours, *_ = everyone = peers_of(of_experts, capacity_factor)
+    drops = capacity_factor is not None
+    largest = math.ceil(sum(load) / len(load) * capacity_factor) if drops else max(load)
     for peer in everyone:
-        if reason := why_not(peer, point, dtype, max(load), longest):
+        reason = why_not(peer, point, dtype, largest, longest, drops)
+        if (needs := bytes_of_weights(point, dtype, len(errors) + 1)) > ALL_BYTES:
+            reason = f"needs {needs / 2**30:.0f} GiB with those before it"
+        if reason:
             excluded[peer.name] = reason
             continue
         layer, errors[peer.name] = case.checked(peer)
@@ -293,6 +315,8 @@ def own_point(parse: argparse.ArgumentParser, options: argparse.Namespace) -> Po
     point = Point(*options.shape, options.load)
     if not point.top_k <= point.num_experts <= point.hidden:
         parse.error(f"--shape needs K <= E <= H, as H holds a token's logits, got {options.shape}")
+    if (needs := bytes_of_weights(point, getattr(torch, options.dtype), 1)) > ALL_BYTES:
+        parse.error(f"--shape needs {needs / 2**30:.0f} GiB of memory, got {options.shape}")
     if point.top_k == 1 and not options.experts:
         parse.error("--shape with K = 1 needs --experts: layers differ in the weight of one expert")
     return point
@@ -349,6 +373,11 @@ def main(arguments: list[str] | None = None) -> None:
     # All points in one process: loading the other libraries takes longer than timing them.
     report["points"] = memory.in_new_process(measure_all, chosen, dtype, options)
     print(points_table(report))
+    timed = {peer for point in report["points"] for peer in point["ratio"]}
+    for point in report["points"]:
+        for peer, why in point["excluded"].items():
+            if peer not in timed:  # it has no column
+                print(f"{point['point']}: without {peer}, which {why}")
     kind = "small" if options.small else "experts" if options.experts else "layer"
     kind += "-forward" * options.forward + "-capacity" * (options.capacity is not None)
     suffix = "-new-memory" if options.new_memory else ""

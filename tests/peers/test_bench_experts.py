@@ -1,6 +1,7 @@
 """The bench of experts times every implementation, and names peers that are left out."""
 
 import json
+from functools import partial
 
 import bench_layer
 import common
@@ -42,3 +43,29 @@ def test_peers_that_are_left_out_are_named(monkeypatch):
     result = bench_layer.measure(TINY, torch.float32, 1, 0.0, longest=0.0, of_experts=True)
     assert result["excluded"]["eager"].startswith("took")
     assert set(result["seconds"]) == {"moe_ext", "bound"}
+
+
+def test_peers_without_a_column_are_printed(tmp_path, capfd):
+    shape = ["--experts", "--shape", *map(str, TINY[:5]), "--seconds", "0"]
+    bench_layer.main([*shape, "--longest", "1e-9", "--out", str(tmp_path / "own.json")])
+    printed = capfd.readouterr().out
+    for peer in ("eager", "batched_mm", "grouped_mm"):
+        assert f"own: without {peer}, which took 0.0 s" in printed
+
+
+def test_a_layer_too_many_for_memory_is_named(monkeypatch):
+    two = bench_layer.bytes_of_weights(TINY, torch.float32, 2)
+    monkeypatch.setattr(bench_layer, "ALL_BYTES", two)
+    result = bench_layer.measure(TINY, torch.float32, 1, 0.0, of_experts=True)
+    left_out = dict.fromkeys(("batched_mm", "grouped_mm"), "needs 0 GiB with those before it")
+    assert result["excluded"] == left_out
+    monkeypatch.setattr(bench_layer, "ALL_BYTES", two // 2)
+    with pytest.raises(SystemExit):
+        bench_layer.main(["--experts", "--shape", "9", "16", "8", "4", "2"])
+
+
+def test_masks_of_what_a_gate_kept_are_counted(monkeypatch):
+    monkeypatch.setattr(bench_layer, "MOST_BYTES", 4 * 4 * 9 * 4 * 5)  # C = 9 * 2 / 4, up
+    measure = partial(bench_layer.measure, TINY, torch.float32, 1, 0.0)
+    assert measure(capacity_factor=1.0)["excluded"] == {}
+    assert measure(capacity_factor=1.2)["excluded"] == {"DeepSpeed": "needs 0 GiB"}
