@@ -17,7 +17,6 @@ of all points, writes bench/results/<machine>/layer-, small- or experts-<dtype>.
 import argparse
 import functools
 import math
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,7 +35,6 @@ from tqdm import tqdm
 
 # A peer with masks is left out if its products would take longer than --longest at this speed.
 MOST_BYTES, SPEED = 8 << 30, 2e11
-ALL_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 4 // 5
 
 
 # The share of all tokens that each expert draws, by its place. [E]
@@ -194,10 +192,14 @@ def why_not(
     dtype: torch.dtype,
     largest_load: int,
     longest: float,
+    others: int = 0,
     drops: bool = False,
 ) -> str | None:
-    """Why a peer is left out at this point, or None. drops: whether it has a capacity, and shows
-    what it kept by masks."""
+    """Why a peer is left out at this point, or None.
+
+    others: layers that stay in memory. drops: whether a capacity drops tokens; DeepSpeed then shows
+    by masks what its gate kept.
+    """
     rows = point.tokens * point.top_k
     if peer.name == "fairscale" and (point.top_k != 2 or point.tokens % point.num_experts):
         return "needs K = 2 and T a multiple of E"
@@ -216,6 +218,9 @@ def why_not(
         needs = 4 * mask * 4
     if needs > MOST_BYTES:
         return f"needs {needs / 2**30:.0f} GiB"
+    needs += bytes_of_weights(point, dtype, others + 1)
+    if needs > memory.most():
+        return f"needs {needs / 2**30:.0f} GiB with those before it"
     return peer.missing(torch.device("cpu"))
 
 
@@ -251,10 +256,9 @@ def measure(
     drops = capacity_factor is not None
     largest = math.ceil(sum(load) / len(load) * capacity_factor) if drops else max(load)
     for peer in everyone:
-        reason = why_not(peer, point, dtype, largest, longest, drops)
-        if (needs := bytes_of_weights(point, dtype, len(errors) + 1)) > ALL_BYTES:
-            reason = f"needs {needs / 2**30:.0f} GiB with those before it"
-        if reason:
+        if reason := why_not(peer, point, dtype, largest, longest, len(timers), drops):
+            if peer is ours:
+                raise MemoryError(f"{point} {reason}")
             excluded[peer.name] = reason
             continue
         layer, errors[peer.name] = case.checked(peer)
@@ -263,6 +267,7 @@ def measure(
         timer = clock(case.evaluate if forward_alone else case.step, [(layer,)])
         if (seconds := next(timer)) > longest and peer is not ours:
             excluded[peer.name] = f"took {seconds:.1f} s"
+            layer = timer = None
         else:
             timers[peer.name] = timer
     if not keeps_freed:
@@ -315,7 +320,7 @@ def own_point(parse: argparse.ArgumentParser, options: argparse.Namespace) -> Po
     point = Point(*options.shape, options.load)
     if not point.top_k <= point.num_experts <= point.hidden:
         parse.error(f"--shape needs K <= E <= H, as H holds a token's logits, got {options.shape}")
-    if (needs := bytes_of_weights(point, getattr(torch, options.dtype), 1)) > ALL_BYTES:
+    if (needs := bytes_of_weights(point, getattr(torch, options.dtype), 1)) > memory.most():
         parse.error(f"--shape needs {needs / 2**30:.0f} GiB of memory, got {options.shape}")
     if point.top_k == 1 and not options.experts:
         parse.error("--shape with K = 1 needs --experts: layers differ in the weight of one expert")
@@ -377,7 +382,8 @@ def main(arguments: list[str] | None = None) -> None:
     for point in report["points"]:
         for peer, why in point["excluded"].items():
             if peer not in timed:  # it has no column
-                print(f"{point['point']}: without {peer}, which {why}")
+                label = f"{point['point']}, threads {point['threads']}"
+                print(f"{label}: without {peer}, which {why}")
     kind = "small" if options.small else "experts" if options.experts else "layer"
     kind += "-forward" * options.forward + "-capacity" * (options.capacity is not None)
     suffix = "-new-memory" if options.new_memory else ""

@@ -105,6 +105,15 @@ def growth(function: Callable[[], object]) -> int:
     return _resident("VmHWM") - before
 
 
+def most() -> int:
+    """Bytes that a process may take: four fifths of the memory of the machine, or of its group."""
+    all_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+        all_bytes = min(all_bytes, int(text))
+    return all_bytes * 4 // 5
+
+
 def _resident(line: str) -> int:
     """Bytes of this process that are resident now (VmRSS), or the most so far (VmHWM)."""
     status = Path("/proc/self/status").read_text()

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu_features.h"
 #include "vector.h"
 
 #if defined(__SSE2__)
@@ -17,12 +18,12 @@ namespace moe_ext {
 
 // Whether a result is too large for the caches. A smaller one stays in them for the next operator.
 // On a Zen 5 with a last cache of 32 MiB, a write and a read of 17 MB take equally long both ways;
-// 33 MB take a third longer through the caches. On a Granite Rapids the last cache has 480 MiB, but
-// 8 MiB take from 15 % less to a quarter more around the caches, and 16 MiB up to 28 % less; if
-// they are not read soon, 2 MiB take less already.
+// 33 MB take a third longer through the caches. A Granite Rapids has a last cache of 480 MiB, but
+// it is slow: a write and a read of 16 MiB take up to 28 % less time around the caches, those of 8
+// MiB from 15 % less to a quarter more. A write alone takes less from 2 MiB on.
 inline bool outgrows_caches(int64_t bytes) {
   static const int64_t most = [] {
-    const int64_t limit = int64_t{is_intel() ? 8 : 48} << 20;
+    const int64_t limit = int64_t{is_intel() && register_bytes() == 64 ? 8 : 48} << 20;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     if (const int64_t last = sysconf(_SC_LEVEL3_CACHE_SIZE); last > 0) {
       return std::min(limit, last / 4 * 3);

@@ -208,7 +208,7 @@ def test_outer_products_of_few_rows(dtype, N, M):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "M"), [(1024, 2048), (700, 3001), (700, 3024)])
+@pytest.mark.parametrize(("N", "M"), [(1024, 2048), (700, 3001), (700, 3040)])
 def test_outer_products_that_outgrow_the_caches(dtype, N, M, request):
     """Rows that are aligned to cache lines are written around the caches."""
     if request.config.cusim:

@@ -46,22 +46,23 @@ def test_peers_that_are_left_out_are_named(monkeypatch):
 
 
 def test_peers_without_a_column_are_printed(tmp_path, capfd):
-    shape = ["--experts", "--shape", *map(str, TINY[:5]), "--seconds", "0"]
+    shape = ["--experts", "--shape", *map(str, TINY[:5]), "--seconds", "0", "--threads", "1"]
     bench_layer.main([*shape, "--longest", "1e-9", "--out", str(tmp_path / "own.json")])
     printed = capfd.readouterr().out
     for peer in ("eager", "batched_mm", "grouped_mm"):
-        assert f"own: without {peer}, which took 0.0 s" in printed
+        assert f"own, threads 1: without {peer}, which took " in printed
 
 
-def test_a_layer_too_many_for_memory_is_named(monkeypatch):
+def test_a_layer_too_many_for_memory_is_named(monkeypatch, capfd):
     two = bench_layer.bytes_of_weights(TINY, torch.float32, 2)
-    monkeypatch.setattr(bench_layer, "ALL_BYTES", two)
+    monkeypatch.setattr(bench_layer.memory, "most", lambda: two)
     result = bench_layer.measure(TINY, torch.float32, 1, 0.0, of_experts=True)
     left_out = dict.fromkeys(("batched_mm", "grouped_mm"), "needs 0 GiB with those before it")
     assert result["excluded"] == left_out
-    monkeypatch.setattr(bench_layer, "ALL_BYTES", two // 2)
+    monkeypatch.setattr(bench_layer.memory, "most", lambda: two // 2)
     with pytest.raises(SystemExit):
         bench_layer.main(["--experts", "--shape", "9", "16", "8", "4", "2"])
+    assert "--shape needs 0 GiB of memory" in capfd.readouterr().err
 
 
 def test_masks_of_what_a_gate_kept_are_counted(monkeypatch):

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <string>
 
+#include "../cpu_features.h"
 #include "lanes.h"
 #include "matrix.h"
 #include "tiles.h"

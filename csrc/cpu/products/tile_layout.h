@@ -85,8 +85,10 @@ MOE_EXT_INLINE void narrow(const Floats& low, const Floats& high, Numbers& to) {
 #endif
 }
 
-// Writes the first `columns` numbers; all of them around the caches, if a cache line begins there.
-MOE_EXT_INLINE void write(const Numbers& numbers, int64_t columns, char* to, bool around = false) {
+// Writes the first `columns` numbers. around: all 32 go around the caches; a cache line begins at
+// `to`.
+MOE_EXT_INLINE void write(const Numbers& numbers, int64_t columns, char* to,
+                          [[maybe_unused]] bool around = false) {
   if (columns < kStep) return store_first<kRegisterBytes>(numbers, to, columns * 2);
 #if !defined(MOE_EXT_EMULATES_TILES)
   if (around) return store_around(numbers, to);

@@ -44,7 +44,7 @@ struct TileProduct {
   Matrix out;           // dense rows
   Indexed left, right;  // rows or columns are dense; those that an index picks, each by itself
   const Matrix* first;  // null: 0
-  // out's rows are aligned to cache lines. Its rows that tiles make are written around the caches;
+  // Rows of out are aligned to cache lines. Those that tiles make are written around the caches;
   // those that are turned, and those that registers make, are not.
   bool around = false;
 
@@ -58,7 +58,7 @@ struct TileProduct {
         multiply(right.transposed(), left.transposed(), true, loops, memory);
       } else {
         multiply(left, right, false, loops, memory);
-        if (around) finish_around();
+        if (around && !Loops::kWritesRows) finish_around();
       }
     }
   }
