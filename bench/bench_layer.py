@@ -197,8 +197,8 @@ def why_not(
 ) -> str | None:
     """Why a peer is left out at this point, or None.
 
-    others: layers that stay in memory. drops: whether a capacity drops tokens; DeepSpeed then shows
-    by masks what its gate kept.
+    others: layers that stay in memory. drops: whether a capacity drops tokens; the check of
+    DeepSpeed's output then makes masks [T, E, C].
     """
     rows = point.tokens * point.top_k
     if peer.name == "fairscale" and (point.top_k != 2 or point.tokens % point.num_experts):
@@ -208,25 +208,23 @@ def why_not(
     needs = 0
     if peer.name.endswith("batched_mm"):  # a weight for every row, and its gradient
         needs = 2 * 3 * rows * point.hidden * point.ffn * dtype.itemsize
-    mask = point.tokens * point.num_experts * largest_load  # [T, E, C]
-    if peer.name == "DeepSpeed" and drops:
-        needs = 4 * mask * 4
-    if peer.name == "DeepSpeed dense":  # masks and their products
-        products = 3 * 2 * 2 * mask * point.hidden
-        if products > longest * SPEED:
+    if peer.name == "DeepSpeed dense" or (peer.name == "DeepSpeed" and drops):
+        mask = point.tokens * point.num_experts * largest_load  # [T, E, C]
+        products = 3 * 2 * 2 * mask * point.hidden  # of masks and rows
+        if peer.name == "DeepSpeed dense" and products > longest * SPEED:
             return f"would take {products / 1e12:.1f} TFLOP"
         needs = 4 * mask * 4
     if needs > MOST_BYTES:
         return f"needs {needs / 2**30:.0f} GiB"
     needs += bytes_of_weights(point, dtype, others + 1)
-    if needs > memory.most():
+    if needs > memory.limit():
         return f"needs {needs / 2**30:.0f} GiB with those before it"
     return peer.missing(torch.device("cpu"))
 
 
 def bytes_of_weights(point: Point, dtype: torch.dtype, layers: int) -> int:
-    """Those of weights with so many layers' copies and their gradients, and in float64 the
-    solution's, two gradients and what compares them."""
+    """Bytes of the weights, of their copies and gradients in so many layers, and in float64 of the
+    solution's weights and gradients and of as many temporaries of the comparison."""
     numbers = 3 * point.num_experts * point.hidden * point.ffn
     return numbers * ((1 + 2 * layers) * dtype.itemsize + 4 * 8)
 
@@ -320,7 +318,7 @@ def own_point(parse: argparse.ArgumentParser, options: argparse.Namespace) -> Po
     point = Point(*options.shape, options.load)
     if not point.top_k <= point.num_experts <= point.hidden:
         parse.error(f"--shape needs K <= E <= H, as H holds a token's logits, got {options.shape}")
-    if (needs := bytes_of_weights(point, getattr(torch, options.dtype), 1)) > memory.most():
+    if (needs := bytes_of_weights(point, getattr(torch, options.dtype), 1)) > memory.limit():
         parse.error(f"--shape needs {needs / 2**30:.0f} GiB of memory, got {options.shape}")
     if point.top_k == 1 and not options.experts:
         parse.error("--shape with K = 1 needs --experts: layers differ in the weight of one expert")

@@ -105,11 +105,11 @@ def growth(function: Callable[[], object]) -> int:
     return _resident("VmHWM") - before
 
 
-def most() -> int:
-    """Bytes that a process may take: four fifths of the memory of the machine, or of its group."""
+def limit() -> int:
+    """Bytes that a bench may use: four fifths of the memory of the machine or of its cgroup."""
     all_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.exists() and (text := group.read_text().strip()).isdecimal():
         all_bytes = min(all_bytes, int(text))
     return all_bytes * 4 // 5
 

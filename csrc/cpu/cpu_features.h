@@ -1,4 +1,4 @@
-// What this CPU is and has.
+// CPU detection at run time: the width of registers and the vendor.
 
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace moe_ext {
 
-// How many bytes the widest registers have that this CPU has and these libraries use.
-// ATEN_CPU_CAPABILITY, which limits torch's kernels to avx2 or default, limits us too.
+// The width in bytes of the widest registers that both this CPU and our loops support: 16, 32
+// or 64. ATEN_CPU_CAPABILITY, which limits torch's kernels to avx2 or default, limits us too.
 inline int register_bytes() {
 #if defined(__x86_64__)
   static const int bytes = [] {

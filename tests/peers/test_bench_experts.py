@@ -55,11 +55,11 @@ def test_peers_without_a_column_are_printed(tmp_path, capfd):
 
 def test_a_layer_too_many_for_memory_is_named(monkeypatch, capfd):
     two = bench_layer.bytes_of_weights(TINY, torch.float32, 2)
-    monkeypatch.setattr(bench_layer.memory, "most", lambda: two)
+    monkeypatch.setattr(bench_layer.memory, "limit", lambda: two)
     result = bench_layer.measure(TINY, torch.float32, 1, 0.0, of_experts=True)
     left_out = dict.fromkeys(("batched_mm", "grouped_mm"), "needs 0 GiB with those before it")
     assert result["excluded"] == left_out
-    monkeypatch.setattr(bench_layer.memory, "most", lambda: two // 2)
+    monkeypatch.setattr(bench_layer.memory, "limit", lambda: two // 2)
     with pytest.raises(SystemExit):
         bench_layer.main(["--experts", "--shape", "9", "16", "8", "4", "2"])
     assert "--shape needs 0 GiB of memory" in capfd.readouterr().err

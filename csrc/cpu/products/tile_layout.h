@@ -85,8 +85,8 @@ MOE_EXT_INLINE void narrow(const Floats& low, const Floats& high, Numbers& to) {
 #endif
 }
 
-// Writes the first `columns` numbers. around: all 32 go around the caches; a cache line begins at
-// `to`.
+// Writes the first `columns` numbers. around: 32 numbers bypass the caches; `to` must be aligned to
+// a cache line.
 MOE_EXT_INLINE void write(const Numbers& numbers, int64_t columns, char* to,
                           [[maybe_unused]] bool around = false) {
   if (columns < kStep) return store_first<kRegisterBytes>(numbers, to, columns * 2);

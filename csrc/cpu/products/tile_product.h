@@ -44,8 +44,8 @@ struct TileProduct {
   Matrix out;           // dense rows
   Indexed left, right;  // rows or columns are dense; those that an index picks, each by itself
   const Matrix* first;  // null: 0
-  // Rows of out are aligned to cache lines. Those that tiles make are written around the caches;
-  // those that are turned, and those that registers make, are not.
+  // Tiles write the rows of out around the caches; the rows must be aligned to cache lines. Turned
+  // results, and those of pair_loops.h, go through the caches all the same.
   bool around = false;
 
   // loops, memory: of the thread
