@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace moe_ext {
 
 // The width in bytes of the widest registers that both this CPU and our loops support: 16, 32
@@ -34,6 +38,19 @@ inline bool is_intel() {
     return static_cast<bool>(__builtin_cpu_is("intel"));
   }();
   return is;
+#else
+  return false;
+#endif
+}
+
+// Whether tiles of AMX multiply float16 (AMX-FP16), which old compilers have no name for.
+inline bool has_half_tiles() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 21 & 1);
+  }();
+  return has;
 #else
   return false;
 #endif

@@ -184,6 +184,20 @@ MOE_EXT_INLINE void narrow_to_pairs(const Vector<float, 64>& low, const Vector<f
 template <typename Float>
 constexpr bool is_bfloat16 = std::is_same_v<Float, torch::headeronly::BFloat16>;
 
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+// Floats of 16-bit numbers.
+template <typename scalar_t, typename V>
+MOE_EXT_INLINE void widen(V& v, const Vector<uint16_t, sizeof(V) / 2>& halves) {
+  V values;  // v has an address, and would be written to memory
+  if constexpr (is_bfloat16<scalar_t>) {
+    asm("vpmovzxwd %1, %0\n\tvpslld $16, %0, %0" : "=v"(values) : "v"(halves));
+  } else {
+    asm("vcvtph2ps %1, %0" : "=v"(values) : "v"(halves));
+  }
+  v = values;
+}
+#endif
+
 // As many numbers as V holds, or one, from and to memory of their own type.
 template <typename V, typename scalar_t>
 MOE_EXT_INLINE void load_as(V& v, const scalar_t* from) {
@@ -195,13 +209,7 @@ MOE_EXT_INLINE void load_as(V& v, const scalar_t* from) {
   } else if constexpr (sizeof(V) >= 32) {
     Vector<uint16_t, sizeof(V) / 2> halves;
     load(halves, from);
-    V values;  // v has an address, and would be written to memory
-    if constexpr (is_bfloat16<scalar_t>) {
-      asm("vpmovzxwd %1, %0\n\tvpslld $16, %0, %0" : "=v"(values) : "v"(halves));
-    } else {
-      asm("vcvtph2ps %1, %0" : "=v"(values) : "v"(halves));
-    }
-    v = values;
+    widen<scalar_t>(v, halves);
 #endif
   } else {
     constexpr int kWidth = sizeof(V) / sizeof(element_t<V>);

@@ -1,4 +1,4 @@
-// A product of float matrices of any layout, on one thread of an x86 CPU:
+// A product of matrices of any layout in float32, on one thread of an x86 CPU:
 //
 //   out [n, N] = left [n, K] @ right [K, N] + first        first: a row for all, out itself, or 0
 //
@@ -20,6 +20,9 @@
 // two or of four k. (A core waits for a dozen or two of lines at once. On an Emerald Rapids 64 rows
 // and more are up to a tenth faster so, where operands come from the last cache.)
 //
+// Numbers of 16 bits become floats as they are packed, and sums are rounded once, by the last block
+// of k.
+//
 // The terms of a sum are added in the order of k, whatever the number of rows and columns. A sum
 // over the rows of an expert may have a million terms: by_blocks adds up those of each block first.
 
@@ -35,12 +38,12 @@ namespace moe_ext {
 struct BlockProduct {
   Matrix out;           // dense rows
   Indexed left, right;  // rows or columns are dense; those that an index picks, each by itself
-  const Matrix* first;  // null: 0
+  const Matrix* first;  // of out's dtype; null: 0
   bool by_blocks = false;
   bool around = false;  // out's rows are aligned to cache lines, and written around the caches
 
   bool is_possible() const {
-    return out.dtype == ScalarType::Float && out.column_stride == 1 && left.is_dense() &&
+    return out.dtype != ScalarType::Double && out.column_stride == 1 && left.is_dense() &&
            right.is_dense();
   }
 
@@ -55,7 +58,11 @@ struct BlockProduct {
     // Registers of left are written kRows numbers apart, so the last one goes past its block, into
     // the next one, which is packed after it.
     const int64_t numbers = blocks * kRows * deepest + kLanes - kRows;
-    float* a = floats(packed_left.get(ScalarType::Float, 1, numbers));
+    // Sums that wait for the next block of k.
+    const int64_t waiting = out.is_16bit() && deepest < left.columns ? out.rows * out.columns : 0;
+    float* a = floats(packed_left.get(ScalarType::Float, 1, numbers + waiting));
+    Matrix sums = out;
+    if (waiting > 0) sums = float_rows(a + numbers, out.rows, out.columns);
     float* b = floats(packed_right.get(ScalarType::Float, kColumns, deepest));
     if (left.columns == 0) return start();
     const bool goes_around = around && left.columns <= kDeep;  // not what is read again
@@ -68,7 +75,7 @@ struct BlockProduct {
         const Indexed panel = panel_of(k, j, kColumns);
         const bool is_whole = panel.columns == kColumns;
         Lines lines{b, kColumns, nullptr};
-        if (is_whole && panel.has_rows_in_place()) {
+        if (is_whole && panel.has_rows_in_place() && panel.dtype == ScalarType::Float) {
           lines = {floats(panel.matrix()), panel.row_stride, blocks > 2 ? b : nullptr};
         } else {
           // Zeros replace old numbers: subnormal ones would slow the products down.
@@ -77,11 +84,12 @@ struct BlockProduct {
             pack<Lanes>(rows_of(panel.transposed(), i, kLanes), b + i, kColumns);
           }
         }
-        const auto block_of = [&](int64_t n) {
+        const auto block_of = [&](const Matrix& all, int64_t n) {
           const int64_t column = n < blocks ? j : j + kColumns;
-          const Matrix columns = rows_of(out.transposed(), column, kColumns).transposed();
+          const Matrix columns = rows_of(all.transposed(), column, kColumns).transposed();
           return rows_of(columns, n % blocks * block, block);
         };
+        const Matrix& target = k + deep < left.columns ? sums : out;
         Ahead next(j + kColumns < out.columns ? panel_of(k, j + kColumns, kColumns)
                                               : panel_of(k + kDeep, 0, kColumns));
         for (int64_t n = 0; n < blocks; ++n) {
@@ -89,9 +97,9 @@ struct BlockProduct {
           if (j == 0) pack<Lanes>(left_of(n), packed, kRows);
           const bool packs_next = j == 0 && n + 1 < blocks;
           Ahead next_left(left_of(n + 1));
-          const Block at{block_of(n), n * block, j, k == 0, goes_around};
+          const Block at{block_of(sums, n), block_of(target, n), n * block, j, k == 0, goes_around};
           multiply_block<Lanes>(packed, lines, deep, at,
-                                Ahead(goes_around ? Matrix{} : block_of(n + 1)),
+                                Ahead(goes_around ? Matrix{} : block_of(target, n + 1)),
                                 packs_next ? next_left : next, packs_next ? 1 : steps);
           if (lines.copy) lines = {b, kColumns, nullptr};
         }
@@ -115,14 +123,30 @@ struct BlockProduct {
     float* copy;
   };
 
-  // A block of out, whose first element is [row, column]; `starts`: from `first`.
+  // A block of out, whose first element is [row, column]: its sums so far, and where they go.
+  // `starts`: from `first`.
   struct Block {
-    Matrix out;
+    Matrix sums, to;
     int64_t row, column;
     bool starts, goes_around;
   };
 
   static float* floats(const Matrix& matrix) { return reinterpret_cast<float*>(matrix.data); }
+
+  static Matrix float_rows(float* data, int64_t rows, int64_t columns) {
+    return {reinterpret_cast<char*>(data), ScalarType::Float, rows, columns, columns, 1};
+  }
+
+  // Writes rows of floats in the dtype of `to`.
+  template <int bytes>
+  static MOE_EXT_INLINE void write(const Matrix& from, const Matrix& to) {
+    visit_packed(to.dtype, [&](auto zero) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < to.rows; ++i) {
+        const float* row = row_of<const float>(from, i);
+        convert<bytes>(row, to.columns, row_of<decltype(zero)>(to, i));
+      }
+    });
+  }
 
   // Up to `count` rows from `begin` on.
   template <typename M>
@@ -141,7 +165,8 @@ struct BlockProduct {
   MOE_EXT_INLINE void start() const {
     for (int64_t i = 0; i < out.rows; ++i) {
       for (int64_t j = 0; j < out.columns; ++j) {
-        floats(out)[i * out.row_stride + j] = first_of(i, j);
+        float sum = first_of(i, j);
+        write<16>(float_rows(&sum, 1, 1), out.row_range(i, i + 1).column_range(j, j + 1));
       }
     }
   }
@@ -149,7 +174,10 @@ struct BlockProduct {
   MOE_EXT_INLINE float first_of(int64_t row, int64_t column) const {
     if (!first) return 0;
     const int64_t of_row = first->rows == 1 ? 0 : row;
-    return floats(*first)[of_row * first->row_stride + column * first->column_stride];
+    const int64_t at = of_row * first->row_stride + column * first->column_stride;
+    return visit_packed(first->dtype, [&](auto zero) {
+      return static_cast<float>(reinterpret_cast<const decltype(zero)*>(first->data)[at]);
+    });
   }
 
   // Adds to a block of out, and prefetches the block after it and, a line for so many steps, what
@@ -159,9 +187,9 @@ struct BlockProduct {
                                      const Block& block, const Ahead& after, Ahead& next,
                                      int64_t steps) const {
     constexpr int64_t kColumns = 2 * sizeof(Lanes) / sizeof(float);
-    const auto [part, row, column, starts, goes_around] = block;
+    const auto [part, target, row, column, starts, goes_around] = block;
     float piece[kRowsOf<Lanes> * kColumns];
-    const bool is_whole = part.columns == kColumns;
+    const bool is_whole = part.columns == kColumns && target.dtype == ScalarType::Float;
     float* to = is_whole ? floats(part) : piece;
     const int64_t stride = is_whole ? part.row_stride : kColumns;
     const bool adds = !starts || (first && first->data == out.data), later = by_blocks && adds;
@@ -181,13 +209,11 @@ struct BlockProduct {
                          goes_around && is_whole, after, next, steps);
     });
     if (is_whole) return;
-    for (int64_t i = 0; i < part.rows; ++i) {
-      float* line = floats(part) + i * part.row_stride;
-      for (int64_t j = 0; j < part.columns; ++j) {
-        const float sum = piece[i * kColumns + j];
-        line[j] = later ? line[j] + sum : sum;
-      }
+    for (int64_t i = 0; later && i < part.rows; ++i) {
+      const float* before = floats(part) + i * part.row_stride;
+      for (int64_t j = 0; j < part.columns; ++j) piece[i * kColumns + j] += before[j];
     }
+    write<sizeof(Lanes)>(float_rows(piece, part.rows, kColumns), target);
   }
 
   // A core that runs a second thread has half of its instructions for each. (On such an Emerald

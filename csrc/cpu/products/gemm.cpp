@@ -47,9 +47,8 @@ int64_t padded_size(int64_t n) {
 
 Gemm::Gemm(ScalarType dtype) : borders_(dtype) {
   if (borders_.path() == Path::kTiles) tiles_.emplace();
-  if (dtype == ScalarType::Float || dtype == ScalarType::Double) return;
-  widens_ = borders_.path() == Path::kWidened || (kEmulatesTiles && !multiplies_natively(dtype));
-  pads_ = !widens_;
+  const bool is_16bit = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  pads_ = is_16bit && borders_.path() != Path::kWidened;
 }
 
 void Gemm::rows_by_weight(const Matrix& out, const Indexed& rows, const Matrix& weight,
@@ -73,16 +72,9 @@ void Gemm::rows_by_weight(const Matrix& out, const Indexed& rows, const Matrix& 
   }
   if (by_tiles(out, rows, weight.transposed(), first)) return;
   const int64_t padded = pads_ ? padded_size(rows.rows) : rows.rows;
-  if (!widens_ && padded == rows.rows) return multiply(out, rows, weight, first);
-  const ScalarType dtype = widens_ ? ScalarType::Float : rows.dtype;
-  const Matrix result = out_.get(dtype, padded, out.columns);
-  const Matrix left = left_.copy_of(gathered_left_.of(rows), dtype, padded);
-  if (widens_) {
-    const auto wide = bias ? std::optional(bias_.copy_of(*bias, dtype, 1)) : std::nullopt;
-    multiply(result, left, right_.copy_as_it_lies(weight, dtype), wide ? &*wide : nullptr);
-  } else {
-    multiply(result, left, weight, first);
-  }
+  if (padded == rows.rows) return multiply(out, rows, weight, first);
+  const Matrix result = out_.get(rows.dtype, padded, out.columns);
+  multiply(result, left_.copy_of(gathered_left_.of(rows), rows.dtype, padded), weight, first);
   copy(out, result.row_range(0, rows.rows));
 }
 
@@ -99,11 +91,6 @@ void Gemm::outer(const Matrix& out, const Indexed& left, const Indexed& right, b
                                           gathered_right_.of(right), nullptr});
   }
   if (by_tiles(out, left.transposed(), right, nullptr, around)) return;
-  if (widens_) {
-    const Matrix sum = out_.get(ScalarType::Float, out.rows, out.columns);
-    add_outer(sum, left, right, true);
-    return copy(out, sum);
-  }
   const int64_t padded = pads_ ? padded_size(left.rows) : left.rows;
   const bool is_whole = padded == left.rows;
   if (is_whole) return multiply_outer(out, left, right, nullptr, around);
@@ -113,15 +100,7 @@ void Gemm::outer(const Matrix& out, const Indexed& left, const Indexed& right, b
 
 void Gemm::add_outer(const Matrix& sum, const Indexed& left, const Indexed& right, bool starts) {
   if (by_tiles(sum, left.transposed(), right, starts ? nullptr : &sum)) return;
-  if (!widens_) return add_product(sum, left, right, starts);
-  constexpr int64_t kRows = 256;
-  for (int64_t begin = 0; begin < left.rows; begin += kRows) {
-    const int64_t end = std::min(begin + kRows, left.rows);
-    const auto wide = [&](Panel& panel, const Indexed& rows) {
-      return panel.copy_of(gathered_left_.of(rows.row_range(begin, end)), sum.dtype, end - begin);
-    };
-    add_product(sum, wide(left_, left), wide(right_, right), starts && begin == 0);
-  }
+  add_product(sum, left, right, starts);
 }
 
 // QuadProduct takes no fewer than kLeastColumns: a smaller weight gets lines of zeros, lest its
@@ -167,7 +146,7 @@ bool Gemm::by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const I
 void Gemm::add_product(const Matrix& sum, const Indexed& left, const Indexed& right, bool starts) {
   constexpr int64_t kSmall = 1 << 14;
   if (starts) return multiply_outer(sum, left, right, nullptr);
-  if (sum.rows * sum.columns > kSmall || Borders(sum.dtype).blocks_outer(left.rows, sum, false)) {
+  if (sum.rows * sum.columns > kSmall || borders_.blocks_outer(left.rows, sum, false)) {
     return multiply_outer(sum, left, right, &sum);
   }
   const Matrix part = part_.get(sum.dtype, sum.rows, sum.columns);
@@ -185,8 +164,8 @@ void Gemm::add_product(const Matrix& sum, const Indexed& left, const Indexed& ri
 // out = left @ right^T + first, as of multiply_by_torch.
 void Gemm::multiply(const Matrix& out, const Indexed& left, const Matrix& right,
                     const Matrix* first) {
-  const BlockProduct product{out, left, right.transposed(), first};
-  if (product.is_possible() && Borders(out.dtype).blocks(left.rows, right)) {
+  const BlockProduct product{out, dense(left, left_), dense(right, right_).transposed(), first};
+  if (product.is_possible() && borders_.blocks(left.rows, right)) {
     return on_widest(product, packed_left_, packed_right_);
   }
   by_torch(out, gathered_left_.of(left), right, first);
@@ -196,12 +175,19 @@ void Gemm::multiply(const Matrix& out, const Indexed& left, const Matrix& right,
 void Gemm::multiply_outer(const Matrix& out, const Indexed& left, const Indexed& right,
                           const Matrix* first, bool around) {
   const bool goes_around = around && borders_.blocks_go_around();
-  const BlockProduct product{out, left.transposed(), right, first, true, goes_around};
-  if (product.is_possible() && Borders(out.dtype).blocks_outer(left.rows, out, around)) {
+  const BlockProduct product{
+      out, dense(left, left_).transposed(), dense(right, right_), first, true, goes_around};
+  if (product.is_possible() && borders_.blocks_outer(left.rows, out, around)) {
     return on_widest(product, packed_left_, packed_right_);
   }
   by_torch(out, gathered_left_.of(left).transposed(), gathered_right_.of(right).transposed(),
            first);
+}
+
+// Rows that block_product.h can read, where it takes all products that loops for few rows do not.
+Indexed Gemm::dense(const Indexed& rows, Panel& panel) const {
+  if (borders_.path() != Path::kWidened || rows.is_dense()) return rows;
+  return panel.copy_of(rows.matrix(), rows.dtype, rows.rows);
 }
 
 void Gemm::by_torch(const Matrix& out, const Matrix& left, const Matrix& right,

@@ -3,10 +3,9 @@
 // tile_product.h where the CPU has instructions for it, else by torch's GEMM.
 //
 // Without instructions for a 16-bit type torch multiplies it ten to a hundred times slower than
-// float32: there operands are widened, a block that fits the cache at a time, and sums stay float32
-// to the last. With them, torch's library compiles code for every size it meets, milliseconds each:
-// the number of rows, which changes with every routing, is padded to one of few.
-//
+// float32: there block_product.h widens what it packs. With them, torch's library compiles code for
+// every size it meets, milliseconds each: the number of rows, which changes with every routing, is
+// padded to one of few.
 // gemm.cpp compiles these loops, once for all callers. rows_by_lines alone is compiled where it is
 // called, for the caller's source of lines (lines.h).
 
@@ -86,10 +85,11 @@ class Gemm {
   void multiply(const Matrix& out, const Indexed& left, const Matrix& right, const Matrix* first);
   void multiply_outer(const Matrix& out, const Indexed& left, const Indexed& right,
                       const Matrix* first, bool around = false);
+  Indexed dense(const Indexed& rows, Panel& panel) const;
   void by_torch(const Matrix& out, const Matrix& left, const Matrix& right, const Matrix* first);
 
   Borders borders_;
-  bool widens_ = false, pads_ = false;
+  bool pads_ = false;
   std::optional<TileLoops> tiles_;  // where they multiply bfloat16
   Panel left_, right_, out_, part_, bias_, packed_left_, packed_right_;
   Gathered gathered_left_, gathered_right_;

@@ -156,12 +156,6 @@ class Panel {
     return panel;
   }
 
-  // The same of a matrix whose columns may be dense in memory, without transposing it.
-  Matrix copy_as_it_lies(const Matrix& matrix, ScalarType dtype) {
-    if (matrix.column_stride == 1) return copy_of(matrix, dtype, matrix.rows);
-    return copy_of(matrix.transposed(), dtype, matrix.columns).transposed();
-  }
-
  private:
   static constexpr std::align_val_t kAlignment{64};
   struct Delete {

@@ -1,4 +1,4 @@
-// Packed rows of floats become columns, so that a loop over k reads memory in order.
+// Packed rows become columns of floats, so that a loop over k reads memory in order.
 
 #pragma once
 
@@ -9,6 +9,16 @@
 #include "matrix.h"
 
 namespace moe_ext {
+
+// Calls body with a zero of a dtype that is packed: float, or of 16 bits.
+template <typename Body>
+MOE_EXT_INLINE decltype(auto) visit_packed(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::BFloat16: return body(torch::headeronly::BFloat16{});
+    case ScalarType::Half: return body(torch::headeronly::Half{});
+    default: return body(0.0f);
+  }
+}
 
 // Four numbers from each of at(0), at(1), ..., and zeros.
 template <int64_t count, typename V, typename At>
@@ -41,21 +51,52 @@ MOE_EXT_INLINE void load_fours(V& v, const At& at) {
 #endif
 }
 
+// The same of numbers of any type.
+template <int64_t count, typename scalar_t, typename V, typename At>
+MOE_EXT_INLINE void load_fours_as(V& v, const At& at) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    return load_fours<count>(v, at);
+  } else {
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    if constexpr (sizeof(V) >= 32) {
+      const auto four = [&](int64_t i) __attribute__((always_inline)) {
+        uint64_t numbers = 0;
+        if (i < count) std::memcpy(&numbers, at(i), sizeof(numbers));
+        return numbers;
+      };
+      using Fours = Vector<uint64_t, sizeof(V) / 2>;
+      using Halves = Vector<uint16_t, sizeof(V) / 2>;
+      if constexpr (sizeof(V) == 64) {
+        widen<scalar_t>(v, Halves(Fours{four(0), four(1), four(2), four(3)}));
+      } else {
+        widen<scalar_t>(v, Halves(Fours{four(0), four(1)}));
+      }
+      return;
+    }
+#endif
+    float fours[sizeof(V) / sizeof(float)] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < 4; ++j) fours[4 * i + j] = static_cast<float>(at(i)[j]);
+    }
+    load(v, fours);
+  }
+}
+
 // `pack` of rows that are dense, four columns of all at a time.
-template <typename Lanes, int64_t fours>
+template <typename scalar_t, typename Lanes, int64_t fours>
 MOE_EXT_INLINE void pack_lines(const Indexed& matrix, float* to, int64_t apart) {
   // Rows that the last four lack repeat the last one. (Registers do not hold all addresses; to load
   // them costs nothing beside the rest.)
-  const float* lines[4 * fours];
+  const scalar_t* lines[4 * fours];
   for (int64_t i = 0; i < 4 * fours; ++i) {
-    lines[i] = row_of<const float>(matrix, std::min(i, matrix.rows - 1));
+    lines[i] = row_of<const scalar_t>(matrix, std::min(i, matrix.rows - 1));
   }
   int64_t k = 0;
   for (; k + 4 <= matrix.columns; k += 4) {
     Lanes four[4];
 #pragma GCC unroll 4
     for (int64_t r = 0; r < 4; ++r) {
-      load_fours<fours>(
+      load_fours_as<fours, scalar_t>(
           four[r], [&](int64_t i) __attribute__((always_inline)) { return lines[4 * i + r] + k; });
     }
     transpose(four);
@@ -63,8 +104,51 @@ MOE_EXT_INLINE void pack_lines(const Indexed& matrix, float* to, int64_t apart) 
     for (int64_t r = 0; r < 4; ++r) store(four[r], to + (k + r) * apart);
   }
   for (; k < matrix.columns; ++k) {
-    for (int64_t i = 0; i < matrix.rows; ++i) to[k * apart + i] = lines[i][k];
+    for (int64_t i = 0; i < matrix.rows; ++i) {
+      to[k * apart + i] = static_cast<float>(lines[i][k]);
+    }
   }
+}
+
+// Writes `count` numbers as floats, and what else a register has if they are of 16 bits.
+template <int64_t count, typename Lanes, typename scalar_t>
+MOE_EXT_INLINE void pack_line(const scalar_t* from, float* to) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    std::memcpy(to, from, count * sizeof(float));
+  } else {
+    Lanes lanes;
+    if constexpr (count * sizeof(float) == sizeof(Lanes)) {
+      load_as(lanes, from);
+#if defined(MOE_EXT_ASSEMBLES_VECTORS)
+    } else if constexpr (sizeof(Lanes) == 32 && count > 4) {
+      // A register cannot be loaded soon after its memory was written in pieces.
+      uint64_t first = 0, last = 0;
+      std::memcpy(&first, from, sizeof(first));
+      std::memcpy(&last, from + 4, (count - 4) * sizeof(*from));
+      widen<scalar_t>(lanes, Vector<uint16_t, 16>(Vector<uint64_t, 16>{first, last}));
+#endif
+    } else {
+      load_first_as(lanes, from, count);
+    }
+    store(lanes, to);
+  }
+}
+
+template <typename scalar_t, typename Lanes>
+MOE_EXT_INLINE void pack_as(const Indexed& matrix, float* to, int64_t apart) {
+  constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
+  if (matrix.has_dense_rows()) {
+    return with_count<kLanes / 4>(parts(matrix.rows, 4),
+                                  [&](auto fours) __attribute__((always_inline)) {
+                                    pack_lines<scalar_t, Lanes, fours>(matrix, to, apart);
+                                  });
+  }
+  with_count<kLanes>(matrix.rows, [&](auto n) __attribute__((always_inline)) {
+    const Indexed columns = matrix.transposed();
+    for (int64_t k = 0; k < matrix.columns; ++k) {
+      pack_line<n, Lanes>(row_of<const scalar_t>(columns, k), to + k * apart);
+    }
+  });
 }
 
 // to[k * apart + i] = matrix[i, k] for all rows i, at least one and up to the number of lanes; rows
@@ -72,18 +156,8 @@ MOE_EXT_INLINE void pack_lines(const Indexed& matrix, float* to, int64_t apart) 
 // next k, or have sums that nobody reads.
 template <typename Lanes>
 MOE_EXT_INLINE void pack(const Indexed& matrix, float* to, int64_t apart) {
-  constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
-  if (matrix.has_dense_rows()) {
-    return with_count<kLanes / 4>(parts(matrix.rows, 4),
-                                  [&](auto fours) __attribute__((always_inline)) {
-                                    pack_lines<Lanes, fours>(matrix, to, apart);
-                                  });
-  }
-  with_count<kLanes>(matrix.rows, [&](auto n) __attribute__((always_inline)) {
-    const Indexed columns = matrix.transposed();
-    for (int64_t k = 0; k < matrix.columns; ++k) {
-      std::memcpy(to + k * apart, columns.row(k), n * sizeof(float));
-    }
+  visit_packed(matrix.dtype, [&](auto zero) __attribute__((always_inline)) {
+    pack_as<decltype(zero), Lanes>(matrix, to, apart);
   });
 }
 
