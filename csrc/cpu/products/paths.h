@@ -225,7 +225,10 @@ class Borders {
                " rows of an expert, else " + library;
       default: break;
     }
-    const std::string others = path_ == Path::kWidened ? "own loops in float32" : library;
+    const std::string others =
+        path_ == Path::kWidened
+            ? "own loops in float32, without fast instructions for " + dtype_name(dtype_)
+            : library;
     return has_lanes(dtype_) ? up_to(rows(false, 0, 0), rows(true, 0, 0), others) : others;
   }
 
