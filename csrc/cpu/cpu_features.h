@@ -1,4 +1,4 @@
-// CPU detection at run time: the width of registers and the vendor.
+// CPU detection at run time: the width of registers, the vendor, and tiles of float16.
 
 #pragma once
 

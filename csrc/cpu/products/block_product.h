@@ -1,6 +1,7 @@
 // A product of matrices of any layout in float32, on one thread of an x86 CPU:
 //
-//   out [n, N] = left [n, K] @ right [K, N] + first        first: a row for all, out itself, or 0
+//   out [n, N] = left [n, K] @ right [K, N] + first        first: a row for all, or 0; or out
+//                                                          itself, if that has floats
 //
 // A block of both operands is packed, so that the innermost loop reads memory in order:
 //
@@ -12,13 +13,13 @@
 //        └┘└──────────┘
 //
 // A panel of right stays in the first cache while all rows of left go by, from the second cache.
-// The first panel packs a block of left before it is multiplied. If right's rows are dense and no
-// index picks them, one or two blocks read them in place; of more the first one does, and packs
-// them for the others. The innermost loop prefetches what comes next, of out and of an operand: the
-// next panel, or the next block of left while that is not packed. It asks for at most one cache
-// line of each for every k; where many blocks share a panel, the next one is asked for by one of
-// two or of four k. (A core waits for a dozen or two of lines at once. On an Emerald Rapids 64 rows
-// and more are up to a tenth faster so, where operands come from the last cache.)
+// The first panel packs a block of left before it is multiplied. If right has floats, and its rows
+// are dense and no index picks them, one or two blocks read them in place; of more the first one
+// does, and packs them for the others. The innermost loop prefetches what comes next, of out and of
+// an operand: the next panel, or the next block of left while that is not packed. It asks for at
+// most one cache line of each for every k; where many blocks share a panel, the next one is asked
+// for by one of two or of four k. (A core waits for a dozen or two of lines at once. On an Emerald
+// Rapids 64 rows and more are up to a tenth faster so, where operands come from the last cache.)
 //
 // Numbers of 16 bits become floats as they are packed, and sums are rounded once, by the last block
 // of k.
@@ -57,12 +58,14 @@ struct BlockProduct {
     const int64_t deepest = std::min(kDeep, left.columns);
     // Registers of left are written kRows numbers apart, so the last one goes past its block, into
     // the next one, which is packed after it.
-    const int64_t numbers = blocks * kRows * deepest + kLanes - kRows;
-    // Sums that wait for the next block of k.
-    const int64_t waiting = out.is_16bit() && deepest < left.columns ? out.rows * out.columns : 0;
+    const int64_t numbers = parts(blocks * kRows * deepest + kLanes - kRows, kLanes) * kLanes;
+    // Sums that wait for the next block of k. Rows are not whole pages apart.
+    const bool waits = out.is_16bit() && deepest < left.columns;
+    const int64_t apart = (parts(out.columns, kLanes) + 1) * kLanes;
+    const int64_t waiting = waits ? out.rows * apart : 0;
     float* a = floats(packed_left.get(ScalarType::Float, 1, numbers + waiting));
     Matrix sums = out;
-    if (waiting > 0) sums = float_rows(a + numbers, out.rows, out.columns);
+    if (waits) sums = float_rows(a + numbers, out.rows, apart).column_range(0, out.columns);
     float* b = floats(packed_right.get(ScalarType::Float, kColumns, deepest));
     if (left.columns == 0) return start();
     const bool goes_around = around && left.columns <= kDeep;  // not what is read again
@@ -97,7 +100,7 @@ struct BlockProduct {
           if (j == 0) pack<Lanes>(left_of(n), packed, kRows);
           const bool packs_next = j == 0 && n + 1 < blocks;
           Ahead next_left(left_of(n + 1));
-          const Block at{block_of(sums, n), block_of(target, n), n * block, j, k == 0, goes_around};
+          const Block at{block_of(sums, n), block_of(target, n), j, k == 0, goes_around};
           multiply_block<Lanes>(packed, lines, deep, at,
                                 Ahead(goes_around ? Matrix{} : block_of(target, n + 1)),
                                 packs_next ? next_left : next, packs_next ? 1 : steps);
@@ -123,11 +126,10 @@ struct BlockProduct {
     float* copy;
   };
 
-  // A block of out, whose first element is [row, column]: its sums so far, and where they go.
-  // `starts`: from `first`.
+  // A block of out from a column on: its sums so far, and where they go. `starts`: from `first`.
   struct Block {
-    Matrix sums, to;
-    int64_t row, column;
+    Matrix sums, target;
+    int64_t column;
     bool starts, goes_around;
   };
 
@@ -140,7 +142,7 @@ struct BlockProduct {
   // Writes rows of floats in the dtype of `to`.
   template <int bytes>
   static MOE_EXT_INLINE void write(const Matrix& from, const Matrix& to) {
-    visit_packed(to.dtype, [&](auto zero) __attribute__((always_inline)) {
+    visit_float_or_16bit(to.dtype, [&](auto zero) __attribute__((always_inline)) {
       for (int64_t i = 0; i < to.rows; ++i) {
         const float* row = row_of<const float>(from, i);
         convert<bytes>(row, to.columns, row_of<decltype(zero)>(to, i));
@@ -163,19 +165,20 @@ struct BlockProduct {
 
   // Without terms.
   MOE_EXT_INLINE void start() const {
+    if (first && first->data == out.data) return;
     for (int64_t i = 0; i < out.rows; ++i) {
       for (int64_t j = 0; j < out.columns; ++j) {
-        float sum = first_of(i, j);
+        float sum = first_of(j);
         write<16>(float_rows(&sum, 1, 1), out.row_range(i, i + 1).column_range(j, j + 1));
       }
     }
   }
 
-  MOE_EXT_INLINE float first_of(int64_t row, int64_t column) const {
+  // A number of `first`, which is one row, or null.
+  MOE_EXT_INLINE float first_of(int64_t column) const {
     if (!first) return 0;
-    const int64_t of_row = first->rows == 1 ? 0 : row;
-    const int64_t at = of_row * first->row_stride + column * first->column_stride;
-    return visit_packed(first->dtype, [&](auto zero) {
+    const int64_t at = column * first->column_stride;
+    return visit_float_or_16bit(first->dtype, [&](auto zero) {
       return static_cast<float>(reinterpret_cast<const decltype(zero)*>(first->data)[at]);
     });
   }
@@ -187,7 +190,7 @@ struct BlockProduct {
                                      const Block& block, const Ahead& after, Ahead& next,
                                      int64_t steps) const {
     constexpr int64_t kColumns = 2 * sizeof(Lanes) / sizeof(float);
-    const auto [part, target, row, column, starts, goes_around] = block;
+    const auto [part, target, column, starts, goes_around] = block;
     float piece[kRowsOf<Lanes> * kColumns];
     const bool is_whole = part.columns == kColumns && target.dtype == ScalarType::Float;
     float* to = is_whole ? floats(part) : piece;
@@ -195,11 +198,11 @@ struct BlockProduct {
     const bool adds = !starts || (first && first->data == out.data), later = by_blocks && adds;
     const bool is_zero = later || (starts && !first);
     if (!is_zero && !(is_whole && adds)) {
+      float line[kColumns];
+      for (int64_t j = 0; !adds && j < part.columns; ++j) line[j] = first_of(column + j);
       for (int64_t i = 0; i < part.rows; ++i) {
-        for (int64_t j = 0; j < part.columns; ++j) {
-          to[i * stride + j] =
-              adds ? floats(part)[i * part.row_stride + j] : first_of(row + i, column + j);
-        }
+        const float* from = adds ? floats(part) + i * part.row_stride : line;
+        for (int64_t j = 0; j < part.columns; ++j) to[i * stride + j] = from[j];
         // Not old numbers: subnormal ones would slow the sums down.
         for (int64_t j = part.columns; j < kColumns; ++j) to[i * stride + j] = 0;
       }

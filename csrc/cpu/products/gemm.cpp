@@ -2,7 +2,6 @@
 
 #include "gemm.h"
 
-#include <algorithm>
 #include <array>
 
 #include "block_product.h"
@@ -164,7 +163,7 @@ void Gemm::add_product(const Matrix& sum, const Indexed& left, const Indexed& ri
 // out = left @ right^T + first, as of multiply_by_torch.
 void Gemm::multiply(const Matrix& out, const Indexed& left, const Matrix& right,
                     const Matrix* first) {
-  const BlockProduct product{out, dense(left, left_), dense(right, right_).transposed(), first};
+  const BlockProduct product{out, left, readable(right).transposed(), first};
   if (product.is_possible() && borders_.blocks(left.rows, right)) {
     return on_widest(product, packed_left_, packed_right_);
   }
@@ -175,8 +174,7 @@ void Gemm::multiply(const Matrix& out, const Indexed& left, const Matrix& right,
 void Gemm::multiply_outer(const Matrix& out, const Indexed& left, const Indexed& right,
                           const Matrix* first, bool around) {
   const bool goes_around = around && borders_.blocks_go_around();
-  const BlockProduct product{
-      out, dense(left, left_).transposed(), dense(right, right_), first, true, goes_around};
+  const BlockProduct product{out, left.transposed(), right, first, true, goes_around};
   if (product.is_possible() && borders_.blocks_outer(left.rows, out, around)) {
     return on_widest(product, packed_left_, packed_right_);
   }
@@ -184,10 +182,11 @@ void Gemm::multiply_outer(const Matrix& out, const Indexed& left, const Indexed&
            first);
 }
 
-// Rows that block_product.h can read, where it takes all products that loops for few rows do not.
-Indexed Gemm::dense(const Indexed& rows, Panel& panel) const {
-  if (borders_.path() != Path::kWidened || rows.is_dense()) return rows;
-  return panel.copy_of(rows.matrix(), rows.dtype, rows.rows);
+// A weight as block_product.h can read it, where that takes all but few rows: a copy if neither its
+// rows nor its columns are dense.
+Matrix Gemm::readable(const Matrix& weight) {
+  if (borders_.path() != Path::kWidened || weight.is_dense()) return weight;
+  return right_.copy_of(weight, weight.dtype, weight.rows);
 }
 
 void Gemm::by_torch(const Matrix& out, const Matrix& left, const Matrix& right,

@@ -6,6 +6,7 @@
 // float32: there block_product.h widens what it packs. With them, torch's library compiles code for
 // every size it meets, milliseconds each: the number of rows, which changes with every routing, is
 // padded to one of few.
+//
 // gemm.cpp compiles these loops, once for all callers. rows_by_lines alone is compiled where it is
 // called, for the caller's source of lines (lines.h).
 
@@ -85,7 +86,7 @@ class Gemm {
   void multiply(const Matrix& out, const Indexed& left, const Matrix& right, const Matrix* first);
   void multiply_outer(const Matrix& out, const Indexed& left, const Indexed& right,
                       const Matrix* first, bool around = false);
-  Indexed dense(const Indexed& rows, Panel& panel) const;
+  Matrix readable(const Matrix& weight);
   void by_torch(const Matrix& out, const Matrix& left, const Matrix& right, const Matrix* first);
 
   Borders borders_;

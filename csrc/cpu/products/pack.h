@@ -3,16 +3,18 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../vector.h"
 #include "matrix.h"
 
 namespace moe_ext {
 
-// Calls body with a zero of a dtype that is packed: float, or of 16 bits.
+// Calls body with a zero of float, or of a dtype of 16 bits.
 template <typename Body>
-MOE_EXT_INLINE decltype(auto) visit_packed(ScalarType dtype, const Body& body) {
+MOE_EXT_INLINE decltype(auto) visit_float_or_16bit(ScalarType dtype, const Body& body) {
   switch (dtype) {
     case ScalarType::BFloat16: return body(torch::headeronly::BFloat16{});
     case ScalarType::Half: return body(torch::headeronly::Half{});
@@ -110,9 +112,10 @@ MOE_EXT_INLINE void pack_lines(const Indexed& matrix, float* to, int64_t apart) 
   }
 }
 
-// Writes `count` numbers as floats, and what else a register has if they are of 16 bits.
+// Writes `count` numbers as floats. Those of 16 bits fill a register: its other lanes are written
+// too.
 template <int64_t count, typename Lanes, typename scalar_t>
-MOE_EXT_INLINE void pack_line(const scalar_t* from, float* to) {
+MOE_EXT_INLINE void pack_column(const scalar_t* from, float* to) {
   if constexpr (std::is_same_v<scalar_t, float>) {
     std::memcpy(to, from, count * sizeof(float));
   } else {
@@ -146,7 +149,7 @@ MOE_EXT_INLINE void pack_as(const Indexed& matrix, float* to, int64_t apart) {
   with_count<kLanes>(matrix.rows, [&](auto n) __attribute__((always_inline)) {
     const Indexed columns = matrix.transposed();
     for (int64_t k = 0; k < matrix.columns; ++k) {
-      pack_line<n, Lanes>(row_of<const scalar_t>(columns, k), to + k * apart);
+      pack_column<n, Lanes>(row_of<const scalar_t>(columns, k), to + k * apart);
     }
   });
 }
@@ -156,7 +159,7 @@ MOE_EXT_INLINE void pack_as(const Indexed& matrix, float* to, int64_t apart) {
 // next k, or have sums that nobody reads.
 template <typename Lanes>
 MOE_EXT_INLINE void pack(const Indexed& matrix, float* to, int64_t apart) {
-  visit_packed(matrix.dtype, [&](auto zero) __attribute__((always_inline)) {
+  visit_float_or_16bit(matrix.dtype, [&](auto zero) __attribute__((always_inline)) {
     pack_as<decltype(zero), Lanes>(matrix, to, apart);
   });
 }

@@ -90,7 +90,8 @@ struct TileSize {
   // For products of so many rows and columns.
   static TileSize fit(const std::vector<Range>& rows, int64_t columns, TileSize size) {
     const int64_t threads = torch::stable::get_num_threads(), wanted = 4 * threads;
-    if (threads == 1) return size;  // it waits for no other, and each tile packs its rows again
+    // A thread that is alone waits for none, and every further tile would pack the same rows again.
+    if (threads == 1) return size;
     const auto count = [&] {
       int64_t tiles = 0;
       for (const auto [begin, end] : rows) tiles += parts(end - begin, size.rows);
