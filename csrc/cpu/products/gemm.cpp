@@ -97,11 +97,6 @@ void Gemm::outer(const Matrix& out, const Indexed& left, const Indexed& right, b
                  right_.copy_of(gathered_right_.of(right), right.dtype, padded), nullptr, around);
 }
 
-void Gemm::add_outer(const Matrix& sum, const Indexed& left, const Indexed& right, bool starts) {
-  if (by_tiles(sum, left.transposed(), right, starts ? nullptr : &sum)) return;
-  add_product(sum, left, right, starts);
-}
-
 // QuadProduct takes no fewer than kLeastColumns: a smaller weight gets lines of zeros, lest its
 // sums have another order.
 void Gemm::by_fours(const Matrix& out, const Matrix& rows, const Matrix& weight,
@@ -140,10 +135,10 @@ bool Gemm::by_tiles([[maybe_unused]] const Matrix& out, [[maybe_unused]] const I
   return false;
 }
 
-// sum += left^T @ right, or = where it starts. MKL adds the terms of small products one by one to
-// what is there.
-void Gemm::add_product(const Matrix& sum, const Indexed& left, const Indexed& right, bool starts) {
+// MKL adds the terms of small products one by one to what is there.
+void Gemm::add_outer(const Matrix& sum, const Indexed& left, const Indexed& right, bool starts) {
   constexpr int64_t kSmall = 1 << 14;
+  if (by_tiles(sum, left.transposed(), right, starts ? nullptr : &sum)) return;
   if (starts) return multiply_outer(sum, left, right, nullptr);
   if (sum.rows * sum.columns > kSmall || borders_.blocks_outer(left.rows, sum, false)) {
     return multiply_outer(sum, left, right, &sum);

@@ -82,7 +82,6 @@ class Gemm {
   void by_fours(const Matrix& out, const Matrix& rows, const Matrix& weight, const Matrix* bias);
   bool by_tiles(const Matrix& out, const Indexed& left, const Indexed& right, const Matrix* first,
                 bool around = false);
-  void add_product(const Matrix& sum, const Indexed& left, const Indexed& right, bool starts);
   void multiply(const Matrix& out, const Indexed& left, const Matrix& right, const Matrix* first);
   void multiply_outer(const Matrix& out, const Indexed& left, const Indexed& right,
                       const Matrix* first, bool around = false);

@@ -27,7 +27,7 @@ enum class Path {
 };
 
 // Whether the CPU has instructions with which torch's library multiplies a 16-bit type. Those of
-// AVX512-FP16 do not count: steps in which it multiplies float16 with them take 1 to 14 % longer
+// AVX512-FP16 do not count: steps in which it multiplies float16 with them take 1 to 19 % longer
 // than with block_product.h. (A virtual Granite Rapids without AMX-FP16.) MOE_EXT_WIDEN_16BIT says
 // no always: for tests on a CPU that has them.
 inline bool multiplies_natively([[maybe_unused]] ScalarType dtype) {
@@ -188,9 +188,8 @@ class Borders {
     }
   }
 
-  // Whether block_product.h multiplies so many rows [n, K] by right [N, K]^T, both of floats or of
-  // 16 bits. Where
-  // columns are dense MKL is up to a quarter faster for some numbers of rows. If an expert has
+  // Whether block_product.h multiplies so many rows [n, K] by right [N, K]^T. Where columns are
+  // dense MKL is up to a quarter faster with some numbers of rows of floats. If an expert has
   // several tiles of rows, each has more than kMany, so the same loops multiply all.
   bool blocks(int64_t rows, const Matrix& right) const {
     if (path_ != Path::kSomeBlocks) return path_ == Path::kBlocks || path_ == Path::kWidened;
