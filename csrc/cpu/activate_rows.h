@@ -8,8 +8,8 @@
 #pragma once
 
 #include "../activation.h"
+#include "machine/vector.h"
 #include "rows.h"
-#include "vector.h"
 
 namespace moe_ext {
 

@@ -9,7 +9,7 @@
 #include <limits>
 
 #include "common.h"
-#include "vector.h"
+#include "machine/vector.h"
 
 namespace moe_ext {
 

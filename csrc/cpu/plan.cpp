@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "common.h"
-#include "vector.h"
+#include "machine/vector.h"
 
 namespace moe_ext {
 namespace {

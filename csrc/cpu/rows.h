@@ -4,8 +4,8 @@
 
 #include <cstring>
 
-#include "around_caches.h"
 #include "common.h"
+#include "machine/around_caches.h"
 
 namespace moe_ext {
 

@@ -11,8 +11,8 @@
 #include <mutex>
 #include <vector>
 
-#include "../around_caches.h"
-#include "gemm.h"
+#include "../gemm/gemm.h"
+#include "../machine/around_caches.h"
 
 namespace moe_ext {
 

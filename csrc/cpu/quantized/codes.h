@@ -13,7 +13,7 @@
 
 #pragma once
 
-#include "../products/lines.h"
+#include "../gemm/lines.h"
 #include "quantized.h"
 
 namespace moe_ext {

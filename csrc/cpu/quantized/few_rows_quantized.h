@@ -11,7 +11,7 @@
 
 #pragma once
 
-#include "../products/lines.h"
+#include "../gemm/lines.h"
 #include "codes.h"
 
 namespace moe_ext {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../../weight_format.h"
-#include "../products/lanes.h"
+#include "../machine/lanes.h"
 
 namespace moe_ext {
 

@@ -4,12 +4,12 @@
 
 #include <array>
 
+#include "../tiles/tile_product.h"
 #include "block_product.h"
 #include "direct_product.h"
 #include "few_outer.h"
 #include "few_rows_flat.h"
 #include "quad_product.h"
-#include "tile_product.h"
 
 namespace moe_ext {
 namespace {

@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "lanes.h"
+#include "../machine/lanes.h"
 
 namespace moe_ext {
 

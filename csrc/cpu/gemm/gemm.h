@@ -14,9 +14,9 @@
 
 #include <optional>
 
+#include "../tiles/tile_loops.h"
 #include "few_rows.h"
 #include "paths.h"
-#include "tile_loops.h"
 
 namespace moe_ext {
 

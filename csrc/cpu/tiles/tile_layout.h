@@ -11,8 +11,8 @@
 
 #include <algorithm>
 
-#include "../around_caches.h"
-#include "matrix.h"
+#include "../machine/around_caches.h"
+#include "../machine/matrix.h"
 #include "tiles.h"
 
 #if defined(MOE_EXT_TILES)

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "../vector.h"
 #include "matrix.h"
+#include "vector.h"
 
 namespace moe_ext {
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "lanes.h"
+#include "../machine/lanes.h"
 
 namespace moe_ext {
 

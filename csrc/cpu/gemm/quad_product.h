@@ -19,7 +19,7 @@
 
 #include <algorithm>
 
-#include "lanes.h"
+#include "../machine/lanes.h"
 #include "pack.h"
 
 namespace moe_ext {

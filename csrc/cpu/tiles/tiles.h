@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../vector.h"
+#include "../machine/vector.h"
 
 #if defined(__linux__) && defined(MOE_EXT_ASSEMBLES_VECTORS) && __GNUC__ >= 11
 #include <sys/syscall.h>

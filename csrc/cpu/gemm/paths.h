@@ -10,10 +10,10 @@
 #include <cstring>
 #include <string>
 
-#include "../cpu_features.h"
-#include "lanes.h"
-#include "matrix.h"
-#include "tiles.h"
+#include "../machine/cpu_features.h"
+#include "../machine/lanes.h"
+#include "../machine/matrix.h"
+#include "../tiles/tiles.h"
 
 namespace moe_ext {
 

@@ -7,8 +7,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../vector.h"
-#include "matrix.h"
+#include "../machine/matrix.h"
+#include "../machine/vector.h"
 
 namespace moe_ext {
 

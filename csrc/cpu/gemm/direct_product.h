@@ -15,7 +15,7 @@
 
 #include <algorithm>
 
-#include "lanes.h"
+#include "../machine/lanes.h"
 
 namespace moe_ext {
 

@@ -12,8 +12,8 @@
 
 #pragma once
 
-#include "../vector.h"
 #include "matrix.h"
+#include "vector.h"
 
 namespace moe_ext {
 

@@ -29,9 +29,9 @@
 
 #pragma once
 
-#include "../around_caches.h"
-#include "ahead.h"
-#include "lanes.h"
+#include "../machine/ahead.h"
+#include "../machine/around_caches.h"
+#include "../machine/lanes.h"
 #include "pack.h"
 
 namespace moe_ext {

@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
-#include "../around_caches.h"
-#include "lanes.h"
+#include "../machine/around_caches.h"
+#include "../machine/lanes.h"
 
 namespace moe_ext {
 
