@@ -21,8 +21,10 @@
 // for by one of two or of four k. (A core waits for a dozen or two of lines at once. On an Emerald
 // Rapids 64 rows and more are up to a tenth faster so, where operands come from the last cache.)
 //
-// Numbers of 16 bits become floats as they are packed, and sums are rounded once, by the last block
-// of k.
+// Numbers of 16 bits become floats as they are packed. Sums wait for the next block of k in memory
+// of their own, one block of out after the other, and the last block of k writes them to out. (Rows
+// of out that are a multiple of 2 KiB apart share few places in the first cache. With sums in them
+// steps took up to 5 % more time on a Granite Rapids.)
 //
 // The terms of a sum are added in the order of k, whatever the number of rows and columns. A sum
 // over the rows of an expert may have a million terms: by_blocks adds up those of each block first.
@@ -59,16 +61,11 @@ struct BlockProduct {
     // Registers of left are written kRows numbers apart, so the last one goes past its block, into
     // the next one, which is packed after it.
     const int64_t numbers = parts(blocks * kRows * deepest + kLanes - kRows, kLanes) * kLanes;
-    // Sums that wait for the next block of k. Rows are not whole pages apart.
-    const bool waits = out.is_16bit() && deepest < left.columns;
-    const int64_t apart = (parts(out.columns, kLanes) + 1) * kLanes;
-    const int64_t waiting = waits ? out.rows * apart : 0;
+    const int64_t panels = deepest < left.columns ? parts(out.columns, kColumns) : 0;
+    const int64_t waiting = panels * blocks * kRows * kColumns;
     float* a = floats(packed_left.get(ScalarType::Float, 1, numbers + waiting));
-    Matrix sums = out;
-    if (waits) sums = float_rows(a + numbers, out.rows, apart).column_range(0, out.columns);
     float* b = floats(packed_right.get(ScalarType::Float, kColumns, deepest));
     if (left.columns == 0) return start();
-    const bool goes_around = around && left.columns <= kDeep;  // not what is read again
     const int64_t steps = blocks > 8 ? 4 : blocks > 4 ? 2 : 1;
     for (int64_t k = 0; k < left.columns; k += kDeep) {
       const int64_t deep = std::min(kDeep, left.columns - k);
@@ -87,12 +84,17 @@ struct BlockProduct {
             pack<Lanes>(rows_of(panel.transposed(), i, kLanes), b + i, kColumns);
           }
         }
-        const auto block_of = [&](const Matrix& all, int64_t n) {
+        const auto block_of_out = [&](int64_t n) {
           const int64_t column = n < blocks ? j : j + kColumns;
-          const Matrix columns = rows_of(all.transposed(), column, kColumns).transposed();
+          const Matrix columns = rows_of(out.transposed(), column, kColumns).transposed();
           return rows_of(columns, n % blocks * block, block);
         };
-        const Matrix& target = k + deep < left.columns ? sums : out;
+        const auto waiting_block = [&](int64_t n) {
+          float* sums = a + numbers + (j / kColumns * blocks + n) * kRows * kColumns;
+          return float_rows(sums, block_of_out(n).rows, kColumns);
+        };
+        const bool is_last = k + deep == left.columns, goes_around = around && is_last;
+        const auto target = [&](int64_t n) { return is_last ? block_of_out(n) : waiting_block(n); };
         Ahead next(j + kColumns < out.columns ? panel_of(k, j + kColumns, kColumns)
                                               : panel_of(k + kDeep, 0, kColumns));
         for (int64_t n = 0; n < blocks; ++n) {
@@ -100,15 +102,20 @@ struct BlockProduct {
           if (j == 0) pack<Lanes>(left_of(n), packed, kRows);
           const bool packs_next = j == 0 && n + 1 < blocks;
           Ahead next_left(left_of(n + 1));
-          const Block at{block_of(sums, n), block_of(target, n), j, k == 0, goes_around};
-          multiply_block<Lanes>(packed, lines, deep, at,
-                                Ahead(goes_around ? Matrix{} : block_of(target, n + 1)),
+          Matrix before{};
+          if (k > 0) {
+            before = waiting_block(n);
+          } else if (adds_to_out()) {
+            before = block_of_out(n);
+          }
+          multiply_block<Lanes>(packed, lines, deep, {before, target(n), j, goes_around},
+                                Ahead(goes_around ? Matrix{} : target(n + 1)),
                                 packs_next ? next_left : next, packs_next ? 1 : steps);
           if (lines.copy) lines = {b, kColumns, nullptr};
         }
       }
     }
-    if (goes_around) finish_around();
+    if (around) finish_around();
   }
 
  private:
@@ -126,12 +133,23 @@ struct BlockProduct {
     float* copy;
   };
 
-  // A block of out from a column on: its sums so far, and where they go. `starts`: from `first`.
+  // A block of out from a column on: its sums so far, if there are any, and where they go.
   struct Block {
-    Matrix sums, target;
+    Matrix before, target;
     int64_t column;
-    bool starts, goes_around;
+    bool goes_around;
   };
+
+  // The same in registers: rows of floats. from: null: zero; later: whether these are added last.
+  struct Sums {
+    const float* from;
+    int64_t from_apart;
+    float* to;
+    int64_t to_apart;
+    bool later, goes_around;
+  };
+
+  bool adds_to_out() const { return first && first->data == out.data; }
 
   static float* floats(const Matrix& matrix) { return reinterpret_cast<float*>(matrix.data); }
 
@@ -165,7 +183,7 @@ struct BlockProduct {
 
   // Without terms.
   MOE_EXT_INLINE void start() const {
-    if (first && first->data == out.data) return;
+    if (adds_to_out()) return;
     for (int64_t i = 0; i < out.rows; ++i) {
       for (int64_t j = 0; j < out.columns; ++j) {
         float sum = first_of(j);
@@ -190,33 +208,34 @@ struct BlockProduct {
                                      const Block& block, const Ahead& after, Ahead& next,
                                      int64_t steps) const {
     constexpr int64_t kColumns = 2 * sizeof(Lanes) / sizeof(float);
-    const auto [part, target, column, starts, goes_around] = block;
-    float piece[kRowsOf<Lanes> * kColumns];
-    const bool is_whole = part.columns == kColumns && target.dtype == ScalarType::Float;
-    float* to = is_whole ? floats(part) : piece;
-    const int64_t stride = is_whole ? part.row_stride : kColumns;
-    const bool adds = !starts || (first && first->data == out.data), later = by_blocks && adds;
-    const bool is_zero = later || (starts && !first);
-    if (!is_zero && !(is_whole && adds)) {
-      float line[kColumns];
-      for (int64_t j = 0; !adds && j < part.columns; ++j) line[j] = first_of(column + j);
-      for (int64_t i = 0; i < part.rows; ++i) {
-        const float* from = adds ? floats(part) + i * part.row_stride : line;
-        for (int64_t j = 0; j < part.columns; ++j) to[i * stride + j] = from[j];
-        // Not old numbers: subnormal ones would slow the sums down.
-        for (int64_t j = part.columns; j < kColumns; ++j) to[i * stride + j] = 0;
+    const auto& [before, target, column, goes_around] = block;
+    float start[kRowsOf<Lanes> * kColumns], piece[kRowsOf<Lanes> * kColumns];
+    const bool is_whole = target.columns == kColumns && target.dtype == ScalarType::Float;
+    Sums sums{nullptr, kColumns, piece, kColumns, by_blocks && before.data, false};
+    if (is_whole) {
+      sums.to = floats(target);
+      sums.to_apart = target.row_stride;
+      sums.goes_around = goes_around;
+    }
+    if (before.data && before.columns == kColumns) {
+      sums.from = floats(before);
+      sums.from_apart = before.row_stride;
+    } else if (before.data || first) {
+      sums.from = start;
+      if (!before.data) sums.from_apart = 0;  // one row for all
+      // Not old numbers: subnormal ones would slow the sums down.
+      std::fill_n(start, kRowsOf<Lanes> * kColumns, 0.0f);
+      for (int64_t j = 0; j < std::min(kColumns, out.columns - column); ++j) {
+        if (!before.data) start[j] = first_of(column + j);
+        for (int64_t i = 0; i < before.rows; ++i) {
+          start[i * kColumns + j] = floats(before)[i * before.row_stride + j];
+        }
       }
     }
-    with_count<kRowsOf<Lanes>>(part.rows, [&](auto n) __attribute__((always_inline)) {
-      multiply<Lanes, n>(a, lines, deep, to, stride, is_zero, later && is_whole,
-                         goes_around && is_whole, after, next, steps);
+    with_count<kRowsOf<Lanes>>(target.rows, [&](auto n) __attribute__((always_inline)) {
+      multiply<Lanes, n>(a, lines, deep, sums, after, next, steps);
     });
-    if (is_whole) return;
-    for (int64_t i = 0; later && i < part.rows; ++i) {
-      const float* before = floats(part) + i * part.row_stride;
-      for (int64_t j = 0; j < part.columns; ++j) piece[i * kColumns + j] += before[j];
-    }
-    write<sizeof(Lanes)>(float_rows(piece, part.rows, kColumns), target);
+    if (!is_whole) write<sizeof(Lanes)>(float_rows(piece, target.rows, kColumns), target);
   }
 
   // A core that runs a second thread has half of its instructions for each. (On such an Emerald
@@ -224,18 +243,20 @@ struct BlockProduct {
   // steps have few, about 16 beside 24 products: the last ones ask for no lines. Lines of out are
   // asked for at once where those of an operand follow, else by every fourth step: wide gradients
   // take up to 5 % less time so on a Granite Rapids. Without the pragmas the sums would be in
-  // memory.
+  // memory; were the last loop unrolled, one of 32 bytes.
   template <typename Lanes, int64_t count>
-  static MOE_EXT_INLINE void multiply(const float* a, const Lines& lines, int64_t deep, float* to,
-                                      int64_t stride, bool is_zero, bool later, bool goes_around,
-                                      const Ahead& after, Ahead& next, int64_t steps) {
+  static MOE_EXT_INLINE void multiply(const float* a, const Lines& lines, int64_t deep,
+                                      const Sums& block, const Ahead& after, Ahead& next,
+                                      int64_t steps) {
     constexpr int64_t kWidth = sizeof(Lanes) / sizeof(float);
     Lanes sums[count][2]{};
-    if (!is_zero) {
+    if (block.from && !block.later) {
 #pragma GCC unroll 12
       for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 2
-        for (int p = 0; p < 2; ++p) load(sums[i][p], to + i * stride + p * kWidth);
+        for (int p = 0; p < 2; ++p) {
+          load(sums[i][p], block.from + i * block.from_apart + p * kWidth);
+        }
       }
     }
     Ahead of_out = after, of_operand = next;  // copies, which may stay in registers
@@ -286,20 +307,19 @@ struct BlockProduct {
     } else {
       ask_every(Four{}, of_operand);
     }
-#pragma GCC unroll 2
     for (; k < deep; ++k) step(false);
     next = of_operand;
 #pragma GCC unroll 12
     for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 2
       for (int p = 0; p < 2; ++p) {
-        float* place = to + i * stride + p * kWidth;
-        if (later) {
+        float* place = block.to + i * block.to_apart + p * kWidth;
+        if (block.later) {
           Lanes before;
-          load(before, place);
+          load(before, block.from + i * block.from_apart + p * kWidth);
           sums[i][p] += before;
         }
-        if (goes_around) {
+        if (block.goes_around) {
           store_around(sums[i][p], place);
         } else {
           store(sums[i][p], place);
