@@ -15,11 +15,12 @@
 // A panel of right stays in the first cache while all rows of left go by, from the second cache.
 // The first panel packs a block of left before it is multiplied. If right has floats, and its rows
 // are dense and no index picks them, one or two blocks read them in place; of more the first one
-// does, and packs them for the others. The innermost loop prefetches what comes next, of out and of
-// an operand: the next panel, or the next block of left while that is not packed. It asks for at
-// most one cache line of each for every k; where many blocks share a panel, the next one is asked
-// for by one of two or of four k. (A core waits for a dozen or two of lines at once. On an Emerald
-// Rapids 64 rows and more are up to a tenth faster so, where operands come from the last cache.)
+// does, and packs them for the others. The innermost loop prefetches what comes next, where sums go
+// and of an operand: the next panel, or the next block of left while that is not packed. It asks
+// for at most one cache line of each for every k; where many blocks share a panel, the next one is
+// asked for by one of two or of four k. (A core waits for a dozen or two of lines at once. On an
+// Emerald Rapids 64 rows and more are up to a tenth faster so, where operands come from the last
+// cache.)
 //
 // Numbers of 16 bits become floats as they are packed. Sums wait for the next block of k in memory
 // of their own, one block of out after the other, and the last block of k writes them to out. (Rows
@@ -60,9 +61,9 @@ struct BlockProduct {
     const int64_t deepest = std::min(kDeep, left.columns);
     // Registers of left are written kRows numbers apart, so the last one goes past its block, into
     // the next one, which is packed after it.
-    const int64_t numbers = parts(blocks * kRows * deepest + kLanes - kRows, kLanes) * kLanes;
+    const int64_t numbers = parts(blocks * kRows * deepest + kLanes - kRows, kColumns) * kColumns;
     const int64_t panels = deepest < left.columns ? parts(out.columns, kColumns) : 0;
-    const int64_t waiting = panels * blocks * kRows * kColumns;
+    const int64_t waiting = panels * blocks * block * kColumns;
     float* a = floats(packed_left.get(ScalarType::Float, 1, numbers + waiting));
     float* b = floats(packed_right.get(ScalarType::Float, kColumns, deepest));
     if (left.columns == 0) return start();
@@ -90,7 +91,7 @@ struct BlockProduct {
           return rows_of(columns, n % blocks * block, block);
         };
         const auto waiting_block = [&](int64_t n) {
-          float* sums = a + numbers + (j / kColumns * blocks + n) * kRows * kColumns;
+          float* sums = a + numbers + (j / kColumns * blocks + n) * block * kColumns;
           return float_rows(sums, block_of_out(n).rows, kColumns);
         };
         const bool is_last = k + deep == left.columns, goes_around = around && is_last;
@@ -140,8 +141,9 @@ struct BlockProduct {
     bool goes_around;
   };
 
-  // The same in registers: rows of floats. from: null: zero; later: whether these are added last.
-  struct Sums {
+  // Rows of floats that registers come from and go to. from: null: zero; later: whether it is added
+  // last.
+  struct Places {
     const float* from;
     int64_t from_apart;
     float* to;
@@ -209,31 +211,31 @@ struct BlockProduct {
                                      int64_t steps) const {
     constexpr int64_t kColumns = 2 * sizeof(Lanes) / sizeof(float);
     const auto& [before, target, column, goes_around] = block;
-    float start[kRowsOf<Lanes> * kColumns], piece[kRowsOf<Lanes> * kColumns];
+    float begun[kRowsOf<Lanes> * kColumns], piece[kRowsOf<Lanes> * kColumns];
     const bool is_whole = target.columns == kColumns && target.dtype == ScalarType::Float;
-    Sums sums{nullptr, kColumns, piece, kColumns, by_blocks && before.data, false};
+    Places at{nullptr, kColumns, piece, kColumns, by_blocks && before.data, false};
     if (is_whole) {
-      sums.to = floats(target);
-      sums.to_apart = target.row_stride;
-      sums.goes_around = goes_around;
+      at.to = floats(target);
+      at.to_apart = target.row_stride;
+      at.goes_around = goes_around;
     }
     if (before.data && before.columns == kColumns) {
-      sums.from = floats(before);
-      sums.from_apart = before.row_stride;
+      at.from = floats(before);
+      at.from_apart = before.row_stride;
     } else if (before.data || first) {
-      sums.from = start;
-      if (!before.data) sums.from_apart = 0;  // one row for all
+      at.from = begun;
+      if (!before.data) at.from_apart = 0;  // one row for all
       // Not old numbers: subnormal ones would slow the sums down.
-      std::fill_n(start, kRowsOf<Lanes> * kColumns, 0.0f);
+      std::fill_n(begun, kRowsOf<Lanes> * kColumns, 0.0f);
       for (int64_t j = 0; j < std::min(kColumns, out.columns - column); ++j) {
-        if (!before.data) start[j] = first_of(column + j);
+        if (!before.data) begun[j] = first_of(column + j);
         for (int64_t i = 0; i < before.rows; ++i) {
-          start[i * kColumns + j] = floats(before)[i * before.row_stride + j];
+          begun[i * kColumns + j] = floats(before)[i * before.row_stride + j];
         }
       }
     }
     with_count<kRowsOf<Lanes>>(target.rows, [&](auto n) __attribute__((always_inline)) {
-      multiply<Lanes, n>(a, lines, deep, sums, after, next, steps);
+      multiply<Lanes, n>(a, lines, deep, at, after, next, steps);
     });
     if (!is_whole) write<sizeof(Lanes)>(float_rows(piece, target.rows, kColumns), target);
   }
@@ -243,19 +245,19 @@ struct BlockProduct {
   // steps have few, about 16 beside 24 products: the last ones ask for no lines. Lines of out are
   // asked for at once where those of an operand follow, else by every fourth step: wide gradients
   // take up to 5 % less time so on a Granite Rapids. Without the pragmas the sums would be in
-  // memory; were the last loop unrolled, one of 32 bytes.
+  // memory; were the last loop unrolled, GCC would keep one of AVX2's there.
   template <typename Lanes, int64_t count>
   static MOE_EXT_INLINE void multiply(const float* a, const Lines& lines, int64_t deep,
-                                      const Sums& block, const Ahead& after, Ahead& next,
+                                      const Places& at, const Ahead& after, Ahead& next,
                                       int64_t steps) {
     constexpr int64_t kWidth = sizeof(Lanes) / sizeof(float);
     Lanes sums[count][2]{};
-    if (block.from && !block.later) {
+    if (at.from && !at.later) {
 #pragma GCC unroll 12
       for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 2
         for (int p = 0; p < 2; ++p) {
-          load(sums[i][p], block.from + i * block.from_apart + p * kWidth);
+          load(sums[i][p], at.from + i * at.from_apart + p * kWidth);
         }
       }
     }
@@ -313,13 +315,13 @@ struct BlockProduct {
     for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 2
       for (int p = 0; p < 2; ++p) {
-        float* place = block.to + i * block.to_apart + p * kWidth;
-        if (block.later) {
+        float* place = at.to + i * at.to_apart + p * kWidth;
+        if (at.later) {
           Lanes before;
-          load(before, block.from + i * block.from_apart + p * kWidth);
+          load(before, at.from + i * at.from_apart + p * kWidth);
           sums[i][p] += before;
         }
-        if (block.goes_around) {
+        if (at.goes_around) {
           store_around(sums[i][p], place);
         } else {
           store(sums[i][p], place);
