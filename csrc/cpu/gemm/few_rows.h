@@ -3,7 +3,7 @@
 //
 // The limit is the memory of the weight, so it is read once:
 //
-//   kStreamed rows    its lines one after the other, in the order of memory, or two at once
+//   few rows          its lines one after the other, in the order of memory, or two at once
 //   more              kLines lines by a block: their sums are in registers. The blocks take turns
 //                     with a part of the lines, which stays in the first cache, and the lines of a
 //                     group with a part of the rows, fewer of which come from the second one
@@ -27,6 +27,7 @@ struct FewRowsOf {
   Matrix out, rows;
   const Matrix* bias;  // null without
   Source source;       // of the weight's lines
+  Asks asks = Asks::here();
 
   // memory: of the thread
   template <int bytes>
@@ -82,6 +83,11 @@ struct FewRowsOf {
   static constexpr int64_t kLong = 12;
   // Bytes of the first cache that streamed rows have, with the lines that are asked for.
   static constexpr int64_t kCached = 5 << 13;
+  // The same without asks, of the fewer rows that a Zen 4 streams. Every line loads them again, and
+  // this CPU loads 64 bytes a cycle.
+  template <typename Format>
+  static constexpr int64_t kStreamedOf4 = Format::kRegisters == 1 ? 2 : 1;
+  static constexpr int64_t kCachedOf4 = 3 << 12;
   // A group has so many lines, and a part of its rows so many bytes if the lines are long.
   static constexpr int64_t kGroup = 16, kPartBytes = 1 << 14;
 
@@ -131,10 +137,7 @@ struct FewRowsOf {
     const Totals totals{reinterpret_cast<float*>(lanes + registers + sums), width};
     const int64_t count = source.count();
     constexpr bool kStreams = Source::kInMemory && chains == kChains<Format>;
-    const bool streams =
-        kStreams && count >= kLines && n <= kStreamed<Format> &&
-        registers * int64_t{sizeof(Lanes)} + lines_at_once<Format>(n) * LineLoops<Format>::kAhead <=
-            kCached;
+    const bool streams = kStreams && count >= kLines && streams_rows<Format>(registers);
     const int64_t block = streams ? n : parts(n, parts(n, kBlock<Format>));
     const Packed<Format> packed{lanes, lanes + registers, full, vectors, block};
     pack(packed);
@@ -184,6 +187,16 @@ struct FewRowsOf {
     return n > kBlock<Format> ? 2 : 1;
   }
 
+  // Whether one line after the other is multiplied by the rows, which are packed into so many
+  // registers.
+  template <typename Format>
+  bool streams_rows(int64_t registers) const {
+    const int64_t n = rows.rows, bytes = registers * sizeof(typename Format::Lanes);
+    if (asks.in_order) return n <= kStreamedOf4<Format> && bytes <= kCachedOf4;
+    const int64_t asked = lines_at_once<Format>(n) * LineLoops<Format>::kAhead;
+    return n <= kStreamed<Format> && bytes + asked <= kCached;
+  }
+
   // Multiplies one line after the other by all rows. Two share the loads of many rows.
   template <typename Format>
   MOE_EXT_INLINE void stream(const Totals& to, const Packed<Format>& packed) const {
@@ -197,7 +210,7 @@ struct FewRowsOf {
         for (int i = 0; i < kLines; i += kWidth) {
           typename Format::Lanes of_lines[n][kWidth];
           LineLoops<Format>::template stream<n, kWidth, kChains<Format>>(
-              lines.row_range(i, kLines), packed.full, rest, packed.lanes, of_lines);
+              lines.row_range(i, kLines), packed.full, rest, packed.lanes, asks, of_lines);
           for (int j = 0; j < n; ++j) {
             for (int w = 0; w < kWidth; ++w) sums[j][i + w] = of_lines[j][w];
           }
@@ -223,17 +236,40 @@ struct FewRowsOf {
     return parts(parts(packed.full, parts(packed.full, most)), kStep) * kStep;
   }
 
-  // Vector v of a group's lines from `line` on. After its last lines those of the next part come,
-  // which begins with vector `then`, or those of the next group.
-  MOE_EXT_INLINE Stored stored(Group group, int64_t line, int64_t v, int64_t then,
-                               int64_t elements) const {
-    const bool is_over = line >= group.end;
-    if (is_over && then > 0) {
-      line = group.begin + (line - group.begin) % (parts(group.end - group.begin, kLines) * kLines);
+  // Vectors of a group's lines: v to end - 1 of kLines from r on.
+  struct Place {
+    Group group;
+    int64_t r, v, end;
+  };
+
+  // What is asked for while the vectors of a place are multiplied: as many of the lines `ahead` of
+  // them. After a group's last lines those of the next part come, or of the next group.
+  template <int64_t chains, typename Format>
+  MOE_EXT_INLINE auto asked(const Place& at, int64_t full, int64_t ahead) const {
+    const auto [begin, last] = at.group;
+    int64_t line = at.r + ahead, v = at.v;
+    if (line >= last) {
+      v = at.end == full ? 0 : at.end;
+      if (v > 0) line = begin + (line - begin) % (parts(last - begin, kLines) * kLines);
     }
-    Stored lines = source.stored(line, elements);
-    lines.first += (is_over ? then : v) * lines.step;
-    return lines;
+    const Stored next = source.stored(line, Format::kElements);
+    return typename LineLoops<Format>::Asked{next.first + v * next.step, next.apart,
+                                             chains * next.step, next.step};
+  }
+
+  // The same in the order of memory: as much of the next group as this one has multiplied so far.
+  template <int64_t chains, typename Format>
+  MOE_EXT_INLINE auto asked_in_order(const Place& at, int64_t full) const {
+    using Asked = typename LineLoops<Format>::Asked;
+    const auto [begin, last] = at.group;
+    const int64_t so_far = (last - begin) * at.v + (at.r - begin) * (at.end - at.v);
+    const int64_t line = last + so_far / full;
+    // Nothing follows the last line: what is asked for is there.
+    if (line >= source.count()) return Asked{source.stored(at.r, Format::kElements).first, 0, 0, 0};
+    const Stored next = source.stored(line, Format::kElements);
+    const int64_t step = kLines * next.step;
+    return Asked{next.first + (so_far - (line - last) * full) * next.step, next.step, step,
+                 parts(at.end - at.v, chains) * step};
   }
 
   // Multiplies the lines of a group by all blocks, one part after the other.
@@ -247,6 +283,10 @@ struct FewRowsOf {
     const int64_t at_once = source.count() < kLines ? 1 : kLines;
     const int64_t bytes = std::max<int64_t>(deep, 1) * kElements * sizeof(scalar_t) * at_once;
     const int64_t ahead = std::max<int64_t>(1, Loops::kAhead / bytes) * at_once;  // lines
+    const Stored stored = source.stored(group.begin, kElements);
+    const bool is_dense = stored.apart - full * stored.step < stored.step;
+    // Lines of one part come in the order of memory if they are asked for one after the other.
+    const bool in_order = asks.in_order && is_dense && deep < full;
     int64_t v = 0;
     do {  // once if no vector is full
       const int64_t end = std::min(v + deep, full);
@@ -255,9 +295,12 @@ struct FewRowsOf {
       for (int64_t r = group.begin; r < group.end; r += at_once, sums += n * chains * kLines) {
         const int64_t first = first_line(r);
         const Matrix lines = lines_of<Format>(first, v, ends ? packed.vectors : end);
-        const Stored next = stored(group, r + ahead, v, ends ? 0 : end, kElements);
+        const Place place{group, r, v, end};
+        const auto next = in_order ? asked_in_order<chains, Format>(place, full)
+                                   : asked<chains, Format>(place, full, ahead);
         // Every block asks for what comes next: the CPU drops what it cannot keep up with. (24 rows
-        // took 1.4 times as long on a Zen 5 where the first block alone asked.)
+        // took 1.4 times as long on a Zen 5 where the first block alone asked, and eight to 16 rows
+        // 1.1 to 1.5 times on a Zen 4.)
         for (int64_t row = 0; row < n; row += packed.block) {
           const int64_t of_block = std::min(packed.block, n - row);
           const typename Loops::Part part{reinterpret_cast<const scalar_t*>(lines.data),
@@ -267,6 +310,7 @@ struct FewRowsOf {
                                           packed.at(row, of_block, v),
                                           sums + row * chains * kLines,
                                           next,
+                                          asks.second,
                                           v == 0,
                                           ends};
           const auto write = [&](int64_t j, const auto& of_row) __attribute__((always_inline)) {

@@ -15,6 +15,14 @@ struct LineLoops {
   static constexpr int64_t kElements = Format::kElements;
   static constexpr int64_t kAhead = 1 << 13;  // bytes that are asked for ahead of their use
 
+  // What is asked for with each vector of kLines lines: 64 bytes, kLines times.
+  struct Asked {
+    const char* first;
+    int64_t apart,
+        step;       // bytes from one of them to the next, and to those of the chain's next vector
+    int64_t chain;  // bytes from a chain's first ones to the next chain's
+  };
+
   // Some vectors of kLines lines, and of some rows.
   struct Part {
     const scalar_t* lines;
@@ -22,14 +30,15 @@ struct LineLoops {
     int64_t vectors, rest;  // full vectors, and elements after them
     const Lanes* packed;    // [vectors, rows, registers]
     Lanes* sums;            // [rows, chains, kLines]
-    Stored next;            // is asked for
-    bool starts, ends;      // whether it has the lines' first numbers, their last
+    Asked next;
+    bool second;        // whether `next` is asked for into the second cache
+    bool starts, ends;  // whether it has the lines' first numbers, their last
   };
 
   // The sums of `width` lines, of so many full vectors and a rest, with each row.
   template <int64_t count, int64_t width, int64_t chains>
   static MOE_EXT_INLINE void stream(const Matrix& lines, int64_t vectors, int64_t rest,
-                                    const Lanes* packed, Lanes (&totals)[count][width]) {
+                                    const Lanes* packed, Asks asks, Lanes (&totals)[count][width]) {
     Lanes sums[count][width][chains];
     for (auto& of_row : sums) {
       for (auto& of_line : of_row) {
@@ -43,14 +52,13 @@ struct LineLoops {
         for (int w = 0; w < width; ++w) add(sums[j][w][c], from + w * apart, packed);
       }
     };
-    const bool on_intel = is_intel();
     int64_t v = 0;
     for (; v + chains <= vectors; v += chains, line += chains * kElements) {
       constexpr int64_t kBytes = chains * kElements * sizeof(scalar_t);
-      for (int64_t i = 0; i < kBytes; i += 64) {
+      for (int64_t i = 0; !asks.in_order && i < kBytes; i += 64) {
         for (int w = 0; w < width; ++w) {
           const auto* ahead = reinterpret_cast<const char*>(line + w * stride) + kAhead;
-          ask_ahead(ahead + i, on_intel);
+          ask_ahead(ahead + i, asks.second);
         }
       }
 #pragma GCC unroll 4
@@ -96,11 +104,11 @@ struct LineLoops {
     const int64_t stride = part.stride;
     const Lanes* packed = part.packed + chain * count * R;
     const scalar_t* line = part.lines + chain * kElements;
-    const char* next = part.next.first + chain * part.next.step;
-    const bool on_intel = is_intel();
+    const char* next = part.next.first + chain * part.next.chain;
+    const bool second = part.second;
     for (int64_t v = chain; v < part.vectors; v += chains) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kLines; ++i) ask_ahead(next + i * part.next.apart, on_intel);
+      for (int i = 0; i < kLines; ++i) ask_ahead(next + i * part.next.apart, second);
 #pragma GCC unroll 6
       for (int j = 0; j < count; ++j) {
 #pragma GCC unroll 4
@@ -108,7 +116,7 @@ struct LineLoops {
       }
       packed += chains * count * R;
       line += chains * kElements;
-      next += chains * part.next.step;
+      next += part.next.step;
     }
     if (part.rest > 0 && part.vectors % chains == chain) {
       scalar_t last[kLines][kElements];

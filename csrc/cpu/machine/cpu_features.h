@@ -43,6 +43,21 @@ inline bool is_intel() {
 #endif
 }
 
+// The CPUs with AVX-512 of AMD's family 19h; a Zen 3 has none.
+inline bool is_zen_4() {
+#if defined(__x86_64__)
+  static const bool is = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_is("amd") || !__builtin_cpu_supports("avx512f")) return false;
+    return __get_cpuid(1, &a, &b, &c, &d) && (a >> 8 & 0xf) + (a >> 20 & 0xff) == 0x19;
+  }();
+  return is;
+#else
+  return false;
+#endif
+}
+
 // Whether tiles of AMX multiply float16 (AMX-FP16), which old compilers have no name for.
 inline bool has_half_tiles() {
 #if defined(__x86_64__)

@@ -21,6 +21,7 @@ struct FewRowsQuantized {
   QuantizedMatrix weight;
   const Matrix* bias;  // null without
   bool int8_rows;
+  Asks asks = Asks::here();
 
   template <int bytes>
   MOE_EXT_INLINE void run(Panel& memory) const {
@@ -247,10 +248,10 @@ struct FewRowsQuantized {
         of_lanes.find(scales + i * lines.stride * weight.groups, v, out);
       }
     };
-    const bool on_intel = is_intel();
+    const bool second = asks.second;
     for (int64_t v = 0; v < p.full; ++v, words += Codes::kWords, from += kBytes) {
       for (int i = 0; i < at_once; ++i) {
-        ask_ahead(from + i * apart + kAhead, on_intel);
+        ask_ahead(from + i * apart + kAhead, second);
         Lanes of_step{};
         find_scales(i, v, of_step);
         codes.template add<count>(from + i * apart, words, stride, of_step, totals[i]);
