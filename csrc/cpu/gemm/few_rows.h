@@ -246,11 +246,11 @@ struct FewRowsOf {
   // them. After a group's last lines those of the next part come, or of the next group.
   template <int64_t chains, typename Format>
   MOE_EXT_INLINE auto asked(const Place& at, int64_t full, int64_t ahead) const {
-    const auto [begin, last] = at.group;
+    const auto [begin, stop] = at.group;
     int64_t line = at.r + ahead, v = at.v;
-    if (line >= last) {
+    if (line >= stop) {
       v = at.end == full ? 0 : at.end;
-      if (v > 0) line = begin + (line - begin) % (parts(last - begin, kLines) * kLines);
+      if (v > 0) line = begin + (line - begin) % (parts(stop - begin, kLines) * kLines);
     }
     const Stored next = source.stored(line, Format::kElements);
     return typename LineLoops<Format>::Asked{next.first + v * next.step, next.apart,
@@ -261,14 +261,14 @@ struct FewRowsOf {
   template <int64_t chains, typename Format>
   MOE_EXT_INLINE auto asked_in_order(const Place& at, int64_t full) const {
     using Asked = typename LineLoops<Format>::Asked;
-    const auto [begin, last] = at.group;
-    const int64_t so_far = (last - begin) * at.v + (at.r - begin) * (at.end - at.v);
-    const int64_t line = last + so_far / full;
+    const auto [begin, stop] = at.group;
+    const int64_t so_far = (stop - begin) * at.v + (at.r - begin) * (at.end - at.v);
+    const int64_t line = stop + so_far / full;
     // Nothing follows the last line: what is asked for is there.
     if (line >= source.count()) return Asked{source.stored(at.r, Format::kElements).first, 0, 0, 0};
     const Stored next = source.stored(line, Format::kElements);
     const int64_t step = kLines * next.step;
-    return Asked{next.first + (so_far - (line - last) * full) * next.step, next.step, step,
+    return Asked{next.first + (so_far - (line - stop) * full) * next.step, next.step, step,
                  parts(at.end - at.v, chains) * step};
   }
 
