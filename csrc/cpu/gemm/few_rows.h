@@ -83,8 +83,8 @@ struct FewRowsOf {
   static constexpr int64_t kLong = 12;
   // Bytes of the first cache that streamed rows have, with the lines that are asked for.
   static constexpr int64_t kCached = 5 << 13;
-  // The same without asks, of the fewer rows that a Zen 4 streams. Every line loads them again, and
-  // this CPU loads 64 bytes a cycle.
+  // A Zen 4 loads 64 bytes a cycle, and every line loads the streamed rows again: it streams fewer
+  // rows. They have so many bytes of its first cache, without asks.
   template <typename Format>
   static constexpr int64_t kStreamedOf4 = Format::kRegisters == 1 ? 2 : 1;
   static constexpr int64_t kCachedOf4 = 3 << 12;
@@ -187,8 +187,7 @@ struct FewRowsOf {
     return n > kBlock<Format> ? 2 : 1;
   }
 
-  // Whether one line after the other is multiplied by the rows, which are packed into so many
-  // registers.
+  // Whether the loops multiply one line after the other. The packed rows take so many registers.
   template <typename Format>
   bool streams_rows(int64_t registers) const {
     const int64_t n = rows.rows, bytes = registers * sizeof(typename Format::Lanes);
@@ -242,8 +241,8 @@ struct FewRowsOf {
     int64_t r, v, end;
   };
 
-  // What is asked for while the vectors of a place are multiplied: as many of the lines `ahead` of
-  // them. After a group's last lines those of the next part come, or of the next group.
+  // The loops multiply the vectors of a place, and ask for as many vectors of the lines `ahead` of
+  // it. The next part, or the next group, follows a group's last lines.
   template <int64_t chains, typename Format>
   MOE_EXT_INLINE auto asked(const Place& at, int64_t full, int64_t ahead) const {
     const auto [begin, stop] = at.group;
@@ -257,14 +256,15 @@ struct FewRowsOf {
                                              chains * next.step, next.step};
   }
 
-  // The same in the order of memory: as much of the next group as this one has multiplied so far.
+  // The loops ask for the next group in the order of memory, and have asked for as much of it as
+  // they have multiplied of this one.
   template <int64_t chains, typename Format>
   MOE_EXT_INLINE auto asked_in_order(const Place& at, int64_t full) const {
     using Asked = typename LineLoops<Format>::Asked;
     const auto [begin, stop] = at.group;
     const int64_t so_far = (stop - begin) * at.v + (at.r - begin) * (at.end - at.v);
     const int64_t line = stop + so_far / full;
-    // Nothing follows the last line: what is asked for is there.
+    // The weight ends here: the loops ask for a line that they have.
     if (line >= source.count()) return Asked{source.stored(at.r, Format::kElements).first, 0, 0, 0};
     const Stored next = source.stored(line, Format::kElements);
     const int64_t step = kLines * next.step;
@@ -299,8 +299,8 @@ struct FewRowsOf {
         const auto next = in_order ? asked_in_order<chains, Format>(place, full)
                                    : asked<chains, Format>(place, full, ahead);
         // Every block asks for what comes next: the CPU drops what it cannot keep up with. (24 rows
-        // took 1.4 times as long on a Zen 5 where the first block alone asked, and eight to 16 rows
-        // 1.1 to 1.5 times on a Zen 4.)
+        // took 1.4 times as long on a Zen 5 where the first block alone asked. Eight to 16 rows of
+        // float32 and bfloat16 took 1.1 to 1.5 times as long on a Zen 4.)
         for (int64_t row = 0; row < n; row += packed.block) {
           const int64_t of_block = std::min(packed.block, n - row);
           const typename Loops::Part part{reinterpret_cast<const scalar_t*>(lines.data),

@@ -15,12 +15,12 @@ struct LineLoops {
   static constexpr int64_t kElements = Format::kElements;
   static constexpr int64_t kAhead = 1 << 13;  // bytes that are asked for ahead of their use
 
-  // What is asked for with each vector of kLines lines: 64 bytes, kLines times.
+  // Each vector of kLines lines comes with kLines asks for later memory, of 64 bytes each.
   struct Asked {
-    const char* first;
-    int64_t apart,
-        step;       // bytes from one of them to the next, and to those of the chain's next vector
-    int64_t chain;  // bytes from a chain's first ones to the next chain's
+    const char* first;  // of the first vector
+    int64_t apart;      // bytes from an ask to the next
+    int64_t step;       // bytes from a vector's asks to those of the chain's next vector
+    int64_t chain;      // bytes from a chain's first asks to the next chain's
   };
 
   // Some vectors of kLines lines, and of some rows.

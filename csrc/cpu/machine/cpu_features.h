@@ -43,7 +43,7 @@ inline bool is_intel() {
 #endif
 }
 
-// The CPUs with AVX-512 of AMD's family 19h; a Zen 3 has none.
+// AMD's family 19h has Zen 3 and Zen 4. Zen 4 alone has AVX-512.
 inline bool is_zen_4() {
 #if defined(__x86_64__)
   static const bool is = [] {
