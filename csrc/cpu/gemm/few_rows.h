@@ -84,10 +84,18 @@ struct FewRowsOf {
   // Bytes of the first cache that streamed rows have, with the lines that are asked for.
   static constexpr int64_t kCached = 5 << 13;
   // A Zen 4 loads 64 bytes a cycle, and every line loads the streamed rows again: it streams fewer
-  // rows. They have so many bytes of its first cache, without asks.
+  // rows, which have so many bytes of its first cache together with a line. (By blocks, four rows
+  // of bfloat16 pairs take 1.1 to 1.5 times as long, and three rows of 16 bits in registers of 32
+  // bytes 1.1 to 1.6 times. Three streamed rows of more bytes take up to 1.6 times as long.)
   template <typename Format>
-  static constexpr int64_t kStreamedOf4 = Format::kRegisters == 1 ? 2 : 1;
-  static constexpr int64_t kCachedOf4 = 3 << 12;
+  static constexpr int64_t kStreamedOf4 =
+      std::min<int64_t>(kStreamed<Format>, Format::kRegisters == 1 ? 4 : 3);
+  template <typename Format>
+  static constexpr int64_t kCachedOf4 = (sizeof(typename Format::Lanes) == 64 ? 13 : 14) << 11;
+  // Its own prefetcher keeps up with memory for one row of so many bytes. For two rows it depends
+  // on the order of the instructions: two builds of the same loop (float16, registers of 32 bytes)
+  // came to 78 to 107 % and to 33 to 48 % of the rate of reading, and with asks to 87 to 97 %.
+  static constexpr int64_t kUnasked = 3 << 12;
   // A group has so many lines, and a part of its rows so many bytes if the lines are long.
   static constexpr int64_t kGroup = 16, kPartBytes = 1 << 14;
 
@@ -137,13 +145,14 @@ struct FewRowsOf {
     const Totals totals{reinterpret_cast<float*>(lanes + registers + sums), width};
     const int64_t count = source.count();
     constexpr bool kStreams = Source::kInMemory && chains == kChains<Format>;
-    const bool streams = kStreams && count >= kLines && streams_rows<Format>(registers);
+    const int64_t bytes = registers * sizeof(Lanes);
+    const bool streams = kStreams && count >= kLines && streams_rows<Format>(bytes);
     const int64_t block = streams ? n : parts(n, parts(n, kBlock<Format>));
     const Packed<Format> packed{lanes, lanes + registers, full, vectors, block};
     pack(packed);
 
     if constexpr (kStreams) {
-      if (streams) stream(totals, packed);
+      if (streams) stream(totals, packed, asks_for_lines(bytes));
     }
     for (int64_t r = 0; r < count && !streams; r += kGroup) {
       multiply_group<chains>({r, std::min(r + kGroup, count)}, totals, packed);
@@ -187,18 +196,23 @@ struct FewRowsOf {
     return n > kBlock<Format> ? 2 : 1;
   }
 
-  // Whether the loops multiply one line after the other. The packed rows take so many registers.
+  // Whether the loops multiply one line after the other. The packed rows take so many bytes.
   template <typename Format>
-  bool streams_rows(int64_t registers) const {
-    const int64_t n = rows.rows, bytes = registers * sizeof(typename Format::Lanes);
-    if (asks.in_order) return n <= kStreamedOf4<Format> && bytes <= kCachedOf4;
+  bool streams_rows(int64_t bytes) const {
+    const int64_t n = rows.rows, line = rows.columns * sizeof(typename Format::scalar_t);
+    if (asks.in_order) return n <= kStreamedOf4<Format> && bytes + line <= kCachedOf4<Format>;
     const int64_t asked = lines_at_once<Format>(n) * LineLoops<Format>::kAhead;
     return n <= kStreamed<Format> && bytes + asked <= kCached;
   }
 
+  // Whether the loops then ask for memory.
+  bool asks_for_lines(int64_t bytes) const {
+    return !asks.in_order || rows.rows > 1 || bytes > kUnasked;
+  }
+
   // Multiplies one line after the other by all rows. Two share the loads of many rows.
   template <typename Format>
-  MOE_EXT_INLINE void stream(const Totals& to, const Packed<Format>& packed) const {
+  MOE_EXT_INLINE void stream(const Totals& to, const Packed<Format>& packed, bool asked) const {
     with_count<kStreamed<Format>>(rows.rows, [&](auto n) __attribute__((always_inline)) {
       constexpr int64_t kWidth = lines_at_once<Format>(n);
       for (int64_t r = 0; r < source.count(); r += kLines) {
@@ -209,7 +223,8 @@ struct FewRowsOf {
         for (int i = 0; i < kLines; i += kWidth) {
           typename Format::Lanes of_lines[n][kWidth];
           LineLoops<Format>::template stream<n, kWidth, kChains<Format>>(
-              lines.row_range(i, kLines), packed.full, rest, packed.lanes, asks, of_lines);
+              lines.row_range(i, kLines), packed.full, rest, packed.lanes, asked, asks.second,
+              of_lines);
           for (int j = 0; j < n; ++j) {
             for (int w = 0; w < kWidth; ++w) sums[j][i + w] = of_lines[j][w];
           }
