@@ -83,19 +83,19 @@ struct FewRowsOf {
   static constexpr int64_t kLong = 12;
   // Bytes of the first cache that streamed rows have, with the lines that are asked for.
   static constexpr int64_t kCached = 5 << 13;
-  // A Zen 4 loads 64 bytes a cycle, and every line loads the streamed rows again: it streams fewer
-  // rows, which have so many bytes of its first cache together with a line. (By blocks, four rows
-  // of bfloat16 pairs take 1.1 to 1.5 times as long, and three rows of 16 bits in registers of 32
-  // bytes 1.1 to 1.6 times. Three streamed rows of more bytes take up to 1.6 times as long.)
+  // A Zen 4 loads 64 bytes a cycle, and every line loads the streamed rows again. So it streams
+  // four rows at most, which take at most so many bytes of its first cache together with a line.
+  // (By blocks, four rows of bfloat16 pairs take 1.1 to 1.5 times as long, and three rows of 16
+  // bits in registers of 32 bytes 1.1 to 1.6 times. In registers of 64 bytes, where blocks are
+  // faster, three streamed rows of 27 KiB and more take up to 1.6 times as long.)
+  static constexpr int64_t kStreamedOf4 = 4;
   template <typename Format>
-  static constexpr int64_t kStreamedOf4 =
-      std::min<int64_t>(kStreamed<Format>, Format::kRegisters == 1 ? 4 : 3);
-  template <typename Format>
-  static constexpr int64_t kCachedOf4 = (sizeof(typename Format::Lanes) == 64 ? 13 : 14) << 11;
-  // Its own prefetcher keeps up with memory for one row of so many bytes. For two rows it depends
-  // on the order of the instructions: two builds of the same loop (float16, registers of 32 bytes)
-  // came to 78 to 107 % and to 33 to 48 % of the rate of reading, and with asks to 87 to 97 %.
-  static constexpr int64_t kUnasked = 3 << 12;
+  static constexpr int64_t kCachedOf4 = (sizeof(typename Format::Lanes) == 64 ? 26 : 28) << 10;
+  // Its own prefetcher keeps up with memory for one packed row of up to so many bytes. For two rows
+  // that depends on the order of the instructions: two builds of the same loop (float16, registers
+  // of 32 bytes) came to 78 to 107 % and to 33 to 48 % of the rate of reading, and to 87 to 97 % if
+  // they ask for memory.
+  static constexpr int64_t kUnasked = 12 << 10;
   // A group has so many lines, and a part of its rows so many bytes if the lines are long.
   static constexpr int64_t kGroup = 16, kPartBytes = 1 << 14;
 
@@ -152,7 +152,7 @@ struct FewRowsOf {
     pack(packed);
 
     if constexpr (kStreams) {
-      if (streams) stream(totals, packed, asks_for_lines(bytes));
+      if (streams) stream(totals, packed, asks_ahead(bytes));
     }
     for (int64_t r = 0; r < count && !streams; r += kGroup) {
       multiply_group<chains>({r, std::min(r + kGroup, count)}, totals, packed);
@@ -200,19 +200,22 @@ struct FewRowsOf {
   template <typename Format>
   bool streams_rows(int64_t bytes) const {
     const int64_t n = rows.rows, line = rows.columns * sizeof(typename Format::scalar_t);
-    if (asks.in_order) return n <= kStreamedOf4<Format> && bytes + line <= kCachedOf4<Format>;
+    const int64_t most = kStreamed<Format>;
+    if (asks.in_order) {
+      return n <= std::min(most, kStreamedOf4) && bytes + line <= kCachedOf4<Format>;
+    }
     const int64_t asked = lines_at_once<Format>(n) * LineLoops<Format>::kAhead;
-    return n <= kStreamed<Format> && bytes + asked <= kCached;
+    return n <= most && bytes + asked <= kCached;
   }
 
-  // Whether the loops then ask for memory.
-  bool asks_for_lines(int64_t bytes) const {
+  // Whether the loops of `stream` ask for memory ahead of its use, by the packed rows' bytes.
+  bool asks_ahead(int64_t bytes) const {
     return !asks.in_order || rows.rows > 1 || bytes > kUnasked;
   }
 
   // Multiplies one line after the other by all rows. Two share the loads of many rows.
   template <typename Format>
-  MOE_EXT_INLINE void stream(const Totals& to, const Packed<Format>& packed, bool asked) const {
+  MOE_EXT_INLINE void stream(const Totals& to, const Packed<Format>& packed, bool ahead) const {
     with_count<kStreamed<Format>>(rows.rows, [&](auto n) __attribute__((always_inline)) {
       constexpr int64_t kWidth = lines_at_once<Format>(n);
       for (int64_t r = 0; r < source.count(); r += kLines) {
@@ -223,7 +226,7 @@ struct FewRowsOf {
         for (int i = 0; i < kLines; i += kWidth) {
           typename Format::Lanes of_lines[n][kWidth];
           LineLoops<Format>::template stream<n, kWidth, kChains<Format>>(
-              lines.row_range(i, kLines), packed.full, rest, packed.lanes, asked, asks.second,
+              lines.row_range(i, kLines), packed.full, rest, packed.lanes, ahead, asks.second,
               of_lines);
           for (int j = 0; j < n; ++j) {
             for (int w = 0; w < kWidth; ++w) sums[j][i + w] = of_lines[j][w];

@@ -45,9 +45,9 @@ struct Stored {
 //   Intel  Into the second cache, which waits for more memory than the first. (Experts of one to 64
 //          tokens take up to 8 % less time on an Emerald Rapids.)
 //   Zen 4  Into the second cache, and in the order of memory: its own prefetcher then asks for most
-//          of it. (Lines of 1 to 8 KiB in huge pages: one row comes to 77 to 119 % of the rate of
-//          reading without asks, and to 56 to 91 % with asks into the first cache; two to six rows
-//          take 1.2 to 2.5 times as long the way of a Zen 5.)
+//          of it, and alone for one short row. (Lines of 1 to 8 KiB in huge pages: one row comes
+//          to 77 to 119 % of the rate of reading, and to 56 to 91 % with asks into the first
+//          cache. Five and six rows take 1.2 to 2.5 times as long the way of a Zen 5.)
 //   Zen 5  Into the first cache, and from line to line. (Experts of one to 16 tokens come to 77 %
 //          of the rate of reading and more. Nothing else was measured.)
 struct Asks {
