@@ -85,16 +85,16 @@ struct FewRowsOf {
   static constexpr int64_t kCached = 5 << 13;
   // A Zen 4 loads 64 bytes a cycle, and every line loads the streamed rows again. So it streams
   // four rows at most, which take at most so many bytes of its first cache together with a line.
-  // (By blocks, four rows of bfloat16 pairs take 1.1 to 1.5 times as long, and three rows of 16
-  // bits in registers of 32 bytes 1.1 to 1.6 times. In registers of 64 bytes, where blocks are
+  // (By blocks, four rows of bfloat16 pairs take 1.1 to 1.5 times as long, and three rows of
+  // float16 in registers of 32 bytes 1.15 to 1.25 times. In registers of 64 bytes, where blocks are
   // faster, three streamed rows of 27 KiB and more take up to 1.6 times as long.)
   static constexpr int64_t kStreamedOf4 = 4;
   template <typename Format>
   static constexpr int64_t kCachedOf4 = (sizeof(typename Format::Lanes) == 64 ? 26 : 28) << 10;
   // Its own prefetcher keeps up with memory for one packed row of up to so many bytes. For two rows
   // that depends on the order of the instructions: two builds of the same loop (float16, registers
-  // of 32 bytes) came to 78 to 107 % and to 33 to 48 % of the rate of reading, and to 87 to 97 % if
-  // they ask for memory.
+  // of 32 bytes) came to 78 to 107 % and to 33 to 48 % of the rate of reading, and one that asks
+  // for memory to 87 to 97 %.
   static constexpr int64_t kUnasked = 12 << 10;
   // A group has so many lines, and a part of its rows so many bytes if the lines are long.
   static constexpr int64_t kGroup = 16, kPartBytes = 1 << 14;
