@@ -8,9 +8,10 @@
 #if defined(MOE_EXT_ARCHITECTURES)
 #define MOE_EXT_TEXT(...) #__VA_ARGS__
 #define MOE_EXT_TEXT_OF(...) MOE_EXT_TEXT(__VA_ARGS__)
-// moe_ext/cli/doctor.py reads it in the library's bytes.
+// moe_ext/toolkit.py reads it in the library's bytes.
 __attribute__((used)) static const char architectures[] =
-    "moe_ext built for compute capability " MOE_EXT_TEXT_OF(MOE_EXT_ARCHITECTURES);
+    "moe_ext built by CUDA " MOE_EXT_TEXT_OF(MOE_EXT_TOOLKIT) " for compute capability "
+    MOE_EXT_TEXT_OF(MOE_EXT_ARCHITECTURES);
 #endif
 
 #if !defined(MOE_EXT_EMULATED)

@@ -55,4 +55,6 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   m.def("zero_empty_groups(Tensor(a!) sums, Tensor offsets) -> ()");
   // Returns the bytes that are kept for new results on this device, and the limit; `limit` sets it.
   m.def("keep_memory(Tensor like, int? limit) -> (int, int)");
+  // Returns the instructions of this CPU, as "AVX2=used ...", and the compiler of the library.
+  m.def("cpu_features(Tensor like) -> (str, str)");
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from . import options
-from .ops.checks import as_dtype
+from .ops.checks import as_dtype, refuse_torchscript
 from .ops.plan import Plan
 from .routing.route import Routing, balance_of
 
@@ -134,6 +134,7 @@ class Layer(nn.Module):
         ValueError: gate or experts is no such module, or they do not fit
     """
 
+    __prepare_scriptable__ = refuse_torchscript
     gate: Any
     experts: Any
     outcome: Outcome | None = None  # of the last call

@@ -5,6 +5,7 @@ imports them at module level.
 """
 
 import hashlib
+import mmap
 import os
 import re
 import shutil
@@ -196,7 +197,62 @@ def cuda_binding_flags(toolkit: Toolkit) -> list[str]:
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(toolkit)
     wanted = re.split(r"[; ]+", listed.strip())
     # Commas, because a shell ends a command at a semicolon.
-    return [*compile_flags(), f"-DMOE_EXT_ARCHITECTURES={','.join(wanted)}"]
+    built_by = f"-DMOE_EXT_TOOLKIT={toolkit.name}"
+    return [*compile_flags(), built_by, f"-DMOE_EXT_ARCHITECTURES={','.join(wanted)}"]
+
+
+# A text that csrc/cuda_ops.cpp puts into the CUDA library.
+_BUILT = re.compile(rb"moe_ext built by CUDA ([0-9.]+) for compute capability ([0-9a-zA-Z.+,]*)")
+
+
+class CudaBuild(NamedTuple):
+    """How a CUDA library was built.
+
+    cuda: the toolkit's version: 13.0
+    architectures: the items of its TORCH_CUDA_ARCH_LIST
+    """
+
+    cuda: str
+    architectures: list[str]
+
+
+def cuda_build(library: Path) -> CudaBuild | None:
+    """Read from a CUDA library how it was built; None if it does not say."""
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        found = _BUILT.search(text)
+        return found and CudaBuild(found[1].decode(), found[2].decode().split(","))
+
+
+def source() -> str:
+    """The argument of pip install: the folder of the sources, where it is known."""
+    import importlib.metadata
+    import json
+    import urllib.parse
+    import urllib.request
+
+    if (ROOT / "setup.py").exists():
+        return f"-e {ROOT}"
+    try:
+        text = importlib.metadata.distribution("moe_ext").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    origin: dict = json.loads(text) if text else {"url": ""}
+    url = urllib.parse.urlsplit(origin["url"])
+    # A wheel has the CPU library alone.
+    if not origin["url"] or url.path.endswith(".whl"):
+        return "--no-binary moe_ext moe_ext"
+    if url.scheme == "file" and "subdirectory" not in origin:
+        return urllib.request.url2pathname(url.path)
+    source = origin["url"]
+    if "vcs_info" in origin:
+        source = f"{origin['vcs_info']['vcs']}+{source}@{origin['vcs_info']['commit_id']}"
+    folder = origin.get("subdirectory")
+    return f"'{source}#subdirectory={folder}'" if folder else source
+
+
+def install_again() -> str:
+    """The command that builds and installs the package again, beside the torch that is there."""
+    return f"pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps {source()}"
 
 
 def cuda_flags() -> list[str]:

@@ -3,16 +3,11 @@
 `python -m moe_ext doctor` prints it, with a fix for each problem.
 """
 
-import importlib.metadata
-import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,33 +20,13 @@ from ..experts.pages import why_not_here
 from ..memory import keep_memory
 from ..ops import reference, registry, samples
 
-# A text that csrc/cuda_ops.cpp puts into the library, with the TORCH_CUDA_ARCH_LIST of its kernels.
-ARCHITECTURES = re.compile(rb"moe_ext built for compute capability ([0-9a-zA-Z.+,]*)")
-
-
-def _source() -> str:
-    """The argument of pip install: the folder of the sources, where it is known."""
-    if (toolkit.ROOT / "setup.py").exists():
-        return f"-e {toolkit.ROOT}"
-    try:
-        text = importlib.metadata.distribution("moe_ext").read_text("direct_url.json")
-    except importlib.metadata.PackageNotFoundError:
-        text = None
-    origin: dict = json.loads(text) if text else {"url": ""}
-    url = urllib.parse.urlsplit(origin["url"])
-    # A wheel has the CPU library alone.
-    if not origin["url"] or url.path.endswith(".whl"):
-        return "--no-binary moe_ext moe_ext"
-    if url.scheme == "file" and "subdirectory" not in origin:
-        return urllib.request.url2pathname(url.path)
-    source = origin["url"]
-    if "vcs_info" in origin:
-        source = f"{origin['vcs_info']['vcs']}+{source}@{origin['vcs_info']['commit_id']}"
-    folder = origin.get("subdirectory")
-    return f"'{source}#subdirectory={folder}'" if folder else source
-
-
-AGAIN = f"pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps {_source()}"
+AGAIN = toolkit.install_again()
+# Why instructions that the CPU has are not used, by their state in csrc/cpu/features.cpp.
+NOT_USED = {
+    "unused": "moe_ext has no loops for it",
+    "limited": "ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA or the system does not allow it",
+    "unbuilt": "not in this build, by {built_by}",
+}
 TOLERANCE = 1e-4  # largest error of a float32 result over its largest number
 
 
@@ -145,6 +120,12 @@ class Report(NamedTuple):
                 "note: no CUDA kernels are built; they matter on a machine with a GPU",
                 f" fix: {self.libraries['_C_cuda']['fix']}",
             ]
+        if unbuilt := _instructions(self.facts["cpu"], "unbuilt"):
+            built_by = self.facts["cpu"]["built_by"]
+            lines += [
+                f"note: {built_by} left out the faster loops for {unbuilt}; GCC 11 has them",
+                f" fix: apt-get install g++; CXX=g++ {AGAIN}",
+            ]
         if self.is_well:
             devices = " and ".join(dict.fromkeys(o.device for o in self.operators))
             lines.append(f"OK: every operator is right on {devices}")
@@ -157,12 +138,18 @@ def _table(facts: dict) -> dict[str, str]:
     cpu, compiler, found = facts["cpu"], facts["compiler"], facts["toolkit"]
     threads = f"{cpu['threads']} thread{'s' * (cpu['threads'] > 1)}"
     cuda = facts["torch"]["cuda"]
+    not_used = [
+        f"{names} ({why.format(**cpu)})"
+        for state, why in NOT_USED.items()
+        if (names := _instructions(cpu, state))
+    ]
     table = {
         "moe_ext": "{version}, {path}".format(**facts["moe_ext"]),
         "python": "{version}, {path}".format(**facts["python"]),
         "platform": facts["platform"],
         "torch": f"{facts['torch']['version']}, {f'for CUDA {cuda}' if cuda else 'without CUDA'}",
-        "CPU": f"{cpu['capability']}, {cpu['cores']} cores, torch uses {threads}",
+        "CPU": f"{_instructions(cpu, 'used')}; {cpu['cores']} cores, torch uses {threads}",
+        **({"not used": "; ".join(not_used)} if not_used else {}),
         "huge pages": facts["huge_pages"],
         "kept memory": facts["kept_memory"],
         "compiler": "{path}, {version}".format(**compiler) if compiler else "none works",
@@ -174,6 +161,11 @@ def _table(facts: dict) -> dict[str, str]:
         text = f"{card['name']}, compute capability {card['compute_capability']}"
         table[f"card {i}" if i else "card"] = text
     return table
+
+
+def _instructions(cpu: dict, state: str) -> str:
+    """The CPU's instructions that are in a state of csrc/cpu/features.cpp, as a list."""
+    return ", ".join(name for name, found in cpu["instructions"].items() if found == state)
 
 
 def _library(library: dict) -> str:
@@ -228,8 +220,12 @@ def _kept_memory() -> str:
 def _cpu() -> dict:
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     load, others = _work()
+    # Without the compiled library, and elsewhere than on x86, torch's word for its own kernels.
+    features, built_by = torch.ops.moe_ext.cpu_features.default(torch.empty(0, device="cpu"))
+    features = features or f"{torch.backends.cpu.get_cpu_capability()}=used"
     return {
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "instructions": dict(feature.split("=") for feature in features.split(" ")),
+        "built_by": built_by,
         "threads": threads,
         "cores": cores,
         "load": load,
@@ -292,8 +288,8 @@ def _libraries() -> tuple[dict[str, dict], list[Problem]]:
         problem = f"operators on cuda run as plain PyTorch: {libraries.cuda_load_error}"
         problems += [Problem(problem, cuda["fix"])] if _num_cards() else []
     if libraries.cuda_library is not None:
-        built = ARCHITECTURES.search(libraries.cuda_library.read_bytes())
-        cuda["built_for"] = built.group(1).decode().split(",") if built else []
+        built = toolkit.cuda_build(libraries.cuda_library)
+        cuda["built_for"] = built.architectures if built else []
         problems += _unserved(cuda["built_for"])
     return {"_C": {"path": path, "error": libraries.load_error}, "_C_cuda": cuda}, problems
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from .. import options
+from ..ops.checks import refuse_torchscript
 from ..ops.checks import shape_of as shape_of
 from ..ops.functional import combine, dispatch
 from ..ops.plan import Plan
@@ -23,6 +24,7 @@ class Experts(nn.Module):
         num_experts: E
     """
 
+    __prepare_scriptable__ = refuse_torchscript
     expert_lists: tuple[str, ...] = ()
 
     def __init__(self, num_experts: int) -> None:

@@ -58,6 +58,8 @@ class Operator(Function):
         is_transformed = torch._C._are_functorch_transforms_active()
         if is_transformed or torch.compiler.is_compiling():
             return cls.apply(*args)
+        if torch.jit.is_tracing():
+            checks.refuse_torchscript()
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             # As apply does, but without default arguments: for them it reads forward's signature in
             # every call, which takes longer than most operators do.
@@ -157,15 +159,12 @@ class GatePlanBalance(Operator):
     @staticmethod
     def forward(logits, choice_scores, k, scoring, normalize, scale, capacity, order, choices):
         with registry.below_autograd():
-            choice = torch.ops.moe_ext.gate.default(
-                logits, choice_scores, k, scoring, normalize, scale
-            )
+            gate, make_plan, balance = map(registry.operator, ("gate", "plan", "balance"))
+            choice = gate(logits, choice_scores, k, scoring, normalize, scale)
             _, expert_ids, _, importance = choice
-            plan = torch.ops.moe_ext.plan.default(
-                expert_ids, None, logits.shape[1], capacity, order, 1
-            )
+            plan = make_plan(expert_ids, None, logits.shape[1], capacity, order, 1)
             *_, load = plan
-            loss = torch.ops.moe_ext.balance.default(importance, load, expert_ids, choices)
+            loss = balance(importance, load, expert_ids, choices)
         return *choice, *plan, *loss
 
     @staticmethod

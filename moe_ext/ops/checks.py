@@ -134,8 +134,33 @@ class Check:
             self.fail(f"{name} must be {_listed(allowed)}, got {value}")
 
 
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces; torch.compiler's own says so of torch.compile too in 2.10."""
+    return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
+
+
+def is_exporting_to_onnx() -> bool:
+    return is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+NO_TORCHSCRIPT = (
+    "moe_ext does not run in TorchScript (torch.jit.trace, torch.jit.script, torch.onnx.export "
+    "with dynamo=False); use torch.export, torch.compile, or torch.onnx.export with dynamo=True"
+)
+
+
+def refuse_torchscript(*_) -> None:
+    """The `__prepare_scriptable__` of modules, which torch.jit.script calls."""
+    raise RuntimeError(NO_TORCHSCRIPT)
+
+
 def expert_values(op: str, expert_ids: Tensor, num_experts: int) -> None:
     """On the CPU an id must be -1 or an expert's."""
+    if is_exporting_to_onnx():  # its graphs do not raise
+        return
     bad = ((expert_ids < -1) | (expert_ids >= num_experts)).nonzero()
     if len(bad):
         t, k = bad[0].tolist()

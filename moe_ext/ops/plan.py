@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..options import Order
+from . import registry
 
 
 class Plan(NamedTuple):
@@ -64,7 +65,7 @@ def make_plan(
     Raises:
         RuntimeError: an argument breaks this contract
     """
-    slots, sources, offsets, load = torch.ops.moe_ext.plan.default(
+    slots, sources, offsets, load = registry.operator("plan")(
         expert_ids, priority, num_experts, capacity, order, align
     )
     return Plan(slots, sources, offsets, load, expert_ids, num_experts, capacity)

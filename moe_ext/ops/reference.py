@@ -22,6 +22,13 @@ from . import checks, composed
 from .contracts import checked
 
 
+def stable_order(keys: Tensor, descending: bool = False) -> Tensor:
+    """The indices of a stable sort along the last dimension."""
+    # In ONNX torch.sort becomes TopK, which is stable; there is none for a stable torch.sort.
+    how: dict = {} if checks.is_exporting_to_onnx() else {"stable": True}
+    return torch.sort(keys, dim=-1, descending=descending, **how).indices
+
+
 def scored(logits: Tensor, scoring: str) -> Tensor:
     """The score of every expert."""
     if scoring == "softmax":
@@ -46,7 +53,7 @@ def gate(
     NaN ranks above +inf and equal scores go to the lower id, as in a stable descending sort.
     """
     choice_scores = logits if choice_scores is None else choice_scores
-    expert_ids = torch.sort(choice_scores, dim=-1, descending=True, stable=True).indices[:, :k]
+    expert_ids = stable_order(choice_scores, descending=True)[:, :k]
     probs = scored(logits.to(checks.accumulate_dtype(logits.dtype)), scoring)
     weights = probs.gather(-1, expert_ids)
     if normalize:
@@ -108,7 +115,7 @@ def gate_backward(
 
 def _ranks(keys: Tensor, num_keys: int) -> Tensor:
     """How many earlier entries have the same key. keys: [N] in 0..num_keys-1 -> [N] int64."""
-    order = torch.argsort(keys, stable=True)
+    order = stable_order(keys)
     counts = torch.zeros(num_keys, dtype=torch.int64, device=keys.device)
     counts = counts.scatter_add(0, keys, torch.ones_like(keys))
     starts = counts.cumsum(0) - counts
@@ -155,7 +162,7 @@ def plan(
             rank = _ranks(key, E + 1)
         else:
             # Ascending, a NaN comes last.
-            by_priority = torch.argsort(-priority.reshape(-1)[queue], stable=True)
+            by_priority = stable_order(-priority.reshape(-1)[queue])
             rank = torch.empty_like(key).scatter(0, by_priority, _ranks(key[by_priority], E + 1))
         key = torch.where(rank < capacity, key, E)
 
@@ -209,7 +216,7 @@ def _rows_of_routes(rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """The row of every route, zero where it has none [T, K, H], and whether it has one [T, K]."""
     kept = (slots >= 0) & (slots < rows.shape[0])
     padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    return padded[torch.where(kept, slots, -1)], kept
+    return padded[torch.where(kept, slots, -1).long()], kept
 
 
 def _of_rows(weights: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,6 +323,8 @@ def grouped_outer(
     left: Tensor, right: Tensor, offsets: Tensor, load: Tensor, capacity: int | None
 ) -> Tensor:
     """out[e] = left[e's rows].T @ right[e's rows], over the rows that routes own. -> [E, N, M]."""
+    # torch 2.10 multiplies a strided column of bfloat16 wrongly on CPUs with AMX.
+    left, right = left.contiguous(), right.contiguous()
     bounds = checks.owned_rows("grouped_outer", offsets, load, left.shape[0])
     out = left.new_zeros(load.shape[0], left.shape[1], right.shape[1])
     for e, (begin, end) in enumerate(bounds):

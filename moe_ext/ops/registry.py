@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import memory, toolkit
-from . import checks, composed, contracts, reference, tensor_cores, torch_grouped_mm
+from . import checks, composed, contracts, onnx, reference, tensor_cores, torch_grouped_mm
+from .checks import is_exporting as is_exporting
 from .contracts import CONTRACTS
 
 NAMES = tuple(CONTRACTS)
@@ -73,6 +74,7 @@ BESIDE: dict[str, tuple[str, Callable]] = {
         torch_grouped_mm.zero_empty_groups,
     ),
     "keep_memory": ("(Tensor like, int? limit) -> (int, int)", memory.keep_none),
+    "cpu_features": ("(Tensor like) -> (str, str)", lambda like: ("", "")),
 }
 
 # Operators of the contracts that a library also has for tensor cores.
@@ -80,13 +82,6 @@ _ON_TENSOR_CORES = {
     f"tensor_{name}": contracts.PARSED[name].schema.replace(") -> ", ", bool allow_tf32) -> ")
     for name in tensor_cores.NAMES
 }
-
-_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
-
-
-def is_exporting() -> bool:
-    """Whether torch.export traces; torch.compiler's own says so of torch.compile too in 2.10."""
-    return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
 
 
 def _empty_like(argument: Tensor | None, first: Tensor) -> Tensor:
@@ -198,6 +193,9 @@ class Libraries:
             choice = toolkit.choose_toolkit()
             why = "" if choice.toolkit else f"; on this machine: {choice.why}"
             self.cuda_load_error = f"no CUDA kernels were built with this package{why}"
+        elif why := _why_not_for(torch.version.cuda, path):
+            self.cuda_load_error = why
+            warnings.warn(f"moe_ext: {why}", RuntimeWarning, stacklevel=5)
         else:
             try:
                 torch.ops.load_library(str(path))
@@ -224,6 +222,17 @@ class Libraries:
         self._gradients |= functions
         for name, function in functions.items():
             self._python.impl(name, _differentiable(name, function), "Autograd")
+
+
+def _why_not_for(cuda: str, library: Path) -> str:
+    """Why a CUDA library is not for a torch of this CUDA version, "" where it may be."""
+    built = toolkit.cuda_build(library)
+    if built is None or built.cuda.split(".")[0] == cuda.split(".")[0]:
+        return ""
+    return (
+        f"{library.name} was built by CUDA {built.cuda}, torch {torch.__version__} is for CUDA "
+        f"{cuda}; build it for this torch: {toolkit.install_again()}"
+    )
 
 
 def _schema(name: str) -> torch.FunctionSchema:
@@ -294,10 +303,17 @@ def below_autograd() -> contextlib.AbstractContextManager:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def operator(name: str) -> Callable:
+    """What an autograd.Function calls: the operator; in an export to ONNX, torch's operators."""
+    if checks.is_exporting_to_onnx() and name in onnx.FUNCTIONS:
+        return onnx.FUNCTIONS[name]
+    return getattr(torch.ops.moe_ext, name).default
+
+
 def run(name: str, *args):
     """Call an operator from its autograd.Function."""
     with below_autograd():
-        return getattr(torch.ops.moe_ext, name).default(*args)
+        return operator(name)(*args)
 
 
 def backend(name: str, device: torch.device | str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.types import Device
 
+from ..ops import reference
 from ..options import GroupScore
 from .capacity import float32
 
@@ -77,7 +78,7 @@ def group_mask(
     else:
         worth = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
     # Stable as the gate's choice: the lower of two equal groups wins.
-    best = torch.sort(worth, dim=-1, descending=True, stable=True).indices[:, :topk_groups]
+    best = reference.stable_order(worth, descending=True)[:, :topk_groups]
     chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, True)
     return chosen.unsqueeze(-1).expand_as(groups).flatten(-2)
 

@@ -51,6 +51,7 @@ class Gate(nn.Module):
         ValueError: an argument is out of range
     """
 
+    __prepare_scriptable__ = checks.refuse_torchscript
     rule: Rule
     eval_rule: Rule
     expert_bias: Tensor | None

@@ -178,9 +178,8 @@ def _recorded(
 
 
 def _has_priority(drop_policy: str, capacity: int | None) -> bool:
-    """Whether routes are kept by a priority, not by the order of the queue. "random" draws one
-    where nothing is dropped too: later draws with the same seed stay the same."""
-    return drop_policy == "random" or (drop_policy == "probs" and capacity is not None)
+    """Whether routes are kept by a priority, not by the order of the queue."""
+    return drop_policy != "position" and capacity is not None
 
 
 def _priority(choice: Choice, drop_policy: str, are_scores: bool) -> Tensor:

@@ -217,6 +217,26 @@ def test_func_grad_and_per_sample_gradients(options):
         assert_near([grad[i] for grad in per_sample.values()], expected.values(), 1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 1, "drop_tokens": False},
+        {"k": 2, "drop_tokens": False},
+        {"k": 3, "capacity_factor": 0.6},
+        {"k": 2, "drop_policy": "random", "drop_tokens": False, "scoring": "sigmoid"},
+    ],
+)
+def test_vmap_is_a_loop_in_training_too(options):
+    """A gate that draws nothing runs under vmap as it is."""
+    layer = layer_for(**options)
+    x = torch.randn(3, 10, H)
+    out, aux = torch.func.vmap(layer.forward_with_aux)(x)
+    for i in range(3):
+        expected, expected_aux = layer.forward_with_aux(x[i])
+        assert all_equal([out[i], *(part[i] for part in aux)], [expected, *expected_aux])
+    assert torch.equal(torch.func.vmap(layer)(x), out)
+
+
 def test_hessian_vector_products_match():
     x = torch.randn(4, E, dtype=torch.float64)
 

@@ -85,6 +85,37 @@ def test_a_busy_cpu_is_reported_once(monkeypatch, threads, load, others, is_told
     assert str(report).count("OMP_NUM_THREADS=1") == str(report).count("load") == is_told
 
 
+def test_the_cpus_instructions_are_listed_by_use(monkeypatch):
+    states = "AVX2=used AVX-512=limited F16C=unbuilt AMX-INT8=unused AMX-FP16=unused"
+    called = SimpleNamespace(default=lambda like: (states, "Clang 19.1.7"))
+    monkeypatch.setattr(torch.ops.moe_ext, "cpu_features", called)
+    text = str(doctor.examine())
+    assert re.search(r"\nCPU +AVX2; \d+ cores, torch uses \d+ thread", text)
+    (line,) = re.findall(r"\nnot used +(.*)", text)
+    assert line.split("; ") == [
+        "AMX-INT8, AMX-FP16 (moe_ext has no loops for it)",
+        "AVX-512 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA or the system does not allow it)",
+        "F16C (not in this build, by Clang 19.1.7)",
+    ]
+    assert "note: Clang 19.1.7 left out the faster loops for F16C; GCC 11 has them" in text
+    assert f"CXX=g++ {doctor.AGAIN}" in text
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the kernel's list of flags")
+def test_the_cpus_instructions_are_those_of_the_kernel():
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    found, _ = torch.ops.moe_ext.cpu_features(torch.empty(0))
+    if not found:
+        pytest.skip("not a compiled library, or not x86")
+    names = {"avx2", "f16c", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8"}
+    said = {part.split("=")[0].lower().replace("-", "_") for part in found.split()}
+    assert names & said == names & flags
+    assert ("avx_512" in said) == ("avx512f" in flags)
+    # Loops are used where they are built and nothing limits them; their own tests run them.
+    built = doctor._cpu()["instructions"]
+    assert (built["AVX2"] == "used") == (torch.backends.cpu.get_cpu_capability() != "DEFAULT")
+
+
 def nan_in(which: int):
     return lambda outputs: [
         torch.full_like(out, torch.nan) if i == which else out for i, out in enumerate(outputs)
@@ -175,10 +206,10 @@ def test_the_loaders_error_is_reported_verbatim(tree):
 def test_the_fix_installs_from_the_original_source(monkeypatch, tmp_path, direct_url, source):
     files = SimpleNamespace(read_text={"direct_url.json": direct_url}.get)
     monkeypatch.setattr(finder, "ROOT", tmp_path)
-    monkeypatch.setattr(doctor.importlib.metadata, "distribution", lambda name: files)
-    assert doctor._source() == source
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: files)
+    assert finder.source() == source
     (tmp_path / "setup.py").touch()
-    assert doctor._source() == f"-e {tmp_path}"
+    assert finder.source() == f"-e {tmp_path}"
 
 
 # The facts of a torch with CUDA, on a machine without one.
@@ -233,10 +264,32 @@ def test_a_toolkit_of_another_major_version_is_reported(card, monkeypatch, tmp_p
     assert doctor._facts()["toolkit"] == {"cuda": "12.4", "path": str(tmp_path)}
 
 
+@pytest.mark.parametrize(("cuda", "is_refused"), [("12.8", True), ("13.2", False)])
+def test_a_cuda_library_of_another_major_version_is_not_loaded(
+    card, monkeypatch, tmp_path, cuda, is_refused
+):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    library = tmp_path / "_C_cuda.abi3.so"
+    library.write_bytes(b"\x7fELF\0moe_ext built by CUDA 13.0 for compute capability 9.0\0")
+    loaded = registry.Libraries()
+    refusal = (
+        f"_C_cuda.abi3.so was built by CUDA 13.0, torch {torch.__version__} is for CUDA 12.8; "
+        f"build it for this torch: {doctor.AGAIN}"
+    )
+    if is_refused:
+        with pytest.warns(RuntimeWarning, match=re.escape(refusal)):
+            loaded._load_cuda(tmp_path / "_C.abi3.so")
+        assert loaded.cuda_load_error == refusal
+    else:
+        loaded._load_cuda(tmp_path / "_C.abi3.so")
+        assert loaded.cuda_load_error.startswith("_C_cuda.abi3.so could not be loaded")
+    assert loaded.cuda_library is None
+
+
 @pytest.mark.parametrize("built_for", ["7.5,8.0+PTX,9.0+PTX", "7.5,8.0"])
 def test_a_card_without_machine_code_or_ptx_is_a_problem(card, monkeypatch, tmp_path, built_for):
     library = tmp_path / "_C_cuda.abi3.so"
-    text = f"moe_ext built for compute capability {built_for}"
+    text = f"moe_ext built by CUDA 13.0 for compute capability {built_for}"
     library.write_bytes(b"\x7fELF\0" + text.encode() + b"\0\xff")
     monkeypatch.setattr(registry.libraries, "cuda_library", library)
     said, problems = doctor._libraries()
