@@ -2,11 +2,12 @@
 
 The CUDA kernels are built where torch has CUDA and a toolkit of its major version is found.
 FORCE_CUDA=1 builds them for a torch without CUDA too, and fails without a toolkit. FORCE_CUDA=0
-leaves them out. CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS work as they do for torch. Everything
-else is in pyproject.toml.
+leaves them out. CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS work as they do for torch.
+REPOSITORY_URL gives the package its links. Everything else is in pyproject.toml.
 """
 
 import importlib.util
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -94,7 +95,15 @@ def extensions() -> dict:
     return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
 
 
+def urls() -> dict:
+    """The links on PyPI. A release knows where its repository is; a fork's are not another's."""
+    root = os.environ.get("REPOSITORY_URL", "").rstrip("/")
+    pages = {"Documentation": "/tree/main/docs", "Changelog": "/blob/main/CHANGELOG.md"}
+    pages |= {"Source": "", "Issues": "/issues"}
+    return {name: root + page for name, page in pages.items()} if root else {}
+
+
 options = {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {}
-setup(options=options, **extensions())
+setup(options=options, project_urls=urls(), **extensions())
 for text in last_words:
     say(text)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from . import options
+from .experts.module import refuse_list
 from .ops.checks import as_dtype, refuse_torchscript
 from .ops.plan import Plan
 from .routing.route import Routing, balance_of
@@ -142,6 +143,7 @@ class Layer(nn.Module):
     def __init__(self, gate: nn.Module, experts: nn.Module, num_experts: int | None = None) -> None:
         super().__init__()
         owner = type(self).__name__
+        refuse_list(owner, experts)
         self._check_parts(gate, experts)
         if num_experts is None:
             num_experts = getattr(experts, "num_experts", None)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .. import options
 from ..experts.base import Experts
+from ..experts.module import refuse_list
 from ..experts.padded import refuse_wrapped, routed
 from ..layer import Layer, Outcome
 from ..ops.plan import Plan
@@ -60,6 +61,7 @@ class MOELayer(Layer):
         use_tutel: bool = False,
     ) -> None:
         options.integer("MOELayer", "ep_size", ep_size, 1)
+        refuse_list("MOELayer", experts)
         if num_local_experts is None:
             num_local_experts = _num_experts(experts)
         here, is_own = num_local_experts, isinstance(experts, Experts)
@@ -145,6 +147,6 @@ def _num_experts(experts: nn.Module) -> int:
             return getattr(experts, name)
     raise ValueError(
         "MOELayer: num_local_experts must be given where experts are not moe_ext.Experts, got "
-        f"{type(experts).__name__}; moe_ext.ModuleExperts takes an nn.ModuleList of one module per "
-        "expert, or one module to copy"
+        f"{type(experts).__name__}; moe_ext.ModuleExperts(module, num_experts) makes E copies of "
+        "one module"
     )

@@ -1,6 +1,7 @@
 """Any modules as experts."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ class ModuleExperts(Experts):
     device raise. GroupedExperts has none of these limits.
 
     Args:
-        module: an nn.ModuleList of one module per expert, or one module to copy for every expert.
+        module: a list of one module per expert, or one module to copy for every expert.
             A module maps [rows, H] to [rows, H], or to a tuple that begins with it; rows may be 0.
-        num_experts: E; None takes the length of an nn.ModuleList
+        num_experts: E; None takes the length of a list
 
     Raises:
         ValueError: module is neither, or num_experts is another number
@@ -29,20 +30,22 @@ class ModuleExperts(Experts):
 
     expert_lists = ("experts",)
 
-    def __init__(self, module: nn.Module, num_experts: int | None = None) -> None:
-        if isinstance(module, nn.ModuleList):
+    def __init__(
+        self, module: nn.Module | Sequence[nn.Module], num_experts: int | None = None
+    ) -> None:
+        if isinstance(module, (nn.ModuleList, list, tuple)):
             super().__init__(_number_of(module, num_experts))
             self.experts = nn.ModuleList(module)
             return
         if not isinstance(module, nn.Module):
             raise ValueError(
-                "ModuleExperts: module must be an nn.Module, or an nn.ModuleList of one per "
-                f"expert, got {type(module).__name__}"
+                "ModuleExperts: module must be an nn.Module, or a list of one per expert, "
+                f"got {type(module).__name__}"
             )
         if num_experts is None:
             raise ValueError(
                 "ModuleExperts: num_experts must be given beside one module, which is copied; "
-                "a module per expert is an nn.ModuleList"
+                "a module per expert is a list"
             )
         super().__init__(num_experts)
         self.experts = nn.ModuleList(copy.deepcopy(module) for _ in range(num_experts))
@@ -80,13 +83,22 @@ class ModuleExperts(Experts):
         return checks.owned_rows(check.op, offsets, load, R)
 
 
-def _number_of(modules: nn.ModuleList, num_experts: int | None) -> int:
+def refuse_list(owner: str, experts: object) -> None:
+    """Raise ValueError for a list of modules in the place of experts."""
+    if isinstance(experts, (nn.ModuleList, list, tuple)):
+        raise ValueError(
+            f"{owner}: moe_ext.ModuleExperts(experts) makes experts of a list of modules, "
+            f"got {type(experts).__name__}"
+        )
+
+
+def _number_of(modules: nn.ModuleList | Sequence[nn.Module], num_experts: int | None) -> int:
     """The length of a list of distinct modules. Raises ValueError for any other list."""
     if len(modules) == 0:
         raise ValueError("ModuleExperts: module must hold one module or more, got an empty list")
     if num_experts not in (None, len(modules)):
         raise ValueError(
-            f"ModuleExperts: num_experts must be {len(modules)}, the length of the ModuleList, or "
+            f"ModuleExperts: num_experts must be {len(modules)}, the length of the list, or "
             f"None, got {num_experts!r}"
         )
     first: dict[int, int] = {}

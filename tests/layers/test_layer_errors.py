@@ -112,9 +112,15 @@ def test_layer_constructor():
         (lambda: ModuleExperts(nn.ModuleList([one]), 2), "num_experts must be 1, the length of"),
         (lambda: ModuleExperts(nn.ModuleList([one, None])), "expert 1 must be an nn.Module, got N"),
         (lambda: ModuleExperts(nn.ModuleList([one] * 2)), "0 and 1 are the same object"),
-        (lambda: ModuleExperts([one]), "or an nn.ModuleList of one per expert, got list"),
+        (lambda: ModuleExperts("one"), "must be an nn.Module, or a list of one per expert, got s"),
+        (lambda: ModuleExperts([one, None]), "expert 1 must be an nn.Module, got N"),
         (lambda: ModuleExperts(one), "num_experts must be given beside one module"),
-        (lambda: MOELayer(gate, nn.ModuleList([one])), "ModuleExperts takes an nn.Modul"),
+        (lambda: MOELayer(gate, one), "moe_ext.ModuleExperts(module, num_experts) makes E copies"),
+        (
+            lambda: MOELayer(gate, [one]),
+            "MOELayer: moe_ext.ModuleExperts(experts) makes experts of",
+        ),
+        (lambda: Layer(gate, nn.ModuleList([one])), "Layer: moe_ext.ModuleExperts(experts) makes"),
         (lambda: SharedExperts(one, one), "SharedExperts: experts must be Experts, got Linear"),
         (lambda: SharedExperts(experts, print), "SharedExperts: shared must be a module, got buil"),
     ):

@@ -243,8 +243,11 @@ def test_dtypes_have_their_names_in_python(where):
     args = samples.arguments("plan")
     dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
     assert len(dtypes) > 40
+    newer = getattr(torch, "bcomplex32", None)  # of torch 2.15: older headers have no name for it
     for dtype in dtypes - {torch.int32}:
         name = str(dtype).removeprefix("torch.")
+        if dtype is newer and where == "compiled":
+            name = f"({name}|unknown_scalar)"
         wrong = torch.empty(args[0].shape, dtype=dtype)
         text = operator_error("plan", replaced(args, 0, wrong), where)
         assert re.match(rf"expert_ids must be int32, got {name}\b", text)

@@ -11,7 +11,8 @@ export PATH="$(dirname "$python"):$PATH"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r "$root/examples" "$work"
-mkdir "$work/tests"
+mkdir "$work/tests" "$work/csrc"
+cp "$root/csrc/contracts.h" "$work/csrc"
 cp "$root"/tests/*.py "$work/tests"
 for folder in ops layers parallel peers tools; do
     mkdir "$work/tests/$folder"

@@ -1,6 +1,7 @@
 """Building and loading the library: schemas, JIT, setup.py, and a package without a library."""
 
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -227,3 +228,17 @@ def test_sources_are_cpp17_as_torch_2_10_compiles_them(source):
     command += ["-isystem", str(torch_headers), str(ROOT / "csrc" / source)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_release_names_its_repository(tmp_path):
+    """PyPI shows the links of the metadata; a fork has its own, and a clone none."""
+    for url in ("", "https://host.example/owner/moe_ext/"):
+        folder = tmp_path / f"links{bool(url)}"
+        folder.mkdir()
+        arguments = ("egg_info", "--egg-base", folder)
+        output_of("setup.py", "-q", *arguments, REPOSITORY_URL=url, FORCE_CUDA="0")
+        (metadata,) = folder.glob("*.egg-info/PKG-INFO")
+        links = re.findall("^Project-URL: (.*)$", metadata.read_text(), re.MULTILINE)
+        assert len(links) == (4 if url else 0)
+        assert all(link.split(", ")[1].startswith(url.rstrip("/")) for link in links)
+    assert "Keywords: mixture of experts," in metadata.read_text()
