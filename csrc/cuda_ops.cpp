@@ -9,9 +9,8 @@
 #define MOE_EXT_TEXT(...) #__VA_ARGS__
 #define MOE_EXT_TEXT_OF(...) MOE_EXT_TEXT(__VA_ARGS__)
 // moe_ext/toolkit.py reads it in the library's bytes.
-__attribute__((used)) static const char architectures[] =
-    "moe_ext built by CUDA " MOE_EXT_TEXT_OF(MOE_EXT_TOOLKIT) " for compute capability "
-    MOE_EXT_TEXT_OF(MOE_EXT_ARCHITECTURES);
+__attribute__((used)) static const char architectures[] = "moe_ext built by CUDA " MOE_EXT_TEXT_OF(
+    MOE_EXT_TOOLKIT) " for compute capability " MOE_EXT_TEXT_OF(MOE_EXT_ARCHITECTURES);
 #endif
 
 #if !defined(MOE_EXT_EMULATED)

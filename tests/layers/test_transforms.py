@@ -147,6 +147,21 @@ def test_export_gives_a_program_that_trains(options):
         assert_near(actual, expected[3:5], 1e-6)
 
 
+def test_aot_inductor_gives_the_layers_result(tmp_path):
+    layer = layer_for(drop_tokens=False)
+    shapes = {"hidden": {0: torch.export.Dim("T")}}
+    with torch.no_grad():
+        program = torch.export.export(Pure(layer), (torch.randn(64, H),), dynamic_shapes=shapes)
+        package = str(tmp_path / "layer.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=package)
+        run = torch._inductor.aoti_load_package(package)
+        for T in (64, 5):
+            x = torch.randn(T, H)
+            out, aux = run(x)
+            expected, expected_aux = layer.forward_with_aux(x)
+            assert all_equal([out, *aux], [expected, *expected_aux])
+
+
 def test_export_with_a_capacity_needs_a_fixed_number_of_tokens():
     shapes = {"hidden": {0: torch.export.Dim("T")}}
     core = Layer(Gate(H, E, Rule(capacity_factor=1.0)), GroupedExperts(E, H, FFN))

@@ -230,6 +230,16 @@ def test_sources_are_cpp17_as_torch_2_10_compiles_them(source):
     assert run.returncode == 0, run.stderr
 
 
+def test_a_step_of_the_setup_says_how_long_it_took(tmp_path):
+    command = "sh", ROOT / "tests/tools/step.sh", "make a file"
+    done = subprocess.run([*command, "touch", tmp_path / "made"], capture_output=True, text=True)
+    assert (tmp_path / "made").exists()
+    assert re.fullmatch("== make a file\n== make a file: [01] s\n", done.stdout)
+    failed = subprocess.run([*command, "false"], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert " s\n" not in failed.stdout
+
+
 def test_a_release_names_its_repository(tmp_path):
     """PyPI shows the links of the metadata; a fork has its own, and a clone none."""
     for url in ("", "https://host.example/owner/moe_ext/"):
