@@ -23,7 +23,7 @@ from ..ops import reference, registry, samples
 AGAIN = toolkit.install_again()
 # Why instructions that the CPU has are not used, by their state in csrc/cpu/features.cpp.
 NOT_USED = {
-    "unused": "moe_ext has no loops for it",
+    "unused": "moe_ext has no such loops",
     "limited": "ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA or the system does not allow it",
     "unbuilt": "not in this build, by {built_by}",
 }

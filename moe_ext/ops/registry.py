@@ -12,6 +12,7 @@ torch.export, which calls those, can be trained. torch.func does not reach throu
 
 import contextlib
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import memory, toolkit
-from . import checks, composed, contracts, onnx, reference, tensor_cores, torch_grouped_mm
+from . import checks, composed, contracts, reference, tensor_cores, torch_grouped_mm
 from .checks import is_exporting as is_exporting
 from .contracts import CONTRACTS
 
@@ -66,6 +67,26 @@ def _composed(name: str) -> Callable:
 
 COMPOSED = {name: _composed(name) for name in composed.OPERATORS}
 _IN_PYTHON = torch_grouped_mm.OPERATORS | COMPOSED
+
+
+def _in_onnx(name: str) -> Callable:
+    """An operator of torch's operators, without checks of values, which ONNX cannot raise."""
+    if name == "grouped_mm":
+        return torch_grouped_mm.of_all_rows
+    if name in composed.OPERATORS:
+        return functools.partial(composed.OPERATORS[name], lambda op, *args: _IN_ONNX[op](*args))
+    return inspect.unwrap(getattr(reference, name))
+
+
+# Weights in a format have no form in ONNX: an export names quantized_mm as what it does not know.
+_IN_ONNX = {
+    name: _in_onnx(name)
+    for name in (
+        *("gate", "plan", "balance", "mask_weights", "dispatch", "combine", "route_dot"),
+        *("grouped_mm", "activate", "feed_forward"),
+    )
+}
+
 # Operators beside the contracts: the schema, and the kernel for devices that have none.
 BESIDE: dict[str, tuple[str, Callable]] = {
     "products": ("(Tensor rows) -> str", torch_grouped_mm.products),
@@ -305,8 +326,8 @@ def below_autograd() -> contextlib.AbstractContextManager:
 
 def operator(name: str) -> Callable:
     """What an autograd.Function calls: the operator; in an export to ONNX, torch's operators."""
-    if checks.is_exporting_to_onnx() and name in onnx.FUNCTIONS:
-        return onnx.FUNCTIONS[name]
+    if checks.is_exporting_to_onnx() and name in _IN_ONNX:
+        return _IN_ONNX[name]
     return getattr(torch.ops.moe_ext, name).default
 
 

@@ -203,6 +203,18 @@ def _batched_outer(left, right, offsets, load, capacity):
     return torch.bmm(left.transpose(1, 2), right)
 
 
+def of_all_rows(rows, weights, bias, offsets, load, capacity):
+    """grouped_mm for ONNX, which knows neither the number nor the place of an expert's rows: every
+    weight multiplies all rows, E / K times the work."""
+    every = rows @ weights.transpose(1, 2)  # [E, R, N]
+    if bias is not None:
+        every = every + bias.unsqueeze(1)
+    row = torch.arange(rows.shape[0], device=rows.device)
+    begin, end = offsets[:-1], torch.minimum(offsets[:-1] + load, offsets[1:])
+    owned = (row >= begin[:, None]) & (row < end[:, None])  # [E, R]
+    return torch.where(owned.unsqueeze(-1), every, 0).sum(dim=0)
+
+
 # The grouped_mm and the grouped_outer of each path.
 PRODUCTS: dict[str, tuple[Callable, Callable]] = {
     "native": (_grouped_mm, _grouped_outer),

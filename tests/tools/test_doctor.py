@@ -93,7 +93,7 @@ def test_the_cpus_instructions_are_listed_by_use(monkeypatch):
     assert re.search(r"\nCPU +AVX2; \d+ cores, torch uses \d+ thread", text)
     (line,) = re.findall(r"\nnot used +(.*)", text)
     assert line.split("; ") == [
-        "AMX-INT8, AMX-FP16 (moe_ext has no loops for it)",
+        "AMX-INT8, AMX-FP16 (moe_ext has no such loops)",
         "AVX-512 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA or the system does not allow it)",
         "F16C (not in this build, by Clang 19.1.7)",
     ]
