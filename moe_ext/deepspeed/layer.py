@@ -81,7 +81,9 @@ class MoE(engine.known_as("layer", "MoE")):  # type: ignore[misc]
         options.integer("MoE", "ep_size", ep_size, 1)
         if num_experts % ep_size:
             raise ValueError(
-                f"MoE: num_experts must be a multiple of ep_size = {ep_size}, got {num_experts}"
+                f"MoE: num_experts must be a multiple of ep_size = {ep_size}, got {num_experts}; "
+                "moe_ext.MOELayer(gate, moe_ext.ExpertParallel.of(experts, group)) also takes "
+                "other numbers"
             )
         for name in {"device", "dtype"} & gate_options.keys():
             raise ValueError(

@@ -76,6 +76,12 @@ class MOELayer(Layer):
                 f"MOELayer: num_local_experts must be {experts.num_experts}, "
                 f"got {num_local_experts}"
             )
+        if (getattr(gate, "num_experts", None) or 0) % ep_size:
+            raise ValueError(
+                "MOELayer: the gate's num_experts must be a multiple of ep_size, got "
+                f"{gate.num_experts} and {ep_size}; with ep_size = 1 "
+                "moe_ext.ExpertParallel.of(experts, group) also divides other numbers"
+            )
         super().__init__(gate, experts, ep_size * num_local_experts)
         self.ep_group_name = ep_group_name
         self.ep_group = None

@@ -116,6 +116,7 @@ class CallRecord(NamedTuple):
     has_failed: as in the GroupState
     is_backward: whether the exchange belongs to the backward
     dtype, autocast_dtype: indices into DTYPES; without autocast both are the tokens' dtype
+    num_gaps: places without an expert, where experts do not divide evenly
     capacity: rows per expert, 0 unless has_equal_capacity
     tensor_group_differs: ranks of its tensor_group make another call
 
@@ -139,6 +140,7 @@ class CallRecord(NamedTuple):
     overlap: int
     tensor_parallel_size: int
     num_experts: int
+    num_gaps: int
     hidden_size: int
     k: int
     capacity: int
@@ -147,6 +149,11 @@ class CallRecord(NamedTuple):
     def has_equal_capacity(self) -> bool:
         """Whether all ranks have one capacity; otherwise rows are counted before they are sent."""
         return self.drops_tokens and not (self.uneven_tokens or self.dedup)
+
+    @property
+    def num_places(self) -> int:
+        """The experts' places: as many on every rank."""
+        return self.num_experts + self.num_gaps
 
     def words(self, levels: int) -> list[int]:
         """Pack the fields into int64 numbers, after a marker that rows never begin with.
@@ -181,6 +188,7 @@ def _packed() -> list[list[tuple[str, int]]]:
         "autocast_dtype": 8,
         "overlap": MAX_OVERLAP.bit_length(),
         "tensor_parallel_size": 12,
+        "num_gaps": 12,
     }
     words: list[list[tuple[str, int]]] = [[]]
     for name in CallRecord._fields:

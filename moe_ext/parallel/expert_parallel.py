@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,8 @@ from ..ops.plan import Plan
 from .communicator import Communicator
 from .consistency import DTYPES, MAX_OVERLAP, CallRecord, ConsistencyError, compare_tensor_group
 from .misuse import begin_call, instances, mark_state, refuse_state
-from .sharding import divide
+from .places import to_places, without_gap
+from .sharding import check_part, divide, expert_range
 from .tensor_parallel import TokenShards
 from .transports import AllToAllTransport, DeepEPTransport, TwoLevelTransport
 
@@ -31,9 +32,8 @@ class ExpertParallel(ExpertParameters, Experts):
     """Experts divided among the ranks of a group: expert parallelism.
 
     Args:
-        experts: this rank's experts, as many on every rank. Expert ids follow the group's order:
-            the first rank's experts come first. `ExpertParallel.of` takes all experts and keeps
-            this rank's part.
+        experts: this rank's experts. Expert ids follow the group's order: the first rank's experts
+            come first. `ExpertParallel.of` takes all experts and keeps this rank's part.
         group: a process group, a mesh of one dimension, or a mesh of nodes and local ranks. On the
             latter rows for one node are collected before they cross to it.
         dedup: send a token once to a rank that has several of its experts, and weight the outputs
@@ -50,6 +50,9 @@ class ExpertParallel(ExpertParameters, Experts):
         deepep: a `deep_ep.ElasticBuffer` of the group: its kernels send tokens, in bfloat16 on
             NVIDIA GPUs. Tested with a stand-in for the buffer, not with DeepEP yet.
         num_local_experts: number of `experts` that are not moe_ext.Experts, as for MOELayer
+        num_experts: E, the number of all ranks' experts; None is equally many on every rank. If E
+            is not a multiple of the ranks, the first ranks hold one expert more: 10 experts on 4
+            ranks are 3, 3, 2 and 2. Experts must then be moe_ext.Experts.
         ep_group_name: the parameters' `group_name`, which stands beside `allreduce = False` for
             DeepSpeed's optimizers
 
@@ -83,6 +86,7 @@ class ExpertParallel(ExpertParameters, Experts):
         tensor_group: dist.ProcessGroup | None = None,
         deepep: Any = None,
         num_local_experts: int | None = None,
+        num_experts: int | None = None,
         ep_group_name: str | None = None,
     ) -> None:
         num_local_experts = _num_local_experts(experts, num_local_experts)
@@ -98,7 +102,12 @@ class ExpertParallel(ExpertParameters, Experts):
                 f"{_NAME}: deepep needs a process group, and neither tensor_group nor overlap, got "
                 f"group = {group!r}, tensor_group = {tensor_group!r}, overlap = {overlap}"
             )
-        super().__init__(num_local_experts * communicator.size)
+        if num_experts is None:
+            num_experts = num_local_experts * communicator.size
+        super().__init__(num_experts)
+        check_part(
+            experts, num_local_experts, self.num_experts, communicator.rank, communicator.size
+        )
         self.communicator = communicator
         self.dedup = dedup
         self.overlap = overlap
@@ -157,10 +166,11 @@ class ExpertParallel(ExpertParameters, Experts):
             **kwargs: other arguments of ExpertParallel
 
         Raises:
-            ValueError: experts that do not divide evenly
+            ValueError: fewer experts than ranks
         """
         communicator = Communicator(group)
-        return cls(divide(experts, communicator.rank, communicator.size), group, **kwargs)
+        part = divide(experts, communicator.rank, communicator.size)
+        return cls(part, group, num_experts=cast(int, experts.num_experts), **kwargs)
 
     @property
     def hidden_size(self) -> int | None:
@@ -188,7 +198,11 @@ class ExpertParallel(ExpertParameters, Experts):
 
     @property
     def num_local_experts(self) -> int:
-        return self.num_experts // self.size
+        return len(expert_range(self.num_experts, self.rank, self.size))
+
+    @property
+    def _is_uneven(self) -> bool:
+        return self.num_experts % self.size > 0
 
     def experts_here(self) -> nn.Module:
         """This rank's experts, as they were given."""
@@ -260,6 +274,8 @@ class ExpertParallel(ExpertParameters, Experts):
             return self._run_local_experts(tokens, plan, weights), result
         # Data-parallel wrappers may cast what they pass on.
         weights = weights.to(accumulate_dtype(tokens.dtype))
+        if self._is_uneven:
+            plan = to_places(plan, self.size)
         call = self._call_record(tokens, plan, weights)
         run = self._run_local_experts
         transport: AllToAllTransport | TwoLevelTransport | DeepEPTransport = self.transport
@@ -305,6 +321,7 @@ class ExpertParallel(ExpertParameters, Experts):
             overlap=self.overlap,
             tensor_parallel_size=self.shards.size,
             num_experts=self.num_experts,
+            num_gaps=plan.num_experts - self.num_experts,
             hidden_size=tokens.shape[1],
             k=plan.slots.shape[1],
             capacity=plan.capacity or 0,
@@ -316,6 +333,8 @@ class ExpertParallel(ExpertParameters, Experts):
         if len(inputs) == 1:
             return self._averaged(partial(run_padded, self.local), *inputs)
         tokens, plan, weights = inputs
+        if self._is_uneven:
+            plan = without_gap(plan, self.num_local_experts)
         return self._averaged(lambda x, w: routed(self.local, x, plan, w), tokens, weights)
 
     def _averaged(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def rank_load(load: Tensor, group: dist.ProcessGroup | DeviceMesh) -> Tensor:
     total = load.to(torch.int64, copy=True)
     for one in _groups_of(group):
         dist.all_reduce(total, group=one)
-    return total.view(group.size(), -1).sum(dim=1)
+    return torch.stack([part.sum() for part in total.tensor_split(group.size())])
 
 
 def experts_of(model: nn.Module) -> dict[str, ExpertParallel]:

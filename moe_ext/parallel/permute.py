@@ -69,8 +69,8 @@ def route_chunks(
     communicator: Communicator, call: CallRecord, parts: list[Part]
 ) -> tuple[Iterator[Chunk], list[Plan]]:
     """Send one row per route. Returns chunks, and the plan of each one's sent rows."""
-    ranks, E_local = communicator.size, call.num_experts // communicator.size
-    plans = [make_plan(ids, call.num_experts, order="token") for _, ids, _ in parts]
+    ranks, E_local = communicator.size, call.num_places // communicator.size
+    plans = [make_plan(ids, call.num_places, order="token") for _, ids, _ in parts]
     loads = torch.stack([plan.load.view(ranks, E_local) for plan in plans], dim=1)
     counts = torch.cat([loads.sum(dim=2, keepdim=True, dtype=loads.dtype), loads], dim=2)
     steps, received, sums = communicator.exchange_steps(call, counts)
@@ -96,7 +96,7 @@ def token_chunks(
 
     Returns chunks, and the plan of each one's sent rows.
     """
-    ranks, E_local = communicator.size, call.num_experts // communicator.size
+    ranks, E_local = communicator.size, call.num_places // communicator.size
     owners = [torch.where(ids >= 0, ids // E_local, -1) for _, ids, _ in parts]
     plans = [make_plan(_without_duplicates(ids), ranks, order="token") for ids in owners]
     rows = torch.stack([plan.load for plan in plans], dim=1)

@@ -163,8 +163,9 @@ class TwoLevelTransport:
     def exchange(self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work) -> Result:
         # `between` opens with a check among equal local ranks alone.
         self.all_ranks.check_call(call, tokens.device, on_host)
-        per_node = call.num_experts // self.between.communicator.size
-        run = partial(self._run_in_node, call._replace(num_experts=per_node, overlap=1), run)
+        per_node = call.num_places // self.between.communicator.size
+        inside = call._replace(num_experts=per_node, num_gaps=0, overlap=1)
+        run = partial(self._run_in_node, inside, run)
         return self.between.exchange(call, on_host, tokens, plan, weights, run, work)
 
     def _run_in_node(self, call: CallRecord, run: Run, tokens, plan, weights) -> Tensor:
@@ -229,11 +230,11 @@ class DeepEPTransport:
     def exchange(self, call: CallRecord, on_host: bool, tokens, plan, weights, run, work) -> Result:
         self.communicator.check_call(call, tokens.device, on_host)
         ids = torch.where(plan.slots >= 0, plan.expert_ids, -1).long()
-        handle = _Handle(self.buffer, call.num_experts)
+        handle = _Handle(self.buffer, call.num_places)
         received, weights, ids = _Dispatch.apply(tokens, weights, ids, handle)
         result = None if work is None else work()
         handle.event.current_stream_wait()
-        plan = make_plan(ids.int(), call.num_experts // self.communicator.size, order="token")
+        plan = make_plan(ids.int(), call.num_places // self.communicator.size, order="token")
         return _Combine.apply(run(received, plan, weights), handle), result
 
 

@@ -24,6 +24,7 @@ H, F, E = 10, 6, 8
 class Case:
     """A layer whose experts are divided among all ranks.
 
+    experts: E
     tokens: the number on each rank
     nodes: 0, or the number of nodes of a mesh
     """
@@ -35,18 +36,20 @@ class Case:
     nodes: int = 0
     options: dict = field(default_factory=dict)
     score_before_experts: bool = False
+    experts: int = E
 
     def __str__(self) -> str:
         drop = "capacity" if self.drop_tokens else "dropless"
         how = ",".join(f"{name}={value}" for name, value in self.options.items())
         nodes = f"{self.nodes} nodes," if self.nodes else ""
-        return f"{list(self.tokens)},k={self.k},{drop},{self.kind},{nodes}{how}"
+        experts = "" if self.experts == E else f"{self.experts} experts,"
+        return f"{list(self.tokens)},k={self.k},{drop},{self.kind},{experts}{nodes}{how}"
 
 
 def layer_of(case: Case) -> MOELayer:
     torch.manual_seed(1)
     gate = TopKGate(
-        *(H, E, case.k),
+        *(H, case.experts, case.k),
         capacity_factor=0.8,
         min_capacity=2,
         drop_tokens=case.drop_tokens,
@@ -55,11 +58,13 @@ def layer_of(case: Case) -> MOELayer:
     )
     if case.kind == "grouped":
         experts = GroupedExperts(
-            E, H, F, "geglu", bias=True, score_before_experts=case.score_before_experts
+            *(case.experts, H, F, "geglu"),
+            bias=True,
+            score_before_experts=case.score_before_experts,
         )
     else:
         network = nn.Sequential(nn.Linear(H, F), nn.Tanh(), nn.Linear(F, H))
-        experts = ModuleExperts(network, E)
+        experts = ModuleExperts(network, case.experts)
         for parameter in experts.parameters():
             nn.init.normal_(parameter)
     return MOELayer(gate, experts).double()
@@ -103,16 +108,17 @@ def assert_like_one_process(
     gates = gathered(gradients(layer.gate))[::copies]
     for name, grad in gradients(alone.gate).items():
         assert_same(sum(gate[name] for gate in gates), grad)
-    local = E // dist.get_world_size()
+    mine = torch.arange(case.experts).tensor_split(dist.get_world_size())[rank].tolist()
     for name, actual in gradients(layer.experts).items():
-        assert_same(actual, expected_part(gradients(alone.experts), name, rank, local))
+        assert_same(actual, expected_part(gradients(alone.experts), name, mine))
 
 
-def expected_part(gradients: dict, name: str, rank: int, local: int) -> torch.Tensor:
+def expected_part(gradients: dict, name: str, mine: list[int]) -> torch.Tensor:
+    """mine: the ids of the rank's experts"""
     if not name.startswith("experts."):
-        return gradients[name][rank * local : (rank + 1) * local]
+        return gradients[name][mine]
     _, number, rest = name.split(".", 2)
-    return gradients[f"experts.{rank * local + int(number)}.{rest}"]
+    return gradients[f"experts.{mine[int(number)]}.{rest}"]
 
 
 CASES = [
@@ -143,6 +149,18 @@ CASES = [
     Case((4, 4, 4, 4), drop_tokens=True, nodes=2, kind="modules"),
     Case((4, 4, 4, 4), drop_tokens=True, nodes=1),
     Case((5, 3, 0, 7), nodes=4),
+    # Experts that do not divide evenly.
+    Case((5, 0, 7), k=3),
+    Case((6, 6, 6), k=3, drop_tokens=True, options={"overlap": 2}),
+    Case((5, 0, 7), k=3, drop_tokens=True, options={"uneven_tokens": True}),
+    Case((5, 0, 7), k=4, options={"dedup": True, "overlap": 2}, score_before_experts=True),
+    Case((5, 0, 7), kind="modules"),
+    Case((6, 6, 6), drop_tokens=True, kind="modules"),
+    Case((5, 3), k=3, experts=3, options={"overlap": 2}),
+    Case((4, 4, 4, 4), k=4, drop_tokens=True, nodes=2, experts=10),
+    Case((5, 3, 0, 7), k=4, nodes=2, experts=10),
+    Case((5, 3, 0, 7), k=4, nodes=2, experts=10, options={"dedup": True, "overlap": 2}),
+    Case((5, 3, 0, 7), k=4, nodes=2, experts=6, kind="modules", options={"dedup": True}),
 ]
 
 
