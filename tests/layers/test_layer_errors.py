@@ -101,7 +101,7 @@ def test_layer_constructor():
         (lambda: MOELayer(gate, experts, ep_size=0), "MOELayer: ep_size must be at least 1, got 0"),
         (lambda: MOELayer(gate, experts, num_local_experts=4), "num_local_experts must be 8"),
         (lambda: MoE(H, one, E, dtype=torch.float16), "MoE: dtype must not be given to the gate"),
-        (lambda: MoE(H, nn.Identity(), E, ep_size=3), "must be a multiple of ep_size = 3"),
+        (lambda: MoE(H, nn.Identity(), E, ep_size=3), "ExpertParallel.of(experts, group)) also"),
         (lambda: MoE(H, nn.Identity(), 0), "MoE: num_experts must be at least 1, got 0"),
         (lambda: CosineRouter(H, E, 0), "CosineRouter: proj_dim must be at least 1, got 0"),
         (lambda: CosineRouter(H, E, temperature=0.0), "temperature must be in 0.01..inf, got 0.0"),

@@ -20,6 +20,7 @@ from moe_ext.parallel import make_groups
         Case((6, 6), drop_tokens=True),
         Case((6, 6), drop_tokens=True, options={"overlap": 2}),
         Case((4, 4, 4, 4), drop_tokens=True, nodes=2),
+        Case((6, 6), drop_tokens=True, experts=5),
     ],
     ids=str,
 )

@@ -30,6 +30,8 @@ from moe_ext.parallel import data_parallel, make_groups
     ("mine", "theirs", "text"),
     [
         ({"num_experts": 4}, {"num_experts": 6}, "num_experts, got 4 {0} and 6 {1}"),
+        # Ranks have as many places for these.
+        ({"num_experts": 5}, {"num_experts": 6}, "num_experts, got 5 {0} and 6 {1}"),
         ({"width": 6}, {"width": 8}, "hidden_size, got 6 {0} and 8 {1}"),
         (
             {"dtype": torch.bfloat16},
@@ -203,7 +205,12 @@ def test_invalid_arguments_are_named(rank):
     with_scale.scale = nn.Parameter(torch.ones(1))
     experts_alone = MOELayer(gate.requires_grad_(False), ExpertParallel.of(experts, world))
     calls = [
-        lambda: ExpertParallel.of(GroupedExperts(5, H, 3), world),
+        lambda: ExpertParallel.of(GroupedExperts(1, H, 3), world),
+        lambda: ExpertParallel(experts, world, num_experts=5),
+        lambda: ExpertParallel(experts, world, num_experts=4.5),
+        lambda: ExpertParallel(
+            *(nn.Linear(H, H), world), num_local_experts=3 - rank, num_experts=5
+        ),
         lambda: ExpertParallel.of(nn.Linear(H, H), world),
         lambda: ExpertParallel.of(with_scale, world),
         lambda: ExpertParallel(experts, None),
@@ -215,6 +222,7 @@ def test_invalid_arguments_are_named(rank):
         lambda: MOELayer(gate, ExpertParallel(experts, world)),
         lambda: MOELayer(gate, parallel, ep_size=2),
         lambda: MOELayer(TopKGate(H, E), nn.Linear(H, H), "", 2, 2)._set_ep_group(None),
+        lambda: MOELayer(TopKGate(H, 5), nn.Linear(H, H), "", 2, 3 - rank),
         lambda: ExpertParallel(SharedExperts(experts, nn.Identity()), world),
         lambda: ExpertParallel(experts, world, deepep=object(), overlap=2),
         lambda: data_parallel(experts_alone, make_groups(2)),
@@ -224,7 +232,10 @@ def test_invalid_arguments_are_named(rank):
         lambda: SharedExperts(parallel, nn.Identity()).routed(*of_six),
     ]
     expected = [
-        "ValueError: ExpertParallel: experts must divide evenly, got num_experts = 5 for 2",
+        "ValueError: ExpertParallel: every rank needs an expert, got num_experts = 1 for 2 ranks",
+        f"ValueError: ExpertParallel: rank {rank} of 2 must hold {3 - rank} of num_experts = 5",
+        "ValueError: ExpertParallel: num_experts must be",
+        "ValueError: ExpertParallel: experts that take capacity buffers must divide evenly, got",
         "ValueError: ExpertParallel: experts must have num_experts, got Linear",
         "ValueError: ExpertParallel: parameters and buffers must be stacked [E, ...] with E = ",
         "ValueError: ExpertParallel: group must be a mesh, or a process group that this",
@@ -236,6 +247,7 @@ def test_invalid_arguments_are_named(rank):
         "ValueError: MOELayer: experts must have the gate's num_experts = 4, got 8",
         "ValueError: MOELayer: ep_size must be 1 with experts that are ExpertParallel, got 2",
         "RuntimeError: MOELayer: ep_group must have ep_size = 2 processes, got 1",
+        "ValueError: MOELayer: the gate's num_experts must be a multiple of ep_size, got 5 and 2",
         "ValueError: ExpertParallel: experts must be routed experts, got SharedExperts",
         "ValueError: ExpertParallel: deepep needs a process group, and neither tensor_group nor",
         "ValueError: data_parallel: DistributedDataParallel needs a parameter to reduce, but only",

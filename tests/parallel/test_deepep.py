@@ -73,7 +73,13 @@ class DeepEPBuffer:
 @pytest.mark.parametrize("is_set_later", [False, True])
 @pytest.mark.parametrize(
     "case",
-    [Case(k=1), Case(k=3), Case((6, 6), k=3, drop_tokens=True), Case((5, 0, 3, 7), k=4)],
+    [
+        Case(k=1),
+        Case(k=3),
+        Case((6, 6), k=3, drop_tokens=True),
+        Case((5, 0, 3, 7), k=4),
+        Case((5, 0, 3, 7), k=4, experts=10),
+    ],
     ids=str,
 )
 @on_ranks_of_case

@@ -235,6 +235,8 @@ class CountReads(TorchFunctionMode):
         (Case(k=3, options={"dedup": True, "overlap": 2}), 1),
         (Case((4, 4, 4, 4), nodes=2), 1),
         (Case((4, 4, 4, 4), nodes=2, options={"dedup": True}), 2),
+        (Case((4, 4, 4), drop_tokens=True), 0),
+        (Case((4, 4, 4)), 1),
     ],
     ids=str,
 )
@@ -276,6 +278,7 @@ def test_shared_experts_run_between_launch_and_wait(rank, case):
         Case((5, 4)),
         Case((6, 6), k=3, drop_tokens=True),
         Case((5, 4), k=3, options={"dedup": True}),
+        Case((5, 5), k=3, drop_tokens=True, experts=10),
     ],
     ids=str,
 )
@@ -293,6 +296,7 @@ def test_ranks_of_a_tensor_group_send_a_share_and_get_the_sum(rank, case):
         Case((6, 6), drop_tokens=True),
         Case(k=3, options={"dedup": True, "overlap": 2}),
         Case((5, 3, 0, 7), nodes=2),
+        Case((6, 6, 6), drop_tokens=True),
     ],
     ids=str,
 )

@@ -20,18 +20,21 @@ from moe_ext.deepspeed.utils import (
     split_params_into_different_moe_groups_for_optimizer,
 )
 from moe_ext.parallel import make_groups
+from moe_ext.parallel.checkpoint import ExpertRows
 
 T, STEPS = 8, 3
 KINDS = ["grouped", "modules"]
 
 
-def model_of(kind: str) -> nn.Sequential:
-    layer = layer_of(Case(kind=kind))  # sets the seed
+def model_of(kind: str, experts: int = E) -> nn.Sequential:
+    layer = layer_of(Case(kind=kind, experts=experts))  # sets the seed
     return nn.Sequential(nn.Linear(H, H), layer, nn.Linear(H, 1)).double()
 
 
-def divided(kind: str, ep: int | tuple[int, int] = 2) -> tuple[nn.Sequential, parallel.Groups]:
-    model, groups = model_of(kind), make_groups(ep)
+def divided(
+    kind: str, ep: int | tuple[int, int] = 2, experts: int = E
+) -> tuple[nn.Sequential, parallel.Groups]:
+    model, groups = model_of(kind, experts), make_groups(ep)
     model[1].experts = ExpertParallel.of(model[1].experts, groups.ep)
     return model, groups
 
@@ -53,9 +56,11 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-def trained_alone(kind: str, world: int, steps: int = STEPS, micro: int = 1) -> nn.Sequential:
+def trained_alone(
+    kind: str, world: int, steps: int = STEPS, micro: int = 1, experts: int = E
+) -> nn.Sequential:
     """Train one process on the batches of all ranks."""
-    model = model_of(kind)
+    model = model_of(kind, experts)
     optimizer = optimizer_of(model)
     for step in range(steps):
         optimizer.zero_grad()
@@ -77,6 +82,12 @@ def train(model, layer, optimizer, rank: int, steps: range, micro: int = 1) -> N
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
+    if isinstance(value, ExpertRows):
+        result = torch.full(value.shape, torch.nan, dtype=value.dtype)
+        for offset, rows in gathered((value.offset, value.local)):
+            pairs = zip(offset, rows.shape, strict=True)
+            result[tuple(slice(begin, begin + n) for begin, n in pairs)] = rows
+        return result
     return value.full_tensor() if isinstance(value, DTensor) else value.detach().clone()
 
 
@@ -104,6 +115,19 @@ def test_wrapped_models_train_like_one_process(rank, kind, wrapper, micro, world
     train(outer, layer, optimizer_of(model), rank, range(STEPS), micro)
     assert all(is_moe_param(p) for p in layer.experts.parameters()) or ep == 1
     expected = dict(trained_alone(kind, world, micro=micro).state_dict())
+    torch.testing.assert_close(everyones(model, groups), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize(("world", "ep", "experts"), [(3, 3, 8), (4, 2, 5), (4, 2, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+@on_ranks(lambda world, **_: world)
+def test_uneven_experts_train_like_one_process(rank, kind, world, ep, experts, is_sharded):
+    """With 3 experts FSDP2 divides one among two copies, and one copy has no rows."""
+    model, groups = divided(kind, ep, experts)
+    outer = wrapped(model, groups, is_sharded)
+    train(outer, model[1], optimizer_of(model), rank, range(STEPS))
+    expected = dict(trained_alone(kind, world, experts=experts).state_dict())
     torch.testing.assert_close(everyones(model, groups), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -145,10 +169,18 @@ def _state(model: nn.Module, groups: parallel.Groups, optimizer) -> dict[str, di
 
 
 def _load_train_save(
-    rank: int, kind: str, before: str, after: str, ep: int, is_sharded: bool, step: int
+    rank: int,
+    kind: str,
+    experts: int,
+    batches: int,
+    before: str,
+    after: str,
+    ep: int,
+    is_sharded: bool,
+    step: int,
 ):
-    """Continue the training of four ranks by one step. Returns weights before and after it."""
-    model, groups = divided(kind, ep)
+    """Continue the training on so many batches by one step. Returns weights before and after it."""
+    model, groups = divided(kind, ep, experts)
     layer = model[1]
     outer = wrapped(model, groups, is_sharded)
     optimizer = optimizer_of(model)
@@ -159,8 +191,7 @@ def _load_train_save(
         dcp_state.set_model_state_dict(model, weights)
         dcp_state.set_optimizer_state_dict(model, optimizer, moments, options=OPTIONS)
     loaded = everyones(model, groups)
-    # With fewer ranks each has the batches of several.
-    each = 4 // dist.get_world_size()
+    each = batches // dist.get_world_size()
     for part in range(each):
         last = part == each - 1
         if is_sharded:
@@ -173,18 +204,29 @@ def _load_train_save(
     return loaded, everyones(model, groups)
 
 
+# Ranks, ranks that share the experts, and whether FSDP2 shards the model.
+EVEN = [(4, 4, False), (2, 2, True), (4, 2, True), (4, 2, False), (1, 1, False), (2, 2, False)]
+EVEN_AND_UNEVEN = [(3, 3, False), (2, 2, True), (3, 3, True), (1, 1, False), (3, 3, False)]
+# One of two copies has no rows.
+WITHOUT_ROWS = [(4, 2, True), (2, 2, False), (4, 2, True), (4, 2, False)]
+
+
+@pytest.mark.parametrize(
+    ("experts", "batches", "runs"),
+    [(E, 4, EVEN), (E, 6, EVEN_AND_UNEVEN), (3, 4, WITHOUT_ROWS)],
+    ids=["even", "even and uneven", "without rows"],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_continues_on_another_number_of_ranks(kind, tmp_path):
-    # Ranks, ranks that share the experts, and whether FSDP2 shards the model.
-    runs = [(4, 4, False), (2, 2, True), (4, 2, True), (4, 2, False), (1, 1, False), (2, 2, False)]
-    trained = dict(model_of(kind).state_dict())
+def test_training_continues_on_another_number_of_ranks(kind, experts, batches, runs, tmp_path):
+    trained = dict(model_of(kind, experts).state_dict())
     for i, (world, ep, is_sharded) in enumerate(runs):
         before, after = (str(tmp_path / str(j)) for j in (i, i + 1))
-        found = on_processes(world, _load_train_save, kind, before, after, ep, is_sharded, i)
+        arguments = kind, experts, batches, before, after, ep, is_sharded, i
+        found = on_processes(world, _load_train_save, *arguments)
         for loaded, _ in found:
             torch.testing.assert_close(loaded, trained, rtol=0, atol=0)
         trained = found[0][1]
-    expected = trained_alone(kind, 4, len(runs)).state_dict()
+    expected = trained_alone(kind, batches, len(runs), experts=experts).state_dict()
     torch.testing.assert_close(trained, dict(expected), rtol=1e-9, atol=1e-9)
     # A process without groups loads the same files.
     alone = {name: torch.zeros_like(value) for name, value in trained.items()}
@@ -234,6 +276,8 @@ def test_deepspeeds_layer_divides_its_experts(rank, is_strided):
 def test_rank_load_counts_the_routes_of_all_ranks(rank):
     load = parallel.rank_load(torch.arange(E) * (rank + 1), dist.group.WORLD)
     assert load.tolist() == [(0 + 1 + 2 + 3) * 3, (4 + 5 + 6 + 7) * 3]
+    load = parallel.rank_load(torch.arange(5) * (rank + 1), dist.group.WORLD)
+    assert load.tolist() == [(0 + 1 + 2) * 3, (3 + 4) * 3]
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
