@@ -14,8 +14,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from moe_ext import ExpertParallel, GroupedExperts, ModuleExperts, MOELayer, SharedExperts, TopKGate
+from moe_ext import (
+    ExpertParallel,
+    GroupedExperts,
+    ModuleExperts,
+    MOELayer,
+    SharedExperts,
+    TopKGate,
+    make_plan,
+)
 from moe_ext.parallel import make_groups
+from moe_ext.parallel.places import to_places, without_gap
 
 H, F, E = 10, 6, 8
 
@@ -171,6 +180,25 @@ on_ranks_of_case = on_ranks(lambda case, **_: len(case.tokens))
 @on_ranks_of_case
 def test_ranks_compute_what_one_process_computes(rank, case):
     assert_like_one_process(rank, case, divided_layer(case))
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+@pytest.mark.parametrize(
+    ("size", "places"),
+    [(4, [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]), (7, [0, 1, 2, 3, 4, 5, 6, 8, 10, 12])],
+)
+def test_a_plan_of_places_is_that_of_their_numbers(size, places, capacity):
+    """10 experts on 4 ranks are 3, 3, 2 and 2; on 7 ranks the last 4 have one each."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, 10, (30, 3), generator=generator, dtype=torch.int32)
+    of_places = torch.tensor([*places, -1], dtype=torch.int32)[ids.long()]
+    n = -(-10 // size)
+    expected = make_plan(of_places, size * n, capacity)
+    assert_same(to_places(make_plan(ids, 10, capacity), size), expected)
+    mine = make_plan(ids % 5, 5, capacity)
+    assert_same(without_gap(mine, 5), mine)
+    with_gap = make_plan(ids % 5, 6, capacity)
+    assert_same(without_gap(with_gap, 5), mine)
 
 
 @pytest.mark.parametrize(

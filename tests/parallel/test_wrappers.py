@@ -30,20 +30,21 @@ from moe_ext import (
     total_l_aux,
 )
 from moe_ext.parallel import make_groups
+from moe_ext.parallel.checkpoint import ExpertRows
 
 
 def by_columns(parameter: nn.Parameter) -> Shard | None:
     return Shard(2) if parameter.dim() == 3 else None
 
 
+@pytest.mark.parametrize("experts", [E, 5])
 @on_ranks(4)
-def test_experts_may_be_sharded_along_another_dimension(rank):
-    model, groups = divided("grouped")
+def test_experts_may_be_sharded_along_another_dimension(rank, experts):
+    model, groups = divided("grouped", 2, experts)
     parallel.fully_shard(model, groups, shard_placement_fn=by_columns)
-    expected = dict(model_of("grouped").state_dict())
+    expected = dict(model_of("grouped", experts).state_dict())
     state = parallel.global_state(model, groups, model.state_dict())
-    whole = {name: value.full_tensor() for name, value in state.items()}
-    torch.testing.assert_close(whole, expected, rtol=0, atol=0)
+    torch.testing.assert_close(everyones(model, groups), expected, rtol=0, atol=0)
     model.load_state_dict(parallel.local_state(model, groups, state))
     torch.testing.assert_close(everyones(model, groups), expected, rtol=0, atol=0)
 
@@ -210,6 +211,35 @@ def test_plain_checkpoints_of_divided_experts_are_refused(rank, kind, is_sharded
         assert "moe_ext.parallel.global_state(model, groups, state)" in error_of(save)
     error = error_of(lambda: dcp.load(model.state_dict(), checkpoint_id=tmp_path))
     assert "moe_ext.parallel.global_state" in error or "Size mismatch between saved" in error
+
+
+@pytest.mark.parametrize("experts", [E, 5])
+@on_ranks(2)
+def test_checkpoints_may_be_saved_in_the_background(rank, experts, tmp_path):
+    model, groups = divided("grouped", 2, experts)
+    state = parallel.global_state(model, groups, model.state_dict())
+    saved = dcp.async_save(state, checkpoint_id=tmp_path)
+    saved.result()
+    expected = dict(model_of("grouped", experts).state_dict())
+    found = {name: torch.zeros_like(value) for name, value in expected.items()}
+    dcp.load(found, checkpoint_id=tmp_path)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@on_ranks(2)
+def test_the_state_of_uneven_experts_is_for_checkpoints_alone(rank):
+    model, groups = divided("grouped", 2, 5)
+    state = parallel.global_state(model, groups, model.state_dict())
+    value = state["1.experts.down_proj"]
+    assert len(value) == 5
+    assert f"offset=[{rank * 3}, 0, 0]" in repr(value)
+    assert "is not supported for a value of global_state" in error_of(lambda: value + 1)
+
+
+def test_rows_that_a_rank_does_not_have_are_not_written():
+    """Their offset is that of the next rank's rows."""
+    rows = ExpertRows(torch.empty(0, 2), torch.Size((3, 2)), torch.Size((2, 0)), Shard(0))
+    assert rows.__create_write_items__("name", rows) == rows.__create_chunk_list__() == []
 
 
 @on_ranks(2)
