@@ -188,7 +188,7 @@ def _packed() -> list[list[tuple[str, int]]]:
         "autocast_dtype": 8,
         "overlap": MAX_OVERLAP.bit_length(),
         "tensor_parallel_size": 12,
-        "num_gaps": 12,
+        "num_gaps": 16,
     }
     words: list[list[tuple[str, int]]] = [[]]
     for name in CallRecord._fields:

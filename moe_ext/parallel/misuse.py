@@ -1,7 +1,8 @@
 """Refuse wrappers and checkpoints that mistake one rank's experts for copies of another's.
 
-Divided experts have the same names and shapes on every rank. Code that does not know of the
-division broadcasts, averages, shards or saves them as if they were the same parameters.
+Divided experts have the same names on every rank, and the same shapes where they divide evenly.
+Code that does not know of the division broadcasts, averages, shards or saves them as if they were
+the same parameters.
 """
 
 from __future__ import annotations
