@@ -72,7 +72,7 @@ def _mixtral(kind: str) -> nn.Module:
 def auto_ep_engine(rank: int, kind: str):
     auto_ep = importlib.import_module("deepspeed.module_inject.auto_ep").AutoEP
     with pytest.MonkeyPatch.context() as patch:
-        # DeepSpeed 0.19.8 does this; transformers 5.24 raises.
+        # DeepSpeed 0.19.8 does this; transformers 5.25 raises.
         patch.setattr(auto_ep, "_retarget_transformers_output_recorders", lambda *args: None)
         return engine_of(rank, OURS, Run(), make=lambda *args: _mixtral(kind), **AUTO_EP)
 
