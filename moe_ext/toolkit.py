@@ -217,7 +217,9 @@ class CudaBuild(NamedTuple):
 
 
 def cuda_build(library: Path) -> CudaBuild | None:
-    """Read from a CUDA library how it was built; None if it does not say."""
+    """Read from a CUDA library how it was built; None if it does not say, as an empty file."""
+    if not library.stat().st_size:
+        return None
     with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         found = _BUILT.search(text)
         return found and CudaBuild(found[1].decode(), found[2].decode().split(","))

@@ -214,11 +214,12 @@ class Libraries:
             choice = toolkit.choose_toolkit()
             why = "" if choice.toolkit else f"; on this machine: {choice.why}"
             self.cuda_load_error = f"no CUDA kernels were built with this package{why}"
-        elif why := _why_not_for(torch.version.cuda, path):
-            self.cuda_load_error = why
-            warnings.warn(f"moe_ext: {why}", RuntimeWarning, stacklevel=5)
         else:
             try:
+                if why := _why_not_for(torch.version.cuda, path):
+                    self.cuda_load_error = why
+                    warnings.warn(f"moe_ext: {why}", RuntimeWarning, stacklevel=5)
+                    return
                 torch.ops.load_library(str(path))
                 self.cuda_library, self.cuda_load_error = path, None
             except OSError as error:

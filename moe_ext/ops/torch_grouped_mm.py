@@ -205,7 +205,7 @@ def _batched_outer(left, right, offsets, load, capacity):
 
 def of_all_rows(rows, weights, bias, offsets, load, capacity):
     """grouped_mm for ONNX, which knows neither the number nor the place of an expert's rows: every
-    weight multiplies all rows, E / K times the work."""
+    weight multiplies all rows, E times the work."""
     every = rows @ weights.transpose(1, 2)  # [E, R, N]
     if bias is not None:
         every = every + bias.unsqueeze(1)

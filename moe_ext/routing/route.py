@@ -178,7 +178,11 @@ def _recorded(
 
 
 def _has_priority(drop_policy: str, capacity: int | None) -> bool:
-    """Whether routes are kept by a priority, not by the order of the queue."""
+    """Whether routes are kept by a priority, not by the order of the queue. "random" draws one
+    where nothing is dropped too, as DeepSpeed does: later draws with the same seed stay the same.
+    Not under torch.func, where vmap refuses a draw that changes no result."""
+    if drop_policy == "random" and capacity is None:
+        return not torch._C._are_functorch_transforms_active()
     return drop_policy != "position" and capacity is not None
 
 

@@ -242,7 +242,7 @@ def test_func_grad_and_per_sample_gradients(options):
     ],
 )
 def test_vmap_is_a_loop_in_training_too(options):
-    """A gate that draws nothing runs under vmap as it is."""
+    """A gate whose results depend on no draw runs under vmap as it is."""
     layer = layer_for(**options)
     x = torch.randn(3, 10, H)
     out, aux = torch.func.vmap(layer.forward_with_aux)(x)
@@ -250,6 +250,18 @@ def test_vmap_is_a_loop_in_training_too(options):
         expected, expected_aux = layer.forward_with_aux(x[i])
         assert all_equal([out[i], *(part[i] for part in aux)], [expected, *expected_aux])
     assert torch.equal(torch.func.vmap(layer)(x), out)
+
+
+def test_random_token_selection_draws_where_nothing_is_dropped():
+    """As in DeepSpeed: later draws do not depend on dropping."""
+    x = torch.randn(10, H)
+    torch.manual_seed(3)
+    torch.rand(10, E)
+    expected = torch.rand(4)
+    gate = TopKGate(H, E, k=1, drop_tokens=False)
+    torch.manual_seed(3)
+    gate.route(x)
+    assert torch.equal(torch.rand(4), expected)
 
 
 def test_hessian_vector_products_match():

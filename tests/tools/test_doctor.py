@@ -286,6 +286,17 @@ def test_a_cuda_library_of_another_major_version_is_not_loaded(
     assert loaded.cuda_library is None
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_cuda_library_that_cannot_be_read_is_reported(card, tmp_path, is_folder):
+    """As one whose build was killed: nothing, or no file."""
+    library = tmp_path / "_C_cuda.abi3.so"
+    library.mkdir() if is_folder else library.touch()
+    loaded = registry.Libraries()
+    loaded._load_cuda(tmp_path / "_C.abi3.so")
+    assert loaded.cuda_library is None
+    assert loaded.cuda_load_error.startswith("_C_cuda.abi3.so could not be loaded")
+
+
 @pytest.mark.parametrize("built_for", ["7.5,8.0+PTX,9.0+PTX", "7.5,8.0"])
 def test_a_card_without_machine_code_or_ptx_is_a_problem(card, monkeypatch, tmp_path, built_for):
     library = tmp_path / "_C_cuda.abi3.so"
